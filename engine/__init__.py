@@ -1,0 +1,1 @@
+"""What several scripts share: options, data, the loop, checkpoints, logs, pictures."""

@@ -1,0 +1,150 @@
+"""Command lines: a parser that takes every spelling users know, and one place where errors become one line and an exit code."""
+
+import argparse
+import difflib
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what and how, in one or two lines; the exit code is 1."""
+
+
+def yes_no(text: str) -> bool:
+    if text.lower() in YES | NO:
+        return text.lower() in YES
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def whole(minimum: int = 0) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.lstrip("+-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not minimum <= value <= maximum:
+            limits = f"at least {minimum:g}" if maximum == float("inf") else f"between {minimum:g} and {maximum:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+        return value
+
+    return convert
+
+
+def closest(word: str, names: Iterable[str]) -> str:
+    """'; did you mean x?' where one of the names is near, else nothing."""
+    found = difflib.get_close_matches(word, list(names), 1, 0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def one_of(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], str]:
+    """One of `names`, or of the aliases, whatever the case. The error lists the names and the closest one."""
+    names, aliases = list(names), aliases or {}
+
+    def convert(text: str) -> str:
+        word = text.lower()
+        if word in names or word in aliases:
+            return aliases.get(word, word)
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}{closest(word, [*names, *aliases])}")
+
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """Options with underscores that hyphens reach too; it keeps apart what was typed and what is a default.
+
+    `read` gives only what was typed, `defaults` holds the rest, so that a recipe or a checkpoint can fill in between.
+    """
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+        )
+        self.defaults: dict[str, object] = {}
+        self.group_of: dict[str, str] = {}
+        self._group = None
+        self._title = ""
+
+    def group(self, title: str) -> None:
+        """The options that follow stand under this title in --help."""
+        self._group, self._title = self.add_argument_group(title), title
+
+    def option(
+        self, name: str, *aliases: str, default=None, shown: str | None = None, help: str = "", **kwargs
+    ) -> None:
+        """Add `name` and its aliases. shown: what --help says of the default where that is not its plain value."""
+        key = name.lstrip("-")
+        if kwargs.get("type") is yes_no:
+            kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        text = shown if shown is not None else " ".join(map(str, default)) if isinstance(default, list) else default
+        note = "" if text in (None, "") else f" [{str(text).lower() if isinstance(text, bool) else text}]"
+        (self._group or self).add_argument(name, *aliases, dest=key, help=(help + note).replace("%", "%%"), **kwargs)
+        self.defaults[key], self.group_of[key] = default, self._title
+
+    def read(self, argv: list[str] | None = None) -> dict[str, object]:
+        """The options given in argv (default: the command line), by canonical name. Exit code 2 with one line on an error."""
+        words = []
+        for word in sys.argv[1:] if argv is None else argv:
+            name, equals, value = str(word).partition("=")
+            words.append("--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else str(word))
+        typed, unknown = self.parse_known_args(words)
+        if unknown:
+            names = [option for action in self._actions for option in action.option_strings]
+            hint = closest(unknown[0].partition("=")[0], names)
+            self.error(f"unknown option {unknown[0]}{hint or '; --help lists them all'}")
+        return vars(typed)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def read_config(path: str) -> dict[str, object]:
+    """The options in the config.json of an earlier run. Raises UserError for anything else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)["options"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--config {path}: not the config.json of a run ({type(error).__name__}: {error})") from error
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's main and leave with its exit code: 0 done, 1 an error explained in a line, 2 usage, 130 after Ctrl-C."""
+    debug = "--debug" in sys.argv
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"{os.path.basename(sys.argv[0])}: {explain(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def explain(error: Exception) -> str:
+    """One or two lines for a person."""
+    if isinstance(error, UserError):
+        return str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+        return f"out of memory: {str(error).splitlines()[0]}\ntry a smaller --batch_size or --image_size"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error}"
+    first = (str(error).splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first}\nrun again with --debug for the traceback"

@@ -1,0 +1,113 @@
+"""Which device, which precision, and the switches that make it fast or exact."""
+
+import ctypes
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.cli import UserError
+
+FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # Linux names of the CPU features that run bfloat16 faster than float32
+
+
+def choose_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N or mps. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = (
+            f"built for CUDA {torch.version.cuda}, but finds no driver or GPU"
+            if torch.version.cuda
+            else "a build without CUDA"
+        )
+        raise UserError(
+            f"--device {name}: no CUDA device; torch {torch.__version__} is {built}. --device cpu always works"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: no such device here. --device cpu always works")
+    return device
+
+
+def cpu_has_fast_bf16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    return bool(FAST_BF16_FLAGS & set(flags))
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """--amp -> the autocast type (None: float32) and a phrase for the log."""
+    if name == "auto":
+        if device.type == "cuda":
+            fast, why = torch.cuda.get_device_capability(device) >= (8, 0), "the GPU"
+        else:
+            fast, why = device.type == "cpu" and cpu_has_fast_bf16(), "the processor"
+        return (
+            (torch.bfloat16, f"bfloat16 ({why} runs it faster)")
+            if fast
+            else (None, f"float32 ({why} has no fast bfloat16)")
+        )
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
+    return {"off": (None, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}[name]
+
+
+def prepare(device: torch.device, *, seed: int, deterministic: bool) -> None:
+    """Seed Python, numpy and torch, and set the backends for speed, or for exactness."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if device.type == "cpu":
+        keep_large_blocks()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+
+
+def keep_large_blocks() -> None:
+    """Keep freed memory instead of giving it back at every step; 10-35 % of a training step on a CPU (docs/measurements.md)."""
+    if sys.platform != "linux":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return  # not the GNU C library
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def rng_state() -> dict:
+    """The states of every generator of this process, in a form that a weights-only load accepts."""
+    version, words, position, has_gauss, gauss = np.random.get_state()
+    python_version, python_words, python_gauss = random.getstate()
+    return {
+        "python": [python_version, list(python_words), python_gauss],
+        "numpy": [version, torch.from_numpy(words.astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    version, words, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((version, words.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])

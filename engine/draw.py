@@ -1,0 +1,116 @@
+"""Pictures: learning curves, mixed batches, confusion. PNG files, drawn without a window."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from engine.files import write_atomic
+
+
+def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda side: figure.savefig(side, dpi=dpi, format="png"))
+
+
+def curves(path: Path, history: list[dict], title: str) -> None:
+    """Loss and accuracy against epoch."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, column, label in (
+        (loss, "train_loss", "training (mixed)"),
+        (loss, "test_loss", "test"),
+        (accuracy, "train_acc", "training (mixed labels)"),
+        (accuracy, "test_top1", "test top-1"),
+        (accuracy, "valid_top1", "validation top-1"),
+        (accuracy, "ema_top1", "test top-1, averaged weights"),
+    ):
+        points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
+    loss.set(xlabel="epoch", ylabel="loss")
+    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
+    for axes in (loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def label_text(weights: torch.Tensor, classes: list[str]) -> str:
+    """The classes of a soft label and their weights, largest first, a line each: at most three."""
+    top = weights.sort(descending=True)
+    pairs = [(float(w), classes[int(k)]) for w, k in zip(top.values[:3], top.indices[:3], strict=False) if w > 0.005]
+    return "\n".join(f"{weight:.2f} {name}" if weight < 0.995 else name for weight, name in pairs)
+
+
+def mixed_batch(
+    path: Path,
+    *,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    saliency: torch.Tensor | None,
+    mixed: torch.Tensor,
+    soft: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    classes: list[str],
+    title: str,
+) -> None:
+    """Originals, their saliency if there is one, and the mixed images with their label weights, in columns.
+
+    images, mixed (B, 3, H, W) normalised; targets, soft (B, K); saliency (B, H, W).
+    """
+    rows = [("images", pixels(images, mean, std), targets)]
+    if saliency is not None:
+        rows.append(("saliency", saliency.float().cpu().numpy(), None))
+    rows.append(("mixed", pixels(mixed, mean, std), soft))
+    count = len(images)
+    figure = Figure(figsize=(1.35 * count + 0.4, 1.75 * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    for axes_of_row, (name, pictures, labels) in zip(grid, rows, strict=True):
+        for column, axes in enumerate(axes_of_row):
+            picture = pictures[column]
+            axes.imshow(picture, cmap="magma" if picture.ndim == 2 else None, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if labels is not None:
+                axes.set_title(label_text(labels[column].cpu(), classes), fontsize=8)
+        axes_of_row[0].set_ylabel(name)
+    figure.suptitle(title, fontsize=10)
+    save(figure, path)
+
+
+def pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Normalised (B, 3, H, W) -> (B, H, W, 3) in 0..1."""
+    back = images.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    return back.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def confusion(path: Path, counts: torch.Tensor, classes: list[str], title: str) -> None:
+    """Rows: the true class; columns: the predicted one; colour and number: percent of the row."""
+    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    few = len(classes) <= 20
+    side = 0.5 * len(classes) + 2 if few else 9
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100 if few else float(share.max()))
+    if few:
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                value = float(share[row, column])
+                if value >= 0.5:
+                    axes.text(
+                        column,
+                        row,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if value > 55 else "black",
+                    )
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    save(figure, path)

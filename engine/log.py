@@ -1,0 +1,227 @@
+"""The run folder: what was asked for, what happened, what came out."""
+
+import csv
+import io
+import os
+import statistics
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from engine.checkpoint import find_checkpoint, versions
+from engine.cli import UserError
+from engine.files import write_atomic, write_json
+
+COLUMNS = [
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_acc",
+    "test_loss",
+    "test_top1",
+    "test_top5",
+    "valid_loss",
+    "valid_top1",
+    "ema_top1",
+    "seconds",
+    "images_per_second",
+    "mixing_seconds",
+    "saliency_seconds",
+    "peak_memory_mb",
+]
+SECRET = {"wandb_key"}
+
+
+def find_run(options: dict) -> tuple[Path, Path | None]:
+    """The run folder, and the checkpoint to go on from or None. Raises UserError rather than write over another run.
+
+    A run is kept in root_dir/dataset/model/name. `auto` means the run of that name, or without a name the newest of the method.
+    """
+    parent = Path(options["root_dir"]) / options["dataset"] / options["model"]
+    prefix = "+".join(options["method"])
+    name = options["name"]
+    if options["checkpoint"] == "auto":
+        if not name:
+            dated = (
+                sorted(p.name for p in parent.glob(f"{prefix}_????????-??????") if p.is_dir())
+                if parent.is_dir()
+                else []
+            )
+            name = dated[-1] if dated else None
+        folder = parent / (name or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}")
+        last = folder / "last.pt"
+        return folder, last if last.exists() else None
+    if options["checkpoint"]:
+        file = find_checkpoint(options["checkpoint"])
+        if (file.parent / "config.json").is_file():
+            return file.parent, file
+        return parent / (name or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}"), file
+    folder = parent / (name or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}")
+    if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
+        raise UserError(
+            f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew with --overwrite, "
+            "or give another --name"
+        )
+    return folder, None
+
+
+class RunFolder:
+    """Where a run writes; nothing at all is written when `off`. `say` shows a line and keeps it in log.txt."""
+
+    def __init__(self, path: Path, *, off: bool = False):
+        self.path, self.off = Path(path), off
+        self.trackers = []
+        if not off:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cannot make the run folder {self.path}: {error.strerror}; name another with --root_dir"
+                ) from error
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        if not self.off:
+            with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def write_config(self, options: dict, device: torch.device) -> None:
+        if self.off:
+            return
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        write_json(
+            self.path / "config.json",
+            {
+                "options": {key: value for key, value in options.items() if key not in SECRET},
+                "versions": {**versions(), "opencv": opencv_version()},
+                "device": name,
+                "command": hide_secrets(sys.argv),
+                "commit": git_commit(),
+            },
+        )
+
+    def write_log(self, history: list[dict]) -> None:
+        """log.csv anew from all epochs so far: a row is neither lost nor doubled, wherever a run was stopped."""
+        if self.off:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: shorten(value) for key, value in row.items()} for row in history)
+        write_atomic(self.path / "log.csv", lambda side: side.write_text(text.getvalue(), encoding="utf-8"))
+
+    def track(self, row: dict) -> None:
+        for tracker in self.trackers:
+            tracker(row)
+
+    def write_result(self, result: dict) -> None:
+        if not self.off:
+            write_json(self.path / "result.json", result)
+
+
+def shorten(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def opencv_version() -> str | None:
+    """Without importing it: that takes longer than everything else at the start."""
+    from importlib import metadata
+
+    for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python"):
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def hide_secrets(words: list[str]) -> list[str]:
+    hidden, skip = [], False
+    for word in words:
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        hidden.append("***" if skip else f"{word.split('=')[0]}=***" if name in SECRET and "=" in word else word)
+        skip = name in SECRET and "=" not in word
+    return hidden
+
+
+def line_of(row: dict, epochs: int) -> str:
+    """One epoch in a line."""
+    text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}  acc of mixed labels {row['train_acc']:.2f}"
+    if "test_top1" in row:
+        text += f"  test loss {row['test_loss']:.4f}  top-1 {row['test_top1']:.2f}"
+    for key, name in (("test_top5", "top-5"), ("valid_top1", "valid top-1"), ("ema_top1", "averaged top-1")):
+        text += f"  {name} {row[key]:.2f}" if key in row else ""
+    return text + f"  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+
+
+def result_of(history: list[dict], best: dict) -> dict:
+    """Last, best, and median and spread of the last ten evaluated epochs, of the top-1 accuracy on the test images."""
+    tops = [row["test_top1"] for row in history if "test_top1" in row]
+    return {
+        "epochs": len(history),
+        "last_top1": tops[-1],
+        "last_top5": history[-1].get("test_top5"),
+        "best": best,
+        "median_of_last_ten_top1": statistics.median(tops[-10:]),
+        "spread_of_last_ten_top1": max(tops[-10:]) - min(tops[-10:]),
+        "training_seconds": sum(row["seconds"] for row in history),
+    }
+
+
+def add_trackers(run: RunFolder, options: dict) -> None:
+    """TensorBoard and Weights & Biases, where asked for."""
+    if options["use_tensorboard"] and not run.off:
+        add_tensorboard(run)
+    if options["use_wandb"] and not run.off:
+        add_wandb(run, options)
+
+
+def add_tensorboard(run: RunFolder) -> None:
+    """Log to TensorBoard too. Raises UserError when the package is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--use_tensorboard needs another package: pip install tensorboard") from error
+    writer = SummaryWriter(run.path)
+
+    def track(row: dict) -> None:
+        for key, value in row.items():
+            if key != "epoch" and isinstance(value, (int, float)):
+                writer.add_scalar(key, value, row["epoch"])
+        writer.flush()
+
+    run.trackers.append(track)
+
+
+def add_wandb(run: RunFolder, options: dict) -> None:
+    """Log to Weights & Biases too. Raises UserError when the package is missing."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--use_wandb needs another package: pip install wandb") from error
+    if options["wandb_key"]:
+        run.say("others can read --wandb_key in the list of processes; the environment variable WANDB_API_KEY is safer")
+        os.environ["WANDB_API_KEY"] = options["wandb_key"]
+    session = wandb.init(
+        project=options["wandb_project"],
+        entity=options["wandb_entity"],
+        name=options["wandb_name"] or run.path.name,
+        mode="offline" if options["wandb_offline"] else "online",
+        dir=str(run.path),
+        config={key: value for key, value in options.items() if key not in SECRET},
+    )
+    run.trackers.append(
+        lambda row: session.log({key: value for key, value in row.items() if value is not None}, step=row["epoch"])
+    )

@@ -1,0 +1,185 @@
+"""The training step that every method shares, and evaluation."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.batches import Batches
+from engine.loss import cross_entropy, smooth
+from engine.metrics import topk_correct
+
+
+class NotFinite(Exception):
+    """The loss left the numbers. index: positions of the images of that batch in the training part."""
+
+    def __init__(self, step: int, index: torch.Tensor):
+        super().__init__(f"the loss is not finite at step {step}")
+        self.step, self.index = step, index
+
+
+class Stopwatch:
+    """Seconds by part of the step. On CUDA the parts are marked by events, which are read only when asked."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.host: dict[str, float] = {}
+        self.marks: list[tuple] = []
+        self.last = None
+
+    def now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self.last = self.now()
+
+    def lap(self, name: str) -> None:
+        """What came since the last start or lap belongs to `name`."""
+        now = self.now()
+        if self.device.type == "cuda":
+            self.marks.append((name, self.last, now))
+        else:
+            self.host[name] = self.host.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Totals by name; waits for the device."""
+        if self.marks:
+            torch.cuda.synchronize(self.device)
+            for name, begin, end in self.marks:
+                self.host[name] = self.host.get(name, 0.0) + begin.elapsed_time(end) / 1000
+            self.marks.clear()
+        return self.host
+
+
+def timed(source: Callable | None, watch: Stopwatch) -> Callable | None:
+    """The same source; its time is taken out of the mixing and counted as `saliency`."""
+    if source is None:
+        return None
+
+    def call(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        watch.lap("mixing")
+        saliency = source(images, targets)
+        watch.lap("saliency")
+        return saliency
+
+    return call
+
+
+def train_one_epoch(
+    model: nn.Module,
+    mixer,
+    source: Callable | None,
+    batches: Batches,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable,
+    *,
+    epoch: int,
+    num_classes: int,
+    scheduler=None,
+    scaler=None,
+    precision: torch.dtype | None = None,
+    label_smoothing: float = 0.0,
+    clip_grad: float = 0.0,
+    ema=None,
+    watch: Stopwatch | None = None,
+    max_steps: int | None = None,
+    progress: Callable | None = None,
+    look_every: int = 100,
+) -> dict[str, float]:
+    """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the predicted class.
+
+    Losses stay on the device and are looked at every `look_every` steps; progress(step, loss, accuracy) is called then.
+    Raises NotFinite at the look after a loss that is not finite.
+    """
+    device = batches.device
+    watch = watch or Stopwatch(device)
+    source = timed(source, watch)
+    model.train()
+    loss_sum, hit_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    first_bad = torch.full((), -1, device=device, dtype=torch.long)
+    indices = []
+    steps = min(len(batches), max_steps or len(batches))
+    watch.start()
+    for step, batch in enumerate(batches.epoch(epoch)):
+        targets = F.one_hot(batch.labels, num_classes).float()
+        watch.lap("data")
+        optimizer.zero_grad(set_to_none=True)
+        mixed, soft = mixer(batch.images, targets, source)
+        if mixer.wants_mixed_grad:
+            mixed = mixed.detach().requires_grad_()
+        watch.lap("mixing")
+        with mixer.during(model), autocast(device, precision):
+            logits = model(mixed)
+        loss = mixer.mixed_weight * loss_fn(logits, smooth(soft, label_smoothing))
+        (scaler.scale(loss) if scaler else loss).backward()
+        if clip_grad:
+            if scaler:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        if scheduler:
+            scheduler.step()
+        if ema:
+            ema.update_parameters(model)
+        mixer.after_backward(mixed.grad)
+        with torch.no_grad():
+            value = loss.detach()
+            loss_sum += value * len(soft)
+            hit_sum += soft.gather(1, logits.argmax(1, keepdim=True)).sum()
+            first_bad = torch.where((first_bad < 0) & ~value.isfinite(), step, first_bad)
+        seen += len(soft)
+        indices.append(batch.index)
+        watch.lap("network")
+        if (step + 1) % look_every == 0 or step + 1 == steps:
+            bad = int(first_bad)
+            if bad >= 0:
+                raise NotFinite(epoch * len(batches) + bad, indices[bad])
+            if progress:
+                progress(step + 1, float(loss_sum) / seen, float(hit_sum) / seen)
+        if step + 1 == steps:
+            break
+    return {"train_loss": float(loss_sum) / seen, "train_acc": 100 * float(hit_sum) / seen, "images": seen}
+
+
+def autocast(device: torch.device, precision: torch.dtype | None):
+    return torch.autocast(device.type, precision) if precision else nullcontext()
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, batches: Batches, *, precision: torch.dtype | None = None, progress: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K) float32 and labels (N,) of a whole part, on the device, network in evaluation mode (put back afterwards)."""
+    training = model.training
+    model.eval()
+    logits, labels = [], []
+    try:
+        for step, batch in enumerate(batches.epoch()):
+            with autocast(batches.device, precision):
+                logits.append(model(batch.images).float())
+            labels.append(batch.labels)
+            if progress:
+                progress(step + 1)
+    finally:
+        model.train(training)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def scores(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
+    """Cross-entropy and top-k accuracies in percent; k above the number of classes is left out."""
+    ks = tuple(k for k in ks if k <= logits.shape[1])
+    correct = topk_correct(logits, labels, ks).double() * (100 / len(labels))
+    loss = cross_entropy(logits, F.one_hot(labels, logits.shape[1]).float())
+    return {"loss": float(loss), **{f"top{k}": float(value) for k, value in zip(ks, correct, strict=True)}}

@@ -1,0 +1,406 @@
+"""The options that the training scripts share, and what follows from several of them together."""
+
+from engine.cli import Parser, UserError, number, one_of, whole, yes_no
+from engine.recipes import RECIPES
+
+DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
+DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-imagenet", "fake": "shapes"}
+SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
+MAY_DIFFER = {  # options that may change when a run is continued
+    "epochs",
+    "workers",
+    "device",
+    "ngpu",
+    "data_dir",
+    "val_data_dir",
+    "download",
+    "root_dir",
+    "name",
+    "overwrite",
+    "log_off",
+    "save_every",
+    "print_freq",
+    "no_progress",
+    "use_wandb",
+    "wandb_project",
+    "wandb_entity",
+    "wandb_name",
+    "wandb_offline",
+    "wandb_key",
+    "use_tensorboard",
+    "vis_epoch",
+    "amp",
+    "checkpoint",
+    "evaluate",
+    "force_config",
+    "config",
+    "debug",
+    "profile",
+}
+
+
+def device_options(parser: Parser) -> None:
+    parser.group("device")
+    parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.option("--ngpu", type=whole(), help="0 means --device cpu, 1 one GPU")
+    parser.option(
+        "--amp",
+        type=one_of(["auto", "off", "bf16", "fp16"]),
+        default="auto",
+        metavar="MODE",
+        help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
+    )
+    parser.option("--use_fp16", type=yes_no, default=False, help="same as --amp fp16")
+    parser.option("--channels_last", type=yes_no, default=True, help="keep images and weights channels last")
+    parser.option(
+        "--workers",
+        "-j",
+        "--num_workers",
+        type=whole(),
+        default=4,
+        help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
+    )
+    parser.option("--debug", type=yes_no, default=False, help="show the traceback of an error")
+
+
+def data_options(parser: Parser) -> None:
+    parser.group("data")
+    parser.option(
+        "--dataset", type=one_of(DATASETS, DATASET_ALIASES), shown="recipe", metavar="NAME", help=", ".join(DATASETS)
+    )
+    parser.option(
+        "--data_dir", "--data", default="data", help="the folder that holds the data set, or the data set's own folder"
+    )
+    parser.option("--val_data_dir", help="another place for the evaluation images")
+    parser.option("--download", type=yes_no, default=True, help="fetch CIFAR when it is missing")
+    parser.option("--image_size", type=whole(8), help="side in pixels [32; tiny-imagenet and folder 64]")
+    parser.option(
+        "--norm",
+        type=one_of(["own", "imagenet", "half"]),
+        metavar="NAME",
+        default="own",
+        help="mean and std of the data set (own), of ImageNet, or 0.5",
+    )
+    parser.option(
+        "--num_classes",
+        type=whole(2),
+        help="shapes: how many of its ten classes; elsewhere it must agree with the data",
+    )
+    parser.option("--limit", type=whole(), default=0, help="use the first N images of each part only; 0: all")
+    parser.option(
+        "--on_bad_image",
+        type=one_of(["stop", "skip"]),
+        default="stop",
+        metavar="stop|skip",
+        help="what to do with a file that is no image",
+    )
+
+
+def training_options(parser: Parser, *, models: dict, model_aliases: dict, methods: dict, method_aliases: dict) -> None:
+    parser.group("run")
+    parser.option(
+        "--method",
+        type=one_of(methods, method_aliases),
+        nargs="+",
+        default=["none"],
+        metavar="NAME",
+        help=", ".join(methods) + "; several: one drawn at random for each batch",
+    )
+    parser.option(
+        "--recipe",
+        type=one_of(["auto", *RECIPES]),
+        default="auto",
+        metavar="NAME",
+        help=f"{', '.join(RECIPES)}: fills in what is not given; auto goes by data set and method",
+    )
+    parser.option(
+        "--model",
+        "--arch",
+        "--model_name",
+        type=one_of(models, model_aliases),
+        metavar="NAME",
+        shown="recipe",
+        help="--list_models names them",
+    )
+    parser.option("--list_models", type=yes_no, default=False, help="names and parameter counts, then exit")
+    parser.option("--config", metavar="FILE", help="options from the config.json of an earlier run; what is typed wins")
+    parser.option(
+        "--checkpoint",
+        "--resume",
+        metavar="PATH",
+        help="continue: a file, a run folder, or auto (the run of --name, or the newest of this method, if there is one)",
+    )
+    parser.option("--force_config", type=yes_no, default=False, help="continue even with other options")
+    parser.option(
+        "--init_from", metavar="FILE", help="start from these weights; another number of classes gets a new last layer"
+    )
+    parser.option("--evaluate", "-e", type=yes_no, default=False, help="evaluate --checkpoint once and exit")
+    parser.option("--seed", type=whole(), default=0, help="of everything random")
+    parser.option("--deterministic", type=yes_no, default=False, help="bit-exact kernels on CUDA; slower")
+    parser.option("--compile", type=yes_no, default=False, help="torch.compile the network")
+    parser.option(
+        "--profile",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="time N steps, split into data, saliency, mixing and network, and exit",
+    )
+
+    parser.group("training")
+    parser.option("--epochs", "--cnn_epoch", type=whole(1), shown="recipe")
+    parser.option("--batch_size", "--cnn_batch_size", "-b", type=whole(1), shown="recipe")
+    parser.option(
+        "--lr",
+        "--learning_rate",
+        type=number(),
+        shown="recipe",
+        help="with one-cycle: its peak unless --max_lr says so",
+    )
+    parser.option("--momentum", type=number(0, 1), shown="recipe")
+    parser.option("--nesterov", type=yes_no, shown="recipe")
+    parser.option("--weight_decay", "--decay", "--wd", type=number(), shown="recipe")
+    parser.option(
+        "--scheduler",
+        type=one_of(["multistep", "onecycle", "cosine", "linear", "constant"], SCHEDULERS),
+        shown="recipe",
+        metavar="NAME",
+        help="multistep, onecycle, cosine, linear or constant",
+    )
+    parser.option(
+        "--schedule",
+        "--milestones",
+        type=whole(1),
+        nargs="+",
+        metavar="EPOCH",
+        shown="recipe",
+        help="multistep: epochs after which the lr is multiplied",
+    )
+    parser.option(
+        "--gammas",
+        "--lr_step_gamma",
+        type=number(),
+        nargs="+",
+        metavar="G",
+        shown="recipe",
+        help="one factor for all milestones, or one each",
+    )
+    parser.option("--max_lr", type=number(), shown="recipe, else --lr", help="peak of one-cycle")
+    parser.option("--div_factor", type=number(1e-9), shown="recipe", help="one-cycle starts at max_lr / div_factor")
+    parser.option("--pct_start", type=number(0, 1), shown="recipe", help="one-cycle: share of the run that rises")
+    parser.option(
+        "--final_div_factor", type=number(1e-9), shown="recipe", help="one-cycle ends at start / final_div_factor"
+    )
+    parser.option(
+        "--warmup_epochs", type=number(), default=0.0, help="straight rise of the lr before any scheduler but one-cycle"
+    )
+    parser.option(
+        "--loss",
+        type=one_of(["ce", "bce"]),
+        shown="recipe",
+        metavar="ce|bce",
+        help="cross-entropy, or binary cross-entropy of the softmax",
+    )
+    parser.option("--label_smoothing", type=number(0, 1), default=0.0, help="of the mixed target")
+    parser.option("--clip_grad", type=number(), default=0.0, help="largest gradient norm; 0: no limit")
+    parser.option(
+        "--ema",
+        type=number(0, 1),
+        default=0.0,
+        help="decay of an average of the weights, evaluated and saved beside them",
+    )
+    parser.option(
+        "--dropout", type=number(0, 1), default=0.0, help="in the wide networks; the recipe saliencymix sets 0.3 there"
+    )
+    parser.option(
+        "--trad_augment", "--data_augmentation", type=yes_no, shown="recipe", help="random crop and horizontal flip"
+    )
+    parser.option("--crop_padding", type=whole(), shown="recipe", help="black pixels around the image before the crop")
+    parser.option("--drop_last", type=yes_no, shown="recipe", help="leave out the last, short batch")
+    parser.option("--labels_per_class", type=whole(), default=0, help="keep N training images of each class; 0: all")
+    parser.option(
+        "--valid_labels_per_class",
+        type=whole(),
+        default=0,
+        help="N other training images of each class become a validation part, on which the best epoch is chosen",
+    )
+    parser.option(
+        "--eval_every", type=whole(1), default=1, help="epochs between evaluations; the last is always evaluated"
+    )
+
+    parser.group("output")
+    parser.option("--root_dir", "--output_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
+    parser.option("--name", "--tag", "--add_name", "--expname", shown="METHOD_date-time", help="name of the run")
+    parser.option("--overwrite", type=yes_no, default=False, help="start anew in a folder that holds a run")
+    parser.option("--log_off", type=yes_no, default=False, help="write no file at all")
+    parser.option(
+        "--save_every",
+        "--save_epoch",
+        type=whole(),
+        default=0,
+        metavar="N",
+        help="keep epoch_NNN.pt every N epochs; 0: never",
+    )
+    parser.option(
+        "--vis_epoch", type=whole(), default=0, metavar="N", help="a picture of a mixed batch every N epochs; 0: never"
+    )
+    parser.option("--print_freq", type=whole(1), default=100, help="steps between looks at the loss")
+    parser.option("--no_progress", type=yes_no, default=False, help="plain lines instead of progress bars")
+    parser.option(
+        "--use_tensorboard", type=yes_no, default=False, help="log to TensorBoard too (pip install tensorboard)"
+    )
+    parser.option("--use_wandb", type=yes_no, default=False, help="log to Weights & Biases too (pip install wandb)")
+    parser.option("--wandb_project", default="saliency-mixing")
+    parser.option("--wandb_entity")
+    parser.option("--wandb_name", shown="the run's")
+    parser.option("--wandb_offline", type=yes_no, default=False)
+    parser.option("--wandb_key", help="better: the environment variable WANDB_API_KEY")
+
+
+def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
+    parser.group("mixing")
+    parser.option("--mix_prob", type=number(0, 1), shown="by method", help="chance that a batch is mixed")
+    parser.option(
+        "--saliency_probab", "--salmix_prob", type=number(0, 1), metavar="P", help="--method saliencymix --mix_prob P"
+    )
+    parser.option(
+        "--cutmix_probab", "--cutmix_prob", type=number(0, 1), metavar="P", help="--method cutmix --mix_prob P"
+    )
+    parser.option(
+        "--train",
+        type=one_of(["vanilla", "mixup", "mixup_hidden"]),
+        metavar="NAME",
+        help="Puzzle Mix's name for --method: vanilla, mixup (with --box: cutmix), mixup_hidden",
+    )
+    parser.option("--box", type=yes_no, default=False, help="with --train mixup: cutmix")
+    parser.option("--mixup_alpha", "--alpha", type=number(), shown="by method", help="lam ~ Beta(alpha, alpha)")
+    parser.option("--in_batch", type=yes_no, default=False, help="an own lam for each image instead of one a batch")
+    parser.option("--per_sample", type=yes_no, help="cutmix, saliencymix: an own box for each image")
+    parser.option(
+        "--cutmix_box",
+        type=one_of(["integer", "real"]),
+        shown="integer; recipe puzzle real",
+        metavar="KIND",
+        help="cutmix: how edges are rounded",
+    )
+    parser.option(
+        "--saliency", type=one_of(sources, source_aliases), shown="by method", metavar="SOURCE", help=", ".join(sources)
+    )
+    parser.option(
+        "--saliency_scope",
+        type=one_of(["sample", "batch"]),
+        default="sample",
+        metavar="sample|batch",
+        help="saliencymix: a box for each image, or one for the batch as published",
+    )
+    parser.option(
+        "--saliency_legacy_float",
+        type=yes_no,
+        default=False,
+        help="saliencymix as the published code runs: --saliency float_bytes --saliency_scope batch",
+    )
+    parser.option("--cutout", type=yes_no, default=False, help="a hole in every training image, with any method")
+    parser.option("--cutout_length", type=whole(1), default=16, help="side of the hole in pixels")
+    parser.option("--n_holes", type=whole(1), default=1, help="holes an image")
+    parser.option("--mix_fraction", "--prob_mix", type=number(0, 1), default=1.0, help="share of a batch that is mixed")
+    parser.option(
+        "--mix_schedule",
+        type=one_of(["fixed", "scheduled", "delayed"]),
+        default="fixed",
+        metavar="KIND",
+        help="mix_fraction throughout, on a ramp up to --mix_scheduled_epoch, or only after it",
+    )
+    parser.option("--mix_scheduled_epoch", type=whole(), default=0, metavar="EPOCH")
+    parser.option("--mix_off_epoch", type=whole(), default=0, metavar="N", help="no mixing in the last N epochs")
+
+
+def translate(typed: dict) -> tuple[dict, list[str]]:
+    """Shorthands and older names, put in today's terms: the options, and a line for each translation worth showing.
+
+    Raises ValueError where two methods are asked for at once, or more than one GPU.
+    """
+    typed, lines = dict(typed), []
+    named = {"--method " + " ".join(typed["method"]): typed["method"]} if "method" in typed else {}
+    for option, method in (("saliency_probab", "saliencymix"), ("cutmix_probab", "cutmix")):
+        if chance := typed.pop(option, 0):
+            named[f"--{option} {chance:g}"] = [method]
+            typed["mix_prob"] = chance
+    box = typed.pop("box", False)
+    if train := typed.pop("train", None):
+        old = f"--train {train}" + (" --box" if box else "")
+        named[old] = (
+            ["cutmix"]
+            if box and train == "mixup"
+            else [{"vanilla": "none", "mixup_hidden": "manifold"}.get(train, train)]
+        )
+        lines.append(f"{old} is --method {named[old][0]}")
+    if len({tuple(methods) for methods in named.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(named)} name different methods: give one (several drawn per batch: --method A B)"
+        )
+    if named:
+        typed["method"] = next(iter(named.values()))
+    if typed.pop("use_fp16", False):
+        typed["amp"] = "fp16"
+    if (gpus := typed.pop("ngpu", None)) is not None:
+        if gpus > 1:
+            raise ValueError(f"--ngpu {gpus}: this script uses one device; name it with --device")
+        typed["device"] = "cuda" if gpus else "cpu"
+    if typed.pop("saliency_legacy_float", False):
+        typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
+        lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
+    if "per_sample" in typed and "saliencymix" in typed.get("method", []):
+        typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
+    return typed, lines
+
+
+def without_effect(typed: dict, group_of: dict, used: set[str]) -> list[str]:
+    """The typed options of the group `mixing` that no chosen method reads."""
+    always = {"mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch", "cutout"}
+    holes = {"cutout_length", "n_holes"} if typed.get("cutout") else set()
+    return sorted(f"--{key}" for key in typed if group_of.get(key) == "mixing" and key not in used | always | holes)
+
+
+def check_resume(typed: dict, saved: dict) -> None:
+    """Raise UserError, with both values of each, where typed options differ from those a run was started with."""
+    differ = [
+        (key, saved[key], value)
+        for key, value in typed.items()
+        if key in saved and key not in MAY_DIFFER and key != "recipe" and saved[key] != value
+    ]
+    if differ:
+        width = max(len(key) for key, _, _ in differ)
+        rows = "\n".join(f"  --{key:<{width}}  {old}  ->  {new}" for key, old, new in differ)
+        raise UserError(
+            f"the run to continue has other options (saved -> given):\n{rows}\n"
+            "leave them out to continue it, or say --force_config"
+        )
+    if saved.get("scheduler") == "onecycle" and typed.get("epochs", saved.get("epochs")) != saved.get("epochs"):
+        raise UserError(
+            f"--epochs {typed['epochs']}: the one-cycle schedule of this run was laid out for {saved['epochs']} epochs; "
+            "its length is part of the schedule, so start a new run (--init_from takes its weights)"
+        )
+
+
+def check_together(options: dict) -> None:
+    """Raise ValueError, with the remedy, for options that exclude each other."""
+    if options["compile"] and "manifold" in options["method"]:
+        raise ValueError(
+            "--compile: manifold mixup hooks a layer, and a compiled network ignores hooks; leave out --compile"
+        )
+    if options["loss"] == "bce" and options["label_smoothing"]:
+        raise ValueError("--label_smoothing: --loss bce has no such form; use --loss ce")
+    if options["evaluate"] and not options["checkpoint"]:
+        raise ValueError("--evaluate needs --checkpoint, the file to evaluate")
+    if options["init_from"] and options["checkpoint"] not in (None, "auto"):
+        raise ValueError("--init_from starts a new run and --checkpoint continues one; give one of them")
+    if options["scheduler"] == "multistep" and len(options["gammas"]) not in (1, len(options["schedule"])):
+        raise ValueError(
+            f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of --schedule; "
+            "give one for all, or one each"
+        )
+    if options["saliency_scope"] == "batch" and options["in_batch"] and "saliencymix" in options["method"]:
+        raise ValueError("--in_batch draws a lam for each image and so excludes --saliency_scope batch")
+    if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
+        raise ValueError(
+            f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, the epoch at which it is reached"
+        )

@@ -1,0 +1,126 @@
+"""Published training set-ups, `--recipe NAME`: each fills in the options that were not given. A typed option always wins.
+
+`shapes` is ours; `saliencymix` Uddin et al. (arXiv 2006.01791); `puzzle` the setting that Puzzle Mix, Co-Mixup and SAGE
+share (300 epochs); `rmix` R-Mix (arXiv 2212.04875).
+"""
+
+SGD = {"momentum": 0.9, "nesterov": True}
+RECIPES = {
+    "shapes": {
+        "model": "resnet20",
+        "dataset": "shapes",
+        "epochs": 12,
+        "batch_size": 64,
+        **SGD,
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "scheduler": "onecycle",
+        "schedule": [6, 9],
+        "gammas": [0.1],
+        "div_factor": 25.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "ce",
+        "trad_augment": True,
+        "crop_padding": 2,
+        "drop_last": False,
+        "vis_epoch": 12,
+    },
+    "saliencymix": {
+        "model": "resnet50",
+        "dataset": "cifar10",
+        "epochs": 200,
+        "batch_size": 128,
+        **SGD,
+        "lr": 0.1,
+        "weight_decay": 5e-4,
+        "scheduler": "multistep",
+        "schedule": [60, 120, 160],
+        "gammas": [0.2],
+        "div_factor": 25.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "ce",
+        "trad_augment": False,
+        "crop_padding": 4,
+        "drop_last": False,
+    },
+    "puzzle": {
+        "model": "preactresnet18",
+        "dataset": "cifar100",
+        "epochs": 300,
+        "batch_size": 100,
+        **SGD,
+        "lr": 0.2,
+        "weight_decay": 1e-4,
+        "scheduler": "multistep",
+        "schedule": [100, 200],
+        "gammas": [0.1],
+        "div_factor": 25.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "bce",
+        "trad_augment": True,
+        "crop_padding": 2,
+        "drop_last": False,
+    },
+    "rmix": {
+        "model": "preactresnet18",
+        "dataset": "cifar100",
+        "epochs": 300,
+        "batch_size": 100,
+        **SGD,
+        "lr": 0.2,
+        "weight_decay": 1e-4,
+        "scheduler": "onecycle",
+        "schedule": [150, 225],
+        "gammas": [0.1],
+        "max_lr": 0.29947526988779305,
+        "div_factor": 100.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "ce",
+        "trad_augment": True,
+        "crop_padding": 2,
+        "drop_last": True,
+    },
+}
+PUZZLE_FAMILY = {"mixup", "manifold"}
+
+
+def recipe_for(methods: list[str], dataset: str | None, named: bool) -> str:
+    """The recipe of `--recipe auto`. named: whether the user chose a method, a model or a data set at all."""
+    if dataset == "shapes" or not named:
+        return "shapes"
+    return "puzzle" if methods[0] in PUZZLE_FAMILY else "saliencymix"
+
+
+def recipe_options(name: str, *, methods: list[str], dataset: str | None, model: str | None) -> dict[str, object]:
+    """The options of a recipe for this method, data set and model (None: the recipe's own)."""
+    options = dict(RECIPES[name])
+    dataset, model = dataset or options["dataset"], model or options["model"]
+    if name == "saliencymix" and model.startswith("wrn"):
+        options["dropout"] = 0.3
+    if dataset == "tiny-imagenet":
+        options["crop_padding"] = 4
+        if len(methods) == 1 and methods[0] in ("mixup", "manifold", "cutmix"):
+            options["mixup_alpha"] = 0.2
+    if name == "puzzle" and methods == ["cutmix"]:
+        options |= {"mix_prob": 1.0, "cutmix_box": "real"}
+    return options
+
+
+def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
+    """Every option: what was typed, else what was saved (--config, a checkpoint), else the recipe's, else the default."""
+    given = {**saved, **typed}
+    methods, dataset = given.get("method") or defaults["method"], given.get("dataset")
+    name = typed.get("recipe") or saved.get("recipe") or "auto"
+    if name == "auto":
+        name = recipe_for(methods, dataset, bool({"method", "model", "dataset"} & given.keys()))
+    recipe = recipe_options(name, methods=methods, dataset=dataset, model=given.get("model"))
+    if "lr" in given and "max_lr" not in given:
+        recipe.pop("max_lr", None)  # the peak of one-cycle is then the given lr
+    unknown = recipe.keys() - defaults.keys()
+    if unknown:
+        raise KeyError(f"recipe {name} sets options that do not exist: {sorted(unknown)}")
+    return {**defaults, **recipe, **given, "recipe": name}

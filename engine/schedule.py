@@ -1,0 +1,54 @@
+"""Learning-rate schedules, all stepped once an iteration, so that there is one rule for when to step."""
+
+import math
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer,
+    *,
+    scheduler: str,
+    epochs: int,
+    steps_per_epoch: int,
+    schedule: list[int],
+    gammas: list[float],
+    warmup_epochs: float,
+    max_lr: float | None,
+    div_factor: float,
+    pct_start: float,
+    final_div_factor: float,
+) -> LRScheduler:
+    """scheduler: multistep, cosine, linear or constant, which change the lr between epochs, or onecycle at every iteration.
+
+    Warm-up moves at every iteration too. max_lr None: the optimizer's lr is the peak.
+
+    One-cycle is torch's: it moves the momentum too, between 0.95 at both ends and 0.85 at the peak.
+    """
+    if scheduler == "onecycle":
+        return OneCycleLR(
+            optimizer,
+            max_lr or optimizer.param_groups[0]["lr"],
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            div_factor=div_factor,
+            pct_start=pct_start,
+            final_div_factor=final_div_factor,
+        )
+    if scheduler == "multistep" and len(gammas) == 1:
+        gammas = gammas * len(schedule)
+    warmup_steps = warmup_epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        epoch = step // steps_per_epoch
+        warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+        if scheduler == "multistep":
+            return warm * math.prod(gamma for start, gamma in zip(schedule, gammas, strict=True) if epoch >= start)
+        if scheduler == "cosine":
+            return warm * (1 + math.cos(math.pi * min(1.0, epoch / epochs))) / 2
+        if scheduler == "linear":
+            return warm * max(0.0, 1 - epoch / epochs)
+        return warm
+
+    return LambdaLR(optimizer, factor)

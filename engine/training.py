@@ -1,0 +1,168 @@
+"""What a training run carries from epoch to epoch: built, saved, and taken up again exactly where it stopped."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from engine.checkpoint import FORMAT, save_checkpoint, versions
+from engine.cli import UserError
+from engine.device import rng_state, set_rng_state
+from engine.log import SECRET, RunFolder
+from engine.loop import NotFinite
+from engine.schedule import build_scheduler
+
+
+def pick(options: dict, function: Callable) -> dict:
+    """Those of the options that are parameters of `function`."""
+    return {key: options[key] for key in inspect.signature(function).parameters if key in options}
+
+
+@dataclass
+class Parts:
+    """Everything whose state decides how training goes on."""
+
+    model: torch.nn.Module
+    mixer: object
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler | None
+    ema: AveragedModel | None
+
+    def state(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": plain_state(self.scheduler),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "method": self.mixer.state_dict(),
+            "rng": [rng_state()],
+        }
+
+    def load(self, saved: dict) -> None:
+        """Take up the state of a checkpoint; the random generators last, since building things draws from them."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        if self.scaler and saved["scaler"]:
+            self.scaler.load_state_dict(saved["scaler"])
+        if self.ema and saved["ema"]:
+            self.ema.module.load_state_dict(saved["ema"])
+            self.ema.n_averaged.fill_(saved["step"])
+        self.mixer.load_state_dict(saved["method"])
+        set_rng_state(saved["rng"][0])
+
+
+def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
+    """The scheduler's state without functions, which no weights-only load accepts; building it made them anew anyway."""
+    plain = (int, float, str, bool, list, type(None))
+    return {key: value for key, value in scheduler.state_dict().items() if isinstance(value, plain)}
+
+
+def build_parts(
+    model: torch.nn.Module, mixer, options: dict, *, steps_per_epoch: int, precision: torch.dtype | None
+) -> Parts:
+    """Optimizer, schedule, scaler and weight average for `model` by the options of those names. Raises ValueError for bad ones."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        options["lr"],
+        momentum=options["momentum"],
+        weight_decay=options["weight_decay"],
+        nesterov=options["nesterov"] and options["momentum"] > 0,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    scheduler = build_scheduler(optimizer, steps_per_epoch=steps_per_epoch, **pick(options, build_scheduler))
+    scaler = torch.amp.GradScaler(device.type) if precision is torch.float16 else None
+    ema = (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)
+        if options["ema"]
+        else None
+    )
+    return Parts(model, mixer, optimizer, scheduler, scaler, ema)
+
+
+def save(
+    run: RunFolder,
+    parts: Parts,
+    *,
+    options: dict,
+    history: list[dict],
+    best: dict,
+    steps: int,
+    classes: list[str],
+    image_size: int,
+    mean: tuple,
+    std: tuple,
+    improved: bool,
+    save_every: int,
+) -> None:
+    """best.pt on improvement, epoch_NNN.pt when asked for, and last of all last.pt: only then the epoch counts as done."""
+    if run.off:
+        return
+    epoch = len(history)
+    content = {
+        "format": FORMAT,
+        "epoch": epoch,
+        "step": steps,
+        **parts.state(),
+        "config": {k: v for k, v in options.items() if k not in SECRET},
+        "classes": list(classes),
+        "num_classes": len(classes),
+        "image_size": image_size,
+        "mean": list(mean),
+        "std": list(std),
+        "history": history,
+        "best": best,
+        "versions": versions(),
+    }
+    if improved:
+        save_checkpoint(run.path / "best.pt", content)
+    if save_every and epoch % save_every == 0:
+        save_checkpoint(run.path / f"epoch_{epoch:03d}.pt", content)
+    save_checkpoint(run.path / "last.pt", content, keep_previous=True)
+
+
+@contextmanager
+def stop_well(run: RunFolder, parts: Parts, done: int):
+    """Around an epoch: a loss that is no number and Ctrl-C end with the way to go on. done: epochs finished before."""
+    last = run.path / "last.pt"
+    go_on = (
+        f"epoch {done} is in {last}: continue with --checkpoint {last}"
+        if done and not run.off
+        else "no epoch was finished, so nothing is kept"
+    )
+    try:
+        yield
+    except NotFinite as error:
+        saved = ""
+        if not run.off:
+            save_checkpoint(
+                run.path / "nonfinite.pt", {"model": parts.model.state_dict(), "step": error.step, "index": error.index}
+            )
+            saved = f"; weights and the batch's image numbers are in {run.path / 'nonfinite.pt'}"
+        scale = f", loss scale {parts.scaler.get_scale():g}" if parts.scaler else ""
+        raise UserError(
+            f"{error}, lr {parts.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
+            f"try a lower --lr, --clip_grad 1, or --amp bf16 or off; {go_on}"
+        ) from error
+    except KeyboardInterrupt:
+        print(f"\n{go_on}", file=sys.stderr)
+        raise
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Highest memory use so far: of the device's allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

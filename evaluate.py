@@ -1,0 +1,178 @@
+"""Evaluate trained classifiers: python evaluate.py --model_path runs/cifar10/resnet20/my_run"""
+
+import time
+from pathlib import Path
+
+from engine.cli import Parser, UserError, one_of, run, whole, yes_no
+from engine.options import data_options, device_options
+from models import ALIASES as MODEL_ALIASES
+from models import MODELS, build_model, matching_models
+
+DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
+IGNORED = (
+    "cutout",
+    "trad_augment",
+    "log_off",
+    "parallel",
+    "evaluate",
+)  # other codes take them here; they change nothing
+
+
+def build_parser() -> Parser:
+    parser = Parser("Evaluate one or more trained classifiers on the test images, which are never augmented.")
+    parser.group("what")
+    parser.option(
+        "--model_path",
+        "--checkpoint",
+        "--resume",
+        nargs="+",
+        metavar="PATH",
+        help="files of weights, or run folders (best.pt)",
+    )
+    parser.option("--task", type=one_of(["accuracy"]), default="accuracy", metavar="NAME", help="accuracy")
+    parser.option(
+        "--model", "--arch", "--model_name", type=one_of(MODELS, MODEL_ALIASES), metavar="NAME", shown="from the file"
+    )
+    parser.option("--batch_size", "-b", type=whole(1), default=500)
+    parser.option("--topk", type=whole(1), nargs="+", default=[1, 5], metavar="K", help="accuracies to print")
+    parser.option("--ema", type=yes_no, default=False, help="use the averaged weights of a run with --ema")
+    parser.option("--per_class", type=yes_no, default=False, help="a table of the classes")
+    parser.option("--confusion", metavar="FILE.png", help="a picture of what is mistaken for what")
+    parser.option(
+        "--ece", type=whole(), metavar="BINS", default=15, help="bins of the calibration error; 0: leave it out"
+    )
+    parser.option("--output", metavar="FILE.json", help="everything as JSON: scores, classes, confusion")
+    data_options(parser)
+    device_options(parser)
+    parser.group("taken and ignored")
+    for name in IGNORED:
+        parser.option(f"--{name}", type=yes_no, help="no effect here")
+    parser.defaults["amp"] = "off"
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Evaluate every file; returns what --output holds."""
+    parser = build_parser()
+    typed = parser.read(argv)
+    if "model_path" not in typed:
+        parser.error("--model_path FILE: which classifier shall be evaluated?")
+    if "confusion" in typed and len(typed["model_path"]) > 1:
+        parser.error("--confusion draws one classifier; give one --model_path")
+    if ignored := [f"--{name}" for name in IGNORED if name in typed]:
+        print(f"note: without effect on an evaluation: {', '.join(ignored)}")
+
+    from engine.classifier import SavedClassifier
+    from engine.data import load_data
+    from engine.device import choose_device, choose_precision, prepare
+    from engine.files import write_json
+    from engine.progress import over
+    from engine.training import pick
+
+    device = choose_device({**parser.defaults, **typed}["device"])
+    prepare(device, seed=0, deterministic=False)
+    results, loaded = [], {}
+    for path in typed["model_path"]:
+        file = SavedClassifier(best_of(path), averaged=typed.get("ema", False))
+        trained_with = {key: file.options[key] for key in ("model", *DATA_KEYS) if key in file.options}
+        options = {**parser.defaults, **trained_with, **typed}
+        if not options["dataset"]:
+            parser.error(f"--dataset: {path} does not say what it was trained on; name it")
+        key = str({name: options[name] for name in DATA_KEYS})
+        if key not in loaded:
+            loaded[key] = load_data(progress=over, **pick(options, load_data))
+            print("\n".join([loaded[key].test.summary("test"), *(f"note: {line}" for line in loaded[key].warnings)]))
+        results.append(evaluate(file, loaded[key], options, device, choose_precision(options["amp"], device)[0]))
+    print_table(results, options["topk"])
+    if "output" in typed:
+        write_json(Path(typed["output"]), {"results": results})
+    if len(results) == 1:
+        print_details(results[0], options)
+    return results
+
+
+def best_of(path: str) -> Path:
+    """A file, or the best.pt of a run folder."""
+    place = Path(path)
+    if place.is_dir() and not (place / "best.pt").is_file():
+        raise UserError(f"{place}: this folder holds no best.pt; give a file, or the folder of a run")
+    return place / "best.pt" if place.is_dir() else place
+
+
+def evaluate(file, data, options: dict, device, precision) -> dict:
+    """All the numbers about one classifier on the test images."""
+    import torch
+
+    from engine.batches import Batches
+    from engine.loop import predict, scores
+    from engine.metrics import calibration_error, confusion_matrix
+    from engine.progress import Progress, bars_wanted
+
+    count = len(data.classes)
+    model = file.build(
+        build_model, matching_models, model=options["model"], num_classes=count, image_size=data.image_size
+    )
+    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+    test = Batches(
+        data.test, options["batch_size"], device=device, mean=data.mean, std=data.std, workers=options["workers"]
+    )
+    begin = time.perf_counter()
+    with Progress(str(file.path), len(test), bar=bars_wanted(False), lines=False) as bar:
+        logits, labels = predict(model.to(device, memory_format=layout), test, precision=precision, progress=bar.show)
+    seconds = time.perf_counter() - begin
+    confusion = confusion_matrix(logits.argmax(1), labels, count).cpu()
+    per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
+    result = {
+        "file": str(file.path),
+        "epoch": file.epoch,
+        "images": len(labels),
+        **scores(logits, labels, tuple(options["topk"])),
+    }
+    if options["ece"]:
+        result["ece"] = 100 * calibration_error(logits, labels, options["ece"])
+    return result | {
+        "seconds": seconds,
+        "classes": data.classes,
+        "per_class_top1": per_class.tolist(),
+        "confusion": confusion.tolist(),
+    }
+
+
+def print_table(results: list[dict], topk: list[int]) -> None:
+    """A row a file."""
+    tops = [f"top{k}" for k in topk if f"top{k}" in results[0]]
+    width = max(len(result["file"]) for result in results)
+    ece = "  ECE (%)" if "ece" in results[0] else ""
+    print(
+        f"{'file':{width}}  epoch  images     loss  "
+        + "  ".join(f"{'top-' + top[3:]:>6}" for top in tops)
+        + ece
+        + "  seconds"
+    )
+    for result in results:
+        epoch = "-" if result["epoch"] is None else result["epoch"]
+        row = f"{result['file']:{width}}  {epoch:>5}  {result['images']:>6}  {result['loss']:7.4f}  "
+        row += "  ".join(f"{result[top]:6.2f}" for top in tops)
+        print(row + (f"  {result['ece']:7.2f}" if ece else "") + f"  {result['seconds']:7.1f}")
+
+
+def print_details(result: dict, options: dict) -> None:
+    """What is shown of a single classifier only; its accuracy comes last."""
+    import torch
+
+    from engine.draw import confusion
+
+    if options["per_class"]:
+        width = max(map(len, result["classes"]))
+        for name, accuracy in zip(result["classes"], result["per_class_top1"], strict=True):
+            print(f"  {name:{width}}  {accuracy:6.2f}")
+    if options["confusion"]:
+        title = f"{Path(result['file']).name}: percent of each true class"
+        confusion(Path(options["confusion"]), torch.tensor(result["confusion"]), result["classes"], title)
+        print(f"confusion drawn in {options['confusion']}")
+    tops = [key for key in result if key.startswith("top")]
+    print("  ".join(f"Top-{key[3:]} Accuracy: {result[key]:.2f}%" for key in tops))
+
+
+if __name__ == "__main__":
+    run(main)

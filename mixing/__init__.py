@@ -1,0 +1,64 @@
+"""Mixing methods: `mixer(images, targets, source) -> mixed images, soft targets`. Importing this package does not import torch."""
+
+import inspect
+from importlib import import_module
+
+MIXERS = {  # name -> (module, class)
+    "none": ("mixing.base", "NoMix"),
+    "cutout": ("mixing.cutout", "Cutout"),
+    "mixup": ("mixing.mixup", "Mixup"),
+    "manifold": ("mixing.manifold", "ManifoldMixup"),
+    "cutmix": ("mixing.cutmix", "CutMix"),
+    "saliencymix": ("mixing.saliencymix", "SaliencyMix"),
+}
+ALIASES = {"vanilla": "none", "baseline": "none", "input": "mixup", "mixup_hidden": "manifold"}
+
+
+def __getattr__(name: str):
+    """`from mixing import SaliencyMix` without importing every method."""
+    for module, cls in MIXERS.values():
+        if cls == name:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'mixing' has no attribute {name!r}")
+
+
+def mixer_class(name: str):
+    """The class of the method `name`. Raises ValueError for an unknown name."""
+    name = ALIASES.get(name, name)
+    if name not in MIXERS:
+        raise ValueError(f"unknown mixing method {name!r}; there are {', '.join(MIXERS)}")
+    module, cls = MIXERS[name]
+    return getattr(import_module(module), cls)
+
+
+def hyper_parameters(name: str) -> dict:
+    """Name -> default of everything the method `name` can be told."""
+    signature = inspect.signature(mixer_class(name).__init__)
+    return {
+        key: p.default for key, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and key != "self"
+    }
+
+
+def build_mixer(name: str, /, **options):
+    """The method `name` with those of `options` that it knows and that are not None; the others are left alone."""
+    known = hyper_parameters(name)
+    return mixer_class(name)(**{k: v for k, v in options.items() if k in known and v is not None})
+
+
+def compose(names: list[str], options: dict, make_source):
+    """The mixer for `--method names` with all its options around it, and its saliency source.
+
+    Several names: one of them is drawn for every batch. options: by flag name; make_source(default source's name, or None)
+    gives a source or None. Raises ValueError for a hyper-parameter out of range.
+    """
+    from mixing.base import Chain, Choice, Partly
+
+    mixers = [build_mixer(name, **options) for name in names]
+    sources = [make_source(mixer.default_source) for mixer in mixers]
+    mixer = mixers[0] if len(mixers) == 1 else Choice(mixers, sources)
+    schedule = {key: options[key] for key in ("mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch")}
+    if schedule["mix_fraction"] < 1 or schedule["mix_off_epoch"] or schedule["mix_schedule"] != "fixed":
+        mixer = Partly(mixer, **schedule)
+    if options["cutout"] and names != ["cutout"]:
+        mixer = Chain([build_mixer("cutout", **options), mixer])
+    return mixer, next((source for source in sources if source is not None), None)

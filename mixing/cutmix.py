@@ -1,0 +1,64 @@
+"""CutMix: the same window of a partner image, pasted.
+
+Yun et al., ICCV 2019, arXiv 1905.04899, Sec. 3.1. One box a batch, as its code has it; per_sample draws one for each image.
+"""
+
+import torch
+
+from mixing.base import Mixer, boxes_around, check_probability, draw_lam, draw_partner, paste
+
+
+def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """As boxes_around, but with real centres on [0, n) and real sides; only the clipped edges are cut to whole pixels.
+
+    The form of the Puzzle Mix family of codes (Puzzle Mix, Co-Mixup, SAGE).
+    """
+    half = (1.0 - lam).sqrt() / 2
+    half_height, half_width = height * half, width * half
+    return torch.stack(
+        [
+            (rows - half_height).clamp(0, height),
+            (rows + half_height).clamp(0, height),
+            (columns - half_width).clamp(0, width),
+            (columns + half_width).clamp(0, width),
+        ],
+        dim=-1,
+    ).long()
+
+
+class CutMix(Mixer):
+    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch (which implies per_sample).
+
+    mix_prob: chance that a batch is mixed. cutmix_box: `integer` (original code) or `real` (Puzzle Mix family) box edges.
+    """
+
+    def __init__(
+        self,
+        mixup_alpha: float = 1.0,
+        mix_prob: float = 0.5,
+        per_sample: bool = False,
+        in_batch: bool = False,
+        cutmix_box: str = "integer",
+    ):
+        if mixup_alpha <= 0:
+            raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
+        if cutmix_box not in ("integer", "real"):
+            raise ValueError(f"cutmix_box must be integer or real, got {cutmix_box!r}")
+        self.mixup_alpha, self.in_batch = mixup_alpha, in_batch
+        self.mix_prob = check_probability("mix_prob", mix_prob)
+        self.per_sample, self.cutmix_box = per_sample or in_batch, cutmix_box
+
+    def __call__(self, images, targets, source=None):
+        if torch.rand(()) >= self.mix_prob:
+            return images, targets
+        height, width = images.shape[-2:]
+        lam = draw_lam(self.mixup_alpha, images, self.in_batch)
+        partner = draw_partner(images)
+        boxes = len(images) if self.per_sample else 1
+        rows = torch.rand(boxes, device=images.device) * height
+        columns = torch.rand(boxes, device=images.device) * width
+        if self.cutmix_box == "integer":
+            box = boxes_around(rows.long(), columns.long(), lam, height, width)
+        else:
+            box = boxes_real(rows, columns, lam, height, width)
+        return paste(images, targets, partner, box)

@@ -1,0 +1,33 @@
+"""Cutout: a square hole in every image.
+
+DeVries and Taylor, arXiv 1708.04552, Sec. 3: the centre may lie anywhere in the image, so the hole can reach over the
+border; it is filled with 0 after normalisation, the mean colour. Labels stay. A training transform: evaluation never uses it.
+"""
+
+import torch
+
+from mixing.base import Mixer, box_mask
+
+
+def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """Zeros in a square of side 2 (length // 2) around each of the given pixels. images (B, C, H, W), rows, columns (B, holes)."""
+    height, width = images.shape[-2:]
+    half = length // 2
+    boxes = torch.stack([rows - half, rows + half, columns - half, columns + half], dim=-1)  # (B, holes, 4)
+    holes = box_mask(boxes.flatten(0, 1), height, width).view(len(images), -1, height, width).any(1, keepdim=True)
+    return images.masked_fill(holes, 0.0)
+
+
+class Cutout(Mixer):
+    """n_holes holes of side cutout_length in every image."""
+
+    def __init__(self, cutout_length: int = 16, n_holes: int = 1):
+        if cutout_length < 1 or n_holes < 1:
+            raise ValueError(f"cutout_length and n_holes must be at least 1, got {cutout_length} and {n_holes}")
+        self.cutout_length, self.n_holes = cutout_length, n_holes
+
+    def __call__(self, images, targets, source=None):
+        shape, device = (len(images), self.n_holes), images.device
+        rows = torch.randint(images.shape[-2], shape, device=device)
+        columns = torch.randint(images.shape[-1], shape, device=device)
+        return erase(images, rows, columns, self.cutout_length), targets

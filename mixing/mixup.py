@@ -1,0 +1,25 @@
+"""Mixup: a straight blend of two images.
+
+Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, the same for the labels.
+"""
+
+import torch
+
+from mixing.base import Mixer, blend, check_probability, draw_lam, draw_partner
+
+
+class Mixup(Mixer):
+    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch is mixed."""
+
+    def __init__(self, mixup_alpha: float = 1.0, mix_prob: float = 1.0, in_batch: bool = False):
+        if mixup_alpha < 0:
+            raise ValueError(f"mixup_alpha must not be negative, got {mixup_alpha}")
+        self.mixup_alpha, self.in_batch = mixup_alpha, in_batch
+        self.mix_prob = check_probability("mix_prob", mix_prob)
+
+    def __call__(self, images, targets, source=None):
+        if torch.rand(()) >= self.mix_prob:
+            return images, targets
+        lam = draw_lam(self.mixup_alpha, images, self.in_batch)
+        partner = draw_partner(images)
+        return blend(images, partner, lam), blend(targets, partner, lam)

@@ -1,0 +1,45 @@
+"""SaliencyMix: paste the patch around the most salient pixel of a partner image.
+
+Uddin et al., ICLR 2021, arXiv 2006.01791, Sec. 3.1-3.2. One box for each image, as the text has it; the authors' code
+takes one box, of the first partner, for the whole batch: saliency_scope="batch".
+"""
+
+import torch
+
+from mixing.base import Mixer, boxes_around, check_probability, draw_lam, draw_partner, paste
+
+
+def peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 2: row and column, each (B,), of the first maximum of saliency (B, H, W) in row-major order."""
+    first = saliency.flatten(1).argmax(1)
+    return first // saliency.shape[-1], first % saliency.shape[-1]
+
+
+class SaliencyMix(Mixer):
+    """lam ~ Beta(mixup_alpha, mixup_alpha), 1.0 being the paper's uniform draw; one a batch, or one an image with in_batch.
+
+    mix_prob: chance that a batch is mixed. saliency_scope: `sample` (a box for each image) or `batch` (one for all).
+    """
+
+    default_source = "fine_grained"
+
+    def __init__(
+        self, mixup_alpha: float = 1.0, mix_prob: float = 0.5, saliency_scope: str = "sample", in_batch: bool = False
+    ):
+        if mixup_alpha <= 0:
+            raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
+        if saliency_scope not in ("sample", "batch"):
+            raise ValueError(f"saliency_scope must be sample or batch, got {saliency_scope!r}")
+        if in_batch and saliency_scope == "batch":
+            raise ValueError("in_batch draws a lam for each image and so needs saliency_scope sample")
+        self.mixup_alpha, self.in_batch, self.saliency_scope = mixup_alpha, in_batch, saliency_scope
+        self.mix_prob = check_probability("mix_prob", mix_prob)
+
+    def __call__(self, images, targets, source):
+        if torch.rand(()) >= self.mix_prob:
+            return images, targets
+        lam = draw_lam(self.mixup_alpha, images, self.in_batch)
+        partner = draw_partner(images)
+        looked_at = partner if self.saliency_scope == "sample" else partner[:1]
+        rows, columns = peaks(source(images[looked_at], targets[looked_at]))
+        return paste(images, targets, partner, boxes_around(rows, columns, lam, *images.shape[-2:]))

@@ -1,0 +1,175 @@
+"""ResNets for small images.
+
+He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: resnet18 to resnet152 are the networks of
+Table 1 with torchvision's parameter names, but a 3x3 stem and no max-pooling; resnet20 to resnet110 are the narrow
+networks of Sec. 4.2 (16-32-64 channels, parameter-free shortcuts, option A).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def init_kaiming(model: nn.Module) -> None:
+    """He initialisation of every convolution, fan-out mode, as torchvision's ResNet has it."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class BasicBlock(nn.Module):
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """Stride on the 3x3 convolution, as in torchvision ("v1.5")."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + shortcut)
+
+
+class ResNet(nn.Module):
+    """(B, 3, H, W) -> (B, num_classes). torchvision's names; 3x3 stem of the given stride, no max-pooling."""
+
+    stages = ("layer1", "layer2", "layer3", "layer4")
+
+    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width = 64
+        for stage, (depth, channels) in enumerate(zip(depths, (64, 128, 256, 512), strict=True)):
+            blocks = []
+            for index in range(depth):
+                step = 2 if stage > 0 and index == 0 else 1
+                downsample = None
+                if step != 1 or width != channels * block.expansion:
+                    downsample = nn.Sequential(
+                        nn.Conv2d(width, channels * block.expansion, 1, step, bias=False),
+                        nn.BatchNorm2d(channels * block.expansion),
+                    )
+                blocks.append(block(width, channels, step, downsample))
+                width = channels * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(width, num_classes)
+        init_kaiming(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(images)))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.fc(out.mean((2, 3)))
+
+
+class NarrowBlock(nn.Module):
+    """Where the stage changes, the shortcut takes every second pixel and pads the channels with zeros, half on each side."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.extra = stride, channels - in_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.extra:
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2)
+            )
+        return F.relu(out + x)
+
+
+class NarrowResNet(nn.Module):
+    """(B, 3, H, W) -> (B, num_classes). 6n + 2 layers, 16-32-64 channels."""
+
+    stages = ("layer1", "layer2", "layer3")
+
+    def __init__(self, blocks_per_stage: int, num_classes: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        width = 16
+        for stage, channels in enumerate((16, 32, 64)):
+            strides = [1 if stage == 0 else 2] + [1] * (blocks_per_stage - 1)
+            blocks = []
+            for step in strides:
+                blocks.append(NarrowBlock(width, channels, step))
+                width = channels
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.linear = nn.Linear(64, num_classes)
+        init_kaiming(self)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(images)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(out.mean((2, 3)))
+
+
+def resnet18(num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stride)
+
+
+def resnet34(num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, stride)
+
+
+def resnet50(num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, stride)
+
+
+def resnet101(num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, stride)
+
+
+def resnet152(num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, stride)
+
+
+def resnet20(num_classes: int, stride: int = 1) -> NarrowResNet:
+    return NarrowResNet(3, num_classes, stride)
+
+
+def resnet32(num_classes: int, stride: int = 1) -> NarrowResNet:
+    return NarrowResNet(5, num_classes, stride)
+
+
+def resnet44(num_classes: int, stride: int = 1) -> NarrowResNet:
+    return NarrowResNet(7, num_classes, stride)
+
+
+def resnet56(num_classes: int, stride: int = 1) -> NarrowResNet:
+    return NarrowResNet(9, num_classes, stride)
+
+
+def resnet110(num_classes: int, stride: int = 1) -> NarrowResNet:
+    return NarrowResNet(18, num_classes, stride)

@@ -1,0 +1,59 @@
+"""Wide ResNets for small images.
+
+Zagoruyko and Komodakis, arXiv 1605.07146, with the names of the Puzzle Mix, Co-Mixup, SAGE and R-Mix codes. As there,
+every convolution has a bias, the second one of a block carries the stride, the shortcut takes the raw input, and the
+last batch norm has momentum 0.9.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class WideBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int, dropout: float):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, 1, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.shortcut.append(nn.Conv2d(in_channels, channels, 1, stride))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.dropout(self.conv1(F.relu(self.bn1(x))))
+        return self.conv2(F.relu(self.bn2(out))) + self.shortcut(x)
+
+
+class WideResNet(nn.Module):
+    """(B, 3, H, W) -> (B, num_classes). depth = 6n + 4; stride: of the first stage, 1 at 32 pixels and 2 at 64."""
+
+    stages = ("layer1", "layer2", "layer3")
+
+    def __init__(self, depth: int, widen: int, num_classes: int, stride: int = 1, dropout: float = 0.0):
+        super().__init__()
+        per_stage = (depth - 4) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1)
+        width = 16
+        for stage, channels in enumerate((16 * widen, 32 * widen, 64 * widen)):
+            blocks = []
+            for step in [stride if stage == 0 else 2] + [1] * (per_stage - 1):
+                blocks.append(WideBlock(width, channels, step, dropout))
+                width = channels
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+        self.bn1 = nn.BatchNorm2d(width, momentum=0.9)
+        self.linear = nn.Linear(width, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        out = self.layer3(self.layer2(self.layer1(self.conv1(images))))
+        return self.linear(F.relu(self.bn1(out)).mean((2, 3)))
+
+
+def wrn28_10(num_classes: int, stride: int = 1, dropout: float = 0.0) -> WideResNet:
+    return WideResNet(28, 10, num_classes, stride, dropout)
+
+
+def wrn16_8(num_classes: int, stride: int = 1, dropout: float = 0.0) -> WideResNet:
+    return WideResNet(16, 8, num_classes, stride, dropout)

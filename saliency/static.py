@@ -1,0 +1,161 @@
+"""Static saliency: maps of the image alone, as OpenCV contrib's two detectors give them, for a whole batch on any device.
+
+fine_grained: Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual
+saliency mechanism", 2010; spectral_residual: Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR 2007.
+Both follow OpenCV's arithmetic step by step, its 8-bit roundings included, because the most salient pixel depends on them.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+SCALES = (12, 24, 28, 48, 56, 112)  # half widths in pixels of the centre-surround windows of fine_grained
+
+
+def grey(images: torch.Tensor) -> torch.Tensor:
+    """uint8 RGB (B, 3, H, W), or grey (B, 1, H, W) -> int32 (B, H, W), 0..255, in OpenCV's fixed point."""
+    if images.shape[1] == 1:
+        return images[:, 0].int()
+    red, green, blue = images.int().unbind(1)
+    return (9798 * red + 19235 * green + 3735 * blue + 16384) >> 15
+
+
+def binomial_blur(image: torch.Tensor) -> torch.Tensor:
+    """3x3 binomial blur of an int32 image (B, H, W), rounded half up; the border is reflected without repeating the edge."""
+    rows = F.pad(image.unsqueeze(1).float(), (1, 1, 1, 1), mode="reflect").squeeze(1)
+    rows = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
+    total = rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]
+    return (total.int() + 8) >> 4
+
+
+def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
+    """The on-off map of an int32 grey image (B, H, W), 0..255, as an int32 map (B, H, W), 0..255.
+
+    A pixel is compared with the mean of a window around it, at six scales; what is brighter and what is darker are summed
+    and stretched apart, then added. As in OpenCV, the sum is cut to 8 bits: a pixel strong in both wraps round.
+    windows: the image that the windows sum, where it is another one (see float_bytes).
+    """
+    height, width = image.shape[-2:]
+    windows = image if windows is None else windows
+    integral = F.pad(windows, (1, 0, 1, 0)).cumsum(1, dtype=windows.dtype).cumsum(2, dtype=windows.dtype)
+    centre = image.float()
+    on, off = torch.zeros_like(centre), torch.zeros_like(centre)
+    whole = [
+        scale for scale in SCALES if scale >= max(height, width)
+    ]  # the window is the whole image: one is as good as all
+    for scale in [s for s in SCALES if s not in whole] + whole[:1]:
+        top, bottom = window_edges(height, scale, image.device)
+        left, right = window_edges(width, scale, image.device)
+        strips = integral[:, bottom] - integral[:, top]  # (B, H, W + 1)
+        total = strips[..., right] - strips[..., left]
+        area = (bottom - top).unsqueeze(1) * (right - left)
+        surround = (total - image).float() / (area - 1).float()
+        difference = (centre - surround).trunc().fmod(256)  # kept in 8 bits; only float_bytes can leave them
+        if scale in whole:
+            difference *= len(whole)
+        on += difference.clamp_min(0)
+        off -= difference.clamp_max(0)
+    on8, off8 = stretch(on), stretch(off)
+    most = torch.maximum(on8.amax((1, 2)), off8.amax((1, 2))).clamp_min(1).view(-1, 1, 1)
+    return (255 * (on8 + off8)).div(most, rounding_mode="floor") & 255
+
+
+def window_edges(size: int, scale: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """First and one-past-last row of the window of every row: 2 * scale rows, clipped to 0..size."""
+    index = torch.arange(size, device=device)
+    return (index - scale + 1).clamp_min(0), (index + scale + 1).clamp_max(size)
+
+
+def stretch(values: torch.Tensor) -> torch.Tensor:
+    """(B, H, W) floats >= 0 -> int32 trunc(255 * values / maximum); zeros where the maximum is 0."""
+    share = values / values.amax((1, 2), keepdim=True).clamp_min(1)
+    exact = share.double() if share.device.type != "mps" else share  # OpenCV multiplies the float32 quotient in double
+    return (255 * exact).int()
+
+
+def fine_grained(images: torch.Tensor) -> torch.Tensor:
+    """Fine-grained static saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), 0..1."""
+    return centre_surround(binomial_blur(binomial_blur(grey(images)))).float() / 255
+
+
+def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
+    """int32 (B, H, W) -> (B, size, size): bilinear with 8-bit weights and no anti-aliasing, as OpenCV's bit-exact mode."""
+    for dim in (1, 2):
+        old = image.shape[dim]
+        position = (torch.arange(size, device=image.device) + 0.5) * (old / size) - 0.5
+        position = position.clamp(0, old - 1)
+        first = position.floor()
+        weight = ((position - first) * 256).round().int()
+        first = first.long()
+        second = (first + 1).clamp_max(old - 1)
+        weight = weight.view(-1, 1) if dim == 1 else weight
+        image = (256 - weight) * image.index_select(dim, first) + weight * image.index_select(dim, second)
+    return (image + 32768) >> 16
+
+
+def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable = torch.angle) -> torch.Tensor:
+    """Spectral-residual saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), maximum about 1.
+
+    size: side of the square on which the spectrum is taken. angle: phase of a complex tensor (OpenCV's is a polynomial).
+    """
+    small = resize_exact(grey(images), size)
+    real = torch.float32 if images.device.type == "mps" else torch.float64
+    spectrum = torch.fft.fft2(small.to(real))
+    log_magnitude = (spectrum.abs() + 1).log()
+    padded = F.pad(log_magnitude.unsqueeze(1), (1, 1, 1, 1), mode="reflect")
+    residual = log_magnitude - F.avg_pool2d(padded, 3, stride=1).squeeze(1)
+    back = torch.fft.ifft2(torch.polar(residual.exp(), angle(spectrum)), norm="forward").abs()
+    taps = torch.tensor([math.exp(-(offset**2) / 128) for offset in range(-2, 3)], dtype=real, device=images.device)
+    taps = taps / taps.sum()
+    blurred = F.pad(back.unsqueeze(1), (2, 2, 2, 2), mode="reflect")
+    blurred = F.conv2d(F.conv2d(blurred, taps.view(1, 1, 5, 1)), taps.view(1, 1, 1, 5)).square()
+    saliency = (blurred / blurred.amax((2, 3), keepdim=True)).float()
+    return F.interpolate(saliency, images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+
+
+def float_bytes(images: torch.Tensor) -> torch.Tensor:
+    """What OpenCV's fine-grained detector makes of float images: the published SaliencyMix hands it normalised floats.
+
+    OpenCV then reads the grey float image byte by byte: a "pixel" is one byte of the float32 numbers in the left quarter
+    of the row, while the windows around it sum the numbers themselves. Next to nothing is subtracted, the map is those
+    bytes, and the most salient point is nearly random. images (B, 3, H, W) normalised floats in RGB order, which the
+    authors' code passes where BGR is expected -> (B, H, W), 0..1.
+    """
+    weights = torch.tensor([0.114, 0.587, 0.299], device=images.device).view(1, 3, 1, 1)
+    smooth = (images.float() * weights).sum(1, keepdim=True)
+    for _ in range(2):
+        smooth = F.pad(smooth, (1, 1, 1, 1), mode="reflect")
+        smooth = (smooth[..., :-2] + smooth[..., 2:]) * 0.25 + smooth[..., 1:-1] * 0.5
+        smooth = (smooth[..., :-2, :] + smooth[..., 2:, :]) * 0.25 + smooth[..., 1:-1, :] * 0.5
+    smooth = smooth.squeeze(1).contiguous()
+    octets = smooth.view(torch.uint8)[..., : images.shape[-1]].int()
+    return centre_surround(octets, windows=smooth).float() / 255
+
+
+class StaticSource:
+    """A source that looks at the picture itself: it undoes the normalisation and rounds to 8 bits. The targets are not read."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        self.mean, self.std = mean, std
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalised (B, 3, H, W) -> uint8."""
+        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class FineGrained(StaticSource):
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return fine_grained(self.pixels(images))
+
+
+class SpectralResidual(StaticSource):
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return spectral_residual(self.pixels(images))
+
+
+class FloatBytes(StaticSource):
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return float_bytes(images)
