@@ -1,6 +1,5 @@
 """Evaluate trained classifiers: python evaluate.py --model_path runs/cifar10/resnet20/my_run"""
 
-import time
 from pathlib import Path
 
 from engine.cli import Parser, UserError, one_of, run, whole, yes_no
@@ -101,25 +100,22 @@ def best_of(path: str) -> Path:
 
 def evaluate(file, data, options: dict, device, precision) -> dict:
     """All the numbers about one classifier on the test images."""
-    import torch
-
-    from engine.batches import Batches
-    from engine.loop import predict, scores
+    from engine.classifier import predict_test
+    from engine.loop import scores
     from engine.metrics import calibration_error, confusion_matrix
     from engine.progress import Progress, bars_wanted
+    from engine.training import pick
 
     count = len(data.classes)
     model = file.build(
         build_model, matching_models, model=options["model"], num_classes=count, image_size=data.image_size
     )
-    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
-    test = Batches(
-        data.test, options["batch_size"], device=device, mean=data.mean, std=data.std, workers=options["workers"]
-    )
-    begin = time.perf_counter()
-    with Progress(str(file.path), len(test), bar=bars_wanted(False), lines=False) as bar:
-        logits, labels = predict(model.to(device, memory_format=layout), test, precision=precision, progress=bar.show)
-    seconds = time.perf_counter() - begin
+    batches = -(-len(data.test) // options["batch_size"])
+    with Progress(str(file.path), batches, bar=bars_wanted(False), lines=False) as bar:
+        layout = pick(options, ["batch_size", "workers", "channels_last"])
+        logits, labels, seconds = predict_test(
+            model, data, device=device, precision=precision, progress=bar.show, **layout
+        )
     confusion = confusion_matrix(logits.argmax(1), labels, count).cpu()
     per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
     result = {
@@ -160,6 +156,7 @@ def print_details(result: dict, options: dict) -> None:
     """What is shown of a single classifier only; its accuracy comes last."""
     import torch
 
+    from engine.classifier import accuracy_line
     from engine.draw import confusion
 
     if options["per_class"]:
@@ -170,8 +167,7 @@ def print_details(result: dict, options: dict) -> None:
         title = f"{Path(result['file']).name}: percent of each true class"
         confusion(Path(options["confusion"]), torch.tensor(result["confusion"]), result["classes"], title)
         print(f"confusion drawn in {options['confusion']}")
-    tops = [key for key in result if key.startswith("top")]
-    print("  ".join(f"Top-{key[3:]} Accuracy: {result[key]:.2f}%" for key in tops))
+    print(accuracy_line(result))
 
 
 if __name__ == "__main__":

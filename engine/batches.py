@@ -1,7 +1,7 @@
 """Batches on the device: order, crop, flip and normalisation, all as batched tensor operations.
 
-Which images make up a batch and how each is cropped and flipped depends on (seed, epoch, position in the set) alone: not on
-workers, not on where a run was stopped, and not on the generators that the mixing methods draw from.
+Which images make up a batch and how each is cropped and flipped depends on (seed, epoch, position in the set) alone:
+not on workers, not on where a run was stopped, and not on the generators that the mixing methods draw from.
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ def crop_and_flip(
 class Batches:
     """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many there are.
 
-    augment: crop from `padding` black pixels around, and flip; in a random order if shuffle. Images in a tensor live on the
-    device; files are read by worker processes, one batch ahead.
+    augment: crop from `padding` black pixels around, and flip; in a random order if shuffle. Images in a tensor live on
+    the device; files are read by worker processes, one batch ahead.
     """
 
     def __init__(
@@ -90,26 +90,25 @@ class Batches:
         if self.augment:
             shift, flip = shift.to(self.device), flip.to(self.device)
         self.skipped, start = 0, 0
-        for index, pixels in zip(chosen, self.read(chosen), strict=True):
+        for index, (pixels, labels) in zip(chosen, self.read(chosen), strict=True):
             there = order_there[start : start + len(index)]
             start += len(index)
             if self.augment:
-                source, place = (
-                    (self.resident, there) if pixels is None else (pixels, torch.arange(len(index), device=self.device))
-                )
-                pixels = crop_and_flip(source, place, *shift[:, there], flip[there])
-            elif pixels is None:
-                pixels = self.resident.index_select(0, there)
-            yield Batch(self.normalise(pixels), self.labels[there], index)
+                place = there if pixels is self.resident else torch.arange(len(index), device=self.device)
+                pixels = crop_and_flip(pixels, place, *shift[:, there], flip[there])
+            elif pixels is self.resident:
+                pixels = pixels.index_select(0, there)
+            yield Batch(self.normalise(pixels), self.labels[there] if labels is None else labels, index)
 
-    def read(self, chosen: list[torch.Tensor]) -> Iterator[torch.Tensor | None]:
-        """The pixels of each batch; nothing where they lie on the device already."""
+    def read(self, chosen: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Pixels and labels of each batch of files; the whole part, for every batch, where it lies on the device."""
         if self.resident is not None:
-            yield from (None for _ in chosen)
+            yield from ((self.resident, None) for _ in chosen)
             return
-        for pixels, skipped in self.part.pixels.batches([index.tolist() for index in chosen], self.workers):
-            self.skipped += skipped
-            yield pixels.to(self.device, non_blocking=True)
+        files = self.part.pixels.batches([index.tolist() for index in chosen], self.workers)
+        for index, (pixels, places) in zip(chosen, files, strict=True):
+            self.skipped += int((places != index).sum())
+            yield pixels.to(self.device, non_blocking=True), self.labels[places.to(self.device)]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, H, W, 3) -> normalised floats (B, 3, H, W), channels last in memory unless told otherwise."""

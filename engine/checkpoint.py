@@ -48,7 +48,9 @@ def save_checkpoint(path: Path, content: dict, *, keep_previous: bool = False) -
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """`target` becomes a second name of `source` (a copy where the file system has no links), without a moment of absence."""
+    """`target` becomes a second name of `source` (a copy where the file system has no links), without a moment of
+    absence.
+    """
     side = target.with_name(f".{target.name}.part")
     with suppress(FileNotFoundError):
         side.unlink()
@@ -64,7 +66,7 @@ def read_checkpoint(path: Path) -> dict:
     content = read_file(path)
     if not is_ours(content):
         raise UserError(
-            f"{path}: holds weights, but is no checkpoint that training can continue from (found: {first_keys(content)})\n"
+            f"{path}: no checkpoint that training can continue from (found: {first_keys(content)})\n"
             "evaluate it with evaluate.py, or start from its weights with --init_from"
         )
     return content
@@ -153,7 +155,9 @@ class Inert:
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, storages and plain containers; every other class or function becomes Inert and is never imported."""
+    """Rebuilds tensors, storages and plain containers; every other class or function becomes Inert and is never
+    imported.
+    """
 
     def find_class(self, module: str, name: str):
         if (module, name) in ALLOWED:
@@ -215,7 +219,7 @@ def extract_weights(content, path: Path, *, averaged: bool = False) -> dict[str,
                 weights, changed = {key[len(prefix) :]: value for key, value in weights.items()}, True
     if any(key.startswith(("roi_heads.", "rpn.")) for key in weights):
         raise UserError(
-            f"{path}: holds a detector, and a classifier is wanted here; detectors belong to detect.py --frcnn-checkpoint"
+            f"{path}: holds a detector, and a classifier is wanted here\ndetectors go to detect.py --frcnn-checkpoint"
         )
     return rename_replication(weights)
 
@@ -223,7 +227,8 @@ def extract_weights(content, path: Path, *, averaged: bool = False) -> dict[str,
 def rename_replication(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The CIFAR ResNets of the SaliencyMix replication in torchvision's names.
 
-    Its projection convolutions have a bias: the batch norm behind them takes it off its running mean, and it is dropped.
+    Its projection convolutions have a bias: the batch norm behind them takes it off its running mean, and it is
+    dropped.
     """
     if "conv0.weight" not in weights:
         return weights
@@ -253,7 +258,8 @@ def load_weights(
     new_head: bool = False,
     matches: list[str] | None = None,
 ) -> bool:
-    """Load strictly. new_head: leave the last layer fresh where the number of classes differs; returns whether it was left.
+    """Load strictly. new_head: leave the last layer fresh where the number of classes differs; returns whether it was
+    left.
 
     matches: names of the networks that would fit, for the message. Raises UserError that tells what does not fit.
     """
@@ -273,7 +279,7 @@ def load_weights(
     if missing or unexpected or misshapen:
         fits = f"\nit fits {' or '.join(matches)}: give --model {matches[0]}" if matches else ""
         raise UserError(
-            f"{path}: the weights are of another network; missing here: {listed(missing)}; unexpected: {listed(unexpected)}; "
+            f"{path}: the weights are of another network; missing: {listed(missing)}; unexpected: {listed(unexpected)}; "
             f"of another shape: {listed(misshapen)}{fits}"
         )
     model.load_state_dict({key: weights.get(key, own[key]) for key in own})

@@ -1,34 +1,71 @@
 """A trained classifier out of a file: ours, which says what it is, or another code's, which is told by its shapes."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from engine.batches import Batches
 from engine.checkpoint import extract_weights, is_ours, load_weights, read_file
 from engine.cli import UserError
+from engine.data import Data
+from engine.loop import predict
 
 
 class SavedClassifier:
-    """The content of a model file. `options` are those it was trained with; empty where the file does not say."""
+    """The content of a model file. `options`: those it was trained with; empty where the file does not say."""
 
-    def __init__(self, path: Path, averaged: bool = False):
-        self.path, self.content = Path(path), read_file(path)
-        self.weights = extract_weights(self.content, self.path, averaged=averaged)
-        ours = is_ours(self.content)
-        self.options = self.content["config"] if ours else {}
-        self.epoch = self.content.get("epoch") if isinstance(self.content, dict) else None
+    def __init__(self, path: Path | str, averaged: bool = False):
+        self.path = Path(path)
+        content = read_file(self.path)
+        self.weights = extract_weights(content, self.path, averaged=averaged)
+        self.options = content["config"] if is_ours(content) else {}
+        epoch = content.get("epoch") if isinstance(content, dict) else None
+        self.epoch = epoch if isinstance(epoch, int) else None
 
     def build(
         self, build_model: Callable, matching_models: Callable, *, model: str | None, num_classes: int, image_size: int
     ) -> torch.nn.Module:
-        """The network with these weights. model None: the one in the file, else the one whose shapes fit. Raises UserError."""
-        name = model or self.options.get("model")
-        matches = [] if name and self.options else matching_models(self.weights, image_size)
-        if not name and not matches:
+        """The network with these weights. model None: the one whose shapes fit. Raises UserError if none does."""
+        matches = matching_models(self.weights, image_size)
+        if not model and not matches:
             raise UserError(
                 f"{self.path}: the file does not say which network it is and none of ours fits; name it with --model"
             )
-        network = build_model(name or matches[0], num_classes, image_size)
+        network = build_model(model or matches[0], num_classes, image_size)
         load_weights(network, self.weights, self.path, num_classes=num_classes, matches=matches)
         return network
+
+
+def start_from(model: torch.nn.Module, path: str, num_classes: int, matching_models: Callable) -> str:
+    """Put the weights of `path` into the network; the last layer starts anew where the classes differ. A note."""
+    weights = SavedClassifier(path).weights
+    fresh = load_weights(
+        model, weights, Path(path), num_classes=num_classes, new_head=True, matches=matching_models(weights)
+    )
+    head = f"; the last layer starts anew, with {num_classes} classes" if fresh else ""
+    return f"--init_from {path}: weights taken{head}"
+
+
+def predict_test(
+    model: torch.nn.Module,
+    data: Data,
+    *,
+    device: torch.device,
+    batch_size: int = 500,
+    workers: int = 0,
+    channels_last: bool = True,
+    precision: torch.dtype | None = None,
+    progress: Callable | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Logits (N, K) and labels (N,) of the test images, and the seconds it took."""
+    feed = {"device": device, "mean": data.mean, "std": data.std, "workers": workers, "channels_last": channels_last}
+    model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    begin = time.perf_counter()
+    logits, labels = predict(model, Batches(data.test, batch_size, **feed), precision=precision, progress=progress)
+    return logits, labels, time.perf_counter() - begin
+
+
+def accuracy_line(result: dict) -> str:
+    return "  ".join(f"Top-{key[3:]} Accuracy: {value:.2f}%" for key, value in result.items() if key.startswith("top"))

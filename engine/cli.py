@@ -1,4 +1,6 @@
-"""Command lines: a parser that takes every spelling users know, and one place where errors become one line and an exit code."""
+"""Command lines: a parser that takes every spelling users know, and one place where errors become one line and an exit
+code.
+"""
 
 import argparse
 import difflib
@@ -77,13 +79,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
         )
         self.defaults: dict[str, object] = {}
-        self.group_of: dict[str, str] = {}
         self._group = None
         self._title = ""
+        self._members: dict[str, set[str]] = {}
 
     def group(self, title: str) -> None:
         """The options that follow stand under this title in --help."""
         self._group, self._title = self.add_argument_group(title), title
+
+    def group_of(self, title: str) -> set[str]:
+        """The options of a group."""
+        return self._members[title]
 
     def option(
         self, name: str, *aliases: str, default=None, shown: str | None = None, help: str = "", **kwargs
@@ -95,10 +101,13 @@ class Parser(argparse.ArgumentParser):
         text = shown if shown is not None else " ".join(map(str, default)) if isinstance(default, list) else default
         note = "" if text in (None, "") else f" [{str(text).lower() if isinstance(text, bool) else text}]"
         (self._group or self).add_argument(name, *aliases, dest=key, help=(help + note).replace("%", "%%"), **kwargs)
-        self.defaults[key], self.group_of[key] = default, self._title
+        self.defaults[key] = default
+        self._members.setdefault(self._title, set()).add(key)
 
     def read(self, argv: list[str] | None = None) -> dict[str, object]:
-        """The options given in argv (default: the command line), by canonical name. Exit code 2 with one line on an error."""
+        """The options given in argv (default: the command line), by canonical name. Exit code 2 with one line on an
+        error.
+        """
         words = []
         for word in sys.argv[1:] if argv is None else argv:
             name, equals, value = str(word).partition("=")
@@ -124,7 +133,9 @@ def read_config(path: str) -> dict[str, object]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a script's main and leave with its exit code: 0 done, 1 an error explained in a line, 2 usage, 130 after Ctrl-C."""
+    """Call a script's main and leave with its exit code: 0 done, 1 an error explained in a line, 2 usage, 130 after
+    Ctrl-C.
+    """
     debug = "--debug" in sys.argv
     try:
         main()

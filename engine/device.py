@@ -79,7 +79,9 @@ def prepare(device: torch.device, *, seed: int, deterministic: bool) -> None:
 
 
 def keep_large_blocks() -> None:
-    """Keep freed memory instead of giving it back at every step; 10-35 % of a training step on a CPU (docs/measurements.md)."""
+    """Keep freed memory instead of giving it back at every step; 10-35 % of a training step on a CPU
+    (docs/measurements.md).
+    """
     if sys.platform != "linux":
         return
     try:

@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-import statistics
 import subprocess
 import sys
 from datetime import datetime
@@ -36,34 +35,25 @@ SECRET = {"wandb_key"}
 
 
 def find_run(options: dict) -> tuple[Path, Path | None]:
-    """The run folder, and the checkpoint to go on from or None. Raises UserError rather than write over another run.
+    """The run folder, root_dir/dataset/model/name, and the checkpoint to go on from or None.
 
-    A run is kept in root_dir/dataset/model/name. `auto` means the run of that name, or without a name the newest of the method.
+    `auto` is the run of that name, or without a name the newest of the method. Raises UserError rather than write over
+    another run.
     """
     parent = Path(options["root_dir"]) / options["dataset"] / options["model"]
-    prefix = "+".join(options["method"])
-    name = options["name"]
+    methods = "+".join(options["method"])
+    folder = parent / (options["name"] or f"{methods}_{datetime.now():%Y%m%d-%H%M%S}")
     if options["checkpoint"] == "auto":
-        if not name:
-            dated = (
-                sorted(p.name for p in parent.glob(f"{prefix}_????????-??????") if p.is_dir())
-                if parent.is_dir()
-                else []
-            )
-            name = dated[-1] if dated else None
-        folder = parent / (name or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}")
-        last = folder / "last.pt"
-        return folder, last if last.exists() else None
+        dated = sorted(path for path in parent.glob(f"{methods}_????????-??????") if path.is_dir())
+        folder = dated[-1] if dated and not options["name"] else folder
+        return folder, folder / "last.pt" if (folder / "last.pt").exists() else None
     if options["checkpoint"]:
         file = find_checkpoint(options["checkpoint"])
-        if (file.parent / "config.json").is_file():
-            return file.parent, file
-        return parent / (name or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}"), file
-    folder = parent / (name or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}")
+        return (file.parent if (file.parent / "config.json").is_file() else folder), file
     if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
         raise UserError(
-            f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew with --overwrite, "
-            "or give another --name"
+            f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew "
+            "with --overwrite, or give another --name"
         )
     return folder, None
 
@@ -154,30 +144,6 @@ def hide_secrets(words: list[str]) -> list[str]:
         hidden.append("***" if skip else f"{word.split('=')[0]}=***" if name in SECRET and "=" in word else word)
         skip = name in SECRET and "=" not in word
     return hidden
-
-
-def line_of(row: dict, epochs: int) -> str:
-    """One epoch in a line."""
-    text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}  acc of mixed labels {row['train_acc']:.2f}"
-    if "test_top1" in row:
-        text += f"  test loss {row['test_loss']:.4f}  top-1 {row['test_top1']:.2f}"
-    for key, name in (("test_top5", "top-5"), ("valid_top1", "valid top-1"), ("ema_top1", "averaged top-1")):
-        text += f"  {name} {row[key]:.2f}" if key in row else ""
-    return text + f"  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
-
-
-def result_of(history: list[dict], best: dict) -> dict:
-    """Last, best, and median and spread of the last ten evaluated epochs, of the top-1 accuracy on the test images."""
-    tops = [row["test_top1"] for row in history if "test_top1" in row]
-    return {
-        "epochs": len(history),
-        "last_top1": tops[-1],
-        "last_top5": history[-1].get("test_top5"),
-        "best": best,
-        "median_of_last_ten_top1": statistics.median(tops[-10:]),
-        "spread_of_last_ten_top1": max(tops[-10:]) - min(tops[-10:]),
-        "training_seconds": sum(row["seconds"] for row in history),
-    }
 
 
 def add_trackers(run: RunFolder, options: dict) -> None:

@@ -94,7 +94,8 @@ def train_one_epoch(
     progress: Callable | None = None,
     look_every: int = 100,
 ) -> dict[str, float]:
-    """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the predicted class.
+    """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the
+    predicted class.
 
     Losses stay on the device and are looked at every `look_every` steps; progress(step, loss, accuracy) is called then.
     Raises NotFinite at the look after a loss that is not finite.
@@ -153,6 +154,18 @@ def train_one_epoch(
     return {"train_loss": float(loss_sum) / seen, "train_acc": 100 * float(hit_sum) / seen, "images": seen}
 
 
+def profile(steps: int, model: nn.Module, mixer, source: Callable | None, batches: Batches, optimizer, **step) -> dict:
+    """Milliseconds a step of data, saliency, mixing and network, over `steps` steps after ten to warm up."""
+    watch = Stopwatch(batches.device)
+    train_one_epoch(model, mixer, source, batches, optimizer, epoch=0, max_steps=10, **step)
+    done, epoch = 0, 1
+    while done < steps:
+        now = min(steps - done, len(batches))
+        train_one_epoch(model, mixer, source, batches, optimizer, epoch=epoch, max_steps=now, watch=watch, **step)
+        done, epoch = done + now, epoch + 1
+    return {part: 1000 * watch.seconds().get(part, 0.0) / done for part in ("data", "saliency", "mixing", "network")}
+
+
 def autocast(device: torch.device, precision: torch.dtype | None):
     return torch.autocast(device.type, precision) if precision else nullcontext()
 
@@ -161,7 +174,9 @@ def autocast(device: torch.device, precision: torch.dtype | None):
 def predict(
     model: nn.Module, batches: Batches, *, precision: torch.dtype | None = None, progress: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) float32 and labels (N,) of a whole part, on the device, network in evaluation mode (put back afterwards)."""
+    """Logits (N, K) float32 and labels (N,) of a whole part, on the device, network in evaluation mode (put back
+    afterwards).
+    """
     training = model.training
     model.eval()
     logits, labels = [], []

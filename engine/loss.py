@@ -12,8 +12,8 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def softmax_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy between softmax probabilities and targets, mean over batch and classes.
 
-    The loss of the Puzzle Mix, Co-Mixup and SAGE codes. In float32: on CUDA autocast refuses it, and half precision would
-    round probabilities to 0 or 1. The logarithms are cut at -100, as torch's own does.
+    The loss of the Puzzle Mix, Co-Mixup and SAGE codes. In float32: on CUDA autocast refuses it, and half precision
+    would round probabilities to 0 or 1. The logarithms are cut at -100, as torch's own does.
     """
     with torch.autocast(logits.device.type, enabled=False):
         return F.binary_cross_entropy(logits.float().softmax(1), targets)

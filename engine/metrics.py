@@ -11,7 +11,8 @@ def topk_correct(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...]
 
 
 def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:
-    """Expected calibration error, 0..1: mean over `bins` equal bins of |confidence - accuracy|, weighted by their share.
+    """Expected calibration error, 0..1: mean over `bins` equal bins of |confidence - accuracy|, weighted by their
+    share.
 
     Guo et al., "On calibration of modern neural networks", ICML 2017, Eq. 3; bins are (lower, upper].
     """

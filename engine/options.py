@@ -1,42 +1,11 @@
-"""The options that the training scripts share, and what follows from several of them together."""
+"""The options that the scripts share, by group. engine/configure.py says what follows from several of them."""
 
-from engine.cli import Parser, UserError, number, one_of, whole, yes_no
+from engine.cli import Parser, number, one_of, whole, yes_no
 from engine.recipes import RECIPES
 
 DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
 DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-imagenet", "fake": "shapes"}
 SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
-MAY_DIFFER = {  # options that may change when a run is continued
-    "epochs",
-    "workers",
-    "device",
-    "ngpu",
-    "data_dir",
-    "val_data_dir",
-    "download",
-    "root_dir",
-    "name",
-    "overwrite",
-    "log_off",
-    "save_every",
-    "print_freq",
-    "no_progress",
-    "use_wandb",
-    "wandb_project",
-    "wandb_entity",
-    "wandb_name",
-    "wandb_offline",
-    "wandb_key",
-    "use_tensorboard",
-    "vis_epoch",
-    "amp",
-    "checkpoint",
-    "evaluate",
-    "force_config",
-    "config",
-    "debug",
-    "profile",
-}
 
 
 def device_options(parser: Parser) -> None:
@@ -128,7 +97,7 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
         "--checkpoint",
         "--resume",
         metavar="PATH",
-        help="continue: a file, a run folder, or auto (the run of --name, or the newest of this method, if there is one)",
+        help="continue: a file, a run folder, or auto: the run of --name, or else the newest of this method",
     )
     parser.option("--force_config", type=yes_no, default=False, help="continue even with other options")
     parser.option(
@@ -311,96 +280,3 @@ def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
     )
     parser.option("--mix_scheduled_epoch", type=whole(), default=0, metavar="EPOCH")
     parser.option("--mix_off_epoch", type=whole(), default=0, metavar="N", help="no mixing in the last N epochs")
-
-
-def translate(typed: dict) -> tuple[dict, list[str]]:
-    """Shorthands and older names, put in today's terms: the options, and a line for each translation worth showing.
-
-    Raises ValueError where two methods are asked for at once, or more than one GPU.
-    """
-    typed, lines = dict(typed), []
-    named = {"--method " + " ".join(typed["method"]): typed["method"]} if "method" in typed else {}
-    for option, method in (("saliency_probab", "saliencymix"), ("cutmix_probab", "cutmix")):
-        if chance := typed.pop(option, 0):
-            named[f"--{option} {chance:g}"] = [method]
-            typed["mix_prob"] = chance
-    box = typed.pop("box", False)
-    if train := typed.pop("train", None):
-        old = f"--train {train}" + (" --box" if box else "")
-        named[old] = (
-            ["cutmix"]
-            if box and train == "mixup"
-            else [{"vanilla": "none", "mixup_hidden": "manifold"}.get(train, train)]
-        )
-        lines.append(f"{old} is --method {named[old][0]}")
-    if len({tuple(methods) for methods in named.values()}) > 1:
-        raise ValueError(
-            f"{' and '.join(named)} name different methods: give one (several drawn per batch: --method A B)"
-        )
-    if named:
-        typed["method"] = next(iter(named.values()))
-    if typed.pop("use_fp16", False):
-        typed["amp"] = "fp16"
-    if (gpus := typed.pop("ngpu", None)) is not None:
-        if gpus > 1:
-            raise ValueError(f"--ngpu {gpus}: this script uses one device; name it with --device")
-        typed["device"] = "cuda" if gpus else "cpu"
-    if typed.pop("saliency_legacy_float", False):
-        typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
-        lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
-    if "per_sample" in typed and "saliencymix" in typed.get("method", []):
-        typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
-    return typed, lines
-
-
-def without_effect(typed: dict, group_of: dict, used: set[str]) -> list[str]:
-    """The typed options of the group `mixing` that no chosen method reads."""
-    always = {"mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch", "cutout"}
-    holes = {"cutout_length", "n_holes"} if typed.get("cutout") else set()
-    return sorted(f"--{key}" for key in typed if group_of.get(key) == "mixing" and key not in used | always | holes)
-
-
-def check_resume(typed: dict, saved: dict) -> None:
-    """Raise UserError, with both values of each, where typed options differ from those a run was started with."""
-    differ = [
-        (key, saved[key], value)
-        for key, value in typed.items()
-        if key in saved and key not in MAY_DIFFER and key != "recipe" and saved[key] != value
-    ]
-    if differ:
-        width = max(len(key) for key, _, _ in differ)
-        rows = "\n".join(f"  --{key:<{width}}  {old}  ->  {new}" for key, old, new in differ)
-        raise UserError(
-            f"the run to continue has other options (saved -> given):\n{rows}\n"
-            "leave them out to continue it, or say --force_config"
-        )
-    if saved.get("scheduler") == "onecycle" and typed.get("epochs", saved.get("epochs")) != saved.get("epochs"):
-        raise UserError(
-            f"--epochs {typed['epochs']}: the one-cycle schedule of this run was laid out for {saved['epochs']} epochs; "
-            "its length is part of the schedule, so start a new run (--init_from takes its weights)"
-        )
-
-
-def check_together(options: dict) -> None:
-    """Raise ValueError, with the remedy, for options that exclude each other."""
-    if options["compile"] and "manifold" in options["method"]:
-        raise ValueError(
-            "--compile: manifold mixup hooks a layer, and a compiled network ignores hooks; leave out --compile"
-        )
-    if options["loss"] == "bce" and options["label_smoothing"]:
-        raise ValueError("--label_smoothing: --loss bce has no such form; use --loss ce")
-    if options["evaluate"] and not options["checkpoint"]:
-        raise ValueError("--evaluate needs --checkpoint, the file to evaluate")
-    if options["init_from"] and options["checkpoint"] not in (None, "auto"):
-        raise ValueError("--init_from starts a new run and --checkpoint continues one; give one of them")
-    if options["scheduler"] == "multistep" and len(options["gammas"]) not in (1, len(options["schedule"])):
-        raise ValueError(
-            f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of --schedule; "
-            "give one for all, or one each"
-        )
-    if options["saliency_scope"] == "batch" and options["in_batch"] and "saliencymix" in options["method"]:
-        raise ValueError("--in_batch draws a lam for each image and so excludes --saliency_scope batch")
-    if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
-        raise ValueError(
-            f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, the epoch at which it is reached"
-        )

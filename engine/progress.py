@@ -24,6 +24,9 @@ class Progress:
         elif self.lines:
             print(f"{self.title} {step}/{self.total} {text}", flush=True)
 
+    def show_scores(self, step: int, loss: float, accuracy: float) -> None:
+        self.show(step, f"loss {loss:.4f}  acc {100 * accuracy:.2f}")
+
     def __enter__(self) -> "Progress":
         return self
 

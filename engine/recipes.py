@@ -1,4 +1,5 @@
-"""Published training set-ups, `--recipe NAME`: each fills in the options that were not given. A typed option always wins.
+"""Published training set-ups, `--recipe NAME`: each fills in the options that were not given. A typed option always
+wins.
 
 `shapes` is ours; `saliencymix` Uddin et al. (arXiv 2006.01791); `puzzle` the setting that Puzzle Mix, Co-Mixup and SAGE
 share (300 epochs); `rmix` R-Mix (arXiv 2212.04875).
@@ -103,24 +104,8 @@ def recipe_options(name: str, *, methods: list[str], dataset: str | None, model:
         options["dropout"] = 0.3
     if dataset == "tiny-imagenet":
         options["crop_padding"] = 4
-        if len(methods) == 1 and methods[0] in ("mixup", "manifold", "cutmix"):
+        if set(methods) <= {"mixup", "manifold", "cutmix"}:
             options["mixup_alpha"] = 0.2
     if name == "puzzle" and methods == ["cutmix"]:
         options |= {"mix_prob": 1.0, "cutmix_box": "real"}
     return options
-
-
-def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
-    """Every option: what was typed, else what was saved (--config, a checkpoint), else the recipe's, else the default."""
-    given = {**saved, **typed}
-    methods, dataset = given.get("method") or defaults["method"], given.get("dataset")
-    name = typed.get("recipe") or saved.get("recipe") or "auto"
-    if name == "auto":
-        name = recipe_for(methods, dataset, bool({"method", "model", "dataset"} & given.keys()))
-    recipe = recipe_options(name, methods=methods, dataset=dataset, model=given.get("model"))
-    if "lr" in given and "max_lr" not in given:
-        recipe.pop("max_lr", None)  # the peak of one-cycle is then the given lr
-    unknown = recipe.keys() - defaults.keys()
-    if unknown:
-        raise KeyError(f"recipe {name} sets options that do not exist: {sorted(unknown)}")
-    return {**defaults, **recipe, **given, "recipe": name}

@@ -20,7 +20,8 @@ def build_scheduler(
     pct_start: float,
     final_div_factor: float,
 ) -> LRScheduler:
-    """scheduler: multistep, cosine, linear or constant, which change the lr between epochs, or onecycle at every iteration.
+    """scheduler: multistep, cosine, linear or constant, which change the lr between epochs, or onecycle at every
+    iteration.
 
     Warm-up moves at every iteration too. max_lr None: the optimizer's lr is the peak.
 

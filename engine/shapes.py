@@ -1,7 +1,8 @@
 """`shapes`: a drawn data set of ten textured shapes on clutter, with true boxes and masks. Nothing is downloaded.
 
-Every picture has one object of random place, size, angle, colours and texture on a background of coloured noise and small
-scraps of the same textures; contrast may be low. Neither colour nor texture tells the class, only the outline does.
+Every picture has one object of random place, size, angle, colours and texture on a background of coloured noise and
+small scraps of the same textures; contrast may be low. Neither colour nor texture tells the class, only the outline
+does.
 """
 
 import math
@@ -10,11 +11,12 @@ import torch
 from torch.nn import functional as F
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "bow"]
-CHUNK = 500  # pictures drawn at a time, each chunk from a seed of its own, so that the first N do not depend on how many follow
+CHUNK = 500  # pictures of one seed: the first N do not depend on how many follow
 
 
 def draw_shapes(count: int, size: int, *, num_classes: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
-    """images uint8 (N, size, size, 3), labels (N,) long, boxes (N, 4) long as y1, y2, x1, x2 half-open, masks bool (N, size, size).
+    """images uint8 (N, size, size, 3), labels (N,) long, boxes (N, 4) long as y1, y2, x1, x2 half-open, masks bool (N,
+    size, size).
 
     Classes alternate, so every part of the set is balanced. The global generators are left alone.
     """
@@ -40,7 +42,9 @@ def boxes_of(masks: torch.Tensor) -> torch.Tensor:
 
 
 def draw_chunk(labels: torch.Tensor, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """labels (N,) -> images uint8 (N, size, size, 3), masks bool (N, size, size). Drawn at twice the size, then averaged."""
+    """labels (N,) -> images uint8 (N, size, size, 3), masks bool (N, size, size). Drawn at twice the size, then
+    averaged.
+    """
     count, fine = len(labels), 2 * size
     line = (torch.arange(fine) + 0.5) / fine * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")

@@ -11,15 +11,17 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from engine.checkpoint import FORMAT, save_checkpoint, versions
 from engine.cli import UserError
+from engine.data import Data
 from engine.device import rng_state, set_rng_state
 from engine.log import SECRET, RunFolder
 from engine.loop import NotFinite
 from engine.schedule import build_scheduler
 
 
-def pick(options: dict, function: Callable) -> dict:
-    """Those of the options that are parameters of `function`."""
-    return {key: options[key] for key in inspect.signature(function).parameters if key in options}
+def pick(options: dict, wanted: Callable | list[str]) -> dict:
+    """Those of the options that `wanted` names: a list, or a function, by its parameters."""
+    names = inspect.signature(wanted).parameters if callable(wanted) else wanted
+    return {key: options[key] for key in names if key in options}
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Parts:
 
 
 def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
-    """The scheduler's state without functions, which no weights-only load accepts; building it made them anew anyway."""
+    """The scheduler's state without functions, which no weights-only load accepts; building it makes them anew."""
     plain = (int, float, str, bool, list, type(None))
     return {key: value for key, value in scheduler.state_dict().items() if isinstance(value, plain)}
 
@@ -67,7 +69,9 @@ def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
 def build_parts(
     model: torch.nn.Module, mixer, options: dict, *, steps_per_epoch: int, precision: torch.dtype | None
 ) -> Parts:
-    """Optimizer, schedule, scaler and weight average for `model` by the options of those names. Raises ValueError for bad ones."""
+    """Optimizer, schedule, scaler and weight average for `model` by the options of those names. Raises ValueError for
+    bad ones.
+    """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -90,19 +94,18 @@ def build_parts(
 def save(
     run: RunFolder,
     parts: Parts,
-    *,
     options: dict,
+    data: Data,
     history: list[dict],
     best: dict,
+    *,
     steps: int,
-    classes: list[str],
-    image_size: int,
-    mean: tuple,
-    std: tuple,
     improved: bool,
-    save_every: int,
 ) -> None:
-    """best.pt on improvement, epoch_NNN.pt when asked for, and last of all last.pt: only then the epoch counts as done."""
+    """best.pt on improvement, epoch_NNN.pt when asked for, and last.pt last of all: only then the epoch counts as done.
+
+    steps: finished optimizer steps.
+    """
     if run.off:
         return
     epoch = len(history)
@@ -111,19 +114,19 @@ def save(
         "epoch": epoch,
         "step": steps,
         **parts.state(),
-        "config": {k: v for k, v in options.items() if k not in SECRET},
-        "classes": list(classes),
-        "num_classes": len(classes),
-        "image_size": image_size,
-        "mean": list(mean),
-        "std": list(std),
+        "config": {key: value for key, value in options.items() if key not in SECRET},
+        "classes": list(data.classes),
+        "num_classes": len(data.classes),
+        "image_size": data.image_size,
+        "mean": list(data.mean),
+        "std": list(data.std),
         "history": history,
         "best": best,
         "versions": versions(),
     }
     if improved:
         save_checkpoint(run.path / "best.pt", content)
-    if save_every and epoch % save_every == 0:
+    if options["save_every"] and epoch % options["save_every"] == 0:
         save_checkpoint(run.path / f"epoch_{epoch:03d}.pt", content)
     save_checkpoint(run.path / "last.pt", content, keep_previous=True)
 

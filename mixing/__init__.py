@@ -1,4 +1,6 @@
-"""Mixing methods: `mixer(images, targets, source) -> mixed images, soft targets`. Importing this package does not import torch."""
+"""Mixing methods: `mixer(images, targets, source) -> mixed images, soft targets`. Importing this package does not
+import torch.
+"""
 
 import inspect
 from importlib import import_module
@@ -48,8 +50,8 @@ def build_mixer(name: str, /, **options):
 def compose(names: list[str], options: dict, make_source):
     """The mixer for `--method names` with all its options around it, and its saliency source.
 
-    Several names: one of them is drawn for every batch. options: by flag name; make_source(default source's name, or None)
-    gives a source or None. Raises ValueError for a hyper-parameter out of range.
+    Several names: one of them is drawn for every batch. options: by flag name; make_source(default source's name, or
+    None) gives a source or None. Raises ValueError for a hyper-parameter out of range.
     """
     from mixing.base import Chain, Choice, Partly
 

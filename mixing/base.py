@@ -10,8 +10,9 @@ class Mixer:
     """A mixing method: `mixed, soft = mixer(images, targets, source)`.
 
     images (B, C, H, W) normalised floats and targets (B, K) with rows that sum to 1 are never changed; the results have
-    the same shapes. source: callable (images, targets) -> saliency (B, H, W) >= 0, or None where default_source is None.
-    The random draws come from torch's global generators: scalars on the host, tensors on the device of the images.
+    the same shapes. source: callable (images, targets) -> saliency (B, H, W) >= 0, or None where default_source is
+    None. The random draws come from torch's global generators: scalars on the host, tensors on the device of the
+    images.
     """
 
     default_source: str | None = None  # the source this method was published with; None: it looks at no saliency

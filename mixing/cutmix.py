@@ -1,6 +1,7 @@
 """CutMix: the same window of a partner image, pasted.
 
-Yun et al., ICCV 2019, arXiv 1905.04899, Sec. 3.1. One box a batch, as its code has it; per_sample draws one for each image.
+Yun et al., ICCV 2019, arXiv 1905.04899, Sec. 3.1. One box a batch, as its code has it; per_sample draws one for each
+image.
 """
 
 import torch
@@ -29,7 +30,8 @@ def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, hei
 class CutMix(Mixer):
     """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch (which implies per_sample).
 
-    mix_prob: chance that a batch is mixed. cutmix_box: `integer` (original code) or `real` (Puzzle Mix family) box edges.
+    mix_prob: chance that a batch is mixed. cutmix_box: `integer` (original code) or `real` (Puzzle Mix family) box
+    edges.
     """
 
     def __init__(

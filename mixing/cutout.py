@@ -1,7 +1,8 @@
 """Cutout: a square hole in every image.
 
 DeVries and Taylor, arXiv 1708.04552, Sec. 3: the centre may lie anywhere in the image, so the hole can reach over the
-border; it is filled with 0 after normalisation, the mean colour. Labels stay. A training transform: evaluation never uses it.
+border; it is filled with 0 after normalisation, the mean colour. Labels stay. A training transform: evaluation never
+uses it.
 """
 
 import torch
@@ -10,7 +11,9 @@ from mixing.base import Mixer, box_mask
 
 
 def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros in a square of side 2 (length // 2) around each of the given pixels. images (B, C, H, W), rows, columns (B, holes)."""
+    """Zeros in a square of side 2 (length // 2) around each of the given pixels. images (B, C, H, W), rows, columns (B,
+    holes).
+    """
     height, width = images.shape[-2:]
     half = length // 2
     boxes = torch.stack([rows - half, rows + half, columns - half, columns + half], dim=-1)  # (B, holes, 4)

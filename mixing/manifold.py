@@ -12,7 +12,9 @@ from mixing.base import Mixer, blend, check_probability, draw_lam, draw_partner
 
 
 class ManifoldMixup(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch is mixed."""
+    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch
+    is mixed.
+    """
 
     mixes_hidden = True
 
@@ -35,7 +37,9 @@ class ManifoldMixup(Mixer):
 
     @contextmanager
     def during(self, model):
-        """Mix the output of stage `depth` of `model`, which names its stages in `model.stages`; the hook goes even on an error."""
+        """Mix the output of stage `depth` of `model`, which names its stages in `model.stages`; the hook goes even on
+        an error.
+        """
         if self.depth == 0:
             yield
             return
@@ -47,7 +51,9 @@ class ManifoldMixup(Mixer):
             handle.remove()
 
     def mix_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (B, ...): the last len(partner) rows are mixed among themselves, the rows before them stay (see Partly)."""
+        """hidden (B, ...): the last len(partner) rows are mixed among themselves, the rows before them stay (see
+        Partly).
+        """
         clean = len(hidden) - len(self.partner)
         mixed = blend(hidden[clean:], self.partner, self.lam)
         return torch.cat([hidden[:clean], mixed]) if clean else mixed

@@ -9,7 +9,9 @@ from mixing.base import Mixer, blend, check_probability, draw_lam, draw_partner
 
 
 class Mixup(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch is mixed."""
+    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch
+    is mixed.
+    """
 
     def __init__(self, mixup_alpha: float = 1.0, mix_prob: float = 1.0, in_batch: bool = False):
         if mixup_alpha < 0:

@@ -16,7 +16,8 @@ def peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class SaliencyMix(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), 1.0 being the paper's uniform draw; one a batch, or one an image with in_batch.
+    """lam ~ Beta(mixup_alpha, mixup_alpha), 1.0 being the paper's uniform draw; one a batch, or one an image with
+    in_batch.
 
     mix_prob: chance that a batch is mixed. saliency_scope: `sample` (a box for each image) or `batch` (one for all).
     """

@@ -20,7 +20,8 @@ def stem_stride(image_size: int) -> int:
 
 
 def build_model(name: str, num_classes: int, image_size: int = 32, dropout: float = 0.0):
-    """The network `name` for square images of `image_size` pixels, with freshly drawn weights: (B, 3, H, W) -> (B, num_classes).
+    """The network `name` for square images of `image_size` pixels, with freshly drawn weights: (B, 3, H, W) -> (B,
+    num_classes).
 
     dropout counts in the wide networks only. Raises ValueError for an unknown name.
     """

@@ -89,7 +89,9 @@ class ResNet(nn.Module):
 
 
 class NarrowBlock(nn.Module):
-    """Where the stage changes, the shortcut takes every second pixel and pads the channels with zeros, half on each side."""
+    """Where the stage changes, the shortcut takes every second pixel and pads the channels with zeros, half on each
+    side.
+    """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()

@@ -1,6 +1,7 @@
 """ResNeXt-29 (4x24) for small images.
 
-Xie et al., "Aggregated Residual Transformations", arXiv 1611.05431, with the names of the Co-Mixup, SAGE and R-Mix codes.
+Xie et al., "Aggregated Residual Transformations", arXiv 1611.05431, with the names of the Co-Mixup, SAGE and R-Mix
+codes.
 """
 
 import math

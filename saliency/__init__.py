@@ -11,7 +11,8 @@ ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
 
 
 def build_source(name: str | None, *, mean: tuple[float, ...], std: tuple[float, ...]):
-    """The source `name` for images normalised with mean and std (one number a channel, of pixels in 0..1); None for None.
+    """The source `name` for images normalised with mean and std (one number a channel, of pixels in 0..1); None for
+    None.
 
     Raises ValueError for an unknown name.
     """

@@ -1,8 +1,10 @@
-"""Static saliency: maps of the image alone, as OpenCV contrib's two detectors give them, for a whole batch on any device.
+"""Static saliency: maps of the image alone, as OpenCV contrib's two detectors give them, for a whole batch on any
+device.
 
 fine_grained: Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual
-saliency mechanism", 2010; spectral_residual: Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR 2007.
-Both follow OpenCV's arithmetic step by step, its 8-bit roundings included, because the most salient pixel depends on them.
+saliency mechanism", 2010; spectral_residual: Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR
+2007. Both follow OpenCV's arithmetic step by step, its 8-bit roundings included, because the most salient pixel depends
+on them.
 """
 
 import math
@@ -23,7 +25,9 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def binomial_blur(image: torch.Tensor) -> torch.Tensor:
-    """3x3 binomial blur of an int32 image (B, H, W), rounded half up; the border is reflected without repeating the edge."""
+    """3x3 binomial blur of an int32 image (B, H, W), rounded half up; the border is reflected without repeating the
+    edge.
+    """
     rows = F.pad(image.unsqueeze(1).float(), (1, 1, 1, 1), mode="reflect").squeeze(1)
     rows = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
     total = rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]
@@ -33,8 +37,8 @@ def binomial_blur(image: torch.Tensor) -> torch.Tensor:
 def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
     """The on-off map of an int32 grey image (B, H, W), 0..255, as an int32 map (B, H, W), 0..255.
 
-    A pixel is compared with the mean of a window around it, at six scales; what is brighter and what is darker are summed
-    and stretched apart, then added. As in OpenCV, the sum is cut to 8 bits: a pixel strong in both wraps round.
+    A pixel is compared with the mean of a window around it, at six scales; what is brighter and what is darker are
+    summed and stretched apart, then added. As in OpenCV, the sum is cut to 8 bits: a pixel strong in both wraps round.
     windows: the image that the windows sum, where it is another one (see float_bytes).
     """
     height, width = image.shape[-2:]
@@ -81,7 +85,7 @@ def fine_grained(images: torch.Tensor) -> torch.Tensor:
 
 
 def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
-    """int32 (B, H, W) -> (B, size, size): bilinear with 8-bit weights and no anti-aliasing, as OpenCV's bit-exact mode."""
+    """int32 (B, H, W) -> (B, size, size): bilinear with 8-bit weights, not anti-aliased: OpenCV's bit-exact mode."""
     for dim in (1, 2):
         old = image.shape[dim]
         position = (torch.arange(size, device=image.device) + 0.5) * (old / size) - 0.5
@@ -98,7 +102,8 @@ def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
 def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable = torch.angle) -> torch.Tensor:
     """Spectral-residual saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), maximum about 1.
 
-    size: side of the square on which the spectrum is taken. angle: phase of a complex tensor (OpenCV's is a polynomial).
+    size: side of the square on which the spectrum is taken. angle: phase of a complex tensor (OpenCV's is a
+    polynomial).
     """
     small = resize_exact(grey(images), size)
     real = torch.float32 if images.device.type == "mps" else torch.float64
@@ -118,10 +123,10 @@ def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable = to
 def float_bytes(images: torch.Tensor) -> torch.Tensor:
     """What OpenCV's fine-grained detector makes of float images: the published SaliencyMix hands it normalised floats.
 
-    OpenCV then reads the grey float image byte by byte: a "pixel" is one byte of the float32 numbers in the left quarter
-    of the row, while the windows around it sum the numbers themselves. Next to nothing is subtracted, the map is those
-    bytes, and the most salient point is nearly random. images (B, 3, H, W) normalised floats in RGB order, which the
-    authors' code passes where BGR is expected -> (B, H, W), 0..1.
+    OpenCV then reads the grey float image byte by byte: a "pixel" is one byte of the float32 numbers in the left
+    quarter of the row, while the windows around it sum the numbers themselves. Next to nothing is subtracted, the map
+    is those bytes, and the most salient point is nearly random. images (B, 3, H, W) normalised floats in RGB order,
+    which the authors' code passes where BGR is expected -> (B, H, W), 0..1.
     """
     weights = torch.tensor([0.114, 0.587, 0.299], device=images.device).view(1, 3, 1, 1)
     smooth = (images.float() * weights).sum(1, keepdim=True)
@@ -135,7 +140,9 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
 
 
 class StaticSource:
-    """A source that looks at the picture itself: it undoes the normalisation and rounds to 8 bits. The targets are not read."""
+    """A source that looks at the picture itself: it undoes the normalisation and rounds to 8 bits. The targets are not
+    read.
+    """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = mean, std

@@ -1,0 +1,108 @@
+"""From what was typed to what is run: shorthands, recipes, saved options, and what does not go together."""
+
+from engine.cli import UserError
+from engine.recipes import recipe_for, recipe_options
+
+MAY_DIFFER = {  # options that may change when a run is continued
+    *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "profile", "debug"),
+    *("root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "vis_epoch"),
+    *("use_tensorboard", "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"),
+    *("checkpoint", "evaluate", "force_config", "config", "recipe", "list_models"),
+}
+AROUND_ANY_METHOD = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
+
+
+def translate(typed: dict) -> tuple[dict, list[str]]:
+    """Shorthands and older names in today's terms: the options, and a line for each translation worth showing.
+
+    Raises ValueError where two methods are asked for at once, or several GPUs.
+    """
+    typed, lines = dict(typed), []
+    named = {"--method " + " ".join(typed["method"]): typed["method"]} if "method" in typed else {}
+    for option, method in (("saliency_probab", "saliencymix"), ("cutmix_probab", "cutmix")):
+        if chance := typed.pop(option, 0):
+            named[f"--{option} {chance:g}"] = [method]
+            typed["mix_prob"] = chance
+    box = typed.pop("box", False)
+    if train := typed.pop("train", None):
+        today = {"vanilla": "none", "mixup": "cutmix" if box else "mixup", "mixup_hidden": "manifold"}[train]
+        old = f"--train {train}" + (" --box" if box else "")
+        named[old] = [today]
+        lines.append(f"{old} is --method {today}")
+    if len({tuple(methods) for methods in named.values()}) > 1:
+        raise ValueError(f"{' and '.join(named)} name different methods; several drawn per batch are --method A B")
+    if named:
+        typed["method"] = next(iter(named.values()))
+    if typed.pop("use_fp16", False):
+        typed["amp"] = "fp16"
+    if (gpus := typed.pop("ngpu", None)) is not None:
+        if gpus > 1:
+            raise ValueError(f"--ngpu {gpus}: this script uses one device; name it with --device")
+        typed["device"] = "cuda" if gpus else "cpu"
+    if typed.pop("saliency_legacy_float", False):
+        typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
+        lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
+    if "per_sample" in typed and "saliencymix" in typed.get("method", []):
+        typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
+    return typed, lines
+
+
+def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
+    """Every option: what was typed, else saved (--config, a checkpoint), else the recipe's, else the default."""
+    given = {**{key: value for key, value in saved.items() if key in defaults}, **typed}
+    name = saved.get("recipe") or typed.get("recipe", "auto")  # a saved run brings every option with it
+    if name == "auto":
+        named = bool({"method", "model", "dataset"} & given.keys())
+        name = recipe_for(given.get("method", defaults["method"]), given.get("dataset"), named)
+    methods = given.get("method", defaults["method"])
+    recipe = recipe_options(name, methods=methods, dataset=given.get("dataset"), model=given.get("model"))
+    if "lr" in given and "max_lr" not in given:
+        recipe.pop("max_lr", None)  # the peak of one-cycle is then the given lr
+    if unknown := recipe.keys() - defaults.keys():
+        raise KeyError(f"recipe {name} sets options that do not exist: {sorted(unknown)}")
+    return {**defaults, **recipe, **given, "recipe": name}
+
+
+def check_together(options: dict) -> None:
+    """Raise ValueError, with the remedy, for options that exclude each other."""
+    if options["compile"] and "manifold" in options["method"]:
+        raise ValueError("--compile: manifold mixup hooks a layer, and compiled networks ignore hooks; leave it out")
+    if options["loss"] == "bce" and options["label_smoothing"]:
+        raise ValueError("--label_smoothing: --loss bce has no such form; use --loss ce")
+    if options["evaluate"] and not options["checkpoint"]:
+        raise ValueError("--evaluate needs --checkpoint, the file to evaluate")
+    if options["init_from"] and options["checkpoint"] not in (None, "auto"):
+        raise ValueError("--init_from starts a new run and --checkpoint continues one; give one of them")
+    if options["scheduler"] == "multistep" and len(options["gammas"]) not in (1, len(options["schedule"])):
+        raise ValueError(
+            f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of "
+            "--schedule; give one for all, or one each"
+        )
+    if options["saliency_scope"] == "batch" and options["in_batch"] and "saliencymix" in options["method"]:
+        raise ValueError("--in_batch draws a lam for each image and so excludes --saliency_scope batch")
+    if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
+        raise ValueError(f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, where it ends")
+
+
+def check_resume(typed: dict, saved: dict) -> None:
+    """Raise UserError, with both values of each, where typed options differ from those a run was started with."""
+    differ = {key for key in typed.keys() & saved.keys() - MAY_DIFFER if saved[key] != typed[key]}
+    if differ:
+        width = max(map(len, differ))
+        rows = "\n".join(f"  --{key:<{width}}  {saved[key]}  ->  {typed[key]}" for key in sorted(differ))
+        raise UserError(
+            f"the run to continue has other options (saved -> given):\n{rows}\nleave them out to continue it, or say "
+            "--force_config"
+        )
+    if saved["scheduler"] == "onecycle" and typed.get("epochs", saved["epochs"]) != saved["epochs"]:
+        raise UserError(
+            f"--epochs {typed['epochs']}: the one-cycle schedule of this run was laid out for {saved['epochs']} "
+            "epochs, and its length is part of it\nstart a new run; --init_from takes the weights of this one"
+        )
+
+
+def without_effect(typed: dict, mixing_options: set[str], read: set[str]) -> list[str]:
+    """The typed options of mixing that no chosen method reads. read: hyper-parameters of the chosen methods."""
+    if typed.get("cutout"):
+        read = read | {"cutout_length", "n_holes"}
+    return sorted(f"--{key}" for key in typed.keys() & mixing_options - read - AROUND_ANY_METHOD)

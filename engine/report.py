@@ -1,0 +1,126 @@
+"""What a person reads and looks at while a classifier trains and when it is done."""
+
+import statistics
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from engine import draw
+from engine.batches import Batches
+from engine.data import Data
+from engine.log import RunFolder
+
+
+def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: list[str], done: int) -> None:
+    """What is about to run, on what, and everything the user may want to know before waiting for it."""
+    for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+        if part:
+            log.say(part.summary(name))
+    one_cycle = options["scheduler"] == "onecycle"
+    if options["scheduler"] == "multistep" and min(options["schedule"]) >= options["epochs"]:
+        milestones = " ".join(map(str, options["schedule"]))
+        notes = [*notes, f"--schedule {milestones}: in {options['epochs']} epochs the lr never drops"]
+    method, model = " ".join(options["method"]), options["model"]
+    log.say(
+        f"{method}: {model}{', dropout ' + str(options['dropout']) if options['dropout'] else ''}, recipe "
+        f"{options['recipe']}: {options['epochs']} epochs, batch {options['batch_size']}, {options['scheduler']}, lr "
+        f"{(one_cycle and options['max_lr']) or options['lr']:g}, weight decay {options['weight_decay']:g}, loss "
+        f"{options['loss']}, {'crop and flip' if options['trad_augment'] else 'not augmented'}, seed {options['seed']}"
+    )
+    log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
+    for note in [*notes, *data.warnings]:
+        log.say(f"note: {note}")
+    if 0 < done < options["epochs"]:
+        log.say(f"continuing after epoch {done}")
+
+
+def line_of(row: dict, epochs: int, skipped: int = 0) -> str:
+    """One epoch in a line."""
+    text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}"
+    text += f"  acc of mixed labels {row['train_acc']:.2f}"
+    for key, name, digits in (
+        ("test_loss", "test loss", 4),
+        ("test_top1", "top-1", 2),
+        ("test_top5", "top-5", 2),
+        ("valid_top1", "valid top-1", 2),
+        ("ema_top1", "averaged top-1", 2),
+    ):
+        text += f"  {name} {row[key]:.{digits}f}" if key in row else ""
+    text += f"  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
+    return text + (f"  {skipped} unreadable files skipped" if skipped else "")
+
+
+def result_of(history: list[dict], best: dict) -> dict:
+    """Last, best, and median and spread of the last ten evaluated epochs, of the top-1 accuracy on the test images."""
+    tops = [row["test_top1"] for row in history if "test_top1" in row]
+    return {
+        "epochs": len(history),
+        "last_top1": tops[-1],
+        "last_top5": history[-1].get("test_top5"),
+        "best": best,
+        "median_of_last_ten_top1": statistics.median(tops[-10:]),
+        "spread_of_last_ten_top1": max(tops[-10:]) - min(tops[-10:]),
+        "training_seconds": sum(row["seconds"] for row in history),
+    }
+
+
+def finish(log: RunFolder, result: dict, was_finished: bool) -> None:
+    """The last lines of a run."""
+    if was_finished:
+        log.say("this run was finished already; its result again:")
+    best = result["best"]
+    log.say(
+        f"test top-1: last epoch {result['last_top1']:.2f}, best {best['test_top1']:.2f} (epoch {best['epoch']}, "
+        f"chosen on the {best['split']} images), median of the last ten {result['median_of_last_ten_top1']:.2f}"
+    )
+    if not log.off:
+        log.write_result(result)
+        log.say(f"in {log.path}: {', '.join(sorted(path.name for path in log.path.iterdir() if path.name[0] != '.'))}")
+
+
+def print_profile(table: dict[str, float], batch_size: int) -> None:
+    total = sum(table.values())
+    print(f"{total:.2f} ms a step of {batch_size} images")
+    for part, milliseconds in table.items():
+        print(f"  {part:9} {milliseconds:9.2f} ms  {100 * milliseconds / total:5.1f} %")
+
+
+def draw_epoch(log: RunFolder, options: dict, history: list[dict], mixer, source, data: Data, device) -> None:
+    """curves.png every ten epochs and at the end; a picture of a mixed batch when --vis_epoch says so."""
+    if log.off:
+        return
+    epoch, methods = len(history), "+".join(options["method"])
+    title = f"{methods}, {options['model']}, {options['dataset']}"
+    if epoch % 10 == 0 or epoch == options["epochs"]:
+        draw.curves(log.path / "curves.png", history, title)
+    if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
+        path = log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
+        draw_mixed(path, mixer, source, data, device, f"{title}, epoch {epoch}")
+
+
+def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, title: str) -> None:
+    """Eight training images, mixed among themselves. Training goes on as if there had been no picture."""
+    few = Batches(
+        data.train.take(torch.arange(min(8, len(data.train)))), 8, device=device, mean=data.mean, std=data.std
+    )
+    batch = next(few.epoch())
+    targets = F.one_hot(batch.labels, len(data.classes)).float()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(1)
+        for _ in range(20):  # a method that mixes every other batch should show a mixed one
+            mixed, soft = mixer(batch.images, targets, source)
+            if not torch.equal(mixed, batch.images):
+                break
+    draw.mixed_batch(
+        path,
+        images=batch.images,
+        targets=targets,
+        saliency=source(batch.images, targets) if source else None,
+        mixed=mixed,
+        soft=soft,
+        mean=data.mean,
+        std=data.std,
+        classes=data.classes,
+        title=title,
+    )
