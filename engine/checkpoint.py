@@ -279,7 +279,7 @@ def load_weights(
     if missing or unexpected or misshapen:
         fits = f"\nit fits {' or '.join(matches)}: give --model {matches[0]}" if matches else ""
         raise UserError(
-            f"{path}: the weights are of another network; missing: {listed(missing)}; unexpected: {listed(unexpected)}; "
+            f"{path}: weights of another network; missing: {listed(missing)}; unexpected: {listed(unexpected)}; "
             f"of another shape: {listed(misshapen)}{fits}"
         )
     model.load_state_dict({key: weights.get(key, own[key]) for key in own})

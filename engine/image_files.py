@@ -55,7 +55,7 @@ class ImageFiles(Dataset):
         return None, "no file of this part can be read"
 
     def batches(self, order: list[list[int]], workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The images of each list of indices: uint8 (B, size, size, 3), and the indices (B,) of the files they are of."""
+        """Of each list of indices: images uint8 (B, size, size, 3), and the indices (B,) of the files they are of."""
         loader = DataLoader(
             self,
             batch_sampler=order,

@@ -7,7 +7,6 @@ saliency mechanism", 2010; spectral_residual: Hou and Zhang, "Saliency detection
 on them.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -112,7 +111,7 @@ def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable = to
     padded = F.pad(log_magnitude.unsqueeze(1), (1, 1, 1, 1), mode="reflect")
     residual = log_magnitude - F.avg_pool2d(padded, 3, stride=1).squeeze(1)
     back = torch.fft.ifft2(torch.polar(residual.exp(), angle(spectrum)), norm="forward").abs()
-    taps = torch.tensor([math.exp(-(offset**2) / 128) for offset in range(-2, 3)], dtype=real, device=images.device)
+    taps = (torch.arange(-2, 3, device=images.device, dtype=real).square() / -128).exp()  # sigma 8
     taps = taps / taps.sum()
     blurred = F.pad(back.unsqueeze(1), (2, 2, 2, 2), mode="reflect")
     blurred = F.conv2d(F.conv2d(blurred, taps.view(1, 1, 5, 1)), taps.view(1, 1, 1, 5)).square()
@@ -128,8 +127,8 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
     is those bytes, and the most salient point is nearly random. images (B, 3, H, W) normalised floats in RGB order,
     which the authors' code passes where BGR is expected -> (B, H, W), 0..1.
     """
-    weights = torch.tensor([0.114, 0.587, 0.299], device=images.device).view(1, 3, 1, 1)
-    smooth = (images.float() * weights).sum(1, keepdim=True)
+    first, second, third = images.float().unbind(1)
+    smooth = (0.114 * first + 0.587 * second + 0.299 * third).unsqueeze(1)
     for _ in range(2):
         smooth = F.pad(smooth, (1, 1, 1, 1), mode="reflect")
         smooth = (smooth[..., :-2] + smooth[..., 2:]) * 0.25 + smooth[..., 1:-1] * 0.5
@@ -145,12 +144,13 @@ class StaticSource:
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        self.mean, self.std = mean, std
+        self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised (B, 3, H, W) -> uint8."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        if self.mean.device != images.device:  # once: a copy in every step would hold up the device
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return ((images * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class FineGrained(StaticSource):

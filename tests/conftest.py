@@ -1,0 +1,95 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config, items):
+    absent = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device",
+        "slow": None if config.getoption("--slow") else "slow; run with --slow",
+        "data": None if os.environ.get("REAL_DATA") else "no real data: set REAL_DATA to its folder",
+    }
+    for item in items:
+        for marker, reason in absent.items():
+            if reason and marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def real_data() -> Path:
+    return Path(os.environ["REAL_DATA"])
+
+
+@pytest.fixture(scope="session")
+def static_golden():
+    return np.load(GOLDEN / "static_saliency.npz")
+
+
+@pytest.fixture(scope="session")
+def network_golden():
+    return np.load(GOLDEN / "networks.npz")
+
+
+@pytest.fixture
+def shapes_run(tmp_path):
+    """A function that trains on a little of `shapes` and returns the run folder."""
+    import train
+
+    def call(*words: str, name: str = "run", method: str = "none", epochs: int = 2) -> Path:
+        train.main(shapes_command(tmp_path, *words, name=name, method=method, epochs=epochs))
+        return tmp_path / "shapes" / "resnet20" / name
+
+    return call
+
+
+def shapes_command(root: Path, *words: str, name: str = "run", method: str = "none", epochs: int = 2) -> list[str]:
+    command = [
+        "--dataset",
+        "shapes",
+        "--method",
+        *method.split(),
+        "--epochs",
+        str(epochs),
+        "--limit",
+        "48",
+        "--batch_size",
+        "20",
+    ]
+    return [
+        *command,
+        "--vis_epoch",
+        "0",
+        "--no_progress",
+        "--device",
+        "cpu",
+        "--root_dir",
+        str(root),
+        "--name",
+        name,
+        *words,
+    ]
+
+
+def same_state(a, b) -> bool:
+    """Whether two nested states hold the same numbers, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b

@@ -1,0 +1,301 @@
+import pytest
+import torch
+
+from mixing import ALIASES, MIXERS, CutMix, SaliencyMix, build_mixer, compose, hyper_parameters, mixer_class
+from mixing.base import Choice, Mixer, NoMix, Partly, blend, box_mask, boxes_around, draw_lam, paste
+from mixing.cutmix import boxes_real
+from mixing.cutout import Cutout, erase
+from mixing.manifold import ManifoldMixup
+from mixing.saliencymix import peaks
+from models import build_model
+from saliency.static import FineGrained, FloatBytes
+
+SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 6, 10)]  # one image; an odd batch with H != W
+OPTIONS = {"mix_fraction": 1.0, "mix_schedule": "fixed", "mix_scheduled_epoch": 0, "mix_off_epoch": 0, "cutout": False}
+LABEL_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix"]
+
+
+def batch(shape, classes=5):
+    images = torch.randn(shape)
+    return images, torch.eye(classes)[torch.arange(shape[0]) % classes]
+
+
+def centre(images, targets):
+    """A source whose maps peak at row 2, column 3."""
+    saliency = torch.zeros(len(images), *images.shape[-2:])
+    saliency[:, 2, 3] = 1
+    return saliency
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_contract(name, shape):
+    images, targets = batch(shape)
+    kept = images.clone(), targets.clone()
+    for _ in range(5):
+        torch.manual_seed(3)
+        mixer = build_mixer(name, mix_prob=1.0)
+        mixed, soft = mixer(images, targets, centre)
+        torch.manual_seed(3)
+        again = build_mixer(name, mix_prob=1.0)(images, targets, centre)
+        assert mixed.shape == images.shape and soft.shape == targets.shape and mixed.dtype == images.dtype
+        torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
+        assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs changed"
+        assert torch.equal(mixed, again[0]) and torch.equal(soft, again[1]), "one seed, two results"
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_state_survives_a_save(name):
+    build_mixer(name).load_state_dict(build_mixer(name).state_dict())
+
+
+@pytest.mark.parametrize("name", LABEL_MIXERS)
+def test_mix_prob_is_the_chance_of_a_batch(name):
+    images, targets = batch((6, 3, 8, 8), 6)
+    mixer = build_mixer(name, mix_prob=0.3)
+    changed = sum(not torch.equal(mixer(images, targets, centre)[1], targets) for _ in range(400))
+    assert 80 <= changed <= 150  # a few draws change nothing: own partners, empty boxes
+
+
+def test_paste_moves_the_right_rows():
+    images = torch.stack([torch.zeros(3, 4, 8), torch.ones(3, 4, 8)])
+    boxes = torch.tensor([[0, 2, 4, 8], [0, 2, 4, 8]])
+    mixed, soft = paste(images, torch.eye(2), torch.tensor([1, 0]), boxes)
+    assert mixed[0, :, :2, 4:].eq(1).all() and mixed[0].sum() == 3 * 2 * 4
+    torch.testing.assert_close(soft, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))  # 8 of 32 pixels came over
+
+
+def test_an_odd_side_loses_a_pixel_and_a_side_of_one_is_empty():
+    lam = torch.tensor(1 - (5 / 32) ** 2 - 1e-9, dtype=torch.float64)  # side 5
+    assert boxes_around(torch.tensor([10]), torch.tensor([20]), lam, 32, 32).tolist() == [[8, 12, 18, 22]]
+    lam = torch.tensor(1 - (1 / 32) ** 2 - 1e-9, dtype=torch.float64)  # side 1
+    box = boxes_around(torch.tensor([10]), torch.tensor([20]), lam, 32, 32)
+    assert not box_mask(box, 32, 32).any()
+
+
+def test_integer_boxes_are_those_of_the_published_code(network_golden):
+    lam = torch.from_numpy(network_golden["box_lam"])
+    recorded = torch.from_numpy(network_golden["box_centre_and_box"]).long()
+    boxes = boxes_around(recorded[:, 0], recorded[:, 1], lam, 32, 32)
+    assert torch.equal(boxes[:, [0, 2, 1, 3]], recorded[:, 2:])
+
+
+def test_real_boxes_cut_only_the_clipped_edges():
+    half = torch.tensor(1 - (9 / 32) ** 2, dtype=torch.float64)  # side 9.0
+    box = boxes_real(torch.tensor([10.7]), torch.tensor([30.2]), half, 32, 32)
+    assert box.tolist() == [[6, 15, 25, 32]]  # 6.2, 15.2, 25.7, 34.7 clipped to 32
+
+
+def test_mixup_blends_images_and_labels_alike():
+    images, targets = torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.eye(2)
+    partner, lam = torch.tensor([1, 0]), torch.tensor(0.75, dtype=torch.float64)
+    assert blend(images, partner, lam).flatten().tolist() == [2.0, 6.0]
+    assert blend(targets, partner, lam).tolist() == [[0.75, 0.25], [0.25, 0.75]]
+    assert blend(images, partner, torch.tensor([1.0, 0.5])).flatten().tolist() == [0.0, 4.0]
+
+
+def test_lam_is_a_beta_draw():
+    images = torch.zeros(4, 1, 1, 1)
+    lams = torch.stack([draw_lam(2.0, images) for _ in range(2000)])
+    assert lams.dim() == 1 and abs(lams.mean() - 0.5) < 0.02 and abs(lams.var() - 0.05) < 0.01  # Beta(2, 2)
+    assert draw_lam(1.0, images, per_image=True).shape == (4,)
+    assert draw_lam(0.0, images) == 1 and draw_lam(0.0, images, per_image=True).eq(1).all()
+
+
+def test_cutout_erases_whole_squares_and_keeps_labels():
+    images = torch.ones(2, 3, 8, 8)
+    out = erase(images, torch.tensor([[4], [0]]), torch.tensor([[4], [7]]), 4)
+    assert out[0, :, 2:6, 2:6].eq(0).all() and out[0].sum() == 3 * (64 - 16)
+    assert out[1, :, :2, 5:].eq(0).all() and out[1].sum() == 3 * (64 - 6)  # over the border
+    two = erase(images[:1], torch.tensor([[2, 6]]), torch.tensor([[2, 6]]), 2)
+    assert two.sum() == 3 * (64 - 8)
+    targets = torch.eye(2)
+    assert Cutout(4)(images, targets)[1] is targets
+
+
+def test_cutmix_draws_one_box_a_batch_or_one_an_image():
+    def outlines(mixer):
+        torch.manual_seed(5)
+        images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 32, 32)
+        mixed, soft = mixer(images, torch.eye(8))
+        changed = (mixed != images).flatten(1)
+        return {tuple(row.nonzero().flatten().tolist()) for row in changed if row.any()}, soft
+
+    assert len(outlines(CutMix(mix_prob=1.0))[0]) == 1
+    assert len(outlines(CutMix(mix_prob=1.0, per_sample=True))[0]) > 1
+    soft = outlines(CutMix(mix_prob=1.0, in_batch=True))[1]
+    assert len(set(soft.amax(1).tolist())) > 2
+
+
+def test_saliencymix_pastes_around_the_partners_peak():
+    images, targets = batch((6, 3, 16, 16), 6)
+    seen = []
+
+    def source(looked_at, _):
+        seen.append(looked_at)
+        return centre(looked_at, _)
+
+    torch.manual_seed(1)
+    mixed, soft = SaliencyMix(mix_prob=1.0)(images, targets, source)
+    changed = (mixed != images).any(1)
+    moved = [i for i in range(6) if changed[i].any()]
+    assert moved and all(changed[i, 2, 3] or soft[i].amax() == 1 for i in moved), "the box must hold the peak"
+    assert len(seen[0]) == 6, "a map for each partner"
+    torch.manual_seed(1)
+    SaliencyMix(mix_prob=1.0, saliency_scope="batch")(images, targets, source)
+    assert len(seen[1]) == 1, "one map for the batch"
+
+
+def test_peaks_are_the_first_maxima_row_by_row():
+    saliency = torch.zeros(2, 3, 4)
+    saliency[0, 1, 2] = saliency[0, 2, 1] = 1
+    rows, columns = peaks(saliency)
+    assert rows.tolist() == [1, 0] and columns.tolist() == [2, 0]
+
+
+NORMALISATION = {"mean": (125.3 / 255, 123.0 / 255, 113.9 / 255), "std": (63.0 / 255, 62.1 / 255, 66.7 / 255)}
+
+
+def test_saliencymix_as_the_paper_has_it(static_golden):
+    images = torch.from_numpy(static_golden["sm_normalised"])
+    partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
+    rows, columns = peaks(FineGrained(**NORMALISATION)(images))
+    assert torch.stack([rows, columns], 1).tolist() == static_golden["sm_paper_peak"].tolist()
+    boxes = boxes_around(rows[partner], columns[partner], lam, 32, 32)
+    assert boxes[:, [0, 2, 1, 3]].tolist() == static_golden["sm_paper_box"].tolist()
+    mixed, soft = paste(images, torch.eye(8), partner, boxes)
+    assert torch.equal(mixed, torch.from_numpy(static_golden["sm_paper_mixed"]))
+    kept = torch.from_numpy(static_golden["sm_paper_lam"]).float()
+    kept = torch.where(partner == torch.arange(8), 1.0, kept)
+    torch.testing.assert_close(soft.diag(), kept)
+
+
+def test_saliencymix_as_its_code_runs(static_golden):
+    images = torch.from_numpy(static_golden["sm_normalised"])
+    partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
+    rows, columns = peaks(FloatBytes(**NORMALISATION)(images[partner[:1]]))
+    box = boxes_around(rows, columns, lam[0], 32, 32)
+    assert box[:, [0, 2, 1, 3]].tolist() == [static_golden["sm_official_box"].tolist()]
+    mixed, soft = paste(images, torch.eye(8), partner, box)
+    assert torch.equal(mixed, torch.from_numpy(static_golden["sm_official_mixed"]))
+    assert soft[0, 0] == float(static_golden["sm_official_lam"])
+
+
+@pytest.mark.parametrize("model_name", ["resnet20", "preactresnet18", "resnext29_4_24"])
+def test_manifold_mixes_the_stage_that_was_drawn(model_name):
+    model = build_model(model_name, 5).eval()
+    images, targets = batch((4, 3, 32, 32))
+    mixer, depths = ManifoldMixup(), set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        mixed, soft = mixer(images, targets)
+        if mixer.depth in depths:
+            continue
+        depths.add(mixer.depth)
+        assert torch.equal(mixed, images) == (mixer.depth > 0)
+        with mixer.during(model), torch.no_grad():
+            logits = model(mixed)
+        with torch.no_grad():
+            hidden, rest = images, model
+            if mixer.depth:  # run the network in two halves, mixing between them
+                taken = {}
+                stage = model.get_submodule(model.stages[mixer.depth - 1])
+                handle = stage.register_forward_hook(lambda m, i, o, taken=taken: taken.update(out=o))
+                rest(hidden)
+                handle.remove()
+                swapped = blend(taken["out"], mixer.partner, mixer.lam)
+                handle = stage.register_forward_hook(lambda m, i, o, swapped=swapped: swapped)
+                expected = model(images)
+                handle.remove()
+            else:
+                expected = model(blend(images, mixer.partner, mixer.lam))
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(soft, blend(targets, mixer.partner, mixer.lam))
+    assert depths == {0, 1, 2}
+
+
+def test_manifold_takes_its_hook_away_even_on_an_error():
+    model = build_model("resnet20", 5)
+    mixer = ManifoldMixup()
+    mixer.depth = 1
+    with pytest.raises(RuntimeError), mixer.during(model):
+        raise RuntimeError
+    assert not model.layer1._forward_hooks
+
+
+class Recorder(Mixer):
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, images, targets, source=None):
+        self.source = source
+        return images + self.value, targets
+
+
+def test_choice_draws_one_method_a_batch_and_gives_each_its_source():
+    mixers = [Recorder(1.0), Recorder(2.0)]
+    choice = Choice(mixers, ["a", "b"])
+    drawn = [float(choice(torch.zeros(1, 1, 1, 1), torch.ones(1, 1), "ignored")[0]) for _ in range(200)]
+    assert set(drawn) == {1.0, 2.0} and 70 < drawn.count(1.0) < 130
+    assert (mixers[0].source, mixers[1].source) == ("a", "b")
+
+
+def test_partly_mixes_the_last_images_among_themselves():
+    images, targets = batch((5, 3, 8, 8))
+    mixer = Partly(Recorder(1.0), mix_fraction=0.5)
+    mixed, _ = mixer(images, targets)
+    assert torch.equal(mixed[:3], images[:3]) and torch.equal(mixed[3:], images[3:] + 1)
+
+
+def test_partly_mixes_part_of_a_hidden_layer():
+    mixer = Partly(ManifoldMixup(), mix_fraction=0.5)
+    inner = mixer.mixers[0]
+    inner.depth, inner.partner, inner.lam = 1, torch.tensor([1, 0]), torch.tensor(0.5)
+    hidden = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert inner.mix_hidden(hidden).tolist() == [1.0, 2.0, 6.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"), [("fixed", [1, 1, 1, 1, 0]), ("scheduled", [0, 0.5, 1, 1, 0]), ("delayed", [0, 0, 1, 1, 0])]
+)
+def test_the_share_follows_the_epochs(kind, shares):
+    mixer = Partly(NoMix(), 1.0, kind, 2, mix_off_epoch=1)
+    seen = []
+    for epoch in range(5):
+        mixer.start_epoch(epoch, 5)
+        seen.append(mixer.share)
+    assert seen == shares
+
+
+def test_compose_builds_what_the_flags_say():
+    mixer, source = compose(["cutmix"], OPTIONS | {"mix_prob": 0.25, "mixup_alpha": None}, lambda name: name)
+    assert isinstance(mixer, CutMix) and mixer.mix_prob == 0.25 and mixer.mixup_alpha == 1.0 and source is None
+    mixer, source = compose(["none", "saliencymix"], OPTIONS, lambda name: name)
+    assert isinstance(mixer, Choice) and mixer.sources == [None, "fine_grained"] and source == "fine_grained"
+    mixer, _ = compose(["mixup"], OPTIONS | {"cutout": True, "cutout_length": 4, "mix_off_epoch": 2}, lambda name: name)
+    images, targets = torch.ones(4, 3, 16, 16), torch.eye(4)
+    mixer.start_epoch(9, 10)
+    mixed, soft = mixer(images, targets)
+    assert mixed.eq(0).any() and torch.equal(soft, targets), "holes stay when mixing is off"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixup", {"mixup_alpha": -1}),
+        ("cutmix", {"mixup_alpha": 0}),
+        ("cutmix", {"cutmix_box": "round"}),
+        ("saliencymix", {"saliency_scope": "image"}),
+        ("manifold", {"mix_prob": 1.5}),
+        ("cutout", {"cutout_length": 0}),
+        ("nonsense", {}),
+    ],
+)
+def test_wrong_hyper_parameters_are_refused(name, options):
+    with pytest.raises(ValueError):
+        build_mixer(name, **options)
+
+
+def test_names_and_defaults():
+    assert {mixer_class(alias) for alias in ALIASES} == {mixer_class(name) for name in ("none", "mixup", "manifold")}
+    assert hyper_parameters("manifold")["mixup_alpha"] == 2.0 and hyper_parameters("cutmix")["mix_prob"] == 0.5
