@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if saved:
         parts.load(saved)
         history, best = saved["history"], saved["best"]
-    log = RunFolder(folder, off=options["log_off"])
+    log = RunFolder(folder, off=options["log_off"], anew=saved is None)
     add_trackers(log, options)
     log.write_config(options, device)
     log.write_log(history)
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     for epoch in range(len(history), options["epochs"]):
         mixer.start_epoch(epoch, options["epochs"])
         watch, begin, lr = Stopwatch(device), time.perf_counter(), parts.scheduler.get_last_lr()[0]
-        with stop_well(log, parts, epoch):
+        with stop_well(log, parts):
             with Progress(f"epoch {epoch + 1}/{options['epochs']}", len(train), bar=bar) as shown:
                 row = train_one_epoch(
                     *(model, mixer, source, train, parts.optimizer),

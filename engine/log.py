@@ -59,14 +59,19 @@ def find_run(options: dict) -> tuple[Path, Path | None]:
 
 
 class RunFolder:
-    """Where a run writes; nothing at all is written when `off`. `say` shows a line and keeps it in log.txt."""
+    """Where a run writes; nothing at all is written when `off`. `say` shows a line and keeps it in log.txt.
 
-    def __init__(self, path: Path, *, off: bool = False):
+    anew: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run.
+    """
+
+    def __init__(self, path: Path, *, off: bool = False, anew: bool = False):
         self.path, self.off = Path(path), off
         self.trackers = []
         if not off:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                for stale in [*self.path.glob("*.pt"), *self.path.glob(".*.part")] if anew else []:
+                    stale.unlink()
             except OSError as error:
                 raise UserError(
                     f"cannot make the run folder {self.path}: {error.strerror}; name another with --root_dir"

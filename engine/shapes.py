@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "bow"]
-CHUNK = 500  # pictures of one seed: the first N do not depend on how many follow
+CHUNK = 100  # pictures of one seed: the first N do not depend on how many follow
 
 
 def draw_shapes(count: int, size: int, *, num_classes: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -132,14 +132,15 @@ def save(
 
 
 @contextmanager
-def stop_well(run: RunFolder, parts: Parts, done: int):
-    """Around an epoch: a loss that is no number and Ctrl-C end with the way to go on. done: epochs finished before."""
+def stop_well(run: RunFolder, parts: Parts):
+    """Around an epoch: a loss that is no number and Ctrl-C end with the way to go on."""
     last = run.path / "last.pt"
-    go_on = (
-        f"epoch {done} is in {last}: continue with --checkpoint {last}"
-        if done and not run.off
-        else "no epoch was finished, so nothing is kept"
-    )
+
+    def go_on() -> str:
+        if run.off or not last.exists():
+            return "no epoch was finished, so nothing is kept"
+        return f"the last finished epoch is kept: continue with --checkpoint {last}"
+
     try:
         yield
     except NotFinite as error:
@@ -152,10 +153,10 @@ def stop_well(run: RunFolder, parts: Parts, done: int):
         scale = f", loss scale {parts.scaler.get_scale():g}" if parts.scaler else ""
         raise UserError(
             f"{error}, lr {parts.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
-            f"try a lower --lr, --clip_grad 1, or --amp bf16 or off; {go_on}"
+            f"try a lower --lr, --clip_grad 1, or --amp bf16 or off; {go_on()}"
         ) from error
     except KeyboardInterrupt:
-        print(f"\n{go_on}", file=sys.stderr)
+        print(f"\n{go_on()}", file=sys.stderr)
         raise
 
 

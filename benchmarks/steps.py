@@ -1,0 +1,200 @@
+"""What mixing and data cost beside the network: python benchmarks/steps.py --model preactresnet18 --batch_size 100
+
+All in one process, the methods taking turns, so that a slow moment of the machine hits them alike. Prints the median
+time of a training step of each method over the plain one, the time of the static maps of a batch, and the share of a
+step that goes to reading, cropping, flipping and normalising the images, with the usual loader beside it.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engine.cli import Parser, one_of, run, whole
+from engine.options import device_options
+from mixing import MIXERS, build_mixer
+from models import ALIASES, MODELS, build_model
+from saliency import build_source
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.group("what")
+    parser.option("--model", type=one_of(MODELS, ALIASES), default="preactresnet18", metavar="NAME")
+    parser.option(
+        "--method", type=one_of(MIXERS), nargs="+", default=["mixup", "cutmix", "saliencymix"], metavar="NAME"
+    )
+    parser.option("--batch_size", type=whole(1), default=100)
+    parser.option("--image_size", type=whole(8), default=32)
+    parser.option("--steps", type=whole(1), default=20, help="steps timed of each")
+    device_options(parser)
+    parser.defaults["workers"] = 2
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = build_parser()
+    options = {**parser.defaults, **parser.read(argv)}
+
+    import torch
+
+    from engine.data import Part
+    from engine.device import choose_device, choose_precision, prepare
+
+    device = choose_device(options["device"])
+    prepare(device, seed=0, deterministic=False)
+    precision, text = choose_precision(options["amp"], device)
+    size = options["image_size"]
+    pixels = torch.randint(0, 256, (50 * options["batch_size"], size, size, 3), dtype=torch.uint8)
+    part = Part(pixels, torch.arange(len(pixels)) % 10, list("abcdefghij"), "noise")
+    print(
+        f"{options['model']}, batch {options['batch_size']}, {size} pixels, {device}, {text}, torch {torch.__version__}"
+    )
+    table = time_methods(part, options, device, precision)
+    vanilla = table["none"]["step"]
+    print(f"{'method':14} {'step ms':>9} {'x vanilla':>9} {'mixing ms':>10} {'saliency ms':>12} {'data ms':>8}")
+    for name, row in table.items():
+        row["ratio"] = row["step"] / vanilla
+        print(
+            f"{name:14} {row['step']:9.2f} {row['ratio']:9.3f} {row['mixing']:10.2f} {row['saliency']:12.2f} "
+            f"{row['data']:8.2f}"
+        )
+    table["data"] = time_data(part, options, device, table["none"])
+    table["maps"] = time_maps(pixels[: options["batch_size"]].permute(0, 3, 1, 2).contiguous(), device)
+    return table
+
+
+def median(values: list[float]) -> float:
+    return 1000 * sorted(values)[len(values) // 2]
+
+
+def time_methods(part, options: dict, device, precision) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a whole step and of its parts, the methods taking turns. Every batch is mixed."""
+    import torch
+
+    from engine.batches import Batches
+    from engine.loop import Stopwatch, train_one_epoch
+    from engine.loss import LOSSES
+
+    half = (0.5, 0.5, 0.5)
+    feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
+    batches = Batches(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
+    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+    model = build_model(options["model"], 10, options["image_size"]).to(device, memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device.type in ("cpu", "cuda"))
+    names = ["none", *options["method"]]
+    mixers = {name: build_mixer(name, mix_prob=1.0) for name in names}
+    sources = {name: build_source(mixers[name].default_source, mean=half, std=half) for name in names}
+    laps: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    for turn in range(-2, options["steps"]):
+        for name in names:
+            watch = Stopwatch(device)
+            train_one_epoch(
+                *(model, mixers[name], sources[name], batches, optimizer, LOSSES["ce"]),
+                **{"epoch": max(turn, 0), "num_classes": 10, "precision": precision, "watch": watch, "max_steps": 1},
+            )
+            seconds = watch.seconds()
+            if turn >= 0:
+                for key, value in {**seconds, "step": sum(seconds.values())}.items():
+                    laps[name].setdefault(key, []).append(value)
+    return {
+        name: {key: median(laps[name].get(key, [0.0])) for key in ("step", "mixing", "saliency", "data", "network")}
+        for name in names
+    }
+
+
+def time_data(part, options: dict, device, vanilla: dict[str, float]) -> dict[str, float]:
+    """Milliseconds a batch of the device-resident pipeline, and of torchvision transforms in a DataLoader."""
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    from engine.batches import Batches
+
+    half, size = (0.5, 0.5, 0.5), options["image_size"]
+    feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
+    batches = Batches(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
+
+    class Usual(Dataset):
+        transform = transforms.Compose(
+            [
+                transforms.ToPILImage(),
+                transforms.RandomCrop(size, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(half, half),
+            ]
+        )
+
+        def __len__(self):
+            return len(part)
+
+        def __getitem__(self, index):
+            return self.transform(part.pixels[index].permute(2, 0, 1)), part.labels[index]
+
+    def per_batch(stream) -> float:
+        begin, count = time.perf_counter(), 0
+        for images, *_ in stream:
+            images.to(device)
+            count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - begin) / count
+
+    per_batch(batches.epoch(0))
+    ours = per_batch(batches.epoch(1))
+    usual = {}
+    for workers in (0, options["workers"]):
+        usual[workers] = per_batch(DataLoader(Usual(), options["batch_size"], shuffle=True, num_workers=workers))
+    share = 100 * ours / vanilla["step"]
+    print(f"data: {ours:.2f} ms a batch, {share:.1f} % of a plain step")
+    print(
+        "      usual loader " + ", ".join(f"{value:.1f} ms with {workers} workers" for workers, value in usual.items())
+    )
+    return {"ours": ours, "share": share, "usual": usual}
+
+
+def time_maps(images, device, repeats: int = 20) -> dict[str, float]:
+    """Milliseconds of the fine-grained and spectral-residual maps of one batch."""
+    import torch
+
+    from saliency.static import fine_grained, spectral_residual
+
+    images, result = images.to(device), {}
+    for name, function in (("fine_grained", fine_grained), ("spectral_residual", spectral_residual)):
+        laps = []
+        for _ in range(repeats + 3):
+            begin = time.perf_counter()
+            function(images)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            laps.append(time.perf_counter() - begin)
+        result[name] = median(laps[3:])
+    result["opencv"] = time_opencv(images)
+    beside = f" (OpenCV contrib, image by image: {result['opencv']:.2f} ms)" if result["opencv"] else ""
+    print(
+        f"maps of a batch: fine-grained {result['fine_grained']:.2f} ms{beside}, "
+        f"spectral residual {result['spectral_residual']:.2f} ms"
+    )
+    return result
+
+
+def time_opencv(images, repeats: int = 20) -> float | None:
+    """The same fine-grained maps by OpenCV, where a build with the contrib modules is installed."""
+    import cv2
+
+    if not hasattr(cv2, "saliency"):
+        return None
+    detector = cv2.saliency.StaticSaliencyFineGrained_create()
+    pictures, laps = images.permute(0, 2, 3, 1).flip(-1).contiguous().cpu().numpy(), []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        for picture in pictures:
+            detector.computeSaliency(picture)
+        laps.append(time.perf_counter() - begin)
+    return median(laps)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,241 @@
+import argparse
+import collections
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.checkpoint import (
+    extract_weights,
+    find_checkpoint,
+    load_weights,
+    read_checkpoint,
+    read_file,
+    save_checkpoint,
+)
+from engine.cli import UserError
+from engine.files import interrupt_later, write_atomic
+from models import build_model, matching_models
+
+ROOT = Path(__file__).parents[1]
+
+
+class Recorder:
+    """A class of some training code, pickled beside the weights."""
+
+    def __init__(self):
+        self.losses = [1.0]
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch hostile_code_ran",)
+
+
+def weights_of(name="resnet20", classes=10):
+    return build_model(name, classes).state_dict()
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# files of other codes
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: w,
+        lambda w: {"model_state_dict": w, "optimizer_state_dict": {"state": {}}, "best_acc": 93.2, "epoch": 3},
+        lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}, "arch": "x", "recorder": Recorder()},
+        lambda w: {"model": w, "args": argparse.Namespace(a=1), "config": collections.defaultdict(list, {"b": [2]})},
+        lambda w: {"net": {f"module._orig_mod.{k}": v for k, v in w.items()}, "acc": __import__("numpy").float64(1.0)},
+        lambda w: {"state_dict_classifier": {f"model.{k}": v for k, v in w.items()}, "path": Path("x")},
+        lambda w: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()},
+    ],
+)
+def test_weights_come_out_of_every_earlier_layout(tmp_path, wrap, old_format):
+    weights = weights_of()
+    file = tmp_path / "old.pth.tar"
+    torch.save(wrap(weights), file, _use_new_zipfile_serialization=not old_format)
+    assert same(extract_weights(read_file(file), file), weights)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, old_format):
+    monkeypatch.chdir(tmp_path)
+    weights = weights_of()
+    torch.save({"state_dict": weights, "extra": Hostile()}, "bad.pt", _use_new_zipfile_serialization=not old_format)
+    assert same(extract_weights(read_file("bad.pt"), "bad.pt"), weights)
+    assert not Path("hostile_code_ran").exists()
+
+
+def test_no_other_code_is_imported(tmp_path):
+    (tmp_path / "their_code.py").write_text("print('imported')\nclass Logger:\n    pass\n")
+    make = "import torch, their_code; torch.save({'model': {'w': torch.ones(2)}, 'log': their_code.Logger()}, 'f.pt')"
+    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
+    read = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import engine.checkpoint as c; print(c.read_file('f.pt'))"
+    done = subprocess.run([sys.executable, "-c", read], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "imported" not in done.stdout and "tensor" in done.stdout
+
+
+def test_the_replications_names_are_mapped_and_its_biases_folded():
+    model = build_model("resnet50", 10).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    foreign = {}
+    for key, value in model.state_dict().items():
+        parts = key.split(".")
+        if parts[0] in ("conv1", "bn1"):
+            parts[0] = parts[0].replace("1", "0")
+        elif parts[0] == "fc":
+            pass
+        elif parts[2] == "downsample":
+            parts[2:4] = ["projection", "convP" if parts[3] == "0" else "bnP"]
+        else:
+            kind, number = parts[2][:-1], parts[2][-1]
+            parts[2:3] = [f"convBn{number}", kind]
+        foreign[".".join(parts)] = value.clone()
+    for key in [k for k in foreign if k.endswith("convP.weight")]:
+        bias = torch.randn(len(foreign[key]))
+        foreign[key.replace("weight", "bias")] = bias
+        foreign[key.replace("convP.weight", "bnP.running_mean")] += bias
+    again = build_model("resnet50", 10).eval()
+    load_weights(again, extract_weights({"model_state_dict": foreign}, Path("x")), Path("x"), num_classes=10)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path):
+    file = tmp_path / "w.safetensors"
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        file.write_bytes(b"x")
+        with pytest.raises(UserError, match="pip install safetensors"):
+            read_file(file)
+        return
+    save_file(weights_of(), file)
+    assert same(extract_weights(read_file(file), file), weights_of())
+
+
+# messages
+
+
+def test_missing_damaged_and_foreign_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.pt: no such file"):
+        read_file(tmp_path / "nowhere.pt")
+    with pytest.raises(UserError, match=r"last.pt: no such file"):
+        find_checkpoint(str(tmp_path))
+    file = tmp_path / "last.pt"
+    torch.save({"format": 1, "model": weights_of()}, file)
+    whole = file.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"just text"):
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"last.pt \({len(broken)} bytes\) is damaged"):
+            read_file(file)
+    (tmp_path / "previous.pt").write_bytes(whole)
+    with pytest.raises(UserError, match=r"\n.*--checkpoint .*previous.pt"):
+        read_file(file)
+    torch.save({"some": 1, "thing": "else"}, file)
+    with pytest.raises(UserError, match=r"no checkpoint that training can continue from \(found: some, thing\)"):
+        read_checkpoint(file)
+    with pytest.raises(UserError, match="no weights found.*some, thing"):
+        extract_weights(read_file(file), file)
+
+
+def test_one_flipped_byte_is_noticed(tmp_path):
+    file = tmp_path / "last.pt"
+    torch.save({"format": 1, "model": {"w": torch.zeros(100_000)}}, file)
+    content = bytearray(file.read_bytes())
+    content[200_000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="checksum"):
+        read_file(file)
+
+
+def test_what_does_not_fit_is_told():
+    model = build_model("resnet20", 10)
+    with pytest.raises(
+        UserError, match=r"made for 7 classes \(linear.weight is 7 x 64\), the data has 10\n.*--init_from f"
+    ):
+        load_weights(model, weights_of(classes=7), Path("f"), num_classes=10)
+    other = weights_of("resnet32")
+    with pytest.raises(
+        UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nit fits resnet32: give --model resnet32"
+    ):
+        load_weights(model, other, Path("f"), num_classes=10, matches=matching_models(other))
+    with pytest.raises(UserError, match=r"detect.py"):
+        extract_weights(
+            {"model": {"backbone.body.conv1.weight": torch.zeros(1), "rpn.head.bias": torch.zeros(1)}}, Path("f")
+        )
+    with pytest.raises(UserError, match="--ema"):
+        extract_weights({"model": {"w": torch.zeros(1)}, "ema": None}, Path("f"), averaged=True)
+
+
+def test_init_from_keeps_a_fresh_last_layer_for_other_classes():
+    model, given = build_model("resnet20", 10), weights_of(classes=7)
+    head = model.linear.weight.clone()
+    assert load_weights(model, given, Path("f"), num_classes=10, new_head=True) is True
+    assert torch.equal(model.linear.weight, head) and torch.equal(model.conv1.weight, given["conv1.weight"])
+    assert load_weights(model, weights_of(), Path("f"), num_classes=10, new_head=True) is False
+
+
+# writing
+
+
+def test_a_save_keeps_the_one_before(tmp_path):
+    file = tmp_path / "last.pt"
+    for number in range(3):
+        save_checkpoint(file, {"format": 1, "number": number}, keep_previous=True)
+    assert read_file(file)["number"] == 2 and read_file(tmp_path / "previous.pt")["number"] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    file = tmp_path / "f"
+    write_atomic(file, lambda side: side.write_text("old"))
+
+    def fail(side):
+        side.write_text("half of")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device\nthe old file is intact"):
+        write_atomic(file, fail)
+    assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
+    code = f"""
+        import resource, signal, sys, torch
+        sys.path.insert(0, {str(ROOT)!r})
+        from engine.checkpoint import save_checkpoint
+        from engine.cli import run
+        save_checkpoint("last.pt", {{"format": 1, "w": torch.zeros(10)}})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond: writing fails half-way
+        run(lambda: save_checkpoint("last.pt", {{"format": 1, "w": torch.zeros(1_000_000)}}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "the old file is intact" in done.stderr and "Traceback" not in done.stderr
+    assert len(read_file(tmp_path / "last.pt")["w"]) == 10 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
+
+
+def test_ctrl_c_waits_for_a_save(tmp_path):
+    import signal
+
+    with pytest.raises(KeyboardInterrupt), interrupt_later():
+        signal.raise_signal(signal.SIGINT)
+        (tmp_path / "done").touch()
+    assert (tmp_path / "done").exists()

@@ -1,0 +1,227 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import evaluate
+import train
+from engine.cli import Parser, UserError, explain, one_of, whole, yes_no
+from engine.configure import check_together, fill_in, translate, without_effect
+from engine.recipes import RECIPES, recipe_options
+from mixing import MIXERS, hyper_parameters
+
+ROOT = Path(__file__).parents[1]
+
+
+def options_of(*words: str) -> dict:
+    parser = train.build_parser()
+    typed, _ = translate(parser.read(list(words)))
+    options = fill_in(typed, {}, parser.defaults)
+    check_together(options)
+    return options
+
+
+def error_of(capsys, *words: str, script=train) -> str:
+    with pytest.raises(SystemExit) as stop:
+        script.main(list(words))
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1, "one line"
+    return text
+
+
+# the parser
+
+
+def test_hyphens_underscores_and_aliases_reach_the_same_option():
+    for word in ("--batch_size", "--batch-size", "--cnn_batch_size", "--cnn-batch-size", "-b"):
+        assert options_of(word, "7")["batch_size"] == 7
+    assert options_of("--batch-size=9")["batch_size"] == 9
+    assert options_of("--arch", "wideresnet")["model"] == "wrn28_10"
+    assert options_of("--method", "vanilla")["method"] == ["none"]
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [(["--log_off"], True), (["--log_off", "True"], True), (["--log_off", "no"], False), ([], False)],
+)
+def test_yes_and_no(words, value):
+    assert options_of(*words)["log_off"] is value
+
+
+def test_abbreviations_are_not_guessed(capsys):
+    assert "--batch_size" in error_of(capsys, "--batch_siz", "3")
+    assert "--help" in error_of(capsys, "--zzzzqqq")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "resnet19"], "did you mean resnet"),
+        (["--method", "saliencymx"], "did you mean saliencymix?"),
+        (["--dataset", "cifar"], "did you mean cifar10"),
+        (["--method", "cutmix", "--saliency_probab", "0.5"], "name different methods"),
+        (["--saliency_probab", "0.5", "--cutmix_probab", "0.5"], "name different methods"),
+        (["--epochs", "0"], "at least 1"),
+        (["--lr", "-1"], "at least 0"),
+        (["--lr", "fast"], "expected a number"),
+        (["--mix_prob", "1.5"], "between 0 and 1"),
+        (["--ngpu", "4"], "one device"),
+        (["--compile", "--method", "manifold"], "leave it out"),
+        (["--loss", "bce", "--label_smoothing", "0.1"], "--loss ce"),
+        (["--gammas", "0.1", "0.2", "--schedule", "1", "2", "3", "--scheduler", "multistep"], "2 factors for the 3"),
+        (["--evaluate"], "--checkpoint"),
+        (["--mix_schedule", "delayed"], "--mix_scheduled_epoch"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(capsys, words, expected):
+    assert expected in error_of(capsys, *words)
+
+
+def test_evaluate_needs_a_file(capsys):
+    assert "--model_path" in error_of(capsys, script=evaluate)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_answers_at_once_and_without_torch(script):
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert time.perf_counter() - begin < 2
+    assert "--model" in done.stdout and "[recipe]" in done.stdout or script == "evaluate.py"
+    code = (
+        f"import sys, {script[:-3]} as s; s.build_parser(); assert not {{'torch', 'cv2', 'numpy'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_errors_are_explained_in_a_line(tmp_path):
+    command = [sys.executable, "train.py", "--dataset", "cifar10", "--data_dir", str(tmp_path), "--download", "no"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert (
+        done.returncode == 1
+        and done.stderr.startswith("train.py: cifar10 not found")
+        and "Traceback" not in done.stderr
+    )
+    done = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert explain(UserError("what\nhow")) == "what\nhow" and "--debug" in explain(KeyError("x"))
+    assert "--batch_size" in explain(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
+
+
+def test_a_parser_keeps_typed_options_apart():
+    parser = Parser("test")
+    parser.group("one")
+    parser.option("--some_number", "--old_number", type=whole(), default=3)
+    parser.option("--flag", type=yes_no, default=True)
+    parser.option("--kind", type=one_of(["a", "b"], {"x": "a"}))
+    assert parser.read(["--old-number", "5", "--flag", "off", "--kind", "X"]) == {
+        "some_number": 5,
+        "flag": False,
+        "kind": "a",
+    }
+    assert parser.read([]) == {} and parser.defaults == {"some_number": 3, "flag": True, "kind": None}
+    assert parser.group_of("one") == {"some_number", "flag", "kind"}
+
+
+# recipes
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe"),
+    [
+        ([], "shapes"),
+        (["--dataset", "shapes", "--method", "mixup"], "shapes"),
+        (["--method", "none"], "saliencymix"),
+        (["--method", "cutmix"], "saliencymix"),
+        (["--saliency_probab", "0.5"], "saliencymix"),
+        (["--model", "resnet20"], "saliencymix"),
+        (["--method", "mixup"], "puzzle"),
+        (["--method", "manifold"], "puzzle"),
+        (["--method", "cutmix", "--recipe", "rmix"], "rmix"),
+    ],
+)
+def test_auto_goes_by_data_set_and_method(words, recipe):
+    assert options_of(*words)["recipe"] == recipe
+
+
+def test_a_recipe_fills_in_what_was_not_typed():
+    options = options_of("--method", "mixup", "--lr", "0.05")
+    assert (options["model"], options["dataset"], options["epochs"], options["batch_size"]) == (
+        "preactresnet18",
+        "cifar100",
+        300,
+        100,
+    )
+    assert (options["loss"], options["lr"], options["schedule"], options["gammas"]) == ("bce", 0.05, [100, 200], [0.1])
+    options = options_of("--method", "none", "--recipe", "rmix")
+    assert (options["max_lr"], options["div_factor"], options["drop_last"]) == (0.29947526988779305, 100.0, True)
+    assert options_of("--recipe", "rmix", "--lr", "0.1")["max_lr"] is None, "the given lr is the peak"
+    options = options_of("--method", "cutmix", "--model", "wrn28_10")
+    assert options["dropout"] == 0.3 and options["schedule"] == [60, 120, 160] and options["trad_augment"] is False
+    assert options_of("--method", "mixup", "--dataset", "tiny-imagenet")["mixup_alpha"] == 0.2
+    options = options_of("--method", "cutmix", "--recipe", "puzzle")
+    assert (options["mix_prob"], options["cutmix_box"]) == (1.0, "real")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_set_only_options_that_exist(name):
+    known = train.build_parser().defaults
+    for method in MIXERS:
+        assert recipe_options(name, methods=[method], dataset=None, model=None).keys() <= known.keys()
+    with pytest.raises(KeyError, match="do not exist"):
+        fill_in({"recipe": name}, {}, {key: value for key, value in known.items() if key != "lr"})
+
+
+def test_every_hyper_parameter_has_a_flag():
+    known = train.build_parser().defaults
+    for method in MIXERS:
+        assert hyper_parameters(method).keys() <= known.keys()
+
+
+def test_shorthands_are_translated():
+    assert translate({"saliency_probab": 0.5})[0] == {"method": ["saliencymix"], "mix_prob": 0.5}
+    assert translate({"method": ["cutmix"], "cutmix_probab": 0.3})[0] == {"method": ["cutmix"], "mix_prob": 0.3}
+    assert translate({"saliency_probab": 0.0})[0] == {}
+    assert translate({"train": "mixup", "box": True}) == (
+        {"method": ["cutmix"]},
+        ["--train mixup --box is --method cutmix"],
+    )
+    assert translate({"train": "mixup_hidden"})[0] == {"method": ["manifold"]}
+    assert translate({"saliency_legacy_float": True})[0] == {"saliency": "float_bytes", "saliency_scope": "batch"}
+    assert translate({"use_fp16": True, "ngpu": 0})[0] == {"amp": "fp16", "device": "cpu"}
+    assert translate({"method": ["saliencymix"], "per_sample": False})[0]["saliency_scope"] == "batch"
+
+
+def test_options_without_effect_are_named():
+    typed = {"mixup_alpha": 1.0, "saliency_scope": "batch", "cutout_length": 8, "epochs": 3}
+    group = train.build_parser().group_of("mixing")
+    assert without_effect(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
+    assert without_effect(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
+
+
+EARLIER_COMMANDS = [  # of the codes this project joins, in their spelling
+    "--model resnet50 --dataset cifar100 --saliency_probab 0.5 --batch_size 128 --epochs 200",
+    "--model wideresnet --dataset cifar10 --cutmix_probab 0.5 --cutout --cutout_length 16 --trad_augment --lr 0.1",
+    "--dataset cifar10 --labels_per_class 5000 --arch preactresnet18 --learning_rate 0.2 --momentum 0.9 --decay 0.0001 "
+    "--epochs 300 --schedule 100 200 --gammas 0.1 0.1 --method input --mixup_alpha 1.0 --seed 1 --log_off True",
+    "--dataset cifar100 --arch resnext29_4_24 --method manifold --mixup_alpha 2.0 --workers 0 --tag x",
+    "--dataset tiny-imagenet-200 --train mixup --box True --batch_size 100 --in_batch False --prob_mix 1.0",
+    "--method cutmix --scheduler MultiStepLR --milestones 150 225 --lr_step_gamma 0.1 --model_name wrn16_8",
+    "--method cutmix --use_wandb 1 --wandb_key K --wandb_project p --wandb_entity e --wandb_name n --wandb_offline no",
+    "--method cutmix input vanilla --vis_epoch 10 --save_epoch 0 --use_fp16 False --cnn_epoch 300 --max_lr 0.3",
+]
+
+
+@pytest.mark.parametrize("command", EARLIER_COMMANDS)
+def test_commands_of_the_earlier_codes_are_taken(command):
+    assert options_of(*command.split())["model"]
+
+
+def test_the_earlier_evaluation_command_is_taken():
+    words = (
+        "--model resnet50 --dataset cifar100 --model_path f.pt --batch_size 64 --cutout --trad_augment --parallel False"
+    )
+    assert evaluate.build_parser().read(words.split())["model_path"] == ["f.pt"]

@@ -1,0 +1,298 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.batches import Batches, crop_and_flip
+from engine.cli import UserError
+from engine.data import STATISTICS, Part, load_data, split
+from engine.shapes import CLASSES, draw_shapes
+
+CPU = torch.device("cpu")
+
+
+def write_cifar10(folder: Path, count: int = 4) -> np.ndarray:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (6, count, 3072), dtype=np.uint8)
+    for number, file in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        labels = [(number + k) % 10 for k in range(count)]
+        (folder / file).write_bytes(pickle.dumps({"data": pixels[number], "labels": labels}, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}, protocol=2))
+    return pixels
+
+
+def write_image(path: Path, value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = value if mode == "L" else (value, 0, 255 - value) if mode == "RGB" else (value, 0, 0, 0)
+    Image.new(mode, size, colour).save(path, "JPEG" if path.suffix == ".JPEG" else None)
+
+
+# CIFAR
+
+
+@pytest.mark.parametrize("place", ["cifar-10-batches-py", "."])
+def test_cifar10_is_read_from_either_folder(tmp_path, place):
+    pixels = write_cifar10(tmp_path / "cifar-10-batches-py")
+    data_dir = tmp_path if place != "." else tmp_path / "cifar-10-batches-py"
+    data = load_data("cifar10", data_dir=str(data_dir))
+    assert data.train.pixels.shape == (20, 32, 32, 3) and len(data.test) == 4
+    assert np.array_equal(data.train.pixels[5].permute(2, 0, 1).flatten(), pixels[1, 1])
+    assert data.train.labels[:4].tolist() == [0, 1, 2, 3] and data.classes[3] == "class3"
+    assert (data.mean, data.std) == STATISTICS["cifar10"] and "usually has 50,000" in data.warnings[0]
+
+
+def test_missing_cifar_says_where_it_looked(tmp_path):
+    with pytest.raises(UserError, match=r"data_batch_1 \(31,035,704 bytes\).*cifar-10-batches-py.*\n.*--data_dir"):
+        load_data("cifar10", data_dir=str(tmp_path), download=False)
+
+
+def test_incomplete_and_damaged_cifar_are_named(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    whole = (folder / "data_batch_3").read_bytes()
+    (folder / "data_batch_3").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"data_batch_3 is damaged.*expected 31,035,999 bytes, found [\d,]+\ndelete"):
+        load_data("cifar10", data_dir=str(tmp_path))
+    (folder / "data_batch_3").unlink()
+    with pytest.raises(UserError, match="incomplete: data_batch_3 missing"):
+        load_data("cifar10", data_dir=str(tmp_path))
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("hostile code ran",)
+
+
+def test_a_cifar_file_cannot_run_code(tmp_path, capsys):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder)
+    (folder / "test_batch").write_bytes(pickle.dumps({"data": Hostile(), "labels": []}))
+    with pytest.raises(UserError, match="test_batch is damaged"):
+        load_data("cifar10", data_dir=str(tmp_path))
+    assert "hostile" not in capsys.readouterr().out
+
+
+# folders and Tiny-ImageNet
+
+WNIDS = ["n02", "n01", "n03"]  # wnids.txt has another order than the sorted folders
+
+
+def write_tiny(root: Path, layout: str) -> None:
+    for label, wnid in enumerate(sorted(WNIDS)):
+        for k in range(2):
+            write_image(root / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", 40 * label + k, "L" if k else "RGB")
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
+    (root / "wnids.txt").write_text("\n".join(WNIDS))
+    lines = []
+    for number, wnid in enumerate(["n03", "n01", "n02", "n01"]):
+        place = {
+            "original": f"val/images/val_{number}.JPEG",
+            "images/wnid": f"val/images/{wnid}/val_{number}.JPEG",
+            "wnid/images": f"val/{wnid}/images/val_{number}.JPEG",
+            "wnid": f"val/{wnid}/val_{number}.JPEG",
+        }[layout]
+        write_image(root / place, 50 * number)
+        lines.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t62\t62")
+    if layout == "original":
+        (root / "val" / "val_annotations.txt").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("layout", ["original", "images/wnid", "wnid/images", "wnid"])
+def test_tiny_imagenet_in_every_layout(tmp_path, layout):
+    write_tiny(tmp_path / "tiny-imagenet-200", layout)
+    data = load_data("tiny-imagenet", data_dir=str(tmp_path))
+    assert data.classes == sorted(WNIDS) and data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    reds = data.test.pixels[:, 32, 32, 0].tolist()  # about 50 times the number of the file
+    by_number = [label for _, label in sorted(zip(reds, data.test.labels.tolist(), strict=True))]
+    assert by_number == [2, 0, 1, 0]
+    assert data.image_size == 64 and isinstance(data.train.pixels, torch.Tensor)
+
+
+def test_images_read_as_one_class_is_caught(tmp_path):
+    write_tiny(tmp_path, "original")
+    (tmp_path / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(UserError, match="val_annotations.txt"):
+        load_data("tiny-imagenet", data_dir=str(tmp_path))
+    (tmp_path / "val" / "images").rename(tmp_path / "val" / "pictures")
+    with pytest.raises(UserError, match="reads images/ as a class"):
+        load_data("tiny-imagenet", data_dir=str(tmp_path))
+
+
+def write_folder(root: Path, part: str = "val") -> None:
+    for label, name in enumerate(["cat", "dog"]):
+        for k in range(3):
+            write_image(root / "train" / name / f"{k}.png", 60 * label + 10 * k, size=(80, 48))
+            write_image(root / part / name / f"{k}.jpg", 60 * label + 10 * k, "CMYK" if k == 2 else "RGB")
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folder_is_read_by_workers(tmp_path, part, workers):
+    write_folder(tmp_path, part)
+    data = load_data("folder", data_dir=str(tmp_path), image_size=32)
+    batches = Batches(
+        data.train, 4, device=CPU, mean=data.mean, std=data.std, shuffle=True, augment=True, padding=2, workers=workers
+    )
+    sizes = [tuple(batch.images.shape) for batch in batches.epoch(0)]
+    assert sizes == [(4, 3, 32, 32), (2, 3, 32, 32)] and data.classes == ["cat", "dog"]
+    assert torch.cat(
+        [batch.labels for batch in Batches(data.test, 4, device=CPU, mean=data.mean, std=data.std).epoch()]
+    ).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_folder_faults_are_explained(tmp_path):
+    with pytest.raises(UserError, match=r"no folder .*train.*\n.*--data_dir"):
+        load_data("folder", data_dir=str(tmp_path))
+    write_folder(tmp_path)
+    (tmp_path / "val" / "dog").rename(tmp_path / "val" / "doge")
+    with pytest.raises(UserError, match=r"differ: cat, dog .* against cat, doge"):
+        load_data("folder", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_or_is_skipped(tmp_path, workers):
+    write_folder(tmp_path)
+    bad = tmp_path / "train" / "cat" / "2.png"  # its next readable neighbour is a dog
+    bad.write_bytes(bad.read_bytes()[:40])
+
+    def read(on_bad_image):
+        data = load_data("folder", data_dir=str(tmp_path), image_size=32, on_bad_image=on_bad_image)
+        batches = Batches(data.train, 6, device=CPU, mean=data.mean, std=data.std, workers=workers)
+        return next(iter(batches.epoch())), batches
+
+    with pytest.raises(UserError, match=r"cat.2\.png.*\n.*--on_bad_image skip"):
+        read("stop")
+    batch, batches = read("skip")
+    list(batches.epoch())
+    assert batch.labels.tolist() == [0, 0, 1, 1, 1, 1] and batches.skipped == 1
+    assert torch.equal(batch.images[2], batch.images[3])
+
+
+# splits
+
+
+def test_validation_images_come_out_of_the_training_part():
+    part = Part(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 4, list("abcd"), "here")
+    train, valid = split(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
+    assert torch.bincount(train.labels).tolist() == [5] * 4 and torch.bincount(valid.labels).tolist() == [3] * 4
+    assert not set(train.pixels.flatten().tolist()) & set(valid.pixels.flatten().tolist())
+    again, _ = split(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
+    other, _ = split(part, labels_per_class=5, valid_labels_per_class=3, seed=2)
+    assert torch.equal(train.pixels, again.pixels) and not torch.equal(train.pixels, other.pixels)
+    with pytest.raises(UserError, match="class 'a' has 10 images"):
+        split(part, 8, 3, 1)
+
+
+def test_limit_and_class_count(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    data = load_data("cifar10", data_dir=str(tmp_path), limit=3)
+    assert (len(data.train), len(data.test)) == (3, 3) and "partial" in data.warnings[-1]
+    with pytest.raises(UserError, match="--num_classes 7"):
+        load_data("cifar10", data_dir=str(tmp_path), num_classes=7)
+    with pytest.raises(UserError, match="--image_size 64"):
+        load_data("cifar10", data_dir=str(tmp_path), image_size=64)
+
+
+def test_norm_names_the_constants(tmp_path):
+    for norm, name in (("own", "half"), ("imagenet", "imagenet"), ("half", "half")):
+        data = load_data("shapes", norm=norm, num_classes=2, limit=1, image_size=8)
+        assert (data.mean, data.std) == STATISTICS[name]
+
+
+# shapes
+
+
+def test_shapes_are_seeded_balanced_and_come_with_true_boxes():
+    drawn = draw_shapes(30, 32, seed=4)
+    assert torch.equal(drawn["images"][:10], draw_shapes(10, 32, seed=4)["images"])
+    assert not torch.equal(drawn["images"][:10], draw_shapes(10, 32, seed=5)["images"])
+    assert torch.bincount(drawn["labels"]).tolist() == [3] * len(CLASSES)
+    for mask, (y1, y2, x1, x2) in zip(drawn["masks"], drawn["boxes"].tolist(), strict=True):
+        assert mask[y1:y2, x1:x2].sum() == mask.sum() > 20, "the box holds the whole mask"
+        assert mask[y1].any() and mask[y2 - 1].any() and mask[:, x1].any() and mask[:, x2 - 1].any(), "and is tight"
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    draw_shapes(5, 16)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# batches
+
+
+def numbered(count: int = 10, size: int = 6) -> Part:
+    pixels = torch.arange(count * size * size * 3).remainder(251).to(torch.uint8).view(count, size, size, 3)
+    return Part(pixels, torch.arange(count), [str(i) for i in range(count)], "here")
+
+
+def test_crop_and_flip_shift_and_fill_with_black():
+    pixels = numbered(2, 4).pixels + 1
+    out = crop_and_flip(
+        pixels, torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([-1, 0]), torch.tensor([False, True])
+    )
+    assert torch.equal(out[0, :2, 1:], pixels[1, 2:, :3]) and out[0, 2:].eq(0).all() and out[0, :, 0].eq(0).all()
+    assert torch.equal(out[1], pixels[0].flip(1))
+
+
+def test_batches_depend_on_seed_and_epoch_alone():
+    def stream(seed, epoch, draws_before=0):
+        torch.rand(draws_before)
+        batches = Batches(
+            numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, augment=True, padding=1, seed=seed
+        )
+        return [(batch.images, batch.labels, batch.index) for batch in batches.epoch(epoch)]
+
+    def equal(a, b):
+        return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
+
+    state = torch.get_rng_state()
+    assert equal(stream(0, 3), stream(0, 3)) and torch.equal(state, torch.get_rng_state())
+    assert equal(stream(0, 3), stream(0, 3, draws_before=7))
+    assert not equal(stream(0, 3), stream(0, 4)) and not equal(stream(0, 3), stream(1, 3))
+    assert sorted(torch.cat([labels for _, labels, _ in stream(0, 3)]).tolist()) == list(range(10))
+
+
+def test_workers_do_not_change_the_stream(tmp_path):
+    write_folder(tmp_path)
+    data = load_data("folder", data_dir=str(tmp_path), image_size=32)
+    kwargs = {"device": CPU, "mean": data.mean, "std": data.std, "shuffle": True, "augment": True, "padding": 4}
+    streams = [[b.images for b in Batches(data.train, 4, workers=workers, **kwargs).epoch(2)] for workers in (0, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
+
+
+def test_normalisation_is_torchvisions():
+    from torchvision.transforms.functional import normalize
+
+    part, mean, std = numbered(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    batch = next(Batches(part, 3, device=CPU, mean=mean, std=std).epoch())
+    expected = normalize(part.pixels[:3].permute(0, 3, 1, 2).float() / 255, mean, std)
+    torch.testing.assert_close(batch.images, expected)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_last_short_batch_is_kept_or_dropped():
+    for drop_last, sizes in ((False, [4, 4, 2]), (True, [4, 4])):
+        batches = Batches(numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, drop_last=drop_last)
+        assert [len(batch.labels) for batch in batches.epoch()] == sizes and len(batches) == len(sizes)
+
+
+# real data
+
+
+@pytest.mark.data
+def test_real_tiny_imagenet(real_data):
+    data = load_data("tiny-imagenet", data_dir=str(real_data), workers=2)
+    assert (len(data.train), len(data.test), len(data.classes)) == (4000, 1000, 20)
+
+
+@pytest.mark.data
+def test_real_cifar10(real_data):
+    data = load_data("cifar10", data_dir=str(real_data))
+    mean = data.train.pixels.double().mean((0, 1, 2)) / 255
+    torch.testing.assert_close(mean, torch.tensor(data.mean, dtype=torch.float64), atol=2e-4, rtol=0)
+    assert not data.warnings

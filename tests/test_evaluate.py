@@ -1,0 +1,80 @@
+import json
+
+import matplotlib.image
+import pytest
+import torch
+
+import evaluate
+from engine.cli import UserError
+from models import build_model
+
+
+def test_one_file_in_every_form(shapes_run, tmp_path, capsys):
+    run = shapes_run(epochs=1)
+    capsys.readouterr()
+    picture, output = tmp_path / "confusion.png", tmp_path / "out.json"
+    words = [
+        "--model_path",
+        str(run),
+        "--per_class",
+        "--confusion",
+        str(picture),
+        "--output",
+        str(output),
+        "--topk",
+        "1",
+        "3",
+        "20",
+    ]
+    [result] = evaluate.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"Top-1 Accuracy: {result['top1']:.2f}%  Top-3 Accuracy: {result['top3']:.2f}%"
+    assert "top20" not in result and any(line.split()[:1] == ["crescent"] for line in lines)
+    assert json.loads(output.read_text())["results"] == [result] and 0 <= result["ece"] <= 100
+    confusion = torch.tensor(result["confusion"])
+    assert confusion.sum() == result["images"] == 48
+    assert confusion.diag().sum() / 48 * 100 == pytest.approx(result["top1"])
+    assert matplotlib.image.imread(picture).std() > 0.01
+
+
+def test_several_files_give_a_row_each(shapes_run, capsys):
+    runs = [str(shapes_run(name=name, method=method, epochs=1)) for name, method in (("a", "none"), ("b", "mixup"))]
+    capsys.readouterr()
+    assert len(evaluate.main(["--model_path", *runs])) == 2
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table if "best.pt" in line] == [f"{run}/best.pt" for run in runs]
+
+
+def test_a_bare_file_is_told_by_its_shapes_and_needs_its_data_named(tmp_path, capsys):
+    torch.save({f"module.{k}": v for k, v in build_model("resnet20", 10).state_dict().items()}, tmp_path / "bare.pth")
+    words = ["--model_path", str(tmp_path / "bare.pth"), "--limit", "20"]
+    with pytest.raises(SystemExit):
+        evaluate.main(words)
+    assert "--dataset" in capsys.readouterr().err
+    [result] = evaluate.main([*words, "--dataset", "shapes", "--cutout", "--trad_augment"])
+    assert (
+        result["images"] == 20
+        and "without effect on an evaluation: --cutout, --trad_augment" in capsys.readouterr().out
+    )
+
+
+def test_what_does_not_fit_is_explained(shapes_run, tmp_path):
+    run = shapes_run(epochs=1)
+    with pytest.raises(UserError, match=r"it fits resnet20: give --model resnet20"):
+        evaluate.main(["--model_path", str(run), "--model", "resnet32"])
+    with pytest.raises(UserError, match=r"made for 10 classes .* the data has 4"):
+        evaluate.main(["--model_path", str(run), "--num_classes", "4"])
+    with pytest.raises(UserError, match="no best.pt"):
+        evaluate.main(["--model_path", str(tmp_path)])
+    with pytest.raises(UserError, match="no such file"):
+        evaluate.main(["--model_path", str(tmp_path / "x.pt")])
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(("name", "accuracy"), [("resnet20", 91.73), ("resnet56", 93.39)])
+def test_published_weights_give_their_accuracy(real_data, name, accuracy):
+    """He et al.'s networks as converted from a public training: the accuracy stated with the weights."""
+    file = real_data / "weights" / f"{name}_cifar10.pt"
+    words = ["--model_path", str(file), "--dataset", "cifar10", "--data_dir", str(real_data), "--norm", "imagenet"]
+    [result] = evaluate.main([*words, "--download", "no"])
+    assert round(result["top1"], 2) == accuracy

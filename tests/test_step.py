@@ -1,0 +1,290 @@
+"""The pieces of a training step: losses, schedules, metrics, precision, the loop itself."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.batches import Batches
+from engine.cli import UserError
+from engine.data import Part
+from engine.device import choose_device, choose_precision, keep_large_blocks, rng_state, set_rng_state
+from engine.loop import NotFinite, Stopwatch, predict, profile, scores, train_one_epoch
+from engine.loss import LOSSES, smooth
+from engine.metrics import calibration_error, confusion_matrix, topk_correct
+from engine.schedule import build_scheduler
+from mixing import build_mixer
+from mixing.base import Mixer, NoMix
+
+CPU = torch.device("cpu")
+
+
+def test_soft_cross_entropy_is_the_two_term_loss():
+    logits, labels, partner, lam = (
+        torch.randn(6, 4).double(),
+        torch.arange(6) % 4,
+        torch.randperm(6),
+        torch.rand(6, 1).double(),
+    )
+    targets = F.one_hot(labels, 4).double()
+    two_terms = (lam.flatten() * F.cross_entropy(logits, labels, reduction="none")).mean()
+    two_terms += ((1 - lam.flatten()) * F.cross_entropy(logits, labels[partner], reduction="none")).mean()
+    mixed = LOSSES["ce"](logits, (lam * targets + (1 - lam) * targets[partner]).float())
+    torch.testing.assert_close(mixed.double(), two_terms, atol=1e-6, rtol=1e-6)
+
+
+def test_softmax_bce_by_hand_and_its_cut_logarithm():
+    logits, targets = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.25, 0.75]])
+    expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) * 2 / 2  # both classes give the same two terms
+    assert LOSSES["bce"](logits, targets).item() == pytest.approx(expected, rel=1e-6)
+    assert LOSSES["bce"](torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(100.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert LOSSES["bce"](logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_label_smoothing_is_torchs():
+    logits, labels = torch.randn(5, 7), torch.arange(5)
+    ours = LOSSES["ce"](logits, smooth(F.one_hot(labels, 7).float(), 0.2))
+    torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=0.2))
+
+
+# schedules
+
+PLAIN = {
+    "schedule": [2, 4],
+    "gammas": [0.1],
+    "warmup_epochs": 0.0,
+    "max_lr": None,
+    "div_factor": 25.0,
+    "pct_start": 0.3,
+}
+
+
+def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
+    options = PLAIN | {"final_div_factor": 1e4} | options
+    scheduler = build_scheduler(optimizer, scheduler=name, epochs=epochs, steps_per_epoch=steps, **options)
+    seen = []
+    for _ in range(epochs * steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def test_schedules_move_between_epochs():
+    assert rates("multistep") == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 4)
+    assert rates("multistep", gammas=[0.5, 0.2]) == pytest.approx([1] * 4 + [0.5] * 4 + [0.1] * 4)
+    assert rates("linear", epochs=4, steps=1) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert rates("cosine", epochs=2, steps=2) == pytest.approx([1, 1, 0.5, 0.5])
+    assert rates("constant", epochs=2) == [1.0] * 4
+    assert rates("constant", epochs=3, warmup_epochs=1.5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+
+
+def test_one_cycle_is_the_published_one(network_golden):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
+    options = PLAIN | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
+    scheduler = build_scheduler(optimizer, scheduler="onecycle", epochs=300, steps_per_epoch=500, **options)
+    optimizer.step()
+    wanted = dict(zip(network_golden["onecycle_step"].tolist(), range(100), strict=False))
+    for step in range(150_000):
+        if step in wanted:
+            group = optimizer.param_groups[0]
+            assert group["lr"] == pytest.approx(network_golden["onecycle_lr"][wanted[step]], rel=1e-9)
+            assert group["momentum"] == pytest.approx(network_golden["onecycle_momentum"][wanted[step]], rel=1e-9)
+        if step > max(wanted):
+            break
+        if step < 149_999:
+            scheduler.step()
+
+
+# metrics
+
+
+def test_topk_counts_labels_among_the_highest():
+    logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
+    assert topk_correct(logits, torch.tensor([0, 0, 0]), (1, 2, 3)).tolist() == [1, 2, 3]
+    result = scores(logits, torch.tensor([0, 0, 0]), (1, 2, 5))
+    assert result["top1"] == pytest.approx(100 / 3) and "top5" not in result
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 0, 0])).item())
+
+
+def test_calibration_error_by_hand():
+    confidence = torch.tensor([0.95, 0.85, 0.85, 0.65])
+    logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
+    labels = torch.tensor([0, 0, 1, 1])  # bins of 0.1: (0.6, 0.7] wrong; (0.8, 0.9] half right; (0.9, 1] right
+    expected = (0.65 + abs(0.85 * 2 - 1) + abs(0.95 - 1)) / 4
+    assert calibration_error(logits, labels, 10) == pytest.approx(expected, abs=1e-6)
+
+
+def test_confusion_rows_are_the_true_classes():
+    assert confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2).tolist() == [[1, 1], [0, 1]]
+
+
+# device
+
+
+def test_devices_and_precisions_that_are_not_there_are_explained():
+    assert choose_device("cpu") == CPU
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device; torch"):
+            choose_device("cuda")
+    with pytest.raises(UserError, match="auto, cpu"):
+        choose_device("gpu")
+    with pytest.raises(UserError, match="bf16 or off"):
+        choose_precision("fp16", CPU)
+    assert choose_precision("off", CPU)[0] is None and choose_precision("bf16", CPU)[0] is torch.bfloat16
+    dtype, text = choose_precision("auto", CPU)
+    assert (dtype is torch.bfloat16) == text.startswith("bfloat16")
+    keep_large_blocks()
+
+
+def test_generators_are_put_back_exactly(tmp_path):
+    import random
+
+    import numpy as np
+
+    torch.save(rng_state(), tmp_path / "rng.pt")
+    first = torch.rand(3), np.random.rand(3), random.random()
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert (
+        torch.equal(first[0], torch.rand(3)) and (first[1] == np.random.rand(3)).all() and first[2] == random.random()
+    )
+
+
+# the loop
+
+
+def small(count: int = 12) -> tuple[Batches, nn.Module]:
+    part = Part(
+        torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8), torch.arange(count) % 3, list("abc"), "here"
+    )
+    batches = Batches(part, 5, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, seed=1)
+    return batches, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+
+def test_an_epoch_is_plain_sgd_on_the_mixed_batches():
+    batches, model = small()
+    twin = small()[1]
+    twin.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, twin)]
+    torch.manual_seed(4)
+    result = train_one_epoch(
+        model, build_mixer("mixup"), None, batches, optimizers[0], LOSSES["ce"], epoch=0, num_classes=3
+    )
+    torch.manual_seed(4)
+    mixer, losses = build_mixer("mixup"), []
+    for batch in batches.epoch(0):
+        mixed, soft = mixer(batch.images, F.one_hot(batch.labels, 3).float())
+        loss = F.cross_entropy(twin(mixed), soft)
+        optimizers[1].zero_grad()
+        loss.backward()
+        optimizers[1].step()
+        losses.append(loss.item() * len(soft))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[key]), key
+    assert result["train_loss"] == pytest.approx(sum(losses) / 12, rel=1e-6) and result["images"] == 12
+
+
+class Spy(Mixer):
+    """Records how the loop treats a method that wants the gradient at the mixed images and a part of the loss."""
+
+    wants_mixed_grad, mixed_weight = True, 0.5
+    default_source = "any"
+
+    def __call__(self, images, targets, source):
+        self.saliency = source(images, targets)
+        return images * 1.0, targets
+
+    def after_backward(self, mixed_grad):
+        self.grad = mixed_grad
+
+
+def test_the_loop_serves_methods_with_gradients_and_weights():
+    batches, model = small()
+    spy, watch = Spy(), Stopwatch(CPU)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    result = train_one_epoch(
+        *(model, spy, lambda images, targets: images.abs().mean(1), batches, optimizer, LOSSES["ce"]),
+        **{"epoch": 0, "num_classes": 3, "watch": watch, "max_steps": 1},
+    )
+    assert spy.grad.shape == (5, 3, 8, 8) and spy.grad.abs().sum() > 0 and spy.saliency.shape == (5, 8, 8)
+    plain = train_one_epoch(model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=0, num_classes=3, max_steps=1)
+    assert result["train_loss"] == pytest.approx(plain["train_loss"] / 2, rel=1e-5)
+    assert {"data", "mixing", "saliency", "network"} == watch.seconds().keys()
+
+
+def test_a_loss_that_is_no_number_is_found_with_its_images():
+    batches, model = small()
+
+    def loss_fn(logits, targets):
+        calls.append(1)
+        return logits.mean() * (float("nan") if len(calls) == 2 else 1.0)
+
+    calls = []
+    with pytest.raises(NotFinite) as error:
+        train_one_epoch(
+            model, NoMix(), None, batches, torch.optim.SGD(model.parameters(), 0.1), loss_fn, epoch=2, num_classes=3
+        )
+    assert error.value.step == 2 * 3 + 1
+    assert torch.equal(error.value.index, list(batches.epoch(2))[1].index)
+
+
+def test_clipping_limits_the_gradient():
+    batches, model = small()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    train_one_epoch(
+        model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=0, num_classes=3, max_steps=1, clip_grad=0.01
+    )
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]).norm().item()
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_prediction_leaves_the_network_as_it_was():
+    batches, model = small()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    logits, labels = predict(model, batches)
+    assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert logits.shape == (12, 3) and len(labels) == 12 and not logits.requires_grad
+
+
+def test_profile_times_every_part():
+    batches, model = small()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    table = profile(4, model, NoMix(), None, batches, optimizer, loss_fn=LOSSES["ce"], num_classes=3)
+    assert table["network"] > 0 and table["data"] > 0 and table["saliency"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["none", "mixup", "manifold", "cutmix", "saliencymix", "cutout"])
+def test_a_step_never_waits_for_the_gpu(method):
+    from models import build_model
+    from saliency import build_source
+
+    device = torch.device("cuda")
+    part = Part(torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8), torch.arange(64) % 3, list("abc"), "here")
+    statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    batches = Batches(part, 16, device=device, shuffle=True, augment=True, padding=4, **statistics)
+    model = build_model("resnet20", 3).to(device, memory_format=torch.channels_last)
+    mixer = build_mixer(method, mix_prob=1.0)
+    source = build_source(mixer.default_source, **statistics)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    step = {"loss_fn": LOSSES["ce"], "num_classes": 3, "precision": torch.bfloat16}
+    train_one_epoch(model, mixer, source, batches, optimizer, epoch=0, **step)
+
+    def waits(steps: int) -> int:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                train_one_epoch(model, mixer, source, batches, optimizer, epoch=1, max_steps=steps, **step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return len(seen)
+
+    assert waits(4) == waits(2), "what an epoch needs at its ends does not grow with its steps"

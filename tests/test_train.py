@@ -1,0 +1,363 @@
+"""train.py as a user runs it: every method, the run folder, and going on exactly where a run stopped."""
+
+import csv
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import same_state, shapes_command
+
+import engine.training
+import evaluate
+import train
+from engine.cli import UserError
+from mixing import MIXERS
+
+ROOT = Path(__file__).parents[1]
+METHODS = [*sorted(MIXERS), "cutmix saliencymix manifold", "mixup --cutout --cutout_length 8"]
+TIMES = {"seconds", "images_per_second", "mixing_seconds", "saliency_seconds", "peak_memory_mb"}
+
+
+def split_method(text: str) -> tuple[str, list[str]]:
+    method, *options = text.split(" --")
+    return method, [word for option in options for word in ("--" + option).split()]
+
+
+def load(run: Path, name: str = "last.pt") -> dict:
+    return torch.load(run / name, weights_only=True)
+
+
+def rows(run: Path) -> list[dict]:
+    with open(run / "log.csv") as file:
+        return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def same_run(a: Path, b: Path) -> bool:
+    """Weights, optimizer, schedule, generators and log rows are equal bit for bit."""
+    one, two = load(a), load(b)
+    keys = ("model", "optimizer", "scheduler", "scaler", "ema", "method", "rng", "epoch", "step", "best")
+    return all(same_state(one[key], two[key]) for key in keys) and rows(a) == rows(b)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_exactly(shapes_run, tmp_path, method):
+    method, options = split_method(method)
+    whole = shapes_run(*options, method=method, epochs=3)
+    part = shapes_run(*options, "--save_every", "1", name="part", method=method, epochs=3)
+    (part / "epoch_001.pt").replace(part / "last.pt")  # as if it had been stopped after the first epoch
+    (part / "log.csv").write_text((part / "log.csv").read_text() + "9,9,9\n")
+    random.random(), torch.rand(5)
+    assert shapes_run(*options, "--checkpoint", "auto", name="part", method=method, epochs=3) == part
+    assert same_run(whole, part)
+    assert len(rows(whole)) == 3 and load(whole)["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--ema 0.9 --clip_grad 1 --warmup_epochs 0.5 --scheduler cosine",
+        "--scheduler multistep --schedule 2 --gammas 0.1 --loss bce --recipe puzzle --model resnet20 --amp off",
+        "--valid_labels_per_class 2 --labels_per_class 5 --mix_off_epoch 1 --mix_fraction 0.5 --limit 0",
+    ],
+)
+def test_every_kind_of_state_goes_on_exactly(shapes_run, options):
+    whole = shapes_run(*options.split(), method="cutmix", epochs=3)
+    part = shapes_run(*options.split(), "--save_every", "1", name="part", method="cutmix", epochs=3)
+    shapes_run(*options.split(), "--checkpoint", str(part / "epoch_002.pt"), name="part", method="cutmix", epochs=3)
+    assert same_run(whole, part)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_folder_run_goes_on_exactly_with_any_number_of_workers(tmp_path, workers):
+    from test_data import write_folder
+
+    write_folder(tmp_path / "set")
+    command = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--image_size", "32", "--model", "resnet20"]
+    command += [
+        "--batch_size",
+        "4",
+        "--method",
+        "saliencymix",
+        "--trad_augment",
+        "--root_dir",
+        str(tmp_path),
+        "--no_progress",
+    ]
+    train.main([*command, "--epochs", "2", "--name", "whole", "--workers", "0"])
+    train.main([*command, "--epochs", "2", "--name", "part", "--workers", workers, "--save_every", "1"])
+    whole, part = (tmp_path / "folder" / "resnet20" / name for name in ("whole", "part"))
+    train.main([*command, "--checkpoint", str(part / "epoch_001.pt"), "--workers", workers])
+    assert same_run(whole, part)
+
+
+def kill_after(command: list[str], seconds: float, when=lambda: False) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not when():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
+
+def test_a_run_killed_in_the_middle_of_a_save_goes_on_exactly(shapes_run, tmp_path):
+    whole = shapes_run(method="saliencymix", epochs=3)
+    run, side = whole.parent / "killed", whole.parent / "killed" / ".last.pt.part"
+    command = shapes_command(tmp_path, "--checkpoint", "auto", name="killed", method="saliencymix", epochs=3)
+    kill_after(command, 60, when=lambda: side.exists())
+    first = load(run)["epoch"] if (run / "last.pt").exists() else 0
+    kill_after(command, 60, when=lambda: side.exists() and (run / "last.pt").exists())
+    second = load(run)["epoch"] if (run / "last.pt").exists() else 0
+    assert first <= second < 3
+    train.main(command)
+    assert same_run(whole, run) and not list(run.glob(".*.part"))
+
+
+# the run folder
+
+
+def test_the_run_folder_holds_everything(shapes_run):
+    run = shapes_run("--vis_epoch", "2", "--save_every", "2", "--wandb_key", "secret", method="saliencymix")
+    names = {
+        "best.pt",
+        "config.json",
+        "curves.png",
+        "epoch_002.pt",
+        "last.pt",
+        "log.csv",
+        "log.txt",
+        "previous.pt",
+        "result.json",
+    }
+    assert {path.name for path in run.iterdir()} == names | {"vis"}
+    assert [path.name for path in (run / "vis").iterdir()] == ["epoch_002_saliencymix.png"]
+    config, result = (json.loads((run / name).read_text()) for name in ("config.json", "result.json"))
+    assert (
+        config["options"]["method"] == ["saliencymix"]
+        and config["options"]["lr"] == 0.1
+        and config["versions"]["torch"]
+    )
+    assert "secret" not in (run / "config.json").read_text() and "wandb_key" not in load(run)["config"]
+    assert result["epochs"] == 2 and result["last_top1"] == float(f"{load(run)['history'][-1]['test_top1']}")
+    saved = load(run)
+    assert (
+        saved["format"] == 1
+        and saved["num_classes"] == 10
+        and saved["classes"][0] == "disc"
+        and saved["image_size"] == 32
+    )
+    assert saved["best"]["split"] == "test" and saved["best"]["value"] == max(r["test_top1"] for r in saved["history"])
+
+
+def test_the_picture_does_not_change_the_run(shapes_run):
+    assert same_run(shapes_run(method="cutmix"), shapes_run("--vis_epoch", "1", name="drawn", method="cutmix"))
+
+
+def test_log_off_writes_nothing(shapes_run, tmp_path):
+    shapes_run("--log_off", "--vis_epoch", "1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_config_repeats_a_run(shapes_run, tmp_path):
+    run = shapes_run("--lr", "0.03", method="mixup")
+    train.main(["--config", str(run / "config.json"), "--name", "again"])
+    assert same_state(load(run)["model"], load(run.parent / "again")["model"])
+    (tmp_path / "c.json").write_text("[]")
+    with pytest.raises(UserError, match="not the config.json"):
+        train.main(["--config", str(tmp_path / "c.json")])
+
+
+def test_a_run_is_not_written_over(shapes_run):
+    run = shapes_run(epochs=1)
+    with pytest.raises(UserError, match=r"holds a run already\n.*--checkpoint auto --name run.*--overwrite"):
+        shapes_run(epochs=1)
+    before = load(run)
+    (run / "epoch_007.pt").write_bytes((run / "last.pt").read_bytes())
+    shapes_run("--overwrite", "--seed", "5", epochs=1)
+    assert not same_state(load(run)["model"], before["model"]) and not (run / "epoch_007.pt").exists()
+
+
+def test_auto_without_a_name_takes_the_newest_run_of_the_method(tmp_path):
+    command = [word for word in shapes_command(tmp_path, method="mixup", epochs=1) if word not in ("--name", "run")]
+    train.main([*command, "--checkpoint", "auto"])
+    train.main([*command, "--checkpoint", "auto"])
+    runs = list((tmp_path / "shapes" / "resnet20").iterdir())
+    assert len(runs) == 1 and runs[0].name.startswith("mixup_")
+
+
+# going on
+
+
+def test_other_options_are_refused_and_listed(shapes_run):
+    run = shapes_run(method="cutmix")
+    with pytest.raises(UserError, match=r"\n  --batch_size +20  ->  10\n  --lr +0.1  ->  0.5\n.*--force_config"):
+        train.main(["--checkpoint", str(run), "--lr", "0.5", "--batch_size", "10"])
+    with pytest.raises(UserError, match="one-cycle schedule"):
+        train.main(["--checkpoint", str(run), "--epochs", "5"])
+
+
+def test_more_epochs_are_fine_with_other_schedules(shapes_run):
+    run = shapes_run("--scheduler", "constant", epochs=1)
+    train.main(["--checkpoint", str(run), "--epochs", "2", "--no_progress"])
+    assert load(run)["epoch"] == 2 and len(rows(run)) == 2
+
+
+def test_a_finished_run_says_so(shapes_run, capsys):
+    run = shapes_run(epochs=1)
+    before = load(run)
+    capsys.readouterr()
+    result = train.main(["--checkpoint", str(run), "--no_progress"])
+    assert "finished already" in capsys.readouterr().out and same_state(load(run), before)
+    assert result["last_top1"] == before["history"][-1]["test_top1"]
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_starts_anew(shapes_run):
+    run = shapes_run()
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
+    log = (run / "log.csv").read_text()
+    with pytest.raises(UserError, match=r"last.pt \(5000 bytes\) is damaged.*\n.*--checkpoint .*previous.pt"):
+        shapes_run("--checkpoint", "auto")
+    assert (run / "log.csv").read_text() == log
+    shapes_run("--checkpoint", str(run / "previous.pt"))
+    assert load(run)["epoch"] == 2
+
+
+def test_init_from_starts_with_the_weights(shapes_run, capsys):
+    run = shapes_run(epochs=1)
+    start = ["--init_from", str(run / "best.pt"), "--lr", "0", "--weight_decay", "0", "--scheduler", "constant"]
+    tuned = shapes_run(*start, "--num_classes", "4", name="tuned", epochs=1)
+    assert "last layer starts anew" in capsys.readouterr().out
+    assert torch.equal(load(tuned)["model"]["conv1.weight"], load(run)["model"]["conv1.weight"])
+    assert load(tuned)["model"]["linear.weight"].shape == (4, 64)
+
+
+# faults while running
+
+
+def test_ctrl_c_keeps_the_last_epoch(shapes_run, tmp_path):
+    run = tmp_path / "shapes" / "resnet20" / "run"
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *shapes_command(tmp_path, epochs=500)],
+        **{"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True},
+    )
+    while not (run / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (
+        process.returncode == 130
+        and "Traceback" not in errors
+        and f"continue with --checkpoint {run / 'last.pt'}" in errors
+    )
+    assert load(run)["epoch"] == len(rows(run)) or load(run)["epoch"] == len(rows(run)) + 1
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_evidence(shapes_run, tmp_path):
+    with pytest.raises(UserError, match=r"not finite at step \d+, lr .*\n.*--clip_grad"):
+        shapes_run("--lr", "1e18", "--scheduler", "constant", "--amp", "off", epochs=3)
+    evidence = torch.load(tmp_path / "shapes" / "resnet20" / "run" / "nonfinite.pt", weights_only=True)
+    assert evidence["index"].numel() > 0 and "conv1.weight" in evidence["model"]
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_run(shapes_run, monkeypatch):
+    run = shapes_run("--scheduler", "constant", epochs=1)
+    before = (run / "last.pt").read_bytes()
+    real = torch.save
+
+    def full(content, file, **kwargs):
+        real({"half": 1}, file)
+        raise OSError(28, "No space left on device", str(file))
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"No space left.*\nthe old file is intact"):
+        train.main(["--checkpoint", str(run), "--epochs", "2", "--no_progress"])
+    assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*"))
+
+
+def test_too_large_a_batch_for_drop_last(shapes_run):
+    with pytest.raises(UserError, match="--batch_size 100: only 48 training images"):
+        shapes_run("--batch_size", "100", "--drop_last")
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--use_wandb", "wandb"), ("--use_tensorboard", "tensorboard")])
+def test_optional_packages_are_named(shapes_run, monkeypatch, flag, package):
+    for name in (package, "torch.utils.tensorboard") if package == "tensorboard" else (package,):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        shapes_run(flag)
+
+
+def test_notes_say_what_has_no_effect(shapes_run, capsys):
+    shapes_run("--mixup_alpha", "0.3", "--saliency_scope", "batch", method="mixup", epochs=1)
+    assert "note: without effect with --method mixup: --saliency_scope\n" in capsys.readouterr().out
+    shapes_run("--scheduler", "multistep", "--schedule", "50", name="b", epochs=1)
+    assert "the lr never drops" in capsys.readouterr().out
+
+
+def test_list_models(capsys):
+    train.main(["--list_models"])
+    assert "resnext29_4_24" in capsys.readouterr().out
+
+
+def test_profile_prints_the_parts(tmp_path, capsys):
+    train.main([*shapes_command(tmp_path, method="saliencymix"), "--profile", "3"])
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("data", "saliency", "mixing", "network")) and not list(tmp_path.iterdir())
+
+
+# the same number everywhere
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_evaluate_agrees_with_the_log(shapes_run, capsys, amp):
+    run = shapes_run("--ema", "0.8", "--amp", amp, epochs=1)
+    row = load(run)["history"][-1]
+    once = train.main(["--evaluate", "--checkpoint", str(run), "--limit", "48"])
+    [result] = evaluate.main(["--model_path", str(run / "last.pt")])
+    assert once["top1"] == result["top1"] == row["test_top1"] and result["loss"] == pytest.approx(
+        row["test_loss"], rel=1e-6
+    )
+    [averaged] = evaluate.main(["--model_path", str(run), "--ema"])
+    assert averaged["top1"] == row["ema_top1"]
+
+
+def test_the_log_is_rewritten_whole(shapes_run, monkeypatch):
+    """A kill between the checkpoint and the log loses no row."""
+    whole = shapes_run(epochs=2)
+    part = shapes_run("--save_every", "1", name="part", epochs=2)
+    (part / "log.csv").unlink()
+    train.main(["--checkpoint", str(part / "epoch_001.pt"), "--no_progress"])
+    assert rows(part) == rows(whole)
+    assert engine.training.pick({"a": 1, "b": 2}, ["a", "c"]) == {"a": 1}
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_and_save_plain_names(shapes_run):
+    run = shapes_run("--compile", method="cutmix", epochs=1)
+    assert "conv1.weight" in load(run)["model"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_deterministic_run_on_cuda_goes_on_exactly(shapes_run, method):
+    method, options = split_method(method)
+    options += ["--device", "cuda", "--deterministic"]
+    whole = shapes_run(*options, method=method, epochs=2)
+    part = shapes_run(*options, "--save_every", "1", name="part", method=method, epochs=2)
+    shapes_run("--checkpoint", str(part / "epoch_001.pt"), "--device", "cuda", name="part", method=method, epochs=2)
+    assert same_run(whole, part)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_cuda_and_cpu_agree_on_a_trained_network(shapes_run, amp):
+    run = shapes_run("--device", "cuda", "--amp", amp, "--limit", "500", method="saliencymix", epochs=3)
+    results = [evaluate.main(["--model_path", str(run), "--device", device])[0] for device in ("cuda", "cpu")]
+    assert results[0]["top1"] == pytest.approx(results[1]["top1"], abs=0.21)  # one image of 500
