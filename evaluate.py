@@ -28,6 +28,7 @@ def build_parser() -> Parser:
         metavar="PATH",
         help="files of weights, or run folders (best.pt)",
     )
+    parser.option("--info", type=yes_no, default=False, help="tell what the files hold and evaluate nothing")
     parser.option("--task", type=one_of(["accuracy"]), default="accuracy", metavar="NAME", help="accuracy")
     parser.option(
         "--model", "--arch", "--model_name", type=one_of(MODELS, MODEL_ALIASES), metavar="NAME", shown="from the file"
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from engine.progress import over
     from engine.training import pick
 
+    if typed.get("info"):
+        return [print_info(SavedClassifier(best_of(path))) for path in typed["model_path"]]
     device = choose_device({**parser.defaults, **typed}["device"])
     prepare(device, seed=0, deterministic=False)
     results, loaded = [], {}
@@ -98,6 +101,25 @@ def best_of(path: str) -> Path:
     return place / "best.pt" if place.is_dir() else place
 
 
+def print_info(file) -> dict:
+    """What a file holds, as far as it says or its shapes tell."""
+    head = list(file.weights)[-1]
+    info = {
+        "file": str(file.path),
+        "network": file.options.get("model") or " or ".join(matching_models(file.weights)) or "none of ours",
+        "classes": len(file.weights[head]),
+        "epoch": file.epoch,
+        "parameters": sum(value.numel() for value in file.weights.values()),
+        "entries": len(file.weights),
+        "first": ", ".join(list(file.weights)[:3]),
+        "trained with": " ".join(
+            f"--{key} {file.options[key]}" for key in ("dataset", "method", "recipe") if file.options
+        ),
+    }
+    print("\n".join(f"{key:12} {value}" for key, value in info.items() if value not in (None, "")))
+    return info
+
+
 def evaluate(file, data, options: dict, device, precision) -> dict:
     """All the numbers about one classifier on the test images."""
     from engine.classifier import predict_test
@@ -113,9 +135,7 @@ def evaluate(file, data, options: dict, device, precision) -> dict:
     batches = -(-len(data.test) // options["batch_size"])
     with Progress(str(file.path), batches, bar=bars_wanted(False), lines=False) as bar:
         layout = pick(options, ["batch_size", "workers", "channels_last"])
-        logits, labels, seconds = predict_test(
-            model, data, device=device, precision=precision, progress=bar.show, **layout
-        )
+        logits, labels, seconds = predict_test(model, data, device=device, precision=precision, progress=bar, **layout)
     confusion = confusion_matrix(logits.argmax(1), labels, count).cpu()
     per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
     result = {

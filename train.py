@@ -55,6 +55,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     if saved:
         if not options["force_config"]:
             configure.check_resume(typed, saved["config"])
+        if typed.get("amp", saved["config"]["amp"]) != saved["config"]["amp"]:
+            notes.append(
+                f"--amp was {saved['config']['amp']} before: from here on the run is not the one it would have been"
+            )
         options = configure.fill_in(typed, saved["config"], parser.defaults)
 
     device = choose_device(options["device"])
@@ -122,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict | None:
                     epoch=epoch,
                     watch=watch,
                     look_every=options["print_freq"],
-                    progress=shown.show_scores,
+                    progress=shown,
                 )
             row |= {"epoch": epoch + 1, "lr": lr, "seconds": time.perf_counter() - begin}
             row |= {f"{part}_seconds": watch.seconds().get(part, 0.0) for part in ("mixing", "saliency")}

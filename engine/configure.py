@@ -9,6 +9,9 @@ MAY_DIFFER = {  # options that may change when a run is continued
     *("use_tensorboard", "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"),
     *("checkpoint", "evaluate", "force_config", "config", "recipe", "list_models"),
 }
+ONE_CALL = {  # what is said to one call of a script and not kept with the run
+    *("checkpoint", "config", "evaluate", "force_config", "overwrite", "profile", "list_models", "debug", "name"),
+}
 AROUND_ANY_METHOD = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
@@ -49,7 +52,7 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
 
 def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     """Every option: what was typed, else saved (--config, a checkpoint), else the recipe's, else the default."""
-    given = {**{key: value for key, value in saved.items() if key in defaults}, **typed}
+    given = {**{key: value for key, value in saved.items() if key in defaults.keys() - ONE_CALL}, **typed}
     name = saved.get("recipe") or typed.get("recipe", "auto")  # a saved run brings every option with it
     if name == "auto":
         named = bool({"method", "model", "dataset"} & given.keys())

@@ -4,6 +4,8 @@ import ctypes
 import os
 import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,11 @@ FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # Linux names of the CPU features
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps. Raises UserError for a device that is not there."""
+    """auto, cpu, cuda, cuda:N or mps. Raises UserError for a device that is not there, and under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            f"started as {os.environ['WORLD_SIZE']} processes, but this script uses one device: no torchrun"
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -76,6 +82,18 @@ def prepare(device: torch.device, *, seed: int, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Without TensorFloat-32, so that an evaluation does not depend on the device."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def keep_large_blocks() -> None:

@@ -5,7 +5,9 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -91,7 +93,7 @@ class RunFolder:
             self.path / "config.json",
             {
                 "options": {key: value for key, value in options.items() if key not in SECRET},
-                "versions": {**versions(), "opencv": opencv_version()},
+                "versions": {**versions(), "opencv": opencv_versions()},
                 "device": name,
                 "command": hide_secrets(sys.argv),
                 "commit": git_commit(),
@@ -121,16 +123,13 @@ def shorten(value):
     return f"{value:.6g}" if isinstance(value, float) else value
 
 
-def opencv_version() -> str | None:
-    """Without importing it: that takes longer than everything else at the start."""
-    from importlib import metadata
-
-    for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python"):
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
+def opencv_versions() -> dict[str, str]:
+    """Version of each OpenCV distribution; two of them overwrite each other's files. Imports none: that is slow."""
+    found = {}
+    for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def git_commit() -> str | None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.batches import Batches
+from engine.device import exact_float32
 from engine.loss import cross_entropy, smooth
 from engine.metrics import topk_correct
 
@@ -97,8 +98,8 @@ def train_one_epoch(
     """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the
     predicted class.
 
-    Losses stay on the device and are looked at every `look_every` steps; progress(step, loss, accuracy) is called then.
-    Raises NotFinite at the look after a loss that is not finite.
+    Losses stay on the device and are looked at every `look_every` steps. progress(step) is called after every step, and
+    with loss, accuracy, lr and images_per_second after a look. Raises NotFinite at the look after a loss that is none.
     """
     device = batches.device
     watch = watch or Stopwatch(device)
@@ -109,6 +110,7 @@ def train_one_epoch(
     indices = []
     steps = min(len(batches), max_steps or len(batches))
     watch.start()
+    begin = time.perf_counter()
     for step, batch in enumerate(batches.epoch(epoch)):
         targets = F.one_hot(batch.labels, num_classes).float()
         watch.lap("data")
@@ -148,7 +150,13 @@ def train_one_epoch(
             if bad >= 0:
                 raise NotFinite(epoch * len(batches) + bad, indices[bad])
             if progress:
-                progress(step + 1, float(loss_sum) / seen, float(hit_sum) / seen)
+                rate = seen / (time.perf_counter() - begin)
+                lr = optimizer.param_groups[0]["lr"]
+                progress(
+                    step + 1, loss=float(loss_sum) / seen, accuracy=float(hit_sum) / seen, lr=lr, images_per_second=rate
+                )
+        elif progress:
+            progress(step + 1)
         if step + 1 == steps:
             break
     return {"train_loss": float(loss_sum) / seen, "train_acc": 100 * float(hit_sum) / seen, "images": seen}
@@ -182,7 +190,7 @@ def predict(
     logits, labels = [], []
     try:
         for step, batch in enumerate(batches.epoch()):
-            with autocast(batches.device, precision):
+            with exact_float32(), autocast(batches.device, precision):
                 logits.append(model(batch.images).float())
             labels.append(batch.labels)
             if progress:

@@ -11,21 +11,23 @@ def bars_wanted(no_progress: bool) -> bool:
 
 
 class Progress:
-    """One pass of `total` steps. `show(step, text)` moves the bar, or prints a line where there is none."""
+    """One pass of `total` steps. Calling it with a step, and what is known by then, moves the bar or prints a line.
+
+    lines: whether lines are printed where there is no bar; a step without numbers never prints one.
+    """
 
     def __init__(self, title: str, total: int, *, bar: bool, lines: bool = True):
         self.title, self.total, self.lines = title, total, lines
         self.bar = tqdm(total=total, desc=title, leave=False, dynamic_ncols=True) if bar else None
 
-    def show(self, step: int, text: str = "") -> None:
+    def __call__(self, step: int, **numbers: float) -> None:
+        text = "  ".join(f"{key.replace('_per_second', '/s')} {value:.4g}" for key, value in numbers.items())
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(text)
-        elif self.lines:
-            print(f"{self.title} {step}/{self.total} {text}", flush=True)
-
-    def show_scores(self, step: int, loss: float, accuracy: float) -> None:
-        self.show(step, f"loss {loss:.4f}  acc {100 * accuracy:.2f}")
+            if text:
+                self.bar.set_postfix_str(text)
+        elif self.lines and text:
+            print(f"{self.title} {step}/{self.total}  {text}", flush=True)
 
     def __enter__(self) -> "Progress":
         return self

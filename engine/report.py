@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from engine import draw
 from engine.batches import Batches
 from engine.data import Data
-from engine.log import RunFolder
+from engine.log import RunFolder, opencv_versions
 
 
 def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: list[str], done: int) -> None:
@@ -29,6 +29,8 @@ def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: li
         f"{options['loss']}, {'crop and flip' if options['trad_augment'] else 'not augmented'}, seed {options['seed']}"
     )
     log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
+    if len(both := opencv_versions()) > 1:
+        notes = [*notes, f"{' and '.join(both)} overwrite each other's files: uninstall all but one"]
     for note in [*notes, *data.warnings]:
         log.say(f"note: {note}")
     if 0 < done < options["epochs"]:

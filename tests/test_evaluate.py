@@ -70,6 +70,17 @@ def test_what_does_not_fit_is_explained(shapes_run, tmp_path):
         evaluate.main(["--model_path", str(tmp_path / "x.pt")])
 
 
+def test_info_tells_what_a_file_holds(shapes_run, tmp_path, capsys):
+    run = shapes_run(epochs=1)
+    torch.save({"net": build_model("wrn16_8", 5).state_dict()}, tmp_path / "f.pth")
+    ours, theirs = evaluate.main(["--info", "--model_path", str(run), str(tmp_path / "f.pth")])
+    assert (ours["network"], ours["classes"], ours["epoch"]) == ("resnet20", 10, 1) and "--dataset shapes" in ours[
+        "trained with"
+    ]
+    assert (theirs["network"], theirs["classes"], theirs["epoch"]) == ("wrn16_8", 5, None)
+    assert "network      wrn16_8" in capsys.readouterr().out
+
+
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "accuracy"), [("resnet20", 91.73), ("resnet56", 93.39)])
 def test_published_weights_give_their_accuracy(real_data, name, accuracy):
