@@ -115,6 +115,11 @@ def main(argv: list[str] | None = None) -> dict | None:
     announce(log, options, data, where=f"{device}, {precision_text}", notes=notes, done=len(history))
 
     bar = bars_wanted(options["no_progress"])
+
+    def test(network, batches: Batches) -> dict[str, float]:
+        with Progress("evaluating", len(batches), bar=bar, lines=False) as shown:
+            return scores(*predict(network, batches, progress=shown))
+
     for epoch in range(len(history), options["epochs"]):
         mixer.start_epoch(epoch, options["epochs"])
         watch, begin, lr = Stopwatch(device), time.perf_counter(), parts.scheduler.get_last_lr()[0]
@@ -133,9 +138,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             row |= {"images_per_second": row.pop("images") / row["seconds"], "peak_memory_mb": peak_memory_mb(device)}
             if (epoch + 1) % options["eval_every"] == 0 or epoch + 1 == options["epochs"]:
                 for name, batches in held_out.items():
-                    row |= {f"{name}_{key}": value for key, value in scores(*predict(model, batches)).items()}
+                    row |= {f"{name}_{key}": value for key, value in test(model, batches).items()}
                 if parts.ema:
-                    row["ema_top1"] = scores(*predict(parts.ema.module, held_out["test"]))["top1"]
+                    row["ema_top1"] = test(parts.ema.module, held_out["test"])["top1"]
             history.append(row)
             improved = row.get(f"{best['split']}_top1", -1.0) > best["value"]
             if improved:

@@ -139,6 +139,9 @@ def run(main: Callable[[], None]) -> None:
     debug = "--debug" in sys.argv
     try:
         main()
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

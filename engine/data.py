@@ -94,7 +94,10 @@ def load_data(
         train, test = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
     elif dataset == "shapes":
         train, test = load_shapes(
-            image_size or 32, num_classes or 10, most=0 if labels_per_class or valid_labels_per_class else limit
+            image_size or 32,
+            num_classes or 10,
+            progress,
+            most=0 if labels_per_class or valid_labels_per_class else limit,
         )
     else:
         find = find_tiny_imagenet if dataset == "tiny-imagenet" else find_folder
@@ -153,13 +156,13 @@ def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tu
     return train, Part(*read_cifar(name, test_place, [layout.test]), classes, str(test_place))
 
 
-def load_shapes(size: int, num_classes: int, most: int = 0) -> tuple[Part, Part]:
+def load_shapes(size: int, num_classes: int, progress: Callable, most: int = 0) -> tuple[Part, Part]:
     """Both parts, with no more than `most` images if it is not 0."""
     if num_classes > len(SHAPE_NAMES):
         raise UserError(f"--num_classes {num_classes}: shapes has {len(SHAPE_NAMES)} classes")
     parts = []
     for seed, count in enumerate(SHAPES_COUNTS):
-        drawn = draw_shapes(min(count, most or count), size, num_classes=num_classes, seed=seed)
+        drawn = draw_shapes(min(count, most or count), size, num_classes=num_classes, seed=seed, progress=progress)
         where = f"the generator of shapes, seed {seed}"
         parts.append(Part(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], where, drawn))
     return parts[0], parts[1]

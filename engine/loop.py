@@ -135,7 +135,7 @@ def train_one_epoch(
         if scheduler:
             scheduler.step()
         if ema:
-            ema.update_parameters(model)
+            ema.update(model)
         mixer.after_backward(mixed.grad)
         with torch.no_grad():
             value = loss.detach()

@@ -6,6 +6,7 @@ does.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -14,14 +15,16 @@ CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "h
 CHUNK = 100  # pictures of one seed: the first N do not depend on how many follow
 
 
-def draw_shapes(count: int, size: int, *, num_classes: int = 10, seed: int = 0) -> dict[str, torch.Tensor]:
+def draw_shapes(
+    count: int, size: int, *, num_classes: int = 10, seed: int = 0, progress: Callable = lambda items, **kwargs: items
+) -> dict[str, torch.Tensor]:
     """images uint8 (N, size, size, 3), labels (N,) long, boxes (N, 4) long as y1, y2, x1, x2 half-open, masks bool (N,
     size, size).
 
     Classes alternate, so every part of the set is balanced. The global generators are left alone.
     """
     parts = []
-    for chunk, start in enumerate(range(0, count, CHUNK)):
+    for chunk, start in enumerate(progress(range(0, count, CHUNK), desc="drawing shapes")):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + chunk) * 2 + 1)
         labels = torch.arange(start, start + CHUNK) % num_classes
         images, masks = draw_chunk(labels, size, generator)

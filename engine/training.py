@@ -1,5 +1,6 @@
 """What a training run carries from epoch to epoch: built, saved, and taken up again exactly where it stopped."""
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.checkpoint import FORMAT, save_checkpoint, versions
 from engine.cli import UserError
@@ -33,7 +34,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None
-    ema: AveragedModel | None
+    ema: "WeightAverage | None"
 
     def state(self) -> dict:
         return {
@@ -55,9 +56,31 @@ class Parts:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema and saved["ema"]:
             self.ema.module.load_state_dict(saved["ema"])
-            self.ema.n_averaged.fill_(saved["step"])
         self.mixer.load_state_dict(saved["method"])
         set_rng_state(saved["rng"][0])
+
+
+class WeightAverage:
+    """Exponential moving average of the weights and of the batch-norm statistics; counters are copied.
+
+    torch's AveragedModel does the same, but makes the host wait for the device at every step.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.module = copy.deepcopy(model).requires_grad_(False)
+        self.average = get_ema_multi_avg_fn(decay)
+
+    def update(self, model: torch.nn.Module) -> None:
+        pairs = list(zip(tensors_of(self.module), tensors_of(model), strict=True))
+        moving = [(own.detach(), new.detach()) for own, new in pairs if own.is_floating_point()]
+        self.average(*map(list, zip(*moving, strict=True)), None)
+        for own, new in pairs:
+            if not own.is_floating_point():
+                own.copy_(new)
+
+
+def tensors_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
@@ -83,11 +106,7 @@ def build_parts(
     )
     scheduler = build_scheduler(optimizer, steps_per_epoch=steps_per_epoch, **pick(options, build_scheduler))
     scaler = torch.amp.GradScaler(device.type) if precision is torch.float16 else None
-    ema = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options["ema"]), use_buffers=True)
-        if options["ema"]
-        else None
-    )
+    ema = WeightAverage(model, options["ema"]) if options["ema"] else None
     return Parts(model, mixer, optimizer, scheduler, scaler, ema)
 
 

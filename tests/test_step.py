@@ -244,6 +244,21 @@ def test_clipping_limits_the_gradient():
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
+def test_the_weight_average_follows_by_the_decay():
+    from engine.training import WeightAverage
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    average = WeightAverage(model, 0.75)
+    before = average.module[0].weight.clone()
+    with torch.no_grad():
+        model[0].weight += 4
+        model[1].running_mean += 8
+        model[1].num_batches_tracked += 3
+    average.update(model)
+    torch.testing.assert_close(average.module[0].weight, before + 1)
+    assert average.module[1].running_mean.tolist() == [2, 2] and average.module[1].num_batches_tracked == 3
+
+
 def test_prediction_leaves_the_network_as_it_was():
     batches, model = small()
     model.train()
