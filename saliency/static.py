@@ -98,19 +98,24 @@ def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
     return (image + 32768) >> 16
 
 
-def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable = torch.angle) -> torch.Tensor:
+def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable | None = None) -> torch.Tensor:
     """Spectral-residual saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), maximum about 1.
 
-    size: side of the square on which the spectrum is taken. angle: phase of a complex tensor (OpenCV's is a
-    polynomial).
+    size: side of the square on which the spectrum is taken. angle: phase of a complex tensor, where it shall
+    not be the exact one (OpenCV's is a polynomial).
     """
     small = resize_exact(grey(images), size)
     real = torch.float32 if images.device.type == "mps" else torch.float64
     spectrum = torch.fft.fft2(small.to(real))
-    log_magnitude = (spectrum.abs() + 1).log()
+    magnitude = spectrum.abs()
+    log_magnitude = (magnitude + 1).log()
     padded = F.pad(log_magnitude.unsqueeze(1), (1, 1, 1, 1), mode="reflect")
     residual = log_magnitude - F.avg_pool2d(padded, 3, stride=1).squeeze(1)
-    back = torch.fft.ifft2(torch.polar(residual.exp(), angle(spectrum)), norm="forward").abs()
+    if angle:
+        phase = torch.polar(torch.ones_like(magnitude), angle(spectrum))
+    else:
+        phase = torch.where(magnitude > 0, spectrum / magnitude, 1)
+    back = torch.fft.ifft2(residual.exp() * phase, norm="forward").abs()
     taps = (torch.arange(-2, 3, device=images.device, dtype=real).square() / -128).exp()  # sigma 8
     taps = taps / taps.sum()
     blurred = F.pad(back.unsqueeze(1), (2, 2, 2, 2), mode="reflect")
