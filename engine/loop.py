@@ -164,7 +164,7 @@ def train_one_epoch(
 
 def profile(steps: int, model: nn.Module, mixer, source: Callable | None, batches: Batches, optimizer, **step) -> dict:
     """Milliseconds a step of data, saliency, mixing and network, over `steps` steps after ten to warm up."""
-    watch = Stopwatch(batches.device)
+    watch, step = Stopwatch(batches.device), {**step, "scheduler": None}  # a one-cycle schedule has an end
     train_one_epoch(model, mixer, source, batches, optimizer, epoch=0, max_steps=10, **step)
     done, epoch = 0, 1
     while done < steps:

@@ -196,15 +196,14 @@ def boxes_around(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, h
     """
     side = (1.0 - lam).sqrt()
     half_height, half_width = (height * side).long() // 2, (width * side).long() // 2
-    return torch.stack(
-        [
-            (rows - half_height).clamp(0, height),
-            (rows + half_height).clamp(0, height),
-            (columns - half_width).clamp(0, width),
-            (columns + half_width).clamp(0, width),
-        ],
-        dim=-1,
-    )
+    return clipped(rows, columns, half_height, half_width, height, width)
+
+
+def clipped(rows, columns, half_height, half_width, height: int, width: int) -> torch.Tensor:
+    """Boxes of these half sides around the given points, cut at the edges of the image: (B, 4)."""
+    y1, y2 = (rows - half_height).clamp(0, height), (rows + half_height).clamp(0, height)
+    x1, x2 = (columns - half_width).clamp(0, width), (columns + half_width).clamp(0, width)
+    return torch.stack([y1, y2, x1, x2], dim=-1)
 
 
 def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ image.
 
 import torch
 
-from mixing.base import Mixer, boxes_around, check_probability, draw_lam, draw_partner, paste
+from mixing.base import Mixer, boxes_around, check_probability, clipped, draw_lam, draw_partner, paste
 
 
 def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -15,16 +15,7 @@ def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, hei
     The form of the Puzzle Mix family of codes (Puzzle Mix, Co-Mixup, SAGE).
     """
     half = (1.0 - lam).sqrt() / 2
-    half_height, half_width = height * half, width * half
-    return torch.stack(
-        [
-            (rows - half_height).clamp(0, height),
-            (rows + half_height).clamp(0, height),
-            (columns - half_width).clamp(0, width),
-            (columns + half_width).clamp(0, width),
-        ],
-        dim=-1,
-    ).long()
+    return clipped(rows, columns, height * half, width * half, height, width).long()
 
 
 class CutMix(Mixer):
