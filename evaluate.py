@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from engine.cli import Parser, UserError, one_of, run, whole, yes_no
+from engine.configure import translate
 from engine.options import data_options, device_options
 from models import ALIASES as MODEL_ALIASES
-from models import MODELS, build_model, matching_models
+from models import MODELS, build_model, class_count, matching_models
 
 DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
 IGNORED = (
@@ -43,18 +44,20 @@ def build_parser() -> Parser:
     )
     parser.option("--output", metavar="FILE.json", help="everything as JSON: scores, classes, confusion")
     data_options(parser)
-    device_options(parser)
+    device_options(parser, amp="off")
     parser.group("taken and ignored")
     for name in IGNORED:
         parser.option(f"--{name}", type=yes_no, help="no effect here")
-    parser.defaults["amp"] = "off"
     return parser
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate every file; returns what --output holds."""
     parser = build_parser()
-    typed = parser.read(argv)
+    try:
+        typed, _ = translate(parser.read(argv))
+    except ValueError as error:
+        parser.error(str(error))
     if "model_path" not in typed:
         parser.error("--model_path FILE: which classifier shall be evaluated?")
     if "confusion" in typed and len(typed["model_path"]) > 1:
@@ -103,11 +106,10 @@ def best_of(path: str) -> Path:
 
 def print_info(file) -> dict:
     """What a file holds, as far as it says or its shapes tell."""
-    head = list(file.weights)[-1]
     info = {
         "file": str(file.path),
         "network": file.options.get("model") or " or ".join(matching_models(file.weights)) or "none of ours",
-        "classes": len(file.weights[head]),
+        "classes": class_count(file.weights) or None,
         "epoch": file.epoch,
         "parameters": sum(value.numel() for value in file.weights.values()),
         "entries": len(file.weights),
@@ -155,21 +157,17 @@ def evaluate(file, data, options: dict, device, precision) -> dict:
 
 
 def print_table(results: list[dict], topk: list[int]) -> None:
-    """A row a file."""
-    tops = [f"top{k}" for k in topk if f"top{k}" in results[0]]
-    width = max(len(result["file"]) for result in results)
-    ece = "  ECE (%)" if "ece" in results[0] else ""
-    print(
-        f"{'file':{width}}  epoch  images     loss  "
-        + "  ".join(f"{'top-' + top[3:]:>6}" for top in tops)
-        + ece
-        + "  seconds"
-    )
+    """A row a file; what a file does not have shows as a dash."""
+    columns = [("file", "file", "s"), ("epoch", "epoch", "d"), ("images", "images", "d"), ("loss", "loss", ".4f")]
+    columns += [(f"top{k}", f"top-{k}", ".2f") for k in topk]
+    columns += [("ece", "ECE (%)", ".2f"), ("seconds", "seconds", ".1f")]
+    columns = [column for column in columns if any(result.get(column[0]) is not None for result in results)]
+    rows = [[title for _, title, _ in columns]]
     for result in results:
-        epoch = "-" if result["epoch"] is None else result["epoch"]
-        row = f"{result['file']:{width}}  {epoch:>5}  {result['images']:>6}  {result['loss']:7.4f}  "
-        row += "  ".join(f"{result[top]:6.2f}" for top in tops)
-        print(row + (f"  {result['ece']:7.2f}" if ece else "") + f"  {result['seconds']:7.1f}")
+        rows.append([format(result[key], form) if result.get(key) is not None else "-" for key, _, form in columns])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *rest in rows:
+        print("  ".join([name.ljust(widths[0]), *(text.rjust(w) for text, w in zip(rest, widths[1:], strict=True))]))
 
 
 def print_details(result: dict, options: dict) -> None:

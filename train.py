@@ -28,13 +28,13 @@ def main(argv: list[str] | None = None) -> dict | None:
     try:
         typed, notes = configure.translate(parser.read(argv))
         options = configure.fill_in(typed, read_config(typed["config"]) if "config" in typed else {}, parser.defaults)
-        configure.check_together(options)
+        configure.check_together(options, typed)
     except ValueError as error:
         parser.error(str(error))
     if options["list_models"]:
         return print("\n".join(f"{name:16} {count:>12,} parameters" for name, count in parameter_counts().items()))
     if options["evaluate"]:
-        return evaluate_once(typed, parser.defaults)
+        return evaluate_once(typed, parser)
 
     import torch  # after the options, so that --help answers at once
 
@@ -43,23 +43,19 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.classifier import start_from
     from engine.data import load_data
     from engine.device import choose_device, choose_precision, prepare
-    from engine.log import RunFolder, add_trackers, find_run
+    from engine.log import RunFolder, add_trackers, find_resume, run_folder
     from engine.loop import Stopwatch, predict, profile, scores, train_one_epoch
     from engine.loss import LOSSES
     from engine.progress import Progress, bars_wanted, over
     from engine.report import announce, draw_epoch, finish, line_of, print_profile, result_of
     from engine.training import build_parts, peak_memory_mb, pick, save, stop_well
 
-    folder, resume = find_run(options)
+    resume = find_resume(options)
     saved = read_checkpoint(resume) if resume else None
     if saved:
-        if not options["force_config"]:
-            configure.check_resume(typed, saved["config"])
-        if typed.get("amp", saved["config"]["amp"]) != saved["config"]["amp"]:
-            notes.append(
-                f"--amp was {saved['config']['amp']} before: from here on the run is not the one it would have been"
-            )
+        configure.check_resume(typed, saved["config"], force=options["force_config"])
         options = configure.fill_in(typed, saved["config"], parser.defaults)
+    folder = run_folder(options, resume)
 
     device = choose_device(options["device"])
     prepare(device, seed=options["seed"], deterministic=options["deterministic"])
@@ -105,6 +101,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     if saved:
         parts.load(saved)
         history, best = saved["history"], saved["best"]
+        if saved["precision"] != str(precision):
+            notes.append(
+                f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
+            )
     log = RunFolder(folder, off=options["log_off"], anew=saved is None)
     add_trackers(log, options)
     log.write_config(options, device)
@@ -145,35 +145,44 @@ def main(argv: list[str] | None = None) -> dict | None:
             improved = row.get(f"{best['split']}_top1", -1.0) > best["value"]
             if improved:
                 best = best | {"value": row[f"{best['split']}_top1"], "epoch": epoch + 1, "test_top1": row["test_top1"]}
-            save(log, parts, options, data, history, best, steps=(epoch + 1) * len(train), improved=improved)
+            save(
+                *(log, parts, options, data, history, best),
+                **{"steps": (epoch + 1) * len(train), "improved": improved, "precision": str(precision)},
+            )
         log.write_log(history)
         log.track(row)
         log.say(line_of(row, options["epochs"], train.skipped))
         draw_epoch(log, options, history, mixer, source, data, device)
 
+    if saved and saved["epoch"] >= options["epochs"]:
+        again = test(model, held_out["test"])
+        log.say(f"this run was finished already; evaluated again: loss {again['loss']:.4f}, top-1 {again['top1']:.2f}")
     result = result_of(history, best)
-    finish(log, result, was_finished=bool(saved) and saved["epoch"] >= options["epochs"])
+    finish(log, result)
     return result
 
 
-def evaluate_once(typed: dict, defaults: dict) -> dict:
+def evaluate_once(typed: dict, parser: Parser) -> dict:
     """--evaluate: loss and accuracy of --checkpoint on the test images."""
     from engine.classifier import SavedClassifier, accuracy_line, predict_test
     from engine.data import load_data
     from engine.device import choose_device, prepare
-    from engine.log import find_run
+    from engine.log import find_resume
     from engine.loop import scores
     from engine.progress import over
     from engine.training import pick
 
-    place = find_run(configure.fill_in(typed, {}, defaults))[1]
+    place = find_resume(configure.fill_in(typed, {}, parser.defaults))
     if place is None:
         raise UserError("--checkpoint auto: there is no such run to evaluate")
     file = SavedClassifier(place)
-    options = configure.fill_in(typed, file.options, defaults)
+    if not file.options and "dataset" not in typed:
+        parser.error(f"--dataset: {place} does not say what it was trained on; name it")
+    options = configure.fill_in(typed, file.options, parser.defaults)
     device = choose_device(options["device"])
     prepare(device, seed=0, deterministic=options["deterministic"])
     data = load_data(progress=over, **pick(options, load_data))
+    print("\n".join([data.test.summary("test"), *(f"note: {line}" for line in data.warnings)]))
     name = typed.get("model") or file.options.get("model")
     model = file.build(
         build_model, matching_models, model=name, num_classes=len(data.classes), image_size=data.image_size

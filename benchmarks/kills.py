@@ -6,6 +6,7 @@ continued with `--checkpoint auto` until it is done. Then every tensor and every
 
 import csv
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,22 +55,25 @@ def compare(method: str, kills: int, epochs: int, root: Path, moments: random.Ra
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     begin = time.monotonic()
     subprocess.run([*command, "--name", f"{method}_whole"], check=True, **quiet)
-    whole_time = time.monotonic() - begin
+    epoch_time = (time.monotonic() - begin) / (epochs + 3)  # starting up takes about as long as three epochs
     runs = root / "shapes" / "resnet20"
     whole_run, killed_run = runs / f"{method}_whole", runs / f"{method}_killed"
-    during_saves = 0
-    for number in range(kills):
-        side = killed_run / (".last.pt.part" if number % 4 else ".best.pt.part")
-        process = subprocess.Popen([*command, "--name", killed_run.name, "--checkpoint", "auto"], **quiet)
-        end = time.monotonic() + moments.uniform(0.3, 0.9) * whole_time
-        while time.monotonic() < end and process.poll() is None:
-            if number % 2 and side.exists() and moments.random() < 0.3:
-                during_saves += 1
-                break
+    go_on = [*command, "--name", killed_run.name, "--checkpoint", "auto"]
+    killed = during_saves = 0
+    while killed < kills:
+        side = killed_run / (".last.pt.part" if killed % 4 == 1 else ".best.pt.part")
+        process = subprocess.Popen(go_on, **quiet)
+        end = time.monotonic() + moments.uniform(1, 3 + epochs / kills) * epoch_time
+        hit = False
+        while not hit and process.poll() is None and (killed % 2 or time.monotonic() < end):
+            hit = killed % 2 and side.exists() and moments.random() < 0.3
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([*command, "--name", killed_run.name, "--checkpoint", "auto"], check=True, **quiet)
+        if process.wait() == -signal.SIGKILL:
+            killed, during_saves = killed + 1, during_saves + bool(hit)
+        else:  # it was done before: that was no kill, so begin anew
+            shutil.rmtree(killed_run)
+    subprocess.run(go_on, check=True, **quiet)
     one, two = (torch.load(run / "last.pt", weights_only=True) for run in (whole_run, killed_run))
     for part in ("model", "optimizer", "scheduler", "rng", "method", "best"):
         if not equal(one[part], two[part]):

@@ -7,8 +7,12 @@ MAY_DIFFER = {  # options that may change when a run is continued
     *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "profile", "debug"),
     *("root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "vis_epoch"),
     *("use_tensorboard", "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"),
-    *("checkpoint", "evaluate", "force_config", "config", "recipe", "list_models"),
+    *("checkpoint", "evaluate", "force_config", "config", "list_models"),
 }
+ONE_CYCLE = {  # what a one-cycle schedule is laid out by
+    *("epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum", "div_factor", "pct_start", "final_div_factor"),
+}
+BUILT_IN = {"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}  # no state would fit after a change
 ONE_CALL = {  # what is said to one call of a script and not kept with the run
     *("checkpoint", "config", "evaluate", "force_config", "overwrite", "profile", "list_models", "debug", "name"),
 }
@@ -47,18 +51,21 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
         lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
     if "per_sample" in typed and "saliencymix" in typed.get("method", []):
         typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
+        if "cutmix" not in typed["method"]:
+            del typed["per_sample"]
     return typed, lines
 
 
 def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     """Every option: what was typed, else saved (--config, a checkpoint), else the recipe's, else the default."""
     given = {**{key: value for key, value in saved.items() if key in defaults.keys() - ONE_CALL}, **typed}
-    name = saved.get("recipe") or typed.get("recipe", "auto")  # a saved run brings every option with it
+    name = given.get("recipe", "auto")
+    if saved.get("recipe") and name == "auto":
+        name = saved["recipe"]
     if name == "auto":
         named = bool({"method", "model", "dataset"} & given.keys())
         name = recipe_for(given.get("method", defaults["method"]), given.get("dataset"), named)
-    methods = given.get("method", defaults["method"])
-    recipe = recipe_options(name, methods=methods, dataset=given.get("dataset"), model=given.get("model"))
+    recipe = recipe_options(name, dataset=given.get("dataset"), model=given.get("model"))
     if "lr" in given and "max_lr" not in given:
         recipe.pop("max_lr", None)  # the peak of one-cycle is then the given lr
     if unknown := recipe.keys() - defaults.keys():
@@ -66,12 +73,14 @@ def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     return {**defaults, **recipe, **given, "recipe": name}
 
 
-def check_together(options: dict) -> None:
+def check_together(options: dict, typed: dict) -> None:
     """Raise ValueError, with the remedy, for options that exclude each other."""
     if options["compile"] and "manifold" in options["method"]:
         raise ValueError("--compile: manifold mixup hooks a layer, and compiled networks ignore hooks; leave it out")
     if options["loss"] == "bce" and options["label_smoothing"]:
         raise ValueError("--label_smoothing: --loss bce has no such form; use --loss ce")
+    if options["config"] and "recipe" in typed:
+        raise ValueError("--recipe: the file of --config brings every option with it; leave one of them out")
     if options["evaluate"] and not options["checkpoint"]:
         raise ValueError("--evaluate needs --checkpoint, the file to evaluate")
     if options["init_from"] and options["checkpoint"] not in (None, "auto"):
@@ -87,21 +96,32 @@ def check_together(options: dict) -> None:
         raise ValueError(f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, where it ends")
 
 
-def check_resume(typed: dict, saved: dict) -> None:
-    """Raise UserError, with both values of each, where typed options differ from those a run was started with."""
-    differ = {key for key in typed.keys() & saved.keys() - MAY_DIFFER if saved[key] != typed[key]}
-    if differ:
-        width = max(map(len, differ))
-        rows = "\n".join(f"  --{key:<{width}}  {saved[key]}  ->  {typed[key]}" for key in sorted(differ))
+def check_resume(typed: dict, saved: dict, force: bool = False) -> None:
+    """Raise UserError, with both values of each, where typed options differ from those a run was started with.
+
+    force: all may differ but those that no saved state would fit.
+    """
+    differ = {key for key in typed.keys() & saved.keys() if saved[key] != typed[key] and typed[key] != "auto"}
+    if saved["scheduler"] == "onecycle" and differ & ONE_CYCLE and (force or differ <= MAY_DIFFER):
+        raise UserError(
+            f"{flags(differ & ONE_CYCLE)}: the one-cycle schedule of this run is laid out for {saved['epochs']} epochs "
+            "and other values\nstart a new run; --init_from takes the weights of this one"
+        )
+    if force and differ & BUILT_IN:
+        raise UserError(
+            f"{flags(differ & BUILT_IN)}: the saved state would not fit\nstart a new run; --init_from takes weights"
+        )
+    if not force and (refused := differ - MAY_DIFFER):
+        width = max(map(len, refused))
+        rows = "\n".join(f"  --{key:<{width}}  {saved[key]}  ->  {typed[key]}" for key in sorted(refused))
         raise UserError(
             f"the run to continue has other options (saved -> given):\n{rows}\nleave them out to continue it, or say "
             "--force_config"
         )
-    if saved["scheduler"] == "onecycle" and typed.get("epochs", saved["epochs"]) != saved["epochs"]:
-        raise UserError(
-            f"--epochs {typed['epochs']}: the one-cycle schedule of this run was laid out for {saved['epochs']} "
-            "epochs, and its length is part of it\nstart a new run; --init_from takes the weights of this one"
-        )
+
+
+def flags(keys: set[str]) -> str:
+    return " ".join(f"--{key}" for key in sorted(keys))
 
 
 def without_effect(typed: dict, mixing_options: set[str], read: set[str]) -> list[str]:

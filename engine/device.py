@@ -77,6 +77,8 @@ def prepare(device: torch.device, *, seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
     if device.type == "cpu":
         keep_large_blocks()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -107,27 +109,32 @@ def keep_large_blocks() -> None:
     except (OSError, AttributeError):
         return  # not the GNU C library
     m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, (1 << 31) - 1)
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # old libraries take 32 MiB at most
+        mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-def rng_state() -> dict:
-    """The states of every generator of this process, in a form that a weights-only load accepts."""
+def rng_state(device: torch.device) -> dict:
+    """The states of the generators of this process and of the device, in a form that a weights-only load accepts."""
     version, words, position, has_gauss, gauss = np.random.get_state()
     python_version, python_words, python_gauss = random.getstate()
     return {
         "python": [python_version, list(python_words), python_gauss],
         "numpy": [version, torch.from_numpy(words.astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "device": accelerator(device).get_rng_state() if accelerator(device) else None,
     }
 
 
-def set_rng_state(state: dict) -> None:
+def accelerator(device: torch.device):
+    """torch.cuda or torch.mps, whose get_rng_state and set_rng_state mean the current device; None on a CPU."""
+    return {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     version, words, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((version, words.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if accelerator(device) and state["device"] is not None:
+        accelerator(device).set_rng_state(state["device"])

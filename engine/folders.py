@@ -62,7 +62,8 @@ def find_tiny_validation(val: Path) -> Found:
             if file.name in wnid_of:
                 folders.setdefault(wnid_of[file.name], []).append(file)
         return labelled(folders, val)
-    root = val / "images" if (val / "images").is_dir() and not loose else val
+    sorted_images = (val / "images").is_dir() and any(path.is_dir() for path in (val / "images").iterdir())
+    root = val / "images" if sorted_images else val
     if not root.is_dir() or not any(path.is_dir() for path in root.iterdir()):
         raise UserError(
             f"{val}: cannot tell the classes of the validation images; it needs val_annotations.txt beside images/, "
@@ -74,7 +75,7 @@ def find_tiny_validation(val: Path) -> Found:
 def class_folders(root: Path) -> dict[str, list[Path]]:
     """Class name -> its files, sorted; <class>/images/* counts as <class>/*. Raises UserError where there are none."""
     folders = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+    for folder in sorted(path for path in root.iterdir() if path.is_dir() and any(path.iterdir())):
         inner = folder / "images" if (folder / "images").is_dir() else folder
         folders[folder.name] = sorted(path for path in inner.iterdir() if path.suffix.lower() in ENDINGS)
     empty = [name for name, files in folders.items() if not files]

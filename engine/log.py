@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -36,28 +37,41 @@ COLUMNS = [
 SECRET = {"wandb_key"}
 
 
-def find_run(options: dict) -> tuple[Path, Path | None]:
-    """The run folder, root_dir/dataset/model/name, and the checkpoint to go on from or None.
+def runs_of(options: dict) -> tuple[Path, str]:
+    """Where the runs of this data set and model are kept, and the name that an unnamed run of this method begins with."""
+    return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
 
-    `auto` is the run of that name, or without a name the newest of the method. Raises UserError rather than write over
-    another run.
+
+def find_resume(options: dict) -> Path | None:
+    """The checkpoint that --checkpoint means, or None. `auto`: of the run of --name, else the newest of the method."""
+    if options["checkpoint"] != "auto":
+        return find_checkpoint(options["checkpoint"]) if options["checkpoint"] else None
+    parent, methods = runs_of(options)
+    dated = sorted(parent.glob(f"{methods}_????????-??????*"), key=lambda path: path.name)
+    folder = parent / options["name"] if options["name"] else dated[-1] if dated else parent
+    return folder / "last.pt" if (folder / "last.pt").exists() else None
+
+
+def run_folder(options: dict, resume: Path | None) -> Path:
+    """The folder to write to: that of the run that goes on, else root_dir/dataset/model/name.
+
+    Raises UserError rather than write over another run.
     """
-    parent = Path(options["root_dir"]) / options["dataset"] / options["model"]
-    methods = "+".join(options["method"])
-    folder = parent / (options["name"] or f"{methods}_{datetime.now():%Y%m%d-%H%M%S}")
-    if options["checkpoint"] == "auto":
-        dated = sorted(path for path in parent.glob(f"{methods}_????????-??????") if path.is_dir())
-        folder = dated[-1] if dated and not options["name"] else folder
-        return folder, folder / "last.pt" if (folder / "last.pt").exists() else None
-    if options["checkpoint"]:
-        file = find_checkpoint(options["checkpoint"])
-        return (file.parent if (file.parent / "config.json").is_file() else folder), file
+    if resume and (resume.parent / "config.json").is_file():
+        return resume.parent
+    parent, methods = runs_of(options)
+    if options["name"]:
+        folder = parent / options["name"]
+    else:
+        base = f"{methods}_{datetime.now():%Y%m%d-%H%M%S}"
+        names = (base + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+        folder = next(parent / name for name in names if not (parent / name).exists())
     if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
         raise UserError(
             f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew "
             "with --overwrite, or give another --name"
         )
-    return folder, None
+    return folder
 
 
 class RunFolder:

@@ -15,11 +15,11 @@ from engine.metrics import topk_correct
 
 
 class NotFinite(Exception):
-    """The loss left the numbers. index: positions of the images of that batch in the training part."""
+    """The loss left the numbers at `step`, which was seen at step `now`. index: the images of that batch."""
 
-    def __init__(self, step: int, index: torch.Tensor):
-        super().__init__(f"the loss is not finite at step {step}")
-        self.step, self.index = step, index
+    def __init__(self, step: int, index: torch.Tensor, now: int):
+        super().__init__(f"the loss is not finite at step {step} (seen at step {now})")
+        self.step, self.index, self.now = step, index, now
 
 
 class Stopwatch:
@@ -60,10 +60,12 @@ class Stopwatch:
         return self.host
 
 
-def timed(source: Callable | None, watch: Stopwatch) -> Callable | None:
+def timed(source: Callable | list | None, watch: Stopwatch) -> Callable | list | None:
     """The same source; its time is taken out of the mixing and counted as `saliency`."""
     if source is None:
         return None
+    if isinstance(source, list):  # of a choice of methods
+        return [timed(one, watch) for one in source]
 
     def call(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         watch.lap("mixing")
@@ -148,7 +150,7 @@ def train_one_epoch(
         if (step + 1) % look_every == 0 or step + 1 == steps:
             bad = int(first_bad)
             if bad >= 0:
-                raise NotFinite(epoch * len(batches) + bad, indices[bad])
+                raise NotFinite(epoch * len(batches) + bad, indices[bad], epoch * len(batches) + step)
             if progress:
                 rate = seen / (time.perf_counter() - begin)
                 lr = optimizer.param_groups[0]["lr"]
@@ -182,7 +184,7 @@ def autocast(device: torch.device, precision: torch.dtype | None):
 def predict(
     model: nn.Module, batches: Batches, *, precision: torch.dtype | None = None, progress: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) float32 and labels (N,) of a whole part, on the device, network in evaluation mode (put back
+    """Logits (N, K) float32 and labels (N,) of a whole part, on the host, network in evaluation mode (put back
     afterwards).
     """
     training = model.training
@@ -197,12 +199,12 @@ def predict(
                 progress(step + 1)
     finally:
         model.train(training)
-    return torch.cat(logits), torch.cat(labels)
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
     """Cross-entropy and top-k accuracies in percent; k above the number of classes is left out."""
     ks = tuple(k for k in ks if k <= logits.shape[1])
-    correct = topk_correct(logits, labels, ks).double() * (100 / len(labels))
+    correct = topk_correct(logits, labels, ks).double() * (100 / len(labels)) if ks else []
     loss = cross_entropy(logits, F.one_hot(labels, logits.shape[1]).float())
     return {"loss": float(loss), **{f"top{k}": float(value) for k, value in zip(ks, correct, strict=True)}}

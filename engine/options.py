@@ -8,14 +8,15 @@ DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-
 SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
 
 
-def device_options(parser: Parser) -> None:
+def device_options(parser: Parser, amp: str = "auto") -> None:
+    """amp: the default precision."""
     parser.group("device")
     parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.option("--ngpu", type=whole(), help="0 means --device cpu, 1 one GPU")
     parser.option(
         "--amp",
         type=one_of(["auto", "off", "bf16", "fp16"]),
-        default="auto",
+        default=amp,
         metavar="MODE",
         help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
     )
@@ -280,3 +281,4 @@ def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
     )
     parser.option("--mix_scheduled_epoch", type=whole(), default=0, metavar="EPOCH")
     parser.option("--mix_off_epoch", type=whole(), default=0, metavar="N", help="no mixing in the last N epochs")
+    parser.defaults["method_options"] = {}  # set by recipes only

@@ -96,16 +96,20 @@ def recipe_for(methods: list[str], dataset: str | None, named: bool) -> str:
     return "puzzle" if methods[0] in PUZZLE_FAMILY else "saliencymix"
 
 
-def recipe_options(name: str, *, methods: list[str], dataset: str | None, model: str | None) -> dict[str, object]:
-    """The options of a recipe for this method, data set and model (None: the recipe's own)."""
+def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
+    """The options of a recipe for this data set and model (None: the recipe's own).
+
+    `method_options` are those of single methods: hyper-parameters by method name.
+    """
     options = dict(RECIPES[name])
     dataset, model = dataset or options["dataset"], model or options["model"]
     if name == "saliencymix" and model.startswith("wrn"):
         options["dropout"] = 0.3
+    by_method: dict[str, dict] = {}
     if dataset == "tiny-imagenet":
         options["crop_padding"] = 4
-        if set(methods) <= {"mixup", "manifold", "cutmix"}:
-            options["mixup_alpha"] = 0.2
-    if name == "puzzle" and methods == ["cutmix"]:
-        options |= {"mix_prob": 1.0, "cutmix_box": "real"}
+        by_method = {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold", "cutmix")}
+    if name == "puzzle":
+        by_method["cutmix"] = {**by_method.get("cutmix", {}), "mix_prob": 1.0, "cutmix_box": "real"}
+    options["method_options"] = by_method
     return options

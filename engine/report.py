@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from engine import draw
 from engine.batches import Batches
 from engine.data import Data
+from engine.device import rng_state, set_rng_state
 from engine.log import RunFolder, opencv_versions
 
 
@@ -22,13 +23,17 @@ def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: li
         milestones = " ".join(map(str, options["schedule"]))
         notes = [*notes, f"--schedule {milestones}: in {options['epochs']} epochs the lr never drops"]
     method, model = " ".join(options["method"]), options["model"]
+    wide = model.startswith("wrn")
+    dropout = f", dropout {options['dropout']:g}" if options["dropout"] and wide else ""
     log.say(
-        f"{method}: {model}{', dropout ' + str(options['dropout']) if options['dropout'] else ''}, recipe "
+        f"{method}: {model}{dropout}, recipe "
         f"{options['recipe']}: {options['epochs']} epochs, batch {options['batch_size']}, {options['scheduler']}, lr "
         f"{(one_cycle and options['max_lr']) or options['lr']:g}, weight decay {options['weight_decay']:g}, loss "
         f"{options['loss']}, {'crop and flip' if options['trad_augment'] else 'not augmented'}, seed {options['seed']}"
     )
     log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
+    if options["dropout"] and not wide:
+        notes = [*notes, f"--dropout {options['dropout']:g}: {model} has none; only the wide networks have"]
     if len(both := opencv_versions()) > 1:
         notes = [*notes, f"{' and '.join(both)} overwrite each other's files: uninstall all but one"]
     for note in [*notes, *data.warnings]:
@@ -67,10 +72,8 @@ def result_of(history: list[dict], best: dict) -> dict:
     }
 
 
-def finish(log: RunFolder, result: dict, was_finished: bool) -> None:
+def finish(log: RunFolder, result: dict) -> None:
     """The last lines of a run."""
-    if was_finished:
-        log.say("this run was finished already; its result again:")
     best = result["best"]
     log.say(
         f"test top-1: last epoch {result['last_top1']:.2f}, best {best['test_top1']:.2f} (epoch {best['epoch']}, "
@@ -103,22 +106,25 @@ def draw_epoch(log: RunFolder, options: dict, history: list[dict], mixer, source
 
 def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, title: str) -> None:
     """Eight training images, mixed among themselves. Training goes on as if there had been no picture."""
-    few = Batches(
-        data.train.take(torch.arange(min(8, len(data.train)))), 8, device=device, mean=data.mean, std=data.std
-    )
+    spread = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()  # folders come sorted by class
+    few = Batches(data.train.take(spread), 8, device=device, mean=data.mean, std=data.std)
     batch = next(few.epoch())
     targets = F.one_hot(batch.labels, len(data.classes)).float()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    state = rng_state(device)
+    try:
         torch.manual_seed(1)
         for _ in range(20):  # a method that mixes every other batch should show a mixed one
             mixed, soft = mixer(batch.images, targets, source)
             if not torch.equal(mixed, batch.images):
                 break
+    finally:
+        set_rng_state(state, device)
+    map_of = next(filter(None, source), None) if isinstance(source, list) else source
     draw.mixed_batch(
         path,
         images=batch.images,
         targets=targets,
-        saliency=source(batch.images, targets) if source else None,
+        saliency=map_of(batch.images, targets) if map_of else None,
         mixed=mixed,
         soft=soft,
         mean=data.mean,

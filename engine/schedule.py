@@ -36,6 +36,7 @@ def build_scheduler(
             div_factor=div_factor,
             pct_start=pct_start,
             final_div_factor=final_div_factor,
+            cycle_momentum=optimizer.param_groups[0]["momentum"] > 0,
         )
     if scheduler == "multistep" and len(gammas) == 1:
         gammas = gammas * len(schedule)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from engine.checkpoint import FORMAT, save_checkpoint, versions
@@ -36,6 +37,10 @@ class Parts:
     scaler: torch.amp.GradScaler | None
     ema: "WeightAverage | None"
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def state(self) -> dict:
         return {
             "model": self.model.state_dict(),
@@ -44,20 +49,31 @@ class Parts:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": self.ema.module.state_dict() if self.ema else None,
             "method": self.mixer.state_dict(),
-            "rng": [rng_state()],
+            "rng": [rng_state(self.device)],
         }
 
     def load(self, saved: dict) -> None:
-        """Take up the state of a checkpoint; the random generators last, since building things draws from them."""
+        """Take up the state of a checkpoint; the random generators last, since building things draws from them.
+
+        What the options say of the optimizer stays: it differs from the saved state where the user forced it to.
+        """
+        wanted = [{key: group[key] for key in ("weight_decay", "nesterov")} for group in self.optimizer.param_groups]
+        base_lrs = self.scheduler.base_lrs
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
+        for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(own)
+        if isinstance(self.scheduler, LambdaLR) and self.scheduler.base_lrs != base_lrs:
+            self.scheduler.base_lrs = base_lrs
+            for group, lr, factor in zip(self.optimizer.param_groups, base_lrs, self.scheduler.lr_lambdas, strict=True):
+                group |= {"initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch)}
         if self.scaler and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema and saved["ema"]:
             self.ema.module.load_state_dict(saved["ema"])
         self.mixer.load_state_dict(saved["method"])
-        set_rng_state(saved["rng"][0])
+        set_rng_state(saved["rng"][0], self.device)
 
 
 class WeightAverage:
@@ -120,10 +136,11 @@ def save(
     *,
     steps: int,
     improved: bool,
+    precision: str,
 ) -> None:
     """best.pt on improvement, epoch_NNN.pt when asked for, and last.pt last of all: only then the epoch counts as done.
 
-    steps: finished optimizer steps.
+    steps: finished optimizer steps. precision: what the network computed in.
     """
     if run.off:
         return
@@ -132,6 +149,7 @@ def save(
         "format": FORMAT,
         "epoch": epoch,
         "step": steps,
+        "precision": precision,
         **parts.state(),
         "config": {key: value for key, value in options.items() if key not in SECRET},
         "classes": list(data.classes),
@@ -165,13 +183,12 @@ def stop_well(run: RunFolder, parts: Parts):
     except NotFinite as error:
         saved = ""
         if not run.off:
-            save_checkpoint(
-                run.path / "nonfinite.pt", {"model": parts.model.state_dict(), "step": error.step, "index": error.index}
-            )
+            evidence = {"model": parts.model.state_dict(), "step": error.step, "index": error.index}
+            save_checkpoint(run.path / "nonfinite.pt", {**evidence, "weights_of_step": error.now})
             saved = f"; weights and the batch's image numbers are in {run.path / 'nonfinite.pt'}"
         scale = f", loss scale {parts.scaler.get_scale():g}" if parts.scaler else ""
         raise UserError(
-            f"{error}, lr {parts.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
+            f"{error}, lr by now {parts.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
             f"try a lower --lr, --clip_grad 1, or --amp bf16 or off; {go_on()}"
         ) from error
     except KeyboardInterrupt:

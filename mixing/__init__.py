@@ -48,19 +48,21 @@ def build_mixer(name: str, /, **options):
 
 
 def compose(names: list[str], options: dict, make_source):
-    """The mixer for `--method names` with all its options around it, and its saliency source.
+    """The mixer for `--method names` with all its options around it, and its saliency source, or None if it needs none.
 
-    Several names: one of them is drawn for every batch. options: by flag name; make_source(default source's name, or
-    None) gives a source or None. Raises ValueError for a hyper-parameter out of range.
+    Several names: one of them is drawn for every batch, and the source is a list with one for each. options: by flag
+    name; `method_options` holds what a recipe sets for single methods. make_source(name of a default source, or None)
+    gives a source or None. Raises ValueError for a hyper-parameter out of range.
     """
     from mixing.base import Chain, Choice, Partly
 
-    mixers = [build_mixer(name, **options) for name in names]
+    given = {key: value for key, value in options.items() if value is not None}
+    mixers = [build_mixer(name, **{**options["method_options"].get(name, {}), **given}) for name in names]
     sources = [make_source(mixer.default_source) for mixer in mixers]
-    mixer = mixers[0] if len(mixers) == 1 else Choice(mixers, sources)
+    mixer, source = (mixers[0], sources[0]) if len(mixers) == 1 else (Choice(mixers), sources if any(sources) else None)
     schedule = {key: options[key] for key in ("mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch")}
     if schedule["mix_fraction"] < 1 or schedule["mix_off_epoch"] or schedule["mix_schedule"] != "fixed":
         mixer = Partly(mixer, **schedule)
     if options["cutout"] and names != ["cutout"]:
         mixer = Chain([build_mixer("cutout", **options), mixer])
-    return mixer, next((source for source in sources if source is not None), None)
+    return mixer, source

@@ -85,11 +85,10 @@ class Chain(Mixer):
 
 
 class Choice(Chain):
-    """One of several methods, drawn afresh for every batch. sources: the saliency source of each, in the same order."""
+    """One of several methods, drawn afresh for every batch. It takes a list of sources, one for each method."""
 
-    def __init__(self, mixers: list[Mixer], sources: list):
+    def __init__(self, mixers: list[Mixer]):
         super().__init__(mixers)
-        self.sources = sources
         self.default_source = None
         self.wants_mixed_grad = any(mixer.wants_mixed_grad for mixer in mixers)
         self.drawn = 0
@@ -100,7 +99,7 @@ class Choice(Chain):
 
     def __call__(self, images, targets, source=None):
         self.drawn = int(torch.randint(len(self.mixers), ()))
-        return self.mixers[self.drawn](images, targets, self.sources[self.drawn])
+        return self.mixers[self.drawn](images, targets, source and source[self.drawn])
 
     def during(self, model):
         return self.mixers[self.drawn].during(model)
@@ -169,8 +168,10 @@ def check_probability(name: str, value: float) -> float:
 def draw_lam(alpha: float, images: torch.Tensor, per_image: bool = False) -> torch.Tensor:
     """lam ~ Beta(alpha, alpha): () float64 on the host, or (B,) float32 on the device; 1 where alpha is 0."""
     if per_image:
-        parameter = torch.full((len(images),), float(alpha), device=images.device)
-        return Beta(parameter, parameter, validate_args=False).sample() if alpha > 0 else torch.ones_like(parameter)
+        device = "cpu" if images.device.type == "mps" else images.device  # MPS has no gamma draws
+        parameter = torch.full((len(images),), float(alpha), device=device)
+        lam = Beta(parameter, parameter, validate_args=False).sample() if alpha > 0 else torch.ones_like(parameter)
+        return lam.to(images.device)
     parameter = torch.tensor(float(alpha), dtype=torch.float64)
     return Beta(parameter, parameter, validate_args=False).sample() if alpha > 0 else torch.ones_like(parameter)
 
@@ -182,10 +183,9 @@ def draw_partner(images: torch.Tensor) -> torch.Tensor:
 
 def blend(values: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
     """lam * values + (1 - lam) * values[partner] along the first dimension; lam () or (B,)."""
-    lam = lam.to(values.dtype)
     if lam.dim():
         lam = lam.view(-1, *[1] * (values.dim() - 1))
-    return lam * values + (1 - lam) * values[partner]
+    return (lam * values + (1 - lam) * values[partner]).to(values.dtype)
 
 
 def boxes_around(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:

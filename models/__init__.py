@@ -43,11 +43,17 @@ def matching_models(state: dict, image_size: int = 32) -> list[str]:
     def shapes(tensors: dict) -> dict:
         return {key: tuple(value.shape) for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
 
-    last = list(state.values())[-1].shape if state else ()
-    if len(last) != 1:
+    classes = class_count(state)
+    if not classes:
         return []
     with torch.device("meta"):
-        return [name for name in MODELS if shapes(build_model(name, last[0], image_size).state_dict()) == shapes(state)]
+        return [name for name in MODELS if shapes(build_model(name, classes, image_size).state_dict()) == shapes(state)]
+
+
+def class_count(state: dict) -> int:
+    """How many classes the weights of one of our networks are for; 0 if they are of none."""
+    bias = next((state[f"{head}.bias"] for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
+    return len(bias) if bias is not None and bias.dim() == 1 else 0
 
 
 def parameter_counts(num_classes: int = 10) -> dict[str, int]:

@@ -38,11 +38,15 @@ def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) ->
 
     A pixel is compared with the mean of a window around it, at six scales; what is brighter and what is darker are
     summed and stretched apart, then added. As in OpenCV, the sum is cut to 8 bits: a pixel strong in both wraps round.
-    windows: the image that the windows sum, where it is another one (see float_bytes).
+    windows: a float image that the windows sum instead (see float_bytes).
     """
     height, width = image.shape[-2:]
-    windows = image if windows is None else windows
-    integral = F.pad(windows, (1, 0, 1, 0)).cumsum(1, dtype=windows.dtype).cumsum(2, dtype=windows.dtype)
+    if windows is None:
+        integral = F.pad(image, (1, 0, 1, 0)).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
+    else:  # by triangular matrices: CUDA's cumulative sum of floats is not deterministic
+        below = torch.ones(height + 1, height, device=image.device).tril(-1)
+        beside = torch.ones(width, width + 1, device=image.device).triu(1)
+        integral = below @ windows @ beside
     centre = image.float()
     on, off = torch.zeros_like(centre), torch.zeros_like(centre)
     whole = [

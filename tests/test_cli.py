@@ -20,7 +20,7 @@ def options_of(*words: str) -> dict:
     parser = train.build_parser()
     typed, _ = translate(parser.read(list(words)))
     options = fill_in(typed, {}, parser.defaults)
-    check_together(options)
+    check_together(options, typed)
     return options
 
 
@@ -161,16 +161,20 @@ def test_a_recipe_fills_in_what_was_not_typed():
     assert options_of("--recipe", "rmix", "--lr", "0.1")["max_lr"] is None, "the given lr is the peak"
     options = options_of("--method", "cutmix", "--model", "wrn28_10")
     assert options["dropout"] == 0.3 and options["schedule"] == [60, 120, 160] and options["trad_augment"] is False
-    assert options_of("--method", "mixup", "--dataset", "tiny-imagenet")["mixup_alpha"] == 0.2
+    tiny = options_of("--method", "none", "mixup", "--dataset", "tiny-imagenet")
+    assert tiny["method_options"]["mixup"] == {"mixup_alpha": 0.2} and tiny["crop_padding"] == 4
     options = options_of("--method", "cutmix", "--recipe", "puzzle")
-    assert (options["mix_prob"], options["cutmix_box"]) == (1.0, "real")
+    assert options["method_options"]["cutmix"] == {"mix_prob": 1.0, "cutmix_box": "real"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_set_only_options_that_exist(name):
     known = train.build_parser().defaults
-    for method in MIXERS:
-        assert recipe_options(name, methods=[method], dataset=None, model=None).keys() <= known.keys()
+    for dataset in (None, "tiny-imagenet"):
+        options = recipe_options(name, dataset=dataset, model="wrn28_10")
+        assert options.keys() <= known.keys()
+        for method, own in options["method_options"].items():
+            assert own.keys() <= hyper_parameters(method).keys()
     with pytest.raises(KeyError, match="do not exist"):
         fill_in({"recipe": name}, {}, {key: value for key, value in known.items() if key != "lr"})
 
@@ -192,7 +196,8 @@ def test_shorthands_are_translated():
     assert translate({"train": "mixup_hidden"})[0] == {"method": ["manifold"]}
     assert translate({"saliency_legacy_float": True})[0] == {"saliency": "float_bytes", "saliency_scope": "batch"}
     assert translate({"use_fp16": True, "ngpu": 0})[0] == {"amp": "fp16", "device": "cpu"}
-    assert translate({"method": ["saliencymix"], "per_sample": False})[0]["saliency_scope"] == "batch"
+    one_box = translate({"method": ["saliencymix"], "per_sample": False})[0]
+    assert one_box == {"method": ["saliencymix"], "saliency_scope": "batch"}
 
 
 def test_options_without_effect_are_named():

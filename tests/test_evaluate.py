@@ -58,6 +58,15 @@ def test_a_bare_file_is_told_by_its_shapes_and_needs_its_data_named(tmp_path, ca
     )
 
 
+def test_columns_that_a_file_lacks_show_as_dashes(shapes_run, capsys):
+    runs = [str(shapes_run(*words, name=name, epochs=1)) for name, words in (("a", ()), ("b", ("--num_classes", "4")))]
+    capsys.readouterr()
+    evaluate.main(["--model_path", *runs])
+    assert capsys.readouterr().out.splitlines()[-1].split()[5] == "-"
+    [result] = evaluate.main(["--model_path", runs[0], "--topk", "20"])
+    assert not [key for key in result if key.startswith("top")]
+
+
 def test_what_does_not_fit_is_explained(shapes_run, tmp_path):
     run = shapes_run(epochs=1)
     with pytest.raises(UserError, match=r"it fits resnet20: give --model resnet20"):

@@ -11,7 +11,8 @@ from models import build_model
 from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 6, 10)]  # one image; an odd batch with H != W
-OPTIONS = {"mix_fraction": 1.0, "mix_schedule": "fixed", "mix_scheduled_epoch": 0, "mix_off_epoch": 0, "cutout": False}
+OPTIONS = {"mix_fraction": 1.0, "mix_schedule": "fixed", "mix_scheduled_epoch": 0, "mix_off_epoch": 0}
+OPTIONS |= {"cutout": False, "method_options": {}}
 LABEL_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix"]
 
 
@@ -32,21 +33,16 @@ def centre(images, targets):
 def test_contract(name, shape):
     images, targets = batch(shape)
     kept = images.clone(), targets.clone()
-    for _ in range(5):
-        torch.manual_seed(3)
+    for seed in range(8):
+        torch.manual_seed(seed)
         mixer = build_mixer(name, mix_prob=1.0)
         mixed, soft = mixer(images, targets, centre)
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         again = build_mixer(name, mix_prob=1.0)(images, targets, centre)
         assert mixed.shape == images.shape and soft.shape == targets.shape and mixed.dtype == images.dtype
         torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
         assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs changed"
         assert torch.equal(mixed, again[0]) and torch.equal(soft, again[1]), "one seed, two results"
-
-
-@pytest.mark.parametrize("name", sorted(MIXERS))
-def test_state_survives_a_save(name):
-    build_mixer(name).load_state_dict(build_mixer(name).state_dict())
 
 
 @pytest.mark.parametrize("name", LABEL_MIXERS)
@@ -92,6 +88,8 @@ def test_mixup_blends_images_and_labels_alike():
     assert blend(images, partner, lam).flatten().tolist() == [2.0, 6.0]
     assert blend(targets, partner, lam).tolist() == [[0.75, 0.25], [0.25, 0.75]]
     assert blend(images, partner, torch.tensor([1.0, 0.5])).flatten().tolist() == [0.0, 4.0]
+    half = blend(torch.tensor([1000.0, 0.0]).bfloat16(), partner, torch.tensor(0.7312, dtype=torch.float64))
+    assert half.dtype == torch.bfloat16 and abs(half[0] - 731.2) < 2, "lam is not rounded to the precision of the layer"
 
 
 def test_lam_is_a_beta_draw():
@@ -234,8 +232,8 @@ class Recorder(Mixer):
 
 def test_choice_draws_one_method_a_batch_and_gives_each_its_source():
     mixers = [Recorder(1.0), Recorder(2.0)]
-    choice = Choice(mixers, ["a", "b"])
-    drawn = [float(choice(torch.zeros(1, 1, 1, 1), torch.ones(1, 1), "ignored")[0]) for _ in range(200)]
+    choice = Choice(mixers)
+    drawn = [float(choice(torch.zeros(1, 1, 1, 1), torch.ones(1, 1), ["a", "b"])[0]) for _ in range(200)]
     assert set(drawn) == {1.0, 2.0} and 70 < drawn.count(1.0) < 130
     assert (mixers[0].source, mixers[1].source) == ("a", "b")
 
@@ -271,7 +269,12 @@ def test_compose_builds_what_the_flags_say():
     mixer, source = compose(["cutmix"], OPTIONS | {"mix_prob": 0.25, "mixup_alpha": None}, lambda name: name)
     assert isinstance(mixer, CutMix) and mixer.mix_prob == 0.25 and mixer.mixup_alpha == 1.0 and source is None
     mixer, source = compose(["none", "saliencymix"], OPTIONS, lambda name: name)
-    assert isinstance(mixer, Choice) and mixer.sources == [None, "fine_grained"] and source == "fine_grained"
+    assert isinstance(mixer, Choice) and source == [None, "fine_grained"]
+    by_method = {"cutmix": {"mix_prob": 1.0, "cutmix_box": "real"}}
+    mixer, source = compose(["none", "cutmix"], OPTIONS | {"method_options": by_method}, lambda name: name)
+    assert (mixer.mixers[1].mix_prob, mixer.mixers[1].cutmix_box, source) == (1.0, "real", None)
+    mixer, _ = compose(["cutmix"], OPTIONS | {"method_options": by_method, "mix_prob": 0.1}, lambda name: name)
+    assert mixer.mix_prob == 0.1, "a typed option wins"
     mixer, _ = compose(["mixup"], OPTIONS | {"cutout": True, "cutout_length": 4, "mix_off_epoch": 2}, lambda name: name)
     images, targets = torch.ones(4, 3, 16, 16), torch.eye(4)
     mixer.start_epoch(9, 10)

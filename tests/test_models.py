@@ -108,6 +108,7 @@ def test_a_file_is_told_by_its_shapes_whatever_the_classes():
         state = build_model("preactresnet34", 37).state_dict()
     assert matching_models(state) == ["preactresnet34"]
     assert matching_models({k: v for k, v in state.items() if "num_batches" not in k}) == ["preactresnet34"]
+    assert matching_models(dict(sorted(state.items()))) == ["preactresnet34"], "whatever the order"
     assert matching_models({"weight": torch.zeros(3)}) == []
     with pytest.raises(ValueError, match="resnet20"):
         build_model("resnet21", 10)

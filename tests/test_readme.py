@@ -35,7 +35,7 @@ def test_every_command_is_accepted(command):
     parser = (train if script == "train.py" else evaluate).build_parser()
     typed, _ = translate(parser.read(words))
     if script == "train.py":
-        check_together(fill_in(typed, {}, parser.defaults))
+        check_together(fill_in(typed, {}, parser.defaults), typed)
 
 
 def test_the_example_runs():

@@ -147,9 +147,9 @@ def test_generators_are_put_back_exactly(tmp_path):
 
     import numpy as np
 
-    torch.save(rng_state(), tmp_path / "rng.pt")
+    torch.save(rng_state(CPU), tmp_path / "rng.pt")
     first = torch.rand(3), np.random.rand(3), random.random()
-    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True))
+    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True), CPU)
     assert (
         torch.equal(first[0], torch.rand(3)) and (first[1] == np.random.rand(3)).all() and first[2] == random.random()
     )
