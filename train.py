@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     for epoch in range(len(history), options["epochs"]):
         mixer.start_epoch(epoch, options["epochs"])
-        watch, begin, lr = Stopwatch(device), time.perf_counter(), parts.scheduler.get_last_lr()[0]
+        watch, begin, lr = Stopwatch(device), time.perf_counter(), parts.optimizer.param_groups[0]["lr"]
         with stop_well(log, parts):
             with Progress(f"epoch {epoch + 1}/{options['epochs']}", len(train), bar=bar) as shown:
                 row = train_one_epoch(

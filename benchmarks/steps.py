@@ -1,8 +1,9 @@
 """What mixing and data cost beside the network: python benchmarks/steps.py --model preactresnet18 --batch_size 100
 
 All in one process, the methods taking turns, so that a slow moment of the machine hits them alike. Prints the median
-time of a training step of each method over the plain one, the time of the static maps of a batch, and the share of a
-step that goes to reading, cropping, flipping and normalising the images, with the usual loader beside it.
+time of a training step of each method over the plain one, and of the network alone on a batch that lies ready; the time
+of the static maps of a batch; and the share of a step that goes to reading, cropping, flipping and normalising the
+images, with the usual loader beside it. Every batch is mixed.
 """
 
 import sys
@@ -86,8 +87,12 @@ def time_methods(part, options: dict, device, precision) -> dict[str, dict[str, 
     names = ["none", *options["method"]]
     mixers = {name: build_mixer(name, mix_prob=1.0) for name in names}
     sources = {name: build_source(mixers[name].default_source, mean=half, std=half) for name in names}
-    laps: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    laps: dict[str, dict[str, list[float]]] = {name: {} for name in ["bare network", *names]}
+    fixed = next(batches.epoch())
     for turn in range(-2, options["steps"]):
+        seconds = time_bare(model, optimizer, fixed, precision)
+        if turn >= 0:
+            laps["bare network"].setdefault("step", []).append(seconds)
         for name in names:
             watch = Stopwatch(device)
             train_one_epoch(
@@ -100,8 +105,25 @@ def time_methods(part, options: dict, device, precision) -> dict[str, dict[str, 
                     laps[name].setdefault(key, []).append(value)
     return {
         name: {key: median(laps[name].get(key, [0.0])) for key in ("step", "mixing", "saliency", "data", "network")}
-        for name in names
+        for name in laps
     }
+
+
+def time_bare(model, optimizer, batch, precision) -> float:
+    """Seconds of forward, loss, backward and update on a batch that lies ready: no training loop can do with less."""
+    from torch.nn import functional as F
+
+    from engine.loop import Stopwatch, autocast
+
+    watch = Stopwatch(batch.images.device)
+    watch.start()
+    optimizer.zero_grad(set_to_none=True)
+    with autocast(batch.images.device, precision):
+        logits = model(batch.images)
+    F.cross_entropy(logits.float(), batch.labels).backward()
+    optimizer.step()
+    watch.lap("step")
+    return watch.seconds()["step"]
 
 
 def time_data(part, options: dict, device, vanilla: dict[str, float]) -> dict[str, float]:

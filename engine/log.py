@@ -38,7 +38,7 @@ SECRET = {"wandb_key"}
 
 
 def runs_of(options: dict) -> tuple[Path, str]:
-    """Where the runs of this data set and model are kept, and the name that an unnamed run of this method begins with."""
+    """Where the runs of this data set and model are kept, and how its unnamed runs begin."""
     return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
 
 

@@ -48,35 +48,43 @@ def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) ->
         beside = torch.ones(width, width + 1, device=image.device).triu(1)
         integral = below @ windows @ beside
     centre = image.float()
-    on, off = torch.zeros_like(centre), torch.zeros_like(centre)
+    signed, unsigned = torch.zeros_like(image), torch.zeros_like(image)
     whole = [
         scale for scale in SCALES if scale >= max(height, width)
-    ]  # the window is the whole image: one is as good as all
-    for scale in [s for s in SCALES if s not in whole] + whole[:1]:
-        top, bottom = window_edges(height, scale, image.device)
-        left, right = window_edges(width, scale, image.device)
-        strips = integral[:, bottom] - integral[:, top]  # (B, H, W + 1)
-        total = strips[..., right] - strips[..., left]
-        area = (bottom - top).unsqueeze(1) * (right - left)
-        surround = (total - image).float() / (area - 1).float()
-        difference = (centre - surround).trunc().fmod(256)  # kept in 8 bits; only float_bytes can leave them
-        if scale in whole:
-            difference *= len(whole)
-        on += difference.clamp_min(0)
-        off -= difference.clamp_max(0)
+    ]  # their window is the whole image: one serves all
+    for scale in [scale for scale in SCALES if scale not in whole] + whole[:1]:
+        strips = window_sums(integral, 1, scale)  # (B, H, W + 1)
+        area = window_sums(torch.arange(height + 1, device=image.device), 0, scale).unsqueeze(1)
+        area = area * window_sums(torch.arange(width + 1, device=image.device), 0, scale)
+        surround = (window_sums(strips, 2, scale) - image).float() / (area - 1)
+        difference = (centre - surround).int()  # towards 0
+        if windows is not None:
+            difference.fmod_(256)  # OpenCV keeps it in 8 bits, which nothing else can leave
+        weight = len(whole) if scale in whole else 1
+        signed.add_(difference, alpha=weight)
+        unsigned.add_(difference.abs_(), alpha=weight)
+    on, off = (unsigned + signed) >> 1, (unsigned - signed) >> 1
     on8, off8 = stretch(on), stretch(off)
     most = torch.maximum(on8.amax((1, 2)), off8.amax((1, 2))).clamp_min(1).view(-1, 1, 1)
     return (255 * (on8 + off8)).div(most, rounding_mode="floor") & 255
 
 
-def window_edges(size: int, scale: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """First and one-past-last row of the window of every row: 2 * scale rows, clipped to 0..size."""
-    index = torch.arange(size, device=device)
-    return (index - scale + 1).clamp_min(0), (index + scale + 1).clamp_max(size)
+def window_sums(integral: torch.Tensor, dim: int, scale: int) -> torch.Tensor:
+    """Sums over windows of 2 * scale positions along `dim`, clipped at the ends: from index - scale + 1 to index + scale.
+
+    integral: running sums along `dim` with a 0 in front, so one longer than the result.
+    """
+    size = integral.shape[dim] - 1
+    inner = max(0, size - scale)  # windows that end before the last position; as many begin after the first
+    total = integral.narrow(dim, size, 1)
+    rest = [size - inner if axis == dim else -1 for axis in range(integral.dim())]
+    sums = torch.cat([integral.narrow(dim, size - inner + 1, inner), total.expand(rest)], dim)
+    sums.narrow(dim, size - inner, inner).sub_(integral.narrow(dim, 1, inner))
+    return sums
 
 
 def stretch(values: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) floats >= 0 -> int32 trunc(255 * values / maximum); zeros where the maximum is 0."""
+    """(B, H, W) int32 >= 0 -> int32 trunc(255 * values / maximum); zeros where the maximum is 0."""
     share = values / values.amax((1, 2), keepdim=True).clamp_min(1)
     exact = share.double() if share.device.type != "mps" else share  # OpenCV multiplies the float32 quotient in double
     return (255 * exact).int()

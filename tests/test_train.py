@@ -317,7 +317,7 @@ def test_ctrl_c_keeps_the_last_epoch(shapes_run, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_evidence(shapes_run, tmp_path):
-    with pytest.raises(UserError, match=r"not finite at step \d+, lr .*\n.*--clip_grad"):
+    with pytest.raises(UserError, match=r"not finite at step \d+ .*lr .*\n.*--clip_grad"):
         shapes_run("--lr", "1e18", "--scheduler", "constant", "--amp", "off", epochs=3)
     evidence = torch.load(tmp_path / "shapes" / "resnet20" / "run" / "nonfinite.pt", weights_only=True)
     assert evidence["index"].numel() > 0 and "conv1.weight" in evidence["model"]
