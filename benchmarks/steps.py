@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, one_of, run, whole
+from engine.cli import Parser, one_of, run, whole, yes_no
 from engine.options import device_options
 from mixing import MIXERS, build_mixer
 from models import ALIASES, MODELS, build_model
@@ -29,6 +29,7 @@ def build_parser() -> Parser:
     parser.option("--batch_size", type=whole(1), default=100)
     parser.option("--image_size", type=whole(8), default=32)
     parser.option("--steps", type=whole(1), default=20, help="steps timed of each")
+    parser.option("--keep_blocks", type=yes_no, default=True, help="keep freed memory on a CPU, as the scripts do")
     device_options(parser)
     parser.defaults["workers"] = 2
     return parser
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> dict:
     from engine.device import choose_device, choose_precision, prepare
 
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    if options["keep_blocks"]:
+        prepare(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     size = options["image_size"]
     pixels = torch.randint(0, 256, (50 * options["batch_size"], size, size, 3), dtype=torch.uint8)

@@ -99,9 +99,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def keep_large_blocks() -> None:
-    """Keep freed memory instead of giving it back at every step; 10-35 % of a training step on a CPU
-    (docs/measurements.md).
-    """
+    """Keep freed memory instead of giving it back and asking for it again at every step (docs/measurements.md)."""
     if sys.platform != "linux":
         return
     try:

@@ -70,7 +70,7 @@ def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) ->
 
 
 def window_sums(integral: torch.Tensor, dim: int, scale: int) -> torch.Tensor:
-    """Sums over windows of 2 * scale positions along `dim`, clipped at the ends: from index - scale + 1 to index + scale.
+    """Sums over windows of 2 * scale positions along `dim`, clipped at the ends: index - scale + 1 to index + scale.
 
     integral: running sums along `dim` with a 0 in front, so one longer than the result.
     """
