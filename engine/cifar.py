@@ -40,7 +40,7 @@ LAYOUTS = {
         "meta",
         "fine_labels",
         "fine_label_names",
-        {"train": 155249918, "test": 31049707, "meta": 1557},
+        {"train": 155249918, "test": 31049707, "meta": 1473},
     ),
 }
 _PLAIN = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")}

@@ -48,8 +48,9 @@ def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str
 
 def closest(word: str, names: Iterable[str]) -> str:
     """'; did you mean x?' where one of the names is near, else nothing."""
-    found = difflib.get_close_matches(word, list(names), 1, 0.5)
-    return f"; did you mean {found[0]}?" if found else ""
+    found = difflib.get_close_matches(word, list(names), 3, 0.5)
+    best = max(found, key=lambda name: len(os.path.commonprefix([word, name])), default=None)
+    return f"; did you mean {best}?" if best else ""
 
 
 def one_of(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], str]:

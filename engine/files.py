@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -47,11 +48,12 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
             finally:
                 os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
+        full = "the disk is full: " if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20 else ""
         with suppress(OSError):
             side.unlink()
         kept = "the old file is intact" if path.exists() else "nothing was left behind"
         raise UserError(
-            f"could not write {path}: {str(error).splitlines()[0]}\n"
+            f"could not write {path}: {full}{str(error).splitlines()[0]}\n"
             f"{kept}; make room or name another --root_dir, then continue with --checkpoint"
         ) from error
 

@@ -1,5 +1,6 @@
 """Image files as uint8 pixels, decoded in worker processes."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class ImageFiles(Dataset):
 
     def batches(self, order: list[list[int]], workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of each list of indices: images uint8 (B, size, size, 3), and the indices (B,) of the files they are of."""
+        workers = min(workers, os.cpu_count() or 1)  # more of them would only wait
         loader = DataLoader(
             self,
             batch_sampler=order,

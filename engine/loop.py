@@ -155,7 +155,11 @@ def train_one_epoch(
                 rate = seen / (time.perf_counter() - begin)
                 lr = optimizer.param_groups[0]["lr"]
                 progress(
-                    step + 1, loss=float(loss_sum) / seen, accuracy=float(hit_sum) / seen, lr=lr, images_per_second=rate
+                    step + 1,
+                    loss=float(loss_sum) / seen,
+                    accuracy=100 * float(hit_sum) / seen,
+                    lr=lr,
+                    images_per_second=rate,
                 )
         elif progress:
             progress(step + 1)

@@ -60,7 +60,7 @@ def test_abbreviations_are_not_guessed(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--model", "resnet19"], "did you mean resnet"),
+        (["--model", "resnet2O"], "did you mean resnet20?"),
         (["--method", "saliencymx"], "did you mean saliencymix?"),
         (["--dataset", "cifar"], "did you mean cifar10"),
         (["--method", "cutmix", "--saliency_probab", "0.5"], "name different methods"),
