@@ -266,6 +266,10 @@ def test_prediction_leaves_the_network_as_it_was():
     logits, labels = predict(model, batches)
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert logits.shape == (12, 3) and len(labels) == 12 and not logits.requires_grad
+    model.eval()
+    with torch.no_grad():
+        expected = torch.cat([model(batch.images) for batch in batches.epoch()])
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # in float32, whatever training computes in
 
 
 def test_profile_times_every_part():
