@@ -27,10 +27,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     parser = build_parser()
     try:
         typed, notes = configure.translate(parser.read(argv))
-        options = configure.fill_in(typed, read_config(typed["config"]) if "config" in typed else {}, parser.defaults)
-        configure.check_together(options, typed)
     except ValueError as error:
         parser.error(str(error))
+    options = settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
         return print("\n".join(f"{name:16} {count:>12,} parameters" for name, count in parameter_counts().items()))
     if options["evaluate"]:
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     saved = read_checkpoint(resume) if resume else None
     if saved:
         configure.check_resume(typed, saved["config"], force=options["force_config"])
-        options = configure.fill_in(typed, saved["config"], parser.defaults)
+        options = settle(parser, typed, saved["config"])
     folder = run_folder(options, resume)
 
     device = choose_device(options["device"])
@@ -160,6 +159,16 @@ def main(argv: list[str] | None = None) -> dict | None:
     result = result_of(history, best)
     finish(log, result)
     return result
+
+
+def settle(parser: Parser, typed: dict, saved: dict) -> dict:
+    """Every option, filled in and checked; a contradiction ends with a usage error."""
+    options = configure.fill_in(typed, saved, parser.defaults)
+    try:
+        configure.check_together(options, typed)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def evaluate_once(typed: dict, parser: Parser) -> dict:

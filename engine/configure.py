@@ -83,7 +83,7 @@ def check_together(options: dict, typed: dict) -> None:
         raise ValueError("--recipe: the file of --config brings every option with it; leave one of them out")
     if options["evaluate"] and not options["checkpoint"]:
         raise ValueError("--evaluate needs --checkpoint, the file to evaluate")
-    if options["init_from"] and options["checkpoint"] not in (None, "auto"):
+    if typed.get("init_from") and typed.get("checkpoint", "auto") != "auto":
         raise ValueError("--init_from starts a new run and --checkpoint continues one; give one of them")
     if options["scheduler"] == "multistep" and len(options["gammas"]) not in (1, len(options["schedule"])):
         raise ValueError(

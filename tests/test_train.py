@@ -210,6 +210,13 @@ def test_other_options_are_refused_and_listed(shapes_run):
         train.main(["--checkpoint", str(run), "--model", "resnet32", "--force_config"])
 
 
+def test_forced_options_are_checked_together(shapes_run, capsys):
+    run = shapes_run("--scheduler", "constant", method="manifold", epochs=1)
+    with pytest.raises(SystemExit):
+        train.main(["--checkpoint", str(run), "--compile", "--force_config"])
+    assert "compiled networks ignore hooks" in capsys.readouterr().err
+
+
 def test_forced_options_are_used(shapes_run):
     run = shapes_run("--scheduler", "multistep", "--schedule", "1", "--gammas", "0.5", epochs=1)
     forced = ["--lr", "0.02", "--weight_decay", "0.003", "--method", "mixup", "--epochs", "2", "--force_config"]
@@ -292,6 +299,7 @@ def test_init_from_starts_with_the_weights(shapes_run, capsys):
     tuned = shapes_run(*start, "--num_classes", "4", name="tuned", epochs=1)
     assert "last layer starts anew" in capsys.readouterr().out
     assert torch.equal(load(tuned)["model"]["conv1.weight"], load(run)["model"]["conv1.weight"])
+    assert train.main(["--checkpoint", str(tuned), "--no_progress"])["epochs"] == 1, "it goes on without --init_from"
     assert load(tuned)["model"]["linear.weight"].shape == (4, 64)
 
 
