@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             notes.append(
                 f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
             )
-    log = RunFolder(folder, off=options["log_off"], anew=saved is None)
+    log = RunFolder(folder, off=options["log_off"], anew=options["overwrite"] and not saved)
     add_trackers(log, options)
     log.write_config(options, device)
     log.write_log(history)
@@ -144,10 +144,8 @@ def main(argv: list[str] | None = None) -> dict | None:
             improved = row.get(f"{best['split']}_top1", -1.0) > best["value"]
             if improved:
                 best = best | {"value": row[f"{best['split']}_top1"], "epoch": epoch + 1, "test_top1": row["test_top1"]}
-            save(
-                *(log, parts, options, data, history, best),
-                **{"steps": (epoch + 1) * len(train), "improved": improved, "precision": str(precision)},
-            )
+            steps = (epoch + 1) * len(train)
+            save(log, parts, options, data, history, best, steps=steps, improved=improved, precision=str(precision))
         log.write_log(history)
         log.track(row)
         log.say(line_of(row, options["epochs"], train.skipped))

@@ -71,6 +71,11 @@ def run_folder(options: dict, resume: Path | None) -> Path:
             f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew "
             "with --overwrite, or give another --name"
         )
+    if (folder / "previous.pt").exists() and not options["overwrite"] and not options["log_off"]:
+        raise UserError(
+            f"{folder} holds a run whose last.pt is gone\ncontinue the epoch before with --checkpoint "
+            f"{folder / 'previous.pt'}, or start anew with --overwrite"
+        )
     return folder
 
 

@@ -44,14 +44,12 @@ def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) ->
     if windows is None:
         integral = F.pad(image, (1, 0, 1, 0)).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
     else:  # by triangular matrices: CUDA's cumulative sum of floats is not deterministic
-        below = torch.ones(height + 1, height, device=image.device).tril(-1)
-        beside = torch.ones(width, width + 1, device=image.device).triu(1)
-        integral = below @ windows @ beside
+        exact = {"device": image.device, "dtype": torch.float32 if image.device.type == "mps" else torch.float64}
+        below, beside = torch.ones(height + 1, height, **exact).tril(-1), torch.ones(width, width + 1, **exact).triu(1)
+        integral = below @ windows.to(exact["dtype"]) @ beside
     centre = image.float()
     signed, unsigned = torch.zeros_like(image), torch.zeros_like(image)
-    whole = [
-        scale for scale in SCALES if scale >= max(height, width)
-    ]  # their window is the whole image: one serves all
+    whole = [scale for scale in SCALES if scale >= max(height, width)]  # the window is all of the image: one serves all
     for scale in [scale for scale in SCALES if scale not in whole] + whole[:1]:
         strips = window_sums(integral, 1, scale)  # (B, H, W + 1)
         area = window_sums(torch.arange(height + 1, device=image.device), 0, scale).unsqueeze(1)

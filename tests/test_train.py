@@ -293,6 +293,15 @@ def test_a_foreign_file_needs_its_data_named(tmp_path, capsys):
     assert "--dataset" in capsys.readouterr().err
 
 
+def test_a_run_without_its_last_checkpoint_is_not_started_anew(shapes_run):
+    run = shapes_run("--save_every", "1")
+    (run / "last.pt").unlink()
+    kept = {path.name for path in run.iterdir()}
+    with pytest.raises(UserError, match=r"last.pt is gone\ncontinue .*--checkpoint .*previous.pt.*--overwrite"):
+        shapes_run("--save_every", "1", "--checkpoint", "auto")
+    assert {path.name for path in run.iterdir()} == kept
+
+
 def test_init_from_starts_with_the_weights(shapes_run, capsys):
     run = shapes_run(epochs=1)
     start = ["--init_from", str(run / "best.pt"), "--lr", "0", "--weight_decay", "0", "--scheduler", "constant"]
