@@ -4,13 +4,14 @@ import time
 
 from engine import configure
 from engine.cli import Parser, UserError, read_config, run
-from engine.options import data_options, device_options, mixing_options, training_options
+from engine.mixing_options import GROUPS, mixing_options
+from engine.options import data_options, device_options, training_options
 from mixing import ALIASES as METHOD_ALIASES
 from mixing import MIXERS, compose, hyper_parameters
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model, matching_models, parameter_counts
 from saliency import ALIASES as SOURCE_ALIASES
-from saliency import SOURCES, build_source
+from saliency import SOURCES, build_source, source_parameters
 
 
 def build_parser() -> Parser:
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.data import load_data
     from engine.device import choose_device, choose_precision, prepare
     from engine.log import RunFolder, add_trackers, find_resume, run_folder
-    from engine.loop import Stopwatch, predict, profile, scores, train_one_epoch
-    from engine.loss import LOSSES
+    from engine.loop import Stopwatch, each_source, predict, profile, scores, train_one_epoch
+    from engine.loss import LOSSES, cross_entropy_scale
     from engine.progress import Progress, bars_wanted, over
     from engine.report import announce, draw_epoch, finish, line_of, print_profile, result_of
     from engine.training import build_parts, peak_memory_mb, pick, save, stop_well
@@ -75,14 +76,26 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options["init_from"] and not saved:
         notes.append(start_from(model, options["init_from"], len(data.classes), matching_models))
 
-    def make_source(default: str | None):
-        return build_source(default and (options["saliency"] or default), mean=data.mean, std=data.std)
-
+    normalised = {"mean": data.mean, "std": data.std}
     try:
-        mixer, source = compose(options["method"], options, make_source)
+        mixer = compose(options["method"], options | normalised)
+        mixer.check_size(data.image_size, data.image_size)
+        parts = build_parts(model, mixer, options, steps_per_epoch=len(train), precision=precision)
+        share = {**normalised, "model": model, "images_count": len(data.train), "device": device}
+        share |= {"training_loss": LOSSES[options["loss"]], "precision": precision, "scaler": parts.scaler}
+        share |= {"cross_entropy_scale": cross_entropy_scale(options["loss"], len(data.classes))}
+        share |= pick(options, ["saliency_size", "bank_size", "bank_momentum"])
+        banks = {}  # methods that take turns share one
+
+        def make_source(one):
+            name = options["saliency"] or one.default_source
+            source = banks.get(name) or build_source(name, **share | one.gradient_options)
+            return banks.setdefault(name, source) if source.learns else source
+
+        source = mixer.build_source(make_source)
+        parts.sources = each_source(source)
     except ValueError as error:
         parser.error(str(error))
-    parts = build_parts(model, mixer, options, steps_per_epoch=len(train), precision=precision)
     if options["compile"]:
         model.compile()
     step = {
@@ -108,19 +121,19 @@ def main(argv: list[str] | None = None) -> dict | None:
     add_trackers(log, options)
     log.write_config(options, device)
     log.write_log(history)
-    read = set().union(*map(hyper_parameters, options["method"])) | ({"saliency"} if source else set())
-    if unread := configure.without_effect(typed, parser.group_of("mixing"), read):
+    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
+    if unread := configure.without_effect(typed, parser.group_of(*GROUPS), read):
         notes.append(f"without effect with --method {' '.join(options['method'])}: {', '.join(unread)}")
     announce(log, options, data, where=f"{device}, {precision_text}", notes=notes, done=len(history))
 
-    bar = bars_wanted(options["no_progress"])
+    bar, warned = bars_wanted(options["no_progress"]), False
 
     def test(network, batches: Batches) -> dict[str, float]:
         with Progress("evaluating", len(batches), bar=bar, lines=False) as shown:
             return scores(*predict(network, batches, progress=shown))
 
     for epoch in range(len(history), options["epochs"]):
-        mixer.start_epoch(epoch, options["epochs"])
+        mixer.start_epoch(epoch, options["epochs"], len(train))
         watch, begin, lr = Stopwatch(device), time.perf_counter(), parts.optimizer.param_groups[0]["lr"]
         with stop_well(log, parts):
             with Progress(f"epoch {epoch + 1}/{options['epochs']}", len(train), bar=bar) as shown:
@@ -149,7 +162,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         log.write_log(history)
         log.track(row)
         log.say(line_of(row, options["epochs"], train.skipped))
-        draw_epoch(log, options, history, mixer, source, data, device)
+        if not warned and (unusable := int(mixer.unusable)):
+            warned = True
+            log.say(f"note: {unusable} saliency maps were all zero or no numbers, and were taken as uniform")
+        draw_epoch(log, options, history, parts, source, data)
 
     if saved and saved["epoch"] >= options["epochs"]:
         again = test(model, held_out["test"])

@@ -16,6 +16,9 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) normalised floats on the device
     labels: torch.Tensor  # (B,) long on the device
     index: torch.Tensor  # (B,) long, positions in the part, on the host
+    place: torch.Tensor  # the same on the device
+    shift: torch.Tensor | None = None  # (2, B) long on the device: first row and column of each crop; None: none
+    flip: torch.Tensor | None = None  # (B,) bool on the device: left and right are exchanged
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -91,14 +94,16 @@ class Batches:
             shift, flip = shift.to(self.device), flip.to(self.device)
         self.skipped, start = 0, 0
         for index, (pixels, labels) in zip(chosen, self.read(chosen), strict=True):
-            there = order_there[start : start + len(index)]
+            there, moved = order_there[start : start + len(index)], (None, None)
             start += len(index)
             if self.augment:
-                place = there if pixels is self.resident else torch.arange(len(index), device=self.device)
-                pixels = crop_and_flip(pixels, place, *shift[:, there], flip[there])
+                moved = shift[:, there], flip[there]
+                row = there if pixels is self.resident else torch.arange(len(index), device=self.device)
+                pixels = crop_and_flip(pixels, row, *moved[0], moved[1])
             elif pixels is self.resident:
                 pixels = pixels.index_select(0, there)
-            yield Batch(self.normalise(pixels), self.labels[there] if labels is None else labels, index)
+            labels = self.labels[there] if labels is None else labels
+            yield Batch(self.normalise(pixels), labels, index, there, *moved)
 
     def read(self, chosen: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
         """Pixels and labels of each batch of files; the whole part, for every batch, where it lies on the device."""

@@ -32,6 +32,15 @@ def whole(minimum: int = 0) -> Callable[[str], int]:
     return convert
 
 
+def whole_or_minus_one(text: str) -> int:
+    return -1 if text == "-1" else whole(1)(text)
+
+
+def several(text: str) -> list[int]:
+    """Positive whole numbers in one word, as "8 16"; Parser.read joins them with those of the next word."""
+    return [whole(1)(word) for word in text.replace(",", " ").split()]
+
+
 def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float]:
     def convert(text: str) -> float:
         try:
@@ -88,9 +97,9 @@ class Parser(argparse.ArgumentParser):
         """The options that follow stand under this title in --help."""
         self._group, self._title = self.add_argument_group(title), title
 
-    def group_of(self, title: str) -> set[str]:
-        """The options of a group."""
-        return self._members[title]
+    def group_of(self, *titles: str) -> set[str]:
+        """The options of these groups."""
+        return set().union(*(self._members[title] for title in titles))
 
     def option(
         self, name: str, *aliases: str, default=None, shown: str | None = None, help: str = "", **kwargs
@@ -118,7 +127,8 @@ class Parser(argparse.ArgumentParser):
             names = [option for action in self._actions for option in action.option_strings]
             hint = closest(unknown[0].partition("=")[0], names)
             self.error(f"unknown option {unknown[0]}{hint or '; --help lists them all'}")
-        return vars(typed)
+        joined = {action.dest for action in self._actions if action.type is several}
+        return {key: sum(value, []) if key in joined else value for key, value in vars(typed).items()}
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")

@@ -30,12 +30,20 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
         if chance := typed.pop(option, 0):
             named[f"--{option} {chance:g}"] = [method]
             typed["mix_prob"] = chance
-    box = typed.pop("box", False)
+    box, graph = typed.pop("box", False), typed.pop("graph", False)
     if train := typed.pop("train", None):
-        today = {"vanilla": "none", "mixup": "cutmix" if box else "mixup", "mixup_hidden": "manifold"}[train]
-        old = f"--train {train}" + (" --box" if box else "")
+        mixed = "puzzlemix" if graph else "cutmix" if box else "mixup"
+        today = {"vanilla": "none", "mixup": mixed, "mixup_hidden": "manifold"}[train]
+        old = f"--train {train}" + (" --box" if box else "") + (" --graph" if graph else "")
         named[old] = [today]
         lines.append(f"{old} is --method {today}")
+    if (comix := typed.pop("comix", None)) is not None:
+        old, today = f"--comix {str(comix).lower()}", "comixup" if comix else "none"
+        named[old] = [today]
+        typed = typed if comix else {"recipe": "puzzle", **typed}
+        lines.append(f"{old} is --method {today}" + ("" if comix else " --recipe puzzle"))
+    if ignored := [f"--{key}" for key in ("mp", "parallel") if typed.pop(key, None) is not None]:
+        lines.append(f"{' and '.join(ignored)}: not needed, the whole batch is solved at once")
     if len({tuple(methods) for methods in named.values()}) > 1:
         raise ValueError(f"{' and '.join(named)} name different methods; several drawn per batch are --method A B")
     if named:
@@ -92,6 +100,14 @@ def check_together(options: dict, typed: dict) -> None:
         )
     if options["saliency_scope"] == "batch" and options["in_batch"] and "saliencymix" in options["method"]:
         raise ValueError("--in_batch draws a lam for each image and so excludes --saliency_scope batch")
+    if "comixup" in options["method"] and options["batch_size"] == 1:
+        raise ValueError("--batch_size 1: comixup mixes several images; take more")
+    if "rlmix" in options["method"] and options["mix_off_epoch"]:
+        raise ValueError("--mix_off_epoch: the agent of rlmix learns from every batch; use rmix, or leave it out")
+    if options["adv_p"] and "puzzlemix" not in options["method"]:
+        raise ValueError("--adv_p: only puzzlemix has adversarial noise")
+    if options["adv_p"] and options["saliency"] not in (None, "gradient"):
+        raise ValueError("--adv_p needs the signed gradient: leave --saliency out")
     if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
         raise ValueError(f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, where it ends")
 
@@ -125,7 +141,7 @@ def flags(keys: set[str]) -> str:
 
 
 def without_effect(typed: dict, mixing_options: set[str], read: set[str]) -> list[str]:
-    """The typed options of mixing that no chosen method reads. read: hyper-parameters of the chosen methods."""
+    """The typed options of mixing that nothing reads. read: parameters of the chosen methods and their sources."""
     if typed.get("cutout"):
         read = read | {"cutout_length", "n_holes"}
     return sorted(f"--{key}" for key in typed.keys() & mixing_options - read - AROUND_ANY_METHOD)

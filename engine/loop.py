@@ -60,20 +60,39 @@ class Stopwatch:
         return self.host
 
 
-def timed(source: Callable | list | None, watch: Stopwatch) -> Callable | list | None:
+class Timed:
     """The same source; its time is taken out of the mixing and counted as `saliency`."""
-    if source is None:
-        return None
+
+    def __init__(self, source: Callable, watch: Stopwatch):
+        self.source, self.watch = source, watch
+
+    def __getattr__(self, name: str):
+        found = getattr(self.source, name)
+        return self.around(found) if name == "gradient" else found
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.around(self.source)(images, targets)
+
+    def around(self, function: Callable) -> Callable:
+        def call(*args):
+            self.watch.lap("mixing")
+            result = function(*args)
+            self.watch.lap("saliency")
+            return result
+
+        return call
+
+
+def each_source(source) -> list:
+    """The sources behind what a mixer takes: none, one, or for a choice of methods a list, each but once."""
+    sources = source if isinstance(source, list) else [source]
+    return list({id(one): one for one in sources if one is not None}.values())
+
+
+def timed(source, watch: Stopwatch):
     if isinstance(source, list):  # of a choice of methods
         return [timed(one, watch) for one in source]
-
-    def call(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        watch.lap("mixing")
-        saliency = source(images, targets)
-        watch.lap("saliency")
-        return saliency
-
-    return call
+    return source and Timed(source, watch)
 
 
 def train_one_epoch(
@@ -105,6 +124,8 @@ def train_one_epoch(
     """
     device = batches.device
     watch = watch or Stopwatch(device)
+    sources = each_source(source)
+    learning = [one for one in sources if getattr(one, "learns", False)]
     source = timed(source, watch)
     model.train()
     loss_sum, hit_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
@@ -117,9 +138,15 @@ def train_one_epoch(
         targets = F.one_hot(batch.labels, num_classes).float()
         watch.lap("data")
         optimizer.zero_grad(set_to_none=True)
+        for one in learning:
+            one.start_batch(batch)
+            batch.images.requires_grad_()
         mixed, soft = mixer(batch.images, targets, source)
+        if learning:
+            coverage = covered(mixed, batch.images)
         if mixer.wants_mixed_grad:
-            mixed = mixed.detach().requires_grad_()
+            mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
+            mixed.retain_grad()
         watch.lap("mixing")
         with mixer.during(model), autocast(device, precision):
             logits = model(mixed)
@@ -138,7 +165,12 @@ def train_one_epoch(
             scheduler.step()
         if ema:
             ema.update(model)
-        mixer.after_backward(mixed.grad)
+        watch.lap("network")
+        mixer.after_backward(mixed.grad if mixer.wants_mixed_grad else None)
+        watch.lap("mixing")
+        for one in learning:
+            one.after_backward(batch.images.grad, coverage)
+            watch.lap("saliency")
         with torch.no_grad():
             value = loss.detach()
             loss_sum += value * len(soft)
@@ -166,6 +198,14 @@ def train_one_epoch(
         if step + 1 == steps:
             break
     return {"train_loss": float(loss_sum) / seen, "train_acc": 100 * float(hit_sum) / seen, "images": seen}
+
+
+def covered(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W): the weight with which each pixel of `images` went into the mixed ones, summed over them."""
+    if mixed is images:
+        return torch.ones_like(images[:, :1])
+    (weight,) = torch.autograd.grad(mixed, images, torch.ones_like(mixed), retain_graph=True)
+    return weight[:, :1]
 
 
 def profile(steps: int, model: nn.Module, mixer, source: Callable | None, batches: Batches, optimizer, **step) -> dict:

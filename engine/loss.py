@@ -25,3 +25,10 @@ LOSSES = {"ce": cross_entropy, "bce": softmax_bce}
 def smooth(targets: torch.Tensor, amount: float) -> torch.Tensor:
     """Label smoothing of soft targets: (1 - amount) of the target, the rest spread over all classes."""
     return targets if amount == 0 else (1 - amount) * targets + amount / targets.shape[1]
+
+
+def cross_entropy_scale(name: str, num_classes: int) -> float:
+    """What a clean cross-entropy is multiplied by to stand beside the training loss `name`: 2 / K beside the binary
+    one (Puzzle Mix and Co-Mixup codes), about the ratio of the two.
+    """
+    return 2 / num_classes if name == "bce" else 1.0

@@ -86,14 +86,17 @@ RECIPES = {
         "drop_last": True,
     },
 }
-PUZZLE_FAMILY = {"mixup", "manifold"}
+FAMILIES = {
+    "puzzle": {"mixup", "manifold", "puzzlemix", "comixup", "sage"},
+    "rmix": {"rmix", "rlmix"},
+}  # the others: saliencymix
 
 
 def recipe_for(methods: list[str], dataset: str | None, named: bool) -> str:
     """The recipe of `--recipe auto`. named: whether the user chose a method, a model or a data set at all."""
     if dataset == "shapes" or not named:
         return "shapes"
-    return "puzzle" if methods[0] in PUZZLE_FAMILY else "saliencymix"
+    return next((recipe for recipe, family in FAMILIES.items() if methods[0] in family), "saliencymix")
 
 
 def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
@@ -105,11 +108,21 @@ def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict
     dataset, model = dataset or options["dataset"], model or options["model"]
     if name == "saliencymix" and model.startswith("wrn"):
         options["dropout"] = 0.3
-    by_method: dict[str, dict] = {}
+    by_method: dict[str, dict] = {"sage": sage_options(dataset, model)}
+    if dataset in ("cifar10", "cifar100", "shapes"):
+        by_method["puzzlemix"] = {"t_size": 4}
     if dataset == "tiny-imagenet":
         options["crop_padding"] = 4
-        by_method = {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold", "cutmix")}
+        by_method |= {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold", "cutmix")}
+        by_method["puzzlemix"] = {"clean_lam": 1.0}
     if name == "puzzle":
         by_method["cutmix"] = {**by_method.get("cutmix", {}), "mix_prob": 1.0, "cutmix_box": "real"}
     options["method_options"] = by_method
     return options
+
+
+def sage_options(dataset: str, model: str) -> dict[str, float]:
+    """SAGE's published upper_lambda and update_ratio; elsewhere those of PreActResNet-18 on CIFAR-10."""
+    if model.startswith(("wrn", "wideresnet", "resnext")):
+        return {"upper_lambda": 0.7, "update_ratio": 0.5}
+    return {"upper_lambda": 0.5 if dataset == "cifar100" else 0.6, "update_ratio": 0.7}

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from engine import draw
 from engine.batches import Batches
 from engine.data import Data
-from engine.device import rng_state, set_rng_state
 from engine.log import RunFolder, opencv_versions
+from engine.loop import each_source
+from engine.training import Parts, undisturbed
 
 
 def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: list[str], done: int) -> None:
@@ -91,7 +92,7 @@ def print_profile(table: dict[str, float], batch_size: int) -> None:
         print(f"  {part:9} {milliseconds:9.2f} ms  {100 * milliseconds / total:5.1f} %")
 
 
-def draw_epoch(log: RunFolder, options: dict, history: list[dict], mixer, source, data: Data, device) -> None:
+def draw_epoch(log: RunFolder, options: dict, history: list[dict], parts: Parts, source, data: Data) -> None:
     """curves.png every ten epochs and at the end; a picture of a mixed batch when --vis_epoch says so."""
     if log.off:
         return
@@ -101,30 +102,29 @@ def draw_epoch(log: RunFolder, options: dict, history: list[dict], mixer, source
         draw.curves(log.path / "curves.png", history, title)
     if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
         path = log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
-        draw_mixed(path, mixer, source, data, device, f"{title}, epoch {epoch}")
+        with undisturbed(parts):
+            draw_mixed(path, parts.mixer, source, data, parts.device, f"{title}, epoch {epoch}")
 
 
 def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, title: str) -> None:
-    """Eight training images, mixed among themselves. Training goes on as if there had been no picture."""
+    """Eight training images, mixed among themselves."""
     spread = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()  # folders come sorted by class
     few = Batches(data.train.take(spread), 8, device=device, mean=data.mean, std=data.std)
-    batch = next(few.epoch())
+    batch = next(few.epoch())._replace(place=spread.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
-    state = rng_state(device)
-    try:
-        torch.manual_seed(1)
-        for _ in range(20):  # a method that mixes every other batch should show a mixed one
-            mixed, soft = mixer(batch.images, targets, source)
-            if not torch.equal(mixed, batch.images):
-                break
-    finally:
-        set_rng_state(state, device)
-    map_of = next(filter(None, source), None) if isinstance(source, list) else source
+    for one in each_source(source):
+        one.start_batch(batch)
+    torch.manual_seed(1)
+    for _ in range(20):  # a method that mixes every other batch should show a mixed one
+        mixed, soft = mixer(batch.images, targets, source)
+        if not torch.equal(mixed, batch.images):
+            break
+    maps = [one(batch.images, targets) for one in each_source(source)[:1]]
     draw.mixed_batch(
         path,
         images=batch.images,
         targets=targets,
-        saliency=map_of(batch.images, targets) if map_of else None,
+        saliency=maps[0] if maps else None,
         mixed=mixed,
         soft=soft,
         mean=data.mean,

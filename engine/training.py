@@ -5,7 +5,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -36,6 +36,7 @@ class Parts:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None
     ema: "WeightAverage | None"
+    sources: list = field(default_factory=list)  # of saliency
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +50,7 @@ class Parts:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": self.ema.module.state_dict() if self.ema else None,
             "method": self.mixer.state_dict(),
+            "saliency": [source.state_dict() for source in self.sources],
             "rng": [rng_state(self.device)],
         }
 
@@ -73,6 +75,8 @@ class Parts:
         if self.ema and saved["ema"]:
             self.ema.module.load_state_dict(saved["ema"])
         self.mixer.load_state_dict(saved["method"])
+        for source, state in zip(self.sources, saved["saliency"], strict=True):
+            source.load_state_dict(state)
         set_rng_state(saved["rng"][0], self.device)
 
 
@@ -166,6 +170,21 @@ def save(
     if options["save_every"] and epoch % options["save_every"] == 0:
         save_checkpoint(run.path / f"epoch_{epoch:03d}.pt", content)
     save_checkpoint(run.path / "last.pt", content, keep_previous=True)
+
+
+@contextmanager
+def undisturbed(parts: Parts):
+    """Around a look at what a method does: training goes on as if there had been none."""
+    state, method = rng_state(parts.device), copy.deepcopy(parts.mixer.state_dict())
+    statistics = [buffer.clone() for buffer in parts.model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(parts.model.buffers(), statistics, strict=True):
+            buffer.copy_(value)
+        parts.model.zero_grad(set_to_none=True)
+        parts.mixer.load_state_dict(method)
+        set_rng_state(state, parts.device)
 
 
 @contextmanager

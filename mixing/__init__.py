@@ -12,8 +12,20 @@ MIXERS = {  # name -> (module, class)
     "manifold": ("mixing.manifold", "ManifoldMixup"),
     "cutmix": ("mixing.cutmix", "CutMix"),
     "saliencymix": ("mixing.saliencymix", "SaliencyMix"),
+    "puzzlemix": ("mixing.puzzlemix", "PuzzleMix"),
+    "comixup": ("mixing.comixup", "CoMixup"),
+    "sage": ("mixing.sage", "SAGE"),
+    "rmix": ("mixing.rmix", "RMix"),
+    "rlmix": ("mixing.rlmix", "RLMix"),
 }
-ALIASES = {"vanilla": "none", "baseline": "none", "input": "mixup", "mixup_hidden": "manifold"}
+ALIASES = {
+    "vanilla": "none",
+    "baseline": "none",
+    "input": "mixup",
+    "mixup_hidden": "manifold",
+    "puzzle": "puzzlemix",
+    "comix": "comixup",
+}
 
 
 def __getattr__(name: str):
@@ -47,22 +59,20 @@ def build_mixer(name: str, /, **options):
     return mixer_class(name)(**{k: v for k, v in options.items() if k in known and v is not None})
 
 
-def compose(names: list[str], options: dict, make_source):
-    """The mixer for `--method names` with all its options around it, and its saliency source, or None if it needs none.
+def compose(names: list[str], options: dict):
+    """The mixer for `--method names` with all its options around it.
 
-    Several names: one of them is drawn for every batch, and the source is a list with one for each. options: by flag
-    name; `method_options` holds what a recipe sets for single methods. make_source(name of a default source, or None)
-    gives a source or None. Raises ValueError for a hyper-parameter out of range.
+    Several names: one of them is drawn for every batch. options: by flag name; `method_options` holds what a recipe
+    sets for single methods. Raises ValueError for a hyper-parameter out of range.
     """
     from mixing.base import Chain, Choice, Partly
 
     given = {key: value for key, value in options.items() if value is not None}
     mixers = [build_mixer(name, **{**options["method_options"].get(name, {}), **given}) for name in names]
-    sources = [make_source(mixer.default_source) for mixer in mixers]
-    mixer, source = (mixers[0], sources[0]) if len(mixers) == 1 else (Choice(mixers), sources if any(sources) else None)
+    mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
     schedule = {key: options[key] for key in ("mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch")}
     if schedule["mix_fraction"] < 1 or schedule["mix_off_epoch"] or schedule["mix_schedule"] != "fixed":
         mixer = Partly(mixer, **schedule)
     if options["cutout"] and names != ["cutout"]:
         mixer = Chain([build_mixer("cutout", **options), mixer])
-    return mixer, source
+    return mixer

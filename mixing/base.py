@@ -16,12 +16,33 @@ class Mixer:
     """
 
     default_source: str | None = None  # the source this method was published with; None: it looks at no saliency
-    mixed_weight: float = 1.0  # weight of the mixed loss
+    mixed_weight: float = 1.0  # weight of the mixed loss of the last batch
     wants_mixed_grad: bool = False  # whether after_backward reads the gradient at the mixed images
     mixes_hidden: bool = False  # whether it hooks a stage of the network, which a compiled network ignores
+    unusable: torch.Tensor | int = 0  # saliency maps so far that were all zero or no numbers
+
+    @property
+    def gradient_options(self) -> dict:
+        """How a gradient source takes the pixel gradient for this method: parameters of saliency.gradient.Gradient."""
+        return {}
+
+    def build_source(self, make):
+        """The source of this method, or None if it looks at no saliency. make(mixer) builds one."""
+        return make(self) if self.default_source else None
+
+    def look(self, source, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """(B, H, W) float32 >= 0: what the source says of the batch. A map that is all zero or no number becomes
+        uniform, and is counted in `unusable` without asking the device.
+        """
+        saliency, unusable = usable(source(images, targets).detach().float())
+        self.unusable = self.unusable + unusable.sum()
+        return saliency
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor, source=None) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError, with the remedy, if images of this size in pixels cannot be mixed."""
 
     def during(self, model: torch.nn.Module) -> AbstractContextManager:
         """Around the forward pass of the mixed batch."""
@@ -30,8 +51,8 @@ class Mixer:
     def after_backward(self, mixed_grad: torch.Tensor | None) -> None:
         """After the backward pass of the mixed batch, with its pixel gradient if wants_mixed_grad."""
 
-    def start_epoch(self, epoch: int, epochs: int) -> None:
-        """Before epoch number `epoch` (from 0) of `epochs`."""
+    def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
+        """Before epoch number `epoch` (from 0) of `epochs`, which has `steps` batches."""
 
     def state_dict(self) -> dict:
         """Whatever must survive a resume."""
@@ -61,6 +82,17 @@ class Chain(Mixer):
     def mixed_weight(self) -> float:
         return self.mixers[-1].mixed_weight
 
+    @property
+    def unusable(self) -> torch.Tensor | int:
+        return sum(mixer.unusable for mixer in self.mixers)
+
+    def build_source(self, make):
+        return self.mixers[-1].build_source(make)
+
+    def check_size(self, height, width):
+        for mixer in self.mixers:
+            mixer.check_size(height, width)
+
     def __call__(self, images, targets, source=None):
         for mixer in self.mixers:
             images, targets = mixer(images, targets, source)
@@ -72,9 +104,9 @@ class Chain(Mixer):
     def after_backward(self, mixed_grad):
         self.mixers[-1].after_backward(mixed_grad)
 
-    def start_epoch(self, epoch, epochs):
+    def start_epoch(self, epoch, epochs, steps):
         for mixer in self.mixers:
-            mixer.start_epoch(epoch, epochs)
+            mixer.start_epoch(epoch, epochs, steps)
 
     def state_dict(self):
         return {"mixers": [mixer.state_dict() for mixer in self.mixers]}
@@ -96,6 +128,10 @@ class Choice(Chain):
     @property
     def mixed_weight(self) -> float:
         return self.mixers[self.drawn].mixed_weight
+
+    def build_source(self, make):
+        sources = [mixer.build_source(make) for mixer in self.mixers]
+        return sources if any(sources) else None
 
     def __call__(self, images, targets, source=None):
         self.drawn = int(torch.randint(len(self.mixers), ()))
@@ -131,8 +167,12 @@ class Partly(Chain):
         self.mix_scheduled_epoch, self.mix_off_epoch = mix_scheduled_epoch, mix_off_epoch
         self.share, self.mixed = mix_fraction, 0
 
-    def start_epoch(self, epoch, epochs):
-        super().start_epoch(epoch, epochs)
+    @property
+    def mixed_weight(self) -> float:
+        return self.mixers[0].mixed_weight if self.mixed else 1.0
+
+    def start_epoch(self, epoch, epochs, steps):
+        super().start_epoch(epoch, epochs, steps)
         self.share = self.mix_fraction
         if epoch >= epochs - self.mix_off_epoch:
             self.share = 0.0
@@ -163,6 +203,38 @@ def check_probability(name: str, value: float) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     return value
+
+
+def usable(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """saliency (B, H, W) with ones in place of every map whose sum is zero or no number, and which were: (B,) bool."""
+    total = saliency.sum((1, 2))
+    unusable = ~((total > 0) & total.isfinite())
+    return saliency.masked_fill(unusable.view(-1, 1, 1), 1.0), unusable
+
+
+def unit_sum(saliency: torch.Tensor) -> torch.Tensor:
+    """Maps (..., H, W) that each sum to 1."""
+    return saliency / saliency.sum((-2, -1), keepdim=True)
+
+
+def block_means(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(..., H, W) -> (..., rows, columns): the mean of every block. H and W must be multiples of rows and columns."""
+    height, width = values.shape[-2:]
+    return values.unflatten(-1, (columns, width // columns)).mean(-1).unflatten(-2, (rows, height // rows)).mean(-2)
+
+
+def enlarge(blocks: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, rows, columns) -> (B, 1, H, W): every block repeated over its pixels."""
+    batch, rows, columns = blocks.shape
+    tall, wide = height // rows, width // columns
+    return blocks.view(batch, rows, 1, columns, 1).expand(-1, -1, tall, -1, wide).reshape(batch, 1, height, width)
+
+
+def check_divides(what: str, count: int, height: int, width: int) -> None:
+    """Raise ValueError where an image of height x width cannot be cut into count x count blocks."""
+    if height % count or width % count:
+        fits = [n for n in range(2, min(height, width) + 1) if height % n == 0 and width % n == 0]
+        raise ValueError(f"{what}: {height}x{width} pixels cannot be cut into {count}x{count} blocks; {fits} would do")
 
 
 def draw_lam(alpha: float, images: torch.Tensor, per_image: bool = False) -> torch.Tensor:

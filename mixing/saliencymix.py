@@ -42,5 +42,5 @@ class SaliencyMix(Mixer):
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
         looked_at = partner if self.saliency_scope == "sample" else partner[:1]
-        rows, columns = peaks(source(images[looked_at], targets[looked_at]))
+        rows, columns = peaks(self.look(source, images, targets)[looked_at])
         return paste(images, targets, partner, boxes_around(rows, columns, lam, *images.shape[-2:]))

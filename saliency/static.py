@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from saliency.base import Source
+
 SCALES = (12, 24, 28, 48, 56, 112)  # half widths in pixels of the centre-surround windows of fine_grained
 
 
@@ -153,7 +155,7 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
     return centre_surround(octets, windows=smooth).float() / 255
 
 
-class StaticSource:
+class StaticSource(Source):
     """A source that looks at the picture itself: it undoes the normalisation and rounds to 8 bits. The targets are not
     read.
     """
@@ -161,6 +163,7 @@ class StaticSource:
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
+    @torch.no_grad()
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Normalised (B, 3, H, W) -> uint8."""
         if self.mean.device != images.device:  # once: a copy in every step would hold up the device
@@ -180,4 +183,11 @@ class SpectralResidual(StaticSource):
 
 class FloatBytes(StaticSource):
     def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        return float_bytes(images)
+        return float_bytes(images.detach())
+
+
+class Uniform(Source):
+    """No saliency at all: what a method does without it."""
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return images.new_ones(len(images), *images.shape[-2:], dtype=torch.float32)

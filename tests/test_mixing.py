@@ -10,10 +10,11 @@ from mixing.saliencymix import peaks
 from models import build_model
 from saliency.static import FineGrained, FloatBytes
 
-SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 6, 10)]  # one image; an odd batch with H != W
+SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
 OPTIONS = {"mix_fraction": 1.0, "mix_schedule": "fixed", "mix_scheduled_epoch": 0, "mix_off_epoch": 0}
 OPTIONS |= {"cutout": False, "method_options": {}}
-LABEL_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix"]
+LABEL_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+SMALL = {"block_num": (2,), "m_block_num": 2, "random_patches": (2,), "num_patches": 4, "patches_per_side": (2,)}
 
 
 def batch(shape, classes=5):
@@ -35,10 +36,10 @@ def test_contract(name, shape):
     kept = images.clone(), targets.clone()
     for seed in range(8):
         torch.manual_seed(seed)
-        mixer = build_mixer(name, mix_prob=1.0)
+        mixer = build_mixer(name, mix_prob=1.0, **SMALL)
         mixed, soft = mixer(images, targets, centre)
         torch.manual_seed(seed)
-        again = build_mixer(name, mix_prob=1.0)(images, targets, centre)
+        again = build_mixer(name, mix_prob=1.0, **SMALL)(images, targets, centre)
         assert mixed.shape == images.shape and soft.shape == targets.shape and mixed.dtype == images.dtype
         torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
         assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs changed"
@@ -48,7 +49,7 @@ def test_contract(name, shape):
 @pytest.mark.parametrize("name", LABEL_MIXERS)
 def test_mix_prob_is_the_chance_of_a_batch(name):
     images, targets = batch((6, 3, 8, 8), 6)
-    mixer = build_mixer(name, mix_prob=0.3)
+    mixer = build_mixer(name, mix_prob=0.3, **SMALL)
     changed = sum(not torch.equal(mixer(images, targets, centre)[1], targets) for _ in range(400))
     assert 80 <= changed <= 150  # a few draws change nothing: own partners, empty boxes
 
@@ -127,21 +128,23 @@ def test_cutmix_draws_one_box_a_batch_or_one_an_image():
 
 def test_saliencymix_pastes_around_the_partners_peak():
     images, targets = batch((6, 3, 16, 16), 6)
-    seen = []
 
-    def source(looked_at, _):
-        seen.append(looked_at)
-        return centre(looked_at, _)
+    def source(images, targets):
+        """Image k peaks in row 2 + 2 k, column 5."""
+        saliency = torch.zeros(6, 16, 16)
+        saliency[torch.arange(6), 2 + 2 * torch.arange(6), 5] = 1
+        return saliency
 
-    torch.manual_seed(1)
-    mixed, soft = SaliencyMix(mix_prob=1.0)(images, targets, source)
-    changed = (mixed != images).any(1)
-    moved = [i for i in range(6) if changed[i].any()]
-    assert moved and all(changed[i, 2, 3] or soft[i].amax() == 1 for i in moved), "the box must hold the peak"
-    assert len(seen[0]) == 6, "a map for each partner"
-    torch.manual_seed(1)
-    SaliencyMix(mix_prob=1.0, saliency_scope="batch")(images, targets, source)
-    assert len(seen[1]) == 1, "one map for the batch"
+    for scope in ("sample", "batch"):
+        torch.manual_seed(1)
+        mixed, soft = SaliencyMix(mix_prob=1.0, saliency_scope=scope)(images, targets, source)
+        changed = (mixed != images).any(1)
+        moved = [i for i in range(6) if changed[i].any()]
+        assert len(moved) > 2
+        if scope == "sample":
+            assert all(changed[i, 2 + 2 * int((soft - targets)[i].argmax()), 5] for i in moved), "its partner's peak"
+        else:
+            assert all(torch.equal(changed[i], changed[moved[0]]) for i in moved), "one box for the batch"
 
 
 def test_peaks_are_the_first_maxima_row_by_row():
@@ -260,26 +263,62 @@ def test_the_share_follows_the_epochs(kind, shares):
     mixer = Partly(NoMix(), 1.0, kind, 2, mix_off_epoch=1)
     seen = []
     for epoch in range(5):
-        mixer.start_epoch(epoch, 5)
+        mixer.start_epoch(epoch, 5, 10)
         seen.append(mixer.share)
     assert seen == shares
 
 
 def test_compose_builds_what_the_flags_say():
-    mixer, source = compose(["cutmix"], OPTIONS | {"mix_prob": 0.25, "mixup_alpha": None}, lambda name: name)
-    assert isinstance(mixer, CutMix) and mixer.mix_prob == 0.25 and mixer.mixup_alpha == 1.0 and source is None
-    mixer, source = compose(["none", "saliencymix"], OPTIONS, lambda name: name)
-    assert isinstance(mixer, Choice) and source == [None, "fine_grained"]
+    def source_of(mixer):
+        return mixer.build_source(lambda one: one.default_source)
+
+    mixer = compose(["cutmix"], OPTIONS | {"mix_prob": 0.25, "mixup_alpha": None})
+    assert isinstance(mixer, CutMix) and mixer.mix_prob == 0.25 and mixer.mixup_alpha == 1.0 and not source_of(mixer)
+    mixer = compose(["none", "saliencymix"], OPTIONS)
+    assert isinstance(mixer, Choice) and source_of(mixer) == [None, "fine_grained"]
     by_method = {"cutmix": {"mix_prob": 1.0, "cutmix_box": "real"}}
-    mixer, source = compose(["none", "cutmix"], OPTIONS | {"method_options": by_method}, lambda name: name)
-    assert (mixer.mixers[1].mix_prob, mixer.mixers[1].cutmix_box, source) == (1.0, "real", None)
-    mixer, _ = compose(["cutmix"], OPTIONS | {"method_options": by_method, "mix_prob": 0.1}, lambda name: name)
+    mixer = compose(["none", "cutmix"], OPTIONS | {"method_options": by_method})
+    assert (mixer.mixers[1].mix_prob, mixer.mixers[1].cutmix_box, source_of(mixer)) == (1.0, "real", None)
+    mixer = compose(["cutmix"], OPTIONS | {"method_options": by_method, "mix_prob": 0.1})
     assert mixer.mix_prob == 0.1, "a typed option wins"
-    mixer, _ = compose(["mixup"], OPTIONS | {"cutout": True, "cutout_length": 4, "mix_off_epoch": 2}, lambda name: name)
+    mixer = compose(["mixup"], OPTIONS | {"cutout": True, "cutout_length": 4, "mix_off_epoch": 2})
     images, targets = torch.ones(4, 3, 16, 16), torch.eye(4)
-    mixer.start_epoch(9, 10)
+    mixer.start_epoch(9, 10, 3)
     mixed, soft = mixer(images, targets)
     assert mixed.eq(0).any() and torch.equal(soft, targets), "holes stay when mixing is off"
+
+
+SALIENT = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+
+
+@pytest.mark.parametrize("name", SALIENT)
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_a_map_that_says_nothing_is_taken_as_uniform_and_counted(name, bad):
+    images, targets = batch((4, 3, 16, 16))
+    mixer = build_mixer(name, mix_prob=1.0, **SMALL)
+    saliency = torch.rand(4, 16, 16) + 0.1
+    saliency[1] = bad
+    mixed, soft = mixer(images, targets, lambda *_: saliency)
+    assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.unusable) == 1
+    torch.testing.assert_close(soft.sum(1), torch.ones(4))
+    mixed, soft = mixer(images, targets, lambda *_: torch.full((4, 16, 16), 2.0))
+    assert mixed.isfinite().all() and int(mixer.unusable) == 1, "a constant map is a map"
+
+
+@pytest.mark.parametrize("name", SALIENT)
+def test_the_gradient_finds_its_way_back_through_every_mixture(name):
+    """The bank reads the gradient at the un-mixed images: what a method shows of them, and nothing else, carries it."""
+    images, targets = batch((6, 3, 16, 16), 6)
+    images.requires_grad_()
+    mixer = build_mixer(name, mix_prob=1.0, **SMALL)
+    for _ in range(5):
+        mixed, soft = mixer(images, targets, lambda images, targets: images.abs().mean(1))
+        assert not soft.requires_grad
+        (weight,) = torch.autograd.grad(mixed, images, torch.ones_like(mixed))
+        assert weight.min() >= 0 and weight.isfinite().all()
+        # every pixel of a mixed image has the weights 1 in all, but where SAGE shifted an image out of its frame
+        shown = float(weight.sum()) / weight.numel()
+        assert shown <= 1 + 1e-5 and (name == "sage" or shown > 1 - 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +330,12 @@ def test_compose_builds_what_the_flags_say():
         ("saliencymix", {"saliency_scope": "image"}),
         ("manifold", {"mix_prob": 1.5}),
         ("cutout", {"cutout_length": 0}),
+        ("puzzlemix", {"gamma": 1.1}),
+        ("comixup", {"m_thres_type": "medium"}),
+        ("sage", {"upper_lambda": 1.5}),
+        ("sage", {"rand_pos": 2.0}),
+        ("rmix", {"dirichlet_alpha": 0.0}),
+        ("rlmix", {"grad_sim": False}),
         ("nonsense", {}),
     ],
 )
@@ -300,5 +345,6 @@ def test_wrong_hyper_parameters_are_refused(name, options):
 
 
 def test_names_and_defaults():
-    assert {mixer_class(alias) for alias in ALIASES} == {mixer_class(name) for name in ("none", "mixup", "manifold")}
+    names = ("none", "mixup", "manifold", "puzzlemix", "comixup")
+    assert {mixer_class(alias) for alias in ALIASES} == {mixer_class(name) for name in names}
     assert hyper_parameters("manifold")["mixup_alpha"] == 2.0 and hyper_parameters("cutmix")["mix_prob"] == 0.5

@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
+from engine.batches import Batch, crop_and_flip
 from saliency import SOURCES, build_source
+from saliency.bank import Bank
+from saliency.gradient import Gradient, blur
 from saliency.static import binomial_blur, fine_grained, float_bytes, grey, resize_exact, spectral_residual
 
 SIZES = ["32", "64", "97x131", "48x40"]
@@ -64,17 +69,150 @@ def test_float_bytes_is_what_opencv_makes_of_floats(static_golden):
     assert peaks.all(1).mean() >= 0.75
 
 
+def tiny_network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)
+    )
+
+
 @pytest.mark.parametrize("name", sorted(SOURCES))
 @pytest.mark.parametrize("shape", [(3, 3, 32, 32), (1, 3, 20, 36)])
 def test_every_source_gives_a_map_for_each_image(name, shape):
-    source = build_source(name, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    images = torch.randn(shape)
+    half = (0.5, 0.5, 0.5)
+    source = build_source(name, mean=half, std=half, model=tiny_network(), images_count=9)
+    images, targets = torch.randn(shape), torch.eye(5)[: shape[0]]
     kept = images.clone()
-    saliency = source(images, torch.eye(5)[: shape[0]])
+    source.start_batch(Batch(images, None, None, torch.arange(shape[0])))
+    saliency = source(images, targets)
     assert saliency.shape == (shape[0], *shape[2:]) and saliency.min() >= 0 and saliency.isfinite().all()
-    assert torch.equal(images, kept)
-    for index in range(shape[0]):  # a map does not depend on the rest of the batch
-        torch.testing.assert_close(source(images[index : index + 1], None)[0], saliency[index])
+    assert torch.equal(images, kept) and not saliency.requires_grad
+    alone = source(images[-1:], targets[-1:])[0]  # a map does not depend on the rest of the batch
+    torch.testing.assert_close(alone, saliency[-1])
+
+
+# the gradient
+
+
+def test_the_gradient_is_that_of_each_image_alone():
+    model, images, targets = (
+        tiny_network().double().eval(),
+        torch.randn(4, 3, 12, 12).double(),
+        torch.eye(5).double()[:4],
+    )
+    pixels = images.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.cross_entropy(model(pixels), targets, reduction="sum"), pixels)
+    for reduction, expected in (
+        ("rms", wanted.square().mean(1).sqrt()),
+        ("mean_abs", wanted.abs().mean(1)),
+    ):
+        saliency = Gradient(model, reduction=reduction)(images, targets)
+        torch.testing.assert_close(saliency, expected.float())
+
+
+def test_training_mode_moves_the_running_averages_and_evaluation_mode_does_not():
+    model, images, targets = tiny_network(), torch.randn(4, 3, 12, 12), torch.eye(5)[:4]
+    model[1].eval()  # a layer the user froze
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    Gradient(model, mode="eval")(images, targets)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    Gradient(model, mode="train")(images, targets)
+    assert not torch.equal(model[1].running_mean, state["1.running_mean"])
+    assert model.training and not model[1].training, "every layer is put back"
+
+
+def test_reuse_leaves_the_weighted_clean_gradient_and_input_only_none():
+    model, images, targets = tiny_network(), torch.randn(4, 3, 12, 12), torch.eye(5)[:4]
+    model[5].bias.requires_grad_(False)
+    Gradient(model, mode="train")(images, targets)
+    assert all(p.grad is None for p in model.parameters()) and not model[5].bias.requires_grad
+    Gradient(model, mode="train", clean_weight=0.3)(images, targets)
+    wanted = torch.autograd.grad(0.3 * F.cross_entropy(model(images), targets), model[5].weight)[0]
+    torch.testing.assert_close(model[5].weight.grad, wanted)
+
+
+def test_the_blur_keeps_the_mass_and_spreads_it():
+    point = torch.zeros(1, 9, 9)
+    point[0, 4, 4] = 1
+    spread = blur(point, 1.0, 5)
+    taps = torch.tensor([0.0545, 0.2442, 0.4026, 0.2442, 0.0545])
+    torch.testing.assert_close(spread[0, 2:7, 2:7], taps.outer(taps), atol=1e-4, rtol=0)
+    torch.testing.assert_close(blur(torch.ones(1, 6, 6), 2.0, 5), torch.ones(1, 6, 6))
+
+
+def test_a_smaller_saliency_pass_gives_maps_of_the_full_size():
+    sizes = []
+    model = tiny_network()
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
+    saliency = Gradient(model, saliency_size=16, mode="train")(torch.randn(2, 3, 32, 32), torch.eye(5)[:2])
+    assert sizes == [(16, 16)] and saliency.shape == (2, 32, 32) and model[1].num_batches_tracked == 0
+    with pytest.raises(ValueError, match="clean term"):
+        Gradient(model, saliency_size=16, clean_weight=1.0)
+
+
+def test_half_precision_keeps_small_gradients():
+    """bfloat16 here; the scale that float16 needs is the same line."""
+    model, images, targets = tiny_network().eval(), torch.randn(4, 3, 12, 12), torch.eye(5)[:4]
+    exact = Gradient(model)(images, targets).flatten(1)
+    rough = Gradient(model, precision=torch.bfloat16)(images, targets).flatten(1)
+    assert rough.dtype == torch.float32 and F.cosine_similarity(exact, rough).min() > 0.98
+
+
+# the bank
+
+
+def a_batch(count=4, size=8, augment=True, place=None) -> Batch:
+    shift = torch.randint(-2, 3, (2, count)) if augment else None
+    flip = torch.rand(count) < 0.5 if augment else None
+    place = torch.arange(count) if place is None else place
+    return Batch(torch.randn(count, 3, size, size), None, place, place, shift, flip)
+
+
+def test_the_bank_remembers_where_the_gradient_was_whatever_the_augmentation():
+    """A bright spot of the original, seen through many crops and flips, is found again through another."""
+    pixels = torch.zeros(4, 16, 16, 3, dtype=torch.uint8)
+    spots = torch.tensor([[4, 4], [4, 11], [11, 5], [9, 10]])
+    for image, (row, column) in enumerate(spots):
+        pixels[image, row, column] = 255
+    bank = Bank(4, bank_size=16, bank_momentum=0.0)
+    for _ in range(3):
+        batch = a_batch(4, 16)
+        seen = crop_and_flip(pixels, batch.place, *batch.shift, batch.flip).permute(0, 3, 1, 2).float()
+        bank.start_batch(batch)
+        bank.after_backward(seen, torch.ones(4, 1, 16, 16))
+    for image, (row, column) in enumerate(spots):
+        assert bank.maps[image].flatten().argmax() == row * 16 + column
+    batch = a_batch(4, 16)
+    bank.start_batch(batch)
+    shown = crop_and_flip(pixels, batch.place, *batch.shift, batch.flip)[..., 0].float()
+    assert torch.equal(bank(batch.images).flatten(1).argmax(1), shown.flatten(1).argmax(1))
+    assert torch.equal(bank(batch.images[2:]), bank(batch.images)[2:]), "the end of a batch may be asked about alone"
+
+
+def test_the_bank_learns_only_of_what_was_visible():
+    bank, batch = Bank(2, bank_size=2, bank_momentum=0.5), a_batch(2, 8, augment=False)
+    bank.start_batch(batch)
+    grad, coverage = torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8)
+    coverage[0, :, :4] = 1  # the upper half of the first image, the left part of it salient
+    grad[0, :, :4, :4], grad[0, :, :4, 4:] = 3.0, 1.0
+    bank.after_backward(grad, coverage)
+    torch.testing.assert_close(bank.maps[0].float(), torch.tensor([[1.25, 0.75], [1.0, 1.0]]))
+    assert bank.maps[1].eq(1).all(), "what was not shown stays"
+    grad[0] = float("nan")
+    bank.after_backward(grad, coverage)
+    assert bank.maps.isfinite().all()
+
+
+def test_the_bank_is_saved_and_asks_for_training_images():
+    bank, other = Bank(3, bank_size=4), Bank(3, bank_size=4)
+    with pytest.raises(ValueError, match="start_batch"):
+        bank(torch.randn(2, 3, 8, 8))
+    bank.start_batch(a_batch(3))
+    bank.after_backward(torch.randn(3, 3, 8, 8), torch.ones(3, 1, 8, 8))
+    other.load_state_dict(bank.state_dict())
+    assert torch.equal(other.maps, bank.maps) and not bank.maps.eq(1).all()
+
+
+# building
 
 
 def test_a_source_undoes_the_normalisation(static_golden):
@@ -88,4 +226,5 @@ def test_a_source_undoes_the_normalisation(static_golden):
 def test_unknown_source_lists_the_known_ones():
     with pytest.raises(ValueError, match="fine_grained"):
         build_source("fine", mean=(0.5,), std=(0.5,))
-    assert build_source(None, mean=(0.5,), std=(0.5,)) is None
+    with pytest.raises(ValueError, match="gradient needs model"):
+        build_source("gradient")

@@ -1,0 +1,297 @@
+"""PuzzleMix: the mask problem and its solvers, transport, mixing, and the method as a whole."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from torch import nn
+from torch.nn import functional as F
+
+from mixing import masks
+from mixing.base import block_means, unit_sum
+from mixing.puzzlemix import PuzzleMix, mask_problem, mix
+from mixing.transport import auction, improvable, squared_distances, transport
+from saliency.gradient import Gradient
+
+CPU = torch.device("cpu")
+CIFAR100 = {
+    "mean": (129.3 / 255, 124.1 / 255, 112.4 / 255),
+    "std": (68.2 / 255, 65.4 / 255, 70.4 / 255),
+}
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(GOLDEN / "puzzlemix.npz")
+
+
+def cases(golden) -> list[dict]:
+    return json.loads(str(golden["meta"]))
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array))
+
+
+def method(case: dict) -> PuzzleMix:
+    names = ("n_labels", "beta", "gamma", "eta", "neigh_size", "transport", "t_eps", "t_size")
+    statistics = CIFAR100 if case["x"] == "x32" else {}
+    return PuzzleMix(block_num=(case["block_num"],), **{name: case[name] for name in names}, **statistics)
+
+
+def recorded_problem(golden, number: int, case: dict):
+    """The recorded costs as a problem of mixing.masks."""
+    cost0, cost1 = (tensor(golden[f"c{number}_cost{k}"]) for k in (0, 1))
+    labels = case["n_labels"]
+    prior = tensor(golden[f"c{number}_prior"]).float()
+    unary = torch.stack([torch.lerp(cost0, cost1, k / (labels - 1)) + prior[k] for k in range(labels)])
+    edges = (tensor(golden[f"c{number}_{name}"]).permute(1, 2, 0).contiguous() for name in ("wx", "wy"))
+    return unary.permute(0, 2, 3, 1).contiguous(), *edges
+
+
+def random_problem(labels: int, n: int, batch: int = 6):
+    return torch.rand(labels, n, n, batch), torch.rand(n - 1, n, batch), torch.rand(n, n - 1, batch)
+
+
+def test_the_mask_problem_is_the_recorded_one(golden):
+    for number, case in enumerate(cases(golden)):
+        mixer, n = method(case), case["block_num"]
+        images, partner = tensor(golden[case["x"]]), tensor(golden[f"c{number}_perm"]).long()
+        cell = min(case["neigh_size"], images.shape[-1] // n)
+        salient = unit_sum(block_means(tensor(golden[case["sal"]]), n, n))
+        cells = F.avg_pool2d(images, cell) * mixer.std
+        problem = mask_problem(salient, cells, partner, torch.tensor(case["lam"]), **mixer.weights)
+        for ours, recorded in zip(problem, recorded_problem(golden, number, case), strict=True):
+            torch.testing.assert_close(ours, recorded, rtol=1e-5, atol=2e-7)
+
+
+def test_energies_reach_the_recorded_optimum(golden):
+    gaps = []
+    for number, case in enumerate(cases(golden)):
+        problem = recorded_problem(golden, number, case)
+        mask = tensor(golden[f"c{number}_mask_ref"])
+        labels = ((1 - mask) * (case["n_labels"] - 1)).round().long().permute(1, 2, 0)
+        reference = tensor(golden[f"c{number}_energy_ref"])
+        torch.testing.assert_close(masks.energy(labels, *problem).double(), reference, rtol=0, atol=1e-6)
+        found, bound = masks.solve(*problem)
+        energy = masks.energy(found, *problem).double()
+        gap = energy - tensor(golden[f"c{number}_energy_opt"])
+        assert (gap < (1e-4 if case["block_num"] <= 8 else 1e-3)).all(), case
+        assert (energy <= reference + 1e-3).all(), case
+        assert (bound <= energy + 1e-6).all() and (energy - bound < 1e-3).all(), case
+        gaps.append(gap.mean())
+    assert max(gaps) < 1e-5
+
+
+@pytest.mark.parametrize("labels", [2, 3, 4])
+def test_small_grids_are_solved_exactly(labels):
+    unary, down, right = random_problem(labels, 2)
+    every = torch.tensor(list(itertools.product(range(labels), repeat=4))).view(-1, 2, 2, 1).expand(-1, -1, -1, 6)
+    least = torch.stack([masks.energy(one.contiguous(), unary, down, right) for one in every]).amin(0)
+    torch.testing.assert_close(masks.energy(masks.solve(unary, down, right)[0], unary, down, right), least)
+
+
+def test_rows_and_levels_agree():
+    """Two solvers with nothing in common find the same energies."""
+    slope = torch.rand(1, 4, 4, 20) - 0.5
+    unary = slope * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)  # convex in the label, as PuzzleMix's
+    down, right = 0.2 * torch.rand(3, 4, 20), 0.2 * torch.rand(4, 3, 20)
+    exact = masks.energy(masks.solve_by_rows(unary, down, right), unary, down, right)
+    labels, bound = masks.solve_by_levels(unary, down, right, iterations=300)
+    torch.testing.assert_close(masks.energy(labels, unary, down, right), exact, atol=1e-5, rtol=0)
+    assert (bound <= exact + 1e-5).all() and (exact - bound).max() < 1e-3
+
+
+def test_the_bound_holds_however_few_steps_are_taken():
+    unary = (torch.rand(1, 8, 8, 20) - 0.5) * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)
+    down, right = 0.3 * torch.rand(7, 8, 20), 0.3 * torch.rand(8, 7, 20)
+    gaps = []
+    best = masks.energy(masks.solve_by_levels(unary, down, right, 500)[0], unary, down, right)
+    for iterations in (1, 20, 100):
+        labels, bound = masks.solve_by_levels(unary, down, right, iterations)
+        assert (bound <= best + 1e-5).all()
+        gaps.append(float((masks.energy(labels, unary, down, right) - bound).mean()))
+    assert gaps[0] > gaps[1] > gaps[2]
+
+
+# transport
+
+
+def plan_cost(block, salient, needed, t_eps):
+    rows, columns = salient.shape[1:]
+    places = rows * columns
+    distance = squared_distances(rows, columns, CPU) / (max(rows, columns) - 1) ** 2
+    value = t_eps * distance[block, torch.arange(places)] - salient.flatten(1).gather(1, block)
+    return (value * needed.flatten(1)).sum(1)
+
+
+def test_transport_is_as_good_as_the_recorded_plans(golden):
+    for number, case in enumerate(cases(golden)):
+        side = case["t_block_num"]
+        if not side:
+            continue
+        partner = tensor(golden[f"c{number}_perm"]).long()
+        salient = unit_sum(block_means(tensor(golden[case["sal"]]), side, side))
+        for image, values in (("t1", salient), ("t2", salient[partner])):
+            needed = tensor(golden[f"c{number}_{image}_need"]).view(-1, side, side)
+            block = transport(values, needed, case["t_eps"])
+            for row, wanted in zip(block, needed.flatten(1), strict=True):
+                assert len(row[wanted].unique()) == wanted.sum(), "a block is shown twice"
+                assert torch.equal(row[~wanted], torch.arange(side**2)[~wanted])
+            cost = plan_cost(block, values, needed, case["t_eps"]).double()
+            assert (cost - tensor(golden[f"c{number}_{image}_cost_ref"])).mean() <= 1e-6, case
+            assert (cost - tensor(golden[f"c{number}_{image}_cost_opt"])).max() <= 2e-3, case
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_small_transports_are_optimal(seen):
+    """Against all ways to fill the needed places, with the host looking on and not."""
+    salient, needed = unit_sum(torch.rand(12, 2, 3) ** 4), torch.rand(12, 2, 3) < 0.5
+    block = auction(salient, needed, 0.05 / 4, seen=seen)
+    ours = plan_cost(block, salient, needed, 0.05)
+    for image in range(12):
+        wanted = needed[image].flatten().nonzero().flatten()
+        best = 0.0
+        for blocks in itertools.permutations(range(6), len(wanted)):
+            plan = torch.arange(6)
+            plan[wanted] = torch.tensor(blocks, dtype=torch.long)
+            best = min(best, float(plan_cost(plan[None], salient[[image]], needed[[image]], 0.05)))
+        assert float(ours[image]) <= best + 6e-4
+
+
+def test_only_improvable_images_are_moved():
+    """The test that spares the auction is exact: elsewhere the auction finds nothing worth more than its slack."""
+    salient, needed = unit_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
+    moves = improvable(salient, needed, 1.0 / 49)
+    assert 30 < moves.sum() < 270
+    found = auction(salient, needed, 1.0 / 49, seen=True)
+    gain = plan_cost(torch.arange(64).expand(300, 64), salient, needed, 1.0) - plan_cost(found, salient, needed, 1.0)
+    assert gain[~moves].max() < 64e-4 and gain[~moves].mean() < 1e-5 and gain[moves].min() > -64e-4
+    assert gain[moves].mean() > 1e-3
+
+
+# mixing
+
+
+def test_mixing_is_the_recorded_one(golden):
+    for number, case in enumerate(cases(golden)):
+        if f"c{number}_out" not in golden:
+            continue
+        mixer, images = method(case), tensor(golden[case["x"]])
+        partner, side = tensor(golden[f"c{number}_perm"]).long(), case["t_block_num"]
+        blocks = [tensor(golden[f"c{number}_{name}_src_ref"]).long().clamp_min(0) for name in ("t1", "t2") if side]
+        own = others = images
+        if case["adv1"] or case["adv2"]:
+            noised = mixer.with_noise(images, tensor(golden[f"c{number}_noise"]))
+            own, others = (noised if case[flag] else images for flag in ("adv1", "adv2"))
+        mask = tensor(golden[f"c{number}_mask_ref"]).float()
+        plan = (*blocks, side, side) if side else None
+        mixed, soft = mix(own, torch.eye(len(images)), partner, mask, plan, others)
+        torch.testing.assert_close(mixed, tensor(golden[f"c{number}_out"]), rtol=0, atol=1e-5)
+        ratio = tensor(golden[f"c{number}_ratio"]).float()
+        wanted = torch.diag(ratio) + (1 - ratio).unsqueeze(1) * torch.eye(len(images))[partner]
+        torch.testing.assert_close(soft, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_moved_block_is_seen_where_the_plan_says():
+    images = torch.arange(16.0).view(1, 1, 4, 4)
+    blocks = torch.tensor([[3, 1, 2, 0]])
+    mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
+    mixed, _ = mix(images, torch.ones(1, 1), torch.tensor([0]), mask, (blocks, torch.arange(4).view(1, 4), 2, 2))
+    wanted = torch.tensor([[10.0, 11, 2, 3], [14, 15, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]])
+    assert torch.equal(mixed[0, 0], wanted)
+
+
+# the gradient that guides it
+
+
+def net(golden) -> nn.Module:
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+    layers += [nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    model.load_state_dict({k[4:]: tensor(golden[k]) for k in golden.files if k.startswith("net_") and k[4].isdigit()})
+    return model.train()
+
+
+def test_saliency_and_the_clean_gradient_are_the_recorded_ones(golden):
+    images = tensor(golden["x32"][:4])
+    targets = F.one_hot(tensor(golden["net_y"]).long(), 10).float()
+    model = net(golden)
+    running = model[1].running_mean.clone()
+    saliency = unit_sum(Gradient(model, **PuzzleMix().gradient_options)(images, targets))
+    torch.testing.assert_close(saliency, unit_sum(tensor(golden["net_sal_eval"])), rtol=1e-4, atol=1e-8)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()), "input only"
+    assert model.training and torch.equal(model[1].running_mean, running)
+    source = Gradient(model, cross_entropy_scale=2 / 10, **PuzzleMix(clean_lam=1.0).gradient_options)
+    recorded = tensor(golden["net_sal_train"])
+    torch.testing.assert_close(source(images, targets), recorded, rtol=0, atol=1e-4 * float(recorded.max()))
+    torch.testing.assert_close(model[8].weight.grad, tensor(golden["net_gradfc_train"]), rtol=1e-5, atol=1e-8)
+    assert not torch.equal(model[1].running_mean, running)
+
+
+# the method
+
+
+def bright(images, targets):
+    return images.abs().mean(1)
+
+
+def test_salient_blocks_survive():
+    """Left half of one image, right half of the other salient: both show, and the labels share."""
+    images = torch.randn(2, 3, 32, 32)
+    saliency = torch.full((2, 32, 32), 1e-3)
+    saliency[0, :, :16] = 1
+    saliency[1, :, 16:] = 1
+    mixer = PuzzleMix(block_num=(8,), transport=False)
+    for seed in range(20):  # until the images are each other's partners
+        torch.manual_seed(seed)
+        mixed, soft = mixer(images, torch.eye(2), lambda *_: saliency)
+        if not torch.equal(soft, torch.eye(2)):
+            break
+    assert torch.equal(mixed[0, :, :, :12], images[0, :, :, :12])
+    assert torch.equal(mixed[0, :, :, 20:], images[1, :, :, 20:])
+    assert 0.3 < float(soft[0, 0]) < 0.7
+
+
+@pytest.mark.parametrize("labels", [2, 3, 4])
+def test_any_number_of_labels_and_oblong_images(labels):
+    images = torch.randn(5, 3, 16, 32).contiguous(memory_format=torch.channels_last)
+    mixer = PuzzleMix(block_num=(2, 4, 8), n_labels=labels)
+    for _ in range(6):
+        mixed, soft = mixer(images, torch.eye(5), bright)
+        assert mixed.shape == images.shape and mixed.is_contiguous(memory_format=torch.channels_last)
+        values = (mixer.mask * (labels - 1)).unique()
+        assert set(values.round().tolist()) <= set(range(labels)) and torch.allclose(values, values.round())
+        torch.testing.assert_close(soft.sum(1), torch.ones(5))
+        assert (mixer.bound <= mixer.energy + 1e-5).all()
+
+
+def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
+    model, images = net(golden).eval(), tensor(golden["x32"][:4])
+    mixer = PuzzleMix(block_num=(4,), adv_p=1.0, adv_eps=8.0, **CIFAR100)
+    source, targets = Gradient(model), torch.eye(10)[:4]
+    saliency, noise = mixer.look_at_noise(source, images, targets)
+    assert 0 < noise.abs().max() <= 8 / 255 + 1e-7 and saliency.shape == (4, 32, 32)
+    noised = mixer.with_noise(images, noise)
+    pixels = noised * mixer.std + mixer.mean
+    assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6 and not torch.equal(noised, images)
+    assert model(noised).shape == (4, 10)
+    loss, worse = (F.cross_entropy(model(batch), targets) for batch in (images, noised))
+    assert worse > loss
+    mixer(images, targets, source)
+    with pytest.raises(ValueError, match="signed pixel gradient"):
+        mixer(images, targets, bright)
+
+
+def test_what_cannot_be_solved_is_refused():
+    with pytest.raises(ValueError, match="gamma .* submodular"):
+        PuzzleMix(gamma=1.1)
+    with pytest.raises(ValueError, match="n_labels"):
+        PuzzleMix(n_labels=5)
+    with pytest.raises(ValueError, match=r"36x36 pixels cannot be cut into 8x8 blocks; .*12"):
+        PuzzleMix(block_num=(4, 8)).check_size(36, 36)
+    with pytest.raises(ValueError, match="t_size 5"):
+        PuzzleMix(block_num=(4,), t_size=5).check_size(32, 32)
