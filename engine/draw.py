@@ -82,6 +82,48 @@ def mixed_batch(
     save(figure, path)
 
 
+def mixtures(
+    path: Path | str,
+    *,
+    images: torch.Tensor,
+    names: list[str],
+    saliency: torch.Tensor,
+    guide: str,
+    rows: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]],
+    colours: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """The inputs, each in its colour, and their saliency; then for each method its mixed images with their label
+    weights, and whose pixels they show in the colours of the inputs.
+
+    images (B, 3, H, W) normalised; saliency (B, H, W), from `guide`; rows: text, mixed images (n, 3, H, W), colours
+    (n, H, W, 3), label weights (n, B); colours (B, 3).
+    """
+    columns = max(len(images), *(2 * len(mixed) for _, mixed, _, _ in rows))
+    tall = len(rows) + 2
+    figure = Figure(figsize=(1.6 * columns + 0.5, 1.9 * tall + 0.3), layout="constrained")
+    grid = figure.subplots(tall, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for column, (picture, name) in enumerate(zip(pixels(images, mean, std), names, strict=True)):
+        axes = grid[0, column]
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=8)
+        axes.spines[:].set(visible=True, color=colours[column].tolist(), linewidth=4)
+        grid[1, column].imshow(saliency[column].float().cpu().numpy(), cmap="magma")
+    grid[0, 0].set_ylabel("images", fontsize=9)
+    grid[1, 0].set_ylabel(f"saliency:\n{guide}", fontsize=9)
+    for line, (text, mixed, shown, soft) in zip(grid[2:], rows, strict=True):
+        line[0].set_ylabel(text, fontsize=9)
+        for number, picture in enumerate(pixels(mixed, mean, std)):
+            line[2 * number].imshow(picture)
+            line[2 * number].set_title(label_text(soft[number], names), fontsize=7)
+            line[2 * number + 1].imshow(shown[number].clamp(0, 1).numpy())
+    save(figure, path)
+
+
 def pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """Normalised (B, 3, H, W) -> (B, H, W, 3) in 0..1."""
     back = images.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)

@@ -2,10 +2,11 @@
 
 from engine.cli import Parser, number, one_of, several, whole, whole_or_minus_one, yes_no
 
-GROUPS = ["mixing", "saliency", "puzzlemix", "comixup", "sage", "rmix and rlmix"]
+GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix and rlmix"]
 
 
 def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
+    """Everything about mixing that a training run can be told."""
     parser.group("mixing")
     parser.option("--mix_prob", type=number(0, 1), shown="by method", help="chance that a batch is mixed")
     parser.option(
@@ -25,6 +26,30 @@ def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
     parser.option("--comix", type=yes_no, help="--method comixup; false: --method none --loss bce")
     parser.option("--mp", type=whole(), help="taken and ignored: masks are solved on the device")
     parser.option("--parallel", type=yes_no, help="taken and ignored: all parts are solved at once")
+    parser.option(
+        "--saliency_legacy_float",
+        type=yes_no,
+        default=False,
+        help="saliencymix as the published code runs: --saliency float_bytes --saliency_scope batch",
+    )
+    parser.option("--cutout", type=yes_no, default=False, help="a hole in every training image, with any method")
+    parser.option("--mix_fraction", "--prob_mix", type=number(0, 1), default=1.0, help="share of a batch that is mixed")
+    parser.option(
+        "--mix_schedule",
+        type=one_of(["fixed", "scheduled", "delayed"]),
+        default="fixed",
+        metavar="KIND",
+        help="mix_fraction throughout, on a ramp up to --mix_scheduled_epoch, or only after it",
+    )
+    parser.option("--mix_scheduled_epoch", type=whole(), default=0, metavar="EPOCH")
+    parser.option("--mix_off_epoch", type=whole(), default=0, metavar="N", help="no mixing in the last N epochs")
+    parser.defaults["method_options"] = {}  # set by recipes only
+    method_options(parser, sources=sources, source_aliases=source_aliases)
+
+
+def method_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
+    """The hyper-parameters of the methods and of the sources."""
+    parser.group("methods")
     parser.option(
         "--mixup_alpha",
         "--alpha",
@@ -48,25 +73,8 @@ def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
         metavar="sample|batch",
         help="saliencymix: a box for each image, or one for the batch as published",
     )
-    parser.option(
-        "--saliency_legacy_float",
-        type=yes_no,
-        default=False,
-        help="saliencymix as the published code runs: --saliency float_bytes --saliency_scope batch",
-    )
-    parser.option("--cutout", type=yes_no, default=False, help="a hole in every training image, with any method")
     parser.option("--cutout_length", type=whole(1), default=16, help="side of the hole in pixels")
     parser.option("--n_holes", type=whole(1), default=1, help="holes an image")
-    parser.option("--mix_fraction", "--prob_mix", type=number(0, 1), default=1.0, help="share of a batch that is mixed")
-    parser.option(
-        "--mix_schedule",
-        type=one_of(["fixed", "scheduled", "delayed"]),
-        default="fixed",
-        metavar="KIND",
-        help="mix_fraction throughout, on a ramp up to --mix_scheduled_epoch, or only after it",
-    )
-    parser.option("--mix_scheduled_epoch", type=whole(), default=0, metavar="EPOCH")
-    parser.option("--mix_off_epoch", type=whole(), default=0, metavar="N", help="no mixing in the last N epochs")
     parser.option(
         "--clean_lam",
         type=number(),
@@ -80,7 +88,6 @@ def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
         metavar="parallel|gco",
         help="puzzlemix, comixup: ours, or graph cuts image by image, to compare (pip install gco-wrapper)",
     )
-    parser.defaults["method_options"] = {}  # set by recipes only
 
     parser.group("saliency")
     parser.option(

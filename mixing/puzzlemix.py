@@ -206,7 +206,7 @@ class PuzzleMix(Mixer):
         else:
             saliency = self.look(source, images, targets)
         with torch.no_grad():
-            self.mask, blocks = self.plan(images, saliency, partner, lam, n)
+            self.mask, blocks = self.plan(images.detach(), saliency, partner, lam, n)
         own, others = (self.with_noise(images, noise) if wanted else images for wanted in noisy)
         return mix(own, targets, partner, self.mask, blocks, others)
 

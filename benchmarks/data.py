@@ -1,9 +1,8 @@
-"""What mixing and data cost beside the network: python benchmarks/steps.py --model preactresnet18 --batch_size 100
+"""What the data cost beside the network: python benchmarks/data.py --model preactresnet18 --batch_size 100
 
-All in one process, the methods taking turns, so that a slow moment of the machine hits them alike. Prints the median
-time of a training step of each method over the plain one, and of the network alone on a batch that lies ready; the time
-of the static maps of a batch; and the share of a step that goes to reading, cropping, flipping and normalising the
-images, with the usual loader beside it. Every batch is mixed.
+Prints the time of a plain step over that of the network alone on a batch that lies ready; the share of a step that goes
+to reading, cropping, flipping and normalising the images, with the usual loader beside it; and the time of the static
+maps of a batch.
 """
 
 import sys
@@ -14,21 +13,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine.cli import Parser, one_of, run, whole, yes_no
 from engine.options import device_options
-from mixing import MIXERS, build_mixer
+from mixing import NoMix
 from models import ALIASES, MODELS, build_model
-from saliency import build_source
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("what")
     parser.option("--model", type=one_of(MODELS, ALIASES), default="preactresnet18", metavar="NAME")
-    parser.option(
-        "--method", type=one_of(MIXERS), nargs="+", default=["mixup", "cutmix", "saliencymix"], metavar="NAME"
-    )
     parser.option("--batch_size", type=whole(1), default=100)
     parser.option("--image_size", type=whole(8), default=32)
-    parser.option("--steps", type=whole(1), default=20, help="steps timed of each")
+    parser.option("--steps", type=whole(1), default=20, help="steps timed")
     parser.option("--keep_blocks", type=yes_no, default=True, help="keep freed memory on a CPU, as the scripts do")
     device_options(parser)
     parser.defaults["workers"] = 2
@@ -54,16 +49,9 @@ def main(argv: list[str] | None = None) -> dict:
     print(
         f"{options['model']}, batch {options['batch_size']}, {size} pixels, {device}, {text}, torch {torch.__version__}"
     )
-    table = time_methods(part, options, device, precision)
-    vanilla = table["none"]["step"]
-    print(f"{'method':14} {'step ms':>9} {'x vanilla':>9} {'mixing ms':>10} {'saliency ms':>12} {'data ms':>8}")
-    for name, row in table.items():
-        row["ratio"] = row["step"] / vanilla
-        print(
-            f"{name:14} {row['step']:9.2f} {row['ratio']:9.3f} {row['mixing']:10.2f} {row['saliency']:12.2f} "
-            f"{row['data']:8.2f}"
-        )
-    table["data"] = time_data(part, options, device, table["none"])
+    bare, plain = time_plain(part, options, device, precision)
+    print(f"a plain step {plain:.2f} ms, {plain / bare:.3f} of the network alone on a batch that lies ready")
+    table = {"bare": bare, "plain": plain, "data": time_data(part, options, device, plain)}
     table["maps"] = time_maps(pixels[: options["batch_size"]].permute(0, 3, 1, 2).contiguous(), device)
     return table
 
@@ -72,8 +60,8 @@ def median(values: list[float]) -> float:
     return 1000 * sorted(values)[len(values) // 2]
 
 
-def time_methods(part, options: dict, device, precision) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a whole step and of its parts, the methods taking turns. Every batch is mixed."""
+def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
+    """Median milliseconds of the network alone on a batch that lies ready, and of a plain step of the loop."""
     import torch
 
     from engine.batches import Batches
@@ -86,29 +74,16 @@ def time_methods(part, options: dict, device, precision) -> dict[str, dict[str, 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     model = build_model(options["model"], 10, options["image_size"]).to(device, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device.type in ("cpu", "cuda"))
-    names = ["none", *options["method"]]
-    mixers = {name: build_mixer(name, mix_prob=1.0) for name in names}
-    sources = {name: build_source(mixers[name].default_source, mean=half, std=half) for name in names}
-    laps: dict[str, dict[str, list[float]]] = {name: {} for name in ["bare network", *names]}
-    fixed = next(batches.epoch())
+    fixed, laps = next(batches.epoch()), ([], [])
+    step = {"num_classes": 10, "precision": precision, "max_steps": 1}
     for turn in range(-2, options["steps"]):
-        seconds = time_bare(model, optimizer, fixed, precision)
+        watch = Stopwatch(device)
+        bare = time_bare(model, optimizer, fixed, precision)
+        train_one_epoch(model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=max(turn, 0), watch=watch, **step)
         if turn >= 0:
-            laps["bare network"].setdefault("step", []).append(seconds)
-        for name in names:
-            watch = Stopwatch(device)
-            train_one_epoch(
-                *(model, mixers[name], sources[name], batches, optimizer, LOSSES["ce"]),
-                **{"epoch": max(turn, 0), "num_classes": 10, "precision": precision, "watch": watch, "max_steps": 1},
-            )
-            seconds = watch.seconds()
-            if turn >= 0:
-                for key, value in {**seconds, "step": sum(seconds.values())}.items():
-                    laps[name].setdefault(key, []).append(value)
-    return {
-        name: {key: median(laps[name].get(key, [0.0])) for key in ("step", "mixing", "saliency", "data", "network")}
-        for name in laps
-    }
+            laps[0].append(bare)
+            laps[1].append(sum(watch.seconds().values()))
+    return median(laps[0]), median(laps[1])
 
 
 def time_bare(model, optimizer, batch, precision) -> float:
@@ -128,7 +103,7 @@ def time_bare(model, optimizer, batch, precision) -> float:
     return watch.seconds()["step"]
 
 
-def time_data(part, options: dict, device, vanilla: dict[str, float]) -> dict[str, float]:
+def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
     """Milliseconds a batch of the device-resident pipeline, and of torchvision transforms in a DataLoader."""
     import torch
     from torch.utils.data import DataLoader, Dataset
@@ -171,7 +146,7 @@ def time_data(part, options: dict, device, vanilla: dict[str, float]) -> dict[st
     usual = {}
     for workers in (0, options["workers"]):
         usual[workers] = per_batch(DataLoader(Usual(), options["batch_size"], shuffle=True, num_workers=workers))
-    share = 100 * ours / vanilla["step"]
+    share = 100 * ours / plain
     print(f"data: {ours:.2f} ms a batch, {share:.1f} % of a plain step")
     print(
         "      usual loader " + ", ".join(f"{value:.1f} ms with {workers} workers" for workers, value in usual.items())

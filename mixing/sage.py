@@ -1,0 +1,158 @@
+"""SAGE: shift the partner so that the most saliency survives, then blend every pixel by the ratio of the saliencies.
+
+Ma et al., BMVC 2022, arXiv 2211.00113, Sec. 3. As in the authors' code, lam and the offsets that are tried are one draw
+for the whole batch, and each image takes the best of those offsets. The gradient pass that gives the saliency also
+trains: its clean loss weighs 1 - update_ratio and the mixed one update_ratio.
+"""
+
+import torch
+
+from mixing.base import Mixer, check_probability, draw_lam, draw_partner, unit_sum
+from mixing.rearrange import best_of, best_of_all, grid_offsets, random_offsets
+
+LEAST_WEIGHT = 1e-12  # of either image, so that lam = 0 and 1 still mix
+LEAST_SUM = 1e-16  # of two saliencies at a pixel: where both are zero, the partner shows
+
+
+def weighted(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The maps that compete for the pixels, of each image and of its partner: (B, H, W) that sum to lam and 1 - lam.
+
+    saliency (B, H, W) >= 0, none all zero; partner (B,); lam ().
+    """
+    saliency = unit_sum(saliency.float())
+    return lam.clamp_min(LEAST_WEIGHT) * saliency, (1 - lam).clamp_min(LEAST_WEIGHT) * saliency[partner]
+
+
+def mix(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    saliency: torch.Tensor,
+    partner: torch.Tensor,
+    lam: torch.Tensor,
+    offsets: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mixed images, soft targets, and by how much each partner was shifted: (B, 2) long, dy and dx in pixels.
+
+    images (B, C, H, W), targets (B, K), saliency (B, H, W) >= 0, none all zero, partner (B,), lam (). offsets (K, 2)
+    long, on the host: those that are tried, the earlier of two equals winning; None: all there are.
+    """
+    with torch.no_grad():
+        first, second = weighted(saliency, partner, lam)
+        offset = best_of_all(first, second) if offsets is None else best_of(first, second, offsets)
+    return *blend_shifted(images, targets, first, second, partner, offset), offset
+
+
+def blend_shifted(
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    partner: torch.Tensor,
+    offset: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image and its partner, shifted by offset (B, 2), pixel by pixel in the ratio of their weighted saliencies.
+
+    first, second (B, H, W): of the images and of their partners. A target's share is the mean over the frame of its
+    image's pixel weights. What comes in from outside is zero. Differentiable with respect to the images only.
+    """
+    with torch.no_grad():
+        pixels, inside = origin(offset, *images.shape[-2:])
+        image = torch.arange(len(images), device=images.device).unsqueeze(1)
+        second = second.flatten().index_select(0, (pixels + image * pixels.shape[1]).flatten()).view_as(first) * inside
+        mask = first / (first + second).clamp_min(LEAST_SUM)
+        share = mask.mean((1, 2)).unsqueeze(1)
+    # in place: at 224 pixels a new tensor takes a processor longer to get hold of than to fill
+    shifted = take(images, partner, pixels).float().mul_(inside.unsqueeze(1))
+    mixed = shifted.lerp_(images.float(), mask.unsqueeze(1)).to(images.dtype)
+    return mixed, share * targets + (1 - share) * targets[partner]
+
+
+def origin(offset: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the pixels of a shifted image come from: (B, H W) long, in reading order and moved to the border where that
+    is outside; and whether it is inside: (B, H, W) of 0 and 1.
+    """
+    rows = torch.arange(height, device=offset.device) - offset[:, :1]
+    columns = torch.arange(width, device=offset.device) - offset[:, 1:]
+    tall, wide = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    pixels = (rows * width).unsqueeze(2) + columns.unsqueeze(1)
+    return pixels.flatten(1), tall.float().unsqueeze(2) * wide.float().unsqueeze(1)
+
+
+def take(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) images[partner] with other pixels in place of its own, in the memory format of the images."""
+    batch, channels, height, width = images.shape
+    if images.is_contiguous():
+        return images[partner].flatten(2).gather(2, pixels.unsqueeze(1).expand(-1, channels, -1)).view(images.shape)
+    every = (pixels + (partner * (height * width)).unsqueeze(1)).flatten()  # whole pixels of channels_last images
+    taken = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, every)
+    return taken.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class SAGE(Mixer):
+    """lam ~ upper_lambda * Beta(mixup_alpha, mixup_alpha), or half of upper_lambda where mixup_alpha is 0.
+
+    rand_pos: share of all (2H - 1)(2W - 1) offsets that are tried, one at least. search: which ones; `random` draws
+    them for every batch; `grid` takes as many, or a few less, evenly spaced and with the zero shift; `exhaustive` is
+    rand_pos 1, which moves small lam hardly at all and so takes away much of the augmentation. update_ratio: weight of
+    the mixed loss, the rest going to the clean loss; 1: nothing but the mixed one. blur_sigma and kernel_size (pixels)
+    smooth the pixel gradient, taken with the batch's own batch norm or, eval_mode, the running one. mix_prob: chance
+    that a batch is mixed.
+    """
+
+    default_source = "gradient"
+
+    def __init__(
+        self,
+        mixup_alpha: float = 1.0,
+        upper_lambda: float = 0.6,
+        rand_pos: float = 0.01,
+        update_ratio: float = 0.7,
+        search: str = "random",
+        blur_sigma: float = 1.0,
+        kernel_size: int = 5,
+        eval_mode: bool = False,
+        mix_prob: float = 1.0,
+    ):
+        if mixup_alpha < 0:
+            raise ValueError(f"mixup_alpha must not be negative, got {mixup_alpha}")
+        if search not in ("random", "grid", "exhaustive"):
+            raise ValueError(f"search must be random, grid or exhaustive, got {search!r}")
+        self.mixup_alpha, self.search = mixup_alpha, search
+        self.upper_lambda = check_probability("upper_lambda", upper_lambda)
+        self.rand_pos = check_probability("rand_pos", rand_pos)
+        self.update_ratio = check_probability("update_ratio", update_ratio)
+        self.blur_sigma, self.kernel_size, self.eval_mode = blur_sigma, kernel_size, eval_mode
+        self.mix_prob = check_probability("mix_prob", mix_prob)
+        self.offset: torch.Tensor | None = None  # (B, 2) dy, dx of the last batch; None where it was not mixed
+
+    @property
+    def gradient_options(self):
+        return {
+            "reduction": "mean_abs",
+            "blur_sigma": self.blur_sigma,
+            "kernel_size": self.kernel_size,
+            "mode": "eval" if self.eval_mode else "train",
+            "clean_weight": 1 - self.update_ratio,
+            "follows_training_loss": True,
+        }
+
+    def draw_offsets(self, height: int, width: int) -> torch.Tensor | None:
+        """(K, 2) on the host, so that the loop over them never waits for the device; None: all offsets."""
+        if self.search == "exhaustive" or (self.search == "random" and self.rand_pos == 1):
+            return None
+        count = max(1, int((2 * height - 1) * (2 * width - 1) * self.rand_pos))
+        return (random_offsets if self.search == "random" else grid_offsets)(height, width, count)
+
+    def __call__(self, images, targets, source):
+        self.mixed_weight, self.offset = 1.0, None
+        if torch.rand(()) >= self.mix_prob:
+            return images, targets
+        saliency = self.look(source, images, targets)
+        if getattr(source, "clean_weight", 0) > 0:  # the look has put the rest of the gradient into .grad
+            self.mixed_weight = self.update_ratio
+        lam = draw_lam(self.mixup_alpha, images) if self.mixup_alpha > 0 else torch.tensor(0.5, dtype=torch.float64)
+        lam, partner = self.upper_lambda * lam, draw_partner(images)
+        offsets = self.draw_offsets(*images.shape[-2:])
+        mixed, soft, self.offset = mix(images, targets, saliency, partner, lam, offsets)
+        return mixed, soft

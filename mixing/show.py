@@ -1,0 +1,256 @@
+"""Mix your own pictures: python -m mixing.show --images cat.jpg dog.jpg --method all"""
+
+import time
+
+from engine.cli import Parser, UserError, closest, one_of, run, whole
+from engine.mixing_options import method_options
+from engine.options import DATASET_ALIASES, DATASETS
+from mixing import ALIASES, MIXERS, build_mixer
+from models import ALIASES as MODEL_ALIASES
+from models import MODELS, build_model, matching_models
+from saliency import ALIASES as SOURCE_ALIASES
+from saliency import SOURCES, build_source
+
+METHODS = [name for name in MIXERS if name != "none"]
+TRIES = 60  # draws, of which those that mix are shown
+WITHOUT_NETWORK = "fine_grained"
+
+
+def build_parser() -> Parser:
+    parser = Parser("Mix a few pictures with one or several methods and draw what becomes of them.")
+    parser.group("what")
+    parser.option("--images", nargs="+", metavar="FILE", help="two or more pictures; the middle square is taken")
+    parser.option("--dataset", type=one_of(DATASETS, DATASET_ALIASES), metavar="NAME", help="or images of a data set")
+    parser.option("--data_dir", "--data", default="data", help="the folder that holds it")
+    parser.option("--indices", type=whole(), nargs="+", metavar="N", default=[0, 1, 2, 3], help="which training images")
+    parser.option(
+        "--method", type=one_of([*METHODS, "all"], ALIASES), nargs="+", default=["all"], metavar="NAME", help="or all"
+    )
+    parser.option(
+        "--model_path",
+        "--checkpoint",
+        metavar="FILE",
+        help="a trained classifier, whose gradient guides the methods that take one; without: a static map",
+    )
+    parser.option(
+        "--model", "--arch", metavar="NAME", help="its network, ours or torchvision's, if the file does not say"
+    )
+    parser.option("--image_size", type=whole(8), shown="the classifier's, else 224", metavar="PIXELS")
+    parser.option("--n", type=whole(1), default=4, help="mixed images of each method")
+    parser.option("--output", "-o", default="mix.png", metavar="FILE", help="the picture to write")
+    parser.option("--seed", type=whole(), default=0)
+    method_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Draw; returns the label weights of each method's mixed images, name -> (n, inputs)."""
+    parser = build_parser()
+    options = {**parser.defaults, **parser.read(argv)}
+    if (options["images"] is None) == (options["dataset"] is None):
+        parser.error("give either --images, two or more files, or --dataset")
+    if len(options["images"] or options["indices"]) < 2:
+        parser.error("mixing takes two images or more")
+    methods = METHODS if "all" in options["method"] else options["method"]
+
+    import torch
+
+    from engine import draw
+
+    model, images, names, statistics = load(options)
+    rows, weights = [], {}
+    maps = None
+    for name in methods:
+        try:
+            mixer = build_mixer(name, **options | statistics | {"mix_prob": 1.0})
+            mixer.check_size(*images.shape[-2:])
+            source = mixer.build_source(lambda one: choose_source(options, one, model, statistics))
+        except ValueError as error:
+            raise UserError(f"--method {name}: {error}") from error
+        if source and maps is None:
+            maps = source(images, None)
+        mixed, shares, soft, milliseconds = collect(mixer, images, source, options["n"], options["seed"])
+        weights[name] = soft
+        rows.append((f"{name}\n{milliseconds:.1f} ms", mixed, shares, soft))
+        print(f"{name}: {milliseconds:.1f} ms for {len(images)} images")
+        for one in soft:
+            order = one.argsort(descending=True)
+            print("   " + ", ".join(f"{float(one[k]):.2f} {names[int(k)]}" for k in order if one[k] > 0.005))
+    if maps is None:
+        maps = build_source(WITHOUT_NETWORK, **statistics)(images)
+    guide = "pixel gradient" if model and options["saliency"] in (None, "gradient") else options["saliency"]
+    draw.mixtures(
+        options["output"],
+        images=images,
+        names=names,
+        saliency=maps,
+        guide=guide or WITHOUT_NETWORK,
+        rows=[
+            (text, mixed, torch.tensordot(shares, palette(len(images)), dims=([1], [0])), soft)
+            for text, mixed, shares, soft in rows
+        ],
+        colours=palette(len(images)),
+        **statistics,
+    )
+    print(f"written: {options['output']}")
+    return weights
+
+
+def palette(count: int):
+    """(count, 3) colours, of pixels in 0..1, that tell the inputs apart."""
+    import torch
+    from matplotlib import colormaps
+
+    colours = [colormaps["tab10" if count <= 10 else "tab20"](k % 20)[:3] for k in range(count)]
+    return torch.tensor(colours, dtype=torch.float32)
+
+
+def load(options: dict) -> tuple:
+    """The network or None, images (B, 3, S, S) normalised, their names, and the statistics they are normalised by."""
+    from pathlib import Path
+
+    import torch
+
+    from engine.data import STATISTICS, load_data
+    from engine.image_files import BadImage, decode
+
+    model, size, statistics = load_model(options) if options["model_path"] else (None, None, STATISTICS["imagenet"])
+    size = options["image_size"] or size or 224
+    if options["dataset"]:
+        data = load_data(options["dataset"], data_dir=options["data_dir"], image_size=options["image_size"])
+        if max(options["indices"]) >= len(data.train):
+            raise UserError(f"--indices: {options['dataset']} has {len(data.train)} training images, from 0")
+        part = data.train.take(torch.tensor(options["indices"]))
+        pixels = part.pixels if isinstance(part.pixels, torch.Tensor) else part.pixels.read_all(0, lambda x, **_: x)[0]
+        names = [
+            f"{data.classes[label]} ({index})" for label, index in zip(part.labels, options["indices"], strict=True)
+        ]
+        if not options["model_path"]:
+            statistics = (data.mean, data.std)
+    else:
+        try:
+            pixels = torch.stack([torch.from_numpy(decode(Path(file), size)) for file in options["images"]])
+        except BadImage as error:
+            raise UserError(f"--images {error}") from error
+        names = [Path(file).stem for file in options["images"]]
+    mean, std = statistics
+    pixels = pixels.permute(0, 3, 1, 2).float() / 255
+    images = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    return model, images, names, {"mean": tuple(mean), "std": tuple(std)}
+
+
+def load_model(options: dict) -> tuple:
+    """The network of --model_path, the side of its images if known, and mean and std."""
+    import torch
+    from torchvision.models import get_model, list_models
+
+    from engine.classifier import SavedClassifier
+    from engine.data import STATISTICS, WITHOUT_STATISTICS
+    from models import class_count
+
+    file, name = SavedClassifier(options["model_path"]), options["model"]
+    if name in list_models() and not (name in MODELS and matching_models(file.weights)):
+        model = (
+            get_model(name, weights=None, init_weights=False) if name == "googlenet" else get_model(name, weights=None)
+        )
+        try:
+            model.load_state_dict(
+                {key: value.float() if value.is_floating_point() else value for key, value in file.weights.items()}
+            )
+        except RuntimeError as error:
+            raise UserError(f"{options['model_path']} holds no {name}: {str(error).splitlines()[1].strip()}") from error
+        return model.eval(), 224, STATISTICS["imagenet"]
+    if name and name not in MODELS and name not in MODEL_ALIASES:
+        raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, [*MODELS, *list_models()])}")
+    trained = file.options.get("dataset")
+    size = options["image_size"] or file.options.get("image_size") or 32
+    norm = file.options.get("norm", "own")
+    known = {"model": name or file.options.get("model"), "num_classes": class_count(file.weights), "image_size": size}
+    model = file.build(build_model, matching_models, **known)
+    statistics = (
+        STATISTICS[norm] if norm != "own" else STATISTICS[WITHOUT_STATISTICS.get(trained, trained or "imagenet")]
+    )
+    torch.set_grad_enabled(True)
+    return model.eval(), size, statistics
+
+
+def choose_source(options: dict, mixer, model, statistics: dict):
+    """What guides a method here: its own source, or a static map where that takes a network and there is none."""
+    name = options["saliency"] or mixer.default_source
+    if name == "bank":
+        raise ValueError("--saliency bank: it is learned while a classifier trains; choose another")
+    if name == "gradient" and model is None:
+        if options["saliency"]:
+            raise ValueError("--saliency gradient needs --model_path, a trained classifier")
+        name = WITHOUT_NETWORK
+    settings = mixer.gradient_options | {"mode": "eval", "clean_weight": 0.0}
+    source = build_source(name, model=model, **statistics, **settings)
+    return Predicted(source) if name == "gradient" else source
+
+
+class Predicted:
+    """A gradient source for images without labels: the network's own first choice is differentiated."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __call__(self, images, targets):
+        return self.source(images, self.first_choice(images))
+
+    def gradient(self, images, targets):
+        return self.source.gradient(images, self.first_choice(images))
+
+    def first_choice(self, images):
+        import torch
+        from torch.nn import functional as F
+
+        with torch.no_grad():
+            logits = self.source.model(images)
+        return F.one_hot(logits.argmax(1), logits.shape[1]).float()
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+
+def collect(mixer, images, source, count: int, seed: int) -> tuple:
+    """`count` mixed images (n, 3, H, W), whose pixels they show (n, B, H, W), label weights (n, B), and the
+    milliseconds of one call. The first that hold a part of another image; of a method that has none, the first changed.
+    """
+    import torch
+
+    targets = torch.eye(len(images))
+    found, milliseconds = {2: [], 1: [], 0: []}, []  # by how much became of the image
+    for draw in range(TRIES):
+        torch.manual_seed(1000 * seed + draw)
+        begin = time.perf_counter()
+        result, labels = mixer(images, targets, source)
+        milliseconds.append(1000 * (time.perf_counter() - begin))
+        showing = weights_of(mixer, images, targets, source, 1000 * seed + draw)
+        for row in range(len(images)):
+            kind = 2 if labels[row, row] < 0.99 else int(not torch.equal(result[row], images[row]))
+            found[kind].append((result[row], showing[row], labels[row]))
+        if len(found[2]) >= count:
+            break
+    best = next(kind for kind in found.values() if kind)[:count]
+    middle = sorted(milliseconds)[len(milliseconds) // 2]
+    return *(torch.stack(one).detach() for one in zip(*best, strict=True)), middle
+
+
+def weights_of(mixer, images, targets, source, seed: int):
+    """(B, B, H, W): the weight of image j at every pixel of mixed image i, as the derivative of one by the other."""
+    import torch
+    from torch.autograd import forward_ad
+
+    found = []
+    for one in range(len(images)):
+        torch.manual_seed(seed)
+        tangent = torch.zeros_like(images)
+        tangent[one] = 1
+        with forward_ad.dual_level():
+            mixed, _ = mixer(forward_ad.make_dual(images, tangent), targets, source)
+            found.append(forward_ad.unpack_dual(mixed).tangent[:, 0])
+    return torch.stack(found, 1)
+
+
+if __name__ == "__main__":
+    run(main)
