@@ -1,0 +1,149 @@
+"""R-Mix: in every patch the image that is salient there, by a percentile drawn at random for each image.
+
+"Expeditious Saliency-guided Mix-up through Random Gradient Thresholding", arXiv 2212.04875, Sec. 3 (R-Mix); the
+ImageNet settings are those of its code: dirichlet_alpha 0.2, patches_per_side (2, 4), pairing reversed, clean_lam 1.
+"""
+
+import torch
+
+from mixing.base import (
+    Mixer,
+    blend,
+    block_means,
+    check_divides,
+    check_probability,
+    draw_lam,
+    draw_partner,
+    enlarge,
+    unit_sum,
+)
+
+HIGHEST = 0.99  # the percentile of the last action; that of the first is 0
+
+
+def percentiles(actions: torch.Tensor, num_action: int) -> torch.Tensor:
+    """Actions (B,) in 0..num_action - 1 -> percentiles (B,) float32, equally spaced from 0 to 0.99."""
+    return actions.float() * (HIGHEST / max(num_action - 1, 1))
+
+
+def salient(blocks: torch.Tensor, percentile: torch.Tensor) -> torch.Tensor:
+    """Which patches reach their image's percentile: blocks (B, rows, columns), percentile (B,) -> bool of that shape.
+
+    The threshold lies at rank percentile * (N - 1) of the N patches, between two of them on the straight line.
+    """
+    ordered = blocks.flatten(1).sort(1).values
+    last = ordered.shape[1] - 1
+    rank = (percentile * last).unsqueeze(1)
+    below = rank.long()
+    low, high = ordered.gather(1, below), ordered.gather(1, (below + 1).clamp(max=last))
+    return blocks >= torch.lerp(low, high, rank - below).unsqueeze(2)
+
+
+def block_weights(mask: torch.Tensor, partner: torch.Tensor, lam: float) -> torch.Tensor:
+    """Weight of the first image in every patch, (B, rows, columns) float32: its own mask (bool) where that of the
+    partner differs, lam where both are salient or neither is.
+    """
+    return mask.float().masked_fill(mask == mask[partner], lam)
+
+
+def mix(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, weight: torch.Tensor):
+    """images (B, C, H, W), targets (B, K), partner (B,), weight (B, rows, columns) -> mixed images, soft targets.
+
+    Differentiable in images, whose memory format is kept. The labels follow the mean of the weight.
+    """
+    pixels = enlarge(weight, *images.shape[-2:]).to(images.dtype)
+    if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+        # to broadcast over the innermost dimension costs more than to write the weight out
+        pixels = pixels.expand_as(images).contiguous(memory_format=torch.channels_last)
+    return torch.lerp(images[partner], images, pixels), blend(targets, partner, weight.mean((1, 2)))
+
+
+class RMix(Mixer):
+    """Percentiles uniform on num_action values, one for each image; the weight of patches that both images claim, or
+    neither, ~ Dirichlet(dirichlet_alpha, dirichlet_alpha), one a batch.
+
+    random_patches: sides of a patch in pixels, one drawn for each batch. patches_per_side: instead, numbers of patches
+    to a side, one drawn for each batch. num_patches: to a side, if use_random_patches is false. pairing: `random` (a
+    permutation) or `reversed` (the batch backwards). clean_lam: weight of the clean loss that is trained on as well.
+    mix_prob: chance that a batch is mixed. Raises ValueError for images that a patch side does not divide.
+    """
+
+    default_source = "gradient"
+
+    def __init__(
+        self,
+        dirichlet_alpha: float = 1.0,
+        random_patches: tuple[int, ...] = (8, 16),
+        use_random_patches: bool = True,
+        num_patches: int = 8,
+        patches_per_side: tuple[int, ...] | None = None,
+        num_action: int = 10,
+        pairing: str = "random",
+        clean_lam: float = 0.0,
+        mix_prob: float = 1.0,
+    ):
+        if dirichlet_alpha <= 0:
+            raise ValueError(f"dirichlet_alpha must be positive, got {dirichlet_alpha}")
+        if not random_patches or min(random_patches) < 1:
+            raise ValueError(f"random_patches must be positive numbers of pixels, got {random_patches}")
+        if patches_per_side is not None and (not patches_per_side or min(patches_per_side) < 1):
+            raise ValueError(f"patches_per_side must be positive numbers of patches, got {patches_per_side}")
+        if num_patches < 1 or num_action < 1:
+            raise ValueError(f"num_patches and num_action must be positive, got {num_patches} and {num_action}")
+        if pairing not in ("random", "reversed"):
+            raise ValueError(f"pairing must be random or reversed, got {pairing!r}")
+        if clean_lam < 0:
+            raise ValueError(f"clean_lam must not be negative, got {clean_lam}")
+        self.dirichlet_alpha, self.num_action, self.pairing = dirichlet_alpha, num_action, pairing
+        self.random_patches, self.patches_per_side = tuple(random_patches), patches_per_side and tuple(patches_per_side)
+        self.use_random_patches, self.num_patches = use_random_patches, num_patches
+        self.clean_lam, self.mix_prob = clean_lam, check_probability("mix_prob", mix_prob)
+
+    @property
+    def gradient_options(self):
+        return {"mode": "train", "clean_weight": self.clean_lam}
+
+    def __call__(self, images, targets, source):
+        if torch.rand(()) >= self.mix_prob:
+            return images, targets
+        rows, columns = self.draw_grid(*images.shape[-2:])
+        lam = float(draw_lam(self.dirichlet_alpha, images))  # a Dirichlet of two is a Beta
+        saliency = self.look(source, images, targets)
+        with torch.no_grad():
+            partner = self.draw_partner(images)
+            percentile = percentiles(self.choose(saliency, targets, source), self.num_action)
+            mask = salient(unit_sum(block_means(saliency, rows, columns)), percentile)
+            weight = block_weights(mask, partner, lam)
+        return mix(images, targets, partner, weight)
+
+    def choose(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:
+        """(B,) long: an action for each image, which stands for its percentile."""
+        return torch.randint(self.num_action, saliency.shape[:1], device=saliency.device)
+
+    def draw_partner(self, images: torch.Tensor) -> torch.Tensor:
+        if self.pairing == "reversed":
+            return torch.arange(len(images) - 1, -1, -1, device=images.device)
+        return draw_partner(images)
+
+    def check_size(self, height, width):
+        if self.patches_per_side:
+            for count in self.patches_per_side:
+                check_divides("patches_per_side", count, height, width)
+        elif not self.use_random_patches:
+            check_divides("num_patches", self.num_patches, height, width)
+        else:
+            for side in self.random_patches:
+                check_divides("random_patches (in pixels)", side, height, width)
+
+    def draw_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches for this batch."""
+        self.check_size(height, width)
+        if self.patches_per_side or not self.use_random_patches:
+            count = one_of(self.patches_per_side or (self.num_patches,))
+            return count, count
+        side = one_of(self.random_patches)
+        return height // side, width // side
+
+
+def one_of(values: tuple[int, ...]) -> int:
+    return values[int(torch.randint(len(values), ()))]

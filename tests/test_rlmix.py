@@ -1,0 +1,368 @@
+import copy
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import same_state
+from torch import nn
+
+import mixing.policy
+from mixing.base import block_means, unit_sum
+from mixing.policy import ActorCritic, Agent, Features, advantages, draw_actions, initialise, joint_log_prob, ppo_loss
+from mixing.rlmix import RLMix, agreement
+from mixing.rmix import percentiles, salient
+
+B, K = 4, 5
+
+
+class Source:
+    """A source with logits: new maps at every call, drawn by torch's generator."""
+
+    def __call__(self, images, targets):
+        self.logits = torch.randn(len(images), targets.shape[1], device=images.device)
+        return torch.rand(len(images), *images.shape[-2:], device=images.device)
+
+
+def build(**options):
+    return RLMix(**{"agent_trajectory_size": 3, "agent_batch_size": 2, "agent_epochs": 2, **options})
+
+
+def train(mixer, steps, source=None, batch=B):
+    """`steps` training steps without a network. Returns the last mixed images."""
+    for _ in range(steps):
+        images, targets = torch.randn(batch, 3, 16, 16), torch.eye(K)[torch.arange(batch) % K]
+        mixed, _ = mixer(images, targets, source or Source())
+        mixer.after_backward(torch.randn_like(mixed))
+    return mixed
+
+
+def test_the_features_are_those_of_the_published_code():
+    golden = np.load(Path(__file__).parent / "golden" / "rmix.npz")
+    features = Features(batch=10, classes=7, grid=8, features=16)
+    state = features.state_dict()
+    names = ["cnn.0", "cnn.2", "logits_layer.0", "linear.0"]
+    assert list(state) == [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    for key, value in state.items():  # each from a legacy generator seeded by its key
+        z = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(value.shape))
+        z = z * (0.1 if key.endswith("bias") else np.sqrt(2 / np.prod(value.shape[1:])))
+        state[key] = torch.tensor(z.astype(np.float32))
+    features.load_state_dict(state)
+    with torch.no_grad():
+        got = features(*(torch.from_numpy(golden[f"agent_in_{name}"]) for name in ("saliency", "logits")))
+    expected = torch.from_numpy(golden["agent_features"])
+    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_first_weights_are_orthogonal_and_first_actions_nearly_uniform():
+    policy = ActorCritic(batch=B, classes=K, grid=8, actions=10)
+    initialise(policy)
+    assert all(bias.eq(0).all() for name, bias in policy.named_parameters() if name.endswith("bias"))
+    for layer, gain in (
+        (policy.features.cnn[2], 2),
+        (policy.features.linear[0], 2),
+        (policy.actor[0], 2),
+        (policy.critic[2], 2),
+        (policy.action_head, 1e-4),
+        (policy.value_head, 1),
+    ):
+        weight = layer.weight.detach().flatten(1)
+        small = weight @ weight.T if len(weight) <= weight.shape[1] else weight.T @ weight
+        torch.testing.assert_close(small, gain * torch.eye(len(small)), rtol=1e-4, atol=1e-5)
+    log_probs, values = policy(torch.rand(2, B, 8, 8), torch.randn(2, B, K))
+    assert log_probs.shape == (2, B, 10) and values.shape == (2,)
+    torch.testing.assert_close(log_probs.exp().sum(2), torch.ones(2, B))
+    assert (log_probs.exp() - 0.1).abs().max() < 0.01
+
+
+def test_actions_come_as_often_as_their_probability():
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.0, 0.5, 0.5]])
+    actions = draw_actions(probs.log().expand(20000, 2, 3))
+    for i in range(2):
+        assert (actions[:, i].bincount(minlength=3) / 20000 - probs[i]).abs().max() < 0.015
+    log_prob = joint_log_prob(probs.log().unsqueeze(0), torch.tensor([[1, 2]]))
+    torch.testing.assert_close(log_prob, torch.tensor([0.1]).log())  # 0.2 * 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 8])
+def test_advantages_are_those_of_the_definition(steps):
+    rewards, values, last = torch.randn(steps), torch.randn(steps), torch.randn(())
+    starts = (torch.rand(steps) < 0.3).float()
+    expected, following = [0.0] * steps, 0.0
+    for t in reversed(range(steps)):
+        goes_on = 1.0 if t + 1 == steps else 1.0 - float(starts[t + 1])
+        after = float(last) if t + 1 == steps else float(values[t + 1])
+        delta = float(rewards[t]) + 0.99 * after * goes_on - float(values[t])
+        following = expected[t] = delta + 0.99 * 0.95 * goes_on * following
+    torch.testing.assert_close(advantages(rewards, values, starts, last), torch.tensor(expected))
+
+
+def test_advantages_worked_out_by_hand():
+    got = advantages(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor(1.0))
+    second = 1 + 0.99 * 1 - 2
+    torch.testing.assert_close(got, torch.tensor([1 + 0.99 * 2 - 0.5 + 0.9405 * second, second]))
+    got = advantages(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor(0.0))
+    assert got.tolist() == [0.5, -1.0], "nothing crosses into the next episode"
+
+
+def test_the_clipped_loss_worked_out_by_hand():
+    ratio = torch.tensor([2.0, 0.5, 2.0, 0.5], requires_grad=True)
+    advantage = torch.tensor([3.0, 3.0, -1.0, -1.0])  # mean 1, deviation 4 / sqrt(3): normalised +-sqrt(3) / 2
+    value, returns = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 2.0, 3.0, 2.0])
+    loss = ppo_loss(ratio.log(), torch.zeros(4), value, advantage, returns)
+    unit = 3**0.5 / 2
+    surrogate = (1.2 * unit + 0.5 * unit - 2.0 * unit - 0.8 * unit) / 4
+    torch.testing.assert_close(loss, torch.tensor(0.5 * 1.0 - surrogate))
+    loss.backward()
+    assert ratio.grad.ne(0).tolist() == [False, True, True, False], "no push beyond the clip"
+    single = ppo_loss(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.tensor([2.0]), torch.zeros(1))
+    assert single == -2, "one step has no deviation"
+
+
+def test_the_policy_learns_what_is_rewarded():
+    sizes = {"batch": 3, "classes": 2, "grid": 4, "actions": 3}
+    options = {"learning_rate": 3e-3, "batch_size": 32, "trajectory_size": 64, "epochs": 5}
+    agent = Agent(sizes, torch.device("cpu"), **options)
+    wanted = torch.tensor([2, 0, 1])
+    shares = []
+    for step in range(8 * 64):  # each step an episode of its own
+        saliency, logits = unit_sum(torch.rand(3, 4, 4)), torch.randn(3, 2)
+        hits = (agent.act(saliency, logits, start=True, remaining=1.0) == wanted).float().mean()
+        agent.take(hits, ended=step % 64 == 63, remaining=1.0)
+        shares.append(float(hits))
+    assert abs(np.mean(shares[:64]) - 1 / 3) < 0.15 and np.mean(shares[-64:]) > 0.8
+
+
+def test_the_reward_is_the_agreement_of_the_two_maps():
+    grad = torch.randn(B, 3, 16, 16)
+    clean = block_means(grad.square().mean(1).sqrt(), 8, 8)
+    assert abs(float(agreement(clean, 1e4 * grad, 8, 8)) - 1) < 1e-5, "a loss scale is no matter"
+    left, right = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
+    left[..., :4], right[..., 4:] = 1, 1
+    assert agreement(left[0], right, 8, 8) == 0
+    both = agreement(left[0], left + right, 8, 8)
+    assert abs(float(both) - 0.5**0.5) < 1e-6
+    for bad in (float("nan"), float("inf")):
+        assert agreement(left[0], right.masked_fill(right > 0, bad), 8, 8) == 0
+    assert agreement(left[0], torch.zeros_like(left), 8, 8) == 0
+
+
+def test_a_step_is_recorded_as_it_was():
+    mixer, source = build(agent_trajectory_size=9, reward_step=3, reward_scaling=4.0), Source()
+    rewards = []
+    for step in range(6):
+        if step in (0, 4):
+            mixer.start_epoch(step // 4, 3, 4)
+        images, targets = torch.randn(B, 3, 16, 16), torch.eye(K)[:B]
+        maps = []
+        mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
+        rows = mixer.agent.rollout.rows
+        assert torch.equal(rows["saliency"][step], unit_sum(block_means(maps[0], 8, 8)))
+        assert rows["logits"][step].eq(0).all(), "a source without logits"
+        grad = torch.randn_like(mixed)
+        mixer.after_backward(grad)
+        rewards.append(agreement(block_means(maps[0], 8, 8), grad, 8, 8) / 4 if step % 3 == 2 else torch.tensor(0.0))
+    torch.testing.assert_close(rows["reward"][:6], torch.stack(rewards))
+    assert rows["start"][:6].tolist() == [1, 0, 0, 0, 1, 0] and mixer.agent.rollout.filled == 6
+    train(mixer, 1, source)
+    assert torch.equal(rows["logits"][6], source.logits)
+
+
+def test_the_recorded_actions_choose_the_patches():
+    mixer = build(random_patches=(4,), pairing="reversed")
+    images, targets, source = torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Source()
+    for _ in range(5):
+        maps = []
+        mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
+        action = mixer.agent.rollout.rows["actions"][0]
+        mask = salient(unit_sum(block_means(maps[0], 4, 4)), percentiles(action, 10))
+        alone = (mask & ~mask.flip(0)).repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
+        assert torch.equal(mixed.where(alone, 0), images.where(alone, 0)) and alone.any()
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_the_value_after_a_rollout_counts_unless_the_episode_ended(steps, monkeypatch):
+    seen = []
+    monkeypatch.setattr(mixing.policy, "advantages", lambda *given: seen.append(given) or advantages(*given))
+    mixer = build(agent_lr=1e-2)
+    mixer.start_epoch(1, 4, steps)
+    train(mixer, 3)
+    if steps == 3:
+        assert len(seen) == 1 and seen[0][3] == 0, "learned from at once: the episode is over"
+    else:
+        assert not seen, "the next state is not known yet"
+        train(mixer, 1)
+        assert len(seen) == 1 and seen[0][3] != 0
+    lr = mixer.agent.optimizer.param_groups[0]["lr"]
+    assert lr == pytest.approx(1e-2 * (1 - (steps + 3) / (4 * steps)) ** 0.9)
+    assert mixer.agent.rollout.filled == (0 if steps == 3 else 1)
+
+
+def test_a_rollout_that_waits_at_the_end_of_an_epoch_ends_with_it(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mixing.policy, "advantages", lambda *given: seen.append(given) or advantages(*given))
+    mixer = build()
+    mixer.start_epoch(0, 2, 4)
+    train(mixer, 3)
+    train(mixer, 1, batch=B - 1)
+    assert not seen
+    mixer.start_epoch(1, 2, 4)
+    train(mixer, 1)
+    assert len(seen) == 1 and seen[0][3] == 0
+
+
+def test_learning_moves_every_weight_and_leaves_no_gradient():
+    mixer = build()
+    train(mixer, 1)
+    before = {name: value.clone() for name, value in mixer.agent.policy.named_parameters()}
+    train(mixer, 3)
+    for name, value in mixer.agent.policy.named_parameters():
+        assert not torch.equal(value, before[name]) and value.isfinite().all() and value.grad is None, name
+
+
+def test_every_pass_sees_every_step_once(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mixing.policy, "ppo_loss", lambda *given: seen.append(given) or ppo_loss(*given))
+    mixer = build(agent_trajectory_size=7, agent_batch_size=3, agent_epochs=4)
+    mixer.start_epoch(0, 2, 7)
+    train(mixer, 7)
+    assert [len(given[0]) for given in seen] == [3, 3, 1] * 4
+    orders = [torch.cat([given[1] for given in seen[i : i + 3]]) for i in range(0, 12, 3)]
+    recorded = mixer.agent.rollout.rows["log_prob"].sort().values
+    assert all(torch.equal(order.sort().values, recorded) for order in orders), "a step is missing"
+    assert not all(torch.equal(order, orders[0]) for order in orders), "always the same minibatches"
+    torch.testing.assert_close(seen[0][0].detach(), seen[0][1])  # nothing learned yet: the same probabilities
+
+
+def test_batches_of_another_size_are_mixed_but_not_learned_from():
+    mixer = build(agent_trajectory_size=9)
+    train(mixer, 2)
+    assert train(mixer, 1, batch=B - 1).shape[0] == B - 1
+    assert mixer.agent.rollout.filled == 2 and mixer.steps == 2
+    train(mixer, 1, batch=B + 2)
+    train(mixer, 1)
+    assert mixer.agent.rollout.filled == 3
+    counts = sum(mixer.choose(torch.rand(3, 16, 16), torch.eye(3), None).bincount(minlength=10) for _ in range(500))
+    assert (counts - 150).abs().max() < 50, "uniform percentiles"
+
+
+def test_batches_that_are_not_mixed_are_not_learned_from():
+    mixer = build(agent_trajectory_size=200, mix_prob=0.5)
+    train(mixer, 100)
+    assert 30 < mixer.agent.rollout.filled < 70
+    with pytest.raises(ValueError, match="gradient"):
+        for _ in range(50):
+            mixer(torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Source())
+            mixer.after_backward(None)
+    mixer.mix_prob, filled = 1.0, mixer.agent.rollout.filled
+    mixer(torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Source())  # and no backward pass
+    mixer.mix_prob = 0.0
+    train(mixer, 1)
+    assert mixer.agent.rollout.filled == filled
+
+
+@pytest.mark.parametrize("before", [2, 3, 4, 8])
+def test_a_stopped_run_goes_on_bit_for_bit(before):
+    """Stopped in the middle of a rollout, with a full one, and after the agent has learned."""
+    whole = build()
+    whole.start_epoch(0, 3, 8)
+    train(whole, before)
+    file = io.BytesIO()
+    torch.save(whole.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    fresh = build()
+    fresh.load_state_dict(saved)
+    assert same_state(fresh.state_dict(), whole.state_dict()), "the state of an agent that was not built yet"
+    results = []
+    for mixer in (whole, fresh):
+        torch.manual_seed(1)
+        if before == 8:
+            mixer.start_epoch(1, 3, 8)
+        mixed = train(mixer, 7)
+        results.append((mixed, torch.rand(()), mixer.state_dict()))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert same_state(results[0][2], results[1][2])
+
+
+def test_a_state_taken_up_again_is_not_changed_by_going_on():
+    mixer = build()
+    train(mixer, 5)  # it has learned once, and 2 steps since
+    file = io.BytesIO()
+    torch.save(mixer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved["agent"]["rollout"]["logits"].untyped_storage().nbytes() == 2 * B * K * 4, "only the filled rows"
+    ends = []
+    for _ in range(2):
+        mixer.load_state_dict(saved)
+        torch.manual_seed(2)
+        train(mixer, 5)
+        ends.append(copy.deepcopy(mixer.state_dict()))
+    assert same_state(*ends)
+    assert RLMix().state_dict()["agent"] is None
+
+
+def test_a_state_that_does_not_fit_is_refused():
+    mixer = build()
+    train(mixer, 2)
+    for options, said in (({"num_action": 5}, "num_action|actions"), ({"agent_trajectory_size": 1}, "trajectory_size")):
+        other = build(**options)
+        other.load_state_dict(mixer.state_dict())
+        with pytest.raises(ValueError, match=said):
+            train(other, 1)
+
+
+def test_a_network_is_trained_with_it():
+    from saliency.gradient import Gradient
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.append(nn.Linear(8, K)).train()
+    mixer = build(agent_trajectory_size=2)
+    source = Gradient(net, **mixer.gradient_options)
+    for _ in range(4):
+        images, targets = torch.randn(B, 3, 16, 16), torch.eye(K)[:B]
+        mixed, soft = mixer(images, targets, source)
+        mixed.requires_grad_(mixer.wants_mixed_grad)
+        nn.functional.cross_entropy(net(mixed), soft).backward()
+        mixer.after_backward(mixed.grad)
+    rewards = mixer.agent.rollout.rows["reward"]
+    assert rewards.gt(0).all() and rewards.le(1).all(), "two maps without negative entries"
+
+
+def test_nothing_is_read_back_from_the_device():
+    mixer = build()
+    for step in range(9):  # tensors without numbers: to read one raises
+        if step % 4 == 0:
+            mixer.start_epoch(step // 4, 3, 4)
+        images, targets = torch.randn(B, 3, 16, 16, device="meta"), torch.eye(K, device="meta")[:B]
+        mixed, soft = mixer(images, targets, Source())
+        mixer.after_backward(torch.randn_like(mixed))
+    assert mixer.steps == 9 and mixer.agent.rollout.filled == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grad_sim": False},
+        {"num_patches": 3},
+        {"agent_lr": 0},
+        {"agent_batch_size": 0},
+        {"agent_trajectory_size": 0},
+        {"agent_epochs": 0},
+        {"reward_step": 0},
+        {"reward_scaling": 0},
+        {"pairing": "backwards"},
+    ],
+)
+def test_wrong_hyper_parameters_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RLMix(**options)
+
+
+def test_a_grid_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="num_patches"):
+        RLMix(random_patches=(6,))(torch.randn(2, 3, 12, 12), torch.eye(2), Source())

@@ -1,0 +1,294 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import mixing.rmix
+from mixing.base import block_means, enlarge, unit_sum
+from mixing.rlmix import agreement
+from mixing.rmix import RMix, block_weights, mix, percentiles, salient
+from saliency.gradient import Gradient
+
+SHAPES = [(4, 3, 32, 32), (1, 3, 32, 32), (5, 3, 16, 48)]  # one image; an odd batch with H != W
+
+
+class Net(nn.Module):
+    """The network of the recorded steps."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, images):
+        hidden = self.bn1(self.conv1(images)).relu()
+        return self.fc(self.bn2(self.conv2(hidden)).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return np.load(Path(__file__).parent / "golden" / "rmix.npz")
+
+
+def batch(shape, classes=5):
+    images = torch.randn(shape)
+    return images, torch.eye(classes)[torch.arange(shape[0]) % classes]
+
+
+def spotty(images, targets):
+    """A source with a different map for each image."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.rand(len(images), *images.shape[-2:], generator=generator)
+
+
+@pytest.mark.parametrize("case", "abcd")
+def test_a_step_of_the_published_code(case, golden, monkeypatch):
+    def recorded(name):
+        return torch.from_numpy(golden[f"mix_{case}_{name}"])
+
+    def state(kind):
+        prefix = f"mix_{case}_{kind}_"
+        return {name[len(prefix) :]: torch.from_numpy(golden[name]) for name in golden.files if name.startswith(prefix)}
+
+    images, classes, side = recorded("x"), int(recorded("num_class")), int(recorded("pool_kernel"))
+    targets = F.one_hot(recorded("y"), classes).float()
+    net = Net(classes).train()
+    net.load_state_dict(state("init"), strict=False)
+    source = Gradient(net, mode="train")
+    mixer = RMix(random_patches=(side,))
+    monkeypatch.setattr(mixer, "choose", lambda *_: recorded("action").long())
+    monkeypatch.setattr(mixer, "draw_partner", lambda _: recorded("index").long())
+    monkeypatch.setattr(mixing.rmix, "draw_lam", lambda *_: recorded("w1").double())
+    maps = []
+    monkeypatch.setattr(mixer, "look", lambda *asked: maps.append(RMix.look(mixer, *asked)) or maps[0])
+
+    mixed, soft = mixer(images, targets, source)
+    mixed.requires_grad_()
+    loss = F.cross_entropy(net(mixed), soft)
+    loss.backward()
+
+    torch.testing.assert_close(percentiles(recorded("action").long(), 10), recorded("quantile"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(source.logits, recorded("logits_clean"), rtol=1e-5, atol=1e-5)
+    patches = [n // side for n in images.shape[-2:]]
+    near = {"rtol": 1e-5, "atol": 1e-9}
+    torch.testing.assert_close(unit_sum(block_means(maps[0], *patches)), recorded("saliency_pooled"), **near)
+    clean = block_means(maps[0], 8, 8)
+    scale = len(images) * classes / 2  # recorded: 2 / K times the mean of the losses; ours: their sum
+    torch.testing.assert_close(clean / scale, recorded("agent_saliency_raw"), rtol=1e-5, atol=1e-9)
+    some = recorded("mixed_x")  # the first images of the batch
+    torch.testing.assert_close(mixed[: len(some)], some, rtol=0, atol=1e-6)
+    torch.testing.assert_close(soft, recorded("mixed_y"), rtol=0, atol=1e-6)
+    assert abs(loss.item() - float(recorded("loss"))) < 1e-5
+    for name, expected in state("grad").items():
+        off = (net.get_parameter(name).grad - expected).abs().max()
+        assert off <= 1e-5 * expected.abs().max(), name
+    for name, expected in state("after").items():
+        torch.testing.assert_close(net.state_dict()[name], expected, rtol=0, atol=1e-6)
+    assert abs(float(agreement(clean, mixed.grad, 8, 8)) - float(recorded("reward"))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("side", "ones"),
+    [
+        (2, [4, 3, 3, 3, 2, 2, 2, 1, 1, 1]),
+        (4, [16, 14, 12, 11, 9, 7, 6, 4, 2, 1]),
+        (8, [64, 57, 50, 43, 36, 29, 22, 15, 8, 1]),
+    ],
+)
+def test_the_percentile_counts_the_salient_patches(side, ones):
+    blocks = torch.randperm(side * side).float().view(1, side, side).repeat(10, 1, 1)
+    mask = salient(blocks, percentiles(torch.arange(10), 10))
+    assert mask.sum((1, 2)).tolist() == ones
+    for row, kept in zip(mask, ones, strict=True):
+        assert blocks[0][row].min() == side * side - kept, "the greatest ones"
+
+
+def test_the_threshold_lies_between_two_patches():
+    blocks = torch.tensor([[[1.0, 2.0], [4.0, 8.0]]]).expand(3, 2, 2)
+    mask = salient(blocks, torch.tensor([1 / 3, 0.34, 0.5]))  # thresholds 2, 2.04 and 3
+    assert mask.flatten(1).int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+def test_equal_patches_are_all_salient_and_one_patch_is():
+    assert salient(torch.ones(10, 4, 4), percentiles(torch.arange(10), 10)).all()
+    assert salient(torch.rand(10, 1, 1), percentiles(torch.arange(10), 10)).all()
+    assert percentiles(torch.zeros(3, dtype=torch.long), 1).eq(0).all()
+
+
+def test_a_mix_worked_out_by_hand():
+    images = torch.stack([torch.zeros(1, 2, 4), torch.full((1, 2, 4), 8.0)])
+    mask = torch.tensor([[[True, True]], [[False, True]]])  # one row of two patches, 2 x 2 pixels each
+    partner = torch.tensor([1, 0])
+    weight = block_weights(mask, partner, 0.25)
+    assert weight.tolist() == [[[1.0, 0.25]], [[0.0, 0.25]]]
+    mixed, soft = mix(images, torch.eye(2), partner, weight)
+    assert mixed[0].flatten().tolist() == [0, 0, 6, 6] * 2 and mixed[1].flatten().tolist() == [0, 0, 2, 2] * 2
+    assert soft.tolist() == [[0.625, 0.375], [0.875, 0.125]]
+
+
+def test_one_map_of_weights_equals_the_three_cases():
+    images, targets = batch((6, 3, 16, 16), 6)
+    mask, partner, lam = torch.rand(6, 4, 4) < 0.5, torch.tensor([3, 0, 1, 5, 4, 2]), 0.3
+    own, other = (enlarge(m.float(), 16, 16) for m in (mask, mask[partner]))
+    first, second, agree = own * (1 - other), (1 - own) * other, own * other + (1 - own) * (1 - other)
+    expected = first * images + second * images[partner] + agree * (lam * images + (1 - lam) * images[partner])
+    share = (first + lam * agree).mean((1, 2, 3)).unsqueeze(1)
+    mixed, soft = mix(images, targets, partner, block_weights(mask, partner, lam))
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(soft, share * targets + (1 - share) * targets[partner], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_contract(shape):
+    images, targets = batch(shape)
+    kept = images.clone(), targets.clone()
+    results = []
+    for seed in (*range(8), *range(8)):
+        torch.manual_seed(seed)
+        mixed, soft = RMix()(images, targets, spotty)
+        assert mixed.shape == images.shape and mixed.dtype == images.dtype and soft.shape == targets.shape
+        torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
+        assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs changed"
+        results.append((mixed, soft))
+    for first, again in zip(results[:8], results[8:], strict=True):
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]), "one seed, two results"
+    if shape[0] > 1:
+        assert len({float(mixed.sum()) for mixed, _ in results[:8]}) > 4, "seeds make no difference"
+
+
+def test_the_memory_format_is_kept_and_changes_no_number():
+    images, targets = batch((5, 3, 32, 16))
+    torch.manual_seed(3)
+    expected = RMix()(images, targets, spotty)
+    torch.manual_seed(3)
+    mixed, soft = RMix()(images.contiguous(memory_format=torch.channels_last), targets, spotty)
+    assert mixed.is_contiguous(memory_format=torch.channels_last) and expected[0].is_contiguous()
+    assert torch.equal(mixed, expected[0]) and torch.equal(soft, expected[1])
+
+
+def test_half_precision_images_stay_half():
+    images, targets = batch((4, 3, 32, 32))
+    mixed, soft = RMix()(images.bfloat16(), targets, spotty)
+    assert mixed.dtype == torch.bfloat16 and soft.dtype == torch.float32
+
+
+def test_the_blend_passes_gradients_to_the_images_and_the_decision_does_not():
+    images, targets = batch((6, 3, 32, 32))
+    images.requires_grad_()
+    mixed, soft = RMix()(images, targets, lambda x, _: x.square().sum(1))
+    assert not soft.requires_grad
+    mixed.sum().backward()
+    torch.testing.assert_close(images.grad.sum(), torch.tensor(float(images.numel())), rtol=1e-4, atol=0)
+
+
+def test_reversed_pairs_run_backwards():
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 16, 16)
+    mixed, soft = RMix(pairing="reversed", random_patches=(8,))(images, torch.eye(5), spotty)
+    for i in range(5):
+        assert soft[i, i] + soft[i, 4 - i] >= 1 - 1e-6
+        torch.testing.assert_close(mixed[i].mean(), soft[i] @ torch.arange(5.0))
+    partners = {tuple(RMix().draw_partner(images).tolist()) for _ in range(20)}
+    assert len(partners) > 10 and all(sorted(p) == list(range(5)) for p in partners)
+
+
+@pytest.mark.parametrize(
+    ("options", "grids"),
+    [
+        ({}, {(4, 6), (2, 3)}),
+        ({"random_patches": (4,)}, {(8, 12)}),
+        ({"patches_per_side": (2, 4)}, {(2, 2), (4, 4)}),
+        ({"use_random_patches": False}, {(8, 8)}),
+        ({"use_random_patches": False, "num_patches": 16}, {(16, 16)}),
+    ],
+)
+def test_the_grid_is_drawn_for_each_batch(options, grids, monkeypatch):
+    mixer, seen = RMix(**options), set()
+    monkeypatch.setattr(mixing.rmix, "salient", lambda blocks, _: seen.add(blocks.shape[1:]) or blocks > blocks.mean())
+    images, targets = batch((2, 3, 32, 48))
+    for _ in range(20):
+        mixer(images, targets, spotty)
+    assert seen == grids
+
+
+def test_patches_that_do_not_fit_are_named_with_those_that_would():
+    images, targets = batch((2, 3, 24, 40))
+    with pytest.raises(ValueError, match=r"random_patches.*24x40.*16x16.*\[2, 4, 8\]"):
+        RMix()(images, targets, spotty)
+    with pytest.raises(ValueError, match=r"patches_per_side.*\[2, 4, 8\]"):
+        RMix(patches_per_side=(2, 3))(images, targets, spotty)
+    with pytest.raises(ValueError, match=r"num_patches.*\[2, 4, 8\]"):
+        RMix(use_random_patches=False, num_patches=5)(images, targets, spotty)
+    RMix(random_patches=(8,))(images, targets, spotty)
+
+
+def test_mix_prob_is_the_chance_of_a_batch():
+    images, targets = batch((6, 3, 16, 16), 6)
+    asked = []
+
+    def source(*args):
+        asked.append(1)
+        return spotty(*args)
+
+    mixer = RMix(mix_prob=0.3, random_patches=(8,))
+    changed = sum(mixer(images, targets, source)[0] is not images for _ in range(400))
+    assert 80 <= changed <= 160 and len(asked) == changed, "no saliency pass for nothing"
+
+
+def test_percentiles_are_uniform_and_weights_a_beta_draw():
+    saliency = torch.ones(5000, 1, 1)
+    counts = RMix(num_action=4).choose(saliency, None, None).bincount(minlength=4)
+    assert len(counts) == 4 and (counts - 1250).abs().max() < 150
+    equal = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])  # equal maps: all patches blend
+    shares = []
+    for _ in range(600):
+        _, soft = RMix(0.2, pairing="reversed", num_action=1)(equal, torch.eye(2), lambda i, _: torch.ones(2, 16, 16))
+        shares.append(float(soft[0, 0]))
+    assert abs(np.mean(shares) - 0.5) < 0.06 and abs(np.var(shares) - 0.25 / 1.4) < 0.02  # Beta(0.2, 0.2)
+
+
+def test_the_clean_loss_is_trained_on_if_asked():
+    images, targets = batch((4, 3, 16, 16))
+    for clean_lam in (0.0, 1.0):
+        net = Net(5)
+        mixer = RMix(clean_lam=clean_lam)
+        mixer(images, targets, Gradient(net, **mixer.gradient_options))
+        if clean_lam == 0:
+            assert net.fc.weight.grad is None
+            assert net.bn1.running_mean.ne(0).all(), "the saliency pass moves the running statistics"
+        else:
+            got = net.fc.weight.grad.clone()
+            net.zero_grad()
+            F.cross_entropy(net.train()(images), targets).backward()
+            torch.testing.assert_close(got, net.fc.weight.grad)
+
+
+def test_nothing_is_read_back_from_the_device():
+    images, targets = (t.to("meta") for t in batch((4, 3, 32, 32)))  # tensors without numbers: to read one raises
+    for options in ({}, {"pairing": "reversed"}):
+        mixed, soft = RMix(**options)(images, targets, lambda i, _: torch.empty(4, 32, 32, device="meta"))
+        assert mixed.device.type == soft.device.type == "meta" and mixed.shape == images.shape
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dirichlet_alpha": 0},
+        {"random_patches": ()},
+        {"random_patches": (0, 8)},
+        {"patches_per_side": (2, 0)},
+        {"num_patches": 0},
+        {"num_action": 0},
+        {"pairing": "backwards"},
+        {"clean_lam": -1},
+        {"mix_prob": 1.5},
+    ],
+)
+def test_wrong_hyper_parameters_are_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        RMix(**options)
