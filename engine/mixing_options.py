@@ -135,6 +135,7 @@ def method_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
     parser.option("--m_eta", type=number(), shown="0.05", help="weight of the prior")
     parser.option("--m_omega", type=number(0, 1), shown="0.001", help="weight of the distance of the salient places")
     parser.option("--m_niter", type=whole(1), shown="4", help="sweeps")
+    parser.option("--m_stride", type=whole(1), shown="1", help="pixels between the windows that find salient places")
     parser.option("--set_resolve", type=yes_no, shown="true", help="part outputs of the same images")
 
     parser.group("sage")

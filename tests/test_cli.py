@@ -10,6 +10,7 @@ import evaluate
 import train
 from engine.cli import Parser, UserError, explain, one_of, whole, yes_no
 from engine.configure import check_together, fill_in, translate, without_effect
+from engine.mixing_options import GROUPS
 from engine.recipes import RECIPES, recipe_options
 from mixing import MIXERS, hyper_parameters
 
@@ -182,7 +183,7 @@ def test_recipes_set_only_options_that_exist(name):
 def test_every_hyper_parameter_has_a_flag():
     known = train.build_parser().defaults
     for method in MIXERS:
-        assert hyper_parameters(method).keys() <= known.keys()
+        assert hyper_parameters(method).keys() - {"mean", "std"} <= known.keys(), method
 
 
 def test_shorthands_are_translated():
@@ -202,7 +203,7 @@ def test_shorthands_are_translated():
 
 def test_options_without_effect_are_named():
     typed = {"mixup_alpha": 1.0, "saliency_scope": "batch", "cutout_length": 8, "epochs": 3}
-    group = train.build_parser().group_of("mixing")
+    group = train.build_parser().group_of(*GROUPS)
     assert without_effect(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
     assert without_effect(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
 
@@ -217,6 +218,19 @@ EARLIER_COMMANDS = [  # of the codes this project joins, in their spelling
     "--method cutmix --scheduler MultiStepLR --milestones 150 225 --lr_step_gamma 0.1 --model_name wrn16_8",
     "--method cutmix --use_wandb 1 --wandb_key K --wandb_project p --wandb_entity e --wandb_name n --wandb_offline no",
     "--method cutmix input vanilla --vis_epoch 10 --save_epoch 0 --use_fp16 False --cnn_epoch 300 --max_lr 0.3",
+    "--dataset cifar100 --labels_per_class 500 --arch wrn28_10 --learning_rate 0.2 --epochs 200 --schedule 120 170 "
+    "--gammas 0.1 0.1 --train mixup --mixup_alpha 1.0 --graph True --n_labels 3 --eta 0.2 --beta 1.2 --gamma 0.5 "
+    "--neigh_size 4 --transport True --t_size 4 --t_eps 0.8 --adv_p 0.1 --adv_eps 10 --clean_lam 1 --mp 8",
+    "--dataset tiny-imagenet-200 --method puzzle --t_size -1 --clean_lam 1",
+    "--comix True --parallel True --m_part 20 --m_block_num 4 --m_beta 0.32 --m_gamma 1.0 --m_thres 0.83 --m_eta 0.05 "
+    "--m_thres_type hard --m_omega 0.001 --set_resolve True --m_niter 4 --mixup_alpha 2.0 --clean_lam 1.0",
+    "--dataset cifar10 --method sage --mixup_alpha 1.0 --upper_lambda 0.6 --rand_pos 0.01 --update_ratio 0.7 --seed 1 "
+    "--blur_sigma 1.0 --kernel_size 5 --eval_mode False --log_off True",
+    "--method comix --dataset cifar10 --arch wrn16_8",
+    "--method rmix --scheduler MultiStepLR --random_patches 8 16 --use_random_patches True --num_patches 8 "
+    "--num_action 10 --dirichlet_alpha 1.0",
+    "--method rlmix --agent_lr 0.0003 --agent_batch_size 250 --agent_trajectory_size 1000 --agent_epochs 15 "
+    "--reward_step 1 --reward_scaling 1 --grad_sim True",
 ]
 
 
@@ -230,3 +244,58 @@ def test_the_earlier_evaluation_command_is_taken():
         "--model resnet50 --dataset cifar100 --model_path f.pt --batch_size 64 --cutout --trad_augment --parallel False"
     )
     assert evaluate.build_parser().read(words.split())["model_path"] == ["f.pt"]
+
+
+def test_shorthands_of_the_gradient_methods():
+    puzzle, lines = translate({"train": "mixup", "graph": True, "mp": 8})
+    assert puzzle == {"method": ["puzzlemix"]} and lines[0] == "--train mixup --graph is --method puzzlemix"
+    assert "--mp: not needed" in lines[1]
+    assert translate({"comix": True})[0] == {"method": ["comixup"]}
+    assert translate({"comix": False})[0] == {"method": ["none"], "recipe": "puzzle"}
+    with pytest.raises(ValueError, match="different methods"):
+        translate({"comix": True, "method": ["sage"]})
+    parser = train.build_parser()
+    assert parser.read(["--random_patches", "8 16"]) == parser.read(["--random-patches", "8", "16"])
+
+
+def test_published_settings_follow_method_data_and_network():
+    def of(*words):
+        return options_of(*words)["method_options"]
+
+    assert options_of("--method", "sage")["recipe"] == "puzzle" and options_of("--method", "rlmix")["recipe"] == "rmix"
+    assert of("--method", "sage", "--dataset", "cifar10")["sage"] == {"upper_lambda": 0.6, "update_ratio": 0.7}
+    assert of("--method", "sage")["sage"] == {"upper_lambda": 0.5, "update_ratio": 0.7}
+    assert of("--method", "sage", "--model", "wrn16_8")["sage"] == {"upper_lambda": 0.7, "update_ratio": 0.5}
+    assert of("--method", "puzzlemix")["puzzlemix"] == {"t_size": 4}
+    assert of("--method", "puzzlemix", "--dataset", "tiny-imagenet")["puzzlemix"] == {"clean_lam": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method comixup --batch_size 1", "several images"),
+        ("--method rlmix --mix_off_epoch 2", "use rmix"),
+        ("--method sage --adv_p 0.1", "only puzzlemix"),
+        ("--method puzzlemix --adv_p 0.1 --saliency static", "signed gradient"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit):
+        train.main(words.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--method puzzlemix --gamma 1.5", "gamma must lie between 0 and 1"),
+        ("--method puzzlemix --image_size 36", "36x36 pixels cannot be cut into 8x8 blocks"),
+        ("--method rmix --image_size 36", "random_patches"),
+        ("--method comixup --m_block_num 5", "m_block_num"),
+        ("--method sage --saliency_size 16", "clean term"),
+    ],
+)
+def test_what_a_method_refuses_is_a_usage_error(words, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train.main([*words.split(), "--dataset", "shapes", "--limit", "40", "--root_dir", str(tmp_path)])
+    assert exit_.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -23,6 +23,11 @@ from mixing import MIXERS
 
 ROOT = Path(__file__).parents[1]
 METHODS = [*sorted(MIXERS), "cutmix saliencymix manifold", "mixup --cutout --cutout_length 8"]
+METHODS += ["puzzlemix sage --saliency bank", "puzzlemix --adv_p 0.5 --clean_lam 1 --saliency gradient"]
+METHODS += [
+    "rlmix --agent_trajectory_size 3 --agent_batch_size 2 --saliency fine_grained",
+    "sage --saliency_size 16 --update_ratio 1",
+]
 TIMES = {"seconds", "images_per_second", "mixing_seconds", "saliency_seconds", "peak_memory_mb"}
 
 
