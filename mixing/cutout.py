@@ -18,7 +18,7 @@ def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, lengt
     half = length // 2
     boxes = torch.stack([rows - half, rows + half, columns - half, columns + half], dim=-1)  # (B, holes, 4)
     holes = box_mask(boxes.flatten(0, 1), height, width).view(len(images), -1, height, width).any(1, keepdim=True)
-    return images.masked_fill(holes, 0.0)
+    return torch.where(holes, 0.0, images)  # keeps the memory format, which masked_fill does not
 
 
 class Cutout(Mixer):

@@ -135,8 +135,8 @@ def climb(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: 
     def flow_through(pair):
         torch.neg(f, out=x)
         for (first, second), flow in zip(sides, pair, strict=True):
-            first.sub_(flow.sum(1))
-            second.add_(flow.sum(0))
+            first.sub_(flow.sum(1) if layers > 1 else flow[0])
+            second.add_(flow.sum(0) if layers > 1 else flow[0])
 
     for _ in range(iterations):
         flow_through(ahead)

@@ -172,13 +172,13 @@ class PuzzleMix(Mixer):
             raise ValueError("mixup_alpha, beta, eta, t_eps, clean_lam and adv_eps must not be negative")
         if not block_num or min(block_num) < 1 or neigh_size < 1 or not (t_size > 0 or t_size == -1):
             raise ValueError(f"block_num {block_num}, neigh_size {neigh_size} and t_size {t_size} must be positive")
-        if solver not in ("parallel", "gco"):
-            raise ValueError(f"solver must be parallel or gco, got {solver!r}")
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be {' or '.join(SOLVERS)}, got {solver!r}")
         self.mixup_alpha, self.block_num, self.n_labels = mixup_alpha, tuple(block_num), n_labels
         self.weights = {"n_labels": n_labels, "beta": beta, "gamma": gamma, "eta": eta}
         self.neigh_size, self.transport, self.t_eps, self.t_size = neigh_size, transport, t_eps, t_size
         self.clean_lam, self.adv_eps, self.adv_p = clean_lam, adv_eps / 255, check_probability("adv_p", adv_p)
-        self.mix_prob, self.solver = check_probability("mix_prob", mix_prob), solver
+        self.mix_prob, self.solve = check_probability("mix_prob", mix_prob), SOLVERS[solver]()
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     @property
@@ -220,7 +220,7 @@ class PuzzleMix(Mixer):
             cells = F.avg_pool2d(images.float(), cell) * self.std
         salient = unit_sum(block_means(saliency, n, n))
         problem = mask_problem(salient, cells, partner, lam, **self.weights)
-        labels, self.bound = self.solve(problem)
+        labels, self.bound = self.solve(*problem)
         self.energy = masks.energy(labels, *problem)
         mask = 1 - labels.permute(2, 0, 1) / (self.n_labels - 1)
         if not self.transport:
@@ -233,13 +233,6 @@ class PuzzleMix(Mixer):
         shown = enlarge(mask, rows, columns).squeeze(1)
         blocks = transport(torch.cat([salient, salient[partner]]), torch.cat([shown > 0, shown < 1]), self.t_eps)
         return mask, (*blocks.chunk(2), rows, columns)
-
-    def solve(self, problem: Problem) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.solver == "gco":
-            from mixing.graphcut import solve_mask
-
-            return solve_mask(*problem), None
-        return masks.solve(*problem)
 
     def look_at_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Saliency (B, H, W) at noised images, and adversarial noise (B, C, H, W) of pixels in 0..1."""
@@ -256,3 +249,13 @@ class PuzzleMix(Mixer):
         """images with noise added to their pixels in 0..1, which stay there."""
         pixels = torch.addcmul(self.mean, images, self.std)
         return ((pixels + noise).clamp(0, 1) - self.mean) / self.std
+
+
+def with_graph_cuts():
+    from mixing.graphcut import import_gco, solve_mask
+
+    import_gco()  # now rather than at the first batch
+    return lambda *problem: (solve_mask(*problem), None)
+
+
+SOLVERS = {"parallel": lambda: masks.solve, "gco": with_graph_cuts}

@@ -46,6 +46,15 @@ def test_contract(name, shape):
         assert torch.equal(mixed, again[0]) and torch.equal(soft, again[1]), "one seed, two results"
 
 
+@pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_memory_format_is_kept(name, layout):
+    images, targets = batch((4, 3, 16, 16))
+    torch.manual_seed(2)
+    mixed, _ = build_mixer(name, mix_prob=1.0, **SMALL)(images.contiguous(memory_format=layout), targets, centre)
+    assert mixed.is_contiguous(memory_format=layout)
+
+
 @pytest.mark.parametrize("name", LABEL_MIXERS)
 def test_mix_prob_is_the_chance_of_a_batch(name):
     images, targets = batch((6, 3, 8, 8), 6)

@@ -1,0 +1,65 @@
+"""The graph-cut solver, for comparison: what it returns, and what is said where its package is missing."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+from test_puzzlemix import recorded_problem
+
+from mixing import build_mixer, masks
+from mixing.graphcut import contrast, half_labels, pulled_apart, solve_labelling, solve_mask
+
+
+def test_mask_energies_are_those_of_the_published_code():
+    pytest.importorskip("gco")
+    golden = np.load(GOLDEN / "puzzlemix.npz")
+    for number, case in enumerate(json.loads(str(golden["meta"]))):
+        problem = recorded_problem(golden, number, case)
+        energy = masks.energy(solve_mask(*problem), *problem)
+        torch.testing.assert_close(
+            energy.double(), torch.from_numpy(golden[f"c{number}_energy_ref"]), atol=1e-3, rtol=0
+        )
+
+
+def test_labelling_by_sweeps_is_a_labelling_of_falling_cost():
+    pytest.importorskip("gco")
+    cost, identity = -torch.rand(2, 6, 4, 4).softmax(1), torch.eye(6).expand(2, -1, -1)
+    settings = {"beta": 0.32, "gamma": 1.0, "thres": 0.83}
+    first, last = (solve_labelling(cost, identity, sweeps=sweeps, **settings) for sweeps in (1, 8))
+    assert last.sources.shape == (2, 6, 4, 4, 2) and last.counts.sum(2).eq(16).all()
+    assert last.objective.mean() < first.objective.mean()
+
+
+def test_half_labels_and_their_contrast():
+    assert half_labels(np.array([0, 5, 3, 0, 8])) == [(4, 1), (4, 2), (1, 2)]
+    assert half_labels(np.array([16, 0])) == []
+    labels = np.array([(0, 0), (1, 1), (0, 1), (2, 3), (1, 2)])
+    wanted = [[0, 4, 1, 3, 3], [4, 0, 1, 3, 1], [1, 1, 0, 2, 1], [3, 3, 2, 0, 1], [3, 1, 1, 1, 0]]
+    assert contrast(labels, 4).tolist() == wanted  # of |z - z'|^2 / 2: 1, 1/4 and 3/4 as in the objective
+
+
+def test_outputs_of_the_same_inputs_are_pulled_apart():
+    counts = np.array([[8.0, 8, 0], [2, 14, 0], [0, 16, 0]])
+    extra = pulled_apart(counts, 0.5)
+    assert extra.tolist() == [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["puzzlemix", "comixup"])
+def test_methods_take_it(name):
+    pytest.importorskip("gco")
+    images, targets = torch.randn(5, 3, 16, 16), torch.eye(5)
+    mixed, soft = build_mixer(name, solver="gco")(images, targets, lambda images, targets: images.abs().mean(1))
+    assert mixed.shape == images.shape and mixed.isfinite().all()
+    torch.testing.assert_close(soft.sum(1), torch.ones(5))
+
+
+@pytest.mark.parametrize("name", ["puzzlemix", "comixup"])
+def test_a_missing_package_is_named_at_once(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gco", None)
+    with pytest.raises(ValueError, match="pip install gco-wrapper"):
+        build_mixer(name, solver="gco")
+    with pytest.raises(ValueError, match="parallel or gco"):
+        build_mixer(name, solver="cut")
