@@ -8,7 +8,6 @@ their distance from a lower bound, and Co-Mixup's objective; beside each the sam
 the package gco-wrapper is installed. Every batch is mixed.
 """
 
-import resource
 import subprocess
 import sys
 import time
@@ -149,8 +148,11 @@ class Bench:
 
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**20
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+        try:  # getrusage would tell of the parent's memory too
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return float("nan")
+        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
     def peak_of(self, name: str, argv: list[str]) -> float:
         """Highest memory of a step: of the device's allocator, or on a CPU of a process of its own."""

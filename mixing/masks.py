@@ -122,18 +122,22 @@ def climb(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: 
     edge and pair of layers, x = -f - (what flows out) + (what flows in). It is climbed by accelerated projected steps
     (Beck and Teboulle, SIAM J. Imaging Sci. 2009), of 1.25 over the bound 8 K of the operator's norm: with momentum
     they are stable up to 4 / 3.
+
+    The sites of a layer lie in one row, so that a neighbour is a fixed step away and every operation runs over one
+    unbroken stretch: twice as fast as over slices of the grid. Edges from the end of a line to the next one weigh 0.
     """
-    layers = len(f)
+    layers, rows, columns, batch = f.shape
     rate, momentum = 1.25 / (8 * layers), 1.0
-    tops = [edge.expand(layers, layers, -1, -1, -1).contiguous() for edge in (down, right)]
-    bottoms = [-top for top in tops]
-    flows = [torch.zeros_like(top) for top in tops]
-    ahead = [torch.zeros_like(top) for top in tops]  # the flows, carried on by the momentum
-    x = torch.empty_like(f)
-    sides = [(x[:, :-1], x[:, 1:]), (x[:, :, :-1], x[:, :, 1:])]
+    right = torch.cat([right, right.new_zeros(rows, 1, batch)], 1).view(-1)[:-batch]
+    tops = [edge.reshape(-1).expand(layers, layers, -1).contiguous() for edge in (down, right)]
+    bottoms, differences = [-top for top in tops], [torch.empty_like(top) for top in tops]
+    flows, ahead = [torch.zeros_like(top) for top in tops], [torch.zeros_like(top) for top in tops]
+    minus_f = -f.reshape(layers, -1)
+    x = torch.empty_like(minus_f)
+    sides = [(x[:, :-step], x[:, step:]) for step in (columns * batch, batch)]
 
     def flow_through(pair):
-        torch.neg(f, out=x)
+        x.copy_(minus_f)
         for (first, second), flow in zip(sides, pair, strict=True):
             first.sub_(flow.sum(1) if layers > 1 else flow[0])
             second.add_(flow.sum(0) if layers > 1 else flow[0])
@@ -142,9 +146,10 @@ def climb(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: 
         flow_through(ahead)
         momentum, before = (1 + (1 + 4 * momentum * momentum) ** 0.5) / 2, momentum
         for axis, (first, second) in enumerate(sides):
-            flow = ahead[axis].add_(first.unsqueeze(1) - second.unsqueeze(0), alpha=rate)
+            torch.sub(first.unsqueeze(1), second.unsqueeze(0), out=differences[axis])
+            flow = ahead[axis].add_(differences[axis], alpha=rate)  # the flows, carried on by the momentum
             torch.clamp(flow, bottoms[axis], tops[axis], out=flow)
             ahead[axis] = torch.lerp(flows[axis], flow, 1 + (before - 1) / momentum, out=flows[axis])
             flows[axis] = flow
     flow_through(flows)
-    return x
+    return x.view(f.shape)
