@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.cli import Parser, UserError, one_of, run, whole, yes_no
+from engine.cli import Parser, one_of, run, whole, yes_no
 from engine.configure import translate
 from engine.options import data_options, device_options
 from models import ALIASES as MODEL_ALIASES
@@ -73,12 +73,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from engine.training import pick
 
     if typed.get("info"):
-        return [print_info(SavedClassifier(best_of(path))) for path in typed["model_path"]]
+        return [print_info(SavedClassifier(path)) for path in typed["model_path"]]
     device = choose_device({**parser.defaults, **typed}["device"])
     prepare(device, seed=0, deterministic=False)
     results, loaded = [], {}
     for path in typed["model_path"]:
-        file = SavedClassifier(best_of(path), averaged=typed.get("ema", False))
+        file = SavedClassifier((path), averaged=typed.get("ema", False))
         trained_with = {key: file.options[key] for key in ("model", *DATA_KEYS) if key in file.options}
         options = {**parser.defaults, **trained_with, **typed}
         if not options["dataset"]:
@@ -94,14 +94,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if len(results) == 1:
         print_details(results[0], options)
     return results
-
-
-def best_of(path: str) -> Path:
-    """A file, or the best.pt of a run folder."""
-    place = Path(path)
-    if place.is_dir() and not (place / "best.pt").is_file():
-        raise UserError(f"{place}: this folder holds no best.pt; give a file, or the folder of a run")
-    return place / "best.pt" if place.is_dir() else place
 
 
 def print_info(file) -> dict:

@@ -13,11 +13,21 @@ from engine.data import Data
 from engine.loop import predict
 
 
+def best_of(path: Path | str) -> Path:
+    """A file, or the best.pt of a run folder."""
+    place = Path(path)
+    if place.is_dir() and not (place / "best.pt").is_file():
+        raise UserError(f"{place}: this folder holds no best.pt; give a file, or the folder of a run")
+    return place / "best.pt" if place.is_dir() else place
+
+
 class SavedClassifier:
-    """The content of a model file. `options`: those it was trained with; empty where the file does not say."""
+    """The content of a model file, or of the best.pt of a run folder. `options`: those it was trained with; empty where
+    the file does not say.
+    """
 
     def __init__(self, path: Path | str, averaged: bool = False):
-        self.path = Path(path)
+        self.path = best_of(path)
         content = read_file(self.path)
         self.weights = extract_weights(content, self.path, averaged=averaged)
         self.options = content["config"] if is_ours(content) else {}

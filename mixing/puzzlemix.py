@@ -82,19 +82,17 @@ def mask_problem(
             weight += local * (over + back - own - other)
     label = torch.arange(n_labels, device=salient.device, dtype=torch.float32).view(-1, 1, 1, 1) / steps
     keep, give = keep.permute(1, 2, 0), give.permute(1, 2, 0)
-    unary = torch.lerp(keep.unsqueeze(0), give.unsqueeze(0), label) + prior(lam, n_labels, eta / n**2).to(
-        salient.device
-    )
+    unary = torch.lerp(keep.unsqueeze(0), give.unsqueeze(0), label)
+    for costs, price in zip(unary, prior(lam, n_labels, eta / n**2), strict=True):
+        costs += price
     return unary, down.permute(1, 2, 0).contiguous(), right.permute(1, 2, 0).contiguous()
 
 
-def prior(lam: torch.Tensor, n_labels: int, weight: float) -> torch.Tensor:
-    """(L, 1, 1, 1) cost of each label: weight times minus the logarithm of a binomial with mean share lam; lam () on
-    the host.
-    """
+def prior(lam: torch.Tensor, n_labels: int, weight: float) -> list[float]:
+    """The cost of each label: weight times minus the logarithm of a binomial with mean share lam, () on the host."""
     steps, lam = n_labels - 1, float(lam)
     chances = [math.comb(steps, k) * lam ** (steps - k) * (1 - lam) ** k for k in range(n_labels)]
-    return torch.tensor([-weight * math.log(chance + 1e-8) for chance in chances]).view(-1, 1, 1, 1)
+    return [-weight * math.log(chance + 1e-8) for chance in chances]
 
 
 def mix(

@@ -219,6 +219,7 @@ def collect(mixer, images, source, count: int, seed: int) -> tuple:
     import torch
 
     targets = torch.eye(len(images))
+    mixer(images, targets, source)  # RL-Mix draws its agent once
     found, milliseconds = {2: [], 1: [], 0: []}, []  # by how much became of the image
     for draw in range(TRIES):
         torch.manual_seed(1000 * seed + draw)
@@ -227,7 +228,7 @@ def collect(mixer, images, source, count: int, seed: int) -> tuple:
         milliseconds.append(1000 * (time.perf_counter() - begin))
         showing = weights_of(mixer, images, targets, source, 1000 * seed + draw)
         for row in range(len(images)):
-            kind = 2 if labels[row, row] < 0.99 else int(not torch.equal(result[row], images[row]))
+            kind = 2 if labels[row].max() < 0.99 else int(not torch.equal(result[row], images[row]))
             found[kind].append((result[row], showing[row], labels[row]))
         if len(found[2]) >= count:
             break

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixing import ALIASES, MIXERS, CutMix, SaliencyMix, build_mixer, compose, hyper_parameters, mixer_class
 from mixing.base import Choice, Mixer, NoMix, Partly, blend, box_mask, boxes_around, draw_lam, paste
@@ -8,6 +9,7 @@ from mixing.cutout import Cutout, erase
 from mixing.manifold import ManifoldMixup
 from mixing.saliencymix import peaks
 from models import build_model
+from saliency import build_source
 from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
@@ -295,6 +297,51 @@ def test_compose_builds_what_the_flags_say():
     mixer.start_epoch(9, 10, 3)
     mixed, soft = mixer(images, targets)
     assert mixed.eq(0).any() and torch.equal(soft, targets), "holes stay when mixing is off"
+
+
+class Waits(TorchDispatchMode):
+    """Notes copies between devices; reading a number of a tensor without numbers raises by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.dim()]
+        copies = op.overloadpacket.__name__ in ("_to_copy", "copy_", "copy") and not (kwargs or {}).get("non_blocking")
+        if copies and len({one.device.type for one in [*tensors, result]}) > 1:
+            self.seen.append(str(op))
+        return result
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_no_method_makes_the_host_wait_for_the_device(name, monkeypatch):
+    """On the device `meta`, whose tensors hold nothing: to read a number there raises, as it would wait on a GPU."""
+    monkeypatch.setattr(torch, "_sample_dirichlet", lambda alpha: torch.empty_like(alpha))  # `meta` has none
+    meta = torch.device("meta")
+    model = build_model("resnet20", 10).to(meta)
+    images, targets = torch.empty(20, 3, 32, 32, device=meta), torch.empty(20, 10, device=meta)
+    mixer = build_mixer(name, mix_prob=1.0)
+    source = mixer.build_source(
+        lambda one: build_source(
+            one.default_source,
+            model=model,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            **one.gradient_options,
+        )
+    )
+    for _ in range(6):  # constants are made once, for each number of blocks
+        mixer(images, targets, source)
+    with Waits() as waits:
+        for _ in range(6):
+            mixed, soft = mixer(images, targets, source)
+            mixer.after_backward(torch.empty_like(mixed))
+    assert mixed.device == soft.device == meta and not waits.seen
+    with Waits() as waits:
+        torch.zeros(3).to(meta)
+    assert waits.seen, "the check itself"
 
 
 SALIENT = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]

@@ -11,7 +11,7 @@ import evaluate
 import train
 from engine.configure import check_together, fill_in, translate
 from engine.recipes import RECIPES
-from mixing import MIXERS
+from mixing import MIXERS, show
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -24,7 +24,7 @@ COMMANDS = [
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) > 8 and {command.split()[1] for command in COMMANDS} == {"train.py", "evaluate.py"}
+    assert len(COMMANDS) > 8 and {command.split()[1] for command in COMMANDS} == {"train.py", "evaluate.py", "-m"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -32,17 +32,35 @@ def test_every_command_is_accepted(command):
     _, script, *words = shlex.split(command)
     if words == ["--help"]:
         return
+    if script == "-m":
+        assert words[0] == "mixing.show" and show.build_parser().read(words[1:])
+        return
     parser = (train if script == "train.py" else evaluate).build_parser()
     typed, _ = translate(parser.read(words))
     if script == "train.py":
         check_together(fill_in(typed, {}, parser.defaults), typed)
 
 
-def test_the_example_runs():
-    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_examples_run():
+    plain, timm, lightning = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
-    exec(code, names)
-    assert not torch.equal(names["mixed"], names["images"]) and names["loss"].ndim == 0
+    exec(plain, names)
+    assert not torch.equal(names["mixed"], names["images"]) and all(
+        p.grad is not None for p in names["model"].parameters()
+    )
+    exec(timm, names)
+    mixed, soft = names["mixup_fn"](names["images"], names["labels"])
+    assert mixed.shape == names["images"].shape and soft.shape == (8, 10)
+
+    exec(lightning, names)
+    module = names["Classifier"](names["model"])
+    optimizer, zeroed = names["optimizer"], []
+    module.optimizers = lambda: optimizer
+    module.manual_backward = lambda loss: (zeroed.append(module.model[0].weight.grad is None), loss.backward())
+    before = module.model[0].weight.clone()
+    module.training_step((names["images"], names["labels"]), 0)
+    assert zeroed == [False], "the clean gradient is there before the mixed one"
+    assert not torch.equal(before, module.model[0].weight) and module.mixer.mixed_weight == 0.7
 
 
 def test_every_method_and_recipe_is_described():

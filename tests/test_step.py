@@ -1,5 +1,6 @@
 """The pieces of a training step: losses, schedules, metrics, precision, the loop itself."""
 
+import copy
 import math
 import warnings
 
@@ -18,6 +19,8 @@ from engine.metrics import calibration_error, confusion_matrix, topk_correct
 from engine.schedule import build_scheduler
 from mixing import build_mixer
 from mixing.base import Mixer, NoMix
+from saliency.base import Source
+from saliency.gradient import Gradient
 
 CPU = torch.device("cpu")
 
@@ -279,22 +282,92 @@ def test_profile_times_every_part():
     assert table["network"] > 0 and table["data"] > 0 and table["saliency"] == 0
 
 
+def test_a_source_that_learns_sees_the_gradient_of_the_unmixed_images():
+    """The bank's gradient is d loss / d images through the mixture; its coverage says how much of a pixel was shown."""
+    batches, model = small()
+
+    class Learner(Source):
+        learns = True
+
+        def start_batch(self, batch):
+            self.batch = batch
+
+        def __call__(self, images, targets):
+            return torch.ones(len(images), 8, 8)
+
+        def after_backward(self, image_grad, coverage):
+            self.grad, self.coverage = image_grad.clone(), coverage.clone()
+
+    class Swap(Mixer):
+        default_source = "any"
+
+        def __call__(self, images, targets, source):
+            source(images, targets)
+            return torch.cat([images[1:2], images[1:2], 0.25 * images[2:]]), targets
+
+    learner = Learner()
+    train_one_epoch(
+        *(model, Swap(), learner, batches, torch.optim.SGD(model.parameters(), 0.0), LOSSES["ce"]),
+        **{"epoch": 0, "num_classes": 3, "max_steps": 1},
+    )
+    assert learner.coverage[:, 0, 0, 0].tolist() == [0.0, 2.0, 0.25, 0.25, 0.25]
+    assert learner.grad[0].eq(0).all() and learner.grad[1:].flatten(1).abs().sum(1).gt(0).all()
+    assert len(learner.batch.place) == 5
+
+
+def test_the_clean_gradient_stays_in_the_step():
+    """SAGE: (1 - rho) of the clean gradient and rho of the mixed one move the weights together."""
+    batches, model = small()
+    twin = small()[1]
+    twin.load_state_dict(model.state_dict())
+    mixer = build_mixer("sage", update_ratio=0.6)
+    source = Gradient(model, **mixer.gradient_options, training_loss=LOSSES["bce"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.manual_seed(3)
+    train_one_epoch(model, mixer, source, batches, optimizer, LOSSES["bce"], epoch=0, num_classes=3, max_steps=1)
+    batch = next(batches.epoch(0))
+    targets = F.one_hot(batch.labels, 3).float()
+    torch.manual_seed(3)
+    still = Gradient(
+        copy.deepcopy(twin), **{**mixer.gradient_options, "clean_weight": 0.0}, training_loss=LOSSES["bce"]
+    )
+    mixed, soft = mixer(batch.images, targets, still)
+    loss = 0.4 * LOSSES["bce"](twin(batch.images), targets) + 0.6 * LOSSES["bce"](twin(mixed), soft)
+    loss.backward()
+    for (name, moved), start in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(moved, start - 0.1 * start.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+METHODS = ["none", "mixup", "manifold", "cutmix", "saliencymix", "cutout"]
+METHODS += ["puzzlemix", "comixup", "sage", "rmix", "rlmix", "puzzlemix bank", "sage fine_grained"]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["none", "mixup", "manifold", "cutmix", "saliencymix", "cutout"])
-def test_a_step_never_waits_for_the_gpu(method):
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_step_never_waits_for_the_gpu(method, precision):
     from models import build_model
     from saliency import build_source
 
     device = torch.device("cuda")
-    part = Part(torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8), torch.arange(64) % 3, list("abc"), "here")
+    part = Part(torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8), torch.arange(96) % 3, list("abc"), "here")
     statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     batches = Batches(part, 16, device=device, shuffle=True, augment=True, padding=4, **statistics)
     model = build_model("resnet20", 3).to(device, memory_format=torch.channels_last)
-    mixer = build_mixer(method, mix_prob=1.0)
-    source = build_source(mixer.default_source, **statistics)
+    name, _, wanted = method.partition(" ")
+    mixer = build_mixer(name, mix_prob=1.0, **statistics)
+    scaler = torch.amp.GradScaler("cuda") if precision is torch.float16 else None
+    source = mixer.build_source(
+        lambda one: build_source(
+            wanted or one.default_source,
+            **{**statistics, "model": model, "images_count": 96, "device": device, "precision": precision},
+            **{"scaler": scaler, "training_loss": LOSSES["bce"], **one.gradient_options},
+        )
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
-    step = {"loss_fn": LOSSES["ce"], "num_classes": 3, "precision": torch.bfloat16}
-    train_one_epoch(model, mixer, source, batches, optimizer, epoch=0, **step)
+    step = {"loss_fn": LOSSES["ce"], "num_classes": 3, "precision": precision, "scaler": scaler}
+    for epoch in range(3):  # what is drawn for a batch, as the number of blocks, has come up by then
+        train_one_epoch(model, mixer, source, batches, optimizer, epoch=epoch, **step)
 
     def waits(steps: int) -> int:
         torch.cuda.set_sync_debug_mode("warn")
@@ -306,4 +379,4 @@ def test_a_step_never_waits_for_the_gpu(method):
             torch.cuda.set_sync_debug_mode("default")
         return len(seen)
 
-    assert waits(4) == waits(2), "what an epoch needs at its ends does not grow with its steps"
+    assert waits(6) == waits(2), "what an epoch needs at its ends does not grow with its steps"

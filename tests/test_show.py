@@ -1,0 +1,99 @@
+"""python -m mixing.show, as a user calls it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.cli import UserError
+from mixing import build_mixer, show
+from mixing.show import METHODS, weights_of
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three pictures of different shapes and modes."""
+    files = []
+    for number, (size, mode) in enumerate([((80, 64), "RGB"), ((64, 90), "L"), ((70, 70), "RGBA")]):
+        channels = {"RGB": 3, "L": 0, "RGBA": 4}[mode]
+        values = np.random.RandomState(number).randint(0, 256, (size[1], size[0], *([channels] if channels else [])))
+        files.append(tmp_path / f"picture{number}.png")
+        Image.fromarray(values.astype(np.uint8), mode).save(files[-1])
+    return [str(file) for file in files]
+
+
+def test_every_method_is_shown_without_any_network(pictures, tmp_path, capsys):
+    output = tmp_path / "mix.png"
+    weights = show.main(["--images", *pictures, "--method", "all", "--image_size", "64", "--n", "2", "-o", str(output)])
+    assert weights.keys() == set(METHODS) and Image.open(output).size[0] > 400
+    said = capsys.readouterr().out
+    for name, soft in weights.items():
+        assert soft.shape == (2, 3) and torch.allclose(soft.sum(1), torch.ones(2), atol=1e-5)
+        assert name in ("cutout", "comixup") or soft.max() < 1, (
+            "what is shown is mixed"
+        )  # of noise comixup takes wholes
+        assert f"{name}: " in said
+    assert "picture0" in said and str(output) in said
+
+
+def test_a_classifier_of_ours_guides_by_its_gradient(shapes_run, tmp_path):
+    run = shapes_run(epochs=1)
+    words = ["--dataset", "shapes", "--indices", "1", "2", "3", "--model_path", str(run), "--n", "3"]
+    first = show.main([*words, "--method", "puzzlemix", "rlmix", "-o", str(tmp_path / "a.png")])
+    again = show.main([*words, "--method", "puzzlemix", "-o", str(tmp_path / "b.png")])
+    static = show.main([*words, "--method", "puzzlemix", "--saliency", "static", "-o", str(tmp_path / "c.png")])
+    assert torch.equal(first["puzzlemix"], again["puzzlemix"]), "one seed, one picture"
+    assert not torch.equal(first["puzzlemix"], static["puzzlemix"])
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_a_torchvision_network_guides_too(pictures, tmp_path):
+    from torchvision.models import get_model
+
+    torch.save(get_model("squeezenet1_1", weights=None, num_classes=1000).half().state_dict(), tmp_path / "net.pt")
+    words = ["--images", *pictures[:2], "--image_size", "64", "--method", "rmix", "-o", str(tmp_path / "mix.png")]
+    words += ["--model_path", str(tmp_path / "net.pt")]
+    assert show.main([*words, "--model", "squeezenet1_1"])["rmix"].shape == (4, 2)
+    with pytest.raises(UserError, match="holds no squeezenet1_0"):
+        show.main([*words, "--model", "squeezenet1_0"])
+    with pytest.raises(UserError, match="did you mean squeezenet1_"):
+        show.main([*words, "--model", "squeezenet"])
+    with pytest.raises(UserError, match="name it with --model"):
+        show.main(words)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_weights_rebuild_the_mixed_image(name):
+    """Whose pixels show, times those pixels, is the mixed image: for all methods that do not move pixels."""
+    images, targets = torch.randn(4, 3, 32, 32), torch.eye(4)
+    mixer = build_mixer(name, mix_prob=1.0, transport=False)
+    mixer(images, targets, lambda images, targets: images.abs().mean(1))  # RL-Mix draws its agent once
+    for seed in range(3):
+        torch.manual_seed(seed)
+        mixed, soft = mixer(images, targets, lambda images, targets: images.abs().mean(1))
+        weights = weights_of(mixer, images, targets, lambda images, targets: images.abs().mean(1), seed)
+        if name != "sage":
+            torch.testing.assert_close(torch.einsum("ijhw,jchw->ichw", weights, images), mixed, atol=1e-5, rtol=1e-5)
+        if name not in ("sage", "cutout", "manifold"):
+            torch.testing.assert_close(weights.mean((2, 3)), soft, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_shown_is_explained(pictures, tmp_path, capsys):
+    for words, message in (
+        (["--method", "mixup"], "--images, two or more"),
+        (["--images", pictures[0]], "two images or more"),
+        (["--images", *pictures, "--method", "puzzle-mix"], "puzzlemix"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            show.main(words)
+        assert exit_.value.code == 2 and message in capsys.readouterr().err
+    (tmp_path / "text.jpg").write_text("no picture")
+    for words, message in (
+        (["--images", *pictures, str(tmp_path / "text.jpg")], r"text\.jpg"),
+        (["--images", *pictures, "--image_size", "50", "--method", "puzzlemix"], "puzzlemix: block_num: 50x50"),
+        (["--images", *pictures, "--saliency", "gradient", "--method", "rmix"], "needs --model_path"),
+        (["--images", *pictures, "--saliency", "bank", "--method", "rmix"], "while a classifier trains"),
+        (["--dataset", "shapes", "--indices", "1", "9999"], "5000 training images"),
+    ):
+        with pytest.raises(UserError, match=message):
+            show.main([*words, "--output", str(tmp_path / "mix.png")])
