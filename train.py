@@ -122,6 +122,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     log.write_config(options, device)
     log.write_log(history)
     read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
+    if parts.sources and not any(hasattr(one, "gradient") for one in parts.sources):
+        read -= configure.OF_THE_GRADIENT
+        if options["clean_lam"] or {"comixup", "sage"} & set(options["method"]):
+            notes.append("only --saliency gradient trains on the clean images too; here the mixed ones are all")
     if unread := configure.without_effect(typed, parser.group_of(*GROUPS), read):
         notes.append(f"without effect with --method {' '.join(options['method'])}: {', '.join(unread)}")
     announce(log, options, data, where=f"{device}, {precision_text}", notes=notes, done=len(history))

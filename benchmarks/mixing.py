@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine.cli import Parser, one_of, run, whole, yes_no
 from engine.options import DATASET_ALIASES, DATASETS, device_options
+from engine.recipes import recipe_options
 from mixing import ALIASES, MIXERS, build_mixer
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model, matching_models
@@ -113,14 +114,19 @@ class Bench:
         self.share |= {"training_loss": self.loss_fn, "precision": precision}
         self.share |= {"saliency_size": options["saliency_size"]}
         self.share |= {"cross_entropy_scale": cross_entropy_scale("bce", self.classes)}
-        self.parts = {name: self.build(name) for name in ["none", *options["method"]]}
+        self.side, self.parts = data.image_size, {}
+        for name in ["none", *options["method"]]:
+            try:
+                self.parts[name] = self.build(name)
+            except ValueError as error:
+                print(f"left out: {name}: {error}")
 
     def build(self, name: str, **wanted) -> tuple:
-        """The method `name`, as train.py would have it on small images, and its source."""
-        size = (
-            {"t_size": 4} if name == "puzzlemix" and self.share["mean"] and self.options["dataset"] != "folder" else {}
-        )
-        mixer = build_mixer(name, mix_prob=1.0, **{**size, **self.statistics, **wanted})
+        """The method `name`, as train.py would have it, and its source."""
+        published = recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
+        own = published["method_options"].get(name, {})
+        mixer = build_mixer(name, **{**own, **self.statistics, "mix_prob": 1.0, **wanted})
+        mixer.check_size(self.side, self.side)
         source = mixer.build_source(
             lambda one: build_source(
                 self.options["saliency"] or one.default_source, **self.share | one.gradient_options
@@ -139,7 +145,9 @@ class Bench:
 
     def bound(self, name: str) -> float:
         source = self.parts[name][1]
-        if type(source).__name__ != "Gradient" or self.options["saliency_size"]:
+        if self.options["saliency_size"]:
+            return float("nan")  # it depends on the network
+        if type(source).__name__ != "Gradient":
             return 1.0
         return 2.0 if source.clean_weight else 5 / 3
 

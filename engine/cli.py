@@ -36,9 +36,23 @@ def whole_or_minus_one(text: str) -> int:
     return -1 if text == "-1" else whole(1)(text)
 
 
-def several(text: str) -> list[int]:
-    """Positive whole numbers in one word, as "8 16"; Parser.read joins them with those of the next word."""
-    return [whole(1)(word) for word in text.replace(",", " ").split()]
+def share_or_no(text: str) -> float:
+    return 0.0 if text.lower() in NO else number(0, 1)(text)
+
+
+class Several(list):
+    """Values that came in one word, as "8 16"; Parser.read joins them with those of the next word."""
+
+
+def several(text: str) -> Several:
+    """Positive whole numbers."""
+    return Several(whole(1)(word) for word in text.replace(",", " ").split())
+
+
+def each_of(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], Several]:
+    """As one_of(), for one or more names in a word."""
+    convert = one_of(names, aliases)
+    return lambda text: Several(convert(word) for word in text.split())
 
 
 def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float]:
@@ -110,7 +124,8 @@ class Parser(argparse.ArgumentParser):
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
         text = shown if shown is not None else " ".join(map(str, default)) if isinstance(default, list) else default
         note = "" if text in (None, "") else f" [{str(text).lower() if isinstance(text, bool) else text}]"
-        (self._group or self).add_argument(name, *aliases, dest=key, help=(help + note).replace("%", "%%"), **kwargs)
+        text = help if help == argparse.SUPPRESS else (help + note).replace("%", "%%")
+        (self._group or self).add_argument(name, *aliases, dest=key, help=text, **kwargs)
         self.defaults[key] = default
         self._members.setdefault(self._title, set()).add(key)
 
@@ -127,11 +142,17 @@ class Parser(argparse.ArgumentParser):
             names = [option for action in self._actions for option in action.option_strings]
             hint = closest(unknown[0].partition("=")[0], names)
             self.error(f"unknown option {unknown[0]}{hint or '; --help lists them all'}")
-        joined = {action.dest for action in self._actions if action.type is several}
-        return {key: sum(value, []) if key in joined else value for key, value in vars(typed).items()}
+        return {key: joined(value) for key, value in vars(typed).items()}
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+
+def joined(value):
+    """[Several(8), Several(16)] -> [8, 16]; anything else as it is."""
+    if isinstance(value, list) and value and isinstance(value[0], Several):
+        return [one for part in value for one in part]
+    return value
 
 
 def read_config(path: str) -> dict[str, object]:

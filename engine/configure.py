@@ -12,10 +12,25 @@ MAY_DIFFER = {  # options that may change when a run is continued
 ONE_CYCLE = {  # what a one-cycle schedule is laid out by
     *("epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum", "div_factor", "pct_start", "final_div_factor"),
 }
-BUILT_IN = {"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}  # no state would fit after a change
+BUILT_IN = {
+    "bank_size",
+    "num_action",
+    "num_patches",
+    "model",
+    "dataset",
+    "num_classes",
+    "image_size",
+    "scheduler",
+    "ema",
+}  # no state would fit after a change
 ONE_CALL = {  # what is said to one call of a script and not kept with the run
     *("checkpoint", "config", "evaluate", "force_config", "overwrite", "profile", "list_models", "debug", "name"),
 }
+WITHOUT_MEANING = {  # options of the earlier codes that say nothing here: graph-cut processes, unused flags, file names
+    *("mp", "parallel", "initial_channels", "job_id", "env", "shuffle_data", "use_scheduler"),
+    *("cnn_save_path", "scheduler_save_path", "rl_save_path"),
+}
+OF_THE_GRADIENT = {"clean_lam", "update_ratio", "blur_sigma", "kernel_size", "eval_mode"}  # read by that source alone
 AROUND_ANY_METHOD = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
@@ -42,8 +57,8 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
         named[old] = [today]
         typed = typed if comix else {"recipe": "puzzle", **typed}
         lines.append(f"{old} is --method {today}" + ("" if comix else " --recipe puzzle"))
-    if ignored := [f"--{key}" for key in ("mp", "parallel") if typed.pop(key, None) is not None]:
-        lines.append(f"{' and '.join(ignored)}: not needed, the whole batch is solved at once")
+    if ignored := [f"--{key}" for key in WITHOUT_MEANING if typed.pop(key, None) is not None]:
+        lines.append(f"{' '.join(ignored)}: of an earlier code, without meaning here")
     if len({tuple(methods) for methods in named.values()}) > 1:
         raise ValueError(f"{' and '.join(named)} name different methods; several drawn per batch are --method A B")
     if named:
@@ -102,8 +117,11 @@ def check_together(options: dict, typed: dict) -> None:
         raise ValueError("--in_batch draws a lam for each image and so excludes --saliency_scope batch")
     if "comixup" in options["method"] and options["batch_size"] == 1:
         raise ValueError("--batch_size 1: comixup mixes several images; take more")
-    if "rlmix" in options["method"] and options["mix_off_epoch"]:
-        raise ValueError("--mix_off_epoch: the agent of rlmix learns from every batch; use rmix, or leave it out")
+    if "rlmix" in options["method"] and (options["mix_off_epoch"] or options["mix_schedule"] == "scheduled"):
+        raise ValueError(
+            "--mix_off_epoch, --mix_schedule: the agent of rlmix learns from batches of one size; use rmix, or leave "
+            "it out"
+        )
     if options["adv_p"] and "puzzlemix" not in options["method"]:
         raise ValueError("--adv_p: only puzzlemix has adversarial noise")
     if options["adv_p"] and options["saliency"] not in (None, "gradient"):

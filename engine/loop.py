@@ -150,7 +150,8 @@ def train_one_epoch(
         watch.lap("mixing")
         with mixer.during(model), autocast(device, precision):
             logits = model(mixed)
-        loss = mixer.mixed_weight * loss_fn(logits, smooth(soft, label_smoothing))
+        value = loss_fn(logits, smooth(soft, label_smoothing))
+        loss = mixer.mixed_weight * value
         (scaler.scale(loss) if scaler else loss).backward()
         if clip_grad:
             if scaler:
@@ -172,7 +173,7 @@ def train_one_epoch(
             one.after_backward(batch.images.grad, coverage)
             watch.lap("saliency")
         with torch.no_grad():
-            value = loss.detach()
+            value = value.detach()  # without the weight, so that methods can be compared
             loss_sum += value * len(soft)
             hit_sum += soft.gather(1, logits.argmax(1, keepdim=True)).sum()
             first_bad = torch.where((first_bad < 0) & ~value.isfinite(), step, first_bad)

@@ -1,6 +1,9 @@
 """The options of the mixing methods and of what guides them; those of a method stand under its name."""
 
+import argparse
+
 from engine.cli import Parser, number, one_of, several, whole, whole_or_minus_one, yes_no
+from engine.configure import WITHOUT_MEANING
 
 GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix and rlmix"]
 
@@ -24,8 +27,8 @@ def mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
     parser.option("--box", type=yes_no, default=False, help="with --train mixup: cutmix")
     parser.option("--graph", type=yes_no, default=False, help="with --train mixup: puzzlemix")
     parser.option("--comix", type=yes_no, help="--method comixup; false: --method none --loss bce")
-    parser.option("--mp", type=whole(), help="taken and ignored: masks are solved on the device")
-    parser.option("--parallel", type=yes_no, help="taken and ignored: all parts are solved at once")
+    for name in sorted(WITHOUT_MEANING):
+        parser.option(f"--{name}", nargs="?", help=argparse.SUPPRESS)
     parser.option(
         "--saliency_legacy_float",
         type=yes_no,

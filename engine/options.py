@@ -1,6 +1,6 @@
 """The options that the scripts share, by group. engine/configure.py says what follows from several of them."""
 
-from engine.cli import Parser, number, one_of, whole, yes_no
+from engine.cli import Parser, each_of, number, one_of, share_or_no, whole, yes_no
 from engine.recipes import RECIPES
 
 DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
@@ -70,7 +70,7 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
     parser.group("run")
     parser.option(
         "--method",
-        type=one_of(methods, method_aliases),
+        type=each_of(methods, method_aliases),
         nargs="+",
         default=["none"],
         metavar="NAME",
@@ -179,7 +179,7 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
         help="decay of an average of the weights, evaluated and saved beside them",
     )
     parser.option(
-        "--dropout", type=number(0, 1), default=0.0, help="in the wide networks; the recipe saliencymix sets 0.3 there"
+        "--dropout", type=share_or_no, default=0.0, help="in the wide networks; the recipe saliencymix sets 0.3 there"
     )
     parser.option(
         "--trad_augment", "--data_augmentation", type=yes_no, shown="recipe", help="random crop and horizontal flip"

@@ -109,7 +109,9 @@ def draw_epoch(log: RunFolder, options: dict, history: list[dict], parts: Parts,
 def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, title: str) -> None:
     """Eight training images, mixed among themselves."""
     spread = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()  # folders come sorted by class
-    few = Batches(data.train.take(spread), 8, device=device, mean=data.mean, std=data.std)
+    if mixer.batch_size:  # the eight again and again
+        spread = spread.repeat(1 + mixer.batch_size // len(spread))[: mixer.batch_size]
+    few = Batches(data.train.take(spread), len(spread), device=device, mean=data.mean, std=data.std)
     batch = next(few.epoch())._replace(place=spread.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
     for one in each_source(source):
@@ -122,11 +124,11 @@ def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, titl
     maps = [one(batch.images, targets) for one in each_source(source)[:1]]
     draw.mixed_batch(
         path,
-        images=batch.images,
-        targets=targets,
-        saliency=maps[0] if maps else None,
-        mixed=mixed,
-        soft=soft,
+        images=batch.images[:8],
+        targets=targets[:8],
+        saliency=maps[0][:8] if maps else None,
+        mixed=mixed[:8],
+        soft=soft[:8],
         mean=data.mean,
         std=data.std,
         classes=data.classes,

@@ -74,9 +74,15 @@ class Parts:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema and saved["ema"]:
             self.ema.module.load_state_dict(saved["ema"])
-        self.mixer.load_state_dict(saved["method"])
-        for source, state in zip(self.sources, saved["saliency"], strict=True):
-            source.load_state_dict(state)
+        try:
+            self.mixer.load_state_dict(saved["method"])
+            for source, state in zip(self.sources, saved["saliency"], strict=True):
+                source.load_state_dict(state)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"the saved state of the method does not fit ({str(error).splitlines()[0]}): it was saved by another "
+                "method, source or version\nstart a new run; --init_from takes the weights of this one"
+            ) from error
         set_rng_state(saved["rng"][0], self.device)
 
 

@@ -46,11 +46,14 @@ def mixer_class(name: str):
 
 
 def hyper_parameters(name: str) -> dict:
-    """Name -> default of everything the method `name` can be told."""
-    signature = inspect.signature(mixer_class(name).__init__)
-    return {
-        key: p.default for key, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and key != "self"
-    }
+    """Name -> default of everything the method `name` can be told; what a constructor hands on to its base included."""
+    found = {}
+    for cls in mixer_class(name).__mro__:
+        own = inspect.signature(cls.__init__).parameters
+        found = {key: p.default for key, p in own.items() if p.default is not p.empty} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            return found
+    return found
 
 
 def build_mixer(name: str, /, **options):

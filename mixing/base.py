@@ -19,6 +19,7 @@ class Mixer:
     mixed_weight: float = 1.0  # weight of the mixed loss of the last batch
     wants_mixed_grad: bool = False  # whether after_backward reads the gradient at the mixed images
     mixes_hidden: bool = False  # whether it hooks a stage of the network, which a compiled network ignores
+    batch_size: int | None = None  # the only size of batch it does itself justice on, where there is one
     unusable: torch.Tensor | int = 0  # saliency maps so far that were all zero or no numbers
 
     @property
@@ -32,8 +33,9 @@ class Mixer:
 
     def look(self, source, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(B, H, W) float32 >= 0: what the source says of the batch. A map that is all zero or no number becomes
-        uniform, and is counted in `unusable` without asking the device.
+        uniform, and is counted in `unusable` without asking the device. Raises ValueError for targets that are labels.
         """
+        check_targets(targets)
         saliency, unusable = usable(source(images, targets).detach().float())
         self.unusable = self.unusable + unusable.sum()
         return saliency
@@ -81,6 +83,10 @@ class Chain(Mixer):
     @property
     def mixed_weight(self) -> float:
         return self.mixers[-1].mixed_weight
+
+    @property
+    def batch_size(self) -> int | None:
+        return next((mixer.batch_size for mixer in self.mixers if mixer.batch_size), None)
 
     @property
     def unusable(self) -> torch.Tensor | int:
@@ -171,6 +177,17 @@ class Partly(Chain):
     def mixed_weight(self) -> float:
         return self.mixers[0].mixed_weight if self.mixed else 1.0
 
+    def build_source(self, make):
+        source = super().build_source(make)
+        partial = self.mix_fraction < 1 or self.mix_schedule == "scheduled"
+        for one in source if isinstance(source, list) else [source]:
+            if partial and getattr(one, "clean_weight", 0):  # the clean part would weigh less than the rest
+                raise ValueError(
+                    "mixing a part of each batch excludes training on the clean images too: add --clean_lam 0, or with "
+                    "sage --update_ratio 1"
+                )
+        return source
+
     def start_epoch(self, epoch, epochs, steps):
         super().start_epoch(epoch, epochs, steps)
         self.share = self.mix_fraction
@@ -197,6 +214,15 @@ class Partly(Chain):
     def after_backward(self, mixed_grad):
         if self.mixed:
             self.mixers[0].after_backward(None if mixed_grad is None else mixed_grad[-self.mixed :])
+
+
+def check_targets(targets: torch.Tensor) -> None:
+    """Raise ValueError for anything but soft targets (B, K)."""
+    if targets.dim() != 2 or not targets.is_floating_point():
+        raise ValueError(
+            f"targets must be (B, K) floats whose rows sum to 1, got {tuple(targets.shape)} {targets.dtype}: "
+            "F.one_hot(labels, K).float() makes them of labels"
+        )
 
 
 def check_probability(name: str, value: float) -> float:
@@ -291,6 +317,7 @@ def paste(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, bo
 
     images (B, C, H, W), targets (B, K), partner (B,), boxes (B, 4) or (1, 4) -> mixed images, soft targets.
     """
+    check_targets(targets)
     inside = box_mask(boxes, *images.shape[-2:])
     lam = 1.0 - inside.flatten(1).float().mean(1, keepdim=True)
     return torch.where(inside, images[partner], images), lam * targets + (1.0 - lam) * targets[partner]

@@ -115,9 +115,9 @@ class CoMixup(Mixer):
     ):
         if mixup_alpha <= 0:
             raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
-        for name, value in (("m_part", m_part), ("m_niter", m_niter), ("m_stride", m_stride)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, value, least in (("m_part", m_part, 2), ("m_niter", m_niter, 1), ("m_stride", m_stride, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if m_block_num < 1 and m_block_num != -1:
             raise ValueError(f"m_block_num must be positive, or -1 to draw it, got {m_block_num}")
         weights = {"m_beta": m_beta, "m_gamma": m_gamma, "m_thres": m_thres, "m_eta": m_eta, "clean_lam": clean_lam}

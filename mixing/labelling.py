@@ -188,7 +188,7 @@ def twins(counts: torch.Tensor) -> torch.Tensor:
     common = shown @ shown.mT
     same = (common == size) & (common == size.mT) & (size > 1)
     earlier = earlier_of(counts.shape[1], counts.device)
-    nth = shown.cumsum(2) * shown
+    nth = (counts > 0).long().cumsum(2) * (counts > 0)  # in whole numbers: repeatable on every device
     first = (same & earlier.T).any(2, keepdim=True) & (nth == 1)
     second = (same & earlier).any(2, keepdim=True) & (nth == 2)
     return (first | second).to(counts.dtype)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from mixing.base import Mixer, blend, check_probability, draw_lam, draw_partner
+from mixing.base import Mixer, blend, check_probability, check_targets, draw_lam, draw_partner
 
 
 class ManifoldMixup(Mixer):
@@ -26,6 +26,7 @@ class ManifoldMixup(Mixer):
         self.depth, self.partner, self.lam = 0, None, None
 
     def __call__(self, images, targets, source=None):
+        check_targets(targets)
         self.depth = 0
         if torch.rand(()) >= self.mix_prob:
             return images, targets

@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-ITERATIONS_PER_ROW = 7.5  # of the dual ascent: 60 on a grid of 8, 120 on one of 16
+ITERATIONS_PER_ROW = 10  # of the dual ascent
 THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # of the relaxed solution, in units of the image's mean unary difference
 
 
@@ -104,7 +104,7 @@ def solve_by_levels(
     f = unary[1:] - unary[:-1] + (1 + 2 * k - layers) / layers**2 * around
     scale = f.abs().mean((0, 1, 2)).clamp_min(1e-12)
     edges = layers**2 * scale
-    x = climb(f / scale, down / edges, right / edges, iterations or int(ITERATIONS_PER_ROW * max(unary.shape[1:3])))
+    x = climb(f / scale, down / edges, right / edges, iterations or ITERATIONS_PER_ROW * max(unary.shape[1:3]))
     bound = unary[0].sum((0, 1)) + scale * (-x).clamp_max_(0).sum((0, 1, 2))
     labels, least = None, None
     for threshold in THRESHOLDS:

@@ -5,7 +5,7 @@ Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, 
 
 import torch
 
-from mixing.base import Mixer, blend, check_probability, draw_lam, draw_partner
+from mixing.base import Mixer, blend, check_probability, check_targets, draw_lam, draw_partner
 
 
 class Mixup(Mixer):
@@ -20,6 +20,7 @@ class Mixup(Mixer):
         self.mix_prob = check_probability("mix_prob", mix_prob)
 
     def __call__(self, images, targets, source=None):
+        check_targets(targets)
         if torch.rand(()) >= self.mix_prob:
             return images, targets
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)

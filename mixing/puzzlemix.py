@@ -119,7 +119,7 @@ def mix(
     mixed = torch.lerp(second, first, enlarge(mask, *images.shape[-2:]).to(images.dtype))
     if images.is_contiguous():  # the blocks come back with the channels last
         mixed = mixed.contiguous()
-    return mixed, torch.lerp(targets[partner], targets, mask.mean((1, 2)).unsqueeze(1))
+    return mixed, torch.lerp(targets[partner], targets, mask.mean((1, 2)).unsqueeze(1).to(targets.dtype))
 
 
 def divisor(side: int, most: int) -> int:

@@ -23,7 +23,8 @@ def agreement(clean: torch.Tensor, mixed_grad: torch.Tensor, rows: int, columns:
 
 
 class RLMix(RMix):
-    """An agent (mixing.policy) picks one of num_action percentiles for each image; the rest is R-Mix.
+    """An agent (mixing.policy) picks one of num_action percentiles for each image; the rest is R-Mix, which takes the
+    other parameters.
 
     num_patches: blocks to a side of the state and the reward, at least 4. agent_*: its learning rate, minibatch, steps
     of a rollout and passes over one. The reward is given at every reward_step-th step (0 at the others) and divided by
@@ -37,15 +38,7 @@ class RLMix(RMix):
 
     def __init__(
         self,
-        dirichlet_alpha: float = 1.0,
-        random_patches: tuple[int, ...] = (8, 16),
-        use_random_patches: bool = True,
-        num_patches: int = 8,
-        patches_per_side: tuple[int, ...] | None = None,
-        num_action: int = 10,
-        pairing: str = "random",
-        clean_lam: float = 0.0,
-        mix_prob: float = 1.0,
+        *,
         agent_lr: float = 3e-4,
         agent_batch_size: int = 250,
         agent_trajectory_size: int = 1000,
@@ -53,22 +46,13 @@ class RLMix(RMix):
         reward_step: int = 1,
         reward_scaling: float = 1.0,
         grad_sim: bool = True,
+        **of_rmix,
     ):
-        super().__init__(
-            dirichlet_alpha,
-            random_patches,
-            use_random_patches,
-            num_patches,
-            patches_per_side,
-            num_action,
-            pairing,
-            clean_lam,
-            mix_prob,
-        )
+        super().__init__(**of_rmix)
         if not grad_sim:
             raise ValueError("grad_sim must be True: there is no other reward than the similarity of gradients")
-        if num_patches < 4:
-            raise ValueError(f"num_patches must be at least 4, which the policy's convolutions need, got {num_patches}")
+        if self.num_patches < 4:
+            raise ValueError(f"num_patches must be at least 4, for the policy's convolutions, got {self.num_patches}")
         whole = {
             "agent_batch_size": agent_batch_size,
             "agent_trajectory_size": agent_trajectory_size,
@@ -94,6 +78,10 @@ class RLMix(RMix):
         self.start = True  # whether the next step begins an episode
         self.done, self.episode_end, self.total = 0, 0, 0  # batches of the training: so far, at the epoch's end, in all
 
+    @property
+    def batch_size(self) -> int | None:
+        return self.agent.sizes["batch"] if self.agent else None
+
     def start_epoch(self, epoch, epochs, steps):
         self.start = True
         self.done, self.episode_end, self.total = epoch * steps, (epoch + 1) * steps, epochs * steps
@@ -115,7 +103,7 @@ class RLMix(RMix):
 
     def choose(self, saliency, targets, source):
         logits = getattr(source, "logits", None)
-        logits = torch.zeros_like(targets) if logits is None else logits.nan_to_num(0.0, 0.0, 0.0)
+        logits = torch.zeros_like(targets, dtype=torch.float32) if logits is None else logits.nan_to_num(0.0, 0.0, 0.0)
         if self.agent is None:
             self.agent = self.build_agent(logits)
         if len(logits) != self.agent.sizes["batch"]:

@@ -137,6 +137,10 @@ class SAGE(Mixer):
             "follows_training_loss": True,
         }
 
+    def check_size(self, height, width):
+        if self.blur_sigma and self.kernel_size // 2 >= min(height, width):
+            raise ValueError(f"kernel_size {self.kernel_size}: too large to blur maps of {height}x{width} pixels")
+
     def draw_offsets(self, height: int, width: int) -> torch.Tensor | None:
         """(K, 2) on the host, so that the loop over them never waits for the device; None: all offsets."""
         if self.search == "exhaustive" or (self.search == "random" and self.rand_pos == 1):

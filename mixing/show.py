@@ -1,8 +1,9 @@
 """Mix your own pictures: python -m mixing.show --images cat.jpg dog.jpg --method all"""
 
 import time
+import warnings
 
-from engine.cli import Parser, UserError, closest, one_of, run, whole
+from engine.cli import Parser, UserError, closest, each_of, one_of, run, whole
 from engine.mixing_options import method_options
 from engine.options import DATASET_ALIASES, DATASETS
 from mixing import ALIASES, MIXERS, build_mixer
@@ -24,7 +25,7 @@ def build_parser() -> Parser:
     parser.option("--data_dir", "--data", default="data", help="the folder that holds it")
     parser.option("--indices", type=whole(), nargs="+", metavar="N", default=[0, 1, 2, 3], help="which training images")
     parser.option(
-        "--method", type=one_of([*METHODS, "all"], ALIASES), nargs="+", default=["all"], metavar="NAME", help="or all"
+        "--method", type=each_of([*METHODS, "all"], ALIASES), nargs="+", default=["all"], metavar="NAME", help="or all"
     )
     parser.option(
         "--model_path",
@@ -51,6 +52,10 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error("give either --images, two or more files, or --dataset")
     if len(options["images"] or options["indices"]) < 2:
         parser.error("mixing takes two images or more")
+    if options["model"] and not options["model_path"]:
+        parser.error(f"--model {options['model']} needs --model_path, the file of its weights")
+    if not options["output"].endswith(".png"):
+        parser.error(f"--output {options['output']}: the picture is a .png")
     methods = METHODS if "all" in options["method"] else options["method"]
 
     import torch
@@ -59,32 +64,31 @@ def main(argv: list[str] | None = None) -> dict:
 
     model, images, names, statistics = load(options)
     rows, weights = [], {}
-    maps = None
+    guide = options["saliency"] or ("gradient" if model else WITHOUT_NETWORK)
+    try:
+        maps = choose_source(options | {"saliency": guide}, None, model, statistics)(images, None)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     for name in methods:
         try:
             mixer = build_mixer(name, **options | statistics | {"mix_prob": 1.0})
             mixer.check_size(*images.shape[-2:])
             source = mixer.build_source(lambda one: choose_source(options, one, model, statistics))
+            mixed, shares, soft, milliseconds = collect(mixer, images, source, options["n"], options["seed"])
         except ValueError as error:
             raise UserError(f"--method {name}: {error}") from error
-        if source and maps is None:
-            maps = source(images, None)
-        mixed, shares, soft, milliseconds = collect(mixer, images, source, options["n"], options["seed"])
         weights[name] = soft
         rows.append((f"{name}\n{milliseconds:.1f} ms", mixed, shares, soft))
         print(f"{name}: {milliseconds:.1f} ms for {len(images)} images")
         for one in soft:
             order = one.argsort(descending=True)
             print("   " + ", ".join(f"{float(one[k]):.2f} {names[int(k)]}" for k in order if one[k] > 0.005))
-    if maps is None:
-        maps = build_source(WITHOUT_NETWORK, **statistics)(images)
-    guide = "pixel gradient" if model and options["saliency"] in (None, "gradient") else options["saliency"]
     draw.mixtures(
         options["output"],
         images=images,
         names=names,
         saliency=maps,
-        guide=guide or WITHOUT_NETWORK,
+        guide="pixel gradient" if guide == "gradient" else guide,
         rows=[
             (text, mixed, torch.tensordot(shares, palette(len(images)), dims=([1], [0])), soft)
             for text, mixed, shares, soft in rows
@@ -141,7 +145,6 @@ def load(options: dict) -> tuple:
 
 def load_model(options: dict) -> tuple:
     """The network of --model_path, the side of its images if known, and mean and std."""
-    import torch
     from torchvision.models import get_model, list_models
 
     from engine.classifier import SavedClassifier
@@ -158,7 +161,9 @@ def load_model(options: dict) -> tuple:
                 {key: value.float() if value.is_floating_point() else value for key, value in file.weights.items()}
             )
         except RuntimeError as error:
-            raise UserError(f"{options['model_path']} holds no {name}: {str(error).splitlines()[1].strip()}") from error
+            raise UserError(
+                f"{options['model_path']} holds no {name}: {str(error).splitlines()[1].strip()[:100]} ..."
+            ) from error
         return model.eval(), 224, STATISTICS["imagenet"]
     if name and name not in MODELS and name not in MODEL_ALIASES:
         raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, [*MODELS, *list_models()])}")
@@ -170,12 +175,13 @@ def load_model(options: dict) -> tuple:
     statistics = (
         STATISTICS[norm] if norm != "own" else STATISTICS[WITHOUT_STATISTICS.get(trained, trained or "imagenet")]
     )
-    torch.set_grad_enabled(True)
     return model.eval(), size, statistics
 
 
 def choose_source(options: dict, mixer, model, statistics: dict):
-    """What guides a method here: its own source, or a static map where that takes a network and there is none."""
+    """What guides a method here: its own source, or a static map where that takes a network and there is none. mixer
+    None: the plain gradient.
+    """
     name = options["saliency"] or mixer.default_source
     if name == "bank":
         raise ValueError("--saliency bank: it is learned while a classifier trains; choose another")
@@ -183,7 +189,8 @@ def choose_source(options: dict, mixer, model, statistics: dict):
         if options["saliency"]:
             raise ValueError("--saliency gradient needs --model_path, a trained classifier")
         name = WITHOUT_NETWORK
-    settings = mixer.gradient_options | {"mode": "eval", "clean_weight": 0.0}
+    settings = (mixer.gradient_options if mixer else {}) | {"mode": "eval", "clean_weight": 0.0}
+    settings["saliency_size"] = options["saliency_size"]
     source = build_source(name, model=model, **statistics, **settings)
     return Predicted(source) if name == "gradient" else source
 
@@ -247,7 +254,8 @@ def weights_of(mixer, images, targets, source, seed: int):
         torch.manual_seed(seed)
         tangent = torch.zeros_like(images)
         tangent[one] = 1
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch about itself
             mixed, _ = mixer(forward_ad.make_dual(images, tangent), targets, source)
             found.append(forward_ad.unpack_dual(mixed).tangent[:, 0])
     return torch.stack(found, 1)

@@ -55,7 +55,10 @@ class Gradient(Source):
         if blur_sigma < 0 or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"a blur needs a sigma >= 0 and an odd kernel, got {blur_sigma} and {kernel_size}")
         if saliency_size and clean_weight:
-            raise ValueError("saliency_size excludes a clean term: it would train on scaled images")
+            raise ValueError(
+                "saliency_size excludes a clean term, which would train on scaled images: add --clean_lam 0, or with "
+                "sage --update_ratio 1"
+            )
         self.model, self.reduction, self.mode = model, reduction, "eval" if saliency_size else mode
         self.blur_sigma, self.kernel_size = blur_sigma, kernel_size
         self.clean_weight, self.scaler = clean_weight, scaler
@@ -74,6 +77,8 @@ class Gradient(Source):
         """The signed gradient at the pixels (B, C, H, W) float32, up to one positive factor for all of the batch."""
         pixels = images.detach()
         if self.saliency_size:
+            if self.saliency_size > max(images.shape[-2:]):
+                raise ValueError(f"saliency_size {self.saliency_size} is larger than the images: {tuple(images.shape)}")
             pixels = resized(pixels, self.saliency_size)
         pixels = pixels.clone().requires_grad_()
         precision = torch.autocast(pixels.device.type, self.precision) if self.precision else nullcontext()

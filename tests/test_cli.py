@@ -230,7 +230,8 @@ EARLIER_COMMANDS = [  # of the codes this project joins, in their spelling
     "--method rmix --scheduler MultiStepLR --random_patches 8 16 --use_random_patches True --num_patches 8 "
     "--num_action 10 --dirichlet_alpha 1.0",
     "--method rlmix --agent_lr 0.0003 --agent_batch_size 250 --agent_trajectory_size 1000 --agent_epochs 15 "
-    "--reward_step 1 --reward_scaling 1 --grad_sim True",
+    "--reward_step 1 --reward_scaling 1 --grad_sim True --env VanillaMixupPatchDiscrete --shuffle_data True",
+    "--dataset cifar100 --arch preactresnet18 --initial_channels 64 --dropout False --method vanilla --job_id 3",
 ]
 
 
@@ -249,12 +250,13 @@ def test_the_earlier_evaluation_command_is_taken():
 def test_shorthands_of_the_gradient_methods():
     puzzle, lines = translate({"train": "mixup", "graph": True, "mp": 8})
     assert puzzle == {"method": ["puzzlemix"]} and lines[0] == "--train mixup --graph is --method puzzlemix"
-    assert "--mp: not needed" in lines[1]
+    assert lines[1] == "--mp: of an earlier code, without meaning here"
     assert translate({"comix": True})[0] == {"method": ["comixup"]}
     assert translate({"comix": False})[0] == {"method": ["none"], "recipe": "puzzle"}
     with pytest.raises(ValueError, match="different methods"):
         translate({"comix": True, "method": ["sage"]})
     parser = train.build_parser()
+    assert parser.read(["--method", "rmix rlmix", "cutmix"])["method"] == ["rmix", "rlmix", "cutmix"]
     assert parser.read(["--random_patches", "8 16"]) == parser.read(["--random-patches", "8", "16"])
 
 
@@ -275,6 +277,7 @@ def test_published_settings_follow_method_data_and_network():
     [
         ("--method comixup --batch_size 1", "several images"),
         ("--method rlmix --mix_off_epoch 2", "use rmix"),
+        ("--method rlmix --mix_schedule scheduled --mix_scheduled_epoch 2", "use rmix"),
         ("--method sage --adv_p 0.1", "only puzzlemix"),
         ("--method puzzlemix --adv_p 0.1 --saliency static", "signed gradient"),
     ],
@@ -292,7 +295,10 @@ def test_what_does_not_go_together_is_refused(words, message, capsys):
         ("--method puzzlemix --image_size 36", "36x36 pixels cannot be cut into 8x8 blocks"),
         ("--method rmix --image_size 36", "random_patches"),
         ("--method comixup --m_block_num 5", "m_block_num"),
-        ("--method sage --saliency_size 16", "clean term"),
+        ("--method sage --saliency_size 16", "update_ratio 1"),
+        ("--method sage --mix_fraction 0.5", "update_ratio 1"),
+        ("--method sage --kernel_size 65", "kernel_size 65"),
+        ("--method comixup --m_part 1", "m_part must be at least 2"),
     ],
 )
 def test_what_a_method_refuses_is_a_usage_error(words, message, tmp_path, capsys):

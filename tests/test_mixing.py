@@ -344,6 +344,26 @@ def test_no_method_makes_the_host_wait_for_the_device(name, monkeypatch):
     assert waits.seen, "the check itself"
 
 
+@pytest.mark.parametrize("name", LABEL_MIXERS)
+def test_labels_in_place_of_targets_are_refused(name):
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    for wrong in (labels, labels.float(), torch.eye(4).long()):
+        with pytest.raises(ValueError, match="one_hot"):
+            for _ in range(5):
+                build_mixer(name, mix_prob=1.0, **SMALL)(images, wrong, centre)
+
+
+def test_a_part_of_a_batch_and_a_clean_term_exclude_each_other():
+    class Clean:
+        clean_weight = 0.3
+
+    for options in ({"mix_fraction": 0.5}, {"mix_schedule": "scheduled", "mix_scheduled_epoch": 2}):
+        with pytest.raises(ValueError, match="update_ratio 1"):
+            compose(["sage"], OPTIONS | options).build_source(lambda one: Clean())
+    assert compose(["sage"], OPTIONS | {"mix_off_epoch": 1}).build_source(lambda one: Clean())
+    assert compose(["sage"], OPTIONS | {"mix_fraction": 0.5}).build_source(lambda one: centre)
+
+
 SALIENT = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 
 

@@ -149,12 +149,28 @@ def test_a_smaller_saliency_pass_gives_maps_of_the_full_size():
         Gradient(model, saliency_size=16, clean_weight=1.0)
 
 
-def test_half_precision_keeps_small_gradients():
-    """bfloat16 here; the scale that float16 needs is the same line."""
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_small_gradients(precision):
     model, images, targets = tiny_network().eval(), torch.randn(4, 3, 12, 12), torch.eye(5)[:4]
+    with torch.no_grad():
+        model[5].weight.mul_(1e-4)  # gradients of some 1e-8, below what float16 can hold
     exact = Gradient(model)(images, targets).flatten(1)
-    rough = Gradient(model, precision=torch.bfloat16)(images, targets).flatten(1)
+    rough = Gradient(model, precision=precision)(images, targets).flatten(1)
     assert rough.dtype == torch.float32 and F.cosine_similarity(exact, rough).min() > 0.98
+
+
+def test_the_clean_gradient_is_on_the_scale_of_the_training_step():
+    class Scaler:
+        def scale(self, loss):
+            return 1024 * loss
+
+    model, images, targets = tiny_network(), torch.randn(4, 3, 12, 12), torch.eye(5)[:4]
+    plain, scaled = (Gradient(model, clean_weight=0.5, scaler=scaler) for scaler in (None, Scaler()))
+    saliency = plain(images, targets)
+    gradient = model[5].weight.grad.clone()
+    model.zero_grad()
+    torch.testing.assert_close(scaled(images, targets), 1024 * saliency)
+    torch.testing.assert_close(model[5].weight.grad, 1024 * gradient)
 
 
 # the bank

@@ -8,6 +8,7 @@ from PIL import Image
 from engine.cli import UserError
 from mixing import build_mixer, show
 from mixing.show import METHODS, weights_of
+from saliency.static import FineGrained
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_every_method_is_shown_without_any_network(pictures, tmp_path, capsys):
     assert "picture0" in said and str(output) in said
 
 
-def test_a_classifier_of_ours_guides_by_its_gradient(shapes_run, tmp_path):
+def test_a_classifier_of_ours_guides_by_its_gradient(shapes_run, tmp_path, monkeypatch):
     run = shapes_run(epochs=1)
     words = ["--dataset", "shapes", "--indices", "1", "2", "3", "--model_path", str(run), "--n", "3"]
     first = show.main([*words, "--method", "puzzlemix", "rlmix", "-o", str(tmp_path / "a.png")])
@@ -44,6 +45,12 @@ def test_a_classifier_of_ours_guides_by_its_gradient(shapes_run, tmp_path):
     static = show.main([*words, "--method", "puzzlemix", "--saliency", "static", "-o", str(tmp_path / "c.png")])
     assert torch.equal(first["puzzlemix"], again["puzzlemix"]), "one seed, one picture"
     assert not torch.equal(first["puzzlemix"], static["puzzlemix"])
+    drawn = []
+    monkeypatch.setattr("engine.draw.mixtures", lambda path, **given: drawn.append(given))
+    show.main([*words, "--method", "saliencymix"])
+    assert drawn[0]["guide"] == "pixel gradient" and not torch.equal(
+        drawn[0]["saliency"], FineGrained(drawn[0]["mean"], drawn[0]["std"])(drawn[0]["images"])
+    )
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
@@ -83,6 +90,8 @@ def test_what_cannot_be_shown_is_explained(pictures, tmp_path, capsys):
         (["--method", "mixup"], "--images, two or more"),
         (["--images", pictures[0]], "two images or more"),
         (["--images", *pictures, "--method", "puzzle-mix"], "puzzlemix"),
+        (["--images", *pictures, "--model", "resnet18"], "--model_path"),
+        (["--images", *pictures, "--output", "mix.jpg"], "a .png"),
     ):
         with pytest.raises(SystemExit) as exit_:
             show.main(words)
@@ -93,6 +102,7 @@ def test_what_cannot_be_shown_is_explained(pictures, tmp_path, capsys):
         (["--images", *pictures, "--image_size", "50", "--method", "puzzlemix"], "puzzlemix: block_num: 50x50"),
         (["--images", *pictures, "--saliency", "gradient", "--method", "rmix"], "needs --model_path"),
         (["--images", *pictures, "--saliency", "bank", "--method", "rmix"], "while a classifier trains"),
+        (["--images", *pictures, "--adv_p", "1", "--method", "puzzlemix"], "signed pixel gradient"),
         (["--dataset", "shapes", "--indices", "1", "9999"], "5000 training images"),
     ):
         with pytest.raises(UserError, match=message):

@@ -216,7 +216,14 @@ def test_the_loop_serves_methods_with_gradients_and_weights():
     )
     assert spy.grad.shape == (5, 3, 8, 8) and spy.grad.abs().sum() > 0 and spy.saliency.shape == (5, 8, 8)
     plain = train_one_epoch(model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=0, num_classes=3, max_steps=1)
-    assert result["train_loss"] == pytest.approx(plain["train_loss"] / 2, rel=1e-5)
+    assert result["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), "shown without its weight"
+    halves = spy.grad
+    spy.mixed_weight = 1.0
+    train_one_epoch(
+        *(model, spy, lambda images, targets: images.abs().mean(1), batches, optimizer, LOSSES["ce"]),
+        **{"epoch": 0, "num_classes": 3, "max_steps": 1},
+    )
+    torch.testing.assert_close(spy.grad, 2 * halves)
     assert {"data", "mixing", "saliency", "network"} == watch.seconds().keys()
 
 

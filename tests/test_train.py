@@ -127,6 +127,22 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_exactly(shapes_run, tmp_pa
     assert same_run(whole, run) and not list(run.glob(".*.part"))
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("rmix", "--method rlmix"),
+        ("rmix", "--method rmix sage"),
+        ("rmix", "--saliency bank"),
+        ("rmix --saliency bank", "--limit 40"),
+        ("rlmix", "--num_action 5"),
+    ],
+)
+def test_a_method_whose_saved_state_does_not_fit_is_told(shapes_run, first, then):
+    run = shapes_run("--scheduler", "constant", *first.split()[1:], method=first.split()[0], epochs=1)
+    with pytest.raises(UserError, match="does not fit|would not fit"):
+        train.main(["--checkpoint", str(run), "--epochs", "2", "--force_config", *then.split()])
+
+
 # the run folder
 
 
