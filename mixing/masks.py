@@ -14,7 +14,7 @@ from functools import cache
 
 import torch
 
-ITERATIONS_PER_ROW = 10  # of the dual ascent
+ITERATIONS = {8: 60, 16: 160}  # of the dual ascent, by the largest side of a grid they are for
 THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # of the relaxed solution, in units of the image's mean unary difference
 
 
@@ -104,7 +104,9 @@ def solve_by_levels(
     f = unary[1:] - unary[:-1] + (1 + 2 * k - layers) / layers**2 * around
     scale = f.abs().mean((0, 1, 2)).clamp_min(1e-12)
     edges = layers**2 * scale
-    x = climb(f / scale, down / edges, right / edges, iterations or ITERATIONS_PER_ROW * max(unary.shape[1:3]))
+    side = max(unary.shape[1:3])
+    iterations = iterations or next((steps for most, steps in ITERATIONS.items() if side <= most), 10 * side)
+    x = climb(f / scale, down / edges, right / edges, iterations)
     bound = unary[0].sum((0, 1)) + scale * (-x).clamp_max_(0).sum((0, 1, 2))
     labels, least = None, None
     for threshold in THRESHOLDS:
