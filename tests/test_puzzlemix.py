@@ -256,6 +256,19 @@ def test_salient_blocks_survive():
     assert 0.3 < float(soft[0, 0]) < 0.7
 
 
+def test_each_image_of_a_pair_is_moved_to_where_it_shows():
+    """On the finer grid of t_size, by the saliency there."""
+    mixer = PuzzleMix(block_num=(4,), t_size=4, t_eps=0.1)
+    images, saliency, partner = torch.randn(6, 3, 32, 32), torch.rand(6, 32, 32) ** 8, torch.arange(5, -1, -1)
+    mask, (own, other, rows, columns) = mixer.plan(images, saliency, partner, torch.tensor(0.5), 4)
+    assert (rows, columns) == (8, 8)
+    salient, shown = unit_sum(block_means(saliency, 8, 8)), mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.equal(own, transport(salient, shown > 0, 0.1))
+    assert torch.equal(other, transport(salient[partner], shown < 1, 0.1))
+    still = torch.arange(64)
+    assert (own != still).any() and (other != still).any() and (shown < 1).any() and (shown > 0).any()
+
+
 @pytest.mark.parametrize("labels", [2, 3, 4])
 def test_any_number_of_labels_and_oblong_images(labels):
     images = torch.randn(5, 3, 16, 32).contiguous(memory_format=torch.channels_last)

@@ -218,6 +218,15 @@ def test_the_bank_learns_only_of_what_was_visible():
     assert bank.maps.isfinite().all()
 
 
+def test_a_pixel_shown_faintly_counts_as_one_shown_in_full():
+    bank, batch = Bank(1, bank_size=2, bank_momentum=0.0), a_batch(1, 8, augment=False)
+    bank.start_batch(batch)
+    coverage = torch.ones(1, 1, 8, 8)
+    coverage[..., 4:] = 0.5
+    bank.after_backward(coverage.expand(-1, 3, -1, -1) * 2.0, coverage)
+    assert bank.maps.eq(1).all()
+
+
 def test_the_bank_is_saved_and_asks_for_training_images():
     bank, other = Bank(3, bank_size=4), Bank(3, bank_size=4)
     with pytest.raises(ValueError, match="start_batch"):

@@ -127,6 +127,15 @@ def test_a_run_killed_in_the_middle_of_a_save_goes_on_exactly(shapes_run, tmp_pa
     assert same_run(whole, run) and not list(run.glob(".*.part"))
 
 
+@pytest.mark.parametrize("method", ["sage", "rlmix", "puzzlemix saliencymix --saliency bank"])
+def test_pictures_leave_no_trace_in_the_training(shapes_run, method):
+    """They are drawn with the network in training mode and with an agent that acts."""
+    method, options = split_method(method)
+    plain = shapes_run(*options, method=method)
+    shown = shapes_run(*options, "--vis_epoch", "1", name="shown", method=method)
+    assert same_run(plain, shown) and len(list((shown / "vis").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [
