@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from pathlib import Path
 
 from engine.cli import Parser, UserError, closest, each_of, one_of, run, whole
 from engine.mixing_options import method_options
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> dict:
         parser.error(f"--model {options['model']} needs --model_path, the file of its weights")
     if not options["output"].endswith(".png"):
         parser.error(f"--output {options['output']}: the picture is a .png")
+    if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
+        parser.error(f"--images {' '.join(missing)}: no such file")
     methods = METHODS if "all" in options["method"] else options["method"]
 
     import torch
@@ -111,8 +114,6 @@ def palette(count: int):
 
 def load(options: dict) -> tuple:
     """The network or None, images (B, 3, S, S) normalised, their names, and the statistics they are normalised by."""
-    from pathlib import Path
-
     import torch
 
     from engine.data import STATISTICS, load_data

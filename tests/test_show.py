@@ -92,6 +92,7 @@ def test_what_cannot_be_shown_is_explained(pictures, tmp_path, capsys):
         (["--images", *pictures, "--method", "puzzle-mix"], "puzzlemix"),
         (["--images", *pictures, "--model", "resnet18"], "--model_path"),
         (["--images", *pictures, "--output", "mix.jpg"], "a .png"),
+        (["--images", *pictures, "nothing.jpg"], "--images nothing.jpg: no such file"),
     ):
         with pytest.raises(SystemExit) as exit_:
             show.main(words)
