@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, one_of, run, whole, yes_no
+from engine.cli import Parser, number, one_of, run, whole, yes_no
 from engine.options import DATASET_ALIASES, DATASETS, device_options
 from engine.recipes import recipe_options
 from mixing import ALIASES, MIXERS, build_mixer
@@ -36,6 +36,7 @@ def build_parser() -> Parser:
     parser.option("--method", type=one_of(MIXERS, ALIASES), nargs="+", default=METHODS, metavar="NAME")
     parser.option("--saliency", type=one_of(SOURCES, SOURCE_ALIASES), metavar="SOURCE", help="in place of each own")
     parser.option("--saliency_size", type=whole(8), metavar="PIXELS", help="of the gradient's pass")
+    parser.option("--rand_pos", type=number(0, 1), help="sage: share of the offsets that is tried")
     parser.option("--dataset", type=one_of(DATASETS, DATASET_ALIASES), default="shapes", metavar="NAME")
     parser.option("--data_dir", "--data", default="data")
     parser.option("--norm", default="own", help="own, imagenet or half")
@@ -124,7 +125,7 @@ class Bench:
     def build(self, name: str, **wanted) -> tuple:
         """The method `name`, as train.py would have it, and its source."""
         published = recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
-        own = published["method_options"].get(name, {})
+        own = {**published["method_options"].get(name, {}), "rand_pos": self.options["rand_pos"]}
         mixer = build_mixer(name, **{**own, **self.statistics, "mix_prob": 1.0, **wanted})
         mixer.check_size(self.side, self.side)
         source = mixer.build_source(

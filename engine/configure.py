@@ -57,7 +57,7 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
         named[old] = [today]
         typed = typed if comix else {"recipe": "puzzle", **typed}
         lines.append(f"{old} is --method {today}" + ("" if comix else " --recipe puzzle"))
-    if ignored := [f"--{key}" for key in WITHOUT_MEANING if typed.pop(key, None) is not None]:
+    if ignored := [f"--{key}" for key in sorted(WITHOUT_MEANING) if typed.pop(key, None) is not None]:
         lines.append(f"{' '.join(ignored)}: of an earlier code, without meaning here")
     if len({tuple(methods) for methods in named.values()}) > 1:
         raise ValueError(f"{' and '.join(named)} name different methods; several drawn per batch are --method A B")

@@ -66,19 +66,14 @@ def mask_problem(
     if cells is not None and gamma:
         local = smooth * gamma / 2
         vertical, horizontal = border_differences(cells, partner, n)
-        for (own, over, back, other), weight, first, second in (
-            (vertical, down, (slice(None), slice(None, -1)), (slice(None), slice(1, None))),
-            (
-                horizontal,
-                right,
-                (slice(None), slice(None), slice(None, -1)),
-                (slice(None), slice(None), slice(1, None)),
-            ),
-        ):
-            keep[first] += local * (over + own)
-            give[first] += local * (back + other)
-            keep[second] += local * (back + own)
-            give[second] += local * (over + other)
+        for (own, over, back, other), weight, keeps, gives in (
+            (vertical, down, (keep[:, :-1], keep[:, 1:]), (give[:, :-1], give[:, 1:])),
+            (horizontal, right, (keep[:, :, :-1], keep[:, :, 1:]), (give[:, :, :-1], give[:, :, 1:])),
+        ):  # of the first block at each border and of the second, in place
+            keeps[0].add_(local * (over + own))
+            gives[0].add_(local * (back + other))
+            keeps[1].add_(local * (back + own))
+            gives[1].add_(local * (over + other))
             weight += local * (over + back - own - other)
     label = torch.arange(n_labels, device=salient.device, dtype=torch.float32).view(-1, 1, 1, 1) / steps
     keep, give = keep.permute(1, 2, 0), give.permute(1, 2, 0)
@@ -240,7 +235,7 @@ class PuzzleMix(Mixer):
         noise = torch.empty_like(images).uniform_(-reach, reach)
         gradient = source.gradient(self.with_noise(images, noise), targets)
         saliency = self.look(lambda *_: source.reduce(gradient), images, targets)
-        noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)
+        noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)  # of no number the sign is 0
         return saliency, noise * torch.rand(())
 
     def with_noise(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

@@ -154,9 +154,7 @@ def load_model(options: dict) -> tuple:
 
     file, name = SavedClassifier(options["model_path"]), options["model"]
     if name in list_models() and not (name in MODELS and matching_models(file.weights)):
-        model = (
-            get_model(name, weights=None, init_weights=False) if name == "googlenet" else get_model(name, weights=None)
-        )
+        model = get_model(name, weights=None)
         try:
             model.load_state_dict(
                 {key: value.float() if value.is_floating_point() else value for key, value in file.weights.items()}

@@ -297,6 +297,10 @@ def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
     mixer(images, targets, source)
     with pytest.raises(ValueError, match="signed pixel gradient"):
         mixer(images, targets, bright)
+    with torch.no_grad():
+        model[8].weight.fill_(float("nan"))  # a network that has diverged
+    mixed, soft = mixer(images, targets, source)
+    assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.unusable) == 4
 
 
 def test_what_cannot_be_solved_is_refused():
