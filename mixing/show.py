@@ -234,7 +234,8 @@ def collect(mixer, images, source, count: int, seed: int) -> tuple:
         milliseconds.append(1000 * (time.perf_counter() - begin))
         showing = weights_of(mixer, images, targets, source, 1000 * seed + draw)
         for row in range(len(images)):
-            kind = 2 if labels[row].max() < 0.99 else int(not torch.equal(result[row], images[row]))
+            changed = not torch.equal(result[row], images[row])  # manifold may mix behind a layer, unseen
+            kind = changed + (changed and bool(labels[row].max() < 0.99))
             found[kind].append((result[row], showing[row], labels[row]))
         if len(found[2]) >= count:
             break
