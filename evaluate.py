@@ -4,11 +4,12 @@ from pathlib import Path
 
 from engine.cli import Parser, one_of, run, whole, yes_no
 from engine.configure import translate
-from engine.options import data_options, device_options
+from engine.options import DATASETS, data_options, device_options
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model, class_count, matching_models
 
 DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
+DATA_KEYS += ("eval_resize", "val_labels")
 IGNORED = (
     "cutout",
     "trad_augment",
@@ -43,7 +44,7 @@ def build_parser() -> Parser:
         "--ece", type=whole(), metavar="BINS", default=15, help="bins of the calibration error; 0: leave it out"
     )
     parser.option("--output", metavar="FILE.json", help="everything as JSON: scores, classes, confusion")
-    data_options(parser)
+    data_options(parser, DATASETS)
     device_options(parser, amp="off")
     parser.group("taken and ignored")
     for name in IGNORED:
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if ignored := [f"--{name}" for name in IGNORED if name in typed]:
         print(f"note: without effect on an evaluation: {', '.join(ignored)}")
 
+    from engine import distributed
     from engine.classifier import SavedClassifier
     from engine.data import load_data
     from engine.device import choose_device, choose_precision, prepare
@@ -75,6 +77,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if typed.get("info"):
         return [print_info(SavedClassifier(path)) for path in typed["model_path"]]
     device = choose_device({**parser.defaults, **typed}["device"])
+    distributed.start(device, {**parser.defaults, **typed}["timeout"])
     prepare(device, seed=0, deterministic=False)
     results, loaded = [], {}
     for path in typed["model_path"]:
@@ -88,6 +91,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
             loaded[key] = load_data(progress=over, **pick(options, load_data))
             print("\n".join([loaded[key].test.summary("test"), *(f"note: {line}" for line in loaded[key].warnings)]))
         results.append(evaluate(file, loaded[key], options, device, choose_precision(options["amp"], device)[0]))
+    distributed.finish()
+    if not distributed.is_first():
+        return []
     print_table(results, options["topk"])
     if "output" in typed:
         write_json(Path(typed["output"]), {"results": results})
@@ -115,7 +121,7 @@ def print_info(file) -> dict:
 
 
 def evaluate(file, data, options: dict, device, precision) -> dict:
-    """All the numbers about one classifier on the test images."""
+    """All the numbers about one classifier on the test images; under torchrun the first process has them."""
     from engine.classifier import predict_test
     from engine.loop import scores
     from engine.metrics import calibration_error, confusion_matrix
@@ -130,6 +136,8 @@ def evaluate(file, data, options: dict, device, precision) -> dict:
     with Progress(str(file.path), batches, bar=bars_wanted(False), lines=False) as bar:
         layout = pick(options, ["batch_size", "workers", "channels_last"])
         logits, labels, seconds = predict_test(model, data, device=device, precision=precision, progress=bar, **layout)
+    if not len(labels):
+        return {}
     confusion = confusion_matrix(logits.argmax(1), labels, count).cpu()
     per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
     result = {

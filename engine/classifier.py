@@ -8,9 +8,15 @@ import torch
 
 from engine.batches import Batches
 from engine.checkpoint import extract_weights, is_ours, load_weights, read_file
-from engine.cli import UserError
-from engine.data import Data
-from engine.loop import predict
+from engine.cli import Parser, UserError
+from engine.configure import fill_in
+from engine.data import Data, load_data
+from engine.device import choose_device, prepare
+from engine.distributed import finish, is_first, rank, ranks, start
+from engine.log import find_resume
+from engine.loop import predict, scores
+from engine.progress import over
+from engine.training import pick
 
 
 def best_of(path: Path | str) -> Path:
@@ -71,10 +77,37 @@ def predict_test(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Logits (N, K) and labels (N,) of the test images, and the seconds it took."""
     feed = {"device": device, "mean": data.mean, "std": data.std, "workers": workers, "channels_last": channels_last}
+    feed |= {"rank": rank(), "ranks": ranks()}
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     begin = time.perf_counter()
     logits, labels = predict(model, Batches(data.test, batch_size, **feed), precision=precision, progress=progress)
     return logits, labels, time.perf_counter() - begin
+
+
+def evaluate_checkpoint(parser: Parser, typed: dict, build_model: Callable, matching_models: Callable) -> dict:
+    """--evaluate of a training script: loss and accuracies of --checkpoint on the test images, printed and returned."""
+    place = find_resume(fill_in(typed, {}, parser.defaults))
+    if place is None:
+        raise UserError("--checkpoint auto: there is no such run to evaluate")
+    file = SavedClassifier(place)
+    if not file.options and "dataset" not in typed:
+        parser.error(f"--dataset: {place} does not say what it was trained on; name it")
+    options = fill_in(typed, file.options, parser.defaults)
+    device = choose_device(options["device"])
+    start(device, options["timeout"])
+    prepare(device, seed=0, deterministic=options["deterministic"])
+    data = load_data(progress=over, **pick(options, load_data))
+    print("\n".join([data.test.summary("test"), *(f"note: {line}" for line in data.warnings)]))
+    name = typed.get("model") or file.options.get("model")
+    model = file.build(
+        build_model, matching_models, model=name, num_classes=len(data.classes), image_size=data.image_size
+    )
+    logits, labels, _ = predict_test(model, data, device=device, **pick(options, ["workers", "channels_last"]))
+    result = scores(logits, labels) if is_first() else {}
+    if result:
+        print(f"{place}: loss {result['loss']:.4f}\n{accuracy_line(result)}")
+    finish()
+    return result
 
 
 def accuracy_line(result: dict) -> str:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 
 YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
@@ -15,6 +16,10 @@ YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 class UserError(Exception):
     """Something the user can mend. The message says what and how, in one or two lines; the exit code is 1."""
+
+
+class Terminated(Exception):
+    """The work was stopped by SIGTERM and is kept. The message says where it stands; the exit code is 143."""
 
 
 def yes_no(text: str) -> bool:
@@ -145,7 +150,8 @@ class Parser(argparse.ArgumentParser):
         return {key: joined(value) for key, value in vars(typed).items()}
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: {message}\n")
+        """End with one line and exit code 2; of several processes that were started alike, the first one says it."""
+        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
 
 
 def joined(value):
@@ -166,28 +172,47 @@ def read_config(path: str) -> dict[str, object]:
 
 def run(main: Callable[[], None]) -> None:
     """Call a script's main and leave with its exit code: 0 done, 1 an error explained in a line, 2 usage, 130 after
-    Ctrl-C.
+    Ctrl-C, 143 after SIGTERM. Of several processes the first one speaks for all.
     """
     debug = "--debug" in sys.argv
+    if "WORLD_SIZE" in os.environ and not debug:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch, which would add pages to each line
     try:
         main()
     except BrokenPipeError:  # whoever read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        print("\nstopped by Ctrl-C", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except Terminated as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
+        sys.exit(143)
     except Exception as error:
         if debug:
-            raise
-        print(f"{os.path.basename(sys.argv[0])}: {explain(error)}", file=sys.stderr)
+            traceback.print_exc()
+        tell(f"{os.path.basename(sys.argv[0])}: {explain(error)}")
         sys.exit(1)
+
+
+def tell(text: str) -> None:
+    """Show an error that ends the program."""
+    if "WORLD_SIZE" in os.environ and "engine.distributed" in sys.modules:
+        sys.modules["engine.distributed"].tell(text)
+    else:
+        print(text, file=sys.stderr)
 
 
 def explain(error: Exception) -> str:
     """One or two lines for a person."""
     if isinstance(error, UserError):
         return str(error)
+    distributed = sys.modules.get("engine.distributed")
+    if distributed and distributed.is_lost_contact(error):
+        first = distributed.first_line(error)
+        return f"lost contact with another process: {first}\nwhat was saved is intact: continue with --checkpoint auto"
     if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
         return f"out of memory: {str(error).splitlines()[0]}\ntry a smaller --batch_size or --image_size"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -1,13 +1,15 @@
 """From what was typed to what is run: shorthands, recipes, saved options, and what does not go together."""
 
-from engine.cli import UserError
+from engine.cli import Parser, UserError
+from engine.phases import read_phases, read_points
 from engine.recipes import recipe_for, recipe_options
 
 MAY_DIFFER = {  # options that may change when a run is continued
-    *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "profile", "debug"),
+    *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "profile", "debug", "timeout"),
+    *("data_small", "data_large"),
     *("root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "vis_epoch"),
     *("use_tensorboard", "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"),
-    *("checkpoint", "evaluate", "force_config", "config", "list_models"),
+    *("checkpoint", "evaluate", "force_config", "config", "list_models", "resize_to", "resize_dest"),
 }
 ONE_CYCLE = {  # what a one-cycle schedule is laid out by
     *("epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum", "div_factor", "pct_start", "final_div_factor"),
@@ -25,9 +27,10 @@ BUILT_IN = {
 }  # no state would fit after a change
 ONE_CALL = {  # what is said to one call of a script and not kept with the run
     *("checkpoint", "config", "evaluate", "force_config", "overwrite", "profile", "list_models", "debug", "name"),
+    *("resize_to", "resize_dest"),
 }
 WITHOUT_MEANING = {  # options of the earlier codes that say nothing here: graph-cut processes, unused flags, file names
-    *("mp", "parallel", "initial_channels", "job_id", "env", "shuffle_data", "use_scheduler"),
+    *("mp", "parallel", "mixing_workers", "initial_channels", "job_id", "env", "shuffle_data", "use_scheduler"),
     *("cnn_save_path", "scheduler_save_path", "rl_save_path"),
 }
 OF_THE_GRADIENT = {"clean_lam", "update_ratio", "blur_sigma", "kernel_size", "eval_mode"}  # read by that source alone
@@ -67,7 +70,7 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
         typed["amp"] = "fp16"
     if (gpus := typed.pop("ngpu", None)) is not None:
         if gpus > 1:
-            raise ValueError(f"--ngpu {gpus}: this script uses one device; name it with --device")
+            raise ValueError(f"--ngpu {gpus}: several GPUs are used by torchrun --nproc_per_node {gpus} in front")
         typed["device"] = "cuda" if gpus else "cpu"
     if typed.pop("saliency_legacy_float", False):
         typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
@@ -79,10 +82,27 @@ def translate(typed: dict) -> tuple[dict, list[str]]:
     return typed, lines
 
 
+def large_images(typed: dict) -> dict:
+    """What follows on large images: where the data set is not named, its copies serve as it."""
+    typed = dict(typed)
+    if "data_dir" not in typed and typed.get("data_large"):
+        typed["data_dir"] = typed["data_large"]
+    return typed
+
+
+def in_phase(options: dict, number: int) -> dict:
+    """The options of a phase: those that a recipe sets for single methods, and what it adds to them there."""
+    added = options["phase_options"][min(number, len(options["phase_options"]) - 1)] if options["phase_options"] else {}
+    by_method = dict(options["method_options"])
+    for method, own in added.items():
+        by_method[method] = {**by_method.get(method, {}), **own}
+    return {**options, "method_options": by_method}
+
+
 def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     """Every option: what was typed, else saved (--config, a checkpoint), else the recipe's, else the default."""
     given = {**{key: value for key, value in saved.items() if key in defaults.keys() - ONE_CALL}, **typed}
-    name = given.get("recipe", "auto")
+    name = given.get("recipe", defaults["recipe"])
     if saved.get("recipe") and name == "auto":
         name = saved["recipe"]
     if name == "auto":
@@ -93,11 +113,31 @@ def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
         recipe.pop("max_lr", None)  # the peak of one-cycle is then the given lr
     if unknown := recipe.keys() - defaults.keys():
         raise KeyError(f"recipe {name} sets options that do not exist: {sorted(unknown)}")
-    return {**defaults, **recipe, **given, "recipe": name}
+    if phases := given.get("phases", recipe.get("phases")):
+        first, *_, last = [*read_phases(phases)] * 2
+        recipe |= {"epochs": last.end, "batch_size": first.batch_size}
+    filled = {**defaults, **recipe, **given, "recipe": name}
+    if "crop_size" in filled:  # large images: evaluated on the centre of 7/8 of the shorter side, as on ImageNet
+        filled["crop_size"] = filled["crop_size"] or filled["image_size"]
+        filled["eval_resize"] = filled["eval_resize"] or round(filled["image_size"] * 256 / 224)
+    return filled
+
+
+def settle(parser: Parser, typed: dict, saved: dict) -> dict:
+    """Every option, filled in and checked; a contradiction ends with a usage error."""
+    try:
+        options = fill_in(typed, saved, parser.defaults)
+        check_together(options, typed)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
 
 
 def check_together(options: dict, typed: dict) -> None:
     """Raise ValueError, with the remedy, for options that exclude each other."""
+    if missing := [f"--{key}" for key in ("epochs", "batch_size", "lr") if options[key] is None]:
+        raise ValueError(f"--recipe {options['recipe']} leaves it to you: give {' '.join(missing)}")
+    check_phases(options, typed)
     if options["compile"] and "manifold" in options["method"]:
         raise ValueError("--compile: manifold mixup hooks a layer, and compiled networks ignore hooks; leave it out")
     if options["loss"] == "bce" and options["label_smoothing"]:
@@ -130,6 +170,24 @@ def check_together(options: dict, typed: dict) -> None:
         raise ValueError(f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, where it ends")
 
 
+def check_phases(options: dict, typed: dict) -> None:
+    """Raise ValueError where --phases and --lr_points are contradicted."""
+    if options.get("phases"):
+        end = read_phases(options["phases"])[-1].end
+        if options["epochs"] != end:
+            raise ValueError(f"--epochs {options['epochs']}: --phases end at {end}; give --phases that end there")
+        if told := [f"--{key}" for key in ("batch_size", "crop_size", "min_scale") if key in typed]:
+            raise ValueError(f"{' '.join(told)}: --phases say it for each phase; change it there, or --phases ''")
+    if options["scheduler"] == "points":
+        if not options["lr_points"]:
+            raise ValueError("--scheduler points needs --lr_points")
+        read_points(options["lr_points"])
+        if "lr" in typed:
+            raise ValueError("--lr: --lr_points say the rates; change them there, or choose another --scheduler")
+    elif "lr_points" in typed:
+        raise ValueError(f"--lr_points: --scheduler {options['scheduler']} does not read them; add --scheduler points")
+
+
 def check_resume(typed: dict, saved: dict, force: bool = False) -> None:
     """Raise UserError, with both values of each, where typed options differ from those a run was started with.
 
@@ -156,6 +214,20 @@ def check_resume(typed: dict, saved: dict, force: bool = False) -> None:
 
 def flags(keys: set[str]) -> str:
     return " ".join(f"--{key}" for key in sorted(keys))
+
+
+def notes_on_mixing(options: dict, typed: dict, parser: Parser, groups: list[str], read: set[str], sources: list):
+    """What the user should know of how the options of mixing meet the method. read: the parameters of its methods and
+    their sources.
+    """
+    notes = []
+    if sources and not any(hasattr(one, "gradient") for one in sources):
+        read = read - OF_THE_GRADIENT
+        if options["clean_lam"] or {"comixup", "sage"} & set(options["method"]):
+            notes.append("only --saliency gradient trains on the clean images too; here the mixed ones are all")
+    if unread := without_effect(typed, parser.group_of(*groups), read):
+        notes.append(f"without effect with --method {' '.join(options['method'])}: {', '.join(unread)}")
+    return notes
 
 
 def without_effect(typed: dict, mixing_options: set[str], read: set[str]) -> list[str]:

@@ -8,8 +8,8 @@ import torch
 
 from engine.cifar import LAYOUTS, class_names, find_cifar, read_cifar
 from engine.cli import UserError
-from engine.folders import Found, find_folder, find_tiny_imagenet
-from engine.image_files import ImageFiles
+from engine.folders import Found, find_folder, find_imagenet, find_tiny_imagenet
+from engine.image_files import CentreView, ImageFiles, View
 from engine.shapes import CLASSES as SHAPE_NAMES
 from engine.shapes import draw_shapes
 
@@ -22,7 +22,10 @@ STATISTICS = {  # mean and std of pixels in 0..1
 }
 WITHOUT_STATISTICS = {"folder": "imagenet", "shapes": "half"}  # whose they use
 USUAL_COUNTS = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
+USUAL_COUNTS["imagenet"] = (1_281_167, 50_000)
+FINDERS = {"imagenet": find_imagenet, "tiny-imagenet": find_tiny_imagenet, "folder": find_folder}
 SHAPES_COUNTS = (5000, 1000)
+TINY_SIDE = 64
 
 
 @dataclass
@@ -75,6 +78,8 @@ def load_data(
     val_data_dir: str | None = None,
     download: bool = False,
     image_size: int | None = None,
+    eval_resize: int | None = None,
+    val_labels: str | None = None,
     norm: str = "own",
     num_classes: int | None = None,
     limit: int = 0,
@@ -100,9 +105,11 @@ def load_data(
             most=0 if labels_per_class or valid_labels_per_class else limit,
         )
     else:
-        find = find_tiny_imagenet if dataset == "tiny-imagenet" else find_folder
-        found = find(Path(data_dir), Path(val_data_dir) if val_data_dir else None)
-        train, test = (part_of_files(part, image_size or 64, on_bad_image) for part in found)
+        view = view_of(dataset, image_size, eval_resize)
+        places = [place and Path(place) for place in (data_dir, val_data_dir, val_labels)]
+        if dataset == "tiny-imagenet":
+            del places[2]  # it says its labels itself
+        train, test = (part_of_files(part, view, on_bad_image) for part in FINDERS[dataset](*places))
     warnings = []
     counts = (len(train), len(test))
     if counts != USUAL_COUNTS.get(dataset, counts):
@@ -113,11 +120,16 @@ def load_data(
         )
     if num_classes and num_classes != len(train.classes):
         raise UserError(f"--num_classes {num_classes}: the data in {train.where} has {len(train.classes)} classes")
+    if dataset == "imagenet" and len(train.classes) != 1000 and not num_classes:
+        raise UserError(
+            f"imagenet has 1000 classes, {train.where} has {len(train.classes)}\n"
+            f"complete it, or say --num_classes {len(train.classes)} if a part of it is what you want"
+        )
     train, valid = split(train, labels_per_class, valid_labels_per_class, seed)
     if limit:
         train, test = (part.take(torch.arange(min(limit, len(part)))) for part in (train, test))
         warnings.append(f"--limit {limit}: results are partial")
-    if dataset == "tiny-imagenet":
+    if dataset == "tiny-imagenet" and view.size == view.resize == TINY_SIDE:
         train, test, valid = (part and decoded(part, workers, progress, warnings) for part in (train, test, valid))
     side = train.pixels.shape[1] if isinstance(train.pixels, torch.Tensor) else train.pixels.size
     if image_size not in (None, side):
@@ -168,9 +180,43 @@ def load_shapes(size: int, num_classes: int, progress: Callable, most: int = 0) 
     return parts[0], parts[1]
 
 
-def part_of_files(found: Found, size: int, on_bad_image: str) -> Part:
-    pixels = ImageFiles(found.files, size, on_bad_image)
-    return Part(pixels, torch.tensor(found.labels), found.classes, str(found.where))
+def view_of(dataset: str, image_size: int | None, eval_resize: int | None) -> CentreView:
+    """How evaluation images of this set are cut out. Raises UserError for a centre that is larger than the image."""
+    size = image_size or (224 if dataset == "imagenet" else TINY_SIDE)
+    resize = eval_resize or (round(size * 256 / 224) if dataset == "imagenet" else size)
+    if resize < size:
+        raise UserError(
+            f"--eval_resize {resize}: smaller than the {size} pixels of --image_size that are cut out of it"
+        )
+    return CentreView(size, resize)
+
+
+def find_copies(
+    place: str,
+    like: Part,
+    *,
+    dataset: str,
+    limit: int = 0,
+    labels_per_class: int = 0,
+    valid_labels_per_class: int = 0,
+    seed: int = 0,
+) -> Part:
+    """Resized copies of the training images `like`, below `place`. Raises UserError where they are other images."""
+    found = FINDERS[dataset](Path(place), None)[0]
+    part = part_of_files(found, like.pixels.view, like.pixels.on_bad_image)
+    part, _ = split(part, labels_per_class, valid_labels_per_class, seed)
+    part = part.take(torch.arange(min(limit, len(part)))) if limit else part
+    if part.classes != like.classes or not torch.equal(part.labels, like.labels):
+        raise UserError(
+            f"{part.where} and {like.where} hold different images: {len(part):,} and {len(like):,} of "
+            f"{len(part.classes)} and {len(like.classes)} classes\nmake the copies anew with --resize_to"
+        )
+    return part
+
+
+def part_of_files(found: Found, view: View, on_bad_image: str) -> Part:
+    pixels = ImageFiles(found.files, view, on_bad_image)
+    return Part(pixels, found.labels, found.classes, str(found.where))
 
 
 def decoded(part: Part, workers: int, progress: Callable, warnings: list[str]) -> Part:

@@ -12,18 +12,23 @@ import numpy as np
 import torch
 
 from engine.cli import UserError
+from engine.distributed import environment, rank
 
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # Linux names of the CPU features that run bfloat16 faster than float32
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps. Raises UserError for a device that is not there, and under torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            f"started as {os.environ['WORLD_SIZE']} processes, but this script uses one device: no torchrun"
-        )
+    """auto, cpu, cuda, cuda:N or mps; under torchrun auto and cuda are the GPU of this process's place on its machine.
+
+    Raises UserError for a device that is not there.
+    """
+    _, count, place = environment()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if count > 1 and name == "cuda":
+        name = f"cuda:{place}"
+    elif count > 1 and name != "cpu":
+        raise UserError(f"--device {name}: several processes take --device auto, cuda or cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -38,7 +43,10 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: no CUDA device; torch {torch.__version__} is {built}. --device cpu always works"
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        processes = f" for {count} processes: --nproc_per_node is their number" if count > 1 else ""
+        raise UserError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0{processes}"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: no such device here. --device cpu always works")
     return device
@@ -84,6 +92,15 @@ def prepare(device: torch.device, *, seed: int, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
+
+
+def own_stream(seed: int, *, anew: bool = False) -> None:
+    """From here on each process draws numbers of its own: with equal ones all would draw the same lam and box.
+
+    The first process, and so a plain run, goes on with what it has, unless `anew`.
+    """
+    if rank() or anew:
+        torch.manual_seed((seed * 0x9E3779B1 + rank() * 0x85EBCA77) % 2**63)
 
 
 @contextmanager

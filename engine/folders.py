@@ -1,24 +1,67 @@
-"""Image sets in folders: a folder for each class, and Tiny-ImageNet in every layout it is kept in."""
+"""Image sets in folders: a folder for each class, and Tiny-ImageNet and ImageNet in every layout they are kept in."""
 
+import os
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from engine.cli import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGENET_PLACES = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
+
+
+class FileList:
+    """Many paths in two tensors. [int] gives a Path, [index tensor] a FileList of these, which shares the text.
+
+    A million Python strings would be copied into every worker process page by page, as their reference counts change.
+    """
+
+    def __init__(self, root: str | os.PathLike, names: Iterable[str]):
+        """names: relative to root."""
+        self.root, text, ends = os.fspath(root), bytearray(), array("q", [0])
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+        edges = torch.frombuffer(ends, dtype=torch.int64)
+        self.spans = torch.stack([edges[:-1], edges[1:]], 1)  # (N, 2): where a name begins and ends
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int | torch.Tensor) -> "Path | FileList":
+        if not isinstance(index, torch.Tensor):
+            return Path(self.path(index))
+        some = FileList(self.root, ())
+        some.text, some.spans = self.text, self.spans[index]
+        return some
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self[index] for index in range(len(self)))
+
+    def path(self, index: int) -> str:
+        begin, end = self.spans[index].tolist()
+        return os.path.join(self.root, os.fsdecode(self.text[begin:end].numpy().tobytes()))
 
 
 class Found(NamedTuple):
     """The files of one part, before any is read. A label is the position of its class in the sorted names."""
 
-    files: list[Path]
-    labels: list[int]
+    files: FileList
+    labels: torch.Tensor  # (N,) long
     classes: list[str]
     where: Path
 
 
-def find_folder(data_dir: Path, val_dir: Path | None) -> tuple[Found, Found]:
-    """train/<class>/* and val/ or test/ in the same form, below data_dir; val_dir: the evaluation part itself."""
+def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[Found, Found]:
+    """train/<class>/* and val/ or test/ in the same form, below data_dir; val_dir: the evaluation part itself.
+
+    val_labels: a file of lines `file class`, for an evaluation part whose files lie side by side.
+    """
     train_dir = data_dir / "train"
     test_dir = next((data_dir / name for name in ("val", "test") if (data_dir / name).is_dir()), data_dir / "val")
     test_dir = val_dir or test_dir
@@ -28,7 +71,70 @@ def find_folder(data_dir: Path, val_dir: Path | None) -> tuple[Found, Found]:
                 f"no folder {place}; a class-per-folder set has {data_dir}/train/<class>/*.jpg and "
                 f"{data_dir}/val/<class>/*.jpg (or test/)\nname its place with --data_dir{listing(data_dir)}"
             )
-    return same_classes(labelled(class_folders(train_dir), train_dir), labelled(class_folders(test_dir), test_dir))
+    return same_classes(labelled(class_folders(train_dir), train_dir), find_validation(test_dir, val_labels))
+
+
+def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[Found, Found]:
+    """train/<wnid>/* and val/<wnid>/*, or a flat val/ with val_labels, in data_dir or where it is usually unpacked."""
+    places = [*(data_dir / name for name in IMAGENET_PLACES), Path("imagenet")]
+    place = next((path for path in places if (path / "train").is_dir()), None)
+    if place is None:
+        raise UserError(
+            f"imagenet not found: looked for train/<wnid>/*.JPEG and val/ in {', '.join(map(str, places))}\n"
+            f"unpack ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or name its place with "
+            f"--data_dir{listing(data_dir)}"
+        )
+    return find_folder(place, val_dir, val_labels)
+
+
+def find_validation(val: Path, val_labels: Path | None) -> Found:
+    """val/<class>/*, or val/* and the file that says their classes. Raises UserError where neither is there."""
+    loose = images_in(val)
+    if val_labels and not loose:
+        raise UserError(
+            f"--val_labels {val_labels}: {val} holds no loose images\nleave it out where there is a folder for each "
+            f"class{listing(val)}"
+        )
+    if not val_labels and (not loose or folders_in(val)):
+        return labelled(class_folders(val), val)
+    if not val_labels:
+        raise UserError(
+            f"{val} holds {len(loose):,} loose images, and nothing tells their classes\n"
+            f"move each to {val}/<class>/, or give --val_labels FILE with lines `file wnid`"
+        )
+    return read_val_labels(val, set(loose), val_labels)
+
+
+def read_val_labels(val: Path, there: set[str], val_labels: Path) -> Found:
+    """Lines `file wnid`, or ImageNet's LOC_val_solution.csv: `name,wnid x1 y1 x2 y2 ...` without the ending."""
+    try:
+        lines = val_labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--val_labels {val_labels}: {error}\nit needs lines `file wnid`") from error
+    folders: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line == "ImageId,PredictionString":
+            continue
+        file, wnid = split_label(line)
+        if not wnid:
+            raise UserError(f"{val_labels}, line {number}: {line!r} is not of the form `file wnid`\nmend that line")
+        file = next((name for name in (file, f"{file}.JPEG") if name in there), None)
+        if file is None:
+            raise UserError(
+                f"{val_labels}, line {number}: {line!r} names a file that is not in {val}\n"
+                "mend that line, or name the right folder with --val_data_dir"
+            )
+        folders.setdefault(wnid, []).append(file)
+    return labelled({wnid: sorted(files) for wnid, files in folders.items()}, val)
+
+
+def split_label(line: str) -> tuple[str, str]:
+    """File and class of a line; an empty class where there are not both."""
+    if "," in line:
+        file, _, rest = line.partition(",")
+        return file.strip(), next(iter(rest.split()), "")
+    file, _, wnid = line.strip().replace("\t", " ").rpartition(" ")
+    return file.strip(), wnid if file else ""
 
 
 def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[Found, Found]:
@@ -54,17 +160,16 @@ def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[Found, Fou
 def find_tiny_validation(val: Path) -> Found:
     """images/* with val_annotations.txt, images/<wnid>/*, <wnid>/images/* or <wnid>/*."""
     annotations = val / "val_annotations.txt"
-    loose = sorted(path for path in (val / "images").glob("*") if path.suffix.lower() in ENDINGS)
+    loose = images_in(val / "images")
     if annotations.is_file() and loose:
         wnid_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if "\t" in line)
-        folders: dict[str, list[Path]] = {}
-        for file in loose:
-            if file.name in wnid_of:
-                folders.setdefault(wnid_of[file.name], []).append(file)
+        folders: dict[str, list[str]] = {}
+        for name in loose:
+            if name in wnid_of:
+                folders.setdefault(wnid_of[name], []).append(f"images/{name}")
         return labelled(folders, val)
-    sorted_images = (val / "images").is_dir() and any(path.is_dir() for path in (val / "images").iterdir())
-    root = val / "images" if sorted_images else val
-    if not root.is_dir() or not any(path.is_dir() for path in root.iterdir()):
+    root = val / "images" if folders_in(val / "images") else val
+    if not folders_in(root):
         raise UserError(
             f"{val}: cannot tell the classes of the validation images; it needs val_annotations.txt beside images/, "
             f"or a folder for each class{listing(val)}"
@@ -72,12 +177,19 @@ def find_tiny_validation(val: Path) -> Found:
     return labelled(class_folders(root), root)
 
 
-def class_folders(root: Path) -> dict[str, list[Path]]:
-    """Class name -> its files, sorted; <class>/images/* counts as <class>/*. Raises UserError where there are none."""
+def class_folders(root: Path) -> dict[str, list[str]]:
+    """Class name -> its files relative to root, sorted; <class>/images/* counts as <class>/*.
+
+    Empty folders are passed over. Raises UserError where a folder holds other things than images, or none is there.
+    """
     folders = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir() and any(path.iterdir())):
-        inner = folder / "images" if (folder / "images").is_dir() else folder
-        folders[folder.name] = sorted(path for path in inner.iterdir() if path.suffix.lower() in ENDINGS)
+    for name in folders_in(root):
+        held = os.listdir(root / name)
+        if not held:
+            continue
+        inner = f"{name}/images" if "images" in held and (root / name / "images").is_dir() else name
+        files = images_in(root / inner) if inner != name else only_images(held)
+        folders[name] = [f"{inner}/{file}" for file in files]
     empty = [name for name, files in folders.items() if not files]
     if not folders or empty:
         what = f"no images in {', '.join(empty[:5])}" if folders else "no class folders"
@@ -85,26 +197,50 @@ def class_folders(root: Path) -> dict[str, list[Path]]:
     return folders
 
 
-def labelled(folders: dict[str, list[Path]], where: Path) -> Found:
+def folders_in(root: Path) -> list[str]:
+    """Names of the folders in it, sorted; none where there is no such folder."""
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def images_in(root: Path) -> list[str]:
+    """Names of the image files in it, sorted; none where there is no such folder."""
+    return only_images(os.listdir(root)) if root.is_dir() else []
+
+
+def only_images(names: list[str]) -> list[str]:
+    return sorted(name for name in names if os.path.splitext(name)[1].lower() in ENDINGS)
+
+
+def labelled(folders: dict[str, list[str]], where: Path) -> Found:
     classes = sorted(folders)
-    pairs = [(file, label) for label, name in enumerate(classes) for file in folders[name]]
-    return Found([file for file, _ in pairs], [label for _, label in pairs], classes, where)
+    counts = torch.tensor([len(folders[name]) for name in classes])
+    labels = torch.arange(len(classes)).repeat_interleave(counts)
+    return Found(FileList(where, (file for name in classes for file in folders[name])), labels, classes, where)
 
 
 def same_classes(train: Found, test: Found) -> tuple[Found, Found]:
     if train.classes != test.classes:
+        alone = [lacked(one, other) for one, other in ((train, test), (test, train))]
         raise UserError(
-            f"the classes of {train.where} and {test.where} differ: {', '.join(train.classes[:5])} ... "
-            f"({len(train.classes)}) against {', '.join(test.classes[:5])} ... ({len(test.classes)})\n"
-            "both need the same class folders"
+            f"the classes of {train.where} ({len(train.classes)}) and {test.where} ({len(test.classes)}) differ: only "
+            f"the first has {alone[0]}, only the second has {alone[1]}\nboth need the same class folders"
         )
     return train, test
+
+
+def lacked(one: Found, other: Found) -> str:
+    """The classes of `one` that `other` lacks: the first five, and how many they are."""
+    names = sorted(set(one.classes) - set(other.classes))
+    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" if names else "none"
 
 
 def listing(folder: Path) -> str:
     """What is in a folder, for the end of a message."""
     if not folder.is_dir():
         return f"; there is no folder {folder}"
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(os.listdir(folder))
     shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "") if names else "nothing"
     return f"; {folder} holds {shown}"

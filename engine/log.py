@@ -80,7 +80,8 @@ def run_folder(options: dict, resume: Path | None) -> Path:
 
 
 class RunFolder:
-    """Where a run writes; nothing at all is written when `off`. `say` shows a line and keeps it in log.txt.
+    """Where a run writes; nothing at all is written when `off`, as in all processes but the first. `say` shows a line
+    and keeps it in log.txt.
 
     anew: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run.
     """

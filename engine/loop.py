@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,8 +11,11 @@ from torch.nn import functional as F
 
 from engine.batches import Batches
 from engine.device import exact_float32
+from engine.distributed import every, gather, ranks, total
 from engine.loss import cross_entropy, smooth
 from engine.metrics import topk_correct
+
+NEVER = 2**62  # the step of a loss that was always finite
 
 
 class NotFinite(Exception):
@@ -20,6 +24,14 @@ class NotFinite(Exception):
     def __init__(self, step: int, index: torch.Tensor, now: int):
         super().__init__(f"the loss is not finite at step {step} (seen at step {now})")
         self.step, self.index, self.now = step, index, now
+
+
+class Stopped(Exception):
+    """Training was asked to stop inside an epoch, where `tally` stands."""
+
+    def __init__(self, tally: "Tally"):
+        super().__init__(f"stopped after {tally.step} steps of the epoch")
+        self.tally = tally
 
 
 class Stopwatch:
@@ -95,6 +107,40 @@ def timed(source, watch: Stopwatch):
     return source and Timed(source, watch)
 
 
+@dataclass
+class Tally:
+    """What an epoch adds up, in this process: sums over its images so far, on the device until they are asked for."""
+
+    loss: torch.Tensor
+    hits: torch.Tensor
+    seen: int = 0
+    step: int = 0  # optimizer steps done
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Tally":
+        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+
+    def add(self, value: torch.Tensor, logits: torch.Tensor, soft: torch.Tensor) -> None:
+        self.loss += value * len(soft)
+        self.hits += soft.gather(1, logits.argmax(1, keepdim=True)).sum()
+        self.seen += len(soft)
+
+    def state(self) -> dict:
+        return {"loss": self.loss.cpu(), "hits": self.hits.cpu(), "seen": self.seen, "step": self.step}
+
+    def load(self, state: dict) -> "Tally":
+        self.loss += state["loss"].to(self.loss.device)
+        self.hits += state["hits"].to(self.hits.device)
+        self.seen, self.step = state["seen"], state["step"]
+        return self
+
+    def means(self) -> dict[str, float]:
+        """Of all processes; waits for the device."""
+        sums = torch.stack([self.loss.double(), self.hits.double(), self.loss.new_tensor(self.seen).double()])
+        loss, hits, seen = total(sums).tolist()
+        return {"train_loss": loss / seen, "train_acc": 100 * hits / seen, "images": int(seen)}
+
+
 def train_one_epoch(
     model: nn.Module,
     mixer,
@@ -105,6 +151,7 @@ def train_one_epoch(
     *,
     epoch: int,
     num_classes: int,
+    network: nn.Module | None = None,
     scheduler=None,
     scaler=None,
     precision: torch.dtype | None = None,
@@ -115,90 +162,110 @@ def train_one_epoch(
     max_steps: int | None = None,
     progress: Callable | None = None,
     look_every: int = 100,
+    tally: Tally | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the
     predicted class.
 
+    A step may take several batches (`batches.pieces`), whose gradients are averaged. network: `model` as wrapped for
+    several processes, which averages gradients over them; None: `model` itself. tally: where a stopped epoch goes on.
+
     Losses stay on the device and are looked at every `look_every` steps. progress(step) is called after every step, and
-    with loss, accuracy, lr and images_per_second after a look. Raises NotFinite at the look after a loss that is none.
+    with loss, accuracy, lr and images_per_second after a look. Raises NotFinite at the look after a loss that is none,
+    and Stopped before a step where stop() says so.
     """
-    device = batches.device
-    watch = watch or Stopwatch(device)
+    device, network = batches.device, network or model
+    watch, tally = watch or Stopwatch(device), tally or Tally.empty(device)
     sources = each_source(source)
     learning = [one for one in sources if getattr(one, "learns", False)]
     source = timed(source, watch)
     model.train()
-    loss_sum, hit_sum, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    first_bad = torch.full((), -1, device=device, dtype=torch.long)
-    indices = []
+    first_bad = torch.full((), NEVER, device=device, dtype=torch.long)
+    indices = {}
     steps = min(len(batches), max_steps or len(batches))
     watch.start()
-    begin = time.perf_counter()
-    for step, batch in enumerate(batches.epoch(epoch)):
-        targets = F.one_hot(batch.labels, num_classes).float()
-        watch.lap("data")
+    begin, seen_before = time.perf_counter(), tally.seen
+    stream = batches.epoch(epoch, start=tally.step)
+    for step in range(tally.step, steps):
+        if stop and stop():
+            raise Stopped(tally)
         optimizer.zero_grad(set_to_none=True)
-        for one in learning:
-            one.start_batch(batch)
-            batch.images.requires_grad_()
-        mixed, soft = mixer(batch.images, targets, source)
-        if learning:
-            coverage = covered(mixed, batch.images)
-        if mixer.wants_mixed_grad:
-            mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
-            mixed.retain_grad()
-        watch.lap("mixing")
-        with mixer.during(model), autocast(device, precision):
-            logits = model(mixed)
-        value = loss_fn(logits, smooth(soft, label_smoothing))
-        loss = mixer.mixed_weight * value
-        (scaler.scale(loss) if scaler else loss).backward()
-        if clip_grad:
-            if scaler:
-                scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
+        indices[step] = []
+        for piece in range(batches.pieces):
+            batch = next(stream)
+            targets = F.one_hot(batch.labels, num_classes).float()
+            watch.lap("data")
+            for one in learning:
+                one.start_batch(batch)
+                batch.images.requires_grad_()
+            mixed, soft = mixer(batch.images, targets, source)
+            if learning:
+                coverage = covered(mixed, batch.images)
+            if mixer.wants_mixed_grad:
+                mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
+                mixed.retain_grad()
+            watch.lap("mixing")
+            last = piece + 1 == batches.pieces
+            with mixer.during(model), nullcontext() if last or network is model else network.no_sync():
+                with autocast(device, precision):
+                    logits = network(mixed)
+                value = loss_fn(logits, smooth(soft, label_smoothing))
+                loss = mixer.mixed_weight * value
+                (scaler.scale(loss) if scaler else loss).backward()
+            watch.lap("network")
+            mixer.after_backward(mixed.grad if mixer.wants_mixed_grad else None)
+            watch.lap("mixing")
+            for one in learning:
+                one.after_backward(batch.images.grad, coverage)
+                watch.lap("saliency")
+            with torch.no_grad():
+                value = value.detach()  # without the weight, so that methods can be compared
+                tally.add(value, logits, soft)
+                first_bad = torch.where((first_bad == NEVER) & ~value.isfinite(), step, first_bad)
+            indices[step].append(batch.index)
+        update(model, optimizer, scaler, clip_grad, pieces=batches.pieces)
         if scheduler:
             scheduler.step()
         if ema:
             ema.update(model)
-        watch.lap("network")
-        mixer.after_backward(mixed.grad if mixer.wants_mixed_grad else None)
-        watch.lap("mixing")
-        for one in learning:
-            one.after_backward(batch.images.grad, coverage)
-            watch.lap("saliency")
-        with torch.no_grad():
-            value = value.detach()  # without the weight, so that methods can be compared
-            loss_sum += value * len(soft)
-            hit_sum += soft.gather(1, logits.argmax(1, keepdim=True)).sum()
-            first_bad = torch.where((first_bad < 0) & ~value.isfinite(), step, first_bad)
-        seen += len(soft)
-        indices.append(batch.index)
+        tally.step = step + 1
         watch.lap("network")
         if (step + 1) % look_every == 0 or step + 1 == steps:
-            bad = int(first_bad)
-            if bad >= 0:
-                raise NotFinite(epoch * len(batches) + bad, indices[bad], epoch * len(batches) + step)
+            bad = min(every(int(first_bad)))
+            if bad < NEVER:
+                raise NotFinite(epoch * len(batches) + bad, images_of(indices[bad]), epoch * len(batches) + step)
+            indices.clear()
+            means = tally.means()
             if progress:
-                rate = seen / (time.perf_counter() - begin)
+                rate = (tally.seen - seen_before) * ranks() / (time.perf_counter() - begin)
                 lr = optimizer.param_groups[0]["lr"]
-                progress(
-                    step + 1,
-                    loss=float(loss_sum) / seen,
-                    accuracy=100 * float(hit_sum) / seen,
-                    lr=lr,
-                    images_per_second=rate,
-                )
+                progress(step + 1, loss=means["train_loss"], accuracy=means["train_acc"], lr=lr, images_per_second=rate)
         elif progress:
             progress(step + 1)
-        if step + 1 == steps:
-            break
-    return {"train_loss": float(loss_sum) / seen, "train_acc": 100 * float(hit_sum) / seen, "images": seen}
+    return tally.means()
+
+
+def update(model: nn.Module, optimizer, scaler, clip_grad: float, pieces: int) -> None:
+    """The optimizer step on the gradients in .grad, which are a sum over `pieces` batches."""
+    if pieces > 1:
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(pieces)
+    if clip_grad:
+        if scaler:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+
+
+def images_of(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """The positions of the images of a step, over all its batches and all processes."""
+    return torch.cat([index for of_one in every(pieces) for index in of_one])
 
 
 def covered(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -230,21 +297,29 @@ def predict(
     model: nn.Module, batches: Batches, *, precision: torch.dtype | None = None, progress: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, K) float32 and labels (N,) of a whole part, on the host, network in evaluation mode (put back
-    afterwards).
+    afterwards). Of several processes each takes its images, and only the first one gets the whole; the others get
+    nothing (0 rows).
     """
     training = model.training
     model.eval()
-    logits, labels = [], []
+    logits, labels, places = [], [], []
     try:
         for step, batch in enumerate(batches.epoch()):
             with exact_float32(), autocast(batches.device, precision):
                 logits.append(model(batch.images).float())
             labels.append(batch.labels)
+            places.append(batch.index)
             if progress:
                 progress(step + 1)
     finally:
         model.train(training)
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    own = [torch.cat(parts).cpu() for parts in (logits, labels, places)] if places else None
+    parts = [part for part in gather(own) or [] if part]
+    if not parts:
+        return torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
+    logits, labels, places = map(torch.cat, zip(*parts, strict=True))
+    order = places.argsort()
+    return logits[order], labels[order]
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:

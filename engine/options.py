@@ -1,9 +1,10 @@
 """The options that the scripts share, by group. engine/configure.py says what follows from several of them."""
 
-from engine.cli import Parser, each_of, number, one_of, share_or_no, whole, yes_no
-from engine.recipes import RECIPES
+from engine.cli import Parser, each_of, number, one_of, several, share_or_no, whole, yes_no
 
-DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
+SMALL_DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
+LARGE_DATASETS = ["imagenet", "tiny-imagenet", "folder"]
+DATASETS = ["imagenet", *SMALL_DATASETS]
 DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-imagenet", "fake": "shapes"}
 SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
 
@@ -30,13 +31,20 @@ def device_options(parser: Parser, amp: str = "auto") -> None:
         default=4,
         help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
     )
+    parser.option(
+        "--timeout",
+        type=number(1),
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: how long a process waits for the others before the run ends with an error",
+    )
     parser.option("--debug", type=yes_no, default=False, help="show the traceback of an error")
 
 
-def data_options(parser: Parser) -> None:
+def data_options(parser: Parser, datasets: list[str]) -> None:
     parser.group("data")
     parser.option(
-        "--dataset", type=one_of(DATASETS, DATASET_ALIASES), shown="recipe", metavar="NAME", help=", ".join(DATASETS)
+        "--dataset", type=one_of(datasets, DATASET_ALIASES), shown="recipe", metavar="NAME", help=", ".join(datasets)
     )
     parser.option(
         "--data_dir", "--data", default="data", help="the folder that holds the data set, or the data set's own folder"
@@ -44,6 +52,13 @@ def data_options(parser: Parser) -> None:
     parser.option("--val_data_dir", help="another place for the evaluation images")
     parser.option("--download", type=yes_no, default=True, help="fetch CIFAR when it is missing")
     parser.option("--image_size", type=whole(8), help="side in pixels [32; tiny-imagenet and folder 64]")
+    parser.option(
+        "--eval_resize",
+        type=whole(8),
+        shown="image_size; 256 on ImageNet",
+        help="scale evaluation images to this shorter side, then cut out the centre",
+    )
+    parser.option("--val_labels", metavar="FILE", help="classes of a flat val/ folder: lines `file wnid`")
     parser.option(
         "--norm",
         type=one_of(["own", "imagenet", "half"]),
@@ -66,7 +81,52 @@ def data_options(parser: Parser) -> None:
     )
 
 
-def training_options(parser: Parser, *, models: dict, model_aliases: dict, methods: dict, method_aliases: dict) -> None:
+def imagenet_options(parser: Parser) -> None:
+    """What only training on large images has."""
+    parser.group("imagenet")
+    parser.option(
+        "--phases",
+        metavar="END:FOLDER:CROP:MIN_SCALE:BATCH,...",
+        shown="recipe",
+        help="stretches of epochs, each up to END, with images from FOLDER (small, large or original) of their own",
+    )
+    parser.option("--data_small", metavar="DIR", help="copies with the shorter side 160, made by --resize_to")
+    parser.option("--data_large", metavar="DIR", help="copies with the shorter side 352")
+    parser.option("--crop_size", type=whole(8), shown="image_size", help="side of the random crops in pixels")
+    parser.option(
+        "--min_scale", type=number(1e-6, 1), default=0.08, help="smallest share of the area that a crop takes"
+    )
+    parser.option("--color_jitter", type=number(0, 1), default=0.0, help="of brightness, contrast and saturation")
+    parser.option("--lighting", type=number(), default=0.0, help="standard deviation of the noise on the colours' PCA")
+    parser.option(
+        "--zero_init",
+        type=yes_no,
+        default=False,
+        help="residual blocks start as the identity, the last layer's weights as N(0, 0.01)",
+    )
+    parser.option("--pretrained", type=yes_no, default=False, help="start from torchvision's weights for ImageNet")
+    parser.option(
+        "--resize_to",
+        type=several,
+        nargs="+",
+        metavar="PIXELS",
+        help="only make copies of --data_dir with these shorter sides, in --resize_dest, and exit",
+    )
+    parser.option("--resize_dest", metavar="DIR", help="where to: DIR/160, DIR/352 ...")
+    parser.defaults["phase_options"] = []  # set by recipes only
+
+
+def training_options(
+    parser: Parser,
+    *,
+    models: dict,
+    model_aliases: dict,
+    methods: dict,
+    method_aliases: dict,
+    recipes: list[str],
+    recipe: str,
+) -> None:
+    """recipes: names to choose from; recipe: the default."""
     parser.group("run")
     parser.option(
         "--method",
@@ -78,10 +138,11 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
     )
     parser.option(
         "--recipe",
-        type=one_of(["auto", *RECIPES]),
-        default="auto",
+        type=one_of(recipes),
+        default=recipe,
         metavar="NAME",
-        help=f"{', '.join(RECIPES)}: fills in what is not given; auto goes by data set and method",
+        help=f"{', '.join(recipes)}: fills in what is not given"
+        + ("; auto goes by data set and method" if "auto" in recipes else ""),
     )
     parser.option(
         "--model",
@@ -118,7 +179,9 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
 
     parser.group("training")
     parser.option("--epochs", "--cnn_epoch", type=whole(1), shown="recipe")
-    parser.option("--batch_size", "--cnn_batch_size", "-b", type=whole(1), shown="recipe")
+    parser.option(
+        "--batch_size", "--cnn_batch_size", "-b", type=whole(1), shown="recipe", help="in total, over all processes"
+    )
     parser.option(
         "--lr",
         "--learning_rate",
@@ -126,15 +189,22 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
         shown="recipe",
         help="with one-cycle: its peak unless --max_lr says so",
     )
+    parser.option(
+        "--accumulate",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="run each batch in N pieces, one after the other, and step on the mean of their gradients: saves memory",
+    )
     parser.option("--momentum", type=number(0, 1), shown="recipe")
     parser.option("--nesterov", type=yes_no, shown="recipe")
     parser.option("--weight_decay", "--decay", "--wd", type=number(), shown="recipe")
     parser.option(
         "--scheduler",
-        type=one_of(["multistep", "onecycle", "cosine", "linear", "constant"], SCHEDULERS),
+        type=one_of(["multistep", "onecycle", "points", "cosine", "linear", "constant"], SCHEDULERS),
         shown="recipe",
         metavar="NAME",
-        help="multistep, onecycle, cosine, linear or constant",
+        help="multistep, onecycle, points (--lr_points), cosine, linear or constant",
     )
     parser.option(
         "--schedule",
@@ -161,6 +231,11 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
         "--final_div_factor", type=number(1e-9), shown="recipe", help="one-cycle ends at start / final_div_factor"
     )
     parser.option(
+        "--lr_points",
+        metavar="EPOCH:LR,...",
+        help="scheduler points: rates at real-valued epochs, joined by straight lines; two at one epoch make a jump",
+    )
+    parser.option(
         "--warmup_epochs", type=number(), default=0.0, help="straight rise of the lr before any scheduler but one-cycle"
     )
     parser.option(
@@ -170,6 +245,8 @@ def training_options(parser: Parser, *, models: dict, model_aliases: dict, metho
         metavar="ce|bce",
         help="cross-entropy, or binary cross-entropy of the softmax",
     )
+    parser.option("--sync_bn", type=yes_no, default=False, help="batch norm over the images of all GPUs")
+    parser.option("--no_decay_bn", type=yes_no, default=False, help="no weight decay on the parameters of batch norm")
     parser.option("--label_smoothing", type=number(0, 1), default=0.0, help="of the mixed target")
     parser.option("--clip_grad", type=number(), default=0.0, help="largest gradient norm; 0: no limit")
     parser.option(

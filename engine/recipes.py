@@ -2,7 +2,8 @@
 wins.
 
 `shapes` is ours; `saliencymix` Uddin et al. (arXiv 2006.01791); `puzzle` the setting that Puzzle Mix, Co-Mixup and SAGE
-share (300 epochs); `rmix` R-Mix (arXiv 2212.04875).
+share (300 epochs); `rmix` R-Mix (arXiv 2212.04875). On ImageNet `cutmix300` is that of CutMix and SaliencyMix, and
+`fast100` the three phases of Puzzle Mix, Co-Mixup and R-Mix.
 """
 
 SGD = {"momentum": 0.9, "nesterov": True}
@@ -86,6 +87,80 @@ RECIPES = {
         "drop_last": True,
     },
 }
+ON_IMAGENET = {  # hyper-parameters by method; sage's offsets are as many as 0.01 means at 32 pixels
+    "cutmix": {"mix_prob": 1.0},
+    "saliencymix": {"mix_prob": 1.0},
+    "puzzlemix": {"neigh_size": 2, "t_size": -1},
+    "comixup": {"mixup_alpha": 1.0, "m_part": 16, "m_niter": 3, "m_stride": 8, "clean_lam": 1.0},
+    "sage": {"rand_pos": 0.0002, "upper_lambda": 0.6, "update_ratio": 0.7},
+    "rmix": {"patches_per_side": (2, 4), "dirichlet_alpha": 0.2, "pairing": "reversed", "clean_lam": 1.0},
+    "rlmix": {"patches_per_side": (2, 4), "dirichlet_alpha": 0.2, "pairing": "reversed", "clean_lam": 1.0},
+}
+IMAGENET_RECIPES = {
+    "cutmix300": {
+        "model": "imagenet_resnet50",
+        "dataset": "imagenet",
+        "epochs": 300,
+        "batch_size": 256,
+        **SGD,
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "scheduler": "multistep",
+        "schedule": [75, 150, 225],
+        "gammas": [0.1],
+        "div_factor": 25.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "ce",
+        "trad_augment": True,
+        "color_jitter": 0.4,
+        "lighting": 0.1,
+        "drop_last": False,
+        "method_options": ON_IMAGENET,
+    },
+    "fast100": {
+        "model": "imagenet_resnet50",
+        "dataset": "imagenet",
+        "phases": "15:small:128:0.08:1024,40:large:224:0.087:448,100:large:224:0.087:448",
+        "lr_points": "0:0.5,8:1.0,15:0.125,15:0.2,40:0.02,65:0.002,90:0.0002,100:0.00002",
+        **SGD,
+        "lr": 1.0,
+        "weight_decay": 1e-4,
+        "no_decay_bn": True,
+        "zero_init": True,
+        "scheduler": "points",
+        "schedule": [],
+        "gammas": [0.1],
+        "div_factor": 25.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "ce",
+        "trad_augment": True,
+        "drop_last": False,
+        "method_options": {**ON_IMAGENET, "puzzlemix": {**ON_IMAGENET["puzzlemix"], "beta": 1.5}},
+        "phase_options": [
+            {"puzzlemix": {"clean_lam": 1.0}},
+            {"puzzlemix": {"clean_lam": 1.0}},
+            {"puzzlemix": {"clean_lam": 0.0}},
+        ],
+    },
+    "none": {
+        "model": "imagenet_resnet50",
+        "dataset": "imagenet",
+        **SGD,
+        "weight_decay": 1e-4,
+        "scheduler": "constant",
+        "schedule": [],
+        "gammas": [0.1],
+        "div_factor": 25.0,
+        "pct_start": 0.3,
+        "final_div_factor": 1e4,
+        "loss": "ce",
+        "trad_augment": True,
+        "drop_last": False,
+        "method_options": {},
+    },
+}
 FAMILIES = {
     "puzzle": {"mixup", "manifold", "puzzlemix", "comixup", "sage"},
     "rmix": {"rmix", "rlmix"},
@@ -102,8 +177,11 @@ def recipe_for(methods: list[str], dataset: str | None, named: bool) -> str:
 def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
     """The options of a recipe for this data set and model (None: the recipe's own).
 
-    `method_options` are those of single methods: hyper-parameters by method name.
+    `method_options` are those of single methods: hyper-parameters by method name; `phase_options` those that a phase of
+    the run adds to them.
     """
+    if name in IMAGENET_RECIPES:
+        return dict(IMAGENET_RECIPES[name])
     options = dict(RECIPES[name])
     dataset, model = dataset or options["dataset"], model or options["model"]
     if name == "saliencymix" and model.startswith("wrn"):

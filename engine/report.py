@@ -11,6 +11,7 @@ from engine.batches import Batches
 from engine.data import Data
 from engine.log import RunFolder, opencv_versions
 from engine.loop import each_source
+from engine.phases import Phase
 from engine.training import Parts, undisturbed
 
 
@@ -41,6 +42,14 @@ def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: li
         log.say(f"note: {note}")
     if 0 < done < options["epochs"]:
         log.say(f"continuing after epoch {done}")
+
+
+def announce_phases(log: RunFolder, phases: list[Phase]) -> None:
+    for number, phase in enumerate(phases if len(phases) > 1 else [], 1):
+        log.say(
+            f"phase {number}: to epoch {phase.end}, {phase.images} images, crops of {phase.crop} pixels from "
+            f"{100 * phase.min_scale:g} % of the area on, batch {phase.batch_size}"
+        )
 
 
 def line_of(row: dict, epochs: int, skipped: int = 0) -> str:

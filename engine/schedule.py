@@ -5,25 +5,30 @@ import math
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
+from engine.phases import Calendar, rate_at, read_points
+
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer,
     *,
     scheduler: str,
     epochs: int,
-    steps_per_epoch: int,
+    calendar: Calendar,
     schedule: list[int],
     gammas: list[float],
     warmup_epochs: float,
+    lr: float,
+    lr_points: str | None,
     max_lr: float | None,
     div_factor: float,
     pct_start: float,
     final_div_factor: float,
 ) -> LRScheduler:
-    """scheduler: multistep, cosine, linear or constant, which change the lr between epochs, or onecycle at every
-    iteration.
+    """scheduler: multistep, cosine, linear or constant, which change the lr between epochs, or onecycle or points at
+    every iteration.
 
-    Warm-up moves at every iteration too. max_lr None: the optimizer's lr is the peak.
+    Warm-up moves at every iteration too. max_lr None: the optimizer's lr is the peak. lr_points: text for read_points;
+    in step s of S of an epoch the rate is that at epoch + (s + 1) / S, as in the published three-phase ImageNet code.
 
     One-cycle is torch's: it moves the momentum too, between 0.95 at both ends and 0.85 at the peak.
     """
@@ -31,8 +36,7 @@ def build_scheduler(
         return OneCycleLR(
             optimizer,
             max_lr or optimizer.param_groups[0]["lr"],
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
+            total_steps=calendar.first_step(epochs),
             div_factor=div_factor,
             pct_start=pct_start,
             final_div_factor=final_div_factor,
@@ -40,10 +44,13 @@ def build_scheduler(
         )
     if scheduler == "multistep" and len(gammas) == 1:
         gammas = gammas * len(schedule)
-    warmup_steps = warmup_epochs * steps_per_epoch
+    points = read_points(lr_points) if scheduler == "points" else None
+    warmup_steps = warmup_epochs * calendar.place(0)[2]
 
     def factor(step: int) -> float:
-        epoch = step // steps_per_epoch
+        epoch, inside, steps = calendar.place(step)
+        if points:
+            return rate_at(points, epoch + (inside + 1) / steps, before=True) / lr
         warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         if scheduler == "multistep":
             return warm * math.prod(gamma for start, gamma in zip(schedule, gammas, strict=True) if epoch >= start)

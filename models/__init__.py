@@ -1,5 +1,6 @@
 """The classifiers by name. Importing this package does not import torch: the names serve `--help` as well."""
 
+from functools import cache
 from importlib import import_module
 
 MODELS = {  # name -> (module, constructor)
@@ -9,9 +10,13 @@ MODELS = {  # name -> (module, constructor)
     "wrn28_10": ("models.wide_resnet", "wrn28_10"),
     "wrn16_8": ("models.wide_resnet", "wrn16_8"),
     "resnext29_4_24": ("models.resnext", "resnext29_4_24"),
+    **{f"imagenet_resnet{n}": ("models.imagenet_resnet", f"imagenet_resnet{n}") for n in (18, 34, 50, 101, 152)},
 }
 ALIASES = {"wideresnet": "wrn28_10", "wrn28-10": "wrn28_10", "wrn16-8": "wrn16_8", "resnext29-4-24": "resnext29_4_24"}
+IMAGENET_MODELS = [name for name in MODELS if name.startswith("imagenet_")]
+IMAGENET_ALIASES = {name.removeprefix("imagenet_"): name for name in IMAGENET_MODELS}  # where images are large
 DROPOUT_MODELS = {"wrn28_10", "wrn16_8"}
+LARGEST = 128  # side in pixels of images that the other networks, which are for small ones, take
 
 
 def stem_stride(image_size: int) -> int:
@@ -23,37 +28,68 @@ def build_model(name: str, num_classes: int, image_size: int = 32, dropout: floa
     """The network `name` for square images of `image_size` pixels, with freshly drawn weights: (B, 3, H, W) -> (B,
     num_classes).
 
-    dropout counts in the wide networks only. Raises ValueError for an unknown name.
+    dropout counts in the wide networks only. Raises ValueError for an unknown name, and for images that are too large
+    for the network.
     """
     name = ALIASES.get(name, name)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
     module, constructor = MODELS[name]
     extra = {"dropout": dropout} if name in DROPOUT_MODELS else {}
-    return getattr(import_module(module), constructor)(num_classes, stride=stem_stride(image_size), **extra)
+    if name not in IMAGENET_MODELS:
+        check_size(name, image_size)
+        extra["stride"] = stem_stride(image_size)
+    return getattr(import_module(module), constructor)(num_classes, **extra)
 
 
-def matching_models(state: dict, image_size: int = 32) -> list[str]:
+def check_size(name: str, image_size: int) -> None:
+    """Raise ValueError, with the network to take instead, if images are too large for `name`, one for small images."""
+    if image_size > LARGEST:
+        right = IMAGENET_ALIASES.get(name) or f"one of {', '.join(IMAGENET_MODELS)}"
+        side = image_size // stem_stride(image_size)
+        raise ValueError(
+            f"{name} is for images of at most {LARGEST} pixels: at {image_size} its first stage would work on "
+            f"{side}x{side}, 4 times the pixels that an ImageNet stem leaves it; take {right}"
+        )
+
+
+def matching_models(state: dict, image_size: int = 32, like: str | None = None) -> list[str]:
     """Names of the networks whose state-dict keys and shapes equal those of `state`, whatever the number of classes.
 
-    The step counters of batch norm do not count: files of old torch versions lack them.
+    The step counters of batch norm do not count: files of old torch versions lack them. Nor does image_size, which
+    changes no shape. like: only the networks that this name may mean: `resnet50` is also said of imagenet_resnet50.
     """
-    import torch
-
-    def shapes(tensors: dict) -> dict:
-        return {key: tuple(value.shape) for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
-
+    names = [ALIASES.get(like, like), IMAGENET_ALIASES.get(like)] if like else MODELS
     classes = class_count(state)
     if not classes:
         return []
+    wanted = shapes(state)
+    return [name for name in names if name in MODELS and shapes_of(name, classes) == wanted]
+
+
+def shapes(state: dict) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
+
+
+@cache
+def shapes_of(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    import torch
+
     with torch.device("meta"):
-        return [name for name in MODELS if shapes(build_model(name, classes, image_size).state_dict()) == shapes(state)]
+        return shapes(build_model(name, num_classes).state_dict())
+
+
+def which(name: str, state: dict) -> str:
+    """The network to build for `state` if a user calls it `name`: of resnet50 and imagenet_resnet50, say, the one that
+    fits. Where none does, the one that `name` means without any weights.
+    """
+    return next(iter(matching_models(state, like=name)), ALIASES.get(name, name))
 
 
 def class_count(state: dict) -> int:
     """How many classes the weights of one of our networks are for; 0 if they are of none."""
     bias = next((state[f"{head}.bias"] for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
-    return len(bias) if bias is not None and bias.dim() == 1 else 0
+    return len(bias) if getattr(bias, "ndim", 0) == 1 else 0
 
 
 def parameter_counts(num_classes: int = 10) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""ResNets for small images.
+"""ResNets for small images; models/imagenet_resnet.py has those for large ones.
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: resnet18 to resnet152 are the networks of
 Table 1 with torchvision's parameter names, but a 3x3 stem and no max-pooling; resnet20 to resnet110 are the narrow
@@ -56,14 +56,25 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + shortcut)
 
 
+TABLE_1 = {  # layers -> block, and how many of it a stage has
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+
+
 class ResNet(nn.Module):
-    """(B, 3, H, W) -> (B, num_classes). torchvision's names; 3x3 stem of the given stride, no max-pooling."""
+    """(B, 3, H, W) -> (B, num_classes). torchvision's names; a stem of the given stride and kernel, no max-pooling."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")
 
-    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int, stride: int = 1):
+    def __init__(
+        self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int, stride: int = 1, kernel: int = 3
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(3, 64, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         width = 64
         for stage, (depth, channels) in enumerate(zip(depths, (64, 128, 256, 512), strict=True)):
@@ -82,8 +93,12 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(width, num_classes)
         init_kaiming(self)
 
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, 64, H / stride, W / stride), what the first stage takes."""
+        return F.relu(self.bn1(self.conv1(images)))
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn1(self.conv1(images)))
+        out = self.stem(images)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.fc(out.mean((2, 3)))
 
@@ -138,23 +153,23 @@ class NarrowResNet(nn.Module):
 
 
 def resnet18(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, stride)
+    return ResNet(*TABLE_1[18], num_classes, stride)
 
 
 def resnet34(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, stride)
+    return ResNet(*TABLE_1[34], num_classes, stride)
 
 
 def resnet50(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, stride)
+    return ResNet(*TABLE_1[50], num_classes, stride)
 
 
 def resnet101(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 23, 3), num_classes, stride)
+    return ResNet(*TABLE_1[101], num_classes, stride)
 
 
 def resnet152(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(Bottleneck, (3, 8, 36, 3), num_classes, stride)
+    return ResNet(*TABLE_1[152], num_classes, stride)
 
 
 def resnet20(num_classes: int, stride: int = 1) -> NarrowResNet:

@@ -24,6 +24,11 @@ class Source:
         with which each of their pixels went into the mixed ones, (B, 1, H, W).
         """
 
+    def exchange(self, total) -> None:
+        """Where several processes train: learn what the others have learned since the last call. total(tensor) is
+        the sum of a tensor over all of them, on the host.
+        """
+
     def state_dict(self) -> dict:
         """Whatever must survive a resume."""
         return {}

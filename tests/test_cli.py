@@ -70,7 +70,7 @@ def test_abbreviations_are_not_guessed(capsys):
         (["--lr", "-1"], "at least 0"),
         (["--lr", "fast"], "expected a number"),
         (["--mix_prob", "1.5"], "between 0 and 1"),
-        (["--ngpu", "4"], "one device"),
+        (["--ngpu", "4"], "torchrun --nproc_per_node 4"),
         (["--compile", "--method", "manifold"], "leave it out"),
         (["--loss", "bce", "--label_smoothing", "0.1"], "--loss ce"),
         (["--gammas", "0.1", "0.2", "--schedule", "1", "2", "3", "--scheduler", "multistep"], "2 factors for the 3"),

@@ -1,10 +1,23 @@
 import zlib
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
-from models import MODELS, build_model, matching_models, parameter_counts, stem_stride
+from models import (
+    IMAGENET_ALIASES,
+    IMAGENET_MODELS,
+    MODELS,
+    build_model,
+    class_count,
+    matching_models,
+    parameter_counts,
+    stem_stride,
+    which,
+)
+from models.imagenet_resnet import PRETRAINED, load_pretrained, zero_init
 
 RECORDED = ["preactresnet18", "wrn16_8", "wrn28_10", "resnext29_4_24"]
 
@@ -75,8 +88,6 @@ def test_parameter_counts():
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_resnets_have_torchvisions_names(depth):
-    import torchvision
-
     with torch.device("meta"):
         ours = build_model(f"resnet{depth}", 1000).state_dict()
         theirs = getattr(torchvision.models, f"resnet{depth}")().state_dict()
@@ -85,7 +96,10 @@ def test_resnets_have_torchvisions_names(depth):
     assert different == ["conv1.weight"] and ours["conv1.weight"].shape == (64, 3, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "preactresnet50", "resnet20", "wrn16_8", "resnext29_4_24"])
+STAGED = ["resnet18", "resnet50", "preactresnet50", "resnet20", "wrn16_8", "resnext29_4_24", "imagenet_resnet18"]
+
+
+@pytest.mark.parametrize("name", STAGED)
 @pytest.mark.parametrize("size", [32, 64])
 def test_any_image_size_gives_logits_and_the_named_stages_exist(name, size):
     model = build_model(name, 7, size).eval()
@@ -112,3 +126,145 @@ def test_a_file_is_told_by_its_shapes_whatever_the_classes():
     assert matching_models({"weight": torch.zeros(3)}) == []
     with pytest.raises(ValueError, match="resnet20"):
         build_model("resnet21", 10)
+
+
+def theirs(name: str, num_classes: int = 1000) -> torch.nn.Module:
+    return getattr(torchvision.models, name.removeprefix("imagenet_"))(weights=None, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("name", IMAGENET_MODELS)
+def test_imagenet_resnets_are_torchvisions_entry_by_entry(name):
+    with torch.device("meta"):
+        ours, other = build_model(name, 1000, 224).state_dict(), theirs(name).state_dict()
+    assert list(ours) == list(other)
+    assert [value.shape for value in ours.values()] == [value.shape for value in other.values()]
+
+
+@pytest.mark.parametrize("name", ["imagenet_resnet18", "imagenet_resnet50"])
+@pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 3, 75, 50)])
+def test_imagenet_resnets_start_and_compute_as_torchvisions(name, shape):
+    torch.manual_seed(3)
+    other = theirs(name, 7)
+    torch.manual_seed(3)
+    ours = build_model(name, 7, 224)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), other.state_dict().values(), strict=True))
+    images = torch.randn(shape)
+    for training in (True, False):  # the second with running statistics that the first has moved
+        with torch.no_grad():
+            expected = other.train(training)(images)
+            assert (ours.train(training)(images) - expected).abs().max() <= 1e-6 * expected.abs().max().clamp_min(1)
+
+
+def test_imagenet_resnets_have_their_published_size():
+    counts = parameter_counts(1000)
+    published = [11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808]
+    assert [counts[name] for name in IMAGENET_MODELS] == published
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "imagenet_resnet18", "imagenet_resnet50"])
+def test_zero_init_makes_every_block_the_identity(name):
+    model = build_model(name, 1000).eval()
+    zero_init(model)
+    x = torch.rand(1, *[model.fc.in_features, 2, 2])  # what comes out of a block is not negative
+    with torch.no_grad():
+        assert torch.equal(model.layer4[1](x), x)
+    scales = [module.weight for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    zeros = [scale.eq(0).all() for scale in scales]
+    assert sum(zeros) == sum(len(getattr(model, stage)) for stage in model.stages)
+    assert all(zero or scale.eq(1).all() for zero, scale in zip(zeros, scales, strict=True))
+    assert model.fc.bias.eq(0).all() and abs(model.fc.weight.std().item() - 0.01) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet20", "preactresnet18", "wrn16_8", "resnext29_4_24"])
+def test_zero_init_refuses_networks_of_other_blocks(name):
+    with torch.device("meta"):
+        model = build_model(name, 10)
+    with pytest.raises(ValueError, match="these have: resnet18, .*imagenet_resnet152"):
+        zero_init(model)
+
+
+@pytest.mark.parametrize("size", [129, 224])
+def test_networks_for_small_images_refuse_large_ones_and_name_the_right_one(size):
+    for name, remedy in (("resnet50", "take imagenet_resnet50"), ("wrn16_8", "take one of imagenet_resnet18, ")):
+        with pytest.raises(ValueError, match=f"{name} is for .* at most 128 .* at {size} .*{remedy}"):
+            build_model(name, 10, size)
+    with torch.device("meta"):
+        build_model("resnet50", 10, 128)
+        build_model("imagenet_resnet50", 10, size)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_network_is_told_from_all_others(name):
+    with torch.device("meta"):
+        state = build_model(name, 12).state_dict()
+    assert matching_models(state) == matching_models(state, 224) == [name]
+    assert which(name, state) == name and class_count(state) == 12
+
+
+def test_a_typed_name_means_the_network_that_fits_the_weights():
+    with torch.device("meta"):
+        small, large = build_model("resnet50", 10).state_dict(), theirs("resnet50").state_dict()
+    assert which("resnet50", small) == "resnet50" and which("resnet50", large) == "imagenet_resnet50"
+    assert IMAGENET_ALIASES["resnet50"] == "imagenet_resnet50" and "preactresnet50" not in IMAGENET_ALIASES
+    assert matching_models(large, like="resnet50") == ["imagenet_resnet50"]
+    assert matching_models(large, like="resnet34") == matching_models(small, like="imagenet_resnet50") == []
+    assert which("wideresnet", large) == "wrn28_10", "nothing fits: the message of loading says what does"
+    assert which("densenet121", large) == "densenet121"
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vgg11", "mobilenet_v3_small", "vit_b_16", "resnext50_32x4d"])
+def test_weights_of_none_of_ours_match_none(name):
+    with torch.device("meta"):
+        state = theirs(name).state_dict()
+    assert matching_models(state) == [] and class_count(state) in (0, 1000)
+    assert class_count({"fc.bias": None}) == class_count({"linear.bias": 3}) == 0
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of torch.hub, on a machine without a network."""
+
+    def no_network(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_pretrained_weights_are_torchvisions_first_ones():
+    assert list(PRETRAINED) == IMAGENET_MODELS
+    for name, url in PRETRAINED.items():
+        weights = torchvision.models.get_model_weights(name.removeprefix("imagenet_"))
+        assert url == weights.IMAGENET1K_V1.url
+
+
+@pytest.mark.parametrize("classes", [1000, 5])
+def test_pretrained_weights_go_in_and_another_number_of_classes_keeps_its_layer(cache, classes):
+    weights = {key: torch.full_like(value, 2) for key, value in theirs("resnet18").state_dict().items()}
+    torch.save(
+        {key: value for key, value in weights.items() if "num_batches" not in key},  # as old files are
+        cache / "resnet18-f37072fd.pth",
+    )
+    model = build_model("imagenet_resnet18", classes)
+    head = model.fc.weight.clone()
+    assert load_pretrained(model, "resnet18") is (classes != 1000)
+    assert model.layer4[1].bn2.running_var.eq(2).all() and model.conv1.weight.eq(2).all()
+    assert torch.equal(model.fc.weight, head if classes != 1000 else torch.full_like(head, 2))
+
+
+def test_pretrained_weights_that_cannot_be_had_are_explained(cache):
+    with torch.device("meta"):
+        model, small = build_model("imagenet_resnet50", 10), build_model("resnet50", 10)
+    with pytest.raises(ValueError, match="no route to host") as caught:
+        load_pretrained(model, "imagenet_resnet50")
+    assert f"put the file resnet50-0676ba61.pth into {cache}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+    (cache / "resnet50-0676ba61.pth").write_bytes(b"half of it")
+    with pytest.raises(ValueError, match="resnet50-0676ba61.pth: damaged .*\ndelete it"):
+        load_pretrained(model, "imagenet_resnet50")
+    for network, name in ((small, "resnet50"), (model, "wrn16_8")):
+        with pytest.raises(ValueError, match="no ImageNet weights for .* imagenet_resnet18, "):
+            load_pretrained(network, name)

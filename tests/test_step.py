@@ -16,6 +16,8 @@ from engine.device import choose_device, choose_precision, keep_large_blocks, rn
 from engine.loop import NotFinite, Stopwatch, predict, profile, scores, train_one_epoch
 from engine.loss import LOSSES, smooth
 from engine.metrics import calibration_error, confusion_matrix, topk_correct
+from engine.phases import Calendar, rate_at, read_phases, read_points
+from engine.recipes import IMAGENET_RECIPES
 from engine.schedule import build_scheduler
 from mixing import build_mixer
 from mixing.base import Mixer, NoMix
@@ -61,6 +63,8 @@ PLAIN = {
     "gammas": [0.1],
     "warmup_epochs": 0.0,
     "max_lr": None,
+    "lr": 1.0,
+    "lr_points": None,
     "div_factor": 25.0,
     "pct_start": 0.3,
 }
@@ -69,7 +73,7 @@ PLAIN = {
 def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
     options = PLAIN | {"final_div_factor": 1e4} | options
-    scheduler = build_scheduler(optimizer, scheduler=name, epochs=epochs, steps_per_epoch=steps, **options)
+    scheduler = build_scheduler(optimizer, scheduler=name, epochs=epochs, calendar=Calendar([(epochs, steps)]), **options)
     seen = []
     for _ in range(epochs * steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -87,10 +91,36 @@ def test_schedules_move_between_epochs():
     assert rates("constant", epochs=3, warmup_epochs=1.5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
+def test_the_three_phases_have_the_published_rates(network_golden):
+    """Recorded at real-valued epochs, where a boundary belongs to the later phase; in training it is never reached."""
+    recipe = IMAGENET_RECIPES["fast100"]
+    points, phases = read_points(recipe["lr_points"]), read_phases(recipe["phases"])
+    for epoch, rate in zip(network_golden["imagenet_epoch"], network_golden["imagenet_lr"], strict=True):
+        assert rate_at(points, float(epoch)) == pytest.approx(float(rate), rel=1e-6), epoch
+    assert rate_at(points, 15, before=True) == 0.125 and rate_at(points, 15) == 0.2
+    assert [phase.end for phase in phases] == [15, 40, 100] and [phase.crop for phase in phases] == [128, 224, 224]
+
+
+def test_rates_move_at_every_step_of_phases_of_different_length():
+    """Two steps an epoch up to epoch 1, then four; the rate is that at the end of a step."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
+    calendar = Calendar([(1, 2), (2, 4)])
+    options = PLAIN | {"final_div_factor": 1e4, "lr": 2.0, "lr_points": "0:0,1:1,1:10,2:2"}
+    scheduler = build_scheduler(optimizer, scheduler="points", epochs=2, calendar=calendar, **options)
+    seen = []
+    for _ in range(6):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert seen == pytest.approx([0.5, 1, 8, 6, 4, 2])
+    assert [calendar.first_step(epoch) for epoch in range(4)] == [0, 2, 6, 10]
+    assert [calendar.place(step) for step in (0, 1, 2, 5, 6)] == [(0, 0, 2), (0, 1, 2), (1, 0, 4), (1, 3, 4), (2, 0, 4)]
+
+
 def test_one_cycle_is_the_published_one(network_golden):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
     options = PLAIN | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
-    scheduler = build_scheduler(optimizer, scheduler="onecycle", epochs=300, steps_per_epoch=500, **options)
+    scheduler = build_scheduler(optimizer, scheduler="onecycle", epochs=300, calendar=Calendar([(300, 500)]), **options)
     optimizer.step()
     wanted = dict(zip(network_golden["onecycle_step"].tolist(), range(100), strict=False))
     for step in range(150_000):
@@ -273,12 +303,13 @@ def test_prediction_leaves_the_network_as_it_was():
     batches, model = small()
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    logits, labels = predict(model, batches)
+    logits, labels = predict(model, batches)  # in the order of the images, not of the batches
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert logits.shape == (12, 3) and len(labels) == 12 and not logits.requires_grad
     model.eval()
     with torch.no_grad():
         expected = torch.cat([model(batch.images) for batch in batches.epoch()])
+    expected = expected[torch.cat([batch.index for batch in batches.epoch()]).argsort()]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # in float32, whatever training computes in
 
 

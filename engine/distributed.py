@@ -1,0 +1,312 @@
+"""Several processes under torchrun: start-up, who is first, what all of them must agree on, and how they end together.
+
+A plain run is the first of one process: every function here then does nothing, or gives back what it was given.
+
+An error in one process would leave the others waiting for it. So each process watches a common store: whoever fails
+leaves a message there, the first process shows it, and all of them end.
+"""
+
+import inspect
+import os
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from engine.cli import UserError
+
+POLL_SECONDS = 0.2
+SHOWN_WITHIN_SECONDS = 10.0
+
+
+class Group(NamedTuple):
+    """What the processes talk through beside the gradients: tensors and objects on the host, and the store."""
+
+    host: dist.ProcessGroup
+    store: dist.Store
+    done: threading.Event  # ends the thread that watches the others
+    watcher: threading.Thread
+
+
+_group: Group | None = None
+_unmet = False  # whether the others never came, so that there is nobody to speak for this process
+_telling = threading.Lock()
+
+
+def environment() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, as torchrun sets them; 0, 1, 0 for a plain run."""
+    return tuple(
+        int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+
+
+def rank() -> int:
+    return environment()[0]
+
+
+def ranks() -> int:
+    return environment()[1]
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes anew after one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def start(device: torch.device, timeout_seconds: float) -> None:
+    """Meet the other processes; from here on only the first one prints. Raises UserError if they do not come."""
+    global _group, _unmet
+    own, count, _ = environment()
+    if count == 1 or _group:
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {count}, but {' and '.join(missing)} not set: the processes cannot find each other\n"
+            f"start them with torchrun --nproc_per_node {count} {os.path.basename(sys.argv[0])} ..."
+        )
+    timeout = timedelta(seconds=timeout_seconds)
+    try:
+        store = connect(timeout)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=timeout)
+        host = dist.new_group(backend="gloo", timeout=timeout)
+        dist.barrier(host)
+        done = threading.Event()
+        watcher = threading.Thread(target=watch, args=(connect(timeout, anew=False), done), daemon=True)
+        _group = Group(host, store, done, watcher)
+    except (RuntimeError, ValueError) as error:
+        _unmet = True
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"process {own} of {count} did not meet the others at {address} within {timeout_seconds:g} s "
+            f"({first_line(error)})\nare all {count} started, with the same address, and can they reach it?"
+        ) from error
+    watcher.start()
+    if own:
+        sys.stdout = open(os.devnull, "w")
+
+
+def connect(timeout: timedelta, anew: bool = True) -> dist.Store:
+    """A connection of its own to the common store, which the first process keeps, unless torchrun does; anew: it starts
+    it. One that waits would hold up whoever shares it.
+    """
+    own, count, _ = environment()
+    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeps = own == 0 and anew and not kept_by_torchrun
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=keeps, timeout=timeout
+    )
+    return dist.PrefixStore(f"attempt {restarts()}", store)
+
+
+def finish() -> None:
+    """Leave the others in good order, after everyone is done."""
+    global _group
+    if _group:
+        _group.done.set()
+        _group.watcher.join()
+        dist.barrier(_group.host)  # the store goes with the first process
+        _group = None
+        dist.destroy_process_group()
+
+
+def tell(text: str) -> None:
+    """Show the error that ends the run, once for all processes, on stderr of the first. Call it only to end."""
+    if ranks() == 1 or _group is None:
+        if is_first() or _unmet:
+            print(text, file=sys.stderr, flush=True)
+        return
+    with _telling:  # the watching thread may be at it
+        try:
+            first_to_fail = _group.store.add("failures", 1) == 1
+            if first_to_fail:
+                _group.store.set("failure", text if is_first() else f"{text}\n(process {rank()} of {ranks()})")
+            if is_first():
+                show_failure(_group.store)
+            else:
+                _group.store.wait(["shown"], timedelta(seconds=SHOWN_WITHIN_SECONDS))
+        except RuntimeError:  # the store is gone, or nobody is there to show it
+            print(text, file=sys.stderr, flush=True)
+
+
+def show_failure(store: dist.Store) -> None:
+    if not store.check(["shown"]):
+        print(store.get("failure").decode(), file=sys.stderr, flush=True)
+        store.set("shown", "")
+
+
+def watch(store: dist.Store, done: threading.Event) -> None:
+    """End this process when another one has failed: it may be waiting for that one, where no exception reaches it."""
+    try:
+        while not store.check(["failure" if is_first() else "shown"]):
+            if done.wait(POLL_SECONDS):
+                return
+    except RuntimeError:
+        return  # whoever kept the store has gone: what this process waits for says so
+    with _telling:
+        if is_first():
+            show_failure(store)
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether `error` says that another process went away, or did not answer in time."""
+    if ranks() == 1 or not isinstance(error, RuntimeError):
+        return False
+    named = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return named or any(word in str(error) for word in ("closed by peer", "Timed out waiting", "gloo", "NCCL"))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def synchronised(model: nn.Module, sync_bn: bool) -> nn.Module:
+    """The network, with batch norm over the images of all processes if sync_bn. Raises UserError on a CPU."""
+    if not sync_bn or ranks() == 1:
+        return model
+    if dist.get_backend() != "nccl":
+        raise UserError("--sync_bn: torch has it for GPUs alone; leave it out on a CPU")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def check_together(options: dict, sources: list) -> None:
+    """Raise ValueError where processes would wait for each other in vain: each draws for itself whether, and by which
+    method, its images are mixed, but batch norm over all of them needs the same passes in each.
+    """
+    training_passes = any(getattr(source, "mode", None) == "train" for source in sources)
+    varies = len(options["method"]) > 1 or (options["mix_prob"] or 1) < 1
+    if ranks() > 1 and options["sync_bn"] and training_passes and varies:
+        raise ValueError("--sync_bn: with a saliency pass in training mode it needs one --method, and --mix_prob 1")
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """What the training step calls forward on: gradients become their mean over the processes in its backward pass.
+
+    Batch statistics are each process's own during an epoch; average_buffers() makes them one. Backward passes through
+    the bare `model`, as those of saliency, add to the local gradients alone, as under no_sync().
+    """
+    if ranks() == 1:
+        return model
+    device = next(model.parameters()).device
+    parallel = nn.parallel.DistributedDataParallel
+    known = inspect.signature(parallel.__init__).parameters  # renamed in torch 2.15
+    own_statistics = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return parallel(model, device_ids=[device.index] if device.type == "cuda" else None, **own_statistics)
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, on the host."""
+    values = values.cpu()
+    if ranks() > 1:
+        dist.all_reduce(values, group=_group.host)
+    return values
+
+
+def average_buffers(model: nn.Module) -> None:
+    """The statistics of batch norm become their mean over the processes."""
+    if ranks() == 1:
+        return
+    moving = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    if moving:
+        flat = total(torch.cat([buffer.detach().flatten().double() for buffer in moving])) / ranks()
+        for buffer, mean in zip(moving, flat.split([buffer.numel() for buffer in moving]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+
+def every(value) -> list:
+    """`value` of each process, in order of rank; every process gets the list. Plain objects and tensors on the host."""
+    if ranks() == 1:
+        return [value]
+    values = [None] * ranks()
+    dist.all_gather_object(values, value, group=_group.host)
+    return values
+
+
+def gather(value) -> list | None:
+    """`value` of each process, in order of rank, for the first process; None for the others."""
+    if ranks() == 1:
+        return [value]
+    values = [None] * ranks() if is_first() else None
+    dist.gather_object(on_host(value), values, dst=0, group=_group.host)
+    return values
+
+
+def on_host(value):
+    """The same nested value with its tensors on the host."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_host(one) for key, one in value.items()}
+    return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+
+
+def of_first(make: Callable):
+    """What make() gives in the first process, for all of them; the others do not call it."""
+    if ranks() == 1:
+        return make()
+    box = [make() if is_first() else None]
+    dist.broadcast_object_list(box, src=0, group=_group.host)
+    return box[0]
+
+
+def machine_first(make: Callable):
+    """make(), the others of a machine after its first process: what one downloads the others find."""
+    if ranks() == 1:
+        return make()
+    local = environment()[2]
+    result = make() if local == 0 else None
+    dist.barrier(_group.host)
+    return result if local == 0 else make()
+
+
+def check_same(what: str, value: dict, remedy: str) -> None:
+    """Raise UserError where `value`, a flat dictionary, is not the same in all processes."""
+    for number, other in enumerate(values := every(value)):
+        differ = [key for key in value if values[0].get(key) != other.get(key)]
+        if differ:
+            key = differ[0]
+            raise UserError(
+                f"the {what} of process 0 and process {number} differ: {key} {values[0].get(key)} against "
+                f"{other.get(key)}\n{remedy}"
+            )
+
+
+class StopSign:
+    """SIGTERM, as schedulers send it before they take a machine away, asks for a stop between two steps.
+
+    All processes stop before the same step. The question travels while a step is computed: an answer is one step old.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.answer: tuple | None = None
+
+    def ask(self, *signal) -> None:
+        self.asked = True
+
+    def raised(self) -> bool:
+        """Whether to stop here. Every process must call it once a step."""
+        if ranks() == 1:
+            return self.asked
+        stop = False
+        if self.answer:
+            votes, work = self.answer
+            work.wait()
+            stop = bool(votes)
+        votes = torch.tensor(int(self.asked))
+        self.answer = votes, dist.all_reduce(votes, group=_group.host, async_op=True)
+        return stop

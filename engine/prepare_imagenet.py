@@ -1,0 +1,186 @@
+"""Copies of an image set with a smaller shorter side: they are decoded in a fraction of the time.
+
+The tree, the file names and the lists of labels stay, so a folder of copies is read like the original. A copy is a JPEG
+whatever its name ends in; readers go by the content. A run that was stopped goes on where it was.
+"""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from engine.cli import UserError
+from engine.folders import ENDINGS
+from engine.image_files import as_rgb
+
+LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # copied as they are
+QUALITY, SUBSAMPLING = 95, 0  # full colour resolution: a fifth more bytes and a fifth more time to decode than 4:2:0
+SPARE = 2  # a JPEG is decoded at reduced size only while it stays this much larger than the largest copy
+
+
+@dataclass
+class Report:
+    """What was done; bad: the files that could not be read, and why."""
+
+    made: int = 0
+    skipped: int = 0
+    bad: list[tuple[Path, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def lines(self) -> list[str]:
+        """For a person: one line, and one more for each bad file."""
+        rate = self.made / max(self.seconds, 1e-9)
+        bad = f", {len(self.bad):,} files could not be read:" if self.bad else ""
+        first = f"made {self.made:,} copies in {self.seconds:.0f} s ({rate:.0f}/s), {self.skipped:,} were there{bad}"
+        return [first, *(f"  {path}: {reason}" for path, reason in self.bad)]
+
+
+class Outcome(NamedTuple):
+    name: str
+    made: int
+    skipped: int
+    problem: str | None
+
+
+def resize_copies(
+    source: Path,
+    sizes: list[int],
+    dest: Path,
+    *,
+    workers: int | None = None,
+    progress: Callable = lambda items, **kwargs: items,
+) -> Report:
+    """For each size S, dest/S/ with the tree of `source`: shorter side S, bicubic, RGB JPEG; one process a core.
+
+    progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError for an empty source, for places
+    that lie in each other, and where a copy cannot be written.
+    """
+    source, dest, begin = Path(source), Path(dest), time.perf_counter()
+    check_places(source, dest, sizes)
+    images, lists = walk(source)
+    if not images:
+        raise UserError(f"no images below {source}\nname the folder that holds train/ and val/")
+    for name in lists:
+        for size in sizes:
+            target = dest / str(size) / name
+            if not target.exists():
+                with writing(target) as side:
+                    shutil.copyfile(source / name, side)
+    report = Report()
+    work = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
+    with pool_of(workers or available_cores()) as pool:
+        outcomes = pool.imap_unordered(work, images, chunksize=8)
+        for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
+            report.made += outcome.made
+            report.skipped += outcome.skipped
+            if outcome.problem:
+                report.bad.append((source / outcome.name, outcome.problem))
+    report.bad.sort()
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+def check_places(source: Path, dest: Path, sizes: list[int]) -> None:
+    if not source.is_dir():
+        raise UserError(f"no folder {source}\nname the folder that holds train/ and val/")
+    whole, target = source.resolve(), dest.resolve()
+    if target == whole or whole in target.parents:
+        raise UserError(f"--resize_dest {dest} is in {source}, which is copied\nname a place outside it")
+    for size in sizes:
+        if whole == target / str(size) or target / str(size) in whole.parents:
+            raise UserError(f"{source}, which is copied, is in {dest / str(size)}\nname another --resize_dest")
+
+
+def walk(source: Path) -> tuple[list[str], list[str]]:
+    """Images and lists of labels below source, relative to it, sorted. Links to folders are followed, not upwards."""
+    images, lists = [], []
+    for root, folders, files in os.walk(source, followlinks=True):
+        here = os.path.realpath(root) + os.sep
+        folders[:] = sorted(name for name in folders if not here.startswith(os.path.realpath(here + name) + os.sep))
+        below = os.path.relpath(root, source)
+        for name in sorted(files):
+            path = os.path.normpath(os.path.join(below, name))
+            if os.path.splitext(name)[1].lower() in ENDINGS:
+                images.append(path)
+            elif any(fnmatch(name, pattern) for pattern in LISTS):
+                lists.append(path)
+    return images, lists
+
+
+def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) -> Outcome:
+    """The copies of one image that are not there yet, from one decoding. sizes: the largest first."""
+    targets = {size: Path(dest, str(size), name) for size in sizes}
+    wanted = [size for size in sizes if not targets[size].exists()]
+    if not wanted:
+        return Outcome(name, 0, len(sizes), None)
+    try:
+        with Image.open(os.path.join(source, name)) as image:
+            if image.format == "JPEG":
+                factor = SPARE * wanted[0] / min(image.size)  # draft() gives no less than it is asked for
+                image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
+            picture = as_rgb(image)
+    except Exception as error:
+        return Outcome(name, 0, len(sizes) - len(wanted), str(error) or type(error).__name__)
+    for size in wanted:
+        scale = size / min(picture.size)
+        shape = tuple(max(size, round(side * scale)) for side in picture.size)
+        with writing(targets[size]) as side:
+            copy = picture.resize(shape, Image.Resampling.BICUBIC)
+            copy.save(side, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
+    return Outcome(name, len(wanted), len(sizes) - len(wanted), None)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A side file to fill; it gets the name `target` when it is whole, and goes when that fails or is broken off.
+
+    Not flushed to the disk as engine.files does it: a million flushes take hours, and the originals are still there.
+    """
+    side = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield side
+        os.replace(side, target)
+    except OSError as error:
+        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(f"could not write {target}: {what}\nmake room, or name another --resize_dest") from error
+    finally:
+        with suppress(OSError):
+            side.unlink()
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def pool_of(workers: int) -> Iterator:
+    """Processes by fork, which imports nothing anew; threads where there is no fork (Pillow lets go of the lock)."""
+    if sys.platform == "linux" and workers > 1:
+        pool = multiprocessing.get_context("fork").Pool(workers, until_told)
+    else:
+        pool = ThreadPool(workers)
+    try:
+        yield pool
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+def until_told() -> None:
+    """Ctrl-C is for the parent, which then ends its workers; they take their side files away first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

@@ -1,0 +1,185 @@
+"""Train a classifier on ImageNet or another set of large images, on one GPU or, under torchrun, on many."""
+
+from pathlib import Path
+
+from engine import configure
+from engine.cli import Parser, read_config
+from engine.cli import run as run_script
+from engine.mixing_options import GROUPS, mixing_options
+from engine.options import LARGE_DATASETS, data_options, device_options, imagenet_options, training_options
+from engine.phases import Calendar, phase_at, phases_of
+from engine.recipes import IMAGENET_RECIPES
+from mixing import ALIASES as METHOD_ALIASES
+from mixing import MIXERS, compose, hyper_parameters
+from models import ALIASES as MODEL_ALIASES
+from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models, parameter_counts
+from saliency import ALIASES as SOURCE_ALIASES
+from saliency import SOURCES, build_source, source_parameters
+
+SIDE = 224  # of the images in pixels, unless --image_size says otherwise
+
+
+def build_parser() -> Parser:
+    parser = Parser("Train a classifier on ImageNet, Tiny-ImageNet at 224 pixels, or any folders of large images.")
+    training_options(
+        parser,
+        models=IMAGENET_MODELS,
+        model_aliases=MODEL_ALIASES | IMAGENET_ALIASES,
+        methods=MIXERS,
+        method_aliases=METHOD_ALIASES,
+        recipes=list(IMAGENET_RECIPES),
+        recipe="cutmix300",
+    )
+    imagenet_options(parser)
+    data_options(parser, LARGE_DATASETS)
+    mixing_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    device_options(parser)
+    parser.defaults |= {"image_size": SIDE, "norm": "imagenet", "crop_padding": 0}
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict | None:
+    """Train; returns what result.json holds."""
+    parser = build_parser()
+    try:
+        typed, notes = configure.translate(parser.read(argv))
+    except ValueError as error:
+        parser.error(str(error))
+    typed = configure.large_images(typed)
+    if "resize_to" in typed:
+        return resize(typed, parser)
+    options = configure.settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    if options["list_models"]:
+        return print("\n".join(f"{name:20} {parameter_counts()[name]:>12,} parameters" for name in IMAGENET_MODELS))
+
+    import torch  # after the options, so that --help answers at once
+
+    from engine import distributed
+    from engine.batches import Batches
+    from engine.classifier import evaluate_checkpoint, start_from
+    from engine.data import find_copies, load_data
+    from engine.device import choose_device, choose_precision, own_stream, prepare
+    from engine.image_files import RandomView
+    from engine.loop import each_source, profile
+    from engine.progress import over
+    from engine.report import announce_phases, print_profile
+    from engine.run import Run, check_alike, take_up
+    from engine.training import build_parts, check_batch, pick, source_maker, step_options
+    from models.imagenet_resnet import load_pretrained, zero_init
+
+    if options["evaluate"]:
+        return evaluate_checkpoint(parser, typed, build_model, matching_models)
+    device = choose_device(options["device"])
+    distributed.start(device, options["timeout"])
+    options, saved, folder = take_up(parser, typed, options)
+    prepare(device, seed=options["seed"], deterministic=options["deterministic"])
+    precision, precision_text = choose_precision(options["amp"], device)
+
+    phases = phases_of(options)
+    data = load_data(progress=over, **pick(options, load_data))
+    copies = {"original": data.train}
+    for name in ("small", "large"):
+        copies[name] = data.train
+        if place := options[f"data_{name}"]:
+            copies[name] = find_copies(place, data.train, **pick(options, find_copies))
+        elif any(phase.images == name for phase in phases):
+            notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
+    check_alike(data)
+    feed = {"device": device, "mean": data.mean, "std": data.std, **pick(options, ["workers", "channels_last"])}
+    feed |= {"rank": distributed.rank(), "ranks": distributed.ranks()}
+    shape = {
+        "augment": options["trad_augment"],
+        "pieces": options["accumulate"],
+        **pick(options, ["drop_last", "seed"]),
+    }
+    shape |= {"jitter": options["color_jitter"], "lighting": options["lighting"], "shuffle": True}
+    stages = []
+    for phase in phases:
+        check_batch(phase.batch_size, options["accumulate"], len(data.train), options["drop_last"])
+        view = RandomView(phase.crop, phase.min_scale) if options["trad_augment"] else None
+        stages.append(Batches(copies[phase.images], phase.batch_size, view=view, **shape, **feed))
+    held_out = {name: Batches(part, 256, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part}
+
+    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+    model = build_model(options["model"], len(data.classes), data.image_size)
+    try:
+        if options["zero_init"]:
+            zero_init(model)
+        if options["pretrained"] and not saved:
+            distributed.machine_first(lambda: load_pretrained(model, options["model"]))
+    except ValueError as error:
+        parser.error(str(error))
+    if options["init_from"] and not saved:
+        notes.append(start_from(model, options["init_from"], len(data.classes), matching_models))
+    model = distributed.synchronised(model, options["sync_bn"]).to(device, memory_format=layout)
+
+    calendar = Calendar([(phase.end, len(batches)) for phase, batches in zip(phases, stages, strict=True)])
+    banks = {}
+
+    def mixing_of(number: int):
+        """The mixer of a phase; a method may have hyper-parameters of its own in each."""
+        mixer = compose(options["method"], configure.in_phase(options, number) | {"mean": data.mean, "std": data.std})
+        mixer.check_size(phases[number].crop, phases[number].crop)
+        return mixer
+
+    def guide(mixer):
+        source = mixer.build_source(source_maker(build_source, parts, data, options, precision, banks))
+        parts.mixer, parts.sources = mixer, each_source(source)
+        distributed.check_together(options, parts.sources)
+        return source
+
+    try:
+        mixers = [mixing_of(number) for number in range(len(phases))]
+        here = phase_at(phases, len(saved["history"]) - (not saved["inside"]) if saved else 0)
+        parts = build_parts(model, mixers[here], options, calendar=calendar, precision=precision)
+        source = guide(mixers[here])
+    except ValueError as error:
+        parser.error(str(error))
+    if options["compile"]:
+        model.compile()
+    network = distributed.wrap(model)
+    own_stream(options["seed"])
+    step = step_options(parts, options, data, precision)
+    if options["profile"]:
+        table = profile(
+            options["profile"], model, mixers[0], source, stages[0], parts.optimizer, network=network, **step
+        )
+        return print_profile(table, phases[0].batch_size)
+
+    run = Run(folder, parts, options, data, calendar=calendar, precision=precision, saved=saved)
+    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
+    notes += configure.notes_on_mixing(options, typed, parser, GROUPS, read, parts.sources)
+    run.begin(notes, where=f"{device}, {precision_text}")
+    announce_phases(run.log, phases)
+    for epoch in run.epochs:
+        if (now := phase_at(phases, epoch)) != here:
+            stages[here].close()
+            if phases[now].batch_size == phases[here].batch_size:
+                mixers[now].load_state_dict(mixers[here].state_dict())
+            source, here = guide(mixers[now]), now
+        ends = [f"phase_{here + 1}.pt"] if epoch + 1 == phases[here].end and len(phases) > 1 else []
+        with run.ending_well():
+            row = run.train(epoch, stages[here], source, network=network, **step)
+            row |= run.evaluate(held_out)
+            run.keep(row, source, skipped=stages[here].skipped, also=ends)
+    result = run.finish(held_out["test"])
+    distributed.finish()
+    return result
+
+
+def resize(typed: dict, parser: Parser) -> None:
+    """--resize_to: smaller copies of the images, which are quicker to read."""
+    from engine.prepare_imagenet import resize_copies
+    from engine.progress import over
+
+    if "resize_dest" not in typed:
+        parser.error("--resize_to needs --resize_dest DIR: where shall the copies go?")
+    source, destination = Path({**parser.defaults, **typed}["data_dir"]), Path(typed["resize_dest"])
+    report = resize_copies(source, typed["resize_to"], destination, workers=typed.get("workers"), progress=over)
+    print(f"{report.made:,} copies made, {report.skipped:,} were there already, in {report.seconds:.0f} s")
+    for path, reason in report.bad:
+        print(f"not copied: {path}: {reason}")
+
+
+if __name__ == "__main__":
+    run_script(main)

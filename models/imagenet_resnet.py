@@ -1,0 +1,109 @@
+"""ResNets for ImageNet, with the names, shapes and outputs of torchvision's.
+
+He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, Table 1: a 7x7 stem of stride 2 and
+max-pooling of stride 2, so that the stages see a quarter of the side of the image. As in torchvision the stride of a
+bottleneck is on its 3x3 convolution.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models import IMAGENET_ALIASES
+from models.resnet import TABLE_1, BasicBlock, Bottleneck, ResNet
+
+# The plainly trained weights, torchvision's IMAGENET1K_V1. The later V2 were trained with Mixup and CutMix themselves,
+# which would blur a comparison of mixing methods, and there are none of the 18 and 34 layers.
+PRETRAINED = {
+    "imagenet_resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "imagenet_resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "imagenet_resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "imagenet_resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    "imagenet_resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+}
+LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # of the residual branch
+
+
+class ImageNetResNet(ResNet):
+    """(B, 3, H, W) -> (B, num_classes), H and W of any size."""
+
+    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int):
+        super().__init__(block, depths, num_classes, stride=2, kernel=7)
+
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, 64, H / 4, W / 4), rounded up."""
+        return F.max_pool2d(super().stem(images), 3, stride=2, padding=1)
+
+
+@torch.no_grad()
+def zero_init(model: nn.Module) -> None:
+    """Start every residual block as the identity: the last batch norm of its branch gets the scale 0. The weights of
+    the classifier become N(0, 0.01), its biases 0.
+
+    Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, Sec. 5.1. Raises ValueError for a network of other
+    blocks.
+    """
+    if not isinstance(model, ResNet):
+        able = ", ".join([*IMAGENET_ALIASES, *IMAGENET_ALIASES.values()])
+        raise ValueError(
+            f"{type(model).__name__} has no residual blocks that end in a batch norm, which zero_init sets to 0; "
+            f"these have: {able}"
+        )
+    for block in model.modules():
+        if type(block) in LAST_NORM:
+            nn.init.zeros_(block.get_submodule(LAST_NORM[type(block)]).weight)
+    nn.init.normal_(model.fc.weight, 0.0, 0.01)
+    nn.init.zeros_(model.fc.bias)
+
+
+def load_pretrained(model: nn.Module, name: str) -> bool:
+    """Put torchvision's ImageNet weights into the network `name`, from the cache or the network. Returns whether the
+    last layer was left as it was, because its number of classes is another.
+
+    Raises ValueError, with the file and where to put it, if the weights cannot be had; and for a name without weights.
+    """
+    name = IMAGENET_ALIASES.get(name, name)
+    if name not in PRETRAINED or not isinstance(model, ImageNetResNet):
+        raise ValueError(f"no ImageNet weights for {name!r}; there are those of {', '.join(PRETRAINED)}")
+    weights, own = fetch(PRETRAINED[name]), model.state_dict()
+    fresh = weights["fc.bias"].shape != own["fc.bias"].shape
+    head = {key: own[key] for key in ("fc.weight", "fc.bias")} if fresh else {}
+    model.load_state_dict({**weights, **head})
+    return fresh
+
+
+def fetch(url: str) -> dict[str, torch.Tensor]:
+    """The state dict at `url`, which torch.hub keeps in its cache; a download is compared with the hash in its name."""
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    file = cache / url.rsplit("/", 1)[-1]
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the disk, the hash or the unpickler
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if file.is_file():
+            raise ValueError(f"{file}: damaged ({type(error).__name__}: {reason})\ndelete it and try again") from error
+        raise ValueError(
+            f"cannot download {url} ({type(error).__name__}: {reason})\nput the file {file.name} into {cache}"
+        ) from error
+
+
+def imagenet_resnet18(num_classes: int) -> ImageNetResNet:
+    return ImageNetResNet(*TABLE_1[18], num_classes)
+
+
+def imagenet_resnet34(num_classes: int) -> ImageNetResNet:
+    return ImageNetResNet(*TABLE_1[34], num_classes)
+
+
+def imagenet_resnet50(num_classes: int) -> ImageNetResNet:
+    return ImageNetResNet(*TABLE_1[50], num_classes)
+
+
+def imagenet_resnet101(num_classes: int) -> ImageNetResNet:
+    return ImageNetResNet(*TABLE_1[101], num_classes)
+
+
+def imagenet_resnet152(num_classes: int) -> ImageNetResNet:
+    return ImageNetResNet(*TABLE_1[152], num_classes)

@@ -1,0 +1,515 @@
+import multiprocessing
+import os
+import pickle
+from itertools import permutations
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional as tv
+
+from engine import image_files
+from engine.augment import EIGENVALUES, EIGENVECTORS, jitter, lighting, recolour, same_colours
+from engine.batches import Batches
+from engine.cli import UserError
+from engine.data import Part
+from engine.folders import FileList, find_folder, find_imagenet
+from engine.image_files import BadImage, CentreView, ImageFiles, RandomView, decode_into, scramble, uniforms
+
+CPU = torch.device("cpu")
+HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def picture(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
+    """Smooth colours, so that JPEG changes little: uint8 (H, W, 3)."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Part:
+    """Ten JPEGs of several shapes in two classes."""
+    names = []
+    for k in range(10):
+        name = f"{'cat' if k < 5 else 'dog'}/{k}.jpg"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(picture(60 + 7 * k, 100 - 5 * k, k)).save(tmp_path / name, quality=95)
+        names.append(name)
+    files = ImageFiles(FileList(tmp_path, names), CentreView(24, 28))
+    return Part(files, torch.arange(10) // 5, ["cat", "dog"], str(tmp_path))
+
+
+def batches_of(part: Part, batch_size: int = 4, view=RandomView(24, 0.3), **changes) -> Batches:  # noqa: B008
+    kwargs = {"device": CPU, "shuffle": True, "augment": True, "seed": 3, "view": view, **HALF, **changes}
+    return Batches(part, batch_size, **kwargs)
+
+
+def same(some, others) -> bool:
+    some, others = list(some), list(others)
+    return len(some) == len(others) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.index, b.index) and torch.equal(a.box, b.box)
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+# workers, epochs, and starting in the middle
+
+
+def test_workers_and_epochs_before_do_not_change_what_is_seen(photos):
+    alone = batches_of(photos, jitter=0.4, lighting=0.1)
+    many = batches_of(photos, jitter=0.4, lighting=0.1, workers=2)
+    state = torch.get_rng_state()
+    assert same(alone.epoch(0), many.epoch(0)) and same(alone.epoch(5), many.epoch(5)), "the same workers go on"
+    assert same(many.epoch(5, start=1), list(alone.epoch(5))[1:])
+    assert same(batches_of(photos, jitter=0.4, lighting=0.1).epoch(5, start=2), list(many.epoch(5))[2:])
+    assert not same(alone.epoch(0), alone.epoch(1)) and not same(alone.epoch(0), batches_of(photos, seed=4).epoch(0))
+    assert torch.equal(state, torch.get_rng_state()), "the run's own generator is left alone"
+    many.close()
+
+
+def test_a_crop_depends_on_the_sample_and_not_on_its_batch(photos):
+    one, other = (torch.cat([b.box for b in batches_of(photos, size).epoch(2)]) for size in (4, 7))
+    order, _ = batches_of(photos).draw(2)
+    assert torch.equal(one, other) and len(torch.unique(one, dim=0)) == 10
+    unshuffled = torch.cat([b.box for b in batches_of(photos, shuffle=False).epoch(2)])
+    assert torch.equal(unshuffled[order], one)
+
+
+def test_workers_live_until_they_are_closed(photos):
+    before = set(multiprocessing.active_children())
+    batches = batches_of(photos, workers=2)
+    assert set(multiprocessing.active_children()) == before, "none before they are needed"
+    list(batches.epoch(0))
+    workers = set(multiprocessing.active_children()) - before
+    list(batches.epoch(1))
+    assert len(workers) == min(2, os.cpu_count()) and set(multiprocessing.active_children()) - before == workers
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+    assert len(list(batches.epoch(2))) == 3, "and they come back when asked for"
+    batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_given_up_does_not_spill_into_the_next(photos, workers):
+    batches, expected = batches_of(photos, 2, workers=workers), list(batches_of(photos, 2).epoch(1))
+    left = batches.epoch(0)
+    next(left)
+    left.close()
+    assert same(batches.epoch(1), expected)
+    kept = batches.epoch(0)
+    next(kept)
+    assert same(batches.epoch(1), expected)
+    with pytest.raises(RuntimeError, match="epoch 0 was given up"):
+        next(kept)
+    batches.close()
+
+
+# ranks and pieces
+
+
+def numbered(count: int) -> Part:
+    return Part(torch.arange(count * 3, dtype=torch.uint8).view(count, 1, 1, 3), torch.arange(count), ["a"], "here")
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (1, 3), (3, 2)])
+@pytest.mark.parametrize("count", [24, 31, 26])
+def test_training_is_cut_into_equal_parts_of_the_same_batches(count, ranks, pieces):
+    one = [batch.index for batch in batches_of(numbered(count), 12, None).epoch(1)]
+    parts = [batches_of(numbered(count), 12, None, rank=r, ranks=ranks, pieces=pieces) for r in range(ranks)]
+    streams = [list(part.epoch(1)) for part in parts]
+    assert {len(stream) for stream in streams} == {len(parts[0]) * pieces}
+    for step in range(len(parts[0])):
+        own = [b.index for stream in streams for b in stream[step * pieces : (step + 1) * pieces]]
+        whole = one[step][: len(one[step]) // (ranks * pieces) * ranks * pieces]
+        assert torch.equal(torch.cat(own), whole) and len({len(index) for index in own}) == 1
+    assert len(parts[0]) == count // 12 + (count % 12 >= ranks * pieces)
+    late = list(parts[-1].epoch(1, start=1))
+    assert [b.index.tolist() for b in late] == [b.index.tolist() for b in streams[-1][pieces:]]
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (4, 1), (3, 2)])
+@pytest.mark.parametrize("count", [1, 7, 25])
+def test_evaluation_reads_each_image_once(count, ranks, pieces):
+    kwargs = {"shuffle": False, "augment": False, "ranks": ranks, "pieces": pieces}
+    parts = [batches_of(numbered(count), 6, None, rank=rank, **kwargs) for rank in range(ranks)]
+    streams = [[batch.index for batch in part.epoch()] for part in parts]
+    assert sorted(i for stream in streams for index in stream for i in index.tolist()) == list(range(count))
+    assert all(len(index) for stream in streams for index in stream), "an empty part is not yielded"
+    held = [sum(len(index) for index in stream) for stream in streams]
+    assert max(held) - min(held) <= pieces * len(parts[0]) and len(parts[0]) == -(-count // 6)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="batch of 10 .* 4 ranks times 1"):
+        batches_of(numbered(20), 10, None, ranks=4)
+    with pytest.raises(ValueError, match="is for image files"):
+        batches_of(numbered(20), 10)
+
+
+# views
+
+
+def draws_for(y1, x1, h, w, height, width) -> np.ndarray:
+    """The draws that lead RandomView(size, 0, 1) to this box."""
+    share, ratio = h * w / (height * width), w / h
+    shape = (np.log(ratio) / np.log(4 / 3) + 1) / 2
+    return np.array([[share, shape, (y1 + 0.5) / (height - h + 1), (x1 + 0.5) / (width - w + 1)]])
+
+
+def test_a_random_view_is_the_crop_resized_as_pillow_does(tmp_path):
+    pixels, path = picture(), tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    out = np.empty((32, 32, 3), np.uint8)
+    box = decode_into(out, path, RandomView(32, 0.0), draws_for(20, 30, 50, 60, 90, 120))
+    expected = Image.fromarray(pixels[20:70, 30:90]).resize((32, 32), Image.Resampling.BILINEAR)
+    assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
+    assert box == pytest.approx([20 / 90, 70 / 90, 30 / 120, 90 / 120])
+
+
+def test_the_box_of_a_batch_is_what_it_shows(photos):
+    batch = next(batches_of(photos).epoch(0))
+    for k, (y1, y2, x1, x2) in enumerate(batch.box.tolist()):
+        with Image.open(photos.pixels.files[int(batch.index[k])]) as image:
+            box = (x1 * image.width, y1 * image.height, x2 * image.width, y2 * image.height)
+            seen = torch.from_numpy(np.array(image.crop(tuple(map(round, box))).resize((24, 24), 2)))
+        seen = seen.flip(1) if batch.flip[k] else seen
+        shown = (batch.images[k].permute(1, 2, 0) * 0.5 + 0.5) * 255
+        assert (shown - seen).abs().mean() < 2
+    assert batch.shift is None and batch.flip.any() and not batch.flip.all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 130), (200, 60)])
+def test_random_views_are_spread_as_torchvisions(height, width):
+    view, count = RandomView(16, 0.08), 3000
+    ours = [view.plan(height, width, draws)[0] for draws in uniforms(0, 0, list(range(count)))]
+    ours = [(y1, x1, y2 - y1, x2 - x1) for y1, y2, x1, x2 in ours]
+    blank = torch.empty(3, height, width)
+    theirs = [RandomResizedCrop.get_params(blank, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)]
+    for number in (lambda b: b[2] * b[3], lambda b: np.log(b[3] / b[2]), lambda b: b[0], lambda b: b[1]):
+        one, other = (np.sort([number(box) for box in boxes]) for boxes in (ours, theirs))
+        grid = np.union1d(one, other)
+        apart = np.abs(np.searchsorted(one, grid, "right") - np.searchsorted(other, grid, "right")).max() / count
+        assert apart < 0.05, "the 1e-3 bound of Kolmogorov and Smirnov for 3000 of each"
+    assert all(0 <= y and y + h <= height and 0 <= x and x + w <= width for y, x, h, w in ours)
+
+
+def test_the_draws_of_a_sample_are_a_hash_of_seed_epoch_and_index():
+    assert int(scramble(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF, "splitmix64 from 0"
+    many = uniforms(1, 2, list(range(5000)))
+    assert abs(many.mean() - 0.5) < 0.003 and 0 <= many.min() and many.max() < 1
+    assert np.array_equal(uniforms(1, 2, [7, 3])[1], many[3])
+    for other in (uniforms(2, 1, list(range(5000))), uniforms(1, 3, list(range(5000))), np.roll(many, 1, 0)):
+        assert abs(np.corrcoef(many.ravel(), other.ravel())[0, 1]) < 0.01
+
+
+def flags_used(monkeypatch) -> list[int]:
+    used, imdecode = [], cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda raw, flags: used.append(flags) or imdecode(raw, flags))
+    return used
+
+
+@pytest.mark.parametrize(
+    ("side", "divisor"), [(32, 1), (63, 1), (64, 2), (127, 2), (128, 4), (255, 4), (256, 8), (900, 8)]
+)
+def test_a_large_jpeg_is_decoded_small_but_never_enlarged(tmp_path, monkeypatch, side, divisor):
+    path = tmp_path / "a.jpg"
+    Image.fromarray(picture(side + 40, side + 90)).save(path, quality=95)
+    used, out, full = flags_used(monkeypatch), np.empty((32, 32, 3), np.uint8), np.empty((32, 32, 3), np.uint8)
+    draws = draws_for(16, 64, side, side, side + 40, side + 90)
+    box = decode_into(out, path, RandomView(32, 0.0), draws)
+    assert used == [image_files.FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
+    assert np.allclose(box, np.array([16, 16 + side, 64, 64 + side]) / np.repeat([side + 40, side + 90], 2), atol=0.03)
+    monkeypatch.setattr(image_files, "FLAGS", dict.fromkeys((1, 2, 4, 8), None) | {1: cv2.IMREAD_COLOR})
+    monkeypatch.setattr(image_files, "load", lambda image, raw, spare, load=image_files.load: load(image, raw, 1))
+    decode_into(full, path, RandomView(32, 0.0), draws)
+    assert np.abs(out.astype(int) - full).mean() < 4, "half an output pixel of rounding, and JPEG's own low-pass"
+
+
+def test_centre_view_is_resize_and_centre_crop(tmp_path):
+    pixels = picture(70, 100)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    out = np.empty((24, 24, 3), np.uint8)
+    decode_into(out, tmp_path / "a.png", CentreView(24, 28), None)
+    expected = Image.fromarray(pixels).resize((40, 28), Image.Resampling.BILINEAR).crop((8, 2, 32, 26))
+    assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
+    with pytest.raises(ValueError, match="centre of 24 pixels does not fit"):
+        CentreView(24, 20)
+
+
+# kinds of files
+
+
+def save(path: Path, kind: str) -> np.ndarray:
+    """A file of this kind, and what it shows: uint8 (64, 64, 3)."""
+    pixels = picture(64, 64)
+    image = Image.fromarray(pixels)
+    if kind == "16 bit":
+        deep = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+        Image.fromarray(deep).save(path)
+        return np.repeat((deep >> 8).astype(np.uint8)[:, :, None], 3, 2)
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be shown turned by 90 degrees; Pillow's convert() and so all of ours ignore it
+        image.save(path, quality=95, exif=exif)
+    else:
+        image = image.convert(kind)
+        image.save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "by_opencv"),
+    [
+        ("a.jpg", "RGB", True),
+        ("a.jpg", "L", True),
+        ("a.jpg", "turned", True),
+        ("a.jpg", "CMYK", False),
+        ("a.png", "RGB", False),
+        ("a.png", "RGBA", False),
+        ("a.png", "LA", False),
+        ("a.png", "1", False),
+        ("a.gif", "P", False),
+        ("a.png", "16 bit", False),
+        ("a.tif", "16 bit", False),
+        ("a.bmp", "RGB", False),
+    ],
+)
+def test_every_kind_of_file_is_read(tmp_path, monkeypatch, name, kind, by_opencv):
+    expected, used, out = save(tmp_path / name, kind), flags_used(monkeypatch), np.empty((64, 64, 3), np.uint8)
+    decode_into(out, tmp_path / name, CentreView(64, 64), None)
+    assert np.abs(out.astype(int) - expected).max() <= 2 and bool(used) == by_opencv
+
+
+def test_a_jpeg_with_bytes_behind_it_is_read_and_a_short_one_is_not(tmp_path):
+    expected = save(tmp_path / "a.jpg", "RGB")
+    raw, out = (tmp_path / "a.jpg").read_bytes(), np.empty((64, 64, 3), np.uint8)
+    (tmp_path / "long.jpg").write_bytes(raw + b"\0rubbish")
+    decode_into(out, tmp_path / "long.jpg", CentreView(64, 64), None)
+    assert np.array_equal(out, expected)
+    (tmp_path / "short.jpg").write_bytes(raw[: len(raw) * 2 // 3])
+    with pytest.raises(BadImage, match=r"short\.jpg: .*truncated"):
+        decode_into(out, tmp_path / "short.jpg", CentreView(64, 64), None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_are_named_or_replaced_in_training_too(photos, workers):
+    bad = photos.pixels.files[4]
+    bad.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cat.4\.jpg.*\n.*--on_bad_image skip"):
+        list(batches_of(photos, workers=workers).epoch(0))
+    photos.pixels.on_bad_image = "skip"
+    batches = batches_of(photos, 10, workers=workers)
+    batch = next(batches.epoch(0))
+    where = batch.index.tolist().index(4)
+    assert batch.labels[where] == 1 and batches.skipped == 1 and batch.labels.sum() == 6
+    batches.close()
+    for path in photos.pixels.files:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no file of this part can be read"):
+        list(batches_of(photos, workers=workers).epoch(0))
+
+
+# lists of files
+
+
+def test_a_file_list_is_two_tensors(tmp_path):
+    names = ["a/1.jpg", "b/ümläut 2.jpg", os.fsdecode(b"b/\xff.jpg"), "c"]
+    files = FileList(tmp_path, iter(names))
+    assert len(files) == 4 and list(files) == [tmp_path / name for name in names]
+    some = files[torch.tensor([2, 0])]
+    assert list(some) == [tmp_path / names[2], tmp_path / names[0]] and some.text is files.text
+    assert (
+        list(some[torch.tensor([1])]) == [tmp_path / names[0]] and list(files[torch.tensor([], dtype=torch.long)]) == []
+    )
+    assert list(pickle.loads(pickle.dumps(some))) == list(some) and len(FileList("", [])) == 0
+    with pytest.raises(IndexError):
+        files[4]
+
+
+def test_a_part_of_the_files_and_another_view(photos):
+    some = photos.pixels[torch.tensor([7, 1])].with_view(CentreView(8, 8))
+    pixels, places, boxes = some.read([0, 1])
+    assert (len(some), some.size, photos.pixels.size) == (2, 8, 24) and boxes is None and places.tolist() == [0, 1]
+    assert torch.equal(pixels[1], photos.pixels.with_view(CentreView(8, 8)).read([1])[0][0])
+
+
+# ImageNet
+
+
+def write_imagenet(root: Path, val: str = "sorted") -> None:
+    for label, wnid in enumerate(["n01", "n02"]):
+        for k in range(2):
+            for part in ("train", "val"):
+                folder = root / part if (part, val) == ("val", "flat") else root / part / wnid
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (0, 0, 100 * label)).save(folder / f"{part}_{label}{k}.JPEG", "JPEG")
+
+
+@pytest.mark.parametrize("place", [".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC", "cwd"])
+def test_imagenet_where_it_is_usually_unpacked(tmp_path, monkeypatch, place):
+    root = tmp_path / ("imagenet" if place == "cwd" else place)
+    write_imagenet(root)
+    monkeypatch.chdir(tmp_path)
+    train, test = find_imagenet(tmp_path / "data" if place == "cwd" else tmp_path, None)
+    assert train.classes == test.classes == ["n01", "n02"] and test.labels.tolist() == [0, 0, 1, 1]
+    assert [path.name for path in train.files][2:] == ["train_10.JPEG", "train_11.JPEG"]
+    assert all(path.is_file() for path in test.files)
+
+
+def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=r"data/ILSVRC2012, .*CLS-LOC, imagenet\n.*--data_dir; .* holds nothing"):
+        find_imagenet(tmp_path / "data", None)
+
+
+@pytest.mark.parametrize("find", [find_imagenet, find_folder])
+def test_a_flat_val_needs_labels(tmp_path, find):
+    write_imagenet(tmp_path, "flat")
+    with pytest.raises(UserError, match=r"val holds 4 loose images.*\n.*<class>/.*--val_labels FILE .*`file wnid`"):
+        find(tmp_path, None)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("val_00.JPEG n02\nval_10.JPEG\tn01\n\nval_11.JPEG n01\nval_01.JPEG  n01\n")
+    _, test = find(tmp_path, None, labels)
+    assert {path.name: label for path, label in zip(test.files, test.labels.tolist(), strict=True)} == {
+        "val_00.JPEG": 1,
+        "val_01.JPEG": 0,
+        "val_10.JPEG": 0,
+        "val_11.JPEG": 0,
+    }
+    labels.write_text("ImageId,PredictionString\nval_00,n02 1 2 3 4 n02 5 6 7 8\nval_01,n01 1 2 3 4\n")
+    assert find(tmp_path, None, labels)[1].labels.tolist() == [0, 1], "and Kaggle's list"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("val_00.JPEG n01\nval_01.JPEG\n", r"line 2: 'val_01.JPEG' is not of the form `file wnid`"),
+        ("val_99.JPEG n01\n", r"line 1: 'val_99.JPEG n01' names a file that is not in .*val"),
+        ("val_00.JPEG n01\n", r"only the first has n02 \(1\), only the second has none"),
+    ],
+)
+def test_faulty_labels_are_named(tmp_path, text, message):
+    write_imagenet(tmp_path, "flat")
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(UserError, match=message):
+        find_imagenet(tmp_path, None, tmp_path / "labels.txt")
+
+
+def test_labels_that_are_missing_or_not_needed(tmp_path):
+    write_imagenet(tmp_path)
+    with pytest.raises(UserError, match=r"holds no loose images\nleave it out"):
+        find_imagenet(tmp_path, None, tmp_path / "labels.txt")
+    write_imagenet(tmp_path / "other", "flat")
+    with pytest.raises(UserError, match="--val_labels .*labels.txt: .*No such file"):
+        find_imagenet(tmp_path, tmp_path / "other" / "val", tmp_path / "labels.txt")
+
+
+def test_a_stray_image_beside_the_classes_is_passed_over(tmp_path):
+    write_imagenet(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "val" / "thumbnail.png")
+    assert len(find_imagenet(tmp_path, None)[1].files) == 4
+
+
+def test_the_names_that_the_other_side_lacks_are_shown(tmp_path):
+    for number in range(8):
+        for part in ("train", "val"):
+            folder = tmp_path / part / (f"c{number}" if number < 1 or part == "train" else f"d{number}")
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "a.png")
+    with pytest.raises(
+        UserError, match=r"has c1, c2, c3, c4, c5 ... \(7\), only the second has d1, d2, d3, d4, d5 ..."
+    ):
+        find_folder(tmp_path, None)
+
+
+# colour
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_jitter_is_torchvisions_in_any_order(order):
+    images = 0.35 + 0.25 * torch.rand(6, 3, 5, 7)  # so that nothing leaves 0..1, where torchvision clamps
+    factors = torch.tensor([0.9, 1.2, 0.8]).unsqueeze(1) * torch.linspace(0.95, 1.1, 6)
+    out = recolour(images, jitter(images.mean((2, 3)), factors))
+    adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
+    for k, image in enumerate(images):
+        for kind in order:
+            image = adjust[kind](image, factors[kind, k].item())
+        torch.testing.assert_close(out[k], image, atol=1e-3, rtol=0)
+
+
+def test_lighting_shifts_every_pixel_by_the_same_colour():
+    images, strength = torch.rand(2, 3, 4, 4), torch.tensor([[0.1, 0.0], [0.0, -0.2], [0.0, 0.3]])
+    shift = torch.tensor(EIGENVECTORS) @ (torch.tensor(EIGENVALUES).unsqueeze(1) * strength)  # (3 colours, 2 images)
+    lit = recolour(images, lighting(same_colours(2), strength))
+    torch.testing.assert_close(lit - images, shift.T[:, :, None, None].expand_as(images), atol=1e-6, rtol=0)
+    assert lit[0, 0, 0, 0] - images[0, 0, 0, 0] == pytest.approx(-0.5675 * 0.2175 * 0.1, abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_recolouring_keeps_the_layout_and_its_input(layout):
+    images = torch.rand(2, 3, 4, 5).contiguous(memory_format=layout)
+    before, affine = images.clone(), torch.randn(2, 3, 4)
+    out = recolour(images, affine)
+    torch.testing.assert_close(
+        out, torch.einsum("bij,bjhw->bihw", affine[:, :, :3], images) + affine[:, :, 3, None, None]
+    )
+    assert out.is_contiguous(memory_format=layout) and torch.equal(images, before)
+
+
+def test_batches_are_coloured_before_they_are_normalised(photos):
+    plain = batches_of(photos, 10, mean=(0.0,) * 3, std=(1.0,) * 3)
+    coloured = batches_of(photos, 10, jitter=0.4, lighting=0.1)
+    one, other = next(plain.epoch(1)), next(coloured.epoch(1))
+    drawn = {name: values[..., other.index] for name, values in coloured.draw(1)[1].items()}
+    affine = jitter(one.images.mean((2, 3)), drawn["factors"])
+    expected = (recolour(one.images, lighting(affine, drawn["strength"])) - 0.5) / 0.5
+    torch.testing.assert_close(other.images, expected, atol=1e-4, rtol=0)
+    assert torch.equal(one.box, other.box) and torch.equal(one.flip, other.flip), "colour changes no other draw"
+
+
+def test_colour_draws_are_spread_as_they_should_be():
+    batches = batches_of(numbered(85), 5, None, jitter=0.4, lighting=0.1)
+    drawn = [batches.draw(epoch)[1] for epoch in range(40)]
+    factors, strength = (torch.cat([d[name] for d in drawn], 1) for name in ("factors", "strength"))
+    assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4 and (factors.mean(1) - 1).abs().max() < 0.02
+    assert (strength.std(1) - 0.1).abs().max() < 0.005
+
+
+# CUDA
+
+
+@pytest.mark.gpu
+def test_batches_on_cuda_are_those_of_the_cpu(photos):
+    device, kwargs = torch.device("cuda", 0), {"jitter": 0.4, "lighting": 0.1, "workers": 2}
+    there, here = batches_of(photos, 2, device=device, **kwargs), batches_of(photos, 2, **kwargs)
+    busy = torch.rand(2048, 2048, device=device)
+    for epoch in (0, 1):
+        kept = []
+        for batch in there.epoch(epoch):
+            kept.append(batch)
+            busy = (busy @ busy).clamp(0, 1)  # the copies run ahead of this queue
+        for batch, expected in zip(kept, here.epoch(epoch), strict=True):
+            torch.testing.assert_close(batch.images.cpu(), expected.images, atol=1e-4, rtol=0)
+            assert torch.equal(batch.labels.cpu(), expected.labels) and torch.equal(batch.box.cpu(), expected.box)
+    there.close()
+    here.close()
+
+
+@pytest.mark.gpu
+def test_a_batch_waits_for_nothing_on_the_host(photos):
+    batches = batches_of(photos, 2, device=torch.device("cuda", 0), jitter=0.4, lighting=0.1, workers=2)
+    stream = batches.epoch(0)
+    next(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in stream:
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    batches.close()

@@ -1,0 +1,169 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine import prepare_imagenet
+from engine.cli import UserError
+from engine.folders import find_folder
+from engine.prepare_imagenet import resize_copies
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_set(root: Path, count: int = 2, size: tuple[int, int] = (90, 60)) -> None:
+    noise = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for wnid in ("n01", "n02"):
+            for k in range(count):
+                path = root / part / wnid / f"{wnid}_{k}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                small = Image.fromarray(noise.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+                small.resize(size, Image.Resampling.BICUBIC).save(path, "JPEG", quality=95)
+
+
+def files(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_copies_have_the_tree_the_size_and_the_looks(tmp_path, workers):
+    source, dest, bars = tmp_path / "set", tmp_path / "copies", []
+    write_set(source)
+    (source / "val" / "val_annotations.txt").write_text("a list")
+    (source / "val" / "notes.txt").write_text("not a list")
+
+    def progress(items, **kwargs):
+        bars.append(kwargs["total"])
+        yield from items
+
+    report = resize_copies(source, [20, 40, 20], dest, workers=workers, progress=progress)
+    assert (report.made, report.skipped, report.bad, bars) == (16, 0, [], [8]) and report.seconds > 0
+    expected = [name for name in files(source) if name != "val/notes.txt"]
+    assert files(dest / "20") == files(dest / "40") == expected
+    for size, shape in ((20, (30, 20)), (40, (60, 40))):
+        with Image.open(source / "val" / "n02" / "n02_1.JPEG") as image:
+            wanted = np.asarray(image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)).astype(int)
+        with Image.open(dest / str(size) / "val" / "n02" / "n02_1.JPEG") as copy:
+            assert (copy.format, copy.mode, copy.size) == ("JPEG", "RGB", shape)
+            assert np.abs(np.asarray(copy) - wanted).mean() < 3
+    train, test = find_folder(dest / "20", None)
+    assert len(train.files) == len(test.files) == 4
+
+
+def test_a_large_jpeg_is_decoded_small_enough(tmp_path, monkeypatch):
+    write_set(tmp_path / "set", 1, (800, 640))
+    seen = []
+    monkeypatch.setattr(prepare_imagenet, "as_rgb", lambda image: seen.append(image.size) or image.convert("RGB"))
+    resize_copies(tmp_path / "set", [80, 40], tmp_path / "copies", workers=1)
+    assert seen == [(200, 160)] * 4, "a quarter: twice the larger copy, and no less"
+    assert Image.open(tmp_path / "copies" / "80" / "val" / "n01" / "n01_0.JPEG").size == (100, 80)
+
+
+def test_what_is_there_is_left_and_the_rest_is_made(tmp_path):
+    source, dest = tmp_path / "set", tmp_path / "copies"
+    write_set(source)
+    resize_copies(source, [20], dest, workers=1)
+    kept, gone = dest / "20" / "train" / "n01" / "n01_0.JPEG", dest / "20" / "val" / "n02" / "n02_1.JPEG"
+    kept.write_bytes(b"mine")
+    gone.unlink()
+    report = resize_copies(source, [20, 30], dest, workers=1)
+    assert (report.made, report.skipped) == (1 + 8, 7) and kept.read_bytes() == b"mine" and gone.is_file()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_files_are_listed_and_the_others_made(tmp_path, workers):
+    source, dest = tmp_path / "set", tmp_path / "copies"
+    write_set(source)
+    bad = source / "train" / "n01" / "n01_1.JPEG"
+    bad.write_bytes(bad.read_bytes()[:300])
+    grey = source / "train" / "n02" / "n02_0.png"
+    Image.new("LA", (50, 90)).save(grey)
+    report = resize_copies(source, [20], dest, workers=workers)
+    assert report.made == 8 and [path for path, _ in report.bad] == [bad] and "truncated" in report.bad[0][1]
+    assert files(dest / "20") == [name for name in files(source) if "n01/n01_1" not in name or "val" in name]
+    with Image.open(dest / "20" / "train" / "n02" / "n02_0.png") as copy:
+        assert (copy.mode, copy.size) == ("RGB", (20, 36))
+    assert "1 files could not be read" in report.lines()[0] and str(bad) in report.lines()[1]
+
+
+def test_places_that_cannot_work_are_refused(tmp_path):
+    source = tmp_path / "set"
+    with pytest.raises(UserError, match="no folder .*set\n"):
+        resize_copies(source, [20], tmp_path / "copies")
+    (source / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="no images below .*set\n"):
+        resize_copies(source, [20], tmp_path / "copies")
+    for dest in (source, source / "copies", tmp_path / "other" / ".." / "set"):
+        with pytest.raises(UserError, match="--resize_dest .* is in .*set, which is copied"):
+            resize_copies(source, [20], dest)
+    (tmp_path / "20").mkdir()
+    with pytest.raises(UserError, match="which is copied, is in .*20\n"):
+        resize_copies(tmp_path / "20", [20], tmp_path)
+
+
+def test_links_are_followed_but_not_in_a_circle(tmp_path):
+    write_set(tmp_path / "set", 1)
+    (tmp_path / "set" / "again").symlink_to(tmp_path / "set" / "train" / "n01", target_is_directory=True)
+    (tmp_path / "set" / "train" / "up").symlink_to(tmp_path / "set", target_is_directory=True)
+    assert resize_copies(tmp_path / "set", [20], tmp_path / "copies", workers=1).made == 5
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_nothing_half_written_stays_behind(tmp_path, monkeypatch, failure):
+    write_set(tmp_path / "set", 1)
+
+    def stop(side, target):
+        assert Path(side).stat().st_size > 0
+        raise failure
+
+    monkeypatch.setattr(prepare_imagenet.os, "replace", stop)
+    kind, message = (UserError, "disk is full\nmake room") if isinstance(failure, OSError) else (KeyboardInterrupt, "")
+    with (
+        pytest.raises(kind, match=message),
+        prepare_imagenet.writing(tmp_path / "copies" / "a.JPEG") as side,
+    ):
+        side.write_bytes(b"half")
+    assert files(tmp_path / "copies") == []
+
+
+COMMAND = """
+from pathlib import Path
+from engine.cli import run
+from engine.prepare_imagenet import resize_copies
+run(lambda: resize_copies(Path({source!r}), [300, 400], Path({dest!r}), workers=2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals to a process group")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_stopped_leaves_whole_files_and_goes_on(tmp_path, number):
+    source, dest = tmp_path / "set", tmp_path / "copies"
+    write_set(source, 40, (500, 400))
+    command = COMMAND.format(source=str(source), dest=str(dest))
+    process = subprocess.Popen(
+        [sys.executable, "-c", command], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(dest.rglob("*.JPEG")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+    made = [path for path in dest.rglob("*.JPEG") if not path.name.startswith(".")]
+    assert 0 < len(made) < 320
+    for path in made:
+        with Image.open(path) as image:
+            image.load()
+    if number == signal.SIGINT:
+        assert errors.strip() == "stopped by Ctrl-C" and not list(dest.rglob(".*"))
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    report = resize_copies(source, [300, 400], dest, workers=2)
+    assert (report.made, report.skipped) == (320 - len(made), len(made)) and not list(dest.rglob(".*"))
