@@ -102,21 +102,24 @@ def print_profile(table: dict[str, float], batch_size: int) -> None:
 
 
 def draw_epoch(log: RunFolder, options: dict, history: list[dict], parts: Parts, source, data: Data) -> None:
-    """curves.png every ten epochs and at the end; a picture of a mixed batch when --vis_epoch says so."""
-    if log.off:
+    """curves.png every ten epochs and at the end; a picture of a mixed batch when --vis_epoch says so.
+
+    Every process mixes it, since batch norm may be over the images of all, and the first one draws it.
+    """
+    if options["log_off"]:
         return
     epoch, methods = len(history), "+".join(options["method"])
     title = f"{methods}, {options['model']}, {options['dataset']}"
-    if epoch % 10 == 0 or epoch == options["epochs"]:
+    if not log.off and (epoch % 10 == 0 or epoch == options["epochs"]):
         draw.curves(log.path / "curves.png", history, title)
     if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
-        path = log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
+        path = None if log.off else log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
         with undisturbed(parts):
             draw_mixed(path, parts.mixer, source, data, parts.device, f"{title}, epoch {epoch}")
 
 
-def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, title: str) -> None:
-    """Eight training images, mixed among themselves."""
+def draw_mixed(path: Path | None, mixer, source, data: Data, device: torch.device, title: str) -> None:
+    """Eight training images, mixed among themselves; without a path they are only mixed."""
     spread = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()  # folders come sorted by class
     if mixer.batch_size:  # the eight again and again
         spread = spread.repeat(1 + mixer.batch_size // len(spread))[: mixer.batch_size]
@@ -131,6 +134,8 @@ def draw_mixed(path: Path, mixer, source, data: Data, device: torch.device, titl
         if not torch.equal(mixed, batch.images):
             break
     maps = [one(batch.images, targets) for one in each_source(source)[:1]]
+    if path is None:
+        return
     draw.mixed_batch(
         path,
         images=batch.images[:8],

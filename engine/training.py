@@ -49,8 +49,9 @@ class Parts:
         """Everything that a checkpoint keeps of the parts, for the first process; None for the others, which must call
         it too. tally: where the epoch stands, if it is under way.
         """
-        for source in self.sources:
-            source.exchange(total)
+        if ranks() > 1:
+            for source in self.sources:
+                source.exchange(total)
         own = {"rng": rng_state(self.device), "method": self.mixer.state_dict()}
         if tally:  # batch statistics are still each process's own
             own |= {"tally": tally.state(), "buffers": [list(network.buffers()) for network in self.networks]}

@@ -6,7 +6,6 @@ remembered for the next time the image is mixed.
 """
 
 import torch
-from torch.nn import functional as F
 
 from saliency.base import Source
 
@@ -25,6 +24,7 @@ class Bank(Source):
             raise ValueError(f"bank_size {bank_size} must be positive and bank_momentum {bank_momentum} below 1")
         self.momentum = bank_momentum
         self.maps = torch.ones(images_count, bank_size, bank_size, dtype=torch.float16, device=device)
+        self.fresh = torch.zeros(images_count, dtype=torch.bool, device=device)  # learned since the last exchange
         self.batch = None
 
     def start_batch(self, batch):
@@ -36,21 +36,22 @@ class Bank(Source):
         if batch is None or count > len(batch.place):
             raise ValueError("the bank only knows training images: hand it each batch with start_batch before it")
         maps = self.maps[batch.place[-count:]].float()  # a method that mixes a part of the batch mixes its end
-        maps = F.interpolate(maps.unsqueeze(1), images.shape[-2:], mode="bilinear", align_corners=False)
-        if batch.shift is None:
-            return maps.squeeze(1)
-        rows, columns, inside = places(batch, images.shape[-2:])
-        return taken(maps.squeeze(1), rows[-count:], columns[-count:], inside[-count:])
+        rows, columns = (
+            interpolation((bounds[:-1] + bounds[1:])[:, -count:].T / 2, side)
+            for bounds, side in zip(pixel_bounds(batch, images.shape[-2:]), maps.shape[1:], strict=True)
+        )
+        return rows @ maps @ columns.mT
 
     @torch.no_grad()
     def after_backward(self, image_grad, coverage):
         batch, cells = self.batch, self.maps.shape[-2:]
         share = coverage.squeeze(1).clamp(0, 1)
         strength = image_grad.float().square().mean(1).sqrt()  # already times the weight of each pixel
-        if batch.shift is not None:
-            rows, columns, inside = places(batch, strength.shape[-2:], back=True)
-            strength, share = (taken(values, rows, columns, inside) for values in (strength, share))
-        strength, share = (F.adaptive_avg_pool2d(values.unsqueeze(1), cells).squeeze(1) for values in (strength, share))
+        rows, columns = (
+            overlap(bounds.T, side)
+            for bounds, side in zip(pixel_bounds(batch, strength.shape[-2:]), cells, strict=True)
+        )
+        strength, share = (rows @ values @ columns.mT for values in (strength, share))  # means over the cells
         seen = share > 0.25  # of the cell
         old = self.maps[batch.place].float()
         new = strength / share.clamp_min(0.25)
@@ -60,6 +61,14 @@ class Bank(Source):
         new = torch.lerp(new * scale.view(-1, 1, 1), old, self.momentum)
         new = torch.where(seen & good.view(-1, 1, 1), new, old)
         self.maps[batch.place] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
+        self.fresh[batch.place] = True
+
+    def exchange(self, total):
+        """Every process trains on images of its own within an epoch, so a map comes from one of them."""
+        learned = total(self.fresh.half()).to(self.maps.device) > 0
+        maps = total(self.maps * self.fresh.view(-1, 1, 1)).to(self.maps.device)
+        self.maps = torch.where(learned.view(-1, 1, 1), maps, self.maps)
+        self.fresh.zero_()
 
     def state_dict(self):
         return {"maps": self.maps}
@@ -68,24 +77,35 @@ class Bank(Source):
         self.maps.copy_(state["maps"])
 
 
-def places(batch, size: tuple[int, int], back: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each image of an augmented batch, where a row and a column of the crop lie in the original: rows (B, H),
-    columns (B, W), and which lie inside (B, H, W) bool. back: where those of the original lie in the crop.
+def pixel_bounds(batch, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the borders between the rows, and between the columns, of each image lie in its original, whose sides are
+    1: (H + 1, B) and (W + 1, B), the latter from right to left in flipped images.
     """
-    height, width = size
-    top, left = batch.shift
-    rows = torch.arange(height, device=top.device) + (-top if back else top).unsqueeze(1)
-    columns = torch.arange(width, device=top.device).expand(len(left), -1)
-    if back:
-        columns = columns - left.unsqueeze(1)
-    columns = torch.where(batch.flip.unsqueeze(1), width - 1 - columns, columns)
-    if not back:
-        columns = columns + left.unsqueeze(1)
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
-    return rows.clamp(0, height - 1), columns.clamp(0, width - 1), inside
+    device, (height, width) = batch.place.device, size
+    none = torch.zeros(len(batch.place), device=device)
+    top, bottom, left, right = none, none + 1, none, none + 1
+    if batch.box is not None:
+        top, bottom, left, right = batch.box.unbind(1)
+    elif batch.shift is not None:
+        top, left = batch.shift[0] / height, batch.shift[1] / width
+        bottom, right = top + 1, left + 1
+    if batch.flip is not None:
+        left, right = torch.where(batch.flip, right, left), torch.where(batch.flip, left, right)
+    down, across = (torch.arange(side + 1, device=device).unsqueeze(1) / side for side in size)
+    return top + down * (bottom - top), left + across * (right - left)
 
 
-def taken(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """values (B, H, W) at rows (B, H) and columns (B, W), zero outside."""
-    image = torch.arange(len(values), device=values.device).view(-1, 1, 1)
-    return values[image, rows.unsqueeze(2), columns.unsqueeze(1)] * inside
+def interpolation(centres: torch.Tensor, cells: int) -> torch.Tensor:
+    """Weights (B, n, cells) that interpolate between the centres of cells at the places (B, n); none outside 0..1."""
+    places = (centres * cells - 0.5).clamp(0, cells - 1)
+    tent = 1 - (places.unsqueeze(2) - torch.arange(cells, device=centres.device)).abs()
+    inside = (centres >= 0) & (centres < 1)
+    return tent.clamp_min(0) * inside.unsqueeze(2)
+
+
+def overlap(bounds: torch.Tensor, cells: int) -> torch.Tensor:
+    """The share of each cell that each pixel covers: (B, cells, n) for the borders (B, n + 1) of n pixels."""
+    low = torch.minimum(bounds[:, :-1], bounds[:, 1:]).unsqueeze(1) * cells
+    high = torch.maximum(bounds[:, :-1], bounds[:, 1:]).unsqueeze(1) * cells
+    cell = torch.arange(cells, device=bounds.device).view(1, -1, 1)
+    return (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp_min(0)

@@ -227,6 +227,36 @@ def test_a_pixel_shown_faintly_counts_as_one_shown_in_full():
     assert bank.maps.eq(1).all()
 
 
+def test_the_bank_puts_what_a_random_crop_shows_where_it_is_in_the_file():
+    """The upper right quarter of the file, enlarged and flipped: its left half is the file's right edge."""
+    bank, batch = Bank(1, bank_size=4, bank_momentum=0.0), a_batch(1, 8, augment=False)
+    batch = batch._replace(box=torch.tensor([[0.0, 0.5, 0.5, 1.0]]), flip=torch.tensor([True]))
+    bank.start_batch(batch)
+    grad = torch.ones(1, 3, 8, 8)
+    grad[..., :4] = 3.0  # left in the crop
+    bank.after_backward(grad, torch.ones(1, 1, 8, 8))
+    expected = torch.ones(4, 4)
+    expected[:2, 2:] = torch.tensor([0.5, 1.5])  # of mean 1 over the cells that were seen, as before
+    torch.testing.assert_close(bank.maps[0].float(), expected)
+    shown = bank(batch.images)[0]
+    torch.testing.assert_close(shown[4, [0, 7]], torch.tensor([1.5, 0.625]), rtol=0, atol=0.13)
+    assert shown[:, 0].min() > shown[:, 7].max()
+
+
+def test_banks_of_several_processes_learn_from_each_other():
+    """As each process calls it: total() adds up what the two of them hand in."""
+    banks = [Bank(3, bank_size=2), Bank(3, bank_size=2)]
+    for image, bank in enumerate(banks):
+        bank.start_batch(a_batch(1, 8, augment=False)._replace(place=torch.tensor([image])))
+        bank.after_backward(torch.randn(1, 3, 8, 8), torch.ones(1, 1, 8, 8))
+    learned = torch.stack([banks[0].maps[0], banks[1].maps[1], torch.ones(2, 2).half()])
+    handed = [[bank.fresh.half() for bank in banks], [bank.maps * bank.fresh.view(-1, 1, 1) for bank in banks]]
+    for bank in banks:
+        turns = iter(handed)
+        bank.exchange(lambda own, turns=turns: sum(next(turns)))
+    assert all(torch.equal(bank.maps, learned) and not bank.fresh.any() for bank in banks)
+
+
 def test_the_bank_is_saved_and_asks_for_training_images():
     bank, other = Bank(3, bank_size=4), Bank(3, bank_size=4)
     with pytest.raises(ValueError, match="start_batch"):
