@@ -176,7 +176,7 @@ def run(main: Callable[[], None]) -> None:
     """
     debug = "--debug" in sys.argv
     if "WORLD_SIZE" in os.environ and not debug:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch, which would add pages to each line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by torch, which would add a page to each line
     try:
         main()
     except BrokenPipeError:  # whoever read our output has left

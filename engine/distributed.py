@@ -62,6 +62,11 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def cores() -> int:
+    """How many of this machine's processors are there for each of its processes."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def start(device: torch.device, timeout_seconds: float) -> None:
     """Meet the other processes; from here on only the first one prints. Raises UserError if they do not come."""
     global _group, _unmet

@@ -11,15 +11,17 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from engine.cli import UserError
+from engine.distributed import cores
 from engine.folders import FileList
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
@@ -42,6 +44,9 @@ class CentreView:
 
     size: int
     resize: int
+    # of the size wanted, that reduced decoding leaves at least: 2 keeps evaluation within 0.8 of 255 on average of
+    # full decoding (1 would be 2)
+    margin: ClassVar[int] = 2
 
     def __post_init__(self):
         if self.resize < self.size:
@@ -60,6 +65,7 @@ class RandomView:
     size: int
     min_scale: float = 0.08
     max_scale: float = 1.0
+    margin: ClassVar[int] = 1  # never to be enlarged again
 
     def plan(self, height: int, width: int, draws: np.ndarray | None) -> tuple[Box, tuple[int, int]]:
         """draws (TRIES, NUMBERS) in [0, 1). The part of the image, and the rows and columns it is resized to."""
@@ -96,6 +102,11 @@ def scramble(key: np.ndarray) -> np.ndarray:
     return key ^ (key >> np.uint64(31))
 
 
+def what_is_wrong(error: Exception) -> str:
+    """The decoder's message; Pillow's names an object of ours instead of a file."""
+    return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+
+
 def decode(path: str | os.PathLike, size: int) -> np.ndarray:
     """RGB uint8 (size, size, 3): the shorter side resized to `size`, then the centre."""
     out = np.empty((size, size, 3), np.uint8)
@@ -111,9 +122,9 @@ def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: np.
         with Image.open(io.BytesIO(raw)) as image:
             height, width = image.height, image.width
             (y1, y2, x1, x2), (rows, columns) = view.plan(height, width, draws)
-            pixels, reduced = load(image, raw, min((y2 - y1) // rows, (x2 - x1) // columns))
+            pixels, reduced = load(image, raw, min((y2 - y1) // rows, (x2 - x1) // columns) // view.margin)
     except Exception as error:
-        raise BadImage(f"{path}: {str(error) or type(error).__name__}") from error
+        raise BadImage(f"{path}: {what_is_wrong(error)}") from error
     top, left, h, w = (side // reduced for side in (y1, x1, y2 - y1, x2 - x1))
     pixels = resized(pixels[top : top + h, left : left + w], rows, columns)
     down, across = (rows - view.size) // 2, (columns - view.size) // 2
@@ -218,7 +229,7 @@ class Reader:
 
     def __init__(self, files: ImageFiles, *, seed: int = 0, workers: int = 0, pin: bool = False):
         self.samples, self.order = Samples(files, seed), Order()
-        self.workers, self.pin = min(workers, os.cpu_count() or 1), pin  # more workers would only wait
+        self.workers, self.pin = min(workers, cores()), pin  # more workers would only wait
         self.loader, self.batches, self.turn = None, None, 0
 
     def read(self, order: list[torch.Tensor], epoch: int = 0) -> Iterator[tuple]:

@@ -173,7 +173,7 @@ class Run:
         self.save(also=also)
         self.log.write_log(self.history)
         self.log.track(row)
-        self.log.say(line_of(row, self.options["epochs"], skipped))
+        self.log.say(line_of(row, self.options["epochs"], int(total(torch.tensor(skipped)))))
         if not self.told_of_maps and (unusable := int(total(torch.as_tensor(self.parts.mixer.unusable)))):
             self.told_of_maps = True
             self.log.say(f"note: {unusable} saliency maps were all zero or no numbers, and were taken as uniform")

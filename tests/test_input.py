@@ -229,6 +229,14 @@ def test_a_large_jpeg_is_decoded_small_but_never_enlarged(tmp_path, monkeypatch,
     assert np.abs(out.astype(int) - full).mean() < 4, "half an output pixel of rounding, and JPEG's own low-pass"
 
 
+@pytest.mark.parametrize(("side", "divisor"), [(127, 1), (128, 2), (255, 2), (256, 4), (1100, 8)])
+def test_evaluation_images_are_decoded_at_twice_the_size_or_more(tmp_path, monkeypatch, side, divisor):
+    Image.fromarray(picture(side, side + 90)).save(tmp_path / "a.jpg", quality=95)
+    used, out = flags_used(monkeypatch), np.empty((24, 24, 3), np.uint8)
+    decode_into(out, tmp_path / "a.jpg", CentreView(24, 32), None)
+    assert used == [image_files.FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
+
+
 def test_centre_view_is_resize_and_centre_crop(tmp_path):
     pixels = picture(70, 100)
     Image.fromarray(pixels).save(tmp_path / "a.png")

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import evaluate
+import imagenet_train
 import train
 from engine.configure import check_together, fill_in, translate
-from engine.recipes import RECIPES
+from engine.phases import read_phases
+from engine.recipes import IMAGENET_RECIPES, RECIPES
 from mixing import MIXERS, show
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -18,26 +20,30 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [
     line.split("  #")[0].replace("METHOD", "mixup").strip()
     for block in BLOCKS
-    for line in block.splitlines()
-    if line.startswith("python ")
+    for line in block.replace("\\\n", "").splitlines()
+    if re.match(r"(python|torchrun|srun torchrun) ", line)
 ]
+SCRIPTS = {"train.py": train, "imagenet_train.py": imagenet_train, "evaluate.py": evaluate}
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) > 8 and {command.split()[1] for command in COMMANDS} == {"train.py", "evaluate.py", "-m"}
+    scripts = {word for command in COMMANDS for word in command.split() if word.endswith(".py")}
+    assert len(COMMANDS) > 20 and scripts == {*SCRIPTS}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_accepted(command):
-    _, script, *words = shlex.split(command)
+    words = shlex.split(command)
+    if words[1:3] == ["-m", "mixing.show"]:
+        assert show.build_parser().read(words[3:])
+        return
+    script = next(word for word in words if word.endswith(".py"))
+    words = words[words.index(script) + 1 :]
     if words == ["--help"]:
         return
-    if script == "-m":
-        assert words[0] == "mixing.show" and show.build_parser().read(words[1:])
-        return
-    parser = (train if script == "train.py" else evaluate).build_parser()
+    parser = SCRIPTS[script].build_parser()
     typed, _ = translate(parser.read(words))
-    if script == "train.py":
+    if script != "evaluate.py":
         check_together(fill_in(typed, {}, parser.defaults), typed)
 
 
@@ -64,7 +70,17 @@ def test_the_examples_run():
 
 
 def test_every_method_and_recipe_is_described():
-    assert all(f"`{name}`" in README for name in [*MIXERS, *RECIPES])
+    assert all(f"`{name}`" in README for name in [*MIXERS, *RECIPES, *IMAGENET_RECIPES])
+
+
+def test_the_phases_are_the_recipe_s():
+    phases, begin = read_phases(IMAGENET_RECIPES["fast100"]["phases"]), 0
+    for phase in phases:
+        share = (phase.crop / 224) ** 2
+        plain = f"{(phase.end - begin) * share:.1f}".removesuffix(".0")
+        row = rf"\| {begin}-{phase.end} \| {phase.images}, {phase.crop} \| {phase.batch_size} \| [^|]* \| {plain} \|"
+        assert re.search(row, README), row
+        begin = phase.end
 
 
 def test_the_recipe_table_is_true():

@@ -73,7 +73,9 @@ PLAIN = {
 def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
     options = PLAIN | {"final_div_factor": 1e4} | options
-    scheduler = build_scheduler(optimizer, scheduler=name, epochs=epochs, calendar=Calendar([(epochs, steps)]), **options)
+    scheduler = build_scheduler(
+        optimizer, scheduler=name, epochs=epochs, calendar=Calendar([(epochs, steps)]), **options
+    )
     seen = []
     for _ in range(epochs * steps):
         seen.append(optimizer.param_groups[0]["lr"])
