@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     held_out = {name: Batches(part, 500, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part}
 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
-    model = build_model(options["model"], len(data.classes), data.image_size, options["dropout"])
+    try:
+        model = build_model(options["model"], len(data.classes), data.image_size, options["dropout"])
+    except ValueError as error:
+        parser.error(f"--model: {error}")
     model = distributed.synchronised(model, options["sync_bn"]).to(device, memory_format=layout)
     if options["init_from"] and not saved:
         notes.append(start_from(model, options["init_from"], len(data.classes), matching_models))

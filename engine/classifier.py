@@ -43,13 +43,20 @@ class SavedClassifier:
     def build(
         self, build_model: Callable, matching_models: Callable, *, model: str | None, num_classes: int, image_size: int
     ) -> torch.nn.Module:
-        """The network with these weights. model None: the one whose shapes fit. Raises UserError if none does."""
-        matches = matching_models(self.weights, image_size)
+        """The network with these weights. model None: the one whose shapes fit; `resnet50` also means the one of that
+        name with the other stem. Raises UserError if none fits.
+        """
+        matches = matching_models(self.weights)
+        if model:
+            model = next(iter(matching_models(self.weights, like=model)), model)
         if not model and not matches:
             raise UserError(
                 f"{self.path}: the file does not say which network it is and none of ours fits; name it with --model"
             )
-        network = build_model(model or matches[0], num_classes, image_size)
+        try:
+            network = build_model(model or matches[0], num_classes, image_size)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from error
         load_weights(network, self.weights, self.path, num_classes=num_classes, matches=matches)
         return network
 

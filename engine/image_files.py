@@ -9,6 +9,7 @@ plain JPEG. An EXIF orientation is ignored by both.
 import io
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -266,7 +267,7 @@ class Reader:
             prefetch_factor=4 if self.workers else None,
             persistent_workers=self.workers > 0,
             collate_fn=as_it_is,
-            worker_init_fn=use_one_thread,
+            worker_init_fn=start_worker,
             pin_memory=self.pin,
             generator=torch.Generator(),  # the loader draws a number; it shall not be one of the run's
         )
@@ -313,7 +314,11 @@ def as_it_is(batch: tuple) -> tuple:
     return batch
 
 
-def use_one_thread(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """One thread each; and SIGTERM, which schedulers send to all processes, is left to the one that trains: it needs
+    the images of the step it finishes, and ends its workers itself.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     if cv2.getNumThreads() != 1:  # a worker that was not forked
         cv2.setNumThreads(1)

@@ -9,7 +9,7 @@ from engine.mixing_options import method_options
 from engine.options import DATASET_ALIASES, DATASETS
 from mixing import ALIASES, MIXERS, build_mixer
 from models import ALIASES as MODEL_ALIASES
-from models import MODELS, build_model, matching_models
+from models import IMAGENET_MODELS, MODELS, build_model, matching_models
 from saliency import ALIASES as SOURCE_ALIASES
 from saliency import SOURCES, build_source
 
@@ -153,7 +153,8 @@ def load_model(options: dict) -> tuple:
     from models import class_count
 
     file, name = SavedClassifier(options["model_path"]), options["model"]
-    if name in list_models() and not (name in MODELS and matching_models(file.weights)):
+    ours = matching_models(file.weights, like=name)
+    if name in list_models() and not ours:
         model = get_model(name, weights=None)
         try:
             model.load_state_dict(
@@ -167,7 +168,8 @@ def load_model(options: dict) -> tuple:
     if name and name not in MODELS and name not in MODEL_ALIASES:
         raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, [*MODELS, *list_models()])}")
     trained = file.options.get("dataset")
-    size = options["image_size"] or file.options.get("image_size") or 32
+    usual = 224 if ours and ours[0] in IMAGENET_MODELS else 32
+    size = options["image_size"] or file.options.get("image_size") or usual
     norm = file.options.get("norm", "own")
     known = {"model": name or file.options.get("model"), "num_classes": class_count(file.weights), "image_size": size}
     model = file.build(build_model, matching_models, **known)

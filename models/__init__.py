@@ -53,11 +53,11 @@ def check_size(name: str, image_size: int) -> None:
         )
 
 
-def matching_models(state: dict, image_size: int = 32, like: str | None = None) -> list[str]:
+def matching_models(state: dict, like: str | None = None) -> list[str]:
     """Names of the networks whose state-dict keys and shapes equal those of `state`, whatever the number of classes.
 
-    The step counters of batch norm do not count: files of old torch versions lack them. Nor does image_size, which
-    changes no shape. like: only the networks that this name may mean: `resnet50` is also said of imagenet_resnet50.
+    The step counters of batch norm do not count: files of old torch versions lack them. like: only the networks that
+    this name may mean: `resnet50` is also said of imagenet_resnet50.
     """
     names = [ALIASES.get(like, like), IMAGENET_ALIASES.get(like)] if like else MODELS
     classes = class_count(state)
@@ -77,13 +77,6 @@ def shapes_of(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
 
     with torch.device("meta"):
         return shapes(build_model(name, num_classes).state_dict())
-
-
-def which(name: str, state: dict) -> str:
-    """The network to build for `state` if a user calls it `name`: of resnet50 and imagenet_resnet50, say, the one that
-    fits. Where none does, the one that `name` means without any weights.
-    """
-    return next(iter(matching_models(state, like=name)), ALIASES.get(name, name))
 
 
 def class_count(state: dict) -> int:

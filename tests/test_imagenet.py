@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ from engine.run import Run
 from engine.training import without_decay_of_norms
 from models import build_model
 
+ROOT = Path(__file__).parents[1]
 PHASES = "1:small:16:0.3:8,3:large:24:0.5:4,4:large:24:0.5:4"
 POINTS = "0:0.01,1:0.02,1:0.01,4:0.001"
 
@@ -106,6 +110,28 @@ def test_stopped_in_any_phase_it_ends_with_the_same_weights(whole, place, tmp_pa
     one, other = last(whole, "whole"), last(tmp_path)
     for key in ("model", "optimizer", "scheduler", "rng", "step"):
         assert same_state(one[key], other[key]), key
+
+
+def test_sigterm_to_all_processes_at_once_leaves_the_image_workers_at_work(place, tmp_path):
+    """As a scheduler sends it. The run still finishes its step, keeps where it is, and leaves no process behind."""
+    words = command(place, tmp_path, "--workers", 2, "--phases", "400:original:16:0.3:8", "--lr_points", "0:0.1,400:0")
+    process = subprocess.Popen(
+        [sys.executable, "imagenet_train.py", *words],
+        **{"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True},
+        start_new_session=True,
+    )
+    run = tmp_path / "folder" / "imagenet_resnet18" / "run"
+    while not (run / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by SIGTERM: " in errors and "Traceback" not in errors, errors
+    assert last(tmp_path)["inside"]
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # the workers of the group go with their parent
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_a_phase_has_its_own_crop_batch_and_clean_term(place, tmp_path, monkeypatch):

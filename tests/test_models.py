@@ -15,7 +15,6 @@ from models import (
     matching_models,
     parameter_counts,
     stem_stride,
-    which,
 )
 from models.imagenet_resnet import PRETRAINED, load_pretrained, zero_init
 
@@ -197,19 +196,17 @@ def test_networks_for_small_images_refuse_large_ones_and_name_the_right_one(size
 def test_every_network_is_told_from_all_others(name):
     with torch.device("meta"):
         state = build_model(name, 12).state_dict()
-    assert matching_models(state) == matching_models(state, 224) == [name]
-    assert which(name, state) == name and class_count(state) == 12
+    assert matching_models(state) == matching_models(state, like=name) == [name] and class_count(state) == 12
 
 
 def test_a_typed_name_means_the_network_that_fits_the_weights():
     with torch.device("meta"):
         small, large = build_model("resnet50", 10).state_dict(), theirs("resnet50").state_dict()
-    assert which("resnet50", small) == "resnet50" and which("resnet50", large) == "imagenet_resnet50"
+    assert matching_models(small, like="resnet50") == ["resnet50"]
     assert IMAGENET_ALIASES["resnet50"] == "imagenet_resnet50" and "preactresnet50" not in IMAGENET_ALIASES
     assert matching_models(large, like="resnet50") == ["imagenet_resnet50"]
     assert matching_models(large, like="resnet34") == matching_models(small, like="imagenet_resnet50") == []
-    assert which("wideresnet", large) == "wrn28_10", "nothing fits: the message of loading says what does"
-    assert which("densenet121", large) == "densenet121"
+    assert matching_models(large, like="wideresnet") == matching_models(large, like="densenet121") == []
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11", "mobilenet_v3_small", "vit_b_16", "resnext50_32x4d"])

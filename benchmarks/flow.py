@@ -1,0 +1,147 @@
+"""The whole ImageNet flow on a small set: python benchmarks/flow.py --dataset tiny-imagenet --data_dir DIR
+
+Makes resized copies, trains in three short phases in one go, trains again while SIGTERM stops it in the middle of every
+phase, and evaluates; with one process and with several. Prints the losses of the epochs, and whether the weights agree.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from engine.cli import Parser, UserError, number, one_of, run, whole
+from engine.options import LARGE_DATASETS
+from engine.phases import read_phases
+from mixing import MIXERS
+
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.group("what")
+    parser.option("--data_dir", default="data", help="the data set")
+    parser.option("--val_data_dir", help="another place for the evaluation images")
+    parser.option("--dataset", type=one_of(LARGE_DATASETS), default="folder", metavar="NAME")
+    parser.option("--num_classes", type=whole(2), help="of a part of ImageNet")
+    parser.option("--method", type=one_of(MIXERS), default="rmix", metavar="NAME")
+    parser.option("--model", default="resnet18", metavar="NAME")
+    parser.option("--small", type=whole(8), default=40, help="shorter side of the small copies")
+    parser.option("--large", type=whole(8), default=80, help="shorter side of the large copies")
+    parser.option("--image_size", type=whole(8), default=64, help="side of the evaluation images")
+    parser.option("--phases", default="2:small:32:0.25:128,4:large:64:0.25:64,6:large:64:0.25:64")
+    parser.option("--lr", type=number(), default=0.05, help="at which each phase begins")
+    parser.option("--processes", type=whole(1), nargs="+", default=[1, 2], metavar="N")
+    parser.option("--workers", type=whole(), default=2)
+    parser.option("--wait", type=number(), default=3.0, help="seconds into a phase at which the stop comes")
+    parser.option("--device", default="auto")
+    parser.option("--work_dir", default="flow", help="copies and runs; made, and left")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = build_parser()
+    options = {**parser.defaults, **parser.read(argv)}
+    flow = Flow(options)
+    flow.resize()
+    return {count: flow.with_processes(count) for count in options["processes"]}
+
+
+class Flow:
+    """The commands of one flow, and what came of them."""
+
+    def __init__(self, options: dict):
+        self.options, self.work = options, Path(options["work_dir"])
+        self.phases = read_phases(options["phases"])
+        self.words = ["--dataset", options["dataset"], "--data_dir", options["data_dir"], "--device", options["device"]]
+        for key in ("val_data_dir", "num_classes"):
+            self.words += [f"--{key}", str(options[key])] if options[key] else []
+
+    def call(self, *words, processes: int = 1, wait: bool = True) -> subprocess.Popen:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        command = [*launcher, *map(str, words)]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if wait else QUIET
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **output)
+        if not wait:
+            return process
+        text, _ = process.communicate()
+        if process.returncode:
+            raise UserError(f"{' '.join(command)}\nended with {process.returncode}:\n{text[-2000:]}")
+        self.output = text
+        return process
+
+    def resize(self) -> None:
+        begin = time.perf_counter()
+        sizes = [self.options["small"], self.options["large"]]
+        words = ["--data_dir", self.options["data_dir"], "--resize_to", *sizes, "--resize_dest", self.work / "copies"]
+        self.call("imagenet_train.py", *words)
+        print(f"copies: {self.output.strip().splitlines()[0]} ({time.perf_counter() - begin:.1f} s with start-up)")
+
+    def train(self, name: str, processes: int, *words, wait: bool = True) -> subprocess.Popen:
+        copies = {size: self.work / "copies" / str(self.options[size]) for size in ("small", "large")}
+        given = ["--recipe", "fast100", "--method", self.options["method"], "--model", self.options["model"]]
+        given += ["--data_small", copies["small"], "--data_large", copies["large"], "--phases", self.options["phases"]]
+        given += ["--lr_points", self.rates(), "--image_size", self.options["image_size"], *self.words]
+        given += ["--workers", self.options["workers"], "--root_dir", self.work / "runs", "--name", name]
+        return self.call("imagenet_train.py", *given, "--no_progress", *words, processes=processes, wait=wait)
+
+    def rates(self) -> str:
+        """From lr to a fifth of it in every phase, in the last to a hundredth."""
+        lr, begin, points = self.options["lr"], 0, []
+        for phase in self.phases:
+            end = lr / (100 if phase is self.phases[-1] else 5)
+            points += [f"{begin}:{lr:g}", f"{phase.end}:{end:g}"]
+            begin = phase.end
+        return ",".join(points)
+
+    def folder(self, name: str) -> Path:
+        return self.work / "runs" / self.options["dataset"] / f"imagenet_{self.options['model']}" / name
+
+    def with_processes(self, count: int) -> dict:
+        """Train in one go, and again with a stop in every phase; compare, and evaluate."""
+        import torch
+
+        whole, stopped = f"whole_{count}", f"stopped_{count}"
+        for name in (whole, stopped):
+            shutil.rmtree(self.folder(name), ignore_errors=True)
+        self.train(whole, count)
+        stops = [self.stop_in(phase, stopped, count) for phase in range(len(self.phases))]
+        self.train(stopped, count, "--checkpoint", "auto")
+        one, other = (torch.load(self.folder(name) / "last.pt", weights_only=True) for name in (whole, stopped))
+        equal = all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
+        place = ["--dataset", self.options["dataset"], "--data_dir", self.options["data_dir"]]
+        self.call("evaluate.py", "--model_path", self.folder(whole) / "last.pt", *place, processes=count)
+        line = next(line for line in self.output.splitlines() if line.startswith("Top-1"))
+        losses = [round(row["train_loss"], 3) for row in one["history"]]
+        print(
+            f"{count} process{'es' * (count > 1)}: train loss {' '.join(map(str, losses))}; stopped after steps "
+            f"{stops}, weights {'equal' if equal else 'DIFFER'}; {line}"
+        )
+        return {"losses": losses, "equal": equal, "stops": stops, "top1": one["history"][-1]["test_top1"]}
+
+    def stop_in(self, number: int, name: str, count: int) -> int:
+        """Go on with the run until it is in the middle of a phase, and send SIGTERM; the step where it stopped."""
+        import torch
+
+        last = self.folder(name) / "last.pt"
+        begin = self.phases[number - 1].end if number else 0
+        process = self.train(name, count, "--checkpoint", "auto", wait=False)
+        log, sign = self.folder(name) / "log.txt", f"epoch {begin}/" if number else f"phase {len(self.phases)}:"
+        while process.poll() is None and not (log.is_file() and sign in log.read_text()):
+            time.sleep(0.1)
+        time.sleep(self.options["wait"])
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        return torch.load(last, weights_only=True)["step"]
+
+
+if __name__ == "__main__":
+    run(main)
