@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from engine import configure
 from engine.cli import Parser, one_of, run, whole, yes_no
-from engine.configure import translate
 from engine.options import DATASETS, data_options, device_options
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model, class_count, matching_models
@@ -55,10 +55,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate every file; returns what --output holds."""
     parser = build_parser()
-    try:
-        typed, _ = translate(parser.read(argv))
-    except ValueError as error:
-        parser.error(str(error))
+    typed, _ = configure.read(parser, argv)
     if "model_path" not in typed:
         parser.error("--model_path FILE: which classifier shall be evaluated?")
     if "confusion" in typed and len(typed["model_path"]) > 1:

@@ -41,10 +41,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict | None:
     """Train; returns what result.json holds."""
     parser = build_parser()
-    try:
-        typed, notes = configure.translate(parser.read(argv))
-    except ValueError as error:
-        parser.error(str(error))
+    typed, notes = configure.read(parser, argv)
     typed = configure.large_images(typed)
     if "resize_to" in typed:
         return resize(typed, parser)

@@ -34,10 +34,7 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict | None:
     """Train; returns what result.json holds."""
     parser = build_parser()
-    try:
-        typed, notes = configure.translate(parser.read(argv))
-    except ValueError as error:
-        parser.error(str(error))
+    typed, notes = configure.read(parser, argv)
     options = configure.settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
         return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in parameter_counts().items()))

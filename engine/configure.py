@@ -37,6 +37,14 @@ OF_THE_GRADIENT = {"clean_lam", "update_ratio", "blur_sigma", "kernel_size", "ev
 AROUND_ANY_METHOD = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
+def read(parser: Parser, argv: list[str] | None) -> tuple[dict, list[str]]:
+    """The typed options in today's terms, and notes on what was translated; a contradiction ends with a usage error."""
+    try:
+        return translate(parser.read(argv))
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def translate(typed: dict) -> tuple[dict, list[str]]:
     """Shorthands and older names in today's terms: the options, and a line for each translation worth showing.
 

@@ -8,6 +8,7 @@ leaves a message there, the first process shows it, and all of them end.
 
 import inspect
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -297,8 +298,16 @@ class StopSign:
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.usual = False, signal.SIG_DFL
         self.answer: tuple | None = None
+
+    def watch(self) -> None:
+        """From here on SIGTERM only asks."""
+        self.usual = signal.signal(signal.SIGTERM, self.ask)
+
+    def rest(self) -> None:
+        """From here on SIGTERM means what it did before."""
+        signal.signal(signal.SIGTERM, self.usual)
 
     def ask(self, *signal) -> None:
         self.asked = True

@@ -12,11 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def resize_copies(
     report = Report()
     work = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
     with pool_of(workers or available_cores()) as pool:
-        outcomes = pool.imap_unordered(work, images, chunksize=8)
+        outcomes = pool.map(work, images, chunksize=8)
         for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
             report.made += outcome.made
             report.skipped += outcome.skipped
@@ -167,20 +167,20 @@ def available_cores() -> int:
 
 
 @contextmanager
-def pool_of(workers: int) -> Iterator:
+def pool_of(workers: int) -> Iterator[Executor]:
     """Processes by fork, which imports nothing anew; threads where there is no fork (Pillow lets go of the lock)."""
     if sys.platform == "linux" and workers > 1:
-        pool = multiprocessing.get_context("fork").Pool(workers, until_told)
+        fork = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(workers, mp_context=fork, initializer=until_told)
     else:
-        pool = ThreadPool(workers)
+        pool = ThreadPoolExecutor(workers)
     try:
         yield pool
     finally:
-        pool.terminate()
-        pool.join()
+        pool.shutdown(cancel_futures=True)  # what is at work is finished
 
 
 def until_told() -> None:
-    """Ctrl-C is for the parent, which then ends its workers; they take their side files away first."""
+    """Ctrl-C is for the parent, which then lets its workers finish what they are at."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which takes a side file away

@@ -85,9 +85,11 @@ def result_of(history: list[dict], best: dict) -> dict:
 def finish(log: RunFolder, result: dict) -> None:
     """The last lines of a run."""
     best = result["best"]
+    top5 = f", top-5 accuracy {result['last_top5']:.2f} %" if result["last_top5"] is not None else ""
     log.say(
-        f"test top-1: last epoch {result['last_top1']:.2f}, best {best['test_top1']:.2f} (epoch {best['epoch']}, "
-        f"chosen on the {best['split']} images), median of the last ten {result['median_of_last_ten_top1']:.2f}"
+        f"last epoch: top-1 accuracy {result['last_top1']:.2f} % (error {100 - result['last_top1']:.2f} %){top5}; best "
+        f"top-1 {best['test_top1']:.2f} % (epoch {best['epoch']}, chosen on the {best['split']} images), median of the "
+        f"last ten {result['median_of_last_ten_top1']:.2f} %"
     )
     if not log.off:
         log.write_result(result)

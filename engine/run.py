@@ -1,6 +1,5 @@
 """A run from epoch to epoch: taken up where it stopped, measured, kept, and ended well before its time."""
 
-import signal
 import time
 from pathlib import Path
 
@@ -102,7 +101,7 @@ class Run:
         self.log.write_log(self.history)
         where += f", {ranks()} processes" if ranks() > 1 else ""
         announce(self.log, self.options, self.data, where=where, notes=[*notes, *self.notes], done=len(self.history))
-        signal.signal(signal.SIGTERM, self.sign.ask)
+        self.sign.watch()
 
     def start_epoch(self, epoch: int) -> None:
         self.parts.mixer.start_epoch(epoch, self.options["epochs"], self.steps_of(epoch))
@@ -136,6 +135,7 @@ class Run:
         """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
 
         def keep(tally: Tally) -> None:
+            self.sign.rest()
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save(tally=tally)
 
@@ -202,7 +202,7 @@ class Run:
             if is_first():
                 accuracies = f"loss {again['loss']:.4f}, top-1 {again['top1']:.2f}"
                 self.log.say(f"this run was finished already; evaluated again: {accuracies}")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.sign.rest()
         if not is_first():
             return None
         result = result_of(self.history, self.best)

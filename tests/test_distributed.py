@@ -69,7 +69,7 @@ def setting(case: str, model: nn.Module, images: int) -> tuple:
     """The mixer and the source of a case, for `model`."""
     method, options, name, _ = CASES[case]
     mixer = build_mixer(method, **options, **HALF)
-    share = {"model": model, "images_count": images, **HALF, "training_loss": LOSSES["ce"]}
+    share = {"model": model, "images_count": images, **HALF, "training_loss": LOSSES["ce"], "device": device()}
 
     def make(one):
         return build_source(name or one.default_source, **{**share, **one.gradient_options})
@@ -89,10 +89,14 @@ def step_of(case: str, model, batches, network=None, steps: int = 1, lr: float =
 
 def batches_for(case: str, of: int, count: int) -> Batches:
     pieces = {"rank": of, "ranks": count, "pieces": CASES[case][3]}
-    return Batches(noise(), 16, device=CPU, shuffle=True, augment=True, padding=2, **HALF, **pieces)
+    return Batches(noise(), 16, device=device(), shuffle=True, augment=True, padding=2, **HALF, **pieces)
 
 
 # --- what the two processes of a test do ------------------------------------------------------------------------------
+
+
+def device() -> torch.device:
+    return torch.device("cuda", rank()) if os.environ.get("TEST_ON") == "cuda" else CPU
 
 
 def free_port() -> int:
@@ -119,20 +123,19 @@ def in_two_processes(job, folder: Path, meetings: int = 1):
 
 def gradients(ports) -> dict:
     """Of every case: how far DDP's gradients are from the mean of the local ones; and what the processes drew."""
-    distributed.start(CPU, 60)
+    distributed.start(device(), 60)
     found = {}
     for case in CASES:
         torch.manual_seed(0)
-        model = build_model("resnet20", 4)
+        model = build_model("resnet20", 4).to(device())
         network, batches = distributed.wrap(model), batches_for(case, rank(), ranks())
         before = copy.deepcopy(model.state_dict())
-        own_stream(3)
-        state = torch.get_rng_state()
-        local = step_of(case, model, batches)
+        own_stream(3, anew=True)
+        local = [gradient.cpu() for gradient in step_of(case, model, batches)]
         mean = [sum(values) / ranks() for values in zip(*every(local), strict=True)]
         model.load_state_dict(before)
-        torch.set_rng_state(state)
-        reduced = step_of(case, model, batches, network=network)
+        own_stream(3, anew=True)
+        reduced = [gradient.cpu() for gradient in step_of(case, model, batches, network=network)]
         gaps = [float((a - b).abs().max()) for a, b in zip(reduced, mean, strict=True)]
         spread = [float((a - b).abs().max()) for a, b in zip(local, mean, strict=True)]
         found[case] = {"gap": max(gaps), "spread": max(spread), "size": max(float(one.abs().max()) for one in mean)}
@@ -227,6 +230,16 @@ def test_gradients_are_the_mean_of_the_local_ones(of_gradients, case):
     found = of_gradients[case]
     assert found["gap"] <= 1e-6 * max(1, found["size"]) and found["size"] > 1e-3
     assert found["spread"] > 100 * found["gap"], "the processes did the same, so that nothing was averaged"
+
+
+@pytest.mark.gpu
+def test_gradients_are_the_mean_of_the_local_ones_on_two_gpus(tmp_path, monkeypatch):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    monkeypatch.setenv("TEST_ON", "cuda")
+    found = in_two_processes(gradients, tmp_path)
+    for case in CASES:
+        assert found[case]["gap"] <= 1e-5 * max(1, found[case]["size"]) and found[case]["size"] > 1e-3, case
 
 
 def test_processes_draw_different_numbers_and_see_different_images(of_gradients):
