@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     from engine import distributed
     from engine.classifier import SavedClassifier
-    from engine.data import load_data
+    from engine.data import check_alike, load_data
     from engine.device import choose_device, choose_precision, prepare
     from engine.files import write_json
     from engine.progress import over
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         key = str({name: options[name] for name in DATA_KEYS})
         if key not in loaded:
             loaded[key] = load_data(progress=over, **pick(options, load_data))
+            check_alike(loaded[key])
             print("\n".join([loaded[key].test.summary("test"), *(f"note: {line}" for line in loaded[key].warnings)]))
         results.append(evaluate(file, loaded[key], options, device, choose_precision(options["amp"], device)[0]))
     distributed.finish()

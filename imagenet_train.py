@@ -7,7 +7,7 @@ from engine.cli import Parser, read_config
 from engine.cli import run as run_script
 from engine.mixing_options import GROUPS, mixing_options
 from engine.options import LARGE_DATASETS, data_options, device_options, imagenet_options, training_options
-from engine.phases import Calendar, phase_at, phases_of
+from engine.phases import Calendar, large_side, phase_at, phases_of
 from engine.recipes import IMAGENET_RECIPES
 from mixing import ALIASES as METHOD_ALIASES
 from mixing import MIXERS, compose, hyper_parameters
@@ -31,10 +31,9 @@ def build_parser() -> Parser:
         recipe="cutmix300",
     )
     imagenet_options(parser)
-    data_options(parser, LARGE_DATASETS)
+    data_options(parser, LARGE_DATASETS, image_size=SIDE, norm="imagenet")
     mixing_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
     device_options(parser)
-    parser.defaults |= {"image_size": SIDE, "norm": "imagenet", "crop_padding": 0}
     return parser
 
 
@@ -47,20 +46,21 @@ def main(argv: list[str] | None = None) -> dict | None:
         return resize(typed, parser)
     options = configure.settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
-        return print("\n".join(f"{name:20} {parameter_counts()[name]:>12,} parameters" for name in IMAGENET_MODELS))
+        counts = parameter_counts(IMAGENET_MODELS, num_classes=1000)
+        return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
 
     import torch  # after the options, so that --help answers at once
 
     from engine import distributed
     from engine.batches import Batches
     from engine.classifier import evaluate_checkpoint, start_from
-    from engine.data import find_copies, load_data
+    from engine.data import check_alike, load_data, with_copies
     from engine.device import choose_device, choose_precision, own_stream, prepare
-    from engine.image_files import RandomView
+    from engine.image_files import CentreView, RandomView
     from engine.loop import each_source, profile
     from engine.progress import over
     from engine.report import announce_phases, print_profile
-    from engine.run import Run, check_alike, take_up
+    from engine.run import Run, take_up
     from engine.training import build_parts, check_batch, pick, source_maker, step_options
     from models.imagenet_resnet import load_pretrained, zero_init
 
@@ -74,12 +74,9 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     phases = phases_of(options)
     data = load_data(progress=over, **pick(options, load_data))
-    copies = {"original": data.train}
-    for name in ("small", "large"):
-        copies[name] = data.train
-        if place := options[f"data_{name}"]:
-            copies[name] = find_copies(place, data.train, **pick(options, find_copies))
-        elif any(phase.images == name for phase in phases):
+    copies = with_copies(data, {name: options[f"data_{name}"] for name in ("small", "large")})
+    for name in {phase.images for phase in phases} - {"original"}:
+        if not options[f"data_{name}"]:
             notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
     check_alike(data)
     feed = {"device": device, "mean": data.mean, "std": data.std, **pick(options, ["workers", "channels_last"])}
@@ -89,12 +86,13 @@ def main(argv: list[str] | None = None) -> dict | None:
         "pieces": options["accumulate"],
         **pick(options, ["drop_last", "seed"]),
     }
-    shape |= {"jitter": options["color_jitter"], "lighting": options["lighting"], "shuffle": True}
+    colours = {"jitter": options["color_jitter"], "lighting": options["lighting"]} if options["trad_augment"] else {}
     stages = []
     for phase in phases:
         check_batch(phase.batch_size, options["accumulate"], len(data.train), options["drop_last"])
+        part = copies[phase.images].seen_as(CentreView(phase.crop, large_side(phase.crop)))
         view = RandomView(phase.crop, phase.min_scale) if options["trad_augment"] else None
-        stages.append(Batches(copies[phase.images], phase.batch_size, view=view, **shape, **feed))
+        stages.append(Batches(part, phase.batch_size, shuffle=True, view=view, **shape, **colours, **feed))
     held_out = {name: Batches(part, 256, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part}
 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
@@ -103,7 +101,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         if options["zero_init"]:
             zero_init(model)
         if options["pretrained"] and not saved:
-            distributed.machine_first(lambda: load_pretrained(model, options["model"]))
+            fresh = distributed.in_turn(lambda: load_pretrained(model, options["model"]))
+            notes.append("--pretrained: torchvision's weights" + (", but for a new last layer" if fresh else ""))
     except ValueError as error:
         parser.error(str(error))
     if options["init_from"] and not saved:
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     def guide(mixer):
         source = mixer.build_source(source_maker(build_source, parts, data, options, precision, banks))
         parts.mixer, parts.sources = mixer, each_source(source)
-        distributed.check_together(options, parts.sources)
+        distributed.check_sync_bn(options, parts.sources)
         return source
 
     try:
@@ -146,6 +145,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     run = Run(folder, parts, options, data, calendar=calendar, precision=precision, saved=saved)
     read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
     notes += configure.notes_on_mixing(options, typed, parser, GROUPS, read, parts.sources)
+    notes += configure.notes_on_images(options, typed)
     run.begin(notes, where=f"{device}, {precision_text}")
     announce_phases(run.log, phases)
     for epoch in run.epochs:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         with run.ending_well():
             row = run.train(epoch, stages[here], source, network=network, **step)
             row |= run.evaluate(held_out)
-            run.keep(row, source, skipped=stages[here].skipped, also=ends)
+            run.keep(row, source, stages[here], also=ends)
     result = run.finish(held_out["test"])
     distributed.finish()
     return result
@@ -173,9 +173,7 @@ def resize(typed: dict, parser: Parser) -> None:
         parser.error("--resize_to needs --resize_dest DIR: where shall the copies go?")
     source, destination = Path({**parser.defaults, **typed}["data_dir"]), Path(typed["resize_dest"])
     report = resize_copies(source, typed["resize_to"], destination, workers=typed.get("workers"), progress=over)
-    print(f"{report.made:,} copies made, {report.skipped:,} were there already, in {report.seconds:.0f} s")
-    for path, reason in report.bad:
-        print(f"not copied: {path}: {reason}")
+    print("\n".join(report.lines()))
 
 
 if __name__ == "__main__":

@@ -37,20 +37,21 @@ def main(argv: list[str] | None = None) -> dict | None:
     typed, notes = configure.read(parser, argv)
     options = configure.settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
-        return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in parameter_counts().items()))
+        counts = parameter_counts(MODELS)
+        return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
 
     import torch  # after the options, so that --help answers at once
 
     from engine import distributed
     from engine.batches import Batches
     from engine.classifier import evaluate_checkpoint, start_from
-    from engine.data import load_data
+    from engine.data import check_alike, load_data
     from engine.device import choose_device, choose_precision, own_stream, prepare
     from engine.loop import each_source, profile
     from engine.phases import Calendar
     from engine.progress import over
     from engine.report import print_profile
-    from engine.run import Run, check_alike, take_up
+    from engine.run import Run, take_up
     from engine.training import build_parts, check_batch, pick, source_maker, step_options
 
     if options["evaluate"]:
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         parts = build_parts(model, mixer, options, calendar=calendar, precision=precision)
         source = mixer.build_source(source_maker(build_source, parts, data, options, precision, banks={}))
         parts.sources = each_source(source)
-        distributed.check_together(options, parts.sources)
+        distributed.check_sync_bn(options, parts.sources)
     except ValueError as error:
         parser.error(str(error))
     if options["compile"]:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         with run.ending_well():
             row = run.train(epoch, train, source, network=network, **step)
             row |= run.evaluate(held_out)
-            run.keep(row, source, skipped=train.skipped)
+            run.keep(row, source, train)
     result = run.finish(held_out["test"])
     distributed.finish()
     return result

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) normalised floats on the device
     labels: torch.Tensor  # (B,) long on the device
     index: torch.Tensor  # (B,) long, positions in the part, on the host
-    place: torch.Tensor  # the same on the device
+    place: torch.Tensor  # on the device: the same, or of the image that served in place of one that cannot be read
     shift: torch.Tensor | None = None  # (2, B) long on the device: first row and column of each crop; None: none
     flip: torch.Tensor | None = None  # (B,) bool on the device: left and right are exchanged
     box: torch.Tensor | None = None  # (B, 4) on the device: the part of its file that an image shows before the flip,
@@ -127,7 +127,7 @@ class Batches:
         # once an epoch: a copy in every step would hold up the device
         chosen_there = torch.cat([order[:0], *chosen]).to(self.device).split([len(index) for index in chosen])
         self.skipped = 0
-        for index, there, (pixels, labels, box) in zip(chosen, chosen_there, self.read(epoch, chosen), strict=True):
+        for index, there, (pixels, places, box) in zip(chosen, chosen_there, self.read(epoch, chosen), strict=True):
             own = {name: values[..., there] for name, values in drawn.items()}
             shift, flip = own.get("shift"), own.get("flip")
             if shift is not None:
@@ -137,8 +137,8 @@ class Batches:
                 pixels = pixels.index_select(0, there)
             elif flip is not None:
                 pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(2), pixels)
-            labels = self.labels[there] if labels is None else labels
-            yield Batch(self.normalise(pixels, own), labels, index, there, shift, flip, box)
+            places = there if places is None else places
+            yield Batch(self.normalise(pixels, own), self.labels[places], index, places, shift, flip, box)
 
     def draw(self, epoch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The order (N,) of the set in this epoch, and what is drawn for each position in it, (..., N), on the host."""
@@ -165,16 +165,15 @@ class Batches:
     def read(
         self, epoch: int, chosen: list[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-        """Pixels, labels and boxes of each batch of files; the whole part, for every batch, where it lies on the
-        device.
+        """Pixels, positions in the part (of neighbours, where a file was skipped) and boxes of each batch of files; the
+        whole part, for every batch, where it lies on the device.
         """
         if self.resident is not None:
             yield from ((self.resident, None, None) for _ in chosen)
             return
         for index, (pixels, places, box) in zip(chosen, self.reader.read(chosen, epoch), strict=True):
             self.skipped += int((places != index).sum())
-            pixels, places, box = self.copied([pixels, places, box])
-            yield pixels, self.labels[places], box
+            yield tuple(self.copied([pixels, places, box]))
 
     def copied(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """The same on the device. On CUDA a stream of its own copies them out of pinned memory, beside the steps that

@@ -18,7 +18,7 @@ import torch
 from engine.cli import UserError
 from engine.files import interrupt_later, write_atomic
 
-FORMAT = 1
+FORMAT = 2
 WEIGHT_KEYS = ("model", "model_state_dict", "state_dict", "net", "state_dict_classifier")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 

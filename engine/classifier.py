@@ -10,7 +10,7 @@ from engine.batches import Batches
 from engine.checkpoint import extract_weights, is_ours, load_weights, read_file
 from engine.cli import Parser, UserError
 from engine.configure import fill_in
-from engine.data import Data, load_data
+from engine.data import Data, check_alike, load_data
 from engine.device import choose_device, prepare
 from engine.distributed import finish, is_first, rank, ranks, start
 from engine.log import find_resume
@@ -104,6 +104,7 @@ def evaluate_checkpoint(parser: Parser, typed: dict, build_model: Callable, matc
     start(device, options["timeout"])
     prepare(device, seed=0, deterministic=options["deterministic"])
     data = load_data(progress=over, **pick(options, load_data))
+    check_alike(data)
     print("\n".join([data.test.summary("test"), *(f"note: {line}" for line in data.warnings)]))
     name = typed.get("model") or file.options.get("model")
     model = file.build(

@@ -150,8 +150,8 @@ class Parser(argparse.ArgumentParser):
         return {key: joined(value) for key, value in vars(typed).items()}
 
     def error(self, message: str):
-        """End with one line and exit code 2; of several processes that were started alike, the first one says it."""
-        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("RANK", "0") == "0" else None)
+        """End with one line and exit code 2; of several processes, started alike, the first of each machine says it."""
+        self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 def joined(value):

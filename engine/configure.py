@@ -1,7 +1,7 @@
 """From what was typed to what is run: shorthands, recipes, saved options, and what does not go together."""
 
 from engine.cli import Parser, UserError
-from engine.phases import read_phases, read_points
+from engine.phases import large_side, phases_of, read_phases, read_points
 from engine.recipes import recipe_for, recipe_options
 
 MAY_DIFFER = {  # options that may change when a run is continued
@@ -34,6 +34,7 @@ WITHOUT_MEANING = {  # options of the earlier codes that say nothing here: graph
     *("cnn_save_path", "scheduler_save_path", "rl_save_path"),
 }
 OF_THE_GRADIENT = {"clean_lam", "update_ratio", "blur_sigma", "kernel_size", "eval_mode"}  # read by that source alone
+DERIVED = {"image_size": ("crop_size", "eval_resize"), "phases": ("epochs", "batch_size")}  # unless they are typed
 AROUND_ANY_METHOD = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
@@ -109,7 +110,8 @@ def in_phase(options: dict, number: int) -> dict:
 
 def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     """Every option: what was typed, else saved (--config, a checkpoint), else the recipe's, else the default."""
-    given = {**{key: value for key, value in saved.items() if key in defaults.keys() - ONE_CALL}, **typed}
+    stale = {key for told, derived in DERIVED.items() if told in typed for key in derived}
+    given = {**{key: value for key, value in saved.items() if key in defaults.keys() - ONE_CALL - stale}, **typed}
     name = given.get("recipe", defaults["recipe"])
     if saved.get("recipe") and name == "auto":
         name = saved["recipe"]
@@ -127,7 +129,7 @@ def fill_in(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     filled = {**defaults, **recipe, **given, "recipe": name}
     if "crop_size" in filled:  # large images: evaluated on the centre of 7/8 of the shorter side, as on ImageNet
         filled["crop_size"] = filled["crop_size"] or filled["image_size"]
-        filled["eval_resize"] = filled["eval_resize"] or round(filled["image_size"] * 256 / 224)
+        filled["eval_resize"] = filled["eval_resize"] or large_side(filled["image_size"])
     return filled
 
 
@@ -156,6 +158,12 @@ def check_together(options: dict, typed: dict) -> None:
         raise ValueError("--evaluate needs --checkpoint, the file to evaluate")
     if typed.get("init_from") and typed.get("checkpoint", "auto") != "auto":
         raise ValueError("--init_from starts a new run and --checkpoint continues one; give one of them")
+    if options["scheduler"] == "multistep" and not options["schedule"]:
+        raise ValueError("--scheduler multistep needs --schedule, the epochs at which the lr drops")
+    if options.get("resize_dest") and not options["resize_to"]:
+        raise ValueError("--resize_dest: only with --resize_to, which makes copies there")
+    if options.get("pretrained") and options["init_from"]:
+        raise ValueError("--pretrained and --init_from both say where the weights come from; give one of them")
     if options["scheduler"] == "multistep" and len(options["gammas"]) not in (1, len(options["schedule"])):
         raise ValueError(
             f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of "
@@ -236,6 +244,18 @@ def notes_on_mixing(options: dict, typed: dict, parser: Parser, groups: list[str
     if unread := without_effect(typed, parser.group_of(*groups), read):
         notes.append(f"without effect with --method {' '.join(options['method'])}: {', '.join(unread)}")
     return notes
+
+
+def notes_on_images(options: dict, typed: dict) -> list[str]:
+    """What the user typed about large images and nothing reads."""
+    read = {phase.images for phase in phases_of(options)}
+    idle = [f"--data_{name}" for name in ("small", "large") if f"data_{name}" in typed and name not in read]
+    idle += ["--crop_padding"] if "crop_padding" in typed else []
+    idle += ["--val_labels"] if "val_labels" in typed and options["dataset"] == "tiny-imagenet" else []
+    idle += ["--zero_init"] if typed.get("zero_init") and (options["pretrained"] or options["init_from"]) else []
+    if not options["trad_augment"]:
+        idle += [f"--{key}" for key in ("min_scale", "color_jitter", "lighting") if key in typed]
+    return [f"without effect here: {', '.join(idle)}"] if idle else []
 
 
 def without_effect(typed: dict, mixing_options: set[str], read: set[str]) -> list[str]:

@@ -8,8 +8,10 @@ import torch
 
 from engine.cifar import LAYOUTS, class_names, find_cifar, read_cifar
 from engine.cli import UserError
-from engine.folders import Found, find_folder, find_imagenet, find_tiny_imagenet
+from engine.distributed import check_same, in_turn
+from engine.folders import Found, find_folder, find_imagenet, find_tiny_imagenet, find_training
 from engine.image_files import CentreView, ImageFiles, View
+from engine.phases import large_side
 from engine.shapes import CLASSES as SHAPE_NAMES
 from engine.shapes import draw_shapes
 
@@ -45,6 +47,10 @@ class Part:
         """The images at these positions, in this order."""
         notes = {key: value[index] for key, value in self.notes.items()}
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], notes=notes)
+
+    def seen_as(self, view: View) -> "Part":
+        """The same image files, cut out in another way."""
+        return replace(self, pixels=self.pixels.with_view(view))
 
     def summary(self, name: str) -> str:
         counts = torch.bincount(self.labels, minlength=len(self.classes))
@@ -129,7 +135,7 @@ def load_data(
     if limit:
         train, test = (part.take(torch.arange(min(limit, len(part)))) for part in (train, test))
         warnings.append(f"--limit {limit}: results are partial")
-    if dataset == "tiny-imagenet" and view.size == view.resize == TINY_SIDE:
+    if dataset == "tiny-imagenet" and view.size == TINY_SIDE and not eval_resize:
         train, test, valid = (part and decoded(part, workers, progress, warnings) for part in (train, test, valid))
     side = train.pixels.shape[1] if isinstance(train.pixels, torch.Tensor) else train.pixels.size
     if image_size not in (None, side):
@@ -161,8 +167,8 @@ def split(train: Part, labels_per_class: int, valid_labels_per_class: int, seed:
 
 def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tuple[Part, Part]:
     layout = LAYOUTS[name]
-    train_place = find_cifar(name, train_dir, download)
-    test_place = train_place if test_dir == train_dir else find_cifar(name, test_dir, download)
+    train_place = in_turn(lambda: find_cifar(name, train_dir, download))
+    test_place = train_place if test_dir == train_dir else in_turn(lambda: find_cifar(name, test_dir, download))
     classes = class_names(name, train_place)
     train = Part(*read_cifar(name, train_place, layout.train), classes, str(train_place))
     return train, Part(*read_cifar(name, test_place, [layout.test]), classes, str(test_place))
@@ -183,7 +189,7 @@ def load_shapes(size: int, num_classes: int, progress: Callable, most: int = 0) 
 def view_of(dataset: str, image_size: int | None, eval_resize: int | None) -> CentreView:
     """How evaluation images of this set are cut out. Raises UserError for a centre that is larger than the image."""
     size = image_size or (224 if dataset == "imagenet" else TINY_SIDE)
-    resize = eval_resize or (round(size * 256 / 224) if dataset == "imagenet" else size)
+    resize = eval_resize or (large_side(size) if dataset == "imagenet" else size)
     if resize < size:
         raise UserError(
             f"--eval_resize {resize}: smaller than the {size} pixels of --image_size that are cut out of it"
@@ -191,27 +197,43 @@ def view_of(dataset: str, image_size: int | None, eval_resize: int | None) -> Ce
     return CentreView(size, resize)
 
 
-def find_copies(
-    place: str,
-    like: Part,
-    *,
-    dataset: str,
-    limit: int = 0,
-    labels_per_class: int = 0,
-    valid_labels_per_class: int = 0,
-    seed: int = 0,
-) -> Part:
-    """Resized copies of the training images `like`, below `place`. Raises UserError where they are other images."""
-    found = FINDERS[dataset](Path(place), None)[0]
-    part = part_of_files(found, like.pixels.view, like.pixels.on_bad_image)
-    part, _ = split(part, labels_per_class, valid_labels_per_class, seed)
-    part = part.take(torch.arange(min(limit, len(part)))) if limit else part
-    if part.classes != like.classes or not torch.equal(part.labels, like.labels):
+def with_copies(data: Data, places: dict[str, str | None]) -> dict[str, Part]:
+    """The training images `original`, and their resized copies by name (the originals where there is no place).
+
+    places: name -> folder, as --data_NAME gives it. With --on_bad_image skip, images without a copy leave the training
+    part. Raises UserError for copies of other images, and otherwise where some are missing.
+    """
+    names, found = data.train.pixels.files.names(), {}
+    for name, place in places.items():
+        if place:
+            copies = find_training(f"--data_{name}", Path(place))
+            there = dict(zip(copies.files.names(), range(len(copies.files)), strict=True))
+            index = torch.tensor([there.get(file, -1) for file in names])
+            check_copies(f"--data_{name} {place}", data.train, [names[i] for i in (index < 0).nonzero().flatten()])
+            found[name] = copies, index
+    kept = torch.stack([torch.ones(len(names)) >= 0, *(index >= 0 for _, index in found.values())]).all(0)
+    if not kept.all():
+        data.warnings.append(f"{int((~kept).sum()):,} training images have no copy and are left out")
+        data.train = data.train.take(kept.nonzero().flatten())
+    parts = dict.fromkeys(["original", *places], data.train)
+    for name, (copies, index) in found.items():
+        pixels = ImageFiles(copies.files[index[kept]], data.train.pixels.view, data.train.pixels.on_bad_image)
+        parts[name] = replace(data.train, pixels=pixels, where=str(copies.where))
+    return parts
+
+
+def check_copies(what: str, originals: Part, missing: list[str]) -> None:
+    if len(missing) > len(originals) / 2:
         raise UserError(
-            f"{part.where} and {like.where} hold different images: {len(part):,} and {len(like):,} of "
-            f"{len(part.classes)} and {len(like.classes)} classes\nmake the copies anew with --resize_to"
+            f"{what}: copies of other images than the {len(originals):,} in {originals.where}; no {missing[0]} there"
+            "\nmake them anew with --resize_to"
         )
-    return part
+    if missing and originals.pixels.on_bad_image == "stop":
+        more = f" and {len(missing) - 1:,} more" if missing[1:] else ""
+        raise UserError(
+            f"{what}: no copy of {missing[0]}{more}\ncomplete them with --resize_to, which lists what it cannot read; "
+            "--on_bad_image skip leaves such images out"
+        )
 
 
 def part_of_files(found: Found, view: View, on_bad_image: str) -> Part:
@@ -225,3 +247,18 @@ def decoded(part: Part, workers: int, progress: Callable, warnings: list[str]) -
     if skipped := int((places != torch.arange(len(part))).sum()):
         warnings.append(f"{skipped} unreadable files of {part.where} were skipped")
     return replace(part, pixels=pixels, labels=part.labels[places])
+
+
+def check_alike(data: Data) -> None:
+    """Raise UserError where the processes found different images."""
+    parts = {"training images": data.train, "test images": data.test, "validation images": data.valid}
+    found = {name: f"{len(part)}" for name, part in parts.items() if part}
+    found["classes"] = ", ".join(data.classes)
+    found |= {f"labels of the {name}": fingerprint(part.labels) for name, part in parts.items() if part}
+    check_same("data", found, "every machine needs the same copy of the data set")
+
+
+def fingerprint(labels: torch.Tensor) -> int:
+    """A number that tells two lists of labels apart."""
+    weights = torch.arange(1, len(labels) + 1) % 1_000_003
+    return int((labels.long() * weights).sum())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine.cli import UserError
-from engine.distributed import environment, rank
+from engine.distributed import environment, here, rank
 
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # Linux names of the CPU features that run bfloat16 faster than float32
 
@@ -25,8 +25,8 @@ def choose_device(name: str) -> torch.device:
     _, count, place = environment()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if count > 1 and name == "cuda":
-        name = f"cuda:{place}"
+    if name == "cuda":
+        name = f"cuda:{place}"  # torch wants the number in some places
     elif count > 1 and name != "cpu":
         raise UserError(f"--device {name}: several processes take --device auto, cuda or cpu")
     try:
@@ -42,8 +42,9 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: no CUDA device; torch {torch.__version__} is {built}. --device cpu always works"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        processes = f" for {count} processes: --nproc_per_node is their number" if count > 1 else ""
+    wanted = max(device.index + 1, here()) if device.type == "cuda" else 0
+    if wanted > torch.cuda.device_count():  # in all processes of the machine, so that the first one can say it
+        processes = f" for {here()} processes: --nproc_per_node is their number" if count > 1 else ""
         raise UserError(
             f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0{processes}"
         )

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -22,14 +23,15 @@ from torch import nn
 from engine.cli import UserError
 
 POLL_SECONDS = 0.2
-SHOWN_WITHIN_SECONDS = 10.0
+SHOWN_WITHIN_SECONDS, GRACE_SECONDS = 10.0, 1.0
 
 
 class Group(NamedTuple):
     """What the processes talk through beside the gradients: tensors and objects on the host, and the store."""
 
     host: dist.ProcessGroup
-    store: dist.Store
+    base: dist.Store  # as torchrun keeps it over restarts
+    store: dist.Store  # of this start
     done: threading.Event  # ends the thread that watches the others
     watcher: threading.Thread
 
@@ -63,9 +65,15 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
+def here() -> int:
+    """How many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def cores() -> int:
-    """How many of this machine's processors are there for each of its processes."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """How many processors there are for each process of this machine."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // here())
 
 
 def start(device: torch.device, timeout_seconds: float) -> None:
@@ -81,17 +89,18 @@ def start(device: torch.device, timeout_seconds: float) -> None:
             f"start them with torchrun --nproc_per_node {count} {os.path.basename(sys.argv[0])} ..."
         )
     timeout = timedelta(seconds=timeout_seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     try:
-        store = connect(timeout)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        base = connect(timeout)
+        store = of_this_start(base)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=timeout)
         host = dist.new_group(backend="gloo", timeout=timeout)
         dist.barrier(host)
         done = threading.Event()
-        watcher = threading.Thread(target=watch, args=(connect(timeout, anew=False), done), daemon=True)
-        _group = Group(host, store, done, watcher)
+        watcher = threading.Thread(target=watch, args=(of_this_start(connect(timeout, anew=False)), done), daemon=True)
+        _group = Group(host, base, store, done, watcher)
     except (RuntimeError, ValueError) as error:
         _unmet = True
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -111,9 +120,12 @@ def connect(timeout: timedelta, anew: bool = True) -> dist.Store:
     own, count, _ = environment()
     kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     keeps = own == 0 and anew and not kept_by_torchrun
-    store = dist.TCPStore(
+    return dist.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=keeps, timeout=timeout
     )
+
+
+def of_this_start(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"attempt {restarts()}", store)
 
 
@@ -129,11 +141,17 @@ def finish() -> None:
 
 
 def tell(text: str) -> None:
-    """Show the error that ends the run, once for all processes, on stderr of the first. Call it only to end."""
+    """Show the error that ends the run, once for all processes, on stderr of the first. Call it only to end.
+
+    Before they have met, the first process of each machine speaks.
+    """
     if ranks() == 1 or _group is None:
-        if is_first() or _unmet:
+        if environment()[2] == 0 or _unmet:
             print(text, file=sys.stderr, flush=True)
         return
+    if not is_first():  # most errors are met by all processes, and then the first one says it best
+        with suppress(RuntimeError):
+            return _group.store.wait(["shown"], timedelta(seconds=GRACE_SECONDS))
     with _telling:  # the watching thread may be at it
         try:
             first_to_fail = _group.store.add("failures", 1) == 1
@@ -189,7 +207,7 @@ def synchronised(model: nn.Module, sync_bn: bool) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def check_together(options: dict, sources: list) -> None:
+def check_sync_bn(options: dict, sources: list) -> None:
     """Raise ValueError where processes would wait for each other in vain: each draws for itself whether, and by which
     method, its images are mixed, but batch norm over all of them needs the same passes in each.
     """
@@ -269,14 +287,38 @@ def of_first(make: Callable):
     return box[0]
 
 
-def machine_first(make: Callable):
-    """make(), the others of a machine after its first process: what one downloads the others find."""
-    if ranks() == 1:
-        return make()
-    local = environment()[2]
-    result = make() if local == 0 else None
-    dist.barrier(_group.host)
-    return result if local == 0 else make()
+def wait_for_all() -> None:
+    """Go on when every process has come here."""
+    if _group:
+        dist.barrier(_group.host)
+
+
+def in_turn(make: Callable):
+    """make() of the first process, then of the first of each other machine, then of the rest: what one downloads the
+    others find, on a file system that all share and on one for each machine.
+    """
+    own = 0 if is_first() else 1 if environment()[2] == 0 else 2
+    for turn in range(3 if _group else 1):
+        if turn == own or not _group:
+            result = make()
+        wait_for_all()
+    return result
+
+
+def remember(key: str, value: str) -> None:
+    """For the processes that torchrun starts anew after a loss; elsewhere nobody asks."""
+    if _group and is_first():
+        dist.PrefixStore("across restarts", _group.base).set(key, value)
+
+
+def recall(key: str) -> str | None:
+    """What an earlier start of these processes was told to remember, for all of them."""
+
+    def ask() -> str | None:
+        kept = dist.PrefixStore("across restarts", _group.base)
+        return kept.get(key).decode() if kept.check([key]) else None
+
+    return of_first(ask) if _group and restarts() else None
 
 
 def check_same(what: str, value: dict, remedy: str) -> None:

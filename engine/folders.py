@@ -12,6 +12,7 @@ from engine.cli import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGENET_PLACES = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
+NOT_NAMED = Path("data")  # the default of --data_dir: only then a set beside it is taken too
 
 
 class FileList:
@@ -42,6 +43,11 @@ class FileList:
 
     def __iter__(self) -> Iterator[Path]:
         return (self[index] for index in range(len(self)))
+
+    def names(self) -> list[str]:
+        """Relative to the root."""
+        text = self.text.numpy().tobytes()
+        return [os.fsdecode(text[begin:end]) for begin, end in self.spans.tolist()]
 
     def path(self, index: int) -> str:
         begin, end = self.spans[index].tolist()
@@ -74,9 +80,19 @@ def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = 
     return same_classes(labelled(class_folders(train_dir), train_dir), find_validation(test_dir, val_labels))
 
 
+def find_training(flag: str, place: Path) -> Found:
+    """train/<class>/* in `place` or where it is usually unpacked there. flag: the option that named it."""
+    places = [place / name for name in (*IMAGENET_PLACES, "tiny-imagenet-200", "tiny-imagenet")]
+    root = next((path for path in places if (path / "train").is_dir()), None)
+    if root is None:
+        raise UserError(f"{flag} {place}: no train/<class>/*.jpg there\nmake it with --resize_to{listing(place)}")
+    return labelled(class_folders(root / "train"), root / "train")
+
+
 def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[Found, Found]:
     """train/<wnid>/* and val/<wnid>/*, or a flat val/ with val_labels, in data_dir or where it is usually unpacked."""
-    places = [*(data_dir / name for name in IMAGENET_PLACES), Path("imagenet")]
+    places = [data_dir / name for name in IMAGENET_PLACES]
+    places += [Path("imagenet")] if data_dir == NOT_NAMED else []
     place = next((path for path in places if (path / "train").is_dir()), None)
     if place is None:
         raise UserError(
@@ -140,7 +156,7 @@ def split_label(line: str) -> tuple[str, str]:
 def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[Found, Found]:
     """The unzipped original, or a copy with sorted validation images. wnids.txt has another order and is not read."""
     places = [data_dir / name for name in ("tiny-imagenet-200", "tiny-imagenet", ".")]
-    places += [Path("tiny-imagenet-200"), Path("tiny-imagenet")]
+    places += [Path("tiny-imagenet-200"), Path("tiny-imagenet")] if data_dir == NOT_NAMED else []
     place = next((path for path in places if (path / "train").is_dir()), None)
     if place is None:
         raise UserError(

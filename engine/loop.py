@@ -164,6 +164,7 @@ def train_one_epoch(
     look_every: int = 100,
     tally: Tally | None = None,
     stop: Callable[[], bool] | None = None,
+    steps_before: int | None = None,
 ) -> dict[str, float]:
     """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the
     predicted class.
@@ -173,7 +174,7 @@ def train_one_epoch(
 
     Losses stay on the device and are looked at every `look_every` steps. progress(step) is called after every step, and
     with loss, accuracy, lr and images_per_second after a look. Raises NotFinite at the look after a loss that is none,
-    and Stopped before a step where stop() says so.
+    and Stopped before a step where stop() says so. steps_before: those of earlier epochs.
     """
     device, network = batches.device, network or model
     watch, tally = watch or Stopwatch(device), tally or Tally.empty(device)
@@ -184,11 +185,19 @@ def train_one_epoch(
     first_bad = torch.full((), NEVER, device=device, dtype=torch.long)
     indices = {}
     steps = min(len(batches), max_steps or len(batches))
+
+    def look(now: int) -> None:
+        bad = min(every(int(first_bad)))
+        if bad < NEVER:
+            before = epoch * len(batches) if steps_before is None else steps_before
+            raise NotFinite(before + bad, images_of(indices[bad]), before + now)
+
     watch.start()
     begin, seen_before = time.perf_counter(), tally.seen
     stream = batches.epoch(epoch, start=tally.step)
     for step in range(tally.step, steps):
         if stop and stop():
+            look(step - 1)
             raise Stopped(tally)
         optimizer.zero_grad(set_to_none=True)
         indices[step] = []
@@ -232,9 +241,7 @@ def train_one_epoch(
         tally.step = step + 1
         watch.lap("network")
         if (step + 1) % look_every == 0 or step + 1 == steps:
-            bad = min(every(int(first_bad)))
-            if bad < NEVER:
-                raise NotFinite(epoch * len(batches) + bad, images_of(indices[bad]), epoch * len(batches) + step)
+            look(step)
             indices.clear()
             means = tally.means()
             if progress:

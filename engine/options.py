@@ -41,7 +41,8 @@ def device_options(parser: Parser, amp: str = "auto") -> None:
     parser.option("--debug", type=yes_no, default=False, help="show the traceback of an error")
 
 
-def data_options(parser: Parser, datasets: list[str]) -> None:
+def data_options(parser: Parser, datasets: list[str], image_size: int | None = None, norm: str = "own") -> None:
+    """image_size, norm: the defaults."""
     parser.group("data")
     parser.option(
         "--dataset", type=one_of(datasets, DATASET_ALIASES), shown="recipe", metavar="NAME", help=", ".join(datasets)
@@ -51,7 +52,13 @@ def data_options(parser: Parser, datasets: list[str]) -> None:
     )
     parser.option("--val_data_dir", help="another place for the evaluation images")
     parser.option("--download", type=yes_no, default=True, help="fetch CIFAR when it is missing")
-    parser.option("--image_size", type=whole(8), help="side in pixels [32; tiny-imagenet and folder 64]")
+    parser.option(
+        "--image_size",
+        type=whole(8),
+        default=image_size,
+        shown=str(image_size or "32; tiny-imagenet and folder 64; imagenet 224"),
+        help="side in pixels",
+    )
     parser.option(
         "--eval_resize",
         type=whole(8),
@@ -63,7 +70,7 @@ def data_options(parser: Parser, datasets: list[str]) -> None:
         "--norm",
         type=one_of(["own", "imagenet", "half"]),
         metavar="NAME",
-        default="own",
+        default=norm,
         help="mean and std of the data set (own), of ImageNet, or 0.5",
     )
     parser.option(

@@ -45,6 +45,11 @@ def phases_of(options: dict) -> list[Phase]:
     return [Phase(options["epochs"], images, *(options[key] for key in ("crop_size", "min_scale", "batch_size")))]
 
 
+def large_side(size: int) -> int:
+    """The shorter side of an image of which the centre of `size` pixels is evaluated: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def phase_at(phases: list[Phase], epoch: int) -> int:
     """The number of the phase that an epoch, counted from 0, belongs to."""
     return next((number for number, phase in enumerate(phases) if epoch < phase.end), len(phases) - 1)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from engine.cli import UserError
+from engine.distributed import cores
 from engine.folders import ENDINGS
 from engine.image_files import as_rgb
 
@@ -81,7 +82,7 @@ def resize_copies(
                     shutil.copyfile(source / name, side)
     report = Report()
     work = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
-    with pool_of(workers or available_cores()) as pool:
+    with pool_of(workers or cores()) as pool:
         outcomes = pool.map(work, images, chunksize=8)
         for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
             report.made += outcome.made
@@ -160,10 +161,6 @@ def writing(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             side.unlink()
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

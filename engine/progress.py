@@ -1,9 +1,13 @@
 """Progress: one bar on a terminal, plain lines elsewhere."""
 
+import os
 import sys
+import time
 from collections.abc import Iterable
 
 from tqdm import tqdm
+
+LINE_SECONDS = 60.0
 
 
 def bars_wanted(no_progress: bool) -> bool:
@@ -37,6 +41,19 @@ class Progress:
             self.bar.close()
 
 
-def over(items: Iterable, **kwargs) -> Iterable:
-    """tqdm on a terminal; silent elsewhere."""
-    return tqdm(items, leave=False, disable=None, **kwargs)
+def over(items: Iterable, *, total: int | None = None, desc: str = "", unit: str = "it") -> Iterable:
+    """tqdm on a terminal; elsewhere a line a minute. Of several processes the first one shows it."""
+    if os.environ.get("RANK", "0") != "0":
+        return items
+    if sys.stderr.isatty():
+        return tqdm(items, total=total, desc=desc, unit=unit, leave=False)
+    return with_lines(items, total, desc)
+
+
+def with_lines(items: Iterable, total: int | None, title: str) -> Iterable:
+    told = time.monotonic()
+    for number, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() > told + LINE_SECONDS:
+            told = time.monotonic()
+            print(f"{title} {number:,}" + (f" of {total:,}" if total else ""), flush=True)

@@ -1,6 +1,7 @@
 """What a person reads and looks at while a classifier trains and when it is done."""
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 
 from engine import draw
 from engine.batches import Batches
-from engine.data import Data
+from engine.data import Data, Part
 from engine.log import RunFolder, opencv_versions
 from engine.loop import each_source
 from engine.phases import Phase
@@ -103,8 +104,11 @@ def print_profile(table: dict[str, float], batch_size: int) -> None:
         print(f"  {part:9} {milliseconds:9.2f} ms  {100 * milliseconds / total:5.1f} %")
 
 
-def draw_epoch(log: RunFolder, options: dict, history: list[dict], parts: Parts, source, data: Data) -> None:
-    """curves.png every ten epochs and at the end; a picture of a mixed batch when --vis_epoch says so.
+def draw_epoch(
+    log: RunFolder, options: dict, history: list[dict], parts: Parts, source, data: Data, trained: Part
+) -> None:
+    """curves.png every ten epochs and at the end; a picture of a mixed batch of the images `trained` on when
+    --vis_epoch says so.
 
     Every process mixes it, since batch norm may be over the images of all, and the first one draws it.
     """
@@ -117,7 +121,7 @@ def draw_epoch(log: RunFolder, options: dict, history: list[dict], parts: Parts,
     if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
         path = None if log.off else log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
         with undisturbed(parts):
-            draw_mixed(path, parts.mixer, source, data, parts.device, f"{title}, epoch {epoch}")
+            draw_mixed(path, parts.mixer, source, replace(data, train=trained), parts.device, f"{title}, epoch {epoch}")
 
 
 def draw_mixed(path: Path | None, mixer, source, data: Data, device: torch.device, title: str) -> None:

@@ -10,13 +10,24 @@ from engine.batches import Batches
 from engine.checkpoint import read_checkpoint
 from engine.cli import Parser
 from engine.data import Data
-from engine.distributed import StopSign, average_buffers, check_same, is_first, of_first, ranks, restarts, total
+from engine.distributed import (
+    StopSign,
+    average_buffers,
+    check_same,
+    is_first,
+    of_first,
+    ranks,
+    recall,
+    remember,
+    restarts,
+    total,
+)
 from engine.log import RunFolder, add_trackers, find_resume, run_folder
 from engine.loop import Stopwatch, Tally, predict, scores, train_one_epoch
 from engine.phases import Calendar
 from engine.progress import Progress, bars_wanted
 from engine.report import announce, draw_epoch, finish, line_of, result_of
-from engine.training import Parts, peak_memory_mb, save, stop_well
+from engine.training import Parts, peak_memory_mb, save, share_what_was_learned, stop_well
 
 OF_A_MACHINE = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
 
@@ -26,8 +37,11 @@ def take_up(parser: Parser, typed: dict, options: dict) -> tuple[dict, dict | No
 
     After torchrun has started the processes anew, the run goes on by itself. Raises UserError.
     """
-    if restarts():
-        options = {**options, "checkpoint": options["checkpoint"] or "auto", "overwrite": False}
+    if before := recall("run folder"):
+        last = of_first(lambda: str(Path(before) / "last.pt") if (Path(before) / "last.pt").exists() else None)
+        options = {**options, "checkpoint": last, "overwrite": last is None}
+    elif restarts() and options["name"]:  # started anew by other means than those that remember
+        options = {**options, "checkpoint": options["checkpoint"] or "auto"}
     alike = {key: value for key, value in options.items() if key not in OF_A_MACHINE}
     check_same("options", alike, "start every process with the same command")
     resume = of_first(lambda: find_resume(options))
@@ -35,7 +49,9 @@ def take_up(parser: Parser, typed: dict, options: dict) -> tuple[dict, dict | No
     if saved:
         configure.check_resume(typed, saved["config"], force=options["force_config"])
         options = configure.settle(parser, typed, saved["config"])
-    return options, saved, of_first(lambda: run_folder(options, resume))
+    folder = Path(before) if before else of_first(lambda: run_folder(options, resume))
+    remember("run folder", str(folder))
+    return options, saved, folder
 
 
 class Run:
@@ -122,10 +138,12 @@ class Run:
                 progress=shown,
                 tally=self.tally,
                 stop=self.sign.raised,
+                steps_before=self.calendar.first_step(epoch),
             )
         self.tally = None
         for network in self.parts.networks:
             average_buffers(network)
+        share_what_was_learned(self.parts)
         row |= {"epoch": epoch + 1, "lr": self.before["lr"], "seconds": time.perf_counter() - self.begun}
         row |= {f"{part}_seconds": watch.seconds().get(part, 0.0) for part in ("mixing", "saliency")}
         row |= {"images_per_second": row.pop("images") / row["seconds"]}
@@ -136,6 +154,7 @@ class Run:
 
         def keep(tally: Tally) -> None:
             self.sign.rest()
+            share_what_was_learned(self.parts)
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save(tally=tally)
 
@@ -161,8 +180,10 @@ class Run:
             columns["ema_top1"] = averaged["top1"]
         return columns
 
-    def keep(self, row: dict, source, skipped: int = 0, also: list[str] | None = None) -> None:
-        """The epoch of this row is done: checkpoints, log, pictures. also: further checkpoints to write."""
+    def keep(self, row: dict, source, batches: Batches, also: list[str] | None = None) -> None:
+        """The epoch of this row, trained on `batches`, is done: checkpoints, log, pictures. also: further checkpoints
+        to write.
+        """
         self.history.append(row)
         epoch, split, also = row["epoch"], self.best["split"], list(also or [])
         if row.get(f"{split}_top1", -1.0) > self.best["value"]:
@@ -173,11 +194,11 @@ class Run:
         self.save(also=also)
         self.log.write_log(self.history)
         self.log.track(row)
-        self.log.say(line_of(row, self.options["epochs"], int(total(torch.tensor(skipped)))))
+        self.log.say(line_of(row, self.options["epochs"], int(total(torch.tensor(batches.skipped)))))
         if not self.told_of_maps and (unusable := int(total(torch.as_tensor(self.parts.mixer.unusable)))):
             self.told_of_maps = True
             self.log.say(f"note: {unusable} saliency maps were all zero or no numbers, and were taken as uniform")
-        draw_epoch(self.log, self.options, self.history, self.parts, source, self.data)
+        draw_epoch(self.log, self.options, self.history, self.parts, source, self.data, batches.part)
 
     def save(self, also: list[str] | tuple = (), tally: Tally | None = None) -> None:
         steps = self.calendar.first_step(len(self.history)) + (tally.step if tally else 0)
@@ -208,18 +229,3 @@ class Run:
         result = result_of(self.history, self.best)
         finish(self.log, result)
         return result
-
-
-def check_alike(data: Data) -> None:
-    """Raise UserError where the processes found different images."""
-    parts = {"training images": data.train, "test images": data.test, "validation images": data.valid}
-    found = {name: f"{len(part)}" for name, part in parts.items() if part}
-    found["classes"] = ", ".join(data.classes)
-    found |= {f"labels of the {name}": fingerprint(part.labels) for name, part in parts.items() if part}
-    check_same("data", found, "every machine needs the same copy of the data set")
-
-
-def fingerprint(labels: torch.Tensor) -> int:
-    """A number that tells two lists of labels apart."""
-    weights = torch.arange(1, len(labels) + 1) % 1_000_003
-    return int((labels.long() * weights).sum())

@@ -15,7 +15,7 @@ from engine.checkpoint import FORMAT, save_checkpoint, versions
 from engine.cli import Terminated, UserError
 from engine.data import Data
 from engine.device import own_stream, rng_state, set_rng_state
-from engine.distributed import gather, is_first, rank, ranks, total
+from engine.distributed import gather, is_first, rank, ranks, total, wait_for_all
 from engine.log import SECRET, RunFolder
 from engine.loop import NotFinite, Stopped, Tally
 from engine.loss import LOSSES, cross_entropy_scale
@@ -49,9 +49,6 @@ class Parts:
         """Everything that a checkpoint keeps of the parts, for the first process; None for the others, which must call
         it too. tally: where the epoch stands, if it is under way.
         """
-        if ranks() > 1:
-            for source in self.sources:
-                source.exchange(total)
         own = {"rng": rng_state(self.device), "method": self.mixer.state_dict()}
         if tally:  # batch statistics are still each process's own
             own |= {"tally": tally.state(), "buffers": [list(network.buffers()) for network in self.networks]}
@@ -285,6 +282,13 @@ def save(
     save_checkpoint(run.path / "last.pt", content, keep_previous=True)
 
 
+def share_what_was_learned(parts: Parts) -> None:
+    """Between processes: what the sources have learned since the last call."""
+    if ranks() > 1:
+        for source in parts.sources:
+            source.exchange(total)
+
+
 @contextmanager
 def undisturbed(parts: Parts):
     """Around a look at what a method does: training goes on as if there had been none."""
@@ -320,6 +324,7 @@ def stop_well(run: RunFolder, parts: Parts, keep: Callable[[Tally], None]):
             evidence = {"model": parts.model.state_dict(), "step": error.step, "index": error.index}
             save_checkpoint(run.path / "nonfinite.pt", {**evidence, "weights_of_step": error.now})
             saved = f"; weights and the batch's image numbers are in {run.path / 'nonfinite.pt'}"
+        wait_for_all()  # who ends first ends the others, and so would the one that saves
         scale = f", loss scale {parts.scaler.get_scale():g}" if parts.scaler else ""
         raise UserError(
             f"{error}, lr by now {parts.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
@@ -327,6 +332,7 @@ def stop_well(run: RunFolder, parts: Parts, keep: Callable[[Tally], None]):
         ) from error
     except Stopped as stopped:
         keep(stopped.tally)
+        wait_for_all()
         where = f"{stopped.tally.step} steps into the epoch; "
         raise Terminated(where + (f"continue with --checkpoint {last}" if last.exists() else go_on())) from None
     except KeyboardInterrupt:

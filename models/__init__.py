@@ -1,5 +1,6 @@
 """The classifiers by name. Importing this package does not import torch: the names serve `--help` as well."""
 
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 
@@ -85,9 +86,9 @@ def class_count(state: dict) -> int:
     return len(bias) if getattr(bias, "ndim", 0) == 1 else 0
 
 
-def parameter_counts(num_classes: int = 10) -> dict[str, int]:
-    """Name -> number of parameters, for every network; nothing is allocated."""
+def parameter_counts(names: Iterable[str], num_classes: int = 10) -> dict[str, int]:
+    """Name -> number of parameters; nothing is allocated."""
     import torch
 
     with torch.device("meta"):
-        return {name: sum(p.numel() for p in build_model(name, num_classes).parameters()) for name in MODELS}
+        return {name: sum(p.numel() for p in build_model(name, num_classes).parameters()) for name in names}

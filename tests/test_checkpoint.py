@@ -139,7 +139,7 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"last.pt: no such file"):
         find_checkpoint(str(tmp_path))
     file = tmp_path / "last.pt"
-    torch.save({"format": 1, "model": weights_of()}, file)
+    torch.save({"format": 2, "model": weights_of()}, file)
     whole = file.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"just text"):
         file.write_bytes(broken)
@@ -157,7 +157,7 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
 
 def test_one_flipped_byte_is_noticed(tmp_path):
     file = tmp_path / "last.pt"
-    torch.save({"format": 1, "model": {"w": torch.zeros(100_000)}}, file)
+    torch.save({"format": 2, "model": {"w": torch.zeros(100_000)}}, file)
     content = bytearray(file.read_bytes())
     content[200_000] ^= 1
     file.write_bytes(content)
@@ -198,7 +198,7 @@ def test_init_from_keeps_a_fresh_last_layer_for_other_classes():
 def test_a_save_keeps_the_one_before(tmp_path):
     file = tmp_path / "last.pt"
     for number in range(3):
-        save_checkpoint(file, {"format": 1, "number": number}, keep_previous=True)
+        save_checkpoint(file, {"format": 2, "number": number}, keep_previous=True)
     assert read_file(file)["number"] == 2 and read_file(tmp_path / "previous.pt")["number"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
@@ -222,10 +222,10 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
         sys.path.insert(0, {str(ROOT)!r})
         from engine.checkpoint import save_checkpoint
         from engine.cli import run
-        save_checkpoint("last.pt", {{"format": 1, "w": torch.zeros(10)}})
+        save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(10)}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond: writing fails half-way
-        run(lambda: save_checkpoint("last.pt", {{"format": 1, "w": torch.zeros(1_000_000)}}))
+        run(lambda: save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(1_000_000)}}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "the old file is intact" in done.stderr and "Traceback" not in done.stderr

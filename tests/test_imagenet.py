@@ -16,7 +16,9 @@ from PIL import Image
 import evaluate
 import imagenet_train
 from engine import configure, loop
+from engine.batches import Batches
 from engine.cli import Terminated, UserError
+from engine.data import load_data, with_copies
 from engine.run import Run
 from engine.training import without_decay_of_norms
 from models import build_model
@@ -192,6 +194,22 @@ def test_recipes_are_the_published_ones():
     assert settled("--recipe", "none", "--epochs", 3, "--batch_size", 8, "--lr", 0.1)["scheduler"] == "constant"
 
 
+def test_what_follows_from_an_option_is_not_kept_against_a_new_value():
+    """--config hands on every option of an earlier run, those that were filled in too."""
+    parser = imagenet_train.build_parser()
+    saved = settled("--recipe", "fast100", "--image_size", 96)
+    again = configure.settle(parser, {"image_size": 64, "phases": "2:small:64:0.1:32"}, saved)
+    assert (again["crop_size"], again["eval_resize"], again["epochs"], again["batch_size"]) == (64, 73, 2, 32)
+    assert configure.settle(parser, {}, saved) == saved
+
+
+def test_options_that_nothing_reads_are_named():
+    typed = {"data_small": "x", "crop_padding": 4, "min_scale": 0.2, "trad_augment": False}
+    notes = configure.notes_on_images(settled("--trad_augment", "false", "--min_scale", 0.2), typed)
+    assert notes == ["without effect here: --data_small, --crop_padding, --min_scale"]
+    assert configure.notes_on_images(settled(), {}) == []
+
+
 def test_typed_phases_say_how_long_the_run_is():
     options = settled("--phases", "2:small:64:0.1:32,5:large:96:0.2:16")
     assert options["epochs"] == 5 and options["batch_size"] == 32
@@ -210,6 +228,9 @@ def test_typed_phases_say_how_long_the_run_is():
         (["--scheduler", "points"], "needs --lr_points"),
         (["--recipe", "none", "--lr", "1"], "--recipe none leaves it to you: give --epochs --batch_size"),
         (["--resize_to", "160"], "--resize_to needs --resize_dest"),
+        (["--resize_dest", "copies"], "only with --resize_to"),
+        (["--recipe", "fast100", "--scheduler", "multistep"], "--scheduler multistep needs --schedule"),
+        (["--pretrained", "--init_from", "x.pt"], "give one of them"),
         (["--model", "preactresnet18"], "none of imagenet_resnet18"),
         (["--dataset", "cifar10"], "none of imagenet, tiny-imagenet, folder"),
     ],
@@ -235,10 +256,50 @@ def test_wrong_folders_are_named(place, tmp_path):
     imagenet_train.main(command(place, tmp_path, *words, "--log_off"))
 
     fewer = pictures(tmp_path / "fewer", classes="ab")
-    with pytest.raises(UserError, match="hold different images: 18 and 12 of 3 and 2 classes\nmake the copies anew"):
+    for path in (fewer / "train").rglob("*.jpg"):
+        path.rename(path.with_name(f"other{path.name}"))
+    with pytest.raises(
+        UserError, match=r"--data_small .*: copies of other images than the 12 .*; no a/other0.jpg there"
+    ):
         imagenet_train.main(command(place, tmp_path, "--data_dir", fewer))
+    with pytest.raises(
+        UserError, match=r"--data_small .*typo: no train/<class>/\*.jpg there\nmake it with --resize_to"
+    ):
+        imagenet_train.main(command(place, tmp_path, "--data_small", tmp_path / "typo"))
     with pytest.raises(UserError, match="imagenet has 1000 classes, .* has 2\n.*--num_classes 2"):
         imagenet_train.main(command(place, tmp_path, "--data_dir", fewer, "--dataset", "imagenet"))
+
+
+def test_images_without_a_copy_are_left_out_or_named(place, tmp_path, capsys):
+    """An image that cannot be read has no copy; what stands beside it must not take its label."""
+    more = pictures(tmp_path / "more", train=7)
+    words = ["--data_dir", more, "--phases", "1:small:16:0.3:8", "--lr_points", "0:0.1,1:0", "--log_off"]
+    with pytest.raises(UserError, match=r"--data_small .*: no copy of a/6.jpg and 2 more\n.*--on_bad_image skip"):
+        imagenet_train.main(command(place, tmp_path, *words))
+    imagenet_train.main(command(place, tmp_path, *words, "--on_bad_image", "skip"))
+    assert "3 training images have no copy and are left out" in capsys.readouterr().out
+    data = load_data("folder", data_dir=str(more), on_bad_image="skip")
+    copies = with_copies(data, {"small": str(place.parent / "copies" / "20"), "large": None})
+    assert len(copies["small"]) == len(copies["original"]) == 18 and copies["large"] is data.train
+    for part in copies.values():
+        assert [Path(file).parent.name for file in part.pixels.files] == ["abc"[label] for label in part.labels]
+
+
+def test_pictures_and_plain_crops_have_the_size_of_the_phase(place, tmp_path, monkeypatch):
+    """Block methods divide the crop, not the image; without augmentation the centre is trained on."""
+    words = ["--method", "puzzlemix", "--block_num", "2", "--image_size", 27, "--vis_epoch", 1]
+    words += ["--trad_augment", "false", "--phases", "1:original:16:0.3:8", "--lr_points", "0:0.1,1:0"]
+    seen, read = [], Batches.epoch
+
+    def looked(self, *args, **kwargs):
+        for batch in read(self, *args, **kwargs):
+            seen.append((self.shuffle, batch.images.shape[-1], batch.box))
+            yield batch
+
+    monkeypatch.setattr(Batches, "epoch", looked)
+    imagenet_train.main(command(place, tmp_path, *words))
+    assert {(size, box) for shuffled, size, box in seen if shuffled} == {(16, None)}
+    assert list((tmp_path / "folder" / "imagenet_resnet18" / "run" / "vis").glob("*.png"))
 
 
 def test_batch_norm_does_not_decay_where_it_shall_not():

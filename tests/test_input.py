@@ -363,7 +363,7 @@ def test_imagenet_where_it_is_usually_unpacked(tmp_path, monkeypatch, place):
     root = tmp_path / ("imagenet" if place == "cwd" else place)
     write_imagenet(root)
     monkeypatch.chdir(tmp_path)
-    train, test = find_imagenet(tmp_path / "data" if place == "cwd" else tmp_path, None)
+    train, test = find_imagenet(Path("data") if place == "cwd" else tmp_path, None)
     assert train.classes == test.classes == ["n01", "n02"] and test.labels.tolist() == [0, 0, 1, 1]
     assert [path.name for path in train.files][2:] == ["train_10.JPEG", "train_11.JPEG"]
     assert all(path.is_file() for path in test.files)
@@ -373,7 +373,10 @@ def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"data/ILSVRC2012, .*CLS-LOC, imagenet\n.*--data_dir; .* holds nothing"):
-        find_imagenet(tmp_path / "data", None)
+        find_imagenet(Path("data"), None)
+    (tmp_path / "imagenet" / "train" / "n01").mkdir(parents=True)
+    with pytest.raises(UserError, match="not found"):  # a mistyped folder is not another one that happens to be there
+        find_imagenet(Path("dataset"), None)
 
 
 @pytest.mark.parametrize("find", [find_imagenet, find_folder])

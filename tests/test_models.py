@@ -74,10 +74,10 @@ PARAMETERS = {  # with 100 classes; resnet20 to 110 with 10, Table 6 of arXiv 15
 
 
 def test_parameter_counts():
-    counts = parameter_counts(100)
+    counts = parameter_counts(MODELS, 100)
     assert counts.keys() == MODELS.keys()
     assert {name: counts[name] for name in PARAMETERS} == PARAMETERS
-    narrow = parameter_counts(10)
+    narrow = parameter_counts(MODELS)
     millions = {
         name: round(narrow[name] / 1e6, 2) for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
     }
@@ -155,7 +155,7 @@ def test_imagenet_resnets_start_and_compute_as_torchvisions(name, shape):
 
 
 def test_imagenet_resnets_have_their_published_size():
-    counts = parameter_counts(1000)
+    counts = parameter_counts(MODELS, 1000)
     published = [11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808]
     assert [counts[name] for name in IMAGENET_MODELS] == published
 

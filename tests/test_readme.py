@@ -1,5 +1,6 @@
 """What the README promises."""
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -11,7 +12,7 @@ import evaluate
 import imagenet_train
 import train
 from engine.configure import check_together, fill_in, translate
-from engine.phases import read_phases
+from engine.phases import phases_of, read_phases
 from engine.recipes import IMAGENET_RECIPES, RECIPES
 from mixing import MIXERS, show
 
@@ -44,7 +45,13 @@ def test_every_command_is_accepted(command):
     parser = SCRIPTS[script].build_parser()
     typed, _ = translate(parser.read(words))
     if script != "evaluate.py":
-        check_together(fill_in(typed, {}, parser.defaults), typed)
+        options = fill_in(typed, {}, parser.defaults)
+        check_together(options, typed)
+        told = command.split(script)[0].replace('"$SLURM_NNODES"', "2").replace("1:2", "2")
+        processes = [int(count) for count in re.findall(r"--(?:nproc_per_node|nnodes) (\d+)", told)]
+        phases = phases_of(options) if script == "imagenet_train.py" else []
+        for size in [phase.batch_size for phase in phases] or [options["batch_size"]]:
+            assert size % math.prod(processes) == 0, f"{size} images for {processes} processes"
 
 
 def test_the_examples_run():

@@ -169,6 +169,15 @@ def test_devices_and_precisions_that_are_not_there_are_explained():
             choose_device("cuda")
     with pytest.raises(UserError, match="auto, cpu"):
         choose_device("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0), "set_device wants a number"
+        assert choose_device("cuda:1").index == 1
+        for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
+            patch.setenv(name, value)
+        with pytest.raises(UserError, match="2 CUDA devices, counted from 0 for 3 processes"):
+            choose_device("auto")  # in the first process too, which speaks for all
     with pytest.raises(UserError, match="bf16 or off"):
         choose_precision("fp16", CPU)
     assert choose_precision("off", CPU)[0] is None and choose_precision("bf16", CPU)[0] is torch.bfloat16

@@ -180,7 +180,7 @@ def test_the_run_folder_holds_everything(shapes_run):
     assert result["epochs"] == 2 and result["last_top1"] == float(f"{load(run)['history'][-1]['test_top1']}")
     saved = load(run)
     assert (
-        saved["format"] == 1
+        saved["format"] == 2
         and saved["num_classes"] == 10
         and saved["classes"][0] == "disc"
         and saved["image_size"] == 32
