@@ -6,6 +6,7 @@ An error in one process would leave the others waiting for it. So each process w
 leaves a message there, the first process shows it, and all of them end.
 """
 
+import atexit
 import inspect
 import os
 import signal
@@ -109,6 +110,7 @@ def start(device: torch.device, timeout_seconds: float) -> None:
             f"({first_line(error)})\nare all {count} started, with the same address, and can they reach it?"
         ) from error
     watcher.start()
+    atexit.register(stop_watching)  # a thread that is in the store when Python ends would abort the process
     if own:
         sys.stdout = open(os.devnull, "w")
 
@@ -129,12 +131,17 @@ def of_this_start(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"attempt {restarts()}", store)
 
 
+def stop_watching() -> None:
+    if _group:
+        _group.done.set()
+        _group.watcher.join(timeout=5)
+
+
 def finish() -> None:
     """Leave the others in good order, after everyone is done."""
     global _group
     if _group:
-        _group.done.set()
-        _group.watcher.join()
+        stop_watching()
         dist.barrier(_group.host)  # the store goes with the first process
         _group = None
         dist.destroy_process_group()

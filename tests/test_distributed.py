@@ -408,6 +408,18 @@ def test_one_process_that_fails_ends_all_with_one_line_from_the_first(tmp_path):
     assert seconds < 60, "it waited for the process that had failed"
 
 
+def test_a_loss_that_is_no_number_in_all_of_them_is_told_once_and_kept(tmp_path):
+    """All processes meet the error; the first one has the evidence, and the others wait until it is written."""
+    words = ["--scheduler", "multistep", "--schedule", "1", "--gammas", "1e30"]
+    done, _ = torchrun(driver(tmp_path, "pass"), *shapes_command(tmp_path, *words, epochs=3))
+    run = tmp_path / "shapes" / "resnet20" / "run"
+    assert done.stderr.count("the loss is not finite at step") == 1 and "(process 1 of 2)" not in done.stderr
+    assert f"continue with --checkpoint {run / 'last.pt'}" in done.stderr and "exitcode  : 1 " in done.stderr
+    assert "exitcode  : -" not in done.stderr, "an abort"
+    evidence = torch.load(run / "nonfinite.pt", weights_only=True)
+    assert len(evidence["index"]) in (8, 20), "the images of both processes"
+
+
 def test_a_lost_process_is_replaced_and_the_run_ends_as_if_nothing_had_been(tmp_path):
     trouble = "if step == 4 and rank == 1 and attempt == '0': os.kill(os.getpid(), signal.SIGKILL)"
     words = shapes_command(tmp_path, name="lost")
