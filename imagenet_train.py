@@ -55,13 +55,13 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.batches import Batches
     from engine.classifier import evaluate_checkpoint, start_from
     from engine.data import check_alike, load_data, with_copies
-    from engine.device import choose_device, choose_precision, own_stream, prepare
+    from engine.device import choose_device, choose_precision, prepare
     from engine.image_files import CentreView, RandomView
-    from engine.loop import each_source, profile
+    from engine.loop import each_source
     from engine.progress import over
-    from engine.report import announce_phases, print_profile
+    from engine.report import announce_phases
     from engine.run import Run, take_up
-    from engine.training import build_parts, check_batch, pick, source_maker, step_options
+    from engine.training import build_parts, check_batch, feed_options, pick, source_maker
     from models.imagenet_resnet import load_pretrained, zero_init
 
     if options["evaluate"]:
@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         if not options[f"data_{name}"]:
             notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
     check_alike(data)
-    feed = {"device": device, "mean": data.mean, "std": data.std, **pick(options, ["workers", "channels_last"])}
-    feed |= {"rank": distributed.rank(), "ranks": distributed.ranks()}
+    feed = feed_options(options, data, device)
     shape = {
         "augment": options["trad_augment"],
         "pieces": options["accumulate"],
@@ -131,18 +130,10 @@ def main(argv: list[str] | None = None) -> dict | None:
         source = guide(mixers[here])
     except ValueError as error:
         parser.error(str(error))
-    if options["compile"]:
-        model.compile()
-    network = distributed.wrap(model)
-    own_stream(options["seed"])
-    step = step_options(parts, options, data, precision)
-    if options["profile"]:
-        table = profile(
-            options["profile"], model, mixers[0], source, stages[0], parts.optimizer, network=network, **step
-        )
-        return print_profile(table, phases[0].batch_size)
 
     run = Run(folder, parts, options, data, calendar=calendar, precision=precision, saved=saved)
+    if options["profile"]:
+        return run.profile(stages[here], source)
     read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
     notes += configure.notes_on_mixing(options, typed, parser, GROUPS, read, parts.sources)
     notes += configure.notes_on_images(options, typed)
@@ -156,7 +147,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             source, here = guide(mixers[now]), now
         ends = [f"phase_{here + 1}.pt"] if epoch + 1 == phases[here].end and len(phases) > 1 else []
         with run.ending_well():
-            row = run.train(epoch, stages[here], source, network=network, **step)
+            row = run.train(epoch, stages[here], source)
             row |= run.evaluate(held_out)
             run.keep(row, source, stages[here], also=ends)
     result = run.finish(held_out["test"])

@@ -46,13 +46,12 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.batches import Batches
     from engine.classifier import evaluate_checkpoint, start_from
     from engine.data import check_alike, load_data
-    from engine.device import choose_device, choose_precision, own_stream, prepare
-    from engine.loop import each_source, profile
+    from engine.device import choose_device, choose_precision, prepare
+    from engine.loop import each_source
     from engine.phases import Calendar
     from engine.progress import over
-    from engine.report import print_profile
     from engine.run import Run, take_up
-    from engine.training import build_parts, check_batch, pick, source_maker, step_options
+    from engine.training import build_parts, check_batch, feed_options, pick, source_maker
 
     if options["evaluate"]:
         return evaluate_checkpoint(parser, typed, build_model, matching_models)
@@ -65,8 +64,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     data = load_data(progress=over, **pick(options, load_data))
     check_alike(data)
     check_batch(**pick(options, ["batch_size", "accumulate", "drop_last"]), images=len(data.train))
-    feed = {"device": device, "mean": data.mean, "std": data.std, **pick(options, ["workers", "channels_last"])}
-    feed |= {"rank": distributed.rank(), "ranks": distributed.ranks()}
+    feed = feed_options(options, data, device)
     augment = {"augment": options["trad_augment"], "padding": options["crop_padding"], "pieces": options["accumulate"]}
     train = Batches(data.train, shuffle=True, **pick(options, ["batch_size", "drop_last", "seed"]), **augment, **feed)
     held_out = {name: Batches(part, 500, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part}
@@ -90,22 +88,16 @@ def main(argv: list[str] | None = None) -> dict | None:
         distributed.check_sync_bn(options, parts.sources)
     except ValueError as error:
         parser.error(str(error))
-    if options["compile"]:
-        model.compile()
-    network = distributed.wrap(model)
-    own_stream(options["seed"])
-    step = step_options(parts, options, data, precision)
-    if options["profile"]:
-        table = profile(options["profile"], model, mixer, source, train, parts.optimizer, network=network, **step)
-        return print_profile(table, options["batch_size"])
 
     run = Run(folder, parts, options, data, calendar=calendar, precision=precision, saved=saved)
+    if options["profile"]:
+        return run.profile(train, source)
     read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
     notes += configure.notes_on_mixing(options, typed, parser, GROUPS, read, parts.sources)
     run.begin(notes, where=f"{device}, {precision_text}")
     for epoch in run.epochs:
         with run.ending_well():
-            row = run.train(epoch, train, source, network=network, **step)
+            row = run.train(epoch, train, source)
             row |= run.evaluate(held_out)
             run.keep(row, source, train)
     result = run.finish(held_out["test"])

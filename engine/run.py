@@ -10,6 +10,7 @@ from engine.batches import Batches
 from engine.checkpoint import read_checkpoint
 from engine.cli import Parser
 from engine.data import Data
+from engine.device import own_stream
 from engine.distributed import (
     StopSign,
     average_buffers,
@@ -21,13 +22,14 @@ from engine.distributed import (
     remember,
     restarts,
     total,
+    wrap,
 )
 from engine.log import RunFolder, add_trackers, find_resume, run_folder
-from engine.loop import Stopwatch, Tally, predict, scores, train_one_epoch
+from engine.loop import Stopwatch, Tally, predict, profile, scores, train_one_epoch
 from engine.phases import Calendar
 from engine.progress import Progress, bars_wanted
-from engine.report import announce, draw_epoch, finish, line_of, result_of
-from engine.training import Parts, peak_memory_mb, save, share_what_was_learned, stop_well
+from engine.report import announce, draw_epoch, finish, line_of, print_profile, result_of
+from engine.training import Parts, peak_memory_mb, save, share_what_was_learned, step_options, stop_well
 
 OF_A_MACHINE = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
 
@@ -68,7 +70,13 @@ class Run:
         precision: torch.dtype | None,
         saved: dict | None = None,
     ):
-        self.parts, self.options, self.data, self.calendar, self.precision = parts, options, data, calendar, precision
+        self.folder, self.parts, self.options, self.data = folder, parts, options, data
+        self.calendar, self.precision = calendar, precision
+        if options["compile"]:
+            parts.model.compile()
+        self.network = wrap(parts.model)  # what forward is called on in training
+        own_stream(options["seed"])
+        self.step = step_options(parts, options, data, precision) | {"network": self.network}
         self.history: list[dict] = []
         self.best = {"value": -1.0, "epoch": 0, "split": "valid" if data.valid else "test"}
         self.tally: Tally | None = None  # of the epoch under way when the run was stopped
@@ -78,10 +86,8 @@ class Run:
         self.finished_before = bool(saved) and saved["epoch"] >= options["epochs"]
         if saved:
             self.go_on_from(saved)
-        self.told_of_maps = False
+        self.told_of_maps, self.anew = False, options["overwrite"] and not saved
         self.bar = bars_wanted(options["no_progress"]) and is_first()
-        off = options["log_off"] or not is_first()
-        self.log = RunFolder(folder, off=off, anew=options["overwrite"] and not saved)
         self.sign = StopSign()
 
     @property
@@ -112,6 +118,7 @@ class Run:
 
     def begin(self, notes: list[str], where: str) -> None:
         """Start the files of the run and say what is about to happen."""
+        self.log = RunFolder(self.folder, off=self.options["log_off"] or not is_first(), anew=self.anew)
         add_trackers(self.log, self.options)
         self.log.write_config(self.options, self.parts.device)
         self.log.write_log(self.history)
@@ -122,8 +129,13 @@ class Run:
     def start_epoch(self, epoch: int) -> None:
         self.parts.mixer.start_epoch(epoch, self.options["epochs"], self.steps_of(epoch))
 
-    def train(self, epoch: int, batches: Batches, source, **step) -> dict:
-        """One epoch by engine.loop.train_one_epoch, which `step` goes to; the row of the log."""
+    def profile(self, batches: Batches, source) -> None:
+        """--profile: time some steps, and print where the time went."""
+        common = (self.parts.model, self.parts.mixer, source, batches, self.parts.optimizer)
+        print_profile(profile(self.options["profile"], *common, **self.step), batches.batch_size)
+
+    def train(self, epoch: int, batches: Batches, source) -> dict:
+        """One epoch by engine.loop.train_one_epoch; the row of the log."""
         if self.tally is None:
             self.start_epoch(epoch)
             self.before = {"seconds": 0.0, "lr": self.parts.optimizer.param_groups[0]["lr"]}
@@ -131,7 +143,7 @@ class Run:
         with Progress(f"epoch {epoch + 1}/{self.options['epochs']}", len(batches), bar=self.bar) as shown:
             row = train_one_epoch(
                 *(self.parts.model, self.parts.mixer, source, batches, self.parts.optimizer),
-                **step,
+                **self.step,
                 epoch=epoch,
                 watch=watch,
                 look_every=self.options["print_freq"],

@@ -216,6 +216,12 @@ def source_maker(build_source: Callable, parts: Parts, data: Data, options: dict
     return make
 
 
+def feed_options(options: dict, data: Data, device: torch.device) -> dict:
+    """What every engine.batches.Batches of a run is told alike."""
+    alike = {"device": device, "mean": data.mean, "std": data.std, "rank": rank(), "ranks": ranks()}
+    return alike | pick(options, ["workers", "channels_last"])
+
+
 def step_options(parts: Parts, options: dict, data: Data, precision: torch.dtype | None) -> dict:
     """What engine.loop.train_one_epoch is told by the options."""
     return {
