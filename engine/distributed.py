@@ -351,12 +351,14 @@ class StopSign:
         self.answer: tuple | None = None
 
     def watch(self) -> None:
-        """From here on SIGTERM only asks."""
-        self.usual = signal.signal(signal.SIGTERM, self.ask)
+        """From here on SIGTERM only asks. In a thread beside the main one Python has no signals: then nothing asks."""
+        if threading.current_thread() is threading.main_thread():
+            self.usual = signal.signal(signal.SIGTERM, self.ask)
 
     def rest(self) -> None:
         """From here on SIGTERM means what it did before."""
-        signal.signal(signal.SIGTERM, self.usual)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self.usual)
 
     def ask(self, *signal) -> None:
         self.asked = True
