@@ -25,13 +25,15 @@ def announce(log: RunFolder, options: dict, data: Data, *, where: str, notes: li
     if options["scheduler"] == "multistep" and min(options["schedule"]) >= options["epochs"]:
         milestones = " ".join(map(str, options["schedule"]))
         notes = [*notes, f"--schedule {milestones}: in {options['epochs']} epochs the lr never drops"]
+    rate = f"{(one_cycle and options['max_lr']) or options['lr']:g}"
+    rate = options["lr_points"] if options["scheduler"] == "points" else rate
     method, model = " ".join(options["method"]), options["model"]
     wide = model.startswith("wrn")
     dropout = f", dropout {options['dropout']:g}" if options["dropout"] and wide else ""
     log.say(
         f"{method}: {model}{dropout}, recipe "
         f"{options['recipe']}: {options['epochs']} epochs, batch {options['batch_size']}, {options['scheduler']}, lr "
-        f"{(one_cycle and options['max_lr']) or options['lr']:g}, weight decay {options['weight_decay']:g}, loss "
+        f"{rate}, weight decay {options['weight_decay']:g}, loss "
         f"{options['loss']}, {'crop and flip' if options['trad_augment'] else 'not augmented'}, seed {options['seed']}"
     )
     log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
