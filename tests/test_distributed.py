@@ -428,7 +428,7 @@ def test_a_loss_that_is_no_number_in_all_of_them_is_told_once_and_kept(tmp_path)
     run = tmp_path / "shapes" / "resnet20" / "run"
     assert done.stderr.count("the loss is not finite at step") == 1 and "(process 1 of 2)" not in done.stderr
     assert f"continue with --checkpoint {run / 'last.pt'}" in done.stderr and "exitcode  : 1 " in done.stderr
-    assert "exitcode  : -" not in done.stderr, "an abort"
+    assert "exitcode  : -6" not in done.stderr, "an abort"  # -15 is torchrun, which ends the slower of the two
     evidence = torch.load(run / "nonfinite.pt", weights_only=True)
     assert len(evidence["index"]) in (8, 20), "the images of both processes"
 
