@@ -240,8 +240,8 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, on the host."""
-    values = values.cpu()
+    """The sum over all processes, on the host; `values` stays as it is."""
+    values = values.to("cpu", copy=True)
     if ranks() > 1:
         dist.all_reduce(values, group=_group.host)
     return values

@@ -159,6 +159,8 @@ def weights(ports) -> dict:
     part = noise(37)
     logits, labels = predict(model, Batches(part, 8, device=CPU, rank=rank(), ranks=ranks(), **HALF))
     found["validation"] = logits, labels, float(distributed.total(torch.tensor(float(len(labels)))))
+    one = torch.ones(())
+    found["sum"] = float(distributed.total(one)), float(one)
     distributed.finish()
     return found
 
@@ -324,6 +326,7 @@ def test_validation_counts_every_image_once(of_weights):
     model.load_state_dict(of_weights["sage in two pieces"])
     alone, expected = predict(model, Batches(part, 8, device=CPU, **HALF))
     assert counted == len(part) and torch.equal(labels, expected)
+    assert of_weights["sum"] == (2, 1), "a sum over the processes leaves what it was asked about as it is"
     torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-6)
 
 
