@@ -3,6 +3,7 @@
 Our own format is a dictionary of tensors, text, numbers, lists and dictionaries, and loads with weights_only=True.
 """
 
+import argparse
 import collections
 import os
 import pickle
@@ -61,14 +62,21 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(side, target)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """A checkpoint of our own format, on the CPU. Raises UserError that names the file and what is wrong with it."""
+KINDS = {"classifier": "a classifier, made by train.py", "casm": "saliency maps, made by python -m saliency.casm train"}
+
+
+def read_checkpoint(path: Path, kind: str = "classifier") -> dict:
+    """A checkpoint of our own format, on the CPU. kind: of what. Raises UserError that names the file and what is wrong
+    with it.
+    """
     content = read_file(path)
     if not is_ours(content):
         raise UserError(
             f"{path}: no checkpoint that training can continue from (found: {first_keys(content)})\n"
             "evaluate it with evaluate.py, or start from its weights with --init_from"
         )
+    if (held := content.get("kind", "classifier")) != kind:
+        raise UserError(f"{path}: a checkpoint of {KINDS.get(held, held)}\nhere one of {KINDS[kind]} is wanted")
     return content
 
 
@@ -168,6 +176,7 @@ class InertUnpickler(pickle.Unpickler):
 
 
 ALLOWED = {
+    ("argparse", "Namespace"): argparse.Namespace,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): lambda *factory: {},
     ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,

@@ -29,14 +29,15 @@ def best_of(path: Path | str) -> Path:
 
 class SavedClassifier:
     """The content of a model file, or of the best.pt of a run folder. `options`: those it was trained with; empty where
-    the file does not say.
+    the file does not say. content: of the file, if it is read already.
     """
 
-    def __init__(self, path: Path | str, averaged: bool = False):
+    def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
         self.path = best_of(path)
-        content = read_file(self.path)
+        content = read_file(self.path) if content is None else content
         self.weights = extract_weights(content, self.path, averaged=averaged)
         self.options = content["config"] if is_ours(content) else {}
+        self.classes: list[str] = content["classes"] if is_ours(content) else []
         epoch = content.get("epoch") if isinstance(content, dict) else None
         self.epoch = epoch if isinstance(epoch, int) else None
 

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
@@ -98,16 +99,20 @@ class Parser(argparse.ArgumentParser):
     """Options with underscores that hyphens reach too; it keeps apart what was typed and what is a default.
 
     `read` gives only what was typed, `defaults` holds the rest, so that a recipe or a checkpoint can fill in between.
+    prog: how it is called. positional: words without an option's name follow, which an optional value would swallow:
+    so switches take none.
     """
 
-    def __init__(self, description: str):
+    def __init__(self, description: str, prog: str | None = None, positional: bool = False):
         super().__init__(
+            prog=prog,
             description=description,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
         )
         self.defaults: dict[str, object] = {}
+        self.positional = positional
         self._group = None
         self._title = ""
         self._members: dict[str, set[str]] = {}
@@ -125,12 +130,16 @@ class Parser(argparse.ArgumentParser):
     ) -> None:
         """Add `name` and its aliases. shown: what --help says of the default where that is not its plain value."""
         key = name.lstrip("-")
-        if kwargs.get("type") is yes_no:
+        if kwargs.get("type") is yes_no and self.positional:
+            kwargs = {"action": "store_true"}
+        elif kwargs.get("type") is yes_no:
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        if name.startswith("-"):
+            kwargs["dest"] = key
         text = shown if shown is not None else " ".join(map(str, default)) if isinstance(default, list) else default
         note = "" if text in (None, "") else f" [{str(text).lower() if isinstance(text, bool) else text}]"
         text = help if help == argparse.SUPPRESS else (help + note).replace("%", "%%")
-        (self._group or self).add_argument(name, *aliases, dest=key, help=text, **kwargs)
+        (self._group or self).add_argument(name, *aliases, help=text, **kwargs)
         self.defaults[key] = default
         self._members.setdefault(self._title, set()).add(key)
 
@@ -193,7 +202,8 @@ def run(main: Callable[[], None]) -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        tell(f"{os.path.basename(sys.argv[0])}: {explain(error)}")
+        script = Path(sys.argv[0])
+        tell(f"{script.parent.name if script.stem == '__main__' else script.name}: {explain(error)}")
         sys.exit(1)
 
 

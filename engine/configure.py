@@ -182,6 +182,8 @@ def check_together(options: dict, typed: dict) -> None:
         raise ValueError("--adv_p: only puzzlemix has adversarial noise")
     if options["adv_p"] and options["saliency"] not in (None, "gradient"):
         raise ValueError("--adv_p needs the signed gradient: leave --saliency out")
+    if options["saliency"] == "casm" and not options["casm"]:
+        raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
     if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
         raise ValueError(f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, where it ends")
 

@@ -9,7 +9,16 @@ import torch
 from engine.cifar import LAYOUTS, class_names, find_cifar, read_cifar
 from engine.cli import UserError
 from engine.distributed import check_same, in_turn
-from engine.folders import Found, find_folder, find_imagenet, find_tiny_imagenet, find_training
+from engine.folders import (
+    FileList,
+    Found,
+    find_evaluation,
+    find_folder,
+    find_imagenet,
+    find_tiny_evaluation,
+    find_tiny_imagenet,
+    find_training,
+)
 from engine.image_files import CentreView, ImageFiles, View
 from engine.phases import large_side
 from engine.shapes import CLASSES as SHAPE_NAMES
@@ -39,6 +48,7 @@ class Part:
     classes: list[str]
     where: str
     notes: dict[str, torch.Tensor] = field(default_factory=dict)  # true boxes and masks, where the set has them
+    files: FileList | None = None  # the file of each image, where it came from one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,7 +56,12 @@ class Part:
     def take(self, index: torch.Tensor) -> "Part":
         """The images at these positions, in this order."""
         notes = {key: value[index] for key, value in self.notes.items()}
-        return replace(self, pixels=self.pixels[index], labels=self.labels[index], notes=notes)
+        files = self.files[index] if self.files is not None else None
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], notes=notes, files=files)
+
+    def spread(self, most: int) -> "Part":
+        """At most so many images, from all over the part."""
+        return self.take(torch.linspace(0, len(self) - 1, min(most, len(self))).long())
 
     def seen_as(self, view: View) -> "Part":
         """The same image files, cut out in another way."""
@@ -124,24 +139,66 @@ def load_data(
             f"{dataset} usually has {usual[0]:,} training and {usual[1]:,} test images, here are {counts[0]:,} "
             f"and {counts[1]:,}"
         )
-    if num_classes and num_classes != len(train.classes):
-        raise UserError(f"--num_classes {num_classes}: the data in {train.where} has {len(train.classes)} classes")
-    if dataset == "imagenet" and len(train.classes) != 1000 and not num_classes:
-        raise UserError(
-            f"imagenet has 1000 classes, {train.where} has {len(train.classes)}\n"
-            f"complete it, or say --num_classes {len(train.classes)} if a part of it is what you want"
-        )
+    check_class_count(dataset, train, num_classes)
     train, valid = split(train, labels_per_class, valid_labels_per_class, seed)
     if limit:
         train, test = (part.take(torch.arange(min(limit, len(part)))) for part in (train, test))
         warnings.append(f"--limit {limit}: results are partial")
     if dataset == "tiny-imagenet" and view.size == TINY_SIDE and not eval_resize:
         train, test, valid = (part and decoded(part, workers, progress, warnings) for part in (train, test, valid))
-    side = train.pixels.shape[1] if isinstance(train.pixels, torch.Tensor) else train.pixels.size
-    if image_size not in (None, side):
-        raise UserError(f"--image_size {image_size}: the images of {dataset} have {side} pixels a side")
+    side = check_side(dataset, train, image_size)
     mean, std = STATISTICS[WITHOUT_STATISTICS.get(dataset, dataset) if norm == "own" else norm]
     return Data(train, test, valid, mean, std, side, warnings)
+
+
+def load_evaluation(
+    dataset: str,
+    *,
+    data_dir: str = "data",
+    val_data_dir: str | None = None,
+    view: View | None = None,
+    val_labels: str | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    limit: int = 0,
+    on_bad_image: str = "stop",
+    progress: Callable = lambda items, **kwargs: items,
+) -> Part:
+    """The test part that load_data() gives, where the training images need not be there; image files stay files.
+
+    view: how image files are cut out, in place of what image_size says; shapes and CIFAR have none. Raises UserError
+    with what was looked for and the remedy.
+    """
+    place, val_place, labels = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
+    if dataset in LAYOUTS:
+        part = cifar_part(dataset, find_cifar(dataset, val_place or place, False), [LAYOUTS[dataset].test])
+        check_side(dataset, part, image_size)
+    elif dataset == "shapes":
+        part = shapes_part(1, image_size or 32, num_classes or 10, progress, limit)
+    else:
+        tiny = dataset == "tiny-imagenet"
+        found = find_tiny_evaluation(place, val_place) if tiny else find_evaluation(dataset, place, val_place, labels)
+        part = part_of_files(found, view or view_of(dataset, image_size, None), on_bad_image)
+    check_class_count(dataset, part, num_classes)
+    return part.take(torch.arange(min(limit, len(part)))) if limit else part
+
+
+def check_class_count(dataset: str, part: Part, num_classes: int | None) -> None:
+    if num_classes and num_classes != len(part.classes):
+        raise UserError(f"--num_classes {num_classes}: the data in {part.where} has {len(part.classes)} classes")
+    if dataset == "imagenet" and len(part.classes) != 1000 and not num_classes:
+        raise UserError(
+            f"imagenet has 1000 classes, {part.where} has {len(part.classes)}\n"
+            f"complete it, or say --num_classes {len(part.classes)} if a part of it is what you want"
+        )
+
+
+def check_side(dataset: str, part: Part, image_size: int | None) -> int:
+    """The side of the images. Raises UserError where image_size is another."""
+    side = part.pixels.shape[1] if isinstance(part.pixels, torch.Tensor) else part.pixels.size
+    if image_size not in (None, side):
+        raise UserError(f"--image_size {image_size}: the images of {dataset} have {side} pixels a side")
+    return side
 
 
 def split(train: Part, labels_per_class: int, valid_labels_per_class: int, seed: int) -> tuple[Part, Part | None]:
@@ -169,21 +226,27 @@ def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tu
     layout = LAYOUTS[name]
     train_place = in_turn(lambda: find_cifar(name, train_dir, download))
     test_place = train_place if test_dir == train_dir else in_turn(lambda: find_cifar(name, test_dir, download))
-    classes = class_names(name, train_place)
-    train = Part(*read_cifar(name, train_place, layout.train), classes, str(train_place))
-    return train, Part(*read_cifar(name, test_place, [layout.test]), classes, str(test_place))
+    return cifar_part(name, train_place, layout.train), cifar_part(name, test_place, [layout.test])
+
+
+def cifar_part(name: str, place: Path, files: list[str]) -> Part:
+    return Part(*read_cifar(name, place, files), class_names(name, place), str(place))
 
 
 def load_shapes(size: int, num_classes: int, progress: Callable, most: int = 0) -> tuple[Part, Part]:
     """Both parts, with no more than `most` images if it is not 0."""
+    train, test = (shapes_part(seed, size, num_classes, progress, most) for seed in (0, 1))
+    return train, test
+
+
+def shapes_part(seed: int, size: int, num_classes: int, progress: Callable, most: int = 0) -> Part:
+    """seed: 0 for the training part, 1 for the test part."""
     if num_classes > len(SHAPE_NAMES):
         raise UserError(f"--num_classes {num_classes}: shapes has {len(SHAPE_NAMES)} classes")
-    parts = []
-    for seed, count in enumerate(SHAPES_COUNTS):
-        drawn = draw_shapes(min(count, most or count), size, num_classes=num_classes, seed=seed, progress=progress)
-        where = f"the generator of shapes, seed {seed}"
-        parts.append(Part(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], where, drawn))
-    return parts[0], parts[1]
+    count = min(SHAPES_COUNTS[seed], most or SHAPES_COUNTS[seed])
+    drawn = draw_shapes(count, size, num_classes=num_classes, seed=seed, progress=progress)
+    where = f"the generator of shapes, seed {seed}"
+    return Part(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], where, drawn)
 
 
 def view_of(dataset: str, image_size: int | None, eval_resize: int | None) -> CentreView:
@@ -217,8 +280,9 @@ def with_copies(data: Data, places: dict[str, str | None]) -> dict[str, Part]:
         data.train = data.train.take(kept.nonzero().flatten())
     parts = dict.fromkeys(["original", *places], data.train)
     for name, (copies, index) in found.items():
-        pixels = ImageFiles(copies.files[index[kept]], data.train.pixels.view, data.train.pixels.on_bad_image)
-        parts[name] = replace(data.train, pixels=pixels, where=str(copies.where))
+        files = copies.files[index[kept]]
+        pixels = ImageFiles(files, data.train.pixels.view, data.train.pixels.on_bad_image)
+        parts[name] = replace(data.train, pixels=pixels, where=str(copies.where), files=files)
     return parts
 
 
@@ -238,7 +302,7 @@ def check_copies(what: str, originals: Part, missing: list[str]) -> None:
 
 def part_of_files(found: Found, view: View, on_bad_image: str) -> Part:
     pixels = ImageFiles(found.files, view, on_bad_image)
-    return Part(pixels, found.labels, found.classes, str(found.where))
+    return Part(pixels, found.labels, found.classes, str(found.where), files=found.files)
 
 
 def decoded(part: Part, workers: int, progress: Callable, warnings: list[str]) -> Part:
@@ -246,7 +310,7 @@ def decoded(part: Part, workers: int, progress: Callable, warnings: list[str]) -
     pixels, places = part.pixels.read_all(workers, progress)
     if skipped := int((places != torch.arange(len(part))).sum()):
         warnings.append(f"{skipped} unreadable files of {part.where} were skipped")
-    return replace(part, pixels=pixels, labels=part.labels[places])
+    return replace(part, pixels=pixels, labels=part.labels[places], files=part.pixels.files[places])
 
 
 def check_alike(data: Data) -> None:

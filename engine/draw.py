@@ -16,22 +16,21 @@ def save(figure: Figure, path: Path, dpi: int = 110) -> None:
 
 def curves(path: Path, history: list[dict], title: str) -> None:
     """Loss and accuracy against epoch."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    for axes, column, label in (
-        (loss, "train_loss", "training (mixed)"),
-        (loss, "test_loss", "test"),
-        (accuracy, "train_acc", "training (mixed labels)"),
-        (accuracy, "test_top1", "test top-1"),
-        (accuracy, "valid_top1", "validation top-1"),
-        (accuracy, "ema_top1", "test top-1, averaged weights"),
-    ):
-        points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
-    loss.set(xlabel="epoch", ylabel="loss")
-    accuracy.set(xlabel="epoch", ylabel="accuracy (%)")
-    for axes in (loss, accuracy):
+    loss = {"train_loss": "training (mixed)", "test_loss": "test"}
+    accuracy = {"train_acc": "training (mixed labels)", "test_top1": "test top-1", "valid_top1": "validation top-1"}
+    accuracy["ema_top1"] = "test top-1, averaged weights"
+    panels_of_epochs(path, history, {"loss": loss, "accuracy (%)": accuracy}, title)
+
+
+def panels_of_epochs(path: Path, history: list[dict], panels: dict[str, dict[str, str]], title: str) -> None:
+    """A panel for each label of an axis, with the columns of `history` it is to show, column -> name, against epoch."""
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axes, (unit, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for column, label in columns.items():
+            points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
+        axes.set(xlabel="epoch", ylabel=unit)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -63,20 +62,25 @@ def mixed_batch(
 
     images, mixed (B, 3, H, W) normalised; targets, soft (B, K); saliency (B, H, W).
     """
-    rows = [("images", pixels(images, mean, std), targets)]
+    texts = [[label_text(one.cpu(), classes) for one in labels] for labels in (targets, soft)]
+    rows = [("images", pixels(images, mean, std), texts[0])]
     if saliency is not None:
         rows.append(("saliency", saliency.float().cpu().numpy(), None))
-    rows.append(("mixed", pixels(mixed, mean, std), soft))
-    count = len(images)
+    rows.append(("mixed", pixels(mixed, mean, std), texts[1]))
+    rows_of_pictures(path, rows, title)
+
+
+def rows_of_pictures(path: Path, rows: list[tuple[str, np.ndarray, list[str] | None]], title: str = "") -> None:
+    """Each row: its name, pictures (n, H, W, 3) in 0..1 or maps (n, H, W), and a text above each, or None."""
+    count = max(len(pictures) for _, pictures, _ in rows)
     figure = Figure(figsize=(1.35 * count + 0.4, 1.75 * len(rows) + 0.4), layout="constrained")
     grid = figure.subplots(len(rows), count, squeeze=False)
-    for axes_of_row, (name, pictures, labels) in zip(grid, rows, strict=True):
-        for column, axes in enumerate(axes_of_row):
-            picture = pictures[column]
+    for axes_of_row, (name, pictures, texts) in zip(grid, rows, strict=True):
+        for column, (axes, picture) in enumerate(zip(axes_of_row, pictures, strict=True)):
             axes.imshow(picture, cmap="magma" if picture.ndim == 2 else None, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
-            if labels is not None:
-                axes.set_title(label_text(labels[column].cpu(), classes), fontsize=8)
+            if texts is not None:
+                axes.set_title(texts[column], fontsize=8)
         axes_of_row[0].set_ylabel(name)
     figure.suptitle(title, fontsize=10)
     save(figure, path)

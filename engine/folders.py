@@ -193,6 +193,52 @@ def find_tiny_validation(val: Path) -> Found:
     return labelled(class_folders(root), root)
 
 
+def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> Found:
+    """The validation part in any layout find_tiny_imagenet() knows, in the same places."""
+    places = [data_dir / name / "val" for name in ("tiny-imagenet-200", "tiny-imagenet", ".")]
+    places += [Path("tiny-imagenet-200/val"), Path("tiny-imagenet/val")] if data_dir == NOT_NAMED else []
+    place = val_dir or next((path for path in places if path.is_dir()), None)
+    if place is None:
+        raise UserError(
+            f"tiny-imagenet not found: looked for {', '.join(map(str, places))}\n"
+            f"unpack tiny-imagenet-200.zip there, or name its place with --data_dir{listing(data_dir)}"
+        )
+    found = find_tiny_validation(place)
+    if found.classes == ["images"]:
+        raise UserError(
+            f"{found.where} shows a single class, 'images': the folder images/ was read as a class\n"
+            "it needs val_annotations.txt beside images/, or a folder for each class"
+        )
+    return found
+
+
+def find_evaluation(dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None) -> Found:
+    """val_dir, else the first of val/, test/ and the folder itself that holds class folders, or the loose images of
+    val_labels; for imagenet also where it is usually unpacked below data_dir.
+    """
+    if val_dir:
+        return find_validation(val_dir, val_labels)
+    roots = [data_dir]
+    if dataset == "imagenet":
+        roots = [data_dir / name for name in IMAGENET_PLACES] + ([Path("imagenet")] if data_dir == NOT_NAMED else [])
+    places = [root / name for name in ("val", "test") for root in roots]
+    # a val/ of loose images must not be taken for a class
+    places += [root for root in roots if not (root / "val").is_dir() and not (root / "test").is_dir()]
+    found = next((path for path in places if (val_labels and images_in(path)) or holds_classes(path)), None)
+    found = found or next(filter(images_in, places), None)  # of loose images find_validation says what they lack
+    if found is None:
+        raise UserError(
+            f"no evaluation images found: looked for <class>/*.jpg (or .png, .JPEG ...) in "
+            f"{', '.join(map(str, places))}\nname their place with --data_dir, or that of the class folders themselves "
+            f"with --val_data_dir{listing(data_dir)}"
+        )
+    return find_validation(found, val_labels)
+
+
+def holds_classes(root: Path) -> bool:
+    return any(images_in(root / name) or images_in(root / name / "images") for name in folders_in(root))
+
+
 def class_folders(root: Path) -> dict[str, list[str]]:
     """Class name -> its files relative to root, sorted; <class>/images/* counts as <class>/*.
 

@@ -82,7 +82,19 @@ class RandomView:
         return (top, top + h, left, left + w), (self.size, self.size)
 
 
-View = CentreView | RandomView
+@dataclass(frozen=True)
+class WholeView:
+    """The whole image squeezed into `size` x `size`, whatever its shape."""
+
+    size: int
+    margin: ClassVar[int] = 2  # as for CentreView
+
+    def plan(self, height: int, width: int, draws: np.ndarray | None) -> tuple[Box, tuple[int, int]]:
+        """The whole image, and the rows and columns it is resized to."""
+        return (0, height, 0, width), (self.size, self.size)
+
+
+View = CentreView | RandomView | WholeView
 
 
 def uniforms(seed: int, epoch: int, index: list[int]) -> np.ndarray:

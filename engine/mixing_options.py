@@ -106,6 +106,7 @@ def method_options(parser: Parser, *, sources: dict, source_aliases: dict) -> No
     parser.option(
         "--bank_momentum", type=number(0, 1), default=0.5, help="bank: share of the old map when an image is seen again"
     )
+    parser.option("--casm", metavar="FILE", help="casm: a mask decoder, made by python -m saliency.casm train")
 
     parser.group("puzzlemix")
     parser.option("--block_num", type=several, nargs="+", metavar="N", shown="2 4 8 16", help="blocks a side, drawn")

@@ -9,11 +9,10 @@ DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-
 SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
 
 
-def device_options(parser: Parser, amp: str = "auto") -> None:
-    """amp: the default precision."""
+def one_device_options(parser: Parser, amp: str = "auto") -> None:
+    """What every program has. amp: the default precision."""
     parser.group("device")
     parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.option("--ngpu", type=whole(), help="0 means --device cpu, 1 one GPU")
     parser.option(
         "--amp",
         type=one_of(["auto", "off", "bf16", "fp16"]),
@@ -21,8 +20,6 @@ def device_options(parser: Parser, amp: str = "auto") -> None:
         metavar="MODE",
         help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
     )
-    parser.option("--use_fp16", type=yes_no, default=False, help="same as --amp fp16")
-    parser.option("--channels_last", type=yes_no, default=True, help="keep images and weights channels last")
     parser.option(
         "--workers",
         "-j",
@@ -31,6 +28,15 @@ def device_options(parser: Parser, amp: str = "auto") -> None:
         default=4,
         help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
     )
+    parser.option("--debug", type=yes_no, default=False, help="show the traceback of an error")
+
+
+def device_options(parser: Parser, amp: str = "auto") -> None:
+    """What the scripts have that also run under torchrun. amp: the default precision."""
+    one_device_options(parser, amp)
+    parser.option("--ngpu", type=whole(), help="0 means --device cpu, 1 one GPU")
+    parser.option("--use_fp16", type=yes_no, default=False, help="same as --amp fp16")
+    parser.option("--channels_last", type=yes_no, default=True, help="keep images and weights channels last")
     parser.option(
         "--timeout",
         type=number(1),
@@ -38,7 +44,6 @@ def device_options(parser: Parser, amp: str = "auto") -> None:
         metavar="SECONDS",
         help="under torchrun: how long a process waits for the others before the run ends with an error",
     )
-    parser.option("--debug", type=yes_no, default=False, help="show the traceback of an error")
 
 
 def data_options(parser: Parser, datasets: list[str], image_size: int | None = None, norm: str = "own") -> None:

@@ -206,7 +206,7 @@ def source_maker(build_source: Callable, parts: Parts, data: Data, options: dict
     share |= {"mean": data.mean, "std": data.std, "precision": precision, "scaler": parts.scaler}
     share |= {"training_loss": LOSSES[options["loss"]]}
     share |= {"cross_entropy_scale": cross_entropy_scale(options["loss"], len(data.classes))}
-    share |= pick(options, ["saliency_size", "bank_size", "bank_momentum"])
+    share |= pick(options, ["saliency_size", "bank_size", "bank_momentum", "casm"])
 
     def make(mixer):
         name = options["saliency"] or mixer.default_source

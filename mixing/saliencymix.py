@@ -1,7 +1,8 @@
 """SaliencyMix: paste the patch around the most salient pixel of a partner image.
 
 Uddin et al., ICLR 2021, arXiv 2006.01791, Sec. 3.1-3.2. One box for each image, as the text has it; the authors' code
-takes one box, of the first partner, for the whole batch: saliency_scope="batch".
+takes one box, of the first partner, for the whole batch: saliency_scope="batch". A source that knows better than its
+first maximum where the object is says so by a method `points`, which takes and gives what peaks() does.
 """
 
 import torch
@@ -42,5 +43,6 @@ class SaliencyMix(Mixer):
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
         looked_at = partner if self.saliency_scope == "sample" else partner[:1]
-        rows, columns = peaks(self.look(source, images, targets)[looked_at])
+        find = getattr(source, "points", peaks)
+        rows, columns = find(self.look(source, images, targets)[looked_at])
         return paste(images, targets, partner, boxes_around(rows, columns, lam, *images.shape[-2:]))

@@ -16,6 +16,7 @@ from saliency import SOURCES, build_source
 METHODS = [name for name in MIXERS if name != "none"]
 TRIES = 60  # draws, of which those that mix are shown
 WITHOUT_NETWORK = "fine_grained"
+THROUGH_NETWORK = ("gradient", "cam")
 
 
 def build_parser() -> Parser:
@@ -186,27 +187,26 @@ def choose_source(options: dict, mixer, model, statistics: dict):
     name = options["saliency"] or mixer.default_source
     if name == "bank":
         raise ValueError("--saliency bank: it is learned while a classifier trains; choose another")
-    if name == "gradient" and model is None:
+    if name == "casm" and not options["casm"]:
+        raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
+    if name in THROUGH_NETWORK and model is None:
         if options["saliency"]:
-            raise ValueError("--saliency gradient needs --model_path, a trained classifier")
+            raise ValueError(f"--saliency {name} needs --model_path, a trained classifier")
         name = WITHOUT_NETWORK
     settings = (mixer.gradient_options if mixer else {}) | {"mode": "eval", "clean_weight": 0.0}
-    settings["saliency_size"] = options["saliency_size"]
+    settings |= {"saliency_size": options["saliency_size"], "casm": options["casm"]}
     source = build_source(name, model=model, **statistics, **settings)
-    return Predicted(source) if name == "gradient" else source
+    return Predicted(source) if name in THROUGH_NETWORK else source
 
 
 class Predicted:
-    """A gradient source for images without labels: the network's own first choice is differentiated."""
+    """A source that looks through a network at a class, for images without labels: it looks at the first choice."""
 
     def __init__(self, source):
         self.source = source
 
     def __call__(self, images, targets):
         return self.source(images, self.first_choice(images))
-
-    def gradient(self, images, targets):
-        return self.source.gradient(images, self.first_choice(images))
 
     def first_choice(self, images):
         import torch
@@ -217,7 +217,8 @@ class Predicted:
         return F.one_hot(logits.argmax(1), logits.shape[1]).float()
 
     def __getattr__(self, name):
-        return getattr(self.source, name)
+        found = getattr(self.source, name)
+        return (lambda images, targets: found(images, self.first_choice(images))) if name == "gradient" else found
 
 
 def collect(mixer, images, source, count: int, seed: int) -> tuple:

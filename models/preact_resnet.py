@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.stages import Staged
+
 
 class PreActBlock(nn.Module):
     expansion = 1
@@ -50,10 +52,11 @@ class PreActBottleneck(nn.Module):
         return self.conv3(F.relu(self.bn3(out))) + shortcut
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(Staged):
     """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")
+    raw_stem = True
 
     def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int, stride: int = 1):
         super().__init__()
@@ -67,9 +70,8 @@ class PreActResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.linear = nn.Linear(width, num_classes)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(images)))))
-        return self.linear(out.mean((2, 3)))
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv1(images)
 
 
 def preactresnet18(num_classes: int, stride: int = 1) -> PreActResNet:

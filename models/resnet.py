@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.stages import Staged
+
 
 def init_kaiming(model: nn.Module) -> None:
     """He initialisation of every convolution, fan-out mode, as torchvision's ResNet has it."""
@@ -65,10 +67,11 @@ TABLE_1 = {  # layers -> block, and how many of it a stage has
 }
 
 
-class ResNet(nn.Module):
+class ResNet(Staged):
     """(B, 3, H, W) -> (B, num_classes). torchvision's names; a stem of the given stride and kernel, no max-pooling."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")
+    last_layer = "fc"
 
     def __init__(
         self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int, stride: int = 1, kernel: int = 3
@@ -97,11 +100,6 @@ class ResNet(nn.Module):
         """(B, 3, H, W) -> (B, 64, H / stride, W / stride), what the first stage takes."""
         return F.relu(self.bn1(self.conv1(images)))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out = self.stem(images)
-        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.fc(out.mean((2, 3)))
-
 
 class NarrowBlock(nn.Module):
     """Where the stage changes, the shortcut takes every second pixel and pads the channels with zeros, half on each
@@ -126,7 +124,7 @@ class NarrowBlock(nn.Module):
         return F.relu(out + x)
 
 
-class NarrowResNet(nn.Module):
+class NarrowResNet(Staged):
     """(B, 3, H, W) -> (B, num_classes). 6n + 2 layers, 16-32-64 channels."""
 
     stages = ("layer1", "layer2", "layer3")
@@ -146,10 +144,8 @@ class NarrowResNet(nn.Module):
         self.linear = nn.Linear(64, num_classes)
         init_kaiming(self)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn1(self.conv1(images)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(out.mean((2, 3)))
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn1(self.conv1(images)))
 
 
 def resnet18(num_classes: int, stride: int = 1) -> ResNet:

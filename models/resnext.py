@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.stages import Staged
+
 
 class ResNeXtBlock(nn.Module):
     def __init__(self, in_channels: int, inner: int, channels: int, stride: int, cardinality: int):
@@ -33,10 +35,11 @@ class ResNeXtBlock(nn.Module):
         return F.relu(self.bn_expand(self.conv_expand(out)) + shortcut)
 
 
-class ResNeXt29(nn.Module):
+class ResNeXt29(Staged):
     """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
 
     stages = ("stage_1", "stage_2", "stage_3")
+    last_layer = "classifier"
 
     def __init__(self, cardinality: int, base_width: int, num_classes: int, stride: int = 1):
         super().__init__()
@@ -58,9 +61,8 @@ class ResNeXt29(nn.Module):
         nn.init.kaiming_normal_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn_1(self.conv_1_3x3(images)))
-        return self.classifier(self.stage_3(self.stage_2(self.stage_1(out))).mean((2, 3)))
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn_1(self.conv_1_3x3(images)))
 
 
 def resnext29_4_24(num_classes: int, stride: int = 1) -> ResNeXt29:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.stages import Staged
+
 
 class WideBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, dropout: float):
@@ -27,10 +29,11 @@ class WideBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(out))) + self.shortcut(x)
 
 
-class WideResNet(nn.Module):
+class WideResNet(Staged):
     """(B, 3, H, W) -> (B, num_classes). depth = 6n + 4; stride: of the first stage, 1 at 32 pixels and 2 at 64."""
 
     stages = ("layer1", "layer2", "layer3")
+    raw_stem = True
 
     def __init__(self, depth: int, widen: int, num_classes: int, stride: int = 1, dropout: float = 0.0):
         super().__init__()
@@ -46,9 +49,11 @@ class WideResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width, momentum=0.9)
         self.linear = nn.Linear(width, num_classes)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        out = self.layer3(self.layer2(self.layer1(self.conv1(images))))
-        return self.linear(F.relu(self.bn1(out)).mean((2, 3)))
+    def stem(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv1(images)
+
+    def pooled(self, maps: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn1(maps))
 
 
 def wrn28_10(num_classes: int, stride: int = 1, dropout: float = 0.0) -> WideResNet:

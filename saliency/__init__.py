@@ -10,6 +10,8 @@ SOURCES = {  # name -> (module, class)
     "spectral_residual": ("saliency.static", "SpectralResidual"),
     "float_bytes": ("saliency.static", "FloatBytes"),
     "uniform": ("saliency.static", "Uniform"),
+    "cam": ("saliency.cam", "CAM"),
+    "casm": ("saliency.casm.source", "CASM"),
 }
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
 
@@ -18,8 +20,8 @@ def build_source(name: str, **given):
     """The source `name` with those of `given` that it knows and that are not None; the others are left alone.
 
     Static sources take mean and std, the normalisation of the images (one number a channel, of pixels in 0..1);
-    `gradient` takes the model and what saliency.gradient.Gradient says; `bank` the number of training images. Raises
-    ValueError for an unknown name, and for an option out of range.
+    `gradient` takes the model and what saliency.gradient.Gradient says; `cam` the model; `bank` the number of training
+    images; `casm` its file. Raises ValueError for an unknown name, and for an option out of range.
     """
     name = ALIASES.get(name, name)
     if name not in SOURCES:

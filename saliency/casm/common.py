@@ -1,0 +1,130 @@
+"""What the scoring commands share: which extractors, on which images, and where results are kept."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from engine.batches import Batches
+from engine.classifier import SavedClassifier
+from engine.cli import Parser, UserError
+from engine.data import Part, load_evaluation
+from engine.files import write_json
+from engine.image_files import CentreView, WholeView
+from engine.phases import large_side
+from engine.progress import over
+from saliency.casm.extractors import Extractor, of_basics, of_casm, of_classifier, of_nothing, of_source
+from saliency.casm.network import casm_files, load_casm
+
+PLACE = ("val_data_dir", "val_labels", "num_classes")  # options that a trained file may know
+LARGE = 128  # side in pixels from which evaluation images are cut out of larger ones
+
+
+def extractors_of(
+    options: dict, device: torch.device, naive: tuple[str, ...] = ("max", "center")
+) -> Iterator[Extractor]:
+    """Those that the command line names, one after the other, so that one network at a time is in memory.
+
+    naive: what --toy means. Raises UserError for files that are not what they should be.
+    """
+    files = casm_files(options["casms_path"] or []) if not options["basics"] else []
+    for path in files:
+        yield of_casm(load_casm(path), device)
+    if options["basics"]:
+        for path in options["casms_path"] or [""]:
+            yield of_basics(options["basics"], path)
+    classifier = None
+    if options.get("classifier"):
+        file = SavedClassifier(options["classifier"])
+        classifier = of_classifier(file, options["arch"], options["image_size"], device)
+    elif files:
+        classifier = of_casm(load_casm(files[0]), device)
+    for name in options.get("sources") or []:
+        yield of_source(name, classifier)
+    for name in naive if options["toy"] else ():
+        yield of_nothing(name, classifier)
+
+
+class Parts:
+    """The evaluation images as the extractors want to see them, each kind read once."""
+
+    def __init__(self, parser: Parser, options: dict):
+        self.parser, self.options, self.loaded = parser, options, {}
+
+    def of(self, extractor: Extractor, *, larger: bool = False, squeezed: bool = False) -> tuple[Part, str]:
+        """The part, and the name of its data set. larger: cut out of a larger image, as classifiers are evaluated,
+        where images are large; else out of one whose shorter side is all of it. squeezed: the whole, out of shape.
+        """
+        options, own = self.options, extractor.options
+        dataset = options["dataset"] or own.get("dataset") or "folder"
+        place = options.get("data") or own.get("data_dir")
+        if place is None and dataset in ("folder", "imagenet"):
+            self.parser.error("DATA is missing: the folder that holds val/ with class folders; or name a --dataset")
+        size = options["image_size"] or extractor.image_size
+        known = {key: own[key] for key in PLACE if own.get(key)} if not options.get("data") else {}
+        known |= {key: options[key] for key in (*PLACE, "limit", "on_bad_image") if options.get(key)}
+        if dataset not in ("shapes", "imagenet"):
+            known.pop("num_classes", None)
+        view = None
+        if dataset in ("folder", "imagenet", "tiny-imagenet"):
+            size = size or 224
+            resize = large_side(size) if larger and size > LARGE else size
+            view = WholeView(size) if squeezed else CentreView(size, resize)
+        key = (dataset, place, size, view, tuple(known.items()))
+        if key not in self.loaded:
+            chosen = {"view": view} if view else {"image_size": size}
+            self.loaded[key] = load_evaluation(dataset, data_dir=place or "data", **chosen, **known, progress=over)
+            print(self.loaded[key].summary("val"), flush=True)
+        return self.loaded[key], dataset
+
+
+def batches_of(part: Part, extractor: Extractor, options: dict, device: torch.device) -> Batches:
+    """Normalised as the extractor wants it, or not at all with --not-normalize."""
+    mean, std = extractor.mean, extractor.std
+    if options.get("not_normalize"):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return Batches(part, options["batch_size"], device=device, mean=mean, std=std, workers=options["workers"])
+
+
+def result_file(name: str, options: dict) -> Path:
+    return Path(options["log_path"]) / f"{name.replace('/', '_')}.json"
+
+
+def finished(extractor: Extractor, options: dict) -> dict | None:
+    """What --save-to-file has kept of this extractor, if it has."""
+    if not options["save_to_file"]:
+        return None
+    path = result_file(extractor.name, options)
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"
+        ) from error
+    print(f"{extractor.name}: done already, read from {path}")
+    return result
+
+
+def keep(result: dict, options: dict) -> None:
+    if options["save_to_file"]:
+        path = result_file(result["name"], options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+
+
+def table(results: list[dict], columns: dict[str, tuple[str, int]]) -> str:
+    """A row a result, with the columns (key -> title, digits) that some result has; a dash where it has none."""
+    columns = {key: column for key, column in columns.items() if any(one.get(key) is not None for one in results)}
+    rows = [["", *(title for title, _ in columns.values())]]
+    for one in results:
+        numbers = [(one.get(key), digits) for key, (_, digits) in columns.items()]
+        rows.append([one["name"], *("-" if value is None else f"{value:.{digits}f}" for value, digits in numbers)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        [name.ljust(widths[0]), *(text.rjust(w) for text, w in zip(rest, widths[1:], strict=True))]
+        for name, *rest in rows
+    ]
+    return "\n".join("  ".join(line) for line in lines)

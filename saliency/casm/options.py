@@ -1,0 +1,136 @@
+"""The options that the casm commands share, and the published presets. Importing this imports no torch."""
+
+from engine.cli import Parser, number, one_of, whole
+from engine.options import DATASET_ALIASES, DATASETS
+from models import ALIASES, IMAGENET_ALIASES, MODELS
+
+NEVER = 10_000_000  # iterations between snapshots: there is only the first one
+PRESETS = {  # name -> what it sets; lambda_r for the entropy and for the adversarial form
+    "F": {"fixed_classifier": True, "hp": 0.0, "smf": NEVER, "lambda_r": (2.5, 9.0)},
+    "L": {"fixed_classifier": False, "hp": 0.0, "smf": NEVER, "lambda_r": (14.0, 18.0)},
+    "FL": {"fixed_classifier": False, "hp": 0.5, "smf": NEVER, "lambda_r": (7.5, 11.0)},
+    "L100": {"fixed_classifier": False, "hp": 0.5, "smf": 100, "lambda_r": (10.0, 17.0)},
+    "L1000": {"fixed_classifier": False, "hp": 0.5, "smf": 1000, "lambda_r": (10.0, 17.0)},
+}
+
+
+def preset(name: str, adversarial: bool = False) -> dict[str, object]:
+    """The options that --reproduce NAME sets."""
+    chosen = dict(PRESETS[name])
+    return chosen | {"lambda_r": chosen["lambda_r"][adversarial]}
+
+
+def casm_parser(command: str, description: str) -> Parser:
+    parser = Parser(description, prog=f"python -m saliency.casm {command}", positional=True)
+    parser.group("data")
+    parser.option(
+        "data", nargs="?", metavar="DATA", help="the folder that holds train/ and val/, each with class folders"
+    )
+    return parser
+
+
+def where_options(parser: Parser) -> None:
+    """Which images."""
+    parser.option(
+        "--dataset",
+        type=one_of(DATASETS, DATASET_ALIASES),
+        metavar="NAME",
+        shown="that of the classifier, else folder",
+        help=", ".join(DATASETS),
+    )
+    parser.option("--val_data_dir", metavar="DIR", help="another place for the evaluation images")
+    parser.option("--val_labels", metavar="FILE", help="classes of a flat val/ folder: lines `file wnid`")
+    parser.option("--image_size", type=whole(8), shown="the classifier's, else 224", metavar="PIXELS", help="side")
+    parser.option("--limit", type=whole(), default=0, help="use the first N images only; 0: all")
+    parser.option(
+        "--on_bad_image", type=one_of(["stop", "skip"]), default="stop", metavar="stop|skip", help="unreadable files"
+    )
+    parser.option("--seed", type=whole(), default=0)
+
+
+def classifier_options(parser: Parser, what: str) -> None:
+    parser.option("--classifier", metavar="FILE", help=what)
+    parser.option(
+        "--arch",
+        "--model",
+        type=one_of([*MODELS, *IMAGENET_ALIASES], ALIASES),
+        metavar="NAME",
+        shown="from the file, else resnet50",
+        help="its network; for large images resnet18 to resnet152 have the ImageNet stem",
+    )
+
+
+def scoring_options(parser: Parser) -> None:
+    """What score and eval share."""
+    parser.group("models")
+    parser.option("--casms_path", nargs="+", metavar="PATH", help="files of trained maps, or folders of them")
+    parser.option(
+        "--basics",
+        metavar="FILE.py",
+        help="an extractor of your own: load_model(path) and get_masks_and_check_predictions(images, targets, model)",
+    )
+    parser.option("--batch_size", "-b", type=whole(1), default=128)
+    parser.option("--pot", type=number(0, 1), default=1.0, help="share of the batches used")
+    parser.option("--print_freq", type=whole(1), default=10, help="batches between lines, where there is no bar")
+    parser.option("--toy", action="store_true", default=False, help="naive masks beside them")
+    parser.group("output")
+    parser.option("--log_path", metavar="DIR", help="where --save-to-file puts a JSON for each model")
+    parser.option("--save_to_file", action="store_true", default=False, help="write them; done models are skipped")
+    parser.option("--output", metavar="FILE.json", help="everything in one file")
+
+
+def check_scoring(parser: Parser, options: dict, others: list | None = None) -> None:
+    """A usage error where there is nothing to score, or no place to keep it."""
+    if not (options["casms_path"] or options["basics"] or options["toy"] or others):
+        parser.error("--casms-path FILE: which maps? (or --basics FILE.py, or --toy for naive ones)")
+    if options["save_to_file"] and not options["log_path"]:
+        parser.error("--save-to-file needs --log-path, the folder to write to")
+
+
+def train_options(parser: Parser) -> None:
+    parser.group("models")
+    classifier_options(parser, "the trained classifier to start from; else ImageNet's, from torchvision")
+    parser.option("--casms_path", default="casms", metavar="DIR", help="where NAME.chk and its pool are written")
+    parser.option("--log_path", metavar="DIR", shown="casms_path", help="where NAME.log and its curves are written")
+    parser.option("--name", "-n", metavar="NAME", shown="date and time")
+    parser.option(
+        "--reproduce",
+        type=one_of([name.lower() for name in PRESETS]),
+        metavar="NAME",
+        help=f"a published set-up, {', '.join(PRESETS)}: sets the next four where they are not given",
+    )
+    parser.group("method")
+    parser.option("--fixed_classifier", action="store_true", default=False, help="the classifier learns nothing")
+    parser.option("--hp", type=number(0, 1), default=0.5, help="chance that a past classifier judges the masks")
+    parser.option("--smf", type=whole(1), default=1000, help="iterations between snapshots of the classifier")
+    parser.option("--lambda_r", type=number(), default=10.0, help="weight of the masks' area")
+    parser.option("--f_size", type=whole(1), default=30, help="snapshots kept")
+    parser.option("--adversarial", action="store_true", default=False, help="masks raise the loss, not the entropy")
+    parser.option(
+        "--upsample", type=one_of(["nearest", "bilinear"]), default="nearest", metavar="MODE", help="of the masks"
+    )
+    parser.option("--width", type=whole(1), default=64, help="channels of the decoder's laterals")
+    parser.option(
+        "--pool_device",
+        type=one_of(["auto", "device", "host"]),
+        default="auto",
+        metavar="WHERE",
+        help="where the snapshots lie: auto, device or host; auto: on the GPU if they take less than half of what is "
+        "free there",
+    )
+    parser.group("schedule")
+    parser.option("--epochs", type=whole(1), default=60)
+    parser.option("--batch_size", "-b", type=whole(1), default=128)
+    parser.option("--pot", type=number(0, 1), default=0.2, help="share of the training batches in an epoch")
+    parser.option("--lr", "--learning_rate", type=number(), default=0.001, help="of the classifier")
+    parser.option("--lr_casme", "--learning_rate_casme", type=number(), default=0.001, help="of the decoder")
+    parser.option("--lrde", type=whole(1), default=20, help="epochs after which both drop to a tenth")
+    parser.option("--momentum", type=number(0, 1), default=0.9, help="of the classifier")
+    parser.option("--weight_decay", "--wd", type=number(), default=1e-4, help="of both")
+    parser.option("--crop_padding", type=whole(), shown="a sixteenth of the side", help="of small images, in pixels")
+    parser.group("running")
+    parser.option("--resume", metavar="FILE", help="go on from this .chk; auto: from that of --name, if it is there")
+    parser.option("--overwrite", action="store_true", default=False, help="start anew over a file of that name")
+    parser.option("--print_freq", type=whole(1), default=100, help="iterations between lines, where there is no bar")
+    parser.option("--no_progress", action="store_true", default=False, help="lines in place of a bar")
+    parser.option("--deterministic", action="store_true", default=False, help="bit-exact on CUDA, slower")

@@ -1,0 +1,88 @@
+"""Hold saliency maps against true boxes: python -m saliency.casm score DATA --annotation-path XML --casms-path FILE"""
+
+from pathlib import Path
+
+from engine.cli import Parser, each_of, one_of
+from engine.options import one_device_options
+from saliency import ALIASES, SOURCES
+from saliency.casm.options import casm_parser, check_scoring, classifier_options, scoring_options, where_options
+
+SCORED = [name for name in SOURCES if name not in ("bank", "casm")]
+COLUMNS = {  # of the table: key -> title and digits
+    **{"F1": ("F1", 3), "F1a": ("F1a", 3), "LE": ("LE", 3), "OM": ("OM", 3)},
+    **{"precision": ("prec.", 3), "recall": ("recall", 3), "avg_mask": ("mask", 3), "std_mask": ("std", 3)},
+    **{"entropy": ("entropy", 4), "tv": ("TV", 5), "SM": ("SM", 3), "accuracy": ("right %", 1)},
+}
+
+
+def build_parser() -> Parser:
+    parser = casm_parser(
+        "score", "Localisation by masks: F1, localisation error (LE), LE and label (OM), mask statistics."
+    )
+    where_options(parser)
+    parser.option(
+        "--annotation_path",
+        metavar="PLACE",
+        shown="that of the data set",
+        help="a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet and shapes have "
+        "their own",
+    )
+    parser.option("--break_ratio", action="store_true", default=False, help="squeeze images into a square; no crop")
+    parser.option("--not_normalize", action="store_true", default=False, help="feed pixels in 0..1")
+    parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
+    scoring_options(parser)
+    parser.group("models")
+    parser.option(
+        "--sources",
+        type=each_of(SCORED, ALIASES),
+        nargs="+",
+        metavar="NAME",
+        help=f"other maps, of --classifier or of the first of --casms-path: {', '.join(SCORED)}",
+    )
+    classifier_options(parser, "the network that they look through")
+    parser.option(
+        "--rule",
+        type=one_of(["percentile", "mean"]),
+        default="percentile",
+        metavar="percentile|mean",
+        help="which pixels make the box: as many as the mask has mass, as published, or those above its mean",
+    )
+    parser.option("--judge", metavar="WORD", help="also the saliency metric (SM), by this classifier: see eval --help")
+    one_device_options(parser, amp="off")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Score every model; returns what --output holds."""
+    parser = build_parser()
+    options = {**parser.defaults, **parser.read(argv)}
+    check_scoring(parser, options, others=options["sources"])
+    if options["sources"] and not (options["classifier"] or options["casms_path"]):
+        parser.error("--sources look through a network: give --classifier FILE")
+
+    from engine.annotations import find_truths
+    from engine.device import choose_device, prepare
+    from engine.files import write_json
+    from engine.progress import over
+    from saliency.casm.common import Parts, extractors_of, finished, keep, table
+    from saliency.casm.judges import load_judges
+    from saliency.casm.scoring import score
+
+    device = choose_device(options["device"])
+    prepare(device, seed=options["seed"], deterministic=False)
+    judge = load_judges([options["judge"]], device)[0] if options["judge"] else None
+    parts, truths, results = Parts(parser, options), {}, []
+    for extractor in extractors_of(options, device):
+        result = finished(extractor, options)
+        if result is None:
+            part, dataset = parts.of(extractor, squeezed=options["break_ratio"])
+            if part.where not in truths:
+                truths[part.where] = find_truths(part, dataset, options["annotation_path"], progress=over)
+                print("\n".join(f"note: {line}" for line in truths[part.where].notes()))
+            result = score(extractor, part, truths[part.where], options, device, judge)
+            keep(result, options)
+        results.append(result)
+    print(table(results, COLUMNS))
+    if options["output"]:
+        write_json(Path(options["output"]), {"results": results})
+    return results

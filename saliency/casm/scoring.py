@@ -1,0 +1,82 @@
+"""The scores of one extractor on the images of one part."""
+
+import itertools
+
+import torch
+
+from engine.annotations import Truths
+from engine.data import Part
+from engine.progress import Progress, bars_wanted
+from saliency.casm.common import batches_of
+from saliency.casm.extractors import Extractor
+from saliency.casm.judges import Judge, label_map
+from saliency.casm.localize import binarize, rectangles
+from saliency.casm.metrics import MaskStatistics, crops, image_scores, map_box, saliency_metric, summarise
+from saliency.casm.training import iterations_of
+
+
+def score(
+    extractor: Extractor, part: Part, truths: Truths, options: dict, device: torch.device, judge: Judge | None = None
+) -> dict:
+    """Localisation over the images that have a true box, mask statistics over all of them; with a judge also the
+    saliency metric. Numbers are fractions; None where there was nothing to average.
+    """
+    batches = batches_of(part, extractor, options, device)
+    labels = label_map(part.classes, extractor.classes, options["class_list"]).to(device)
+    of_judge = label_map(part.classes, judge.classes, options["class_list"]).to(device) if judge else None
+    statistics, rows, right, metrics = MaskStatistics(), [], [], []
+    count = iterations_of(len(batches), options["pot"])
+    with Progress(extractor.name, count, bar=bars_wanted(False)) as shown:
+        for step, batch in enumerate(itertools.islice(batches.epoch(), count)):
+            found = extractor.masks_of(batch.images, labels[batch.labels])
+            statistics.add(found.masks)
+            boxes = found.rectangles
+            if boxes is None:
+                boxes = rectangles(binarize(found.masks, options["rule"]))
+            right.append(found.correct.cpu())
+            if judge:
+                metrics.append(judged(batch.images, boxes, of_judge[batch.labels], extractor, judge))
+            rows += scores_of(found.masks.cpu(), boxes.tolist(), right[-1], batch.place.tolist(), truths, options)
+            known = (step + 1) % options["print_freq"] == 0 or step + 1 == count
+            shown(step + 1, **({"LE": summarise(rows)["LE"]} if rows and known else {}))
+    result = {"name": extractor.name, "path": extractor.path, "rule": options["rule"]}
+    if found.rectangles is not None:
+        result["rule"] = "its own"
+    result |= {"images": sum(map(len, right)), "scored": len(rows)}
+    result |= {"accuracy": 100 * float(torch.cat(right).float().mean())}
+    result |= summarise(rows) if rows else dict.fromkeys(("F1", "F1a", "LE", "OM"))
+    if metrics:
+        means = {key: float(torch.cat([one[key] for one in metrics]).mean()) for key in metrics[0]}
+        result |= {**means, "judge": judge.name}
+    return result | statistics.means()
+
+
+def scores_of(
+    masks: torch.Tensor, boxes: list, correct: torch.Tensor, places: list[int], truths: Truths, options: dict
+) -> list[dict]:
+    """metrics.image_scores of those images of a batch that have a true box. masks (B, H, W) on the host."""
+    rows = []
+    for mask, box, right, place in zip(masks, boxes, correct.tolist(), places, strict=True):
+        truth = truths.each[place]
+        if truth:
+            true = [
+                map_box(one, truth.width, truth.height, mask.shape[-1], options["break_ratio"]) for one in truth.boxes
+            ]
+            rows.append(image_scores(mask, box, true, right))
+    return rows
+
+
+@torch.no_grad()
+def judged(
+    images: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, extractor: Extractor, judge: Judge
+) -> dict[str, torch.Tensor]:
+    """The saliency metric of a batch: the judge sees each box alone, enlarged to the size of the image."""
+    height, width = images.shape[-2:]
+    own, other = (
+        torch.tensor([who.mean, who.std], device=images.device).view(2, 3, 1, 1) for who in (extractor, judge)
+    )
+    seen = crops((images * own[1] + own[0] - other[0]) / other[1], boxes)
+    chance = judge.network(seen).float().softmax(1).gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
+    area = (boxes[:, 1] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 2]) / (height * width)
+    known = (labels >= 0).cpu()
+    return {key: value.cpu()[known] for key, value in saliency_metric(area, chance).items()}

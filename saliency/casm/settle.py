@@ -1,0 +1,145 @@
+"""What follows from the options of a training run, and what its user should know of it."""
+
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from engine.classifier import SavedClassifier
+from engine.cli import Parser, UserError
+from engine.data import Data
+from engine.phases import large_side
+from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models
+from models.imagenet_resnet import load_pretrained
+from saliency.casm.network import ENDING, PUBLISHED
+from saliency.casm.options import NEVER, preset
+
+FOLDERS = ("folder", "imagenet")  # data sets that have no place or size of their own
+OF_THE_DATA = ("dataset", "data_dir", "val_data_dir", "image_size", "eval_resize", "norm", "num_classes", "val_labels")
+MAY_DIFFER = {  # options that may change when a run is continued
+    *("data", "val_data_dir", "log_path", "classifier", "resume", "overwrite", "epochs"),
+    *("workers", "device", "amp", "pool_device", "print_freq", "no_progress", "debug"),
+}
+
+
+def find_resume(parser: Parser, typed: dict) -> Path | None:
+    """The file to go on from. A usage error for one that is not there."""
+    if "resume" not in typed:
+        return None
+    if typed["resume"] == "auto":
+        if "name" not in typed:
+            parser.error("--resume auto needs --name, the run to go on with")
+        place = Path(typed.get("casms_path", parser.defaults["casms_path"])) / (typed["name"] + ENDING)
+        return place if place.exists() else None
+    if not Path(typed["resume"]).is_file():
+        parser.error(f"--resume {typed['resume']}: no such file; it ends in {ENDING}")
+    return Path(typed["resume"])
+
+
+def go_on(parser: Parser, typed: dict, saved: dict) -> dict:
+    """The options of the run that goes on, with what was typed of those that may change. Raises UserError for others."""
+    differ = {key for key in typed.keys() - MAY_DIFFER - {"name", "casms_path"} if typed[key] != saved.get(key)}
+    if differ:
+        rows = "\n".join(f"  --{key}  {saved.get(key)}  ->  {typed[key]}" for key in sorted(differ))
+        raise UserError(f"the run to continue has other options (saved -> given):\n{rows}\nleave them out")
+    moved = {"data_dir": typed["data"]} if "data" in typed else {}
+    return {**parser.defaults, **saved, **{key: typed[key] for key in typed.keys() & MAY_DIFFER}, **moved}
+
+
+def fill_in(parser: Parser, typed: dict) -> dict:
+    """Every option: what was typed, else the preset's, what the classifier was trained with, the default."""
+    options = {**parser.defaults, "norm": "own", "num_classes": None}
+    if "classifier" in typed:
+        own = SavedClassifier(typed["classifier"]).options
+        options |= {key: own[key] for key in OF_THE_DATA if key in own} | {"arch": own.get("model")}
+    if "reproduce" in typed:
+        options |= preset(typed["reproduce"].upper(), typed.get("adversarial", False))
+    options |= typed
+    options["dataset"] = options["dataset"] or "folder"
+    if "data" in typed:
+        options["data_dir"] = typed["data"]
+    if "data_dir" not in options and options["dataset"] in FOLDERS:
+        parser.error("DATA is missing: the folder that holds train/ and val/; or name another --dataset")
+    options.setdefault("data_dir", "data")
+    if options["dataset"] in FOLDERS:
+        options["image_size"] = options["image_size"] or 224
+        if "eval_resize" not in options:
+            options["eval_resize"] = large_side(options["image_size"])
+    if options["dataset"] not in ("shapes", "imagenet"):
+        options["num_classes"] = None
+    options["name"] = options["name"] or f"{options['reproduce'] or 'casm'}_{datetime.now():%Y%m%d-%H%M%S}"
+    return options
+
+
+def choose_classifier(parser: Parser, options: dict, data: Data) -> tuple[str, torch.nn.Module, list[str]]:
+    """The network of --classifier, or torchvision's for ImageNet: its name, itself, and what to tell. Raises UserError
+    where it does not fit the data.
+    """
+    name, count = options["arch"], len(data.classes)
+    if not options["classifier"]:
+        name = IMAGENET_ALIASES.get(name, name) or PUBLISHED
+        if name not in IMAGENET_MODELS:
+            parser.error(f"--arch {name}: there are no ready weights of it; name a trained file with --classifier")
+        network = build_model(name, count, data.image_size)
+        try:
+            fresh = load_pretrained(network, name)
+        except ValueError as error:
+            raise UserError(f"{error}\nor start from a classifier of your own, with --classifier") from error
+        return name, network, ["torchvision's weights for ImageNet, with a new last layer"] if fresh else []
+    file = SavedClassifier(options["classifier"])
+    if file.classes and file.classes != data.classes:
+        raise UserError(
+            f"{file.path}: its classes ({', '.join(file.classes[:5])} ...) are not those of the data "
+            f"({', '.join(data.classes[:5])} ...)\nboth must be the same, in the same order"
+        )
+    network = file.build(build_model, matching_models, model=name, num_classes=count, image_size=data.image_size)
+    return matching_models(file.weights, like=name)[0], network, []
+
+
+def pool_on_host(where: str, size: float, device: torch.device) -> bool:
+    """Whether snapshots that take `size` MB in all lie on the host. where: device, host or auto."""
+    if device.type != "cuda" or where != "auto":
+        return device.type != "cuda" or where == "host"
+    return 1e6 * size > torch.cuda.mem_get_info(device)[0] / 2
+
+
+def notes_on_pool(options: dict, iterations: int, size: float, where: str) -> list[str]:
+    """What the pool takes, in MB a snapshot, and what to change where a run of so many iterations an epoch leaves it
+    nearly empty.
+    """
+    count, every = options["f_size"], options["smf"]
+    taken = min(count, 1 + options["epochs"] * (iterations // every))
+    lines = [
+        f"pool: {taken} of {count} past classifiers of {size:.1f} MB each, {taken * size:,.0f} MB in all, in the "
+        f"memory of the {where}, and as much in a file beside the checkpoint"
+    ]
+    if every < NEVER and taken < count:
+        better = min(iterations, max(1, options["epochs"] * iterations // (2 * count)))
+        lines.append(f"note: --smf {every} leaves places of the pool empty; --smf {better} would fill more of it")
+    return lines
+
+
+def notes_on_skill(accuracy: float, classes: int) -> list[str]:
+    chance = 100 / classes
+    lines = [f"before training the classifier is right on {accuracy:.1f} % of the evaluation images looked at"]
+    if accuracy < min(5 * chance, (100 + chance) / 2):
+        lines.append(
+            f"warning: chance is {chance:.1f} %. The decoder learns from images that the classifier gets right, so "
+            "here it will learn little: train the classifier first, or check --classifier and the data"
+        )
+    return lines
+
+
+def notes_on_masks(row: dict, lambda_r: float) -> list[str]:
+    """What is wrong with the masks of an epoch, and what to change."""
+    area = 100 * row["val_avg_mask"]
+    if area < 1:
+        return [f"warning: the masks are all but empty ({area:.2f} % of the image): lower --lambda-r ({lambda_r:g})"]
+    if row["confused"] == 0:
+        return [
+            f"warning: no image was right and then wrong behind its mask, so that nothing holds its area "
+            f"({area:.0f} %) down: is the classifier any good? try a lower --lambda-r or more epochs"
+        ]
+    if area > 90:
+        return [f"warning: the masks are all but full ({area:.0f} % of the image): raise --lambda-r ({lambda_r:g})"]
+    return []

@@ -1,0 +1,249 @@
+"""Training the decoder and its classifier side by side: the step, the epoch, and what a checkpoint keeps of them.
+
+Zolna, Geras and Cho, arXiv 1805.08249, Alg. 1, in the form of their public program. One order differs from it: there
+the classifier steps between the masked forward pass and the decoder's backward pass, which current torch refuses, since
+the weights of that pass are gone; here both gradients are taken first. A past classifier and a frozen one get no weight
+gradients, nor does the current one from the decoder's loss, which is a third of the published step.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.batches import Batches
+from engine.device import rng_state, set_rng_state
+from engine.loop import autocast
+from saliency.casm.losses import masker_loss
+from saliency.casm.metrics import MaskStatistics
+from saliency.casm.network import Casm
+from saliency.casm.pool import ClassifierPool
+
+CLIP = 10.0  # of the norm of the decoder's gradient
+
+
+class NotFinite(Exception):
+    """A loss left the numbers."""
+
+
+@dataclass
+class Parts:
+    """Everything whose state decides how training goes on. judge: room for a past classifier, where one judges."""
+
+    network: Casm
+    judge: nn.Module | None
+    pool: ClassifierPool
+    optimizer: torch.optim.Optimizer
+    decoder_optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    learns: bool  # whether the classifier does
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def state(self) -> dict:
+        """All but the pool, which is large and lies in a file of its own."""
+        return {
+            "model": self.network.classifier.state_dict(),
+            "decoder": self.network.decoder.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "decoder_optimizer": self.decoder_optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": rng_state(self.device),
+        }
+
+    def load(self, saved: dict, pool: list) -> None:
+        self.network.classifier.load_state_dict(saved["model"])
+        self.network.decoder.load_state_dict(saved["decoder"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.decoder_optimizer.load_state_dict(saved["decoder_optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.pool.load_state_dict(pool)
+        set_rng_state(saved["rng"], self.device)
+
+
+def build_parts(
+    network: Casm,
+    pool: ClassifierPool,
+    *,
+    fixed_classifier: bool,
+    hp: float,
+    lr: float,
+    lr_casme: float,
+    momentum: float,
+    weight_decay: float,
+    precision: torch.dtype | None,
+) -> Parts:
+    """The optimizers, and the judge where a past classifier judges now and then."""
+    device = next(network.parameters()).device
+    network.classifier.requires_grad_(not fixed_classifier)
+    judge = None
+    if hp and not fixed_classifier:
+        judge = copy.deepcopy(network.classifier).requires_grad_(False).eval()
+    fused = device.type in ("cpu", "cuda")
+    return Parts(
+        network,
+        judge,
+        pool,
+        torch.optim.SGD(network.classifier.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused),
+        torch.optim.Adam(network.decoder.parameters(), lr_casme, weight_decay=weight_decay, fused=fused),
+        torch.amp.GradScaler(device.type, enabled=precision is torch.float16),
+        learns=not fixed_classifier,
+    )
+
+
+def decayed(base: float, epoch: int, lrde: int) -> float:
+    """The learning rate of an epoch (from 0): a tenth after every `lrde` of them."""
+    return base * 0.1 ** (epoch // lrde)
+
+
+def iterations_of(batches: int, pot: float) -> int:
+    """Iterations of an epoch over a share `pot` of so many batches; one more than the share, as published."""
+    return min(batches, int(batches * pot) + 1)
+
+
+def train_step(
+    parts: Parts,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    iteration: int,
+    hp: float,
+    lambda_r: float,
+    adversarial: bool = False,
+    precision: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """One iteration (from 0, of its epoch) on images (B, 3, H, W) and labels (B,): the classifier learns from the
+    images, the decoder learns to hide what the judge needs, and where the current classifier was the judge, it learns
+    to do without. Returns what masker_loss does, with masks, clean_loss, and the logits.
+    """
+    classifier, decoder = parts.network.classifier, parts.network.decoder
+    with autocast(parts.device, precision), torch.set_grad_enabled(parts.learns):
+        logits, features = classifier.forward_features(images)
+        clean_loss = F.cross_entropy(logits.float(), labels)
+    if parts.learns:
+        parts.optimizer.zero_grad(set_to_none=True)
+        parts.scaler.scale(clean_loss).backward()
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        if hp > 0 and parts.pool.due(iteration):
+            parts.pool.add(classifier)
+    with autocast(parts.device, precision):
+        masks = decoder([maps.detach() for maps in features], images.shape[-2:])
+        follows = parts.learns and (hp == 0 or float(torch.rand(())) > hp)
+        if parts.learns and not follows:
+            parts.pool.load_random(parts.judge)
+        judge = classifier if follows or not parts.learns else parts.judge
+        masked_logits = judge(images * (1 - masks)).float()
+    loss = masker_loss(
+        logits.detach().float(), masked_logits, labels, masks, lambda_r=lambda_r, adversarial=adversarial
+    )
+    into_gradients(parts.scaler.scale(loss["total"]), decoder, keep=follows)
+    if follows:
+        into_gradients(parts.scaler.scale(loss["masked_loss"]), classifier)
+        parts.scaler.step(parts.optimizer)
+    parts.scaler.unscale_(parts.decoder_optimizer)
+    nn.utils.clip_grad_norm_(decoder.parameters(), CLIP)
+    parts.scaler.step(parts.decoder_optimizer)
+    parts.scaler.update()
+    loss |= {"masks": masks, "clean_loss": clean_loss, "logits": logits, "masked_logits": masked_logits}
+    return {key: value.detach() for key, value in loss.items()}
+
+
+def into_gradients(loss: torch.Tensor, module: nn.Module, keep: bool = False) -> None:
+    """Set the gradients of this module's parameters, and of nothing else. keep: the graph is needed again."""
+    parameters = list(module.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=keep), strict=True):
+        parameter.grad = gradient
+
+
+class Sums:
+    """What an epoch adds up, on the device until it is asked for."""
+
+    COUNTED = ("correct", "mistaken", "confused")
+    AVERAGED = ("clean_loss", "masked_loss", "total")
+
+    def __init__(self, device: torch.device):
+        self.statistics, self.images = MaskStatistics(), 0
+        self.sums = dict.fromkeys((*self.COUNTED, *self.AVERAGED), torch.zeros((), device=device))
+
+    def add(self, step: dict[str, torch.Tensor]) -> None:
+        count = len(step["correct"])
+        self.images += count
+        self.statistics.add(step["masks"][:, 0])
+        for key in self.COUNTED:
+            self.sums[key] = self.sums[key] + step[key].sum()
+        for key in self.AVERAGED:
+            self.sums[key] = self.sums[key] + count * step[key]
+
+    def means(self) -> dict[str, float]:
+        """Percentages of images and mean losses; waits for the device. Raises NotFinite."""
+        means = {key: float(value) / self.images for key, value in self.sums.items()}
+        if not torch.tensor(list(means.values())).isfinite().all():
+            raise NotFinite("a loss is not finite")
+        return {
+            **{"accuracy": 100 * means["correct"], "masked_accuracy": 100 - 100 * means["mistaken"]},
+            **{"confused": 100 * means["confused"], **{key: means[key] for key in self.AVERAGED}},
+            **self.statistics.means(),
+        }
+
+
+def train_one_epoch(
+    parts: Parts,
+    batches: Batches,
+    *,
+    epoch: int,
+    pot: float,
+    lr: float,
+    lr_casme: float,
+    lrde: int,
+    look_every: int = 100,
+    progress: Callable | None = None,
+    **step,
+) -> dict[str, float]:
+    """The first iterations_of(len(batches), pot) batches of the epoch, by train_step, which takes `step`. The means."""
+    for optimizer, base in ((parts.optimizer, lr), (parts.decoder_optimizer, lr_casme)):
+        for group in optimizer.param_groups:
+            group["lr"] = decayed(base, epoch, lrde)
+    parts.network.train()
+    parts.network.classifier.train(parts.learns)
+    sums, count = Sums(parts.device), iterations_of(len(batches), pot)
+    for iteration, batch in enumerate(itertools.islice(batches.epoch(epoch), count)):
+        sums.add(train_step(parts, batch.images, batch.labels, iteration=iteration, **step))
+        if (iteration + 1) % look_every == 0 or iteration + 1 == count:
+            means = sums.means()
+            if progress:
+                shown = {"accuracy": means["accuracy"], "masked": means["masked_accuracy"], "mask": means["avg_mask"]}
+                progress(iteration + 1, **shown, confused=means["confused"])
+        elif progress:
+            progress(iteration + 1)
+    return sums.means()
+
+
+@torch.no_grad()
+def evaluate(
+    network: Casm,
+    batches: Batches,
+    *,
+    lambda_r: float,
+    adversarial: bool = False,
+    precision: torch.dtype | None = None,
+    progress: Callable | None = None,
+) -> dict[str, float]:
+    """The same means over all batches, the classifier itself being the judge; the network in evaluation mode."""
+    network.eval()
+    sums = Sums(batches.device)
+    for step, batch in enumerate(batches.epoch()):
+        with autocast(batches.device, precision):
+            masks, logits = network(batch.images)
+            masked_logits = network.classifier(batch.images * (1 - masks)).float()
+        loss = masker_loss(logits, masked_logits, batch.labels, masks, lambda_r=lambda_r, adversarial=adversarial)
+        sums.add(loss | {"masks": masks, "clean_loss": F.cross_entropy(logits, batch.labels)})
+        if progress:
+            progress(step + 1)
+    return sums.means()
