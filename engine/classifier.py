@@ -1,5 +1,6 @@
 """A trained classifier out of a file: ours, which says what it is, or another code's, which is told by its shapes."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from engine.batches import Batches
 from engine.checkpoint import extract_weights, is_ours, load_weights, read_file
 from engine.cli import Parser, UserError
 from engine.configure import fill_in
-from engine.data import Data, check_alike, load_data
+from engine.data import STATISTICS, WITHOUT_STATISTICS, Data, check_alike, load_data
 from engine.device import choose_device, prepare
 from engine.distributed import finish, is_first, rank, ranks, start
 from engine.log import find_resume
@@ -41,6 +42,12 @@ class SavedClassifier:
         epoch = content.get("epoch") if isinstance(content, dict) else None
         self.epoch = epoch if isinstance(epoch, int) else None
 
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of its images; those of ImageNet where the file does not say."""
+        norm, trained = self.options.get("norm", "own"), self.options.get("dataset") or "imagenet"
+        return STATISTICS[WITHOUT_STATISTICS.get(trained, trained) if norm == "own" else norm]
+
     def build(
         self, build_model: Callable, matching_models: Callable, *, model: str | None, num_classes: int, image_size: int
     ) -> torch.nn.Module:
@@ -60,6 +67,25 @@ class SavedClassifier:
             raise UserError(f"{self.path}: {error}") from error
         load_weights(network, self.weights, self.path, num_classes=num_classes, matches=matches)
         return network
+
+
+def torchvision_network(name: str, weights: dict[str, torch.Tensor], path: Path | str) -> torch.nn.Module:
+    """torchvision's classifier `name` in evaluation mode, with weights of whatever precision and number of classes, in
+    float32. path: theirs. Raises UserError if they are another network's.
+    """
+    from torchvision.models import get_model
+
+    weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+    if name.startswith("densenet"):  # torchvision's own files have older names
+        weights = {re.sub(r"(denselayer\d+\.(norm|relu|conv))\.", r"\1", key): value for key, value in weights.items()}
+    last = next(reversed(weights.values()))
+    extra = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    network = get_model(name, weights=None, num_classes=len(last) if last.dim() else 1000, **extra)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds no {name}: {str(error).splitlines()[1].strip()[:100]} ...") from error
+    return network.eval()
 
 
 def start_from(model: torch.nn.Module, path: str, num_classes: int, matching_models: Callable) -> str:

@@ -86,6 +86,25 @@ def rows_of_pictures(path: Path, rows: list[tuple[str, np.ndarray, list[str] | N
     save(figure, path)
 
 
+def tight_grid(path: Path | str, rows: list[np.ndarray], inches: float = 1.5, dpi: int = 300) -> None:
+    """Rows of pictures, each (n, H, W, 3) in 0..1, with a twentieth of a picture between them and nothing around.
+
+    inches: the width of a picture.
+    """
+    count, height, width, _ = rows[0].shape
+    gap = 0.05
+    wide, tall = (number + gap * (number - 1) for number in (count, len(rows)))
+    figure = Figure(figsize=(inches * wide, inches * tall * height / width))
+    grid = figure.subplots(
+        len(rows), count, squeeze=False, gridspec_kw=dict(left=0, right=1, bottom=0, top=1, wspace=gap, hspace=gap)
+    )
+    for axes, picture in zip(grid.flat, (picture for row in rows for picture in row), strict=True):
+        axes.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
+        axes.axis("off")
+    look = {"dpi": dpi, "format": "png", "bbox_inches": "tight", "pad_inches": 0}
+    write_atomic(path, lambda side: figure.savefig(side, **look))
+
+
 def mixtures(
     path: Path | str,
     *,

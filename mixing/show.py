@@ -147,37 +147,23 @@ def load(options: dict) -> tuple:
 
 def load_model(options: dict) -> tuple:
     """The network of --model_path, the side of its images if known, and mean and std."""
-    from torchvision.models import get_model, list_models
+    from torchvision.models import list_models
 
-    from engine.classifier import SavedClassifier
-    from engine.data import STATISTICS, WITHOUT_STATISTICS
+    from engine.classifier import SavedClassifier, torchvision_network
+    from engine.data import STATISTICS
     from models import class_count
 
     file, name = SavedClassifier(options["model_path"]), options["model"]
     ours = matching_models(file.weights, like=name)
     if name in list_models() and not ours:
-        model = get_model(name, weights=None)
-        try:
-            model.load_state_dict(
-                {key: value.float() if value.is_floating_point() else value for key, value in file.weights.items()}
-            )
-        except RuntimeError as error:
-            raise UserError(
-                f"{options['model_path']} holds no {name}: {str(error).splitlines()[1].strip()[:100]} ..."
-            ) from error
-        return model.eval(), 224, STATISTICS["imagenet"]
+        return torchvision_network(name, file.weights, file.path), 224, STATISTICS["imagenet"]
     if name and name not in MODELS and name not in MODEL_ALIASES:
         raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, [*MODELS, *list_models()])}")
-    trained = file.options.get("dataset")
     usual = 224 if ours and ours[0] in IMAGENET_MODELS else 32
     size = options["image_size"] or file.options.get("image_size") or usual
-    norm = file.options.get("norm", "own")
     known = {"model": name or file.options.get("model"), "num_classes": class_count(file.weights), "image_size": size}
     model = file.build(build_model, matching_models, **known)
-    statistics = (
-        STATISTICS[norm] if norm != "own" else STATISTICS[WITHOUT_STATISTICS.get(trained, trained or "imagenet")]
-    )
-    return model.eval(), size, statistics
+    return model.eval(), size, file.statistics
 
 
 def choose_source(options: dict, mixer, model, statistics: dict):

@@ -123,14 +123,6 @@ def checkerboard(height: int, width: int) -> torch.Tensor:
     return (torch.arange(height).unsqueeze(1) + torch.arange(width)) % 2 == 0
 
 
-def staircase(height: int, width: int) -> torch.Tensor:
-    """Single holes down a diagonal."""
-    image = torch.ones(height, width, dtype=torch.bool)
-    steps = torch.arange(1, min(height - 1, (width - 1) // 2))
-    image[steps, 2 * steps] = False
-    return image
-
-
 def sieve(height: int, width: int) -> torch.Tensor:
     """Single holes wherever they fit, each to be tied to the one beside it."""
     image = torch.ones(height, width, dtype=torch.bool)
@@ -153,7 +145,7 @@ def rings(height: int, width: int) -> torch.Tensor:
     return depth % 2 == 0
 
 
-PICTURES = [spiral, snake, comb, checkerboard, staircase, sieve, slats, rings]
+PICTURES = [spiral, snake, comb, checkerboard, sieve, slats, rings]
 
 
 def turned(image: torch.Tensor) -> torch.Tensor:
@@ -278,7 +270,7 @@ def test_noise_around_percolation_has_the_component_opencv_finds(height, width):
 
 @pytest.mark.parametrize("picture", PICTURES)
 @pytest.mark.parametrize(
-    "height, width", [(8, 8), (16, 16), (31, 31), (32, 32), (33, 33), (64, 64), (20, 50), (64, 15)]
+    "height, width", [(8, 8), (16, 16), (31, 31), (32, 32), (33, 33), (64, 64), (20, 50), (15, 64), (5, 200)]
 )
 def test_the_longest_contours_and_holes_are_followed_to_their_ends(picture, height, width):
     assert agree(turned(picture(height, width)))
@@ -289,7 +281,7 @@ def test_the_pictures_are_what_they_are_named():
     assert largest_components(spiral(32, 32).unsqueeze(0)).sum() == spiral(32, 32).sum() > 500
     assert largest_components(snake(32, 32).unsqueeze(0)).sum() == snake(32, 32).sum() > 500
     assert largest_components(checkerboard(32, 32).unsqueeze(0)).sum() == 1
-    assert (~staircase(32, 64)).sum() == 30
+    assert (~sieve(33, 33)).sum() == 256
 
 
 def test_images_of_a_batch_do_not_touch_each_other():
@@ -336,6 +328,8 @@ def test_masks_without_an_object():
     assert rectangles(binarize(ones)).tolist() == [[0, 6, 0, 9]] * 2
     assert not largest_components(binarize(zeros)).any()
     assert centroids(zeros).isnan().all() and centroids(ones).isnan().all()
+    ones[:, 2, 3] += 5e-5
+    assert centroids(ones).isnan().all()  # a rounding crumb is no object
     broken = torch.rand(1, 6, 9)
     broken[0, 2, 3] = math.nan
     assert not any(binarize(broken, rule).any() for rule in RULES)
@@ -385,13 +379,11 @@ def test_boxes_and_points_on_the_gpu_are_those_of_the_cpu():
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         try:
-            with torch.cuda.device(device):
-                there, boxes = masks.to(device), rectangles(binarize(masks)).to(device)
-                images_there = images.to(device)
-                torch.cuda.set_sync_debug_mode("error")
-                statistics = MaskStatistics()
-                statistics.add(there)
-                found = [binarize(there), rectangles(binarize(there)), centroids(there), crops(images_there, boxes)]
+            there, boxes = masks.to(device), rectangles(binarize(masks)).to(device)
+            images_there = images.to(device)
+            torch.cuda.set_sync_debug_mode("error")
+            MaskStatistics().add(there)
+            found = [binarize(there), rectangles(binarize(there)), centroids(there), crops(images_there, boxes)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.use_deterministic_algorithms(False)

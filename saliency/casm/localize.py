@@ -80,10 +80,9 @@ def largest_components(binary: torch.Tensor) -> torch.Tensor:
     length = (end - first).clamp_min(0)
     size = torch.zeros_like(length).scatter_add_(0, component, length)  # integers, so in any order
     size = size.index_select(0, component).index_select(0, run) * pixels
-    largest = (
-        size[:-wide].view(batch, (height + 1) * wide).argmax(1, keepdim=True)
-    )  # the first maximum, so the first pixel
-    component = component.index_select(0, run)[:-wide].view(batch, (height + 1) * wide)
+    shape = batch, (height + 1) * wide
+    largest = size[:-wide].view(shape).argmax(1, keepdim=True)  # the first of equals
+    component = component.index_select(0, run)[:-wide].view(shape)
     chosen = component == component.gather(1, largest)
     return binary & chosen.view(batch, height + 1, wide)[:, 1:, :-1]
 

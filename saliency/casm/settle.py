@@ -37,7 +37,8 @@ def find_resume(parser: Parser, typed: dict) -> Path | None:
 
 
 def go_on(parser: Parser, typed: dict, saved: dict) -> dict:
-    """The options of the run that goes on, with what was typed of those that may change. Raises UserError for others."""
+    """The options of the run that goes on, with what was typed of those that may change. Raises UserError for others.
+    """
     differ = {key for key in typed.keys() - MAY_DIFFER - {"name", "casms_path"} if typed[key] != saved.get(key)}
     if differ:
         rows = "\n".join(f"  --{key}  {saved.get(key)}  ->  {typed[key]}" for key in sorted(differ))

@@ -1,0 +1,170 @@
+"""What classifiers make of images once the masks of an extractor have altered them."""
+
+import itertools
+
+import torch
+
+from engine.batches import Batches
+from engine.cli import UserError
+from engine.data import Part
+from engine.device import exact_float32
+from engine.loop import autocast
+from engine.progress import Progress, bars_wanted
+from saliency.casm.alter import inpainted, masked_in, masked_out
+from saliency.casm.extractors import Extractor, Masks, sharing
+from saliency.casm.judges import (
+    IMAGENET_CLASSES,
+    PUBLISHED,
+    Judge,
+    label_map,
+    load_judges,
+    load_resnets,
+    normalised,
+)
+from saliency.casm.localize import binarize
+from saliency.casm.training import iterations_of
+
+KINDS = {  # of image -> how it is made of pixels and of what is selected; the published program has no clean ones
+    "clean": lambda pixels, selected: pixels,
+    "masked_in": masked_in,
+    "masked_out": masked_out,
+    "inpainted": inpainted,
+}
+TOYS = ("zero", "one", "random56", "random224")
+
+
+def of_toy(name: str, like: Extractor | None, seed: int) -> Extractor:
+    """The published naive masks: `zero`, `one`, and a fair coin for each block of a 56th of the side (`random56`) or each
+    pixel (`random224`). Sees the images that `like` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
+        count, _, height, width = images.shape
+        side = max(1, height // 56) if name == "random56" else 1
+        if name in ("zero", "one"):
+            masks = images.new_full((count, height, width), float(name == "one"))
+        else:
+            coins = torch.rand(count, -(-height // side), -(-width // side), generator=generator) < 0.5
+            masks = coins.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width].float()
+        return Masks(masks.to(images.device), torch.ones_like(labels, dtype=torch.bool))
+
+    return sharing(like, name, masks_of) if like else Extractor(name, masks_of)
+
+
+class Panel:
+    """Who judges: the classifiers that words name and those of a folder of ResNets; without words the published ones for
+    a network of 1000 classes, for any other the classifier that the masks were trained beside.
+    """
+
+    def __init__(self, words: list[str] | None, resnets: str | None, device: torch.device):
+        self.device, self.published = device, None
+        self.named = load_judges(words, device) if words else None
+        self.resnets = load_resnets(resnets, device) if resnets else []
+
+    def of(self, extractor: Extractor, part: Part) -> list[Judge]:
+        """Raises UserError where nobody is left, or two have one name."""
+        judges = (self.usual(extractor, part) if self.named is None else self.named) + self.resnets
+        names = [judge.name for judge in judges]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two classifiers are called {twice[0]}\nrename the file of one of them")
+        return judges
+
+    def usual(self, extractor: Extractor, part: Part) -> list[Judge]:
+        own = extractor.classifier
+        unsaid = len(part.classes) if own is None else IMAGENET_CLASSES
+        if (len(extractor.classes) or unsaid) == IMAGENET_CLASSES:
+            self.published = self.published or load_judges(list(PUBLISHED), self.device)
+            return self.published
+        if own is not None:
+            name = f"own {extractor.options.get('model') or 'classifier'}"
+            return [Judge(name, own, extractor.mean, extractor.std, extractor.classes, len(extractor.classes))]
+        if self.resnets:
+            return []
+        raise UserError(
+            f"{extractor.name}: which classifiers shall judge images of {len(part.classes)} classes?\n"
+            "name them with --classifiers"
+        )
+
+
+def sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """logits (B, K), labels (B,), -1 where an image does not count -> (5,): over those that do, cross-entropy, right at
+    first, right among the first five, entropy of the prediction in nats, and one each. On the device.
+    """
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    logs = logits.to(exact).log_softmax(1)
+    counts = labels >= 0
+    loss = -logs.gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
+    hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels.unsqueeze(1)
+    entropy = -(logs.exp() * logs).sum(1)
+    rows = torch.stack([loss, hits[:, 0], hits.any(1), entropy, torch.ones_like(loss)])
+    return torch.where(counts, rows, 0).sum(1)
+
+
+@torch.no_grad()
+def evaluate(
+    extractor: Extractor,
+    part: Part,
+    judges: list[Judge],
+    *,
+    device: torch.device,
+    batch_size: int = 128,
+    pot: float = 1.0,
+    workers: int = 0,
+    print_freq: int = 10,
+    class_list: str | None = None,
+    precision: torch.dtype | None = None,
+) -> dict:
+    """The numbers of every judge for every kind of image, over the first iterations_of(batches, pot) batches. Raises
+    UserError where a judge knows none of the images.
+    """
+    batches = Batches(part, batch_size, device=device, mean=(0, 0, 0), std=(1, 1, 1), workers=workers)  # plain pixels
+    count = iterations_of(len(batches), pot)
+    own = label_map(part.classes, extractor.classes or part.classes).to(device)
+    known = [labels_for(judge, part, count * batch_size, class_list).to(device) for judge in judges]
+    totals, images = dict.fromkeys(KINDS, 0), 0
+    try:
+        with Progress(extractor.name, count, bar=bars_wanted(False)) as shown, exact_float32():
+            for step, batch in enumerate(itertools.islice(batches.epoch(), count)):
+                images += len(batch.labels)
+                with autocast(device, precision):
+                    seen = normalised(batch.images, extractor.mean, extractor.std)
+                    selected = binarize(extractor.masks_of(seen, own[batch.labels]).masks)
+                    for kind, alter in KINDS.items():
+                        pixels = alter(batch.images, selected)
+                        rows = [sums(judge(pixels), of[batch.labels]) for judge, of in zip(judges, known, strict=True)]
+                        totals[kind] = totals[kind] + torch.stack(rows)
+                shown(step + 1, **(rights(totals) if (step + 1) % print_freq == 0 else {}))
+    finally:
+        batches.close()
+    means = {kind: named(judges, table) for kind, table in totals.items()}
+    left_out = {judge.name: images - int(row[4]) for judge, row in zip(judges, totals["clean"], strict=True)}
+    return {
+        **{"name": extractor.name, "path": extractor.path, "images": images},
+        **{"left_out": {name: number for name, number in left_out.items() if number}, "unreadable": batches.skipped},
+        **means,
+    }
+
+
+def labels_for(judge: Judge, part: Part, images: int, class_list: str | None) -> torch.Tensor:
+    """label_map() of a judge. Raises UserError if it knows the class of none of the first so many images."""
+    place = label_map(part.classes, judge.classes, class_list, judge.count)
+    if (place[part.labels[:images]] < 0).all():
+        first = [", ".join(names[:5]) for names in (judge.classes or ["those of --class_list"], part.classes)]
+        raise UserError(
+            f"classifier {judge.name} knows the class of none of the images\n"
+            f"its classes: {first[0]} ...; those of the data: {first[1]} ..."
+        )
+    return place
+
+
+def named(judges: list[Judge], table: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Rows of sums(), (judges, 5), as means: l, cross-entropy; t1 and t5, percent; e, entropy in nats."""
+    scale = table.new_tensor([1, 100, 100, 1])
+    means = (table[:, :4] * scale / table[:, 4:]).tolist()
+    return {judge.name: dict(zip(("l", "t1", "t5", "e"), row, strict=True)) for judge, row in zip(judges, means, strict=True)}
+
+
+def rights(totals: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Percent right at first for each kind, over all judges. Waits for the device."""
+    return {kind: float(100 * table[:, 1].sum() / table[:, 4].sum()) for kind, table in totals.items()}

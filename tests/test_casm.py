@@ -1,0 +1,483 @@
+"""Training of classifier-agnostic saliency maps: decoder, losses, pool, the step, the command."""
+
+import argparse
+import copy
+import json
+import math
+
+import pytest
+import torch
+from conftest import GOLDEN, same_state
+from torch import nn
+from torch.nn import functional as F
+
+import evaluate as evaluate_script
+import train as train_script
+from engine.checkpoint import read_checkpoint
+from engine.cli import UserError
+from models import MODELS, build_model
+from saliency.casm import train as casm_train
+from saliency.casm.decoder import MaskDecoder
+from saliency.casm.losses import masker_loss
+from saliency.casm.network import Casm, build_decoder, casm_files, feature_channels, load_casm
+from saliency.casm.options import PRESETS, preset
+from saliency.casm.pool import ClassifierPool, megabytes
+from saliency.casm.settle import notes_on_masks, notes_on_pool, notes_on_skill
+from saliency.casm.training import build_parts, decayed, iterations_of, train_step
+
+CASES = json.loads((GOLDEN / "casm.json").read_text())
+
+
+def line(count: int, *place: int) -> torch.Tensor:
+    """0, 1, ... as float64, along one of several dimensions: line(5, 1, -1, 1)."""
+    return torch.arange(count, dtype=torch.float64).view(place)
+
+
+# the decoder
+
+
+def recorded_decoder() -> tuple[MaskDecoder, list[torch.Tensor], dict]:
+    case, expect = CASES["decoder"][0]["case"], CASES["decoder"][0]["expect"]
+    channels, grid = [64, *case["in_planes"]], case["grid"]
+    decoder, features = MaskDecoder(channels).double(), []
+    for k, (count, side) in enumerate(zip(channels, (grid, grid, grid // 2, grid // 4, grid // 8), strict=True)):
+        place = 0.05 * line(count, 1, -1, 1, 1) + 0.4 * line(side, 1, 1, -1, 1) + 0.23 * line(side, 1, 1, 1, -1)
+        features.append(torch.sin(place + 0.9 * k + line(2, -1, 1, 1, 1)))
+    with torch.no_grad():
+        for k, (lateral, count) in enumerate(zip(decoder.laterals, case["in_planes"], strict=True), 1):
+            weight = case["wl"] * torch.sin(1 + 0.7 * line(64, -1, 1, 1, 1) + 0.3 * line(count, 1, -1, 1, 1) + k)
+            lateral.conv.weight.copy_(weight)
+        place = 0.11 * line(320, 1, -1, 1, 1) + 0.5 * line(3, 1, 1, -1, 1) - 0.3 * line(3, 1, 1, 1, -1)
+        decoder.final.weight.copy_(case["wf"] * torch.cos(place))
+        decoder.final.bias.fill_(case["bias"])
+    return decoder, features, expect
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_decoder_gives_the_recorded_masks(mode):
+    decoder, features, expect = recorded_decoder()
+    masks, wanted = decoder.train(mode == "train")(features, (32, 32)), expect[mode]
+    assert list(masks.shape) == wanted["shape"]
+    assert sum(p.numel() for p in decoder.parameters()) == expect["parameters"]
+    for found, name in ((masks.mean(), "mean"), (masks.min(), "min"), (masks.max(), "max")):
+        assert found.item() == pytest.approx(wanted[name], abs=1e-6)
+    for image, row, column, value in wanted["samples"]:
+        assert masks[image, 0, row, column].item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("lateral_zero", [False, True])
+def test_the_decoder_equals_one_convolution_over_all_enlarged_maps(lateral_zero):
+    decoder = MaskDecoder([5, 6, 7], width=4, lateral_zero=lateral_zero).double()
+    features = [torch.randn(3, 5, 9, 11), torch.randn(3, 6, 9, 11), torch.randn(3, 7, 4, 5)]
+    features = [maps.double() for maps in features]
+    deeper = features if lateral_zero else features[1:]
+    levels = [] if lateral_zero else [features[0]]
+    for lateral, maps in zip(decoder.laterals, deeper, strict=True):
+        levels.append(F.interpolate(lateral(maps), (9, 11), mode="bilinear", align_corners=False))
+    wanted = torch.sigmoid(decoder.final(torch.cat(levels, 1)))
+    torch.testing.assert_close(decoder.on_grid(features), wanted)
+    enlarged = decoder(features, (18, 22))
+    assert torch.equal(enlarged, wanted.to(enlarged.dtype).repeat_interleave(2, 2).repeat_interleave(2, 3)) or (
+        enlarged - wanted.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    ).abs().max() < 1e-12
+
+
+def test_the_decoder_of_the_published_network_has_the_published_size():
+    with torch.device("meta"):
+        network = build_model("imagenet_resnet50", 1000, 224)
+        logits, features = network.forward_features(torch.empty(1, 3, 224, 224))
+        decoder = MaskDecoder([maps.shape[1] for maps in features])
+        assert decoder(features, (224, 224)).shape == (1, 1, 224, 224)
+    assert logits.shape == (1, 1000)
+    assert [tuple(maps.shape[1:]) for maps in features] == [
+        *[(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)],
+    ]
+    assert sum(p.numel() for p in decoder.parameters()) == 249_153
+
+
+def test_the_decoder_starts_with_the_published_spread():
+    decoder = MaskDecoder([64, 256, 512, 1024, 2048])
+    assert float(decoder.final.weight.std()) == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+    assert float(decoder.laterals[1].conv.weight.std()) == pytest.approx(math.sqrt(2 / 64), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "preactresnet18", "wrn16_8", "resnext29_4_24"])
+def test_every_kind_of_network_shows_its_stages_and_takes_a_decoder(name):
+    network = build_model(name, 7, 32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    logits, features = network.forward_features(images)
+    assert torch.equal(logits, network(images)) and len(features) == len(network.stages) + 1
+    assert [maps.shape[1] for maps in features] == feature_channels(network)
+    masks, again = Casm(network, build_decoder(network)).eval()(images)
+    assert masks.shape == (2, 1, 32, 32) and masks.min() >= 0 and masks.max() <= 1 and torch.equal(again, logits)
+    stem = features[0]
+    assert network.raw_stem == bool(stem.min() < 0), "maps that are not rectified need a lateral of their own"
+    assert build_decoder(network).lateral_zero == network.raw_stem
+
+
+def test_finding_the_channels_leaves_the_network_alone():
+    network = build_model("resnet20", 5, 32).train()
+    before = copy.deepcopy(network.state_dict())
+    feature_channels(network)
+    assert network.training and same_state(before, network.state_dict())
+
+
+# the losses
+
+
+@pytest.mark.parametrize("number", range(len(CASES["loss"])))
+def test_the_loss_and_its_gradients_are_the_recorded_ones(number):
+    case, expect = CASES["loss"][number]["case"], CASES["loss"][number]["expect"]
+    sample, kind, side = line(case["n"], -1, 1), line(case["classes"], 1, -1), case["size"]
+    clean = case["amp"] * torch.sin(case["a"] * sample + case["b"] * kind + case["phase"])
+    masked = (case["amp_m"] * torch.cos(case["am"] * sample + case["bm"] * kind)).requires_grad_()
+    place = 0.9 * line(case["n"], -1, 1, 1, 1) + 0.4 * line(side, 1, 1, -1, 1) + 0.7 * line(side, 1, 1, 1, -1)
+    masks = (0.5 + 0.5 * torch.sin(place)).requires_grad_()
+    form = {key: case[key] for key in ("lambda_r", "adversarial")}
+    loss = masker_loss(clean, masked, torch.tensor(case["targets"]), masks, **form)
+    names = {"area": "regulariser", "main": "main", "total": "total", "masked_loss": "masked_cross_entropy"}
+    for ours, theirs in names.items():
+        assert loss[ours].item() == pytest.approx(expect[theirs], abs=1e-6)
+    assert loss["correct"].int().tolist() == expect["correct_on_clean"]
+    assert loss["mistaken"].int().tolist() == expect["mistaken_on_masked"]
+    assert loss["confused"].int().tolist() == expect["confused"]
+    of_masks, of_logits = torch.autograd.grad(loss["total"], [masks, masked])
+    wanted = torch.tensor(expect["grad_mask_per_pixel"], dtype=torch.float64).view(-1, 1, 1, 1)
+    torch.testing.assert_close(of_masks, wanted.expand_as(of_masks), atol=1e-6, rtol=0)
+    row = torch.tensor(expect["grad_masked_logits_row0"], dtype=torch.float64)
+    torch.testing.assert_close(of_logits[0], row, atol=1e-6, rtol=0)
+    assert float(of_logits.norm()) == pytest.approx(expect["grad_masked_logits_norm"], abs=1e-6)
+
+
+def test_an_image_that_is_confused_pays_for_its_mask_and_no_other_does():
+    clean = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
+    masked = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
+    masks = torch.full((3, 1, 4, 4), 0.25).requires_grad_()
+    loss = masker_loss(clean, masked, torch.zeros(3, dtype=torch.long), masks, lambda_r=8.0)
+    assert loss["area"].item() == pytest.approx(-8 * 0.75 / 3)
+    (gradient,) = torch.autograd.grad(loss["area"], masks)
+    assert gradient[0].eq(8 / (3 * 16)).all() and gradient[1:].eq(0).all()
+
+
+# presets and schedules
+
+
+@pytest.mark.parametrize("case", CASES["reproduce"], ids=lambda case: f"{case['preset']}-{case['adversarial']}")
+def test_presets_are_the_published_ones(case):
+    assert preset(case["preset"], case["adversarial"]) == case["expect"]
+
+
+def test_iterations_and_rates_are_the_published_ones():
+    for case in CASES["iterations"]:
+        assert iterations_of(case["batches_in_loader"], case["pot"]) == case["expect_iterations"]
+    for case in CASES["learning_rate"]:
+        assert decayed(case["base"], case["epoch"], case["every"]) == pytest.approx(case["expect"], abs=1e-12)
+
+
+@pytest.mark.parametrize("number", range(len(CASES["history"])))
+def test_snapshots_are_taken_when_the_published_program_takes_them(number):
+    case, expect = CASES["history"][number]["case"], CASES["history"][number]["expect"]
+    pool, events = ClassifierPool(case["f_size"], case["smf"]), []
+    classifier = nn.Linear(1, 1)
+    for epoch in range(case["epochs"]):
+        for iteration in range(case["iterations_per_epoch"]):
+            if case["hp"] > 0 and pool.due(iteration):
+                pool.add(classifier)
+                events.append([epoch, iteration])
+    assert events == expect["events"] and len(pool) == expect["final_size"]
+
+
+def test_a_snapshot_is_a_copy_and_a_full_pool_replaces_at_random():
+    pool, classifier = ClassifierPool(3, 1), nn.BatchNorm1d(2)
+    for value in range(20):
+        classifier.weight.data.fill_(value)
+        classifier.running_mean.fill_(-value)
+        pool.add(classifier)
+    values = {float(snapshot[0][0]) for snapshot in pool.snapshots}
+    assert len(pool) == 3 and len(values) == 3 and 19.0 in values, "not aliases of the current weights"
+    judge, seen = nn.BatchNorm1d(2).requires_grad_(False), set()
+    for _ in range(40):
+        pool.load_random(judge)
+        assert judge.running_mean[0] == -judge.weight[0]
+        seen.add(float(judge.weight[0]))
+    assert seen == values
+    assert classifier.weight.data[0] == 19
+    assert megabytes(classifier) == pytest.approx((4 * 4 * 2 + 8) / 1e6)
+
+
+# the step
+
+
+def tiny_casm(**options) -> tuple:
+    """A network for 8x8 images with its parts, images and labels."""
+    network = Casm(TinyNet(), MaskDecoder([4, 6], width=5))
+    settings = {"fixed_classifier": False, "hp": 0.5, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
+    settings |= {"weight_decay": 1e-4, "precision": None} | options
+    parts = build_parts(network, ClassifierPool(30, 5), **settings)
+    network.train()
+    network.classifier.train(parts.learns)
+    return parts, torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+class TinyNet(nn.Module):
+    """As models.stages.Staged, small."""
+
+    raw_stem = False
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 6, 3, 2, 1), nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward_features(self, images):
+        first = F.relu(self.bn1(self.conv1(images)))
+        second = F.relu(self.bn2(self.conv2(first)))
+        return self.fc(second.mean((2, 3))), [first, second]
+
+    def forward(self, images):
+        return self.forward_features(images)[0]
+
+
+def counted(parts, images, labels, **step) -> dict:
+    """What one step moves: how often the classifier stepped, its statistics, and whether the rest changed."""
+    steps = {"classifier": 0, "decoder": 0}
+    parts.optimizer.register_step_post_hook(lambda *_: steps.update(classifier=steps["classifier"] + 1))
+    parts.decoder_optimizer.register_step_post_hook(lambda *_: steps.update(decoder=steps["decoder"] + 1))
+    before = copy.deepcopy(parts.network.state_dict())
+    train_step(parts, images, labels, **{"iteration": 0, "lambda_r": 10.0, **step})
+    after = parts.network.state_dict()
+    seen = after["classifier.bn1.num_batches_tracked"] - before["classifier.bn1.num_batches_tracked"]
+    changed = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
+    return steps | {"statistics": int(seen), "changed": changed}
+
+
+def test_the_classifier_steps_twice_where_it_judges_itself_and_once_where_a_snapshot_does():
+    both = {"classifier", "decoder"}
+    found = counted(*tiny_casm(hp=0.0), hp=0.0)
+    assert found == {"classifier": 2, "decoder": 1, "statistics": 2, "changed": both}
+    found = counted(*tiny_casm(hp=1.0), hp=1.0)
+    assert found == {"classifier": 1, "decoder": 1, "statistics": 1, "changed": both}
+
+
+def test_a_fixed_classifier_neither_steps_nor_moves_its_statistics():
+    found = counted(*tiny_casm(fixed_classifier=True, hp=0.5), hp=0.5)
+    assert found == {"classifier": 0, "decoder": 1, "statistics": 0, "changed": {"decoder"}}
+
+
+def test_a_stored_snapshot_is_the_classifier_after_its_clean_step_and_stays():
+    parts, images, labels = tiny_casm(hp=1.0)
+    train_step(parts, images, labels, iteration=0, hp=1.0, lambda_r=10.0)
+    kept = [one.clone() for one in parts.pool.snapshots[0]]
+    assert all(map(torch.equal, kept, parts.network.classifier.state_dict().values()))
+    train_step(parts, images, labels, iteration=1, hp=1.0, lambda_r=10.0)
+    assert all(map(torch.equal, kept, parts.pool.snapshots[0])) and len(parts.pool) == 1
+
+
+@pytest.mark.parametrize("hp", [0.0, 1.0])
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_the_step_is_the_published_one_with_both_gradients_taken_first(hp, adversarial):
+    parts, images, labels = tiny_casm(hp=hp)
+    plain = copy.deepcopy(parts.network)
+    train_step(parts, images, labels, iteration=0, hp=hp, lambda_r=10.0, adversarial=adversarial)
+
+    classifier, decoder = plain.classifier, plain.decoder
+    sgd = torch.optim.SGD(classifier.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    adam = torch.optim.Adam(decoder.parameters(), 0.01, weight_decay=1e-4)
+    logits, features = classifier.forward_features(images)
+    F.cross_entropy(logits, labels).backward()
+    sgd.step()
+    judge = copy.deepcopy(classifier).eval() if hp else classifier
+    masks = decoder([maps.detach() for maps in features], (8, 8))
+    masked = judge(images * (1 - masks))
+    loss = masker_loss(logits.detach(), masked, labels, masks, lambda_r=10.0, adversarial=adversarial)
+    sgd.zero_grad()
+    wanted = torch.autograd.grad(loss["total"], list(decoder.parameters()), retain_graph=True)
+    if not hp:
+        loss["masked_loss"].backward()
+        sgd.step()
+    for parameter, gradient in zip(decoder.parameters(), wanted, strict=True):
+        parameter.grad = gradient
+    nn.utils.clip_grad_norm_(decoder.parameters(), 10.0)
+    adam.step()
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(parts.network.state_dict()[key], value, msg=key)
+
+
+def test_a_batch_of_one_image_trains():
+    parts, images, labels = tiny_casm()
+    found = train_step(parts, images[:1], labels[:1], iteration=0, hp=0.5, lambda_r=10.0)
+    assert found["masks"].shape == (1, 1, 8, 8) and all(value.isfinite().all() for value in found.values())
+
+
+# what the user is told
+
+
+def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
+    usual = {"val_avg_mask": 0.3, "confused": 20.0}
+    assert notes_on_masks(usual, 10.0) == []
+    assert "lower --lambda-r (10)" in notes_on_masks(usual | {"val_avg_mask": 0.001}, 10.0)[0]
+    assert "raise --lambda-r" in notes_on_masks(usual | {"val_avg_mask": 0.97}, 10.0)[0]
+    assert "no image was right and then wrong" in notes_on_masks(usual | {"confused": 0.0}, 10.0)[0]
+    assert len(notes_on_skill(80.0, 10)) == 1 and "warning: chance is 10.0 %" in notes_on_skill(20.0, 10)[1]
+    assert len(notes_on_skill(90.0, 2)) == 1 and len(notes_on_skill(51.0, 2)) == 2
+    options = {"f_size": 30, "smf": 100, "epochs": 60}
+    assert len(notes_on_pool(options, 2003, 102.4, "GPU")) == 1
+    assert "30 of 30" in notes_on_pool(options, 2003, 102.4, "GPU")[0] and "3,072 MB" in notes_on_pool(
+        options, 2003, 102.4, "GPU"
+    )[0]
+    assert "--smf 10 would fill" in notes_on_pool(options, 10, 1.0, "host")[1]
+
+
+# the command
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> str:
+    """A barely trained classifier of shapes."""
+    from conftest import shapes_command
+
+    root = tmp_path_factory.mktemp("classifier")
+    train_script.main(shapes_command(root, name="base", epochs=1))
+    return str(root / "shapes" / "resnet20" / "base" / "last.pt")
+
+
+def command(root, classifier: str, *words: str, name: str = "map") -> list[str]:
+    return [
+        *("--classifier", classifier, "--casms-path", str(root), "--name", name, "--limit", "40", "--batch-size", "13"),
+        *("--epochs", "2", "--pot", "1", "--smf", "2", "--no-progress", "--device", "cpu", *words),
+    ]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, classifier):
+    casm_train.main(command(tmp_path / "a", classifier, "--reproduce", "L100", "--epochs", "3"))
+    casm_train.main(command(tmp_path / "b", classifier, "--reproduce", "L100", "--epochs", "1"))
+    half = read_checkpoint(tmp_path / "b" / "map.chk", kind="casm")
+    last = casm_train.main(["--resume", str(tmp_path / "b" / "map.chk"), "--epochs", "3", "--device", "cpu"])
+    one, other = (read_checkpoint(tmp_path / part / "map.chk", kind="casm") for part in "ab")
+    for key in ("model", "decoder", "optimizer", "decoder_optimizer", "rng"):
+        assert same_state(one[key], other[key]), key
+    pools = [torch.load(tmp_path / part / read["pool"]) for part, read in (("a", one), ("b", other))]
+    assert same_state(*pools) and len(pools[0]) > 2
+    assert not same_state(half["decoder"], one["decoder"])
+    assert last["epoch"] == 3 and [row["epoch"] for row in other["history"]] == [1, 2, 3]
+    without = [{key: value for key, value in row.items() if key != "seconds"} for row in one["history"]]
+    assert without == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
+    left = sorted(path.name for path in (tmp_path / "b").iterdir())
+    assert left == ["map.chk", "map.log", "map.png", "map.pool_003.pt", "map_masks.png"]
+
+
+def test_the_log_has_the_published_columns(tmp_path, classifier):
+    casm_train.main(command(tmp_path, classifier, "--reproduce", "F", "--log-path", str(tmp_path / "logs")))
+    options, titles, *rows = (tmp_path / "logs" / "map.log").read_text().splitlines()
+    assert "lambda_r=2.5, " in options and "fixed_classifier=True" in options and "hp=0.0" in options
+    assert titles.split()[:6] == ["epoch", "seconds", "accuracy_train", "accuracy_val"] + [
+        "masked_accuracy_train",
+        "masked_accuracy_val",
+    ]
+    assert len(rows) == 2 and all(len(row.split()) == len(titles.split()) == 14 for row in rows)
+    assert (tmp_path / "logs" / "map.png").exists() and not list(tmp_path.glob("*.pool_*"))
+
+
+def test_a_fixed_classifier_stays_and_a_typed_option_beats_the_preset(tmp_path, classifier, capsys):
+    casm_train.main(command(tmp_path, classifier, "--reproduce", "f", "--lambda-r", "4"))
+    saved = read_checkpoint(tmp_path / "map.chk", kind="casm")
+    assert same_state(saved["model"], read_checkpoint(classifier)["model"])
+    assert saved["config"]["lambda_r"] == 4 and saved["config"]["dataset"] == "shapes"
+    assert "warning: chance is 10.0 %" in capsys.readouterr().out
+
+
+def test_a_run_is_not_written_over_and_other_options_are_refused(tmp_path, classifier):
+    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+    with pytest.raises(UserError, match="--resume .*--overwrite"):
+        casm_train.main(command(tmp_path, classifier))
+    with pytest.raises(UserError, match="--lambda_r  10.0  ->  3.0"):
+        casm_train.main(["--resume", str(tmp_path / "map.chk"), "--lambda-r", "3"])
+    casm_train.main(command(tmp_path, classifier, "--epochs", "1", "--overwrite", "--lambda-r", "3"))
+    assert read_checkpoint(tmp_path / "map.chk", kind="casm")["config"]["lambda_r"] == 3
+    for path in tmp_path.glob("*.pool_*"):
+        path.unlink()
+    with pytest.raises(UserError, match="past classifiers of this run are gone"):
+        casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2"])
+
+
+def test_maps_and_classifiers_are_not_mistaken_for_each_other(tmp_path, classifier, capsys):
+    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+    with pytest.raises(UserError, match="a checkpoint of saliency maps"):
+        train_script.main(["--checkpoint", str(tmp_path / "map.chk")])
+    with pytest.raises(UserError, match="a checkpoint of a classifier"):
+        casm_train.main(["--resume", classifier])
+    with pytest.raises(UserError, match="holds no mask decoder"):
+        load_casm(classifier)
+    evaluate_script.main(["--model_path", str(tmp_path / "map.chk"), "--limit", "40", "--device", "cpu"])
+    assert "Top-1 Accuracy" in capsys.readouterr().out, "its classifier can be evaluated like any other"
+
+
+def test_the_classifier_must_know_the_classes_of_the_data(tmp_path, classifier, class_folders):
+    with pytest.raises(UserError, match="its classes .* are not those of the data"):
+        casm_train.main([*command(tmp_path, classifier), "--dataset", "folder", str(class_folders), "--image_size", "32"])
+    with pytest.raises(SystemExit):
+        casm_train.main(["--casms-path", str(tmp_path)])
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = np.random.default_rng(number).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / part / name / f"{number}.png")
+    return tmp_path / "data"
+
+
+def test_folders_of_images_are_trained_on(tmp_path, class_folders):
+    network = build_model("imagenet_resnet18", 2, 64)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    words = ["--classifier", str(tmp_path / "net.pt"), "--image-size", "64", "--workers", "0", "--epochs", "1"]
+    words += ["--batch-size", "5", "--pot", "1", "--casms-path", str(tmp_path), "--name", "m", "--device", "cpu"]
+    casm_train.main([str(class_folders), *words])
+    saved = load_casm(tmp_path / "m.chk")
+    assert saved.options["model"] == "imagenet_resnet18" and saved.classes == ["cat", "dog"] and saved.image_size == 64
+    assert saved.name == "m" and saved.mean == (0.485, 0.456, 0.406)
+    assert casm_files([str(tmp_path)]) == [tmp_path / "m.chk"]
+
+
+def test_files_of_the_published_program_load_and_run_nothing(tmp_path):
+    network = build_model("imagenet_resnet50", 1000, 224)
+    decoder = build_decoder(network)
+    nn.init.normal_(decoder.laterals[2].bn.running_mean)
+    names = {}
+    for key, value in decoder.state_dict().items():
+        part, *rest = key.split(".")
+        if part == "final":
+            names[f"final.0.{rest[0]}"] = value
+        else:
+            names[f"conv1x1_{int(rest[0]) + 1}.{('conv', 'bn').index(rest[1])}.{rest[2]}"] = value
+    assert len(names) == 26
+    args = argparse.Namespace(upsample="bilinear", data="/somewhere")
+    content = {"epoch": 3, "state_dict_classifier": network.state_dict(), "state_dict_decoder": names, "args": args}
+    torch.save(content, tmp_path / "old.chk")
+    saved = load_casm(tmp_path / "old.chk")
+    assert saved.network.decoder.upsample == "bilinear", "the mode comes from the file"
+    images = torch.randn(1, 3, 64, 64)
+    wanted = MaskDecoder(feature_channels(network), upsample="bilinear")
+    wanted.load_state_dict(decoder.state_dict())
+    masks = Casm(network, wanted).eval()(images)[0]
+    torch.testing.assert_close(saved.network(images)[0], masks)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_runs(name, tmp_path, classifier):
+    row = casm_train.main(command(tmp_path, classifier, "--reproduce", name, "--epochs", "1", "--limit", "20"))
+    assert all(value is None or math.isfinite(value) for value in row.values())
+
+
+def test_all_networks_have_stages():
+    for name in MODELS:
+        with torch.device("meta"):
+            network = build_model(name, 3, 32)
+        assert network.stages and hasattr(network, network.last_layer), name
