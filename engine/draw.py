@@ -73,8 +73,9 @@ def mixed_batch(
 def rows_of_pictures(path: Path, rows: list[tuple[str, np.ndarray, list[str] | None]], title: str = "") -> None:
     """Each row: its name, pictures (n, H, W, 3) in 0..1 or maps (n, H, W), and a text above each, or None."""
     count = max(len(pictures) for _, pictures, _ in rows)
-    figure = Figure(figsize=(1.35 * count + 0.4, 1.75 * len(rows) + 0.4), layout="constrained")
-    grid = figure.subplots(len(rows), count, squeeze=False)
+    heights = [1.4 if texts is None else 1.7 for _, _, texts in rows]
+    figure = Figure(figsize=(1.35 * count + 0.4, sum(heights) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False, height_ratios=heights)
     for axes_of_row, (name, pictures, texts) in zip(grid, rows, strict=True):
         for column, (axes, picture) in enumerate(zip(axes_of_row, pictures, strict=True)):
             axes.imshow(picture, cmap="magma" if picture.ndim == 2 else None, interpolation="nearest")

@@ -56,6 +56,25 @@ def shapes_run(tmp_path):
     return call
 
 
+@pytest.fixture(scope="session")
+def casm_file(tmp_path_factory) -> str:
+    """A mask decoder with random weights on a random resnet20 for images of 32 pixels, as casm train writes it."""
+    from engine.checkpoint import FORMAT, save_checkpoint
+    from engine.shapes import CLASSES
+    from models import build_model
+    from saliency.casm.network import build_decoder
+
+    torch.manual_seed(1)
+    network = build_model("resnet20", 10, 32)
+    content = {"format": FORMAT, "kind": "casm", "epoch": 1, "model": network.state_dict(), "image_size": 32}
+    content |= {"decoder": build_decoder(network, width=8).state_dict(), "classes": CLASSES}
+    content |= {"config": {"model": "resnet20", "width": 8, "upsample": "nearest", "dataset": "shapes"}}
+    content |= {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    path = tmp_path_factory.mktemp("casm") / "random.chk"
+    save_checkpoint(path, content)
+    return str(path)
+
+
 def shapes_command(root: Path, *words: str, name: str = "run", method: str = "none", epochs: int = 2) -> list[str]:
     command = [
         "--dataset",

@@ -77,9 +77,10 @@ def test_the_decoder_equals_one_convolution_over_all_enlarged_maps(lateral_zero)
     wanted = torch.sigmoid(decoder.final(torch.cat(levels, 1)))
     torch.testing.assert_close(decoder.on_grid(features), wanted)
     enlarged = decoder(features, (18, 22))
-    assert torch.equal(enlarged, wanted.to(enlarged.dtype).repeat_interleave(2, 2).repeat_interleave(2, 3)) or (
-        enlarged - wanted.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    ).abs().max() < 1e-12
+    assert (
+        torch.equal(enlarged, wanted.to(enlarged.dtype).repeat_interleave(2, 2).repeat_interleave(2, 3))
+        or (enlarged - wanted.repeat_interleave(2, 2).repeat_interleave(2, 3)).abs().max() < 1e-12
+    )
 
 
 def test_the_decoder_of_the_published_network_has_the_published_size():
@@ -323,9 +324,10 @@ def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
     assert len(notes_on_skill(90.0, 2)) == 1 and len(notes_on_skill(51.0, 2)) == 2
     options = {"f_size": 30, "smf": 100, "epochs": 60}
     assert len(notes_on_pool(options, 2003, 102.4, "GPU")) == 1
-    assert "30 of 30" in notes_on_pool(options, 2003, 102.4, "GPU")[0] and "3,072 MB" in notes_on_pool(
-        options, 2003, 102.4, "GPU"
-    )[0]
+    assert (
+        "30 of 30" in notes_on_pool(options, 2003, 102.4, "GPU")[0]
+        and "3,072 MB" in notes_on_pool(options, 2003, 102.4, "GPU")[0]
+    )
     assert "--smf 10 would fill" in notes_on_pool(options, 10, 1.0, "host")[1]
 
 
@@ -415,7 +417,9 @@ def test_maps_and_classifiers_are_not_mistaken_for_each_other(tmp_path, classifi
 
 def test_the_classifier_must_know_the_classes_of_the_data(tmp_path, classifier, class_folders):
     with pytest.raises(UserError, match="its classes .* are not those of the data"):
-        casm_train.main([*command(tmp_path, classifier), "--dataset", "folder", str(class_folders), "--image_size", "32"])
+        casm_train.main(
+            [*command(tmp_path, classifier), "--dataset", "folder", str(class_folders), "--image_size", "32"]
+        )
     with pytest.raises(SystemExit):
         casm_train.main(["--casms-path", str(tmp_path)])
 

@@ -5,8 +5,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.batches import Batch, crop_and_flip
+from models import build_model
 from saliency import SOURCES, build_source
 from saliency.bank import Bank
+from saliency.cam import CAM
 from saliency.gradient import Gradient, blur
 from saliency.static import binomial_blur, fine_grained, float_bytes, grey, resize_exact, spectral_residual
 
@@ -77,9 +79,10 @@ def tiny_network() -> nn.Module:
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
 @pytest.mark.parametrize("shape", [(3, 3, 32, 32), (1, 3, 20, 36)])
-def test_every_source_gives_a_map_for_each_image(name, shape):
+def test_every_source_gives_a_map_for_each_image(name, shape, casm_file):
     half = (0.5, 0.5, 0.5)
-    source = build_source(name, mean=half, std=half, model=tiny_network(), images_count=9)
+    model = build_model("resnet20", 5) if name == "cam" else tiny_network()
+    source = build_source(name, mean=half, std=half, model=model, images_count=9, casm=casm_file)
     images, targets = torch.randn(shape), torch.eye(5)[: shape[0]]
     kept = images.clone()
     source.start_batch(Batch(images, None, None, torch.arange(shape[0])))
@@ -88,6 +91,29 @@ def test_every_source_gives_a_map_for_each_image(name, shape):
     assert torch.equal(images, kept) and not saliency.requires_grad
     alone = source(images[-1:], targets[-1:])[0]  # a map does not depend on the rest of the batch
     torch.testing.assert_close(alone, saliency[-1])
+
+
+# class activation maps
+
+
+@pytest.mark.parametrize("name", ["resnet20", "imagenet_resnet18", "preactresnet18", "wrn16_8", "resnext29_4_24"])
+def test_a_cam_adds_up_to_the_logit_of_its_class(name):
+    model = build_model(name, 4, 32).train()
+    images, targets = torch.randn(3, 3, 32, 32), torch.eye(4)[[1, 3, 0]]
+    source = CAM(model)
+    saliency = source(images, targets)
+    assert model.training, "the mode is put back"
+    logits, features = model.eval().forward_features(images)
+    layer = getattr(model, model.last_layer)
+    maps = torch.einsum("bchw,kc->bkhw", model.pooled(features[-1]), layer.weight)  # of every class
+    torch.testing.assert_close(maps.mean((2, 3)) + layer.bias, logits)
+    wanted = F.interpolate(maps.clamp_min(0)[range(3), [1, 3, 0]][:, None], (32, 32), mode="bilinear")[:, 0]
+    torch.testing.assert_close(saliency, wanted)
+
+
+def test_a_cam_needs_a_network_with_an_average_before_its_linear_layer():
+    with pytest.raises(ValueError, match="Sequential has no average"):
+        CAM(tiny_network())
 
 
 # the gradient

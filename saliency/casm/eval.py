@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     device = choose_device(options["device"])
     precision, _ = choose_precision(options["amp"], device)
     prepare(device, seed=options["seed"], deterministic=False)
-    panel = Panel(options["classifiers"], options["resnets_path"], device)
+    panel = Panel(options["classifiers"], options["resnets_path"], device, options["class_list"])
     settings = {**pick(options, ["batch_size", "pot", "workers", "print_freq", "class_list"]), "precision": precision}
     parts, results = Parts(parser, options), []
     for extractor in every_extractor(options, device):

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class Extractor:
     """A name, and a function of normalised images (B, 3, H, W) and labels (B,) on the device, -1 for a class it does
     not know, to Masks.
 
-    classes: in the order of its labels; empty: those of the data. options: what it was trained with, as far as it is
+    classes: in the order of its labels, empty where they are not known. options: what it was trained with, as far as it is
     known: where its data lie. path: the file it came from.
     """
 
@@ -49,6 +49,7 @@ class Extractor:
     options: dict = field(default_factory=dict)
     path: str = ""
     classifier: torch.nn.Module | None = None
+    count: int | None = None  # of its network's classes; None: it takes those of the data, whichever they are
 
 
 def of_casm(saved: SavedCasm, device: torch.device) -> Extractor:
@@ -64,6 +65,7 @@ def of_casm(saved: SavedCasm, device: torch.device) -> Extractor:
         *(saved.name, masks_of, saved.mean, saved.std, saved.image_size, saved.classes, saved.options),
         path=str(saved.path),
         classifier=network.classifier,
+        count=len(saved.classes) or 1000,
     )
 
 
@@ -80,7 +82,10 @@ def of_classifier(file: SavedClassifier, model: str | None, size: int | None, de
     norm, trained = file.options.get("norm", "own"), file.options.get("dataset") or "imagenet"
     mean, std = STATISTICS[WITHOUT_STATISTICS.get(trained, trained) if norm == "own" else norm]
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Extractor(file.path.stem, None, mean, std, size, file.classes, file.options, str(file.path), network)
+    return Extractor(
+        *(file.path.stem, None, mean, std, size, file.classes, file.options, str(file.path), network),
+        count=class_count(file.weights),
+    )
 
 
 def of_source(name: str, classifier: Extractor) -> Extractor:
@@ -120,9 +125,7 @@ def of_nothing(name: str, classifier: Extractor | None) -> Extractor:
 
 def sharing(like: Extractor, name: str, masks_of: Callable) -> Extractor:
     """An extractor that sees the same images as `like`."""
-    return Extractor(
-        *(name, masks_of, like.mean, like.std, like.image_size, like.classes, like.options, like.path, like.classifier)
-    )
+    return replace(like, name=name, masks_of=masks_of)
 
 
 def unit_peak(maps: torch.Tensor) -> torch.Tensor:

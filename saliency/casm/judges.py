@@ -70,8 +70,11 @@ def judge_of(word: str) -> Judge:
     if equals and name in names:
         return of_torchvision(name, SavedClassifier(file).weights, file)
     if word in names:
-        weights = published_weights(word)
-        return of_torchvision(word, fetch(weights.url), weights.url)
+        url = published_weights(word).url
+        try:
+            return of_torchvision(word, fetch(url), url)
+        except ValueError as error:
+            raise UserError(f"classifier {word}: {error}, or give it as {word}=FILE") from error
     if Path(word).exists():
         return of_file(word)
     raise UserError(

@@ -57,8 +57,10 @@ class Panel:
     a network of 1000 classes, for any other the classifier that the masks were trained beside.
     """
 
-    def __init__(self, words: list[str] | None, resnets: str | None, device: torch.device):
-        self.device, self.published = device, None
+    def __init__(
+        self, words: list[str] | None, resnets: str | None, device: torch.device, class_list: str | None = None
+    ):
+        self.device, self.class_list, self.published = device, class_list, None
         self.named = load_judges(words, device) if words else None
         self.resnets = load_resnets(resnets, device) if resnets else []
 
@@ -74,6 +76,7 @@ class Panel:
         own = extractor.classifier
         unsaid = len(part.classes) if own is None else IMAGENET_CLASSES
         if (len(extractor.classes) or unsaid) == IMAGENET_CLASSES:
+            label_map(part.classes, [], self.class_list)  # an error comes before 3 GB are fetched
             self.published = self.published or load_judges(list(PUBLISHED), self.device)
             return self.published
         if own is not None:

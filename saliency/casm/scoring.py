@@ -22,8 +22,9 @@ def score(
     saliency metric. Numbers are fractions; None where there was nothing to average.
     """
     batches = batches_of(part, extractor, options, device)
-    labels = label_map(part.classes, extractor.classes, options["class_list"]).to(device)
-    of_judge = label_map(part.classes, judge.classes, options["class_list"]).to(device) if judge else None
+    count = extractor.count or len(part.classes)
+    labels = label_map(part.classes, extractor.classes, options["class_list"], count).to(device)
+    of_judge = label_map(part.classes, judge.classes, options["class_list"], judge.count).to(device) if judge else None
     statistics, rows, right, metrics = MaskStatistics(), [], [], []
     count = iterations_of(len(batches), options["pot"])
     with Progress(extractor.name, count, bar=bars_wanted(False)) as shown:
@@ -43,7 +44,7 @@ def score(
     if found.rectangles is not None:
         result["rule"] = "its own"
     result |= {"images": sum(map(len, right)), "scored": len(rows)}
-    result |= {"accuracy": 100 * float(torch.cat(right).float().mean())}
+    result |= {"accuracy": 100 * float(torch.cat(right).double().mean())}
     result |= summarise(rows) if rows else dict.fromkeys(("F1", "F1a", "LE", "OM"))
     if metrics:
         means = {key: float(torch.cat([one[key] for one in metrics]).mean()) for key in metrics[0]}

@@ -1,0 +1,245 @@
+"""What trained masks cost and find: python benchmarks/casm.py --casm casms/l100.chk
+
+Two tables. A step of training the masks over a plain step of the same classifier, by who judges, beside the bound that
+the network passes alone set; then every source of saliency: what a step of SaliencyMix costs with it, over a plain one,
+and how well its point and its map find the object, on the true masks of shapes or the true boxes of Tiny-ImageNet. All
+steps are timed in turns, in one process.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from engine.cli import Parser, number, run, whole
+from engine.options import device_options
+
+SOURCES = ["uniform", "fine_grained", "spectral_residual", "gradient", "cam", "casm"]
+JUDGES = {  # name -> options of the step, and its bound in plain steps: forward, pixels, weights are a third each
+    "fixed classifier (F)": ({"fixed_classifier": True, "hp": 0.0}, 3 / 3),
+    "the classifier itself (L)": ({"fixed_classifier": False, "hp": 0.0}, 7 / 3),
+    "a past classifier": ({"fixed_classifier": False, "hp": 1.0}, 5 / 3),
+    "either, by turns (L100)": ({"fixed_classifier": False, "hp": 0.5}, 6 / 3),
+}
+
+
+def build_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    parser.group("what")
+    parser.option("--casm", metavar="FILE", help="made by python -m saliency.casm train; its data and network are used")
+    parser.option("--data_dir", help="where its data lie [as it was trained]")
+    parser.option("--batch_size", type=whole(2), default=100)
+    parser.option("--steps", type=whole(), default=20, help="steps timed of each; 0: only what is found")
+    parser.option("--patch", type=number(0.05, 1), default=0.375, help="side of the patch, of the image's")
+    parser.option("--images", type=whole(1), default=1000, help="evaluation images looked at")
+    device_options(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = build_parser()
+    options = {**parser.defaults, **parser.read(argv)}
+    if not options["casm"]:
+        parser.error("--casm FILE: which masks?")
+
+    import torch
+
+    from engine.data import load_data
+    from engine.device import choose_device, choose_precision, prepare
+    from saliency.casm.network import load_casm
+
+    device = choose_device(options["device"])
+    prepare(device, seed=0, deterministic=False)
+    precision, text = choose_precision(options["amp"], device)
+    saved = load_casm(options["casm"])
+    own = saved.options
+    place = {"data_dir": options["data_dir"] or own["data_dir"], "norm": own["norm"]}
+    data = load_data(own["dataset"], image_size=saved.image_size, **place)
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    print(
+        f"{own['model']}, {own['dataset']}, {data.image_size} pixels, batch {options['batch_size']}, {device}{threads}"
+        f", {text}, torch {torch.__version__}"
+    )
+    result = {}
+    if options["steps"]:
+        result["training"] = time_training(saved, data, options, device, precision)
+        result["sources"] = time_sources(saved, data, options, device, precision)
+    result["found"] = what_is_found(saved, data, options, device)
+    print(f"\n{'source':18} {'x vanilla':>9} " + " ".join(f"{title:>11}" for title in FOUND.values()))
+    for name, row in result["found"].items():
+        cost = result.get("sources", {}).get(name, float("nan"))
+        print(f"{name:18} {cost:9.3f} " + " ".join(f"{row[key]:11.3f}" for key in FOUND))
+    return result
+
+
+def train_batches(data, options: dict, device):
+    from engine.batches import Batches
+
+    feed = {"device": device, "mean": data.mean, "std": data.std, "drop_last": True, "workers": options["workers"]}
+    return Batches(data.train, options["batch_size"], shuffle=True, augment=True, padding=2, **feed)
+
+
+def in_turns(steps: dict, batches, count: int, device) -> dict[str, float]:
+    """Median over `count` turns of the time of each step over that of the first one, all on the same batch."""
+    import torch
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    times, stream = {name: [] for name in steps}, (batch for epoch in range(1000) for batch in batches.epoch(epoch))
+    for turn in range(-2, count):
+        batch = next(stream)
+        for name, step in steps.items():
+            begin = clock()
+            step(batch.images, batch.labels)
+            if turn >= 0:
+                times[name].append(clock() - begin)
+    plain = next(iter(times.values()))
+    ratios = {name: sorted(a / b for a, b in zip(own, plain, strict=True)) for name, own in times.items()}
+    print(f"a plain step: {1000 * sorted(plain)[count // 2]:.1f} ms")
+    return {name: own[count // 2] for name, own in ratios.items()}
+
+
+def plain_step(network, precision, count: int, mixer=None, source=None):
+    """A step of ordinary training, mixed if there is a mixer, as a function of images and labels."""
+    import torch
+    from torch.nn import functional as F
+
+    from engine.loop import autocast
+
+    network.train()
+    fused = next(network.parameters()).device.type != "mps"
+    optimizer = torch.optim.SGD(network.parameters(), 1e-5, momentum=0.9, fused=fused)
+
+    def step(images, labels):
+        targets = F.one_hot(labels, count).float()
+        optimizer.zero_grad(set_to_none=True)
+        if mixer:
+            images, targets = mixer(images, targets, source)
+        with autocast(images.device, precision):
+            logits = network(images)
+        F.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def time_training(saved, data, options: dict, device, precision) -> dict[str, float]:
+    from saliency.casm.pool import ClassifierPool
+    from saliency.casm.training import build_parts, train_step
+
+    settings = {"lr": 1e-5, "lr_casme": 1e-5, "momentum": 0.9, "weight_decay": 1e-4, "precision": precision}
+    steps, count = {}, len(data.classes)
+    steps["plain"] = plain_step(fresh(saved, device).classifier, precision, count)
+    for name, (own, _) in JUDGES.items():
+        parts = build_parts(fresh(saved, device), ClassifierPool(30, 100, device), **own, **settings)
+        parts.network.train()
+        parts.network.classifier.train(parts.learns)
+        turn = iter(range(10**9))
+
+        def step(images, labels, parts=parts, own=own, turn=turn):
+            train_step(parts, images, labels, iteration=next(turn), hp=own["hp"], lambda_r=10.0, precision=precision)
+
+        steps[name] = step
+    ratios = in_turns(steps, train_batches(data, options, device), options["steps"], device)
+    print(f"\n{'judge of the masks':28} {'x plain':>9} {'bound':>6}")
+    for name, (_, bound) in JUDGES.items():
+        print(f"{name:28} {ratios[name]:9.3f} {bound:6.2f}")
+    return ratios
+
+
+def fresh(saved, device):
+    import copy
+
+    import torch
+
+    return copy.deepcopy(saved.network).requires_grad_(True).to(device, memory_format=torch.channels_last)
+
+
+def source_of(name: str, saved, network, options: dict, device, precision):
+    from saliency import build_source
+
+    statistics = {"mean": saved.mean, "std": saved.std}
+    given = {"model": network, "casm": options["casm"], "device": device, "precision": precision}
+    return build_source(name, **statistics, **given)
+
+
+def time_sources(saved, data, options: dict, device, precision) -> dict[str, float]:
+    """What SaliencyMix costs with each source, every batch mixed, over a plain step."""
+    from mixing import build_mixer
+
+    network, count = fresh(saved, device).classifier, len(data.classes)
+    steps = {"plain": plain_step(network, precision, count)}
+    for name in SOURCES:
+        mixer = build_mixer("saliencymix", mix_prob=1.0)
+        source = source_of(name, saved, network, options, device, precision)
+        steps[name] = plain_step(network, precision, count, mixer, source)
+    return in_turns(steps, train_batches(data, options, device), options["steps"], device)
+
+
+FOUND = {  # key -> title
+    "inside": "in the box",
+    "distance": "off (px)",
+    "covered": "covered",
+    "mass": "mass inside",
+}
+
+
+def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, float]]:
+    """Of the evaluation images: whether the point lies in a true box, its distance from the middle of the box, the
+    share of the object that a patch around it covers (of the true mask, or of the box), and the share of the map's
+    mass inside the box.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from engine.annotations import find_truths
+    from engine.batches import Batches
+    from mixing.base import box_mask, boxes_around
+    from mixing.saliencymix import peaks
+
+    part = data.test.spread(options["images"])
+    truths = find_truths(part, saved.options["dataset"])
+    usable = torch.tensor([index for index, truth in enumerate(truths.each) if truth])
+    part = part.take(usable)
+    boxes = torch.tensor([truths.each[index].boxes[0] for index in usable.tolist()])[:, [1, 3, 0, 2]]  # y1, y2, x1, x2
+    inside_box = box_mask(boxes, data.image_size, data.image_size)[:, 0]
+    objects = truths.masks[usable] if truths.masks is not None else inside_box
+    network = saved.network.classifier.to(device)
+    found = {}
+    for name in SOURCES:
+        source = source_of(name, saved, network, options, device, None)
+        torch.manual_seed(0)
+        points, maps = [], []
+        for batch in Batches(part, 100, device=device, mean=saved.mean, std=saved.std).epoch():
+            predicted = F.one_hot(network(batch.images).argmax(1), len(data.classes)).float()
+            saliency = source(batch.images, predicted).detach().float()
+            if name == "uniform":
+                where = [torch.randint(data.image_size, (len(saliency),)) for _ in range(2)]
+            else:
+                where = getattr(source, "points", peaks)(saliency)
+            points.append(torch.stack([one.cpu() for one in where], 1))
+            maps.append(saliency.cpu())
+        points, maps = torch.cat(points), torch.cat(maps)
+        lam = torch.tensor(1 - options["patch"] ** 2, dtype=torch.float64)
+        patches = box_mask(boxes_around(*points.unbind(1), lam, data.image_size, data.image_size), *maps.shape[1:])[
+            :, 0
+        ]
+        middle = (boxes[:, [0, 2]] + boxes[:, [1, 3]] - 1) / 2
+        rows, columns = points.unbind(1)
+        hit = inside_box[torch.arange(len(points)), rows, columns]
+        total = maps.sum((1, 2)).clamp_min(1e-12)
+        found[name] = {
+            "inside": float(hit.float().mean()),
+            "distance": float((points - middle).norm(dim=1).mean()),
+            "covered": float(((patches & objects).sum((1, 2)) / objects.sum((1, 2))).mean()),
+            "mass": float(((maps * inside_box).sum((1, 2)) / total).mean()),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    run(main)

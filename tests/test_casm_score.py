@@ -1,0 +1,210 @@
+"""python -m saliency.casm score, as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.annotations import find_truths
+from engine.cli import UserError
+from engine.data import load_evaluation
+from saliency.casm import score
+from saliency.casm.extractors import Extractor, Masks, of_nothing
+from saliency.casm.localize import binarize, rectangles
+from saliency.casm.metrics import box_scores
+from saliency.casm.network import load_casm
+from saliency.casm.scoring import score as score_one
+
+XML = (
+    "<annotation><size><width>{width}</width><height>{height}</height></size><object><name>{name}</name><bndbox>"
+    "<xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object></annotation>"
+)
+QUIET = ["--device", "cpu", "--workers", "0"]
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """val/ with two classes: a white block on black, at known places, with XML files beside it but for one."""
+    boxes = {"n01": [(8, 10, 40, 50), (30, 5, 60, 30)], "n02": [(0, 0, 20, 20), (10, 10, 58, 60), (5, 5, 60, 60)]}
+    (tmp_path / "ann.v1").mkdir()
+    for name, of_class in boxes.items():
+        (tmp_path / "val" / name).mkdir(parents=True)
+        for number, (x0, y0, x1, y1) in enumerate(of_class):
+            pixels = np.zeros((64, 64, 3), np.uint8)
+            pixels[y0:y1, x0:x1] = 255
+            Image.fromarray(pixels).save(tmp_path / "val" / name / f"{name}_{number}.png")
+            if (name, number) != ("n02", 2):
+                text = XML.format(width=64, height=64, name=name, x0=x0, y0=y0, x1=x1, y1=y1)
+                (tmp_path / "ann.v1" / f"{name}_{number}.xml").write_text(text)
+    return tmp_path
+
+
+BASICS = """
+import numpy as np
+
+mean, std, image_size = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 64
+
+
+def load_model(path):
+    return path
+
+
+def get_masks_and_check_predictions(images, targets, model):
+    assert isinstance(images, np.ndarray) and isinstance(targets, np.ndarray)
+    bright = (images.mean(1) > 0).astype(np.float32)
+    return bright, bright, targets == 0
+"""
+
+
+def test_an_extractor_of_ones_own_is_scored(pictures, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(BASICS)
+    words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
+    (result,) = score.main([*words, "--batch-size", "4", *QUIET])  # a last batch of one image
+    assert result["images"] == 5 and result["scored"] == 4 and result["rule"] == "its own"
+    assert result["LE"] == 0 and result["OM"] == 0.5 and result["accuracy"] == 40
+    assert result["F1"] == pytest.approx(1, abs=1e-5) and result["avg_mask"] > 0.1
+    said = capsys.readouterr().out
+    assert "1 of 5 images have no annotation and are left out" in said and "n02/n02_2.png" in said
+    assert "mine" in said.splitlines()[-1] and "0.500" in said.splitlines()[-1]
+
+
+def test_bad_extractors_are_explained(pictures, tmp_path):
+    words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), *QUIET, "--basics"]
+    (tmp_path / "half.py").write_text("def load_model(path):\n    return path\n")
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    flat = BASICS.replace("return bright, bright, targets == 0", "return bright[:, 0], bright, targets == 0")
+    (tmp_path / "flat.py").write_text(flat)
+    for name, message in (
+        ("gone", "no such file"),
+        ("half", "no function get_masks_and_check_predictions"),
+        ("broken", "ModuleNotFoundError"),
+        ("flat", r"masks and rectangles must be \(5, 64, 64\)"),
+    ):
+        with pytest.raises(UserError, match=message):
+            score.main([*words, str(tmp_path / f"{name}.py")])
+
+
+def test_masks_of_a_file_are_scored_by_hand_alike(casm_file, tmp_path):
+    words = ["--casms-path", casm_file, "--limit", "30", "--batch-size", "7", *QUIET]
+    (result,) = score.main([*words, "--output", str(tmp_path / "all.json")])
+    part, saved = load_evaluation("shapes", limit=30), load_casm(casm_file)
+    images = (part.pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
+    masks, logits = saved.network(images)
+    boxes = rectangles(binarize(masks[:, 0]))
+    hits = []
+    for mask, box, (y1, y2, x1, x2) in zip(masks[:, 0], boxes, part.notes["boxes"].tolist(), strict=True):
+        hits.append(box_scores(mask, box, (x1, y1, x2, y2)))
+    assert result["F1"] == pytest.approx(np.mean([one["f1"] for one in hits]), abs=1e-5)
+    assert result["LE"] == pytest.approx(1 - np.mean([one["hit"] for one in hits]))
+    right = (logits.argmax(1) == part.labels).float()
+    assert result["accuracy"] == pytest.approx(100 * float(right.mean()))
+    assert result["OM"] == pytest.approx(1 - np.mean([one["hit"] * ok for one, ok in zip(hits, right, strict=True)]))
+    assert result["avg_mask"] == pytest.approx(float(masks.mean()), abs=1e-5)
+    assert json.loads((tmp_path / "all.json").read_text()) == {"results": [result]}
+    (other,) = score.main([*words, "--rule", "mean"])
+    assert other["F1"] == result["F1"] and (result["rule"], other["rule"]) == ("percentile", "mean")
+    (raw,) = score.main([*words, "--not-normalize"])
+    assert raw["F1"] != result["F1"]
+
+
+def test_other_maps_and_naive_ones_stand_in_the_same_table(casm_file, tmp_path, capsys):
+    words = ["--casms-path", casm_file, "--limit", "20", "--toy", "--sources", "gradient", "cam", "uniform", *QUIET]
+    results = score.main(words)
+    names = ["random", "gradient of random", "cam of random", "uniform of random", "max", "center"]
+    assert [one["name"] for one in results] == names
+    assert all(one["scored"] == 20 and one["accuracy"] == results[0]["accuracy"] for one in results)
+    of_name = dict(zip(names, results, strict=True))
+    assert of_name["max"]["F1"] == pytest.approx(of_name["uniform of random"]["F1"]), (
+        "a constant map is all of the image"
+    )
+    assert of_name["center"]["avg_mask"] == pytest.approx(0.47, abs=0.02)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(line.startswith(name) for line in lines) for name in names)
+
+
+def test_naive_masks_have_the_published_size():
+    masks = of_nothing("center", None).masks_of(torch.zeros(2, 3, 224, 224), torch.zeros(2, dtype=torch.long))
+    assert masks.masks.sum((1, 2)).tolist() == [158 * 158] * 2 and masks.masks[0, 33, 33] == 1
+    assert masks.masks[0, 32, 33] == 0 and masks.masks[0, 190, 190] == 1 and masks.correct.all()
+
+
+def test_results_are_kept_and_done_models_are_skipped(casm_file, tmp_path, capsys):
+    words = ["--casms-path", casm_file, "--limit", "10", "--save-to-file", "--log-path", str(tmp_path / "logs"), *QUIET]
+    (first,) = score.main(words)
+    assert json.loads((tmp_path / "logs" / "random.json").read_text()) == first
+    (again,) = score.main(words)
+    assert again == first and "done already" in capsys.readouterr().out
+    (tmp_path / "logs" / "random.json").write_text("")  # as a crash of the published program leaves it
+    with pytest.raises(UserError, match="not a result of this command"):
+        score.main(words)
+    with pytest.raises(SystemExit):
+        score.main(["--casms-path", casm_file, "--save-to-file"])
+
+
+def test_a_judge_adds_the_saliency_metric(casm_file, tmp_path):
+    words = ["--casms-path", casm_file, "--limit", "12", *QUIET]
+    (result,) = score.main([*words, "--judge", casm_file])
+    assert result["SM"] == pytest.approx(result["SM1"] - result["SM2"], abs=1e-5)
+    assert -3 <= result["SM1"] <= 0 and result["SM2"] < 0
+
+
+def test_squeezed_images_and_boxes_belong_together(tmp_path):
+    (tmp_path / "mine.py").write_text(BASICS)
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    pixels = np.zeros((64, 160, 3), np.uint8)
+    pixels[16:48, 120:160] = 255  # outside the central square
+    Image.fromarray(pixels).save(tmp_path / "val" / "a" / "wide.png")
+    (tmp_path / "boxes.csv").write_text("file,xmin,ymin,xmax,ymax\na/wide.png,120,16,160,48\n")
+    words = [str(tmp_path), "--annotation-path", str(tmp_path / "boxes.csv"), "--basics", str(tmp_path / "mine.py")]
+    (cut,) = score.main([*words, *QUIET])
+    (squeezed,) = score.main([*words, "--break-ratio", *QUIET])
+    assert cut["LE"] == 1 and squeezed["LE"] == 0 and squeezed["F1"] > 0.9
+
+
+def test_what_is_missing_is_said(casm_file, tmp_path, capsys):
+    for words, message in (
+        ([], "--casms-path FILE: which maps?"),
+        (["--sources", "cam"], "give --classifier FILE"),
+        (["--toy"], "DATA is missing"),
+    ):
+        with pytest.raises(SystemExit):
+            score.main([*words, *QUIET])
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="no file ending in .chk"):
+        score.main(["--casms-path", str(tmp_path)])
+    with pytest.raises(UserError, match="--casms-path gone"):
+        score.main(["--casms-path", "gone"])
+
+
+def test_the_module_runs_and_names_its_commands():
+    done = subprocess.run([sys.executable, "-m", "saliency.casm"], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in ("train", "score", "eval", "plot"))
+    done = subprocess.run([sys.executable, "-m", "saliency.casm", "scor"], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean score?" in done.stderr
+    command = [sys.executable, "-X", "importtime", "-m", "saliency.casm", "score", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--annotation_path" in done.stdout and " torch\n" not in done.stderr, "--help answers at once"
+    done = subprocess.run(
+        [sys.executable, "-m", "saliency.casm", "score", "--casms-path", "gone"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("casm: --casms-path gone: no such file")
+
+
+def test_the_rule_decides_the_box():
+    """A flat top below 1 that is larger than the mask's mass is lost under the percentile rule alone."""
+    part = load_evaluation("shapes", limit=1)
+    y1, y2, x1, x2 = part.notes["boxes"][0].tolist()
+    mask = torch.zeros(1, 32, 32)
+    mask[:, y1:y2, x1:x2] = 0.8
+    extractor = Extractor("flat", lambda images, labels: Masks(mask, labels >= 0))
+    options = {"batch_size": 1, "workers": 0, "class_list": None, "pot": 1, "print_freq": 1, "break_ratio": False}
+    found = {
+        rule: score_one(extractor, part, find_truths(part, "shapes"), options | {"rule": rule}, torch.device("cpu"))
+        for rule in ("percentile", "mean")
+    }
+    assert found["percentile"]["LE"] == 1 and found["mean"]["LE"] == 0

@@ -1,0 +1,153 @@
+"""A trained mask decoder as a source of saliency."""
+
+import csv
+
+import pytest
+import torch
+from conftest import same_state, shapes_command
+from torch.nn import functional as F
+
+import train
+from engine.cli import UserError
+from mixing import MIXERS, build_mixer, show
+from mixing.saliencymix import SaliencyMix
+from saliency import build_source
+from saliency.casm.network import load_casm
+from saliency.casm.source import CASM
+
+STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}  # of the file
+
+
+def disc(row: int, column: int, radius: int = 5, side: int = 32) -> torch.Tensor:
+    """(side, side): 1 in a disc, 0 elsewhere."""
+    line = torch.arange(side)
+    return ((line[:, None] - row).square() + (line - column).square() <= radius**2).float()
+
+
+def test_it_draws_the_masks_of_its_file(casm_file):
+    images = torch.randn(4, 3, 32, 32)
+    saved = load_casm(casm_file)
+    masks = CASM(casm_file, **STATISTICS)(images, None)
+    torch.testing.assert_close(masks, saved.network(images)[0][:, 0])
+    assert masks.std() > 0
+    assert not any(parameter.requires_grad for parameter in saved.network.parameters())
+
+
+def test_images_in_another_normalisation_are_brought_to_that_of_the_file(casm_file):
+    images, mean, std = torch.rand(4, 3, 32, 32), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    seen = [
+        (images - torch.tensor(m).view(3, 1, 1)) / torch.tensor(s).view(3, 1, 1)
+        for m, s in ((mean, std), STATISTICS.values())
+    ]
+    other = CASM(casm_file, mean=mean, std=std)(seen[0], None)
+    torch.testing.assert_close(other, CASM(casm_file, **STATISTICS)(seen[1], None), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 96), (40, 28), (12, 16)])
+def test_images_of_another_size_are_scaled_only_where_they_are_far(casm_file, height, width):
+    images, source = torch.randn(2, 3, height, width), CASM(casm_file, **STATISTICS)
+    seen = []
+    source.network.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[-2:]))
+    masks = source(images, None)
+    source.network(torch.randn(1, 3, 32, 32))
+    assert masks.shape == (2, height, width) and masks.min() >= 0 and masks.max() <= 1
+    scaled = F.interpolate(images, (32, 32), mode="bilinear", align_corners=False, antialias=True)
+    if (height, width) != (40, 28):
+        wanted = source.network(scaled)[0]
+        mode = {"mode": "area"} if height < 32 else {"mode": "bilinear", "align_corners": False}
+        torch.testing.assert_close(masks, F.interpolate(wanted, (height, width), **mode)[:, 0])
+
+
+def test_a_mask_that_says_nothing_is_zero_and_methods_count_it(casm_file):
+    source = CASM(casm_file, **STATISTICS)
+    for parameter in source.network.decoder.final.parameters():
+        parameter.zero_()  # a sigmoid of 0 everywhere
+    images, targets = torch.randn(5, 3, 32, 32), torch.eye(5)
+    assert source(images, targets).eq(0).all()
+    mixer = build_mixer("puzzlemix", mean=(0.5,) * 3, std=(0.5,) * 3)
+    mixer(images, targets, source)
+    assert int(mixer.unusable) == 5
+
+
+def test_the_point_is_the_middle_of_the_object_and_not_a_corner_of_its_plateau(casm_file):
+    source = CASM(casm_file, **STATISTICS)
+    maps = torch.stack([disc(10, 20), disc(25, 6) + 0.3 * disc(5, 28, 3), 0.5 + 0.1 * disc(16, 16)])
+    rows, columns = source.points(maps)
+    assert rows.tolist() == [10, 25, 16] and columns.tolist() == [20, 6, 16]
+    assert int(maps[0].flatten().argmax()) != 10 * 32 + 20, "where the first maximum is"
+
+
+def test_without_an_object_the_point_is_anywhere(casm_file):
+    source = CASM(casm_file, **STATISTICS)
+    rows, columns = source.points(torch.ones(400, 6, 9))
+    assert rows.min() == 0 and rows.max() == 5 and columns.min() == 0 and columns.max() == 8
+    assert rows.float().std() > 1 and columns.float().std() > 2
+
+
+def test_saliencymix_asks_the_source_for_the_point():
+    maps = torch.stack([disc(8, 8), disc(20, 12)])
+
+    class Middle:
+        def __call__(self, images, targets):
+            return maps
+
+        def points(self, saliency):
+            return CASM.points(self, saliency)
+
+    images = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)])
+
+    def pasted(source) -> torch.Tensor:
+        for seed in range(50):  # until the two are each other's partners and the box is small
+            torch.manual_seed(seed)
+            mixed, soft = SaliencyMix(mix_prob=1.0)(images, torch.eye(2), source)
+            if 0.03 < soft[0, 1] < 0.15:
+                return mixed[0, 0].nonzero().float().mean(0)
+        raise AssertionError("no draw fits")
+
+    middle = pasted(Middle())
+    assert (middle - torch.tensor([19.5, 11.5])).abs().max() <= 0.5
+    corner = pasted(lambda images, targets: maps)  # a plain function: the first maximum, the top of the disc
+    assert (corner - torch.tensor([14.5, 11.5])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MIXERS if MIXERS[name]))
+def test_every_method_takes_it(name, casm_file):
+    mixer = build_mixer(name, mean=(0.5,) * 3, std=(0.5,) * 3)
+    source = mixer.build_source(lambda one: build_source("casm", casm=casm_file, **STATISTICS, **one.gradient_options))
+    images, targets = torch.randn(6, 3, 32, 32), torch.eye(6)
+    mixed, soft = mixer(images, targets, source)
+    assert mixed.shape == images.shape and mixed.isfinite().all()
+    torch.testing.assert_close(soft.sum(1), torch.ones(6))
+
+
+def test_training_is_guided_by_it(shapes_run, casm_file):
+    words = ["--saliency", "casm", "--casm", casm_file, "--mix_prob", "1"]
+    whole = shapes_run(*words, method="saliencymix", epochs=2, name="whole")
+    other = shapes_run("--mix_prob", "1", method="saliencymix", epochs=2, name="other")
+    states = [torch.load(run / "last.pt") for run in (whole, other)]
+    assert not same_state(states[0]["model"], states[1]["model"]), "the fine-grained map is another"
+    assert states[0]["config"]["casm"] == casm_file
+    with open(whole / "log.csv") as file:
+        assert all(float(row["saliency_seconds"]) > 0 for row in csv.DictReader(file))
+
+
+def test_what_is_missing_is_said(tmp_path, casm_file, capsys):
+    with pytest.raises(SystemExit):
+        train.main(shapes_command(tmp_path, "--saliency", "casm", method="puzzlemix"))
+    assert "--saliency casm needs --casm FILE" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no such file"):
+        train.main(shapes_command(tmp_path, "--saliency", "casm", "--casm", "gone.chk", method="puzzlemix"))
+    train.main(shapes_command(tmp_path, "--casm", casm_file, method="puzzlemix", epochs=1))
+    assert "without effect with --method puzzlemix: --casm" in capsys.readouterr().out
+
+
+def test_it_is_shown(tmp_path, casm_file, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("engine.draw.mixtures", lambda path, **given: drawn.append(given))
+    words = ["--dataset", "shapes", "--indices", "1", "2", "3", "--method", "saliencymix", "rmix", "--n", "1"]
+    show.main([*words, "--saliency", "casm", "--casm", casm_file])
+    assert drawn[0]["guide"] == "casm" and drawn[0]["saliency"].shape == (3, 32, 32)
+    with pytest.raises(UserError, match="needs --casm FILE"):
+        show.main([*words, "--saliency", "casm"])
+    with pytest.raises(UserError, match="cam needs --model_path"):
+        show.main([*words, "--saliency", "cam"])
