@@ -98,8 +98,8 @@ def test_the_decoder_of_the_published_network_has_the_published_size():
 
 def test_the_decoder_starts_with_the_published_spread():
     decoder = MaskDecoder([64, 256, 512, 1024, 2048])
-    assert float(decoder.final.weight.std()) == pytest.approx(math.sqrt(2 / 9), rel=0.05)
-    assert float(decoder.laterals[1].conv.weight.std()) == pytest.approx(math.sqrt(2 / 64), rel=0.05)
+    assert decoder.final.weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+    assert decoder.laterals[1].conv.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "preactresnet18", "wrn16_8", "resnext29_4_24"])
@@ -322,13 +322,9 @@ def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
     assert "no image was right and then wrong" in notes_on_masks(usual | {"confused": 0.0}, 10.0)[0]
     assert len(notes_on_skill(80.0, 10)) == 1 and "warning: chance is 10.0 %" in notes_on_skill(20.0, 10)[1]
     assert len(notes_on_skill(90.0, 2)) == 1 and len(notes_on_skill(51.0, 2)) == 2
-    options = {"f_size": 30, "smf": 100, "epochs": 60}
-    assert len(notes_on_pool(options, 2003, 102.4, "GPU")) == 1
-    assert (
-        "30 of 30" in notes_on_pool(options, 2003, 102.4, "GPU")[0]
-        and "3,072 MB" in notes_on_pool(options, 2003, 102.4, "GPU")[0]
-    )
-    assert "--smf 10 would fill" in notes_on_pool(options, 10, 1.0, "host")[1]
+    (told,) = notes_on_pool({"epochs": 60}, 2003, ClassifierPool(30, 100), 102.4)
+    assert "30 of 30" in told and "3,072 MB" in told and "memory of the host" in told
+    assert "--smf 10 would fill" in notes_on_pool({"epochs": 60}, 10, ClassifierPool(30, 100), 1.0)[1]
 
 
 # the command
@@ -485,3 +481,30 @@ def test_all_networks_have_stages():
         with torch.device("meta"):
             network = build_model(name, 3, 32)
         assert network.stages and hasattr(network, network.last_layer), name
+
+
+@pytest.mark.slow
+def test_the_pool_finds_the_objects_of_shapes(tmp_path):
+    """What the README shows: localisation errors well below that of the fixed classifier and of a box in the middle."""
+    from saliency.casm import score
+
+    words = [
+        "--dataset",
+        "shapes",
+        "--method",
+        "none",
+        "--name",
+        "base",
+        "--root_dir",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    train_script.main([*words, "--vis_epoch", "0", "--no_progress"])
+    words = ["--classifier", str(tmp_path / "shapes/resnet20/base"), "--casms-path", str(tmp_path), "--device", "cpu"]
+    words += ["--epochs", "5", "--batch-size", "64", "--no_progress"]
+    casm_train.main([*words, "--reproduce", "L100", "--smf", "10", "--lr", "0.01", "--name", "l100"])
+    casm_train.main([*words, "--reproduce", "F", "--name", "f"])
+    results = score.main(["--casms-path", str(tmp_path), "--toy", "--device", "cpu"])
+    errors = {one["name"]: one["LE"] for one in results}
+    assert errors["l100"] < 0.7 * errors["f"] and errors["l100"] < 0.8 * errors["center"]

@@ -25,8 +25,8 @@ from engine.data import load_evaluation
 from engine.image_files import CentreView
 from engine.loop import predict
 from models import build_model
+from saliency.casm import common, judging, plot
 from saliency.casm import eval as casm_eval
-from saliency.casm import judging, plot
 from saliency.casm import train as casm_train
 from saliency.casm.alter import inpainted, masked_in, masked_out
 from saliency.casm.common import Parts
@@ -53,9 +53,8 @@ def run(tmp_path_factory) -> Path:
 def maps(tmp_path_factory, run) -> Path:
     """Barely trained maps with what a careless reader would lose: bilinear masks, and statistics of their own."""
     root = tmp_path_factory.mktemp("maps")
-    words = ["--classifier", str(run), "--casms-path", str(root), "--name", "map", "--limit", "40", "--batch-size", "13"]
-    words += ["--epochs", "1", "--pot", "1", "--smf", "2", "--no-progress", "--device", "cpu", "--upsample", "bilinear"]
-    casm_train.main(words)
+    words = "--name map --limit 40 --batch-size 13 --epochs 1 --pot 1 --smf 2 --no-progress --upsample bilinear"
+    casm_train.main(["--classifier", str(run), "--casms-path", str(root), "--device", "cpu", *words.split()])
     content = read_file(root / "map.chk")
     content |= {"mean": [0.3, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
     torch.save(content, root / "map.chk")
@@ -128,7 +127,8 @@ def test_holes_are_filled_from_around_them_each_image_by_itself():
     selected[0, 4:8, 5:9] = True
     selected[2] = True
     filled = inpainted(grey, selected)
-    assert torch.equal(filled[:2], grey[:2]), "from a hole of one colour, and without a hole"
+    assert torch.equal(filled[1], grey[1]) and torch.equal(filled[0, :, ~selected[0]], grey[0, :, ~selected[0]])
+    assert (filled[0] - grey[0]).abs().max() < 0.1, "a hole in one colour gets about that colour"
     assert filled[2].eq(0).all(), "nothing is left to fill from"
     assert torch.equal(inpainted(grey[:1], selected[:1]), filled[:1])
     assert torch.equal(inpainted(grey, selected, 0.35)[2], torch.full((3, 12, 15), 89 / 255))
@@ -259,18 +259,15 @@ def test_words_that_mean_nothing_are_explained(tmp_path, squeezenet):
             load_judges([word], CPU)
 
 
-def test_seventeen_networks_judge_what_is_of_imagenet_and_its_own_network_the_rest(monkeypatch, run, tmp_path):
-    asked = []
-    monkeypatch.setattr(judging, "load_judges", lambda words, device: asked.append(words) or [words[0]])
-    part = argparse.Namespace(classes=[f"n{index:08d}" for index in range(1000)])
-    few = argparse.Namespace(classes=["a", "b"])
-    panel, network = Panel(None, None, CPU), torch.nn.Identity()
-    own = Extractor("m", None, (0.1,) * 3, (0.2,) * 3, classes=["a", "b"], options={"model": "r"}, classifier=network)
-    assert asked == [], "nothing is fetched before it is known that it is wanted"
+def test_networks_of_other_classes_are_judged_by_themselves_and_nothing_is_fetched_in_vain(monkeypatch):
+    monkeypatch.setattr(judging, "load_judges", None)
+    few, network = argparse.Namespace(classes=["a", "b"]), torch.nn.Identity()
+    own = Extractor("m", None, (0.1,) * 3, (0.2,) * 3, classes=["a", "b"], options={"model": "r"}, count=2)
+    own.classifier = network
+    panel = Panel(None, None, CPU)
     assert panel.of(own, few) == [Judge("own r", network, (0.1,) * 3, (0.2,) * 3, ["a", "b"], 2)]
     with pytest.raises(UserError, match="--class_list"):
-        panel.of(Extractor("published", None, classifier=network), few)
-    assert asked == []
+        panel.of(Extractor("published", None, classifier=network, count=1000), few)
 
 
 def test_the_published_judges_are_loaded_once(monkeypatch):
@@ -283,7 +280,7 @@ def test_the_published_judges_are_loaded_once(monkeypatch):
     monkeypatch.setattr(judging, "load_judges", load)
     part = argparse.Namespace(classes=[f"n{index:08d}" for index in range(1000)])
     panel = Panel(None, None, CPU)
-    for extractor in (Extractor("published", None, classifier=network), Extractor("toy", None)):
+    for extractor in (Extractor("published", None, classifier=network, count=1000), Extractor("toy", None)):
         assert [judge.name for judge in panel.of(extractor, part)] == list(PUBLISHED)
     assert asked == [PUBLISHED] and len(PUBLISHED) == 17
     named = Panel(["one", "two"], None, CPU)
@@ -426,12 +423,15 @@ def test_the_network_of_the_maps_judges_by_default_with_its_own_statistics(maps)
     assert own["clean"]["own resnet20"]["l"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-4)
 
 
-def test_images_of_classes_that_a_judge_does_not_know_are_left_out(folders, squeezenet, class_list, capsys):
+def test_images_of_classes_that_a_judge_does_not_know_are_left_out(
+    folders, squeezenet, class_list, capsys, monkeypatch
+):
+    monkeypatch.setattr(common, "LARGE", 30)  # so that these images count as large
     words = [folders, "--toy", "--image-size", 40, "--classifiers", f"squeezenet1_1={squeezenet}", "--batch-size", 5]
     results = evaluated(*words, "--class-list", class_list)
     assert {result["images"] for result in results} == {21}
     assert all(result["left_out"] == {"squeezenet1_1": 7} for result in results)
-    part = load_evaluation("folder", data_dir=str(folders), view=CentreView(40, 40))
+    part = load_evaluation("folder", data_dir=str(folders), view=CentreView(40, 46))
     (judge,) = load_judges([f"squeezenet1_1={squeezenet}"], CPU)
     logits, labels = predict(judge.network, Batches(part, 21, device=CPU, mean=judge.mean, std=judge.std))
     known, place = labels < 2, torch.tensor([7, 9, -1])[labels]
@@ -440,9 +440,18 @@ def test_images_of_classes_that_a_judge_does_not_know_are_left_out(folders, sque
     assert "does not know the classes of 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="--class_list"):
         evaluated(*words)
+    with pytest.raises(UserError, match="classifier squeezenet1_1 knows the class of none of the 21 images"):
+        part.labels[:] = part.classes.index("unheard_of")
+        judging.labels_for(judge, part, 50, str(class_list))
     class_list.write_text("\n".join(["wnid", *(f"m{index}" for index in range(1000))]))
-    with pytest.raises(UserError, match="knows the class of none"):
+    with pytest.raises(UserError, match="classifier squeezenet1_1: the network knows none"):
         evaluated(*words, "--class-list", class_list)
+
+
+def test_maps_of_other_classes_are_evaluated_all_the_same(maps, folders, squeezenet, class_list):
+    words = [folders, "--dataset", "folder", "--casms-path", maps, "--classifiers", f"squeezenet1_1={squeezenet}"]
+    (result,) = evaluated(*words, "--class-list", class_list, "--limit", 3)
+    assert result["images"] == 3 and result["left_out"] == {}
 
 
 def test_large_images_are_cut_out_of_larger_ones(folders):
@@ -562,16 +571,13 @@ def test_the_rows_are_the_image_what_is_left_what_is_hidden_and_its_filling(maps
         with torch.no_grad():
             selected = binarize(network.eval()((pixels - mean) / std)[0][:, 0])
         assert 0.02 < selected.float().mean() < 0.98
-        wanted = [pixels, masked_in(pixels, selected, 0.35), masked_out(pixels, selected, 0.35)]
-        for row, one in zip(rows, [*wanted, inpainted(wanted[2], torch.zeros_like(selected))], strict=True):
-            found = torch.from_numpy(row).permute(0, 3, 1, 2)
-            if one is wanted[-1] or len(wanted) == 0:
-                found = found.clone()
-            kept = ~selected.unsqueeze(1).expand_as(one) if row is rows[3] else torch.ones_like(one, dtype=torch.bool)
-            torch.testing.assert_close(found[kept], one[kept], atol=1e-6, rtol=0)
+        hidden = masked_out(pixels, selected, 0.35)
+        wanted = [pixels, masked_in(pixels, selected, 0.35), hidden, inpainted(hidden, selected, 0.35)]
+        for row, one in zip(rows, wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(row).permute(0, 3, 1, 2), one, atol=1e-6, rtol=0)
         hole = selected.numpy()
-        assert abs(rows[3][hole] - 0.35).mean() > 0.02, "the hole is filled from around it"
         assert np.allclose(rows[1][~hole], 0.35) and np.allclose(rows[2][hole], 0.35)
+        assert abs(rows[3][hole] - 0.35).mean() > 0.02, "the hole is filled from around it"
 
 
 def test_one_column_all_batches_and_a_last_one_of_one_image(maps, tmp_path, drawn):
@@ -586,7 +592,7 @@ def test_one_column_all_batches_and_a_last_one_of_one_image(maps, tmp_path, draw
     assert plot.build_parser().defaults["seed"] == 931001 and "931001" in plot.build_parser().format_help()
 
 
-def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps, tmp_path, folders, drawn):
+def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps, tmp_path, folders, drawn, monkeypatch):
     files = sorted((folders / "val").rglob("*.png"))
     (batch,) = plot_order(5, 1)
     for number, file in enumerate(files):
@@ -596,7 +602,9 @@ def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps,
     words += ["--plots", 1, "--batch-size", 5, "--columns", 2]
     assert [path.name for path in pictures(*words)] == [f"{batch}.png"] and len(drawn[0][1][0]) == 2
     pictures(*words, "--resize", 48)
-    for (_, rows), resize in zip(drawn, (32, 48), strict=True):
+    monkeypatch.setattr(common, "LARGE", 30)  # so that these images count as large
+    pictures(*words)
+    for (_, rows), resize in zip(drawn, (32, 48, 37), strict=True):
         part = load_evaluation("folder", data_dir=str(folders), view=CentreView(32, resize))
         wanted = part.take(torch.tensor([5 * batch])).pixels.read_all(0, lambda items, **_: items)[0][0] / 255
         assert np.allclose(rows[0][0], wanted.numpy(), atol=1e-6)

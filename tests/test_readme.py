@@ -3,6 +3,7 @@
 import math
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from engine.configure import check_together, fill_in, translate
 from engine.phases import phases_of, read_phases
 from engine.recipes import IMAGENET_RECIPES, RECIPES
 from mixing import MIXERS, show
+from saliency.casm.__main__ import COMMANDS as COMMANDS_OF_CASM
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -37,6 +39,10 @@ def test_every_command_is_accepted(command):
     words = shlex.split(command)
     if words[1:3] == ["-m", "mixing.show"]:
         assert show.build_parser().read(words[3:])
+        return
+    if words[1:3] == ["-m", "saliency.casm"]:
+        command = import_module(COMMANDS_OF_CASM[words[3]][0])
+        assert command.build_parser().read(words[4:])
         return
     script = next(word for word in words if word.endswith(".py"))
     words = words[words.index(script) + 1 :]

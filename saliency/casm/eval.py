@@ -28,7 +28,7 @@ def build_parser() -> Parser:
         help="torchvision's NAME, NAME=FILE for it with weights from FILE, or a file or run folder of ours",
     )
     parser.option("--resnets_path", metavar="DIR", help="besides: every file of it, a ResNet-50 of the PyTorch example")
-    parser.option("--class_list", metavar="FILE", help="classes of a network that does not say them, one a line or a .csv")
+    parser.option("--class_list", metavar="FILE", help="classes of a network that does not say them, in a .txt or .csv")
     one_device_options(parser, amp="off")
     return parser
 
@@ -105,7 +105,8 @@ def report(result: dict) -> str:
     from saliency.casm.judging import KINDS
 
     lines = [f"\n{result['name']}: {result['images']:,} images"]
-    lines += [f"note: {name} does not know the classes of {count:,} of them" for name, count in result["left_out"].items()]
+    for name, count in result["left_out"].items():
+        lines.append(f"note: {name} does not know the classes of {count:,} of them, which do not count")
     if result["unreadable"]:
         lines.append(f"note: {result['unreadable']} files could not be read; neighbours served in their place")
     names = list(result["clean"])

@@ -36,8 +36,8 @@ class Extractor:
     """A name, and a function of normalised images (B, 3, H, W) and labels (B,) on the device, -1 for a class it does
     not know, to Masks.
 
-    classes: in the order of its labels, empty where they are not known. options: what it was trained with, as far as it is
-    known: where its data lie. path: the file it came from.
+    classes: in the order of its labels, empty where they are not known. options: what it was trained with, as far as
+    that is known: where its data lie. path: the file it came from.
     """
 
     name: str

@@ -29,8 +29,8 @@ IMAGENET_CLASSES = 1000
 
 @dataclass
 class Judge:
-    """Called with pixels (B, 3, H, W) in 0..1 it gives logits (B, K) float32. classes: in the order of the logits; empty
-    where the file does not say. count: K.
+    """Called with pixels (B, 3, H, W) in 0..1 it gives logits (B, K) float32. classes: in the order of the logits;
+    empty where the file does not say. count: K.
     """
 
     name: str
@@ -51,8 +51,8 @@ def normalised(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
 
 
 def load_judges(words: list[str], device: torch.device) -> list[Judge]:
-    """A word is torchvision's NAME, with its ImageNet weights, NAME=FILE, with those of a file, or a file or run folder of
-    ours. No two have one name. Raises UserError for anything else, and for weights that cannot be had.
+    """A word is torchvision's NAME, with its ImageNet weights, NAME=FILE, with those of a file, or a file or run folder
+    of ours. No two have one name. Raises UserError for anything else, and for weights that cannot be had.
     """
     words = list(dict.fromkeys(words))
     judges = [judge_of(word) for word in words]
@@ -116,8 +116,8 @@ def of_file(place: str) -> Judge:
 
 
 def load_resnets(folder: str, device: torch.device) -> list[Judge]:
-    """Every file of a folder as a ResNet-50 of the PyTorch ImageNet example, called after its file. Raises UserError for
-    a folder without files, and for a file of anything else.
+    """Every file of a folder as a ResNet-50 of the PyTorch ImageNet example, called after its file. Raises UserError
+    for a folder without files, and for a file of anything else.
     """
     files = [one for one in sorted(Path(folder).iterdir()) if one.is_file()] if Path(folder).is_dir() else []
     if not files:
@@ -130,25 +130,32 @@ def load_resnets(folder: str, device: torch.device) -> list[Judge]:
 
 
 def label_map(
-    part_classes: list[str], classes: list[str], class_list: str | None = None, count: int = IMAGENET_CLASSES
+    part_classes: list[str], classes: list[str], class_list: str | None = None, count: int | None = IMAGENET_CLASSES
 ) -> torch.Tensor:
-    """long (len(part_classes),): the position of each class of the data among those of a network; -1 where it is none of
-    them.
+    """long (len(part_classes),): the position of each class of the data among those of a network; -1 where it is none
+    of them.
 
     classes: the network's; where they are not known (empty), those of class_list, a file; and without one both are
     taken to be the same, sorted by name, if there are `count` of each: of ImageNet those sort by their WordNet ids.
-    Raises UserError where that cannot be, and for a class_list of other than `count` classes.
+    count None: of a network that takes any number. Raises UserError where that cannot be, for a class_list of other
+    than `count` classes, and where no class is known.
     """
     if not classes and class_list:
         classes = read_class_list(class_list)
-        if len(classes) != count:
+        if count not in (None, len(classes)):
             raise UserError(f"--class_list {class_list}: {len(classes)} classes, where the network has {count}")
-    if not classes and len(part_classes) != count:
+    if not classes and count not in (None, len(part_classes)):
         raise UserError(
             f"the data has {len(part_classes)} classes, the network {count}, and its file does not name them\n"
-            "name them, in the order of the network, in a file: --class_list FILE, one a line or a .csv with a column wnid"
+            "name them, in the order of the network, in a file: --class_list FILE, one a line or a .csv with a column "
+            "wnid"
         )
     place = {name: position for position, name in enumerate(classes or part_classes)}
+    if not place.keys() & set(part_classes):
+        raise UserError(
+            f"the network knows none of the classes of the data ({', '.join(part_classes[:3])} ...): its own are "
+            f"{', '.join(list(place)[:3])} ..."
+        )
     return torch.tensor([place.get(name, -1) for name in part_classes])
 
 

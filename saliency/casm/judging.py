@@ -34,8 +34,8 @@ TOYS = ("zero", "one", "random56", "random224")
 
 
 def of_toy(name: str, like: Extractor | None, seed: int) -> Extractor:
-    """The published naive masks: `zero`, `one`, and a fair coin for each block of a 56th of the side (`random56`) or each
-    pixel (`random224`). Sees the images that `like` does.
+    """The published naive masks: `zero`, `one`, and a fair coin for each block of a 56th of the side (`random56`) or
+    each pixel (`random224`). Sees the images that `like` does.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,8 +53,8 @@ def of_toy(name: str, like: Extractor | None, seed: int) -> Extractor:
 
 
 class Panel:
-    """Who judges: the classifiers that words name and those of a folder of ResNets; without words the published ones for
-    a network of 1000 classes, for any other the classifier that the masks were trained beside.
+    """Who judges: the classifiers that words name and those of a folder of ResNets; without words the published ones
+    for a network of 1000 classes, for any other the classifier that the masks were trained beside.
     """
 
     def __init__(
@@ -74,14 +74,13 @@ class Panel:
 
     def usual(self, extractor: Extractor, part: Part) -> list[Judge]:
         own = extractor.classifier
-        unsaid = len(part.classes) if own is None else IMAGENET_CLASSES
-        if (len(extractor.classes) or unsaid) == IMAGENET_CLASSES:
+        if (extractor.count or len(part.classes)) == IMAGENET_CLASSES:
             label_map(part.classes, [], self.class_list)  # an error comes before 3 GB are fetched
             self.published = self.published or load_judges(list(PUBLISHED), self.device)
             return self.published
         if own is not None:
             name = f"own {extractor.options.get('model') or 'classifier'}"
-            return [Judge(name, own, extractor.mean, extractor.std, extractor.classes, len(extractor.classes))]
+            return [Judge(name, own, extractor.mean, extractor.std, extractor.classes, extractor.count)]
         if self.resnets:
             return []
         raise UserError(
@@ -123,9 +122,10 @@ def evaluate(
     """
     batches = Batches(part, batch_size, device=device, mean=(0, 0, 0), std=(1, 1, 1), workers=workers)  # plain pixels
     count = iterations_of(len(batches), pot)
-    own = label_map(part.classes, extractor.classes or part.classes).to(device)
+    place = {name: position for position, name in enumerate(extractor.classes or part.classes)}
+    own = torch.tensor([place.get(name, -1) for name in part.classes], device=device)  # maps need not know any class
     known = [labels_for(judge, part, count * batch_size, class_list).to(device) for judge in judges]
-    totals, images = dict.fromkeys(KINDS, 0), 0
+    totals, images = torch.zeros((), device=device), 0
     try:
         with Progress(extractor.name, count, bar=bars_wanted(False)) as shown, exact_float32():
             for step, batch in enumerate(itertools.islice(batches.epoch(), count)):
@@ -133,30 +133,39 @@ def evaluate(
                 with autocast(device, precision):
                     seen = normalised(batch.images, extractor.mean, extractor.std)
                     selected = binarize(extractor.masks_of(seen, own[batch.labels]).masks)
-                    for kind, alter in KINDS.items():
-                        pixels = alter(batch.images, selected)
-                        rows = [sums(judge(pixels), of[batch.labels]) for judge, of in zip(judges, known, strict=True)]
-                        totals[kind] = totals[kind] + torch.stack(rows)
+                    of_judges = [labels[batch.labels] for labels in known]
+                    totals = totals + judged(batch.images, selected, judges, of_judges)
                 shown(step + 1, **(rights(totals) if (step + 1) % print_freq == 0 else {}))
     finally:
         batches.close()
-    means = {kind: named(judges, table) for kind, table in totals.items()}
-    left_out = {judge.name: images - int(row[4]) for judge, row in zip(judges, totals["clean"], strict=True)}
+    left_out = {judge.name: images - int(row[4]) for judge, row in zip(judges, totals[0], strict=True)}
     return {
         **{"name": extractor.name, "path": extractor.path, "images": images},
         **{"left_out": {name: number for name, number in left_out.items() if number}, "unreadable": batches.skipped},
-        **means,
+        **{kind: named(judges, table) for kind, table in zip(KINDS, totals, strict=True)},
     }
+
+
+def judged(
+    pixels: torch.Tensor, selected: torch.Tensor, judges: list[Judge], labels: list[torch.Tensor]
+) -> torch.Tensor:
+    """pixels (B, 3, H, W) in 0..1, selected bool (B, H, W), labels (B,) of each judge -> (kinds, judges, 5): sums."""
+    rows = []
+    for alter in KINDS.values():
+        altered = alter(pixels, selected)
+        rows.append(torch.stack([sums(judge(altered), own) for judge, own in zip(judges, labels, strict=True)]))
+    return torch.stack(rows)
 
 
 def labels_for(judge: Judge, part: Part, images: int, class_list: str | None) -> torch.Tensor:
     """label_map() of a judge. Raises UserError if it knows the class of none of the first so many images."""
-    place = label_map(part.classes, judge.classes, class_list, judge.count)
+    try:
+        place = label_map(part.classes, judge.classes, class_list, judge.count)
+    except UserError as error:
+        raise UserError(f"classifier {judge.name}: {error}") from error
     if (place[part.labels[:images]] < 0).all():
-        first = [", ".join(names[:5]) for names in (judge.classes or ["those of --class_list"], part.classes)]
         raise UserError(
-            f"classifier {judge.name} knows the class of none of the images\n"
-            f"its classes: {first[0]} ...; those of the data: {first[1]} ..."
+            f"classifier {judge.name} knows the class of none of the {min(images, len(part)):,} images used"
         )
     return place
 
@@ -164,10 +173,12 @@ def labels_for(judge: Judge, part: Part, images: int, class_list: str | None) ->
 def named(judges: list[Judge], table: torch.Tensor) -> dict[str, dict[str, float]]:
     """Rows of sums(), (judges, 5), as means: l, cross-entropy; t1 and t5, percent; e, entropy in nats."""
     scale = table.new_tensor([1, 100, 100, 1])
-    means = (table[:, :4] * scale / table[:, 4:]).tolist()
-    return {judge.name: dict(zip(("l", "t1", "t5", "e"), row, strict=True)) for judge, row in zip(judges, means, strict=True)}
+    rows = (table[:, :4] * scale / table[:, 4:]).tolist()
+    means = [dict(zip(("l", "t1", "t5", "e"), row, strict=True)) for row in rows]
+    return {judge.name: row for judge, row in zip(judges, means, strict=True)}
 
 
-def rights(totals: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Percent right at first for each kind, over all judges. Waits for the device."""
-    return {kind: float(100 * table[:, 1].sum() / table[:, 4].sum()) for kind, table in totals.items()}
+def rights(totals: torch.Tensor) -> dict[str, float]:
+    """totals (kinds, judges, 5) -> percent right at first for each kind, over all judges. Waits for the device."""
+    right, images = totals.sum(1)[:, [1, 4]].unbind(1)
+    return dict(zip(KINDS, (100 * right / images.clamp_min(1)).tolist(), strict=True))

@@ -130,7 +130,7 @@ class MaskStatistics:
         return {
             "avg_mask": average / self.images,
             "std_mask": spread / self.images_in_pairs if self.images_in_pairs else None,
-            "entropy": entropy / self.images,
+            "entropy": abs(entropy) / self.images,
             "tv": variation / self.images,
         }
 

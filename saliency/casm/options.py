@@ -5,6 +5,7 @@ from engine.options import DATASET_ALIASES, DATASETS
 from models import ALIASES, IMAGENET_ALIASES, MODELS
 
 NEVER = 10_000_000  # iterations between snapshots: there is only the first one
+SMALL = 1000  # batches; published settings are for the 10,010 of ImageNet
 PRESETS = {  # name -> what it sets; lambda_r for the entropy and for the adversarial form
     "F": {"fixed_classifier": True, "hp": 0.0, "smf": NEVER, "lambda_r": (2.5, 9.0)},
     "L": {"fixed_classifier": False, "hp": 0.0, "smf": NEVER, "lambda_r": (14.0, 18.0)},
@@ -121,7 +122,12 @@ def train_options(parser: Parser) -> None:
     parser.group("schedule")
     parser.option("--epochs", type=whole(1), default=60)
     parser.option("--batch_size", "-b", type=whole(1), default=128)
-    parser.option("--pot", type=number(0, 1), default=0.2, help="share of the training batches in an epoch")
+    parser.option(
+        "--pot",
+        type=number(0, 1),
+        shown=f"0.2, as published; 1 for sets of fewer than {SMALL:,} batches",
+        help="share of the training batches in an epoch",
+    )
     parser.option("--lr", "--learning_rate", type=number(), default=0.001, help="of the classifier")
     parser.option("--lr_casme", "--learning_rate_casme", type=number(), default=0.001, help="of the decoder")
     parser.option("--lrde", type=whole(1), default=20, help="epochs after which both drop to a tenth")

@@ -16,8 +16,10 @@ def build_parser() -> Parser:
     next(action for action in parser._actions if action.dest == "seed").help = f"which batches [{SEED}]"
     parser.group("pictures")
     parser.option("--casm_path", metavar="FILE", help="trained maps, a .chk file")
-    parser.option("--plots_path", metavar="DIR", default="plots", help="where the pictures go, each called after its batch")
-    parser.option("--plots", type=whole(-1), default=16, help="how many, a batch each, in random order; -1: all batches")
+    parser.option(
+        "--plots_path", metavar="DIR", default="plots", help="where they are written, each called after its batch"
+    )
+    parser.option("--plots", type=whole(-1), default=16, help="how many, of a random batch each; -1: all batches")
     parser.option("--columns", type=whole(1), default=7, help="images in a picture, the first of the batch")
     parser.option("--batch_size", "-b", type=whole(1), default=128, help="images that are counted as a batch")
     parser.option(

@@ -45,6 +45,8 @@ class ClassifierPool:
             own.copy_(one, non_blocking=True)
 
     def state_dict(self) -> list[list[torch.Tensor]]:
+        if self.pinned:  # copies into it may still be under way
+            torch.cuda.synchronize()
         return self.snapshots
 
     def load_state_dict(self, snapshots: list[list[torch.Tensor]]) -> None:

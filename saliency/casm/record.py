@@ -15,6 +15,8 @@ from engine.cli import Terminated, UserError
 from engine.data import Data
 from engine.files import write_atomic
 from saliency.casm.network import ENDING, Casm
+from saliency.casm.pool import megabytes
+from saliency.casm.settle import notes_on_pool
 from saliency.casm.training import Parts
 
 COLUMNS = {  # of the log, as published: title -> column of the history, in training and (val_) on evaluation images
@@ -138,6 +140,21 @@ class Record:
         if not self.place.exists():
             return "no epoch was finished, so nothing is kept"
         return f"the last finished epoch is kept: continue with --resume {self.place}"
+
+
+def announce(record: Record, data: Data, parts: Parts, iterations: int, *, where: str, notes: list[str]) -> None:
+    """What is about to run, on what, and what the user may want to know before waiting for it."""
+    options, classifier = record.options, parts.network.classifier
+    print(data.train.summary("train") + "\n" + data.test.summary("val"))
+    print(
+        f"{options['model']}: {options['epochs']} epochs of {iterations} iterations of {options['batch_size']} images, "
+        f"{'adversarial' if options['adversarial'] else 'entropy'} form, lambda_r {options['lambda_r']:g}, classifier "
+        f"{'trained along' if parts.learns else 'fixed'}, on {where}; writing {record.place}"
+    )
+    if parts.judge:
+        print("\n".join(notes_on_pool(options, iterations, parts.pool, megabytes(classifier))))
+    for note in [*notes, *data.warnings]:
+        print(f"note: {note}", flush=True)
 
 
 def line_of(row: dict, epochs: int) -> str:

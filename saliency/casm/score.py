@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
             part, dataset = parts.of(extractor, squeezed=options["break_ratio"])
             if part.where not in truths:
                 truths[part.where] = find_truths(part, dataset, options["annotation_path"], progress=over)
-                print("\n".join(f"note: {line}" for line in truths[part.where].notes()))
+                for line in truths[part.where].notes():
+                    print(f"note: {line}")
             result = score(extractor, part, truths[part.where], options, device, judge)
             keep(result, options)
         results.append(result)

@@ -22,8 +22,7 @@ def score(
     saliency metric. Numbers are fractions; None where there was nothing to average.
     """
     batches = batches_of(part, extractor, options, device)
-    count = extractor.count or len(part.classes)
-    labels = label_map(part.classes, extractor.classes, options["class_list"], count).to(device)
+    labels = label_map(part.classes, extractor.classes, options["class_list"], extractor.count).to(device)
     of_judge = label_map(part.classes, judge.classes, options["class_list"], judge.count).to(device) if judge else None
     statistics, rows, right, metrics = MaskStatistics(), [], [], []
     count = iterations_of(len(batches), options["pot"])

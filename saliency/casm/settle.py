@@ -5,14 +5,19 @@ from pathlib import Path
 
 import torch
 
+from engine.batches import Batches
 from engine.classifier import SavedClassifier
 from engine.cli import Parser, UserError
 from engine.data import Data
+from engine.image_files import RandomView
 from engine.phases import large_side
+from engine.training import pick
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models
 from models.imagenet_resnet import load_pretrained
-from saliency.casm.network import ENDING, PUBLISHED
-from saliency.casm.options import NEVER, preset
+from saliency.casm.network import ENDING, PUBLISHED, Casm, build_decoder
+from saliency.casm.options import NEVER, SMALL, preset
+from saliency.casm.pool import ClassifierPool, megabytes
+from saliency.casm.training import Parts, build_parts
 
 FOLDERS = ("folder", "imagenet")  # data sets that have no place or size of their own
 OF_THE_DATA = ("dataset", "data_dir", "val_data_dir", "image_size", "eval_resize", "norm", "num_classes", "val_labels")
@@ -37,8 +42,7 @@ def find_resume(parser: Parser, typed: dict) -> Path | None:
 
 
 def go_on(parser: Parser, typed: dict, saved: dict) -> dict:
-    """The options of the run that goes on, with what was typed of those that may change. Raises UserError for others.
-    """
+    """The options of the run that goes on, with what was typed of those that may change. UserError for the others."""
     differ = {key for key in typed.keys() - MAY_DIFFER - {"name", "casms_path"} if typed[key] != saved.get(key)}
     if differ:
         rows = "\n".join(f"  --{key}  {saved.get(key)}  ->  {typed[key]}" for key in sorted(differ))
@@ -97,6 +101,42 @@ def choose_classifier(parser: Parser, options: dict, data: Data) -> tuple[str, t
     return matching_models(file.weights, like=name)[0], network, []
 
 
+def build(
+    parser: Parser, options: dict, data: Data, device: torch.device, precision: torch.dtype | None, *, anew: bool
+) -> tuple[Parts, list[str]]:
+    """Everything that learns, on the device, and what to tell. anew: from the weights of --classifier; else their place
+    is left for those of the run that goes on. Fills in what the options leave to the network.
+    """
+    notes = []
+    if anew:
+        options["model"], classifier, notes = choose_classifier(parser, options, data)
+    else:
+        classifier = build_model(options["model"], len(data.classes), data.image_size)
+    network = Casm(classifier, build_decoder(classifier, options["width"], options["upsample"]))
+    network = network.to(device, memory_format=torch.channels_last)
+    host = pool_on_host(options["pool_device"], options["f_size"] * megabytes(classifier), device)
+    room = {"device": "cpu" if host else device, "pinned": host and device.type == "cuda"}
+    pool = ClassifierPool(options["f_size"], options["smf"], **room)
+    return build_parts(network, pool, precision=precision, **pick(options, build_parts)), notes
+
+
+def feeds(options: dict, data: Data, device: torch.device) -> tuple[Batches, Batches, Batches, Batches]:
+    """Training batches; those of all evaluation images, of about a thousand of them, and of eight. Fills in the options
+    that depend on their number and size.
+    """
+    feed = {"device": device, "mean": data.mean, "std": data.std, "workers": options["workers"]}
+    if options["crop_padding"] is None:
+        options["crop_padding"] = data.image_size // 16
+    resident = isinstance(data.train.pixels, torch.Tensor)
+    own = {"padding": options["crop_padding"]} if resident else {"view": RandomView(data.image_size)}
+    size = options["batch_size"]
+    train = Batches(data.train, size, shuffle=True, augment=True, seed=options["seed"], **own, **feed)
+    if options["pot"] is None:
+        options["pot"] = 1.0 if len(train) < SMALL else 0.2
+    some = [(data.test, size), (data.test.spread(1000), size), (data.test.spread(8), 8)]
+    return train, *(Batches(part, count, **feed) for part, count in some)
+
+
 def pool_on_host(where: str, size: float, device: torch.device) -> bool:
     """Whether snapshots that take `size` MB in all lie on the host. where: device, host or auto."""
     if device.type != "cuda" or where != "auto":
@@ -104,19 +144,19 @@ def pool_on_host(where: str, size: float, device: torch.device) -> bool:
     return 1e6 * size > torch.cuda.mem_get_info(device)[0] / 2
 
 
-def notes_on_pool(options: dict, iterations: int, size: float, where: str) -> list[str]:
+def notes_on_pool(options: dict, iterations: int, pool: ClassifierPool, size: float) -> list[str]:
     """What the pool takes, in MB a snapshot, and what to change where a run of so many iterations an epoch leaves it
     nearly empty.
     """
-    count, every = options["f_size"], options["smf"]
+    count, every = pool.f_size, pool.smf
     taken = min(count, 1 + options["epochs"] * (iterations // every))
     lines = [
         f"pool: {taken} of {count} past classifiers of {size:.1f} MB each, {taken * size:,.0f} MB in all, in the "
-        f"memory of the {where}, and as much in a file beside the checkpoint"
+        f"memory of the {'host' if pool.device.type == 'cpu' else 'GPU'}, and as much in a file beside the checkpoint"
     ]
     if every < NEVER and taken < count:
         better = min(iterations, max(1, options["epochs"] * iterations // (2 * count)))
-        lines.append(f"note: --smf {every} leaves places of the pool empty; --smf {better} would fill more of it")
+        lines.append(f"note: --smf {every} leaves places of the pool empty; --smf {better} would fill them")
     return lines
 
 
