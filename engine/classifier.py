@@ -29,8 +29,8 @@ def best_of(path: Path | str) -> Path:
 
 
 class SavedClassifier:
-    """The content of a model file, or of the best.pt of a run folder. `options`: those it was trained with; empty where
-    the file does not say. content: of the file, if it is read already.
+    """The content of a model file, or of the best.pt of a run folder. `options`: those it was trained with; classes and
+    image_size: of its images. Empty or None where the file does not say. content: of the file, if it is read already.
     """
 
     def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
@@ -38,7 +38,9 @@ class SavedClassifier:
         content = read_file(self.path) if content is None else content
         self.weights = extract_weights(content, self.path, averaged=averaged)
         self.options = content["config"] if is_ours(content) else {}
-        self.classes: list[str] = content["classes"] if is_ours(content) else []
+        ours = content if is_ours(content) else {}
+        self.classes: list[str] = ours.get("classes", [])
+        self.image_size: int | None = ours.get("image_size")
         epoch = content.get("epoch") if isinstance(content, dict) else None
         self.epoch = epoch if isinstance(epoch, int) else None
 
@@ -75,7 +77,6 @@ def torchvision_network(name: str, weights: dict[str, torch.Tensor], path: Path 
     """
     from torchvision.models import get_model
 
-    weights = {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
     if name.startswith("densenet"):  # torchvision's own files have older names
         weights = {re.sub(r"(denselayer\d+\.(norm|relu|conv))\.", r"\1", key): value for key, value in weights.items()}
     last = next(reversed(weights.values()))

@@ -160,7 +160,7 @@ def load_model(options: dict) -> tuple:
     if name and name not in MODELS and name not in MODEL_ALIASES:
         raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, [*MODELS, *list_models()])}")
     usual = 224 if ours and ours[0] in IMAGENET_MODELS else 32
-    size = options["image_size"] or file.options.get("image_size") or usual
+    size = options["image_size"] or file.image_size or usual
     known = {"model": name or file.options.get("model"), "num_classes": class_count(file.weights), "image_size": size}
     model = file.build(build_model, matching_models, **known)
     return model.eval(), size, file.statistics

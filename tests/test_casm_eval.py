@@ -43,9 +43,9 @@ INPAINT = json.loads((GOLDEN / "casm.json").read_text())["inpaint"][0]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """The folder of a barely trained classifier of shapes."""
+    """The folder of a barely trained classifier of shapes of 64 pixels, so that its maps have a coarser grid."""
     root = tmp_path_factory.mktemp("classifier")
-    train_script.main(shapes_command(root, name="base", epochs=1))
+    train_script.main(shapes_command(root, "--image_size", "64", name="base", epochs=1))
     return root / "shapes" / "resnet20" / "base"
 
 
@@ -150,6 +150,7 @@ def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
     again = of_toy("random56", None, 5)
     assert torch.equal(again.masks_of(images, labels).masks, masks["random56"])
     assert not torch.equal(again.masks_of(images, labels).masks, masks["random56"]), "the next batch has other coins"
+    assert not torch.equal(of_toy("random56", None, 6).masks_of(images, labels).masks, masks["random56"])
     for name in TOYS:  # what is selected is the mask itself
         assert torch.equal(binarize(masks[name]), masks[name] > 0)
 
@@ -193,7 +194,7 @@ def test_our_own_files_and_run_folders_judge_under_their_names(run, maps):
     assert folder.mean == (0.5, 0.5, 0.5) and folder.classes[0] == "disc" and folder.count == 10
     again = load_judges([str(run / "best.pt"), str(run), str(run.parent / "base" / "best.pt")], CPU)
     assert [judge.name for judge in again] == ["best", "base"], "one word is one judge"
-    part = load_evaluation("shapes", image_size=32, limit=20)
+    part = load_evaluation("shapes", image_size=64, limit=20)
     wanted, _ = predict(folder.network, Batches(part, 20, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
     with torch.no_grad():
         found = folder(part.pixels.permute(0, 3, 1, 2) / 255)
@@ -352,14 +353,14 @@ def test_the_numbers_by_hand():
 def by_hand(maps: Path, run: Path, count: int) -> dict[str, dict[str, float]]:
     """Top-1 and loss for every kind, from the files alone: nothing of extractors, judges or judging."""
     content = read_file(maps)
-    network = Casm(build_model("resnet20", 10, 32), None)
+    network = Casm(build_model("resnet20", 10, 64), None)
     network.decoder = build_decoder(network.classifier, 64, "bilinear")
     network.classifier.load_state_dict(content["model"])
     network.decoder.load_state_dict(content["decoder"])
     mean, std = (torch.tensor(content[key]).view(3, 1, 1) for key in ("mean", "std"))
-    part = load_evaluation("shapes", image_size=32, limit=count)
+    part = load_evaluation("shapes", image_size=64, limit=count)
     pixels = part.pixels.permute(0, 3, 1, 2).float() / 255
-    judge = build_model("resnet20", 10, 32).eval()
+    judge = build_model("resnet20", 10, 64).eval()
     judge.load_state_dict(extract_weights(read_file(run / "best.pt"), run))
     with torch.no_grad():
         selected = binarize(network.eval()((pixels - mean) / std)[0][:, 0])
@@ -389,8 +390,8 @@ def test_zero_is_the_plain_accuracy_and_one_its_mirror(maps, run, capsys):
     results = evaluated("--casms-path", maps, "--toy", "--limit", 33, "--batch-size", 16, "--classifiers", run)
     assert [one["name"] for one in results] == ["map", *TOYS]
     file = SavedClassifier(run)
-    part = load_evaluation("shapes", image_size=32, limit=33)
-    model = build_model("resnet20", 10, 32)
+    part = load_evaluation("shapes", image_size=64, limit=33)
+    model = build_model("resnet20", 10, 64)
     model.load_state_dict(file.weights)
     logits, labels = predict(model, Batches(part, 33, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
     plain = 100 * float((logits.argmax(1) == labels).float().mean())
@@ -416,8 +417,8 @@ def test_the_size_of_batches_changes_nothing_and_a_share_of_them_leaves_images_o
 
 def test_the_network_of_the_maps_judges_by_default_with_its_own_statistics(maps):
     (own,) = evaluated("--casms-path", maps.parent, "--limit", 20)
-    content, part = read_file(maps), load_evaluation("shapes", image_size=32, limit=20)
-    model = build_model("resnet20", 10, 32)
+    content, part = read_file(maps), load_evaluation("shapes", image_size=64, limit=20)
+    model = build_model("resnet20", 10, 64)
     model.load_state_dict(content["model"])
     logits, labels = predict(model, Batches(part, 20, device=CPU, mean=content["mean"], std=content["std"]))
     assert own["clean"]["own resnet20"]["l"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-4)
@@ -557,9 +558,9 @@ def pictures(*words) -> list[Path]:
 def test_the_rows_are_the_image_what_is_left_what_is_hidden_and_its_filling(maps, tmp_path, drawn):
     written = pictures("--casm-path", maps, "--plots-path", tmp_path, "--limit", 30, "--batch-size", 8, "--columns", 5)
     assert [path.name for path in written] == [f"{batch}.png" for batch in plot_order(4, 16)]
-    part = load_evaluation("shapes", image_size=32, limit=30)
+    part = load_evaluation("shapes", image_size=64, limit=30)
     content = read_file(maps)
-    network = Casm(build_model("resnet20", 10, 32), None)
+    network = Casm(build_model("resnet20", 10, 64), None)
     network.decoder = build_decoder(network.classifier, 64, "bilinear")
     network.classifier.load_state_dict(content["model"])
     network.decoder.load_state_dict(content["decoder"])
@@ -567,7 +568,7 @@ def test_the_rows_are_the_image_what_is_left_what_is_hidden_and_its_filling(maps
     for path, rows in drawn:
         first = 8 * int(path.stem)
         pixels = part.pixels[first : first + 5].permute(0, 3, 1, 2).float() / 255
-        assert len(rows) == 4 and all(row.shape == (min(5, 30 - first), 32, 32, 3) for row in rows)
+        assert len(rows) == 4 and all(row.shape == (min(5, 30 - first), 64, 64, 3) for row in rows)
         with torch.no_grad():
             selected = binarize(network.eval()((pixels - mean) / std)[0][:, 0])
         assert 0.02 < selected.float().mean() < 0.98
@@ -601,11 +602,11 @@ def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps,
     words = [folders, "--dataset", "folder", "--casm-path", maps, "--plots-path", tmp_path / "new" / "place"]
     words += ["--plots", 1, "--batch-size", 5, "--columns", 2]
     assert [path.name for path in pictures(*words)] == [f"{batch}.png"] and len(drawn[0][1][0]) == 2
-    pictures(*words, "--resize", 48)
+    pictures(*words, "--resize", 80)
     monkeypatch.setattr(common, "LARGE", 30)  # so that these images count as large
     pictures(*words)
-    for (_, rows), resize in zip(drawn, (32, 48, 37), strict=True):
-        part = load_evaluation("folder", data_dir=str(folders), view=CentreView(32, resize))
+    for (_, rows), resize in zip(drawn, (64, 80, 73), strict=True):
+        part = load_evaluation("folder", data_dir=str(folders), view=CentreView(64, resize))
         wanted = part.take(torch.tensor([5 * batch])).pixels.read_all(0, lambda items, **_: items)[0][0] / 255
         assert np.allclose(rows[0][0], wanted.numpy(), atol=1e-6)
     with pytest.raises(SystemExit):
@@ -619,13 +620,13 @@ def test_pictures_are_written_at_their_published_look(maps, tmp_path, capsys):
         assert picture.info["dpi"][0] == pytest.approx(300, abs=0.1)
         assert np.allclose(picture.size, (450 * 2.05, 450 * 4.15), atol=3)
         points = np.asarray(picture.convert("RGB")).astype(int)
-    pixels = load_evaluation("shapes", image_size=32, limit=2).pixels.numpy()
-    assert abs(points[220, 220] - pixels[0, 15, 15]).max() <= 2, "no frame moves the first picture"
-    assert abs(points[2, -3] - pixels[1, 0, 31]).max() <= 2 and (points[:, 461] == 255).all(), "a gap between columns"
+    pixels = load_evaluation("shapes", image_size=64, limit=2).pixels.numpy()
+    assert abs(points[221, 221] - pixels[0, 31, 31]).max() <= 2, "no frame moves the first picture"
+    assert abs(points[2, -3] - pixels[1, 0, 63]).max() <= 2 and (points[:, 461] == 255).all(), "a gap between columns"
 
 
 def test_calls_of_plot_that_lack_something_are_explained(maps, tmp_path, capsys):
-    for words, told in ([], "--casm-path FILE"), (["--casm-path", maps, "--resize", 64], "is for image files"):
+    for words, told in ([], "--casm-path FILE"), (["--casm-path", maps, "--resize", 96], "is for image files"):
         with pytest.raises(SystemExit) as stopped:
             pictures(*words)
         assert stopped.value.code == 2 and told in capsys.readouterr().err

@@ -208,3 +208,9 @@ def test_the_rule_decides_the_box():
         for rule in ("percentile", "mean")
     }
     assert found["percentile"]["LE"] == 1 and found["mean"]["LE"] == 0
+
+
+def test_results_of_another_command_are_not_taken_for_these(casm_file, tmp_path):
+    (tmp_path / "random.json").write_text('{"name": "random", "masked_in": {}}')
+    with pytest.raises(UserError, match="it holds no LE"):
+        score.main(["--casms-path", casm_file, "--save-to-file", "--log-path", str(tmp_path), *QUIET])

@@ -91,8 +91,10 @@ def result_file(name: str, options: dict) -> Path:
     return Path(options["log_path"]) / f"{name.replace('/', '_')}.json"
 
 
-def finished(extractor: Extractor, options: dict) -> dict | None:
-    """What --save-to-file has kept of this extractor, if it has."""
+def finished(extractor: Extractor, options: dict, holds: str) -> dict | None:
+    """What --save-to-file has kept of this extractor, if it has. Raises UserError for a file without `holds`, which is
+    of another command.
+    """
     if not options["save_to_file"]:
         return None
     path = result_file(extractor.name, options)
@@ -100,6 +102,8 @@ def finished(extractor: Extractor, options: dict) -> dict | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        if holds not in result:
+            raise ValueError(f"it holds no {holds}")
     except ValueError as error:
         raise UserError(
             f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"

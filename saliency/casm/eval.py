@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     settings = {**pick(options, ["batch_size", "pot", "workers", "print_freq", "class_list"]), "precision": precision}
     parts, results = Parts(parser, options), []
     for extractor in every_extractor(options, device):
-        result = check_kind(finished(extractor, options), options)
+        result = finished(extractor, options, "masked_in")
         if result is None:
             part, _ = parts.of(extractor, larger=True)
             result = evaluate(extractor, part, panel.of(extractor, part), device=device, **settings)
@@ -87,16 +87,6 @@ def check_places(parser: Parser, options: dict) -> None:
             Path(options["log_path"]).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--log-path {options['log_path']}: cannot be made ({error.strerror})") from error
-
-
-def check_kind(result: dict | None, options: dict) -> dict | None:
-    """A result that was kept. Raises UserError for one of another command."""
-    if result is not None and "masked_in" not in result:
-        raise UserError(
-            f"{options['log_path']}: holds results of {result.get('name')}, but of another command, such as score\n"
-            "name another --log-path"
-        )
-    return result
 
 
 def report(result: dict) -> str:

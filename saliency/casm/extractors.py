@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from engine.classifier import SavedClassifier
 from engine.cli import UserError
-from engine.data import STATISTICS, WITHOUT_STATISTICS
+from engine.data import STATISTICS
 from models import build_model, class_count, matching_models
 from saliency import build_source
 from saliency.casm.localize import rectangles as rectangles_around
@@ -71,21 +71,14 @@ def of_casm(saved: SavedCasm, device: torch.device) -> Extractor:
 
 def of_classifier(file: SavedClassifier, model: str | None, size: int | None, device: torch.device) -> Extractor:
     """What a plain classifier knows, for extractors that look through it; it draws no masks itself."""
-    size = size or file.options.get("image_size") or 224
-    network = file.build(
-        build_model,
-        matching_models,
-        model=model or file.options.get("model"),
-        num_classes=class_count(file.weights),
-        image_size=size,
-    )
-    norm, trained = file.options.get("norm", "own"), file.options.get("dataset") or "imagenet"
-    mean, std = STATISTICS[WITHOUT_STATISTICS.get(trained, trained) if norm == "own" else norm]
+    size = size or file.image_size or 224
+    count = class_count(file.weights)
+    name = model or file.options.get("model")
+    network = file.build(build_model, matching_models, model=name, num_classes=count, image_size=size)
     network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return Extractor(
-        *(file.path.stem, None, mean, std, size, file.classes, file.options, str(file.path), network),
-        count=class_count(file.weights),
-    )
+    mean, std = file.statistics
+    called = file.path.parent.name if file.path.stem in ("best", "last") else file.path.stem
+    return Extractor(*(called, None, mean, std, size, file.classes, file.options, str(file.path), network), count=count)
 
 
 def of_source(name: str, classifier: Extractor) -> Extractor:

@@ -109,7 +109,7 @@ def of_file(place: str) -> Judge:
             f"if it is one of torchvision's, say NAME={place}"
         )
     count = class_count(file.weights)
-    size = file.options.get("image_size") or (224 if fits and fits[0] in IMAGENET_MODELS else 32)
+    size = file.image_size or (224 if fits and fits[0] in IMAGENET_MODELS else 32)
     network = file.build(build_model, matching_models, model=name, num_classes=count, image_size=size)
     own = Path(place).resolve().name if Path(place).is_dir() else file.path.stem
     return Judge(own, network.eval(), *file.statistics, file.classes, count)

@@ -30,8 +30,8 @@ def casm_parser(command: str, description: str) -> Parser:
     return parser
 
 
-def where_options(parser: Parser) -> None:
-    """Which images."""
+def where_options(parser: Parser, seed: int = 0) -> None:
+    """Which images. seed: its default."""
     parser.option(
         "--dataset",
         type=one_of(DATASETS, DATASET_ALIASES),
@@ -46,7 +46,7 @@ def where_options(parser: Parser) -> None:
     parser.option(
         "--on_bad_image", type=one_of(["stop", "skip"]), default="stop", metavar="stop|skip", help="unreadable files"
     )
-    parser.option("--seed", type=whole(), default=0)
+    parser.option("--seed", type=whole(), default=seed)
 
 
 def classifier_options(parser: Parser, what: str) -> None:

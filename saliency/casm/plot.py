@@ -11,9 +11,7 @@ GREY, SEED = 0.35, 931001  # of what is hidden; of the order of the batches: bot
 
 def build_parser() -> Parser:
     parser = casm_parser("plot", "Pictures of images: as they are, masked in, masked out and inpainted.")
-    where_options(parser)
-    parser.defaults["seed"] = SEED
-    next(action for action in parser._actions if action.dest == "seed").help = f"which batches [{SEED}]"
+    where_options(parser, seed=SEED)
     parser.group("pictures")
     parser.option("--casm_path", metavar="FILE", help="trained maps, a .chk file")
     parser.option(

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     judge = load_judges([options["judge"]], device)[0] if options["judge"] else None
     parts, truths, results = Parts(parser, options), {}, []
     for extractor in extractors_of(options, device):
-        result = finished(extractor, options)
+        result = finished(extractor, options, "LE")
         if result is None:
             part, dataset = parts.of(extractor, squeezed=options["break_ratio"])
             if part.where not in truths:

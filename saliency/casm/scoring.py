@@ -39,6 +39,7 @@ def score(
             rows += scores_of(found.masks.cpu(), boxes.tolist(), right[-1], batch.place.tolist(), truths, options)
             known = (step + 1) % options["print_freq"] == 0 or step + 1 == count
             shown(step + 1, **({"LE": summarise(rows)["LE"]} if rows and known else {}))
+    batches.close()
     result = {"name": extractor.name, "path": extractor.path, "rule": options["rule"]}
     if found.rectangles is not None:
         result["rule"] = "its own"
