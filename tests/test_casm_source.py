@@ -12,6 +12,7 @@ from engine.cli import UserError
 from mixing import MIXERS, build_mixer, show
 from mixing.saliencymix import SaliencyMix
 from saliency import build_source
+from saliency.casm.localize import centroids
 from saliency.casm.network import load_casm
 from saliency.casm.source import CASM
 
@@ -75,6 +76,15 @@ def test_the_point_is_the_middle_of_the_object_and_not_a_corner_of_its_plateau(c
     rows, columns = source.points(maps)
     assert rows.tolist() == [10, 25, 16] and columns.tolist() == [20, 6, 16]
     assert int(maps[0].flatten().argmax()) != 10 * 32 + 20, "where the first maximum is"
+
+
+def test_the_point_in_a_mask_of_cells_is_that_of_its_pixels(casm_file):
+    coarse = torch.rand(6, 1, 7, 7)
+    smooth = F.interpolate(coarse, (56, 56), mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
+    maps = smooth.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    rows, columns = CASM(casm_file, **STATISTICS).points(maps)
+    wanted = (centroids(maps) + 0.5).floor().long()
+    assert rows.tolist() == wanted[:, 0].tolist() and columns.tolist() == wanted[:, 1].tolist()
 
 
 def test_without_an_object_the_point_is_anywhere(casm_file):

@@ -22,6 +22,7 @@ from engine.data import load_data, with_copies
 from engine.run import Run
 from engine.training import without_decay_of_norms
 from models import build_model
+from saliency.casm.source import CASM
 
 ROOT = Path(__file__).parents[1]
 PHASES = "1:small:16:0.3:8,3:large:24:0.5:4,4:large:24:0.5:4"
@@ -169,6 +170,19 @@ def test_rlmix_keeps_its_agent_as_long_as_the_batch_stays(place, tmp_path, monke
     assert sizes == [8, 4, 4, 4]
     assert agents[1] is agents[2] and agents[3] is not agents[2]
     assert last(tmp_path)["method"][0]["steps"] > 5, "what was learned in the second phase is kept in the third"
+
+
+def test_trained_masks_guide_every_phase(place, tmp_path, casm_file, monkeypatch):
+    seen, before = [], CASM.__call__
+
+    def looked(self, images, targets):
+        seen.append(tuple(images.shape[-2:]))
+        return before(self, images, targets)
+
+    monkeypatch.setattr(CASM, "__call__", looked)
+    words = ["--method", "saliencymix", "--mix_prob", "1", "--saliency", "casm", "--casm", casm_file]
+    imagenet_train.main(command(place, tmp_path, *words))
+    assert set(seen) == {(16, 16), (24, 24)}, "of the crops of the phases"
 
 
 def settled(*words: str) -> dict:

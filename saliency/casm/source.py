@@ -7,6 +7,7 @@ from saliency.base import Source
 from saliency.casm.localize import centroids
 from saliency.casm.network import load_casm
 
+GRID = 56  # cells a side at least, on which the middle of an object is looked for: those of the published decoder
 FAR = 1.5  # factor between the sides of two sizes from which images are scaled
 
 
@@ -61,7 +62,10 @@ class CASM(Source):
         first maximum is a corner. Where a map tells nothing, a uniformly drawn pixel.
         """
         count, height, width = saliency.shape
-        middle = centroids(saliency)
+        # the masks of large images have cells of several pixels: on these the middle is the same, and found sooner
+        finest = max(1, min(height, width) // GRID)
+        cell = next(side for side in range(finest, 0, -1) if height % side == 0 and width % side == 0)
+        middle = (centroids(F.avg_pool2d(saliency, cell)) + 0.5) * cell - 0.5
         size = torch.tensor([height, width], device=saliency.device)
         anywhere = torch.rand(count, 2, device=saliency.device) * size
         rows, columns = torch.where(middle.isnan(), anywhere, (middle + 0.5)).floor().long().unbind(1)

@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
             print(f"note: before it computed in {saved['precision']}: it is not the run it would have been")
     else:
         skill = evaluate(parts.network, few, **judged)["accuracy"]
+        few.close()
         print("\n".join(notes_on_skill(skill, len(data.classes))), flush=True)
 
     bar = bars_wanted(options["no_progress"])
@@ -85,4 +86,6 @@ def main(argv: list[str] | None = None) -> dict:
             lines = [line_of(history[-1], options["epochs"]), *notes_on_masks(row, options["lambda_r"])]
             print("\n".join(lines), flush=True)
     print(f"masks drawn in {record.draw_masks(parts.network, eight, data)}")
+    for batches in (train, test, eight):
+        batches.close()
     return history[-1]
