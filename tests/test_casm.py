@@ -508,3 +508,41 @@ def test_the_pool_finds_the_objects_of_shapes(tmp_path):
     results = score.main(["--casms-path", str(tmp_path), "--toy", "--device", "cpu"])
     errors = {one["name"]: one["LE"] for one in results}
     assert errors["l100"] < 0.7 * errors["f"] and errors["l100"] < 0.8 * errors["center"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hp", [0.0, 0.5])
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_step_never_waits_for_the_gpu(hp, pinned):
+    device = torch.device("cuda", 0)
+    network = Casm(TinyNet(), MaskDecoder([4, 6], width=5)).to(device)
+    pool = ClassifierPool(3, 2, "cpu" if pinned else device, pinned=pinned)
+    settings = {"fixed_classifier": False, "hp": hp, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
+    parts = build_parts(network, pool, **settings, weight_decay=1e-4, precision=torch.bfloat16)
+    images, labels = torch.randn(6, 3, 8, 8, device=device), torch.arange(6, device=device) % 3
+    step = {"hp": hp, "lambda_r": 10.0, "precision": torch.bfloat16}
+    for iteration in range(3):  # buffers of the optimizers are made
+        train_step(parts, images, labels, iteration=iteration, **step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for iteration in range(6):
+            train_step(parts, images, labels, iteration=iteration, **step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for snapshot in pool.state_dict():
+        assert all(one.isfinite().all() for one in snapshot if one.is_floating_point())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("words", [["--amp", "fp16"], ["--amp", "bf16", "--pool-device", "host"], ["--deterministic"]])
+def test_training_on_a_gpu_goes_on_where_it_stopped(words, tmp_path, classifier):
+    given = [*command(tmp_path / "a", classifier, "--reproduce", "L100"), *words, "--device", "cuda"]
+    casm_train.main(given)
+    casm_train.main(
+        [*command(tmp_path / "b", classifier, "--reproduce", "L100", "--epochs", "1"), *words, "--device", "cuda"]
+    )
+    casm_train.main(["--resume", str(tmp_path / "b" / "map.chk"), "--epochs", "2", "--device", "cuda"])
+    one, other = (read_checkpoint(tmp_path / part / "map.chk", kind="casm") for part in "ab")
+    assert one["history"][-1]["epoch"] == other["history"][-1]["epoch"] == 2
+    assert not words[0] == "--deterministic" or same_state(one["decoder"], other["decoder"])
