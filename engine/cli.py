@@ -129,7 +129,7 @@ class Parser(argparse.ArgumentParser):
         self, name: str, *aliases: str, default=None, shown: str | None = None, help: str = "", **kwargs
     ) -> None:
         """Add `name` and its aliases. shown: what --help says of the default where that is not its plain value."""
-        key = name.lstrip("-")
+        key = kwargs.pop("dest", name.lstrip("-"))
         if kwargs.get("type") is yes_no and self.positional:
             kwargs = {"action": "store_true"}
         elif kwargs.get("type") is yes_no:

@@ -226,3 +226,16 @@ def test_cam_of_mobilenet_finds_what_it_is_known_to_find(real_data):
     errors = {one["name"]: one["LE"] for one in results}
     assert errors["mobilenet_v2_imagenet_f16"] == pytest.approx(1 - 0.663, abs=0.02)
     assert errors["max"] == pytest.approx(1 - 0.487, abs=0.001)
+
+
+def test_the_data_folder_has_two_spellings_and_places_are_checked_before_the_work(pictures, casm_file, capsys):
+    parser = score.build_parser()
+    for words in (["here", "--toy"], ["--toy", "--data_dir", "here"], ["--data-dir=here", "--toy"]):
+        assert parser.read(words) == {"data": "here", "toy": True}
+    for words, message in (
+        (["--output", str(pictures / "gone" / "x.json")], "there is no such folder"),
+        (["--save-to-file", "--log-path", str(pictures / "ann.v1" / "n01_0.xml")], "cannot be made"),
+    ):
+        with pytest.raises(SystemExit):
+            score.main(["--casms-path", casm_file, *words])
+        assert message in capsys.readouterr().err

@@ -4,7 +4,7 @@ python -m saliency.casm eval DATA --casms-path FILE
 
 from pathlib import Path
 
-from engine.cli import Parser, UserError
+from engine.cli import Parser
 from engine.options import one_device_options
 from saliency.casm.options import casm_parser, check_scoring, scoring_options, where_options
 
@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser = build_parser()
     options = {**parser.defaults, **parser.read(argv)}
     check_scoring(parser, options)
-    check_places(parser, options)
 
     from engine.device import choose_device, choose_precision, prepare
     from engine.files import write_json
@@ -76,17 +75,6 @@ def every_extractor(options: dict, device):
         yield extractor
     for name in TOYS if options["toy"] else ():
         yield of_toy(name, first, options["seed"])
-
-
-def check_places(parser: Parser, options: dict) -> None:
-    """Errors of what is written at the end, before the work."""
-    if options["output"] and not Path(options["output"]).resolve().parent.is_dir():
-        parser.error(f"--output {options['output']}: there is no such folder to write to")
-    if options["save_to_file"]:
-        try:
-            Path(options["log_path"]).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--log-path {options['log_path']}: cannot be made ({error.strerror})") from error
 
 
 def report(result: dict) -> str:

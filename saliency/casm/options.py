@@ -1,5 +1,7 @@
 """The options that the casm commands share, and the published presets. Importing this imports no torch."""
 
+from pathlib import Path
+
 from engine.cli import Parser, number, one_of, whole
 from engine.options import DATASET_ALIASES, DATASETS
 from models import ALIASES, IMAGENET_ALIASES, MODELS
@@ -27,6 +29,7 @@ def casm_parser(command: str, description: str) -> Parser:
     parser.option(
         "data", nargs="?", metavar="DATA", help="the folder that holds train/ and val/, each with class folders"
     )
+    parser.option("--data_dir", dest="data", metavar="DATA", help="the same, as the other scripts call it")
     return parser
 
 
@@ -81,11 +84,18 @@ def scoring_options(parser: Parser) -> None:
 
 
 def check_scoring(parser: Parser, options: dict, others: list | None = None) -> None:
-    """A usage error where there is nothing to score, or no place to keep it."""
+    """A usage error where there is nothing to score, or no place to keep it: before the work, not after it."""
     if not (options["casms_path"] or options["basics"] or options["toy"] or others):
         parser.error("--casms-path FILE: which maps? (or --basics FILE.py, or --toy for naive ones)")
     if options["save_to_file"] and not options["log_path"]:
         parser.error("--save-to-file needs --log-path, the folder to write to")
+    if options["output"] and not Path(options["output"]).resolve().parent.is_dir():
+        parser.error(f"--output {options['output']}: there is no such folder to write to")
+    if options["save_to_file"]:
+        try:
+            Path(options["log_path"]).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--log-path {options['log_path']}: cannot be made ({error.strerror})")
 
 
 def train_options(parser: Parser) -> None:

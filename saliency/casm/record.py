@@ -48,7 +48,9 @@ class Record:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+                raise UserError(
+                    f"cannot make the folder {folder}: {error.strerror}\nname another with --casms-path, --log-path"
+                ) from error
         if anew:
             for stale in [place, *self.pools()]:
                 stale.unlink(missing_ok=True)
