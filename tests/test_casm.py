@@ -4,6 +4,9 @@ import argparse
 import copy
 import json
 import math
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from torch.nn import functional as F
 
 import evaluate as evaluate_script
 import train as train_script
+from engine.batches import Batch
 from engine.checkpoint import read_checkpoint
-from engine.cli import UserError
+from engine.cli import Terminated, UserError
+from engine.data import load_data
 from models import MODELS, build_model
 from saliency.casm import train as casm_train
 from saliency.casm.decoder import MaskDecoder
@@ -22,8 +27,9 @@ from saliency.casm.losses import masker_loss
 from saliency.casm.network import Casm, build_decoder, casm_files, feature_channels, load_casm
 from saliency.casm.options import PRESETS, preset
 from saliency.casm.pool import ClassifierPool, megabytes
-from saliency.casm.settle import notes_on_masks, notes_on_pool, notes_on_skill
-from saliency.casm.training import build_parts, decayed, iterations_of, train_step
+from saliency.casm.record import Record
+from saliency.casm.settle import feeds, notes_on_masks, notes_on_pool, notes_on_skill
+from saliency.casm.training import CLIP, NotFinite, build_parts, decayed, iterations_of, train_one_epoch, train_step
 
 CASES = json.loads((GOLDEN / "casm.json").read_text())
 
@@ -196,6 +202,7 @@ def test_a_snapshot_is_a_copy_and_a_full_pool_replaces_at_random():
         pool.add(classifier)
     values = {float(snapshot[0][0]) for snapshot in pool.snapshots}
     assert len(pool) == 3 and len(values) == 3 and 19.0 in values, "not aliases of the current weights"
+    assert not values & {0.0, 1.0, 2.0}, "every place is written to"
     judge, seen = nn.BatchNorm1d(2).requires_grad_(False), set()
     for _ in range(40):
         pool.load_random(judge)
@@ -309,6 +316,77 @@ def test_a_batch_of_one_image_trains():
     parts, images, labels = tiny_casm()
     found = train_step(parts, images[:1], labels[:1], iteration=0, hp=0.5, lambda_r=10.0)
     assert found["masks"].shape == (1, 1, 8, 8) and all(value.isfinite().all() for value in found.values())
+
+
+def test_the_gradient_of_the_decoder_is_clipped():
+    parts, images, labels = tiny_casm(hp=0.0)
+    train_step(parts, images, labels, iteration=0, hp=0.0, lambda_r=1e7)
+    norm = torch.stack([parameter.grad.norm() for parameter in parts.network.decoder.parameters()]).norm()
+    assert norm.item() == pytest.approx(CLIP, rel=1e-3)
+
+
+class Fed:
+    """Batches that note which epochs are asked for."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, images, labels, count: int = 5):
+        self.batch, self.count, self.asked = Batch(images, labels, None, None), count, []
+
+    def __len__(self):
+        return self.count
+
+    def epoch(self, number: int = 0):
+        self.asked.append(number)
+        return iter([self.batch] * self.count)
+
+
+def test_an_epoch_takes_its_share_of_its_own_batches_at_its_own_rates():
+    parts, images, labels = tiny_casm()
+    batches = Fed(images, labels)
+    settings = {"lr": 0.5, "lr_casme": 0.25, "lrde": 2, "hp": 0.5, "lambda_r": 10.0}
+    train_one_epoch(parts, batches, epoch=5, pot=0.4, **settings)
+    assert batches.asked == [5]
+    assert parts.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert parts.decoder_optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+    assert {int(state["step"]) for state in parts.decoder_optimizer.state.values()} == {3}
+    assert parts.decoder_optimizer.param_groups[0]["weight_decay"] == 1e-4
+
+
+def test_a_loss_that_is_no_number_ends_training():
+    parts, images, labels = tiny_casm()
+    parts.network.decoder.final.bias.data.fill_(float("nan"))
+    with pytest.raises(NotFinite):
+        train_one_epoch(parts, Fed(images, labels), epoch=0, pot=1, lr=0.1, lr_casme=0.1, lrde=9, hp=0.5, lambda_r=1.0)
+
+
+def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_folders):
+    options = {"crop_padding": None, "batch_size": 8, "seed": 0, "pot": None, "workers": 0}
+    shapes = load_data("shapes", limit=40)
+    train, test, few, eight = feeds(options, shapes, torch.device("cpu"))
+    assert options["crop_padding"] == 2 and options["pot"] == 1.0
+    first, second = (next(train.epoch(number)) for number in (0, 1))
+    assert first.index.tolist() != second.index.tolist() and first.index.tolist() != list(range(8))
+    assert first.flip.any() and first.shift.abs().sum() > 0
+    plain = next(test.epoch())
+    assert plain.index.tolist() == list(range(8)) and plain.flip is None
+    assert len(few.part) == 40 and len(eight.part) == 8
+    folders = load_data("folder", data_dir=str(class_folders), image_size=32)
+    batch = next(feeds({**options, "crop_padding": None}, folders, torch.device("cpu"))[0].epoch())
+    assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "files are seen through random crops"
+
+
+def test_sigterm_ends_with_the_way_to_go_on(tmp_path):
+    record = Record(tmp_path / "map.chk", {"log_path": None, "overwrite": False}, anew=True)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated, match="no epoch was finished"), record.stopping_well():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    record.place.write_text("")
+    with pytest.raises(Terminated, match=f"--resume {record.place}"), record.stopping_well():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # what the user is told
@@ -439,8 +517,10 @@ def test_folders_of_images_are_trained_on(tmp_path, class_folders):
     torch.save(network.state_dict(), tmp_path / "net.pt")
     words = ["--classifier", str(tmp_path / "net.pt"), "--image-size", "64", "--workers", "0", "--epochs", "1"]
     words += ["--batch-size", "5", "--pot", "1", "--casms-path", str(tmp_path), "--name", "m", "--device", "cpu"]
+    words += ["--upsample", "bilinear"]
     casm_train.main([str(class_folders), *words])
     saved = load_casm(tmp_path / "m.chk")
+    assert saved.network.decoder.upsample == "bilinear"
     assert saved.options["model"] == "imagenet_resnet18" and saved.classes == ["cat", "dog"] and saved.image_size == 64
     assert saved.name == "m" and saved.mean == (0.485, 0.456, 0.406)
     assert casm_files([str(tmp_path)]) == [tmp_path / "m.chk"]

@@ -73,6 +73,28 @@ def test_an_extractor_of_ones_own_is_scored(pictures, tmp_path, capsys):
     assert "mine" in said.splitlines()[-1] and "0.500" in said.splitlines()[-1]
 
 
+def test_an_image_that_serves_for_an_unreadable_one_is_held_against_its_own_boxes(pictures, tmp_path):
+    (tmp_path / "mine.py").write_text(BASICS)
+    (pictures / "val" / "n01" / "n01_0.png").write_bytes(b"no picture")
+    words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
+    with pytest.raises(UserError, match="--on_bad_image skip"):
+        score.main([*words, *QUIET])
+    (result,) = score.main([*words, "--on-bad-image", "skip", *QUIET])
+    assert result["scored"] == 4 and result["LE"] == 0
+
+
+def test_an_extractor_says_its_size_and_the_order_of_its_classes(pictures, tmp_path):
+    own = BASICS.replace(
+        "image_size = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 64", "image_size = (0.5,) * 3, (0.5,) * 3, 160"
+    )
+    own = own.replace("targets == 0", "targets == 2") + '\nclasses = ["n00", "n02", "n01"]\n'
+    (tmp_path / "mine.py").write_text(own)
+    words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
+    (result,) = score.main([*words, *QUIET])
+    assert result["accuracy"] == 40, "those of n01"
+    assert result["LE"] == 0 and result["F1"] > 0.97, "the shorter side is all of the image, as published"
+
+
 def test_bad_extractors_are_explained(pictures, tmp_path):
     words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), *QUIET, "--basics"]
     (tmp_path / "half.py").write_text("def load_model(path):\n    return path\n")
