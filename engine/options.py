@@ -9,8 +9,8 @@ DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-
 SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
 
 
-def one_device_options(parser: Parser, amp: str = "auto") -> None:
-    """What every program has. amp: the default precision."""
+def one_device_options(parser: Parser, amp: str = "auto", workers: bool = True) -> None:
+    """What every program has. amp: the default precision. workers: whether it reads many files."""
     parser.group("device")
     parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.option(
@@ -20,14 +20,15 @@ def one_device_options(parser: Parser, amp: str = "auto") -> None:
         metavar="MODE",
         help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
     )
-    parser.option(
-        "--workers",
-        "-j",
-        "--num_workers",
-        type=whole(),
-        default=4,
-        help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
-    )
+    if workers:
+        parser.option(
+            "--workers",
+            "-j",
+            "--num_workers",
+            type=whole(),
+            default=4,
+            help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
+        )
     parser.option("--debug", type=yes_no, default=False, help="show the traceback of an error")
 
 

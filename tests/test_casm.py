@@ -397,6 +397,9 @@ def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
     assert notes_on_masks(usual, 10.0) == []
     assert "lower --lambda-r (10)" in notes_on_masks(usual | {"val_avg_mask": 0.001}, 10.0)[0]
     assert "raise --lambda-r" in notes_on_masks(usual | {"val_avg_mask": 0.97}, 10.0)[0]
+    assert "--lambda-r" not in notes_on_masks({"val_avg_mask": 0.97, "confused": 0.0}, 10.0)[0], (
+        "it has no gradient then"
+    )
     assert "no image was right and then wrong" in notes_on_masks(usual | {"confused": 0.0}, 10.0)[0]
     assert len(notes_on_skill(80.0, 10)) == 1 and "warning: chance is 10.0 %" in notes_on_skill(20.0, 10)[1]
     assert len(notes_on_skill(90.0, 2)) == 1 and len(notes_on_skill(51.0, 2)) == 2
@@ -588,6 +591,45 @@ def test_the_pool_finds_the_objects_of_shapes(tmp_path):
     results = score.main(["--casms-path", str(tmp_path), "--toy", "--device", "cpu"])
     errors = {one["name"]: one["LE"] for one in results}
     assert errors["l100"] < 0.7 * errors["f"] and errors["l100"] < 0.8 * errors["center"]
+
+
+def test_a_last_batch_of_one_image_is_passed_over_where_batch_norm_cannot_take_it(tmp_path, class_folders):
+    network = build_model("imagenet_resnet18", 2, 32)
+    torch.save(network.state_dict(), tmp_path / "net.pt")
+    words = [str(class_folders), "--classifier", str(tmp_path / "net.pt"), "--image-size", "32", "--workers", "0"]
+    words += ["--epochs", "1", "--casms-path", str(tmp_path), "--device", "cpu", "--no_progress"]
+    casm_train.main([*words, "--batch-size", "5", "--name", "a"])
+    assert read_checkpoint(tmp_path / "a.chk", kind="casm")["decoder_optimizer"]["state"][0]["step"] == 1
+    with pytest.raises(UserError, match="raise --batch-size"):
+        casm_train.main([*words, "--batch-size", "1", "--name", "b"])
+
+
+def test_nothing_is_lost_before_the_new_run_can_begin(tmp_path, classifier):
+    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UserError, match="no folder"):
+        casm_train.main([str(tmp_path / "gone"), *command(tmp_path, classifier, "--overwrite")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_run_goes_on_only_with_its_own_classes(tmp_path, classifier):
+    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+    content = torch.load(tmp_path / "map.chk")
+    torch.save({**content, "classes": content["classes"][::-1]}, tmp_path / "map.chk")
+    with pytest.raises(UserError, match="knows other classes"):
+        casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2", "--device", "cpu"])
+
+
+def test_files_that_hold_no_maps_are_explained(tmp_path, casm_file):
+    content = torch.load(casm_file)
+    broken = {
+        "config": {**content, "config": {}},
+        "decoder": {"state_dict_classifier": content["model"], "state_dict_decoder": {"foo": torch.zeros(1)}},
+    }
+    for name, what in broken.items():
+        torch.save(what, tmp_path / f"{name}.chk")
+        with pytest.raises(UserError, match="no mask decoder of ours or of the published program"):
+            load_casm(tmp_path / f"{name}.chk")
 
 
 @pytest.mark.gpu

@@ -494,7 +494,7 @@ def test_results_are_kept_and_models_that_are_done_are_skipped(maps, tmp_path, m
     first = evaluated(*words, "--output", tmp_path / "all.json")
     assert json.loads((tmp_path / "logs" / "map.json").read_text()) == first[0]
     assert json.loads((tmp_path / "all.json").read_text()) == {"results": first}
-    keys = ["name", "path", "images", "left_out", "unreadable", *KINDS]
+    keys = ["name", "path", "images", "left_out", "unreadable", *KINDS, "made_of"]
     assert list(first[0]) == keys and list(first[0]["inpainted"]) == ["own resnet20"]
     capsys.readouterr()
     monkeypatch.setattr(judging, "evaluate", None)

@@ -80,7 +80,7 @@ def test_an_image_that_serves_for_an_unreadable_one_is_held_against_its_own_boxe
     with pytest.raises(UserError, match="--on_bad_image skip"):
         score.main([*words, *QUIET])
     (result,) = score.main([*words, "--on-bad-image", "skip", *QUIET])
-    assert result["scored"] == 4 and result["LE"] == 0
+    assert result["scored"] == 3 and result["unreadable"] == 1 and result["LE"] == 0
 
 
 def test_an_extractor_says_its_size_and_the_order_of_its_classes(pictures, tmp_path):
@@ -158,9 +158,16 @@ def test_naive_masks_have_the_published_size():
 def test_results_are_kept_and_done_models_are_skipped(casm_file, tmp_path, capsys):
     words = ["--casms-path", casm_file, "--limit", "10", "--save-to-file", "--log-path", str(tmp_path / "logs"), *QUIET]
     (first,) = score.main(words)
-    assert json.loads((tmp_path / "logs" / "random.json").read_text()) == first
+    assert json.loads((tmp_path / "logs" / "random.json").read_text()) == first and first["made_of"]["limit"] == 10
     (again,) = score.main(words)
     assert again == first and "done already" in capsys.readouterr().out
+    (other,) = score.main([*words, "--rule", "mean"])
+    assert other["rule"] == "mean" and "made anew" in capsys.readouterr().out
+    twin = tmp_path / "twin" / "random.chk"
+    twin.parent.mkdir()
+    twin.write_bytes(Path(casm_file).read_bytes())
+    both = score.main(["--casms-path", casm_file, str(twin), *words[2:]])
+    assert [one["path"] for one in both] == [casm_file, str(twin)] and both[0]["name"] != both[1]["name"]
     (tmp_path / "logs" / "random.json").write_text("")  # as a crash of the published program leaves it
     with pytest.raises(UserError, match="not a result of this command"):
         score.main(words)
@@ -261,3 +268,34 @@ def test_the_data_folder_has_two_spellings_and_places_are_checked_before_the_wor
         with pytest.raises(SystemExit):
             score.main(["--casms-path", casm_file, *words])
         assert message in capsys.readouterr().err
+
+
+def test_images_without_any_boxes_still_have_statistics(pictures, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(BASICS)
+    (result,) = score.main([str(pictures), "--basics", str(tmp_path / "mine.py"), *QUIET])
+    assert result["LE"] is None and result["avg_mask"] > 0.1 and result["accuracy"] == 40
+    assert "only statistics of the masks" in capsys.readouterr().out
+
+
+def test_images_of_unknown_classes_have_no_say_in_what_is_right(pictures, tmp_path, capsys):
+    own = BASICS.replace("targets == 0", "targets == 1") + '\nclasses = ["n00", "n01"]\n'
+    (tmp_path / "mine.py").write_text(own)
+    words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
+    (result,) = score.main([*words, *QUIET])
+    assert result["unknown"] == 3 and result["accuracy"] == 100 and result["OM"] == 0 and result["scored"] == 4
+    assert "3 images are of a class that the network does not know" in capsys.readouterr().out
+
+
+def test_a_named_folder_is_not_passed_over_for_drawn_images(pictures, casm_file):
+    with pytest.raises(UserError, match="no evaluation images found"):
+        score.main([str(pictures / "gone"), "--casms-path", casm_file, *QUIET])
+    with pytest.raises(UserError, match="knows none of the classes"):
+        score.main([str(pictures), "--casms-path", casm_file, *QUIET])
+
+
+def test_errors_of_ones_own_extractor_are_named(pictures, tmp_path):
+    (tmp_path / "load.py").write_text(BASICS.replace("return path", "raise KeyError('weights')"))
+    (tmp_path / "mask.py").write_text(BASICS.replace("bright = ", "bright = nothing + "))
+    for name, message in (("load", r"load_model\(''\) failed"), ("mask", "check_predictions failed")):
+        with pytest.raises(UserError, match=message):
+            score.main([str(pictures), "--basics", str(tmp_path / f"{name}.py"), *QUIET])

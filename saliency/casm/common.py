@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +18,13 @@ from engine.progress import over
 from saliency.casm.extractors import Extractor, of_basics, of_casm, of_classifier, of_nothing, of_source
 from saliency.casm.network import casm_files, load_casm
 
+DECIDING = (  # options that decide a result
+    *("data", "dataset", "val_data_dir", "val_labels", "num_classes", "image_size", "limit", "on_bad_image", "seed"),
+    *("annotation_path", "break_ratio", "not_normalize", "class_list", "rule", "judge", "basics", "pot"),
+    *("batch_size", "classifiers", "resnets_path", "classifier", "amp"),
+)
 PLACE = ("val_data_dir", "val_labels", "num_classes")  # options that a trained file may know
-LARGE = 128  # side in pixels from which evaluation images are cut out of larger ones
+LARGE = 128  # side in pixels above which evaluation images are cut out of larger ones
 
 
 def extractors_of(
@@ -29,8 +35,11 @@ def extractors_of(
     naive: what --toy means. Raises UserError for files that are not what they should be.
     """
     files = casm_files(options["casms_path"] or []) if not options["basics"] else []
+    names = [path.stem for path in files]
     for path in files:
-        yield of_casm(load_casm(path), device)
+        extractor = of_casm(load_casm(path), device)
+        twice = names.count(path.stem) > 1
+        yield replace(extractor, name=f"{path.parent.name}/{extractor.name}") if twice else extractor
     if options["basics"]:
         for path in options["casms_path"] or [""]:
             yield of_basics(options["basics"], path)
@@ -38,7 +47,7 @@ def extractors_of(
     if options.get("classifier"):
         file = SavedClassifier(options["classifier"])
         classifier = of_classifier(file, options["arch"], options["image_size"], device)
-    elif files:
+    elif files and (options.get("sources") or (options["toy"] and naive)):
         classifier = of_casm(load_casm(files[0]), device)
     for name in options.get("sources") or []:
         yield of_source(name, classifier)
@@ -57,7 +66,9 @@ class Parts:
         where images are large; else out of one whose shorter side is all of it. squeezed: the whole, out of shape.
         """
         options, own = self.options, extractor.options
-        dataset = options["dataset"] or own.get("dataset") or "folder"
+        known = own.get("dataset") or "folder"
+        drawn = known == "shapes" and options.get("data")  # a place was named, and shapes has none
+        dataset = options["dataset"] or ("folder" if drawn else known)
         place = options.get("data") or own.get("data_dir")
         if place is None and dataset in ("folder", "imagenet"):
             self.parser.error("DATA is missing: the folder that holds val/ with class folders; or name a --dataset")
@@ -92,8 +103,8 @@ def result_file(name: str, options: dict) -> Path:
 
 
 def finished(extractor: Extractor, options: dict, holds: str) -> dict | None:
-    """What --save-to-file has kept of this extractor, if it has. Raises UserError for a file without `holds`, which is
-    of another command.
+    """What --save-to-file has kept of this extractor under these options, if it has. Raises UserError for a file
+    without `holds`, which is of another command.
     """
     if not options["save_to_file"]:
         return None
@@ -108,12 +119,24 @@ def finished(extractor: Extractor, options: dict, holds: str) -> dict | None:
         raise UserError(
             f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"
         ) from error
+    if result.get("made_of") != made_of(extractor, options):
+        print(f"{extractor.name}: {path} is of another file or other options, and is made anew")
+        return None
     print(f"{extractor.name}: done already, read from {path}")
     return result
 
 
-def keep(result: dict, options: dict) -> None:
+def made_of(extractor: Extractor, options: dict) -> dict:
+    """What a result depends on: the state of the file, and the options that say how and on what."""
+    place = Path(extractor.path) if extractor.path else None
+    stat = place.stat() if place and place.is_file() else None
+    file = {"path": str(place.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns} if stat else extractor.path
+    return {"file": file, **{key: options[key] for key in DECIDING if options.get(key) is not None}}
+
+
+def keep(result: dict, extractor: Extractor, options: dict) -> None:
     if options["save_to_file"]:
+        result["made_of"] = made_of(extractor, options)
         path = result_file(result["name"], options)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)

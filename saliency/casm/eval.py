@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if result is None:
             part, _ = parts.of(extractor, larger=True)
             result = evaluate(extractor, part, panel.of(extractor, part), device=device, **settings)
-            keep(result, options)
+            keep(result, extractor, options)
         results.append(result)
         print(report(result), flush=True)
     if options["output"]:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import torch
@@ -135,18 +136,27 @@ def of_basics(file: str, path: str) -> Extractor:
     """
     if not Path(file).is_file():
         raise UserError(f"--basics {file}: no such file")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
     try:
+        spec = importlib.util.spec_from_loader(Path(file).stem, SourceFileLoader(Path(file).stem, file))
+        module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--basics {file}: cannot be run ({type(error).__name__}: {error})") from error
     if missing := [name for name in BASICS if not callable(getattr(module, name, None))]:
         raise UserError(f"--basics {file}: no function {' and no '.join(missing)}; {' and '.join(BASICS)} are wanted")
-    model = module.load_model(path)
+    try:
+        model = module.load_model(path)
+    except Exception as error:
+        raise UserError(
+            f"--basics {file}: load_model({path!r}) failed ({type(error).__name__}: {error})\nits path comes from "
+            "--casms-path"
+        ) from error
 
     def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
-        answer = module.get_masks_and_check_predictions(images.cpu().numpy(), labels.cpu().numpy(), model)
+        try:
+            answer = module.get_masks_and_check_predictions(images.cpu().numpy(), labels.cpu().numpy(), model)
+        except Exception as error:
+            raise UserError(f"--basics {file}: {BASICS[1]} failed ({type(error).__name__}: {error})") from error
         masks, rectangles, correct = (torch.as_tensor(one, device=images.device) for one in answer)
         shape = (len(images), *images.shape[-2:])
         got = [tuple(one.shape) for one in (masks, rectangles, correct)]

@@ -69,8 +69,18 @@ class SavedCasm:
 
 def load_casm(path: Path | str) -> SavedCasm:
     """Raises UserError for anything that is no such file; nothing in it can run."""
-    path = Path(path)
-    content = read_file(path)
+    content = read_file(Path(path))
+    try:
+        return made_of(Path(path), content)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: no mask decoder of ours or of the published program ({type(error).__name__}: {error})\n"
+            "make one with python -m saliency.casm train"
+        ) from error
+
+
+def made_of(path: Path, content) -> SavedCasm:
+    """What load_casm makes of the content of a file."""
     if is_ours(content) and "decoder" in content:
         options = content["config"]
         decoder, width, upsample = content["decoder"], options["width"], options["upsample"]
@@ -130,7 +140,9 @@ def casm_files(places: list[str]) -> list[Path]:
         if place.is_dir():
             held = sorted(place.glob(f"*{ENDING}"))
             if not held:
-                raise UserError(f"--casms-path {place}: no file ending in {ENDING} there; make one with train")
+                raise UserError(
+                    f"--casms-path {place}: no file ending in {ENDING} there; make one with train. DATA goes first"
+                )
             found += held
         elif place.is_file():
             found.append(place)

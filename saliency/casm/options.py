@@ -44,6 +44,7 @@ def where_options(parser: Parser, seed: int = 0) -> None:
     )
     parser.option("--val_data_dir", metavar="DIR", help="another place for the evaluation images")
     parser.option("--val_labels", metavar="FILE", help="classes of a flat val/ folder: lines `file wnid`")
+    parser.option("--num_classes", type=whole(2), metavar="N", help="of a part of ImageNet, or of shapes")
     parser.option("--image_size", type=whole(8), shown="the classifier's, else 224", metavar="PIXELS", help="side")
     parser.option("--limit", type=whole(), default=0, help="use the first N images only; 0: all")
     parser.option(
@@ -101,6 +102,14 @@ def check_scoring(parser: Parser, options: dict, others: list | None = None) -> 
 def train_options(parser: Parser) -> None:
     parser.group("models")
     classifier_options(parser, "the trained classifier to start from; else ImageNet's, from torchvision")
+    parser.option(
+        "--norm",
+        type=one_of(["own", "imagenet", "half"]),
+        metavar="NAME",
+        default="own",
+        shown="the classifier's, else own",
+        help="mean and std of the data set (own), of ImageNet, or 0.5",
+    )
     parser.option("--casms_path", default="casms", metavar="DIR", help="where NAME.chk and its pool are written")
     parser.option("--log_path", metavar="DIR", shown="casms_path", help="where NAME.log and its curves are written")
     parser.option("--name", "-n", metavar="NAME", shown="date and time")

@@ -17,7 +17,7 @@ def build_parser() -> Parser:
     parser.option(
         "--plots_path", metavar="DIR", default="plots", help="where they are written, each called after its batch"
     )
-    parser.option("--plots", type=whole(-1), default=16, help="how many, of a random batch each; -1: all batches")
+    parser.option("--plots", type=int, default=16, help="how many, of a random batch each; 0 or less: all batches")
     parser.option("--columns", type=whole(1), default=7, help="images in a picture, the first of the batch")
     parser.option("--batch_size", "-b", type=whole(1), default=128, help="images that are counted as a batch")
     parser.option(
@@ -27,7 +27,7 @@ def build_parser() -> Parser:
         shown="256 for 224 pixels, image_size for small images",
         help="shorter side of image files before the centre is cut out",
     )
-    one_device_options(parser, amp="off")
+    one_device_options(parser, amp="off", workers=False)
     return parser
 
 

@@ -1,6 +1,8 @@
 """What a training run of maps leaves behind: the checkpoint and its pool, the log, the pictures."""
 
+import glob
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,20 +49,24 @@ class Record:
         for folder in (place.parent, self.logs):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
             except OSError as error:
                 raise UserError(
-                    f"cannot make the folder {folder}: {error.strerror}\nname another with --casms-path, --log-path"
+                    f"cannot write to the folder {folder}: {error.strerror}\nname another with --casms-path, --log-path"
                 ) from error
-        if anew:
-            for stale in [place, *self.pools()]:
-                stale.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Take away what an earlier run of this name has left: once all is there that this one needs."""
+        for stale in [self.place, *self.pools()]:
+            stale.unlink(missing_ok=True)
 
     @property
     def name(self) -> str:
         return self.place.name.removesuffix(ENDING)
 
     def pools(self) -> list[Path]:
-        return sorted(self.place.parent.glob(f"{self.name}.pool_*.pt"))
+        return sorted(self.place.parent.glob(f"{glob.escape(self.name)}.pool_*.pt"))
 
     def save(self, parts: Parts, data: Data, history: list[dict], precision: str) -> None:
         """The checkpoint of the finished epochs. The pool goes first, into a file of its own for each epoch, and the

@@ -8,6 +8,7 @@ from saliency import ALIASES, SOURCES
 from saliency.casm.options import casm_parser, check_scoring, classifier_options, scoring_options, where_options
 
 SCORED = [name for name in SOURCES if name not in ("bank", "casm")]
+WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own
 COLUMNS = {  # of the table: key -> title and digits
     **{"F1": ("F1", 3), "F1a": ("F1a", 3), "LE": ("LE", 3), "OM": ("OM", 3)},
     **{"precision": ("prec.", 3), "recall": ("recall", 3), "avg_mask": ("mask", 3), "std_mask": ("std", 3)},
@@ -60,8 +61,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options["sources"] and not (options["classifier"] or options["casms_path"]):
         parser.error("--sources look through a network: give --classifier FILE")
 
-    from engine.annotations import find_truths
-    from engine.device import choose_device, prepare
+    from engine.annotations import Truths, find_truths
+    from engine.device import choose_device, choose_precision, prepare
     from engine.files import write_json
     from engine.progress import over
     from saliency.casm.common import Parts, extractors_of, finished, keep, table
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     device = choose_device(options["device"])
     prepare(device, seed=options["seed"], deterministic=False)
+    precision, _ = choose_precision(options["amp"], device)
     judge = load_judges([options["judge"]], device)[0] if options["judge"] else None
     parts, truths, results = Parts(parser, options), {}, []
     for extractor in extractors_of(options, device):
@@ -77,11 +79,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
         if result is None:
             part, dataset = parts.of(extractor, squeezed=options["break_ratio"])
             if part.where not in truths:
-                truths[part.where] = find_truths(part, dataset, options["annotation_path"], progress=over)
+                if options["annotation_path"] or dataset in WITH_BOXES:
+                    truths[part.where] = find_truths(part, dataset, options["annotation_path"], progress=over)
+                else:
+                    truths[part.where] = Truths([None] * len(part), [], [])
+                    print("note: no --annotation-path, so there are only statistics of the masks")
                 for line in truths[part.where].notes():
                     print(f"note: {line}")
-            result = score(extractor, part, truths[part.where], options, device, judge)
-            keep(result, options)
+            result = score(extractor, part, truths[part.where], options, device, judge, precision)
+            keep(result, extractor, options)
         results.append(result)
     print(table(results, COLUMNS))
     if options["output"]:

@@ -6,6 +6,7 @@ import torch
 
 from engine.annotations import Truths
 from engine.data import Part
+from engine.loop import autocast
 from engine.progress import Progress, bars_wanted
 from saliency.casm.common import batches_of
 from saliency.casm.extractors import Extractor
@@ -14,38 +15,61 @@ from saliency.casm.localize import binarize, rectangles
 from saliency.casm.metrics import MaskStatistics, crops, image_scores, map_box, saliency_metric, summarise
 from saliency.casm.training import iterations_of
 
+NOTHING = dict.fromkeys(("F1", "F1a", "LE", "precision", "recall"))
+
 
 def score(
-    extractor: Extractor, part: Part, truths: Truths, options: dict, device: torch.device, judge: Judge | None = None
+    extractor: Extractor,
+    part: Part,
+    truths: Truths,
+    options: dict,
+    device: torch.device,
+    judge: Judge | None = None,
+    precision: torch.dtype | None = None,
 ) -> dict:
     """Localisation over the images that have a true box, mask statistics over all of them; with a judge also the
-    saliency metric. Numbers are fractions; None where there was nothing to average.
+    saliency metric. Numbers are fractions; None where there was nothing to average. An image of a class that the
+    network does not know has no say in OM and accuracy, one that stands for an unreadable file in none of the scores.
     """
     batches = batches_of(part, extractor, options, device)
     labels = label_map(part.classes, extractor.classes, options["class_list"], extractor.count).to(device)
     of_judge = label_map(part.classes, judge.classes, options["class_list"], judge.count).to(device) if judge else None
-    statistics, rows, right, metrics = MaskStatistics(), [], [], []
+    statistics, rows, right, known, metrics = MaskStatistics(), [], [], [], []
     count = iterations_of(len(batches), options["pot"])
     with Progress(extractor.name, count, bar=bars_wanted(False)) as shown:
         for step, batch in enumerate(itertools.islice(batches.epoch(), count)):
-            found = extractor.masks_of(batch.images, labels[batch.labels])
+            own = labels[batch.labels]
+            with autocast(device, precision):
+                found = extractor.masks_of(batch.images, own)
+            found.masks = found.masks.float()
             statistics.add(found.masks)
             boxes = found.rectangles
             if boxes is None:
                 boxes = rectangles(binarize(found.masks, options["rule"]))
             right.append(found.correct.cpu())
+            known.append((own >= 0).cpu())
+            places = torch.where(batch.place.cpu() == batch.index, batch.index, -1).tolist()
             if judge:
                 metrics.append(judged(batch.images, boxes, of_judge[batch.labels], extractor, judge))
-            rows += scores_of(found.masks.cpu(), boxes.tolist(), right[-1], batch.place.tolist(), truths, options)
-            known = (step + 1) % options["print_freq"] == 0 or step + 1 == count
-            shown(step + 1, **({"LE": summarise(rows)["LE"]} if rows and known else {}))
+            rows += scores_of(found.masks.cpu(), boxes.tolist(), right[-1], known[-1], places, truths, options)
+            told = (step + 1) % options["print_freq"] == 0 or step + 1 == count
+            shown(step + 1, **({"LE": sum(row["LE"] for row in rows) / len(rows)} if rows and told else {}))
     batches.close()
     result = {"name": extractor.name, "path": extractor.path, "rule": options["rule"]}
     if found.rectangles is not None:
         result["rule"] = "its own"
-    result |= {"images": sum(map(len, right)), "scored": len(rows)}
-    result |= {"accuracy": 100 * float(torch.cat(right).double().mean())}
-    result |= summarise(rows) if rows else dict.fromkeys(("F1", "F1a", "LE", "OM"))
+    right, known = torch.cat(right), torch.cat(known)
+    result |= {"images": len(right), "scored": len(rows), "unknown": int((~known).sum())}
+    result |= {"unreadable": batches.skipped, "accuracy": 100 * float(right[known].double().mean())}
+    result |= summarise([{key: row[key] for key in row if key != "OM"} for row in rows]) if rows else NOTHING
+    judged_too = [row["OM"] for row in rows if row["OM"] is not None]
+    result["OM"] = sum(judged_too) / len(judged_too) if judged_too else None
+    for number, what in (
+        (result["unknown"], "are of a class that the network does not know, and have no say in OM"),
+        (result["unreadable"], "cannot be read, and are left out of the scores"),
+    ):
+        if number:
+            print(f"note: {number} images {what}")
     if metrics:
         means = {key: float(torch.cat([one[key] for one in metrics]).mean()) for key in metrics[0]}
         result |= {**means, "judge": judge.name}
@@ -53,17 +77,26 @@ def score(
 
 
 def scores_of(
-    masks: torch.Tensor, boxes: list, correct: torch.Tensor, places: list[int], truths: Truths, options: dict
+    masks: torch.Tensor,
+    boxes: list,
+    correct: torch.Tensor,
+    known: torch.Tensor,
+    places: list[int],
+    truths: Truths,
+    options: dict,
 ) -> list[dict]:
-    """metrics.image_scores of those images of a batch that have a true box. masks (B, H, W) on the host."""
+    """metrics.image_scores of those images of a batch that have a true box, OM None where the class is not known. masks
+    (B, H, W) on the host; places: in the part, -1 for an image that does not count.
+    """
     rows = []
-    for mask, box, right, place in zip(masks, boxes, correct.tolist(), places, strict=True):
-        truth = truths.each[place]
+    for mask, box, right, sure, place in zip(masks, boxes, correct.tolist(), known.tolist(), places, strict=True):
+        truth = truths.each[place] if place >= 0 else None
         if truth:
             true = [
                 map_box(one, truth.width, truth.height, mask.shape[-1], options["break_ratio"]) for one in truth.boxes
             ]
-            rows.append(image_scores(mask, box, true, right))
+            scores = image_scores(mask, box, true, right)
+            rows.append(scores if sure else scores | {"OM": None})
     return rows
 
 

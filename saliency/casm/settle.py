@@ -53,13 +53,15 @@ def go_on(parser: Parser, typed: dict, saved: dict) -> dict:
 
 def fill_in(parser: Parser, typed: dict) -> dict:
     """Every option: what was typed, else the preset's, what the classifier was trained with, the default."""
-    options = {**parser.defaults, "norm": "own", "num_classes": None}
+    options = dict(parser.defaults)
     if "classifier" in typed:
         own = SavedClassifier(typed["classifier"]).options
         options |= {key: own[key] for key in OF_THE_DATA if key in own} | {"arch": own.get("model")}
     if "reproduce" in typed:
         options |= preset(typed["reproduce"].upper(), typed.get("adversarial", False))
     options |= typed
+    if "data" in typed and "dataset" not in typed and options["dataset"] == "shapes":  # which has no place
+        options["dataset"] = None
     options["dataset"] = options["dataset"] or "folder"
     if "data" in typed:
         options["data_dir"] = typed["data"]
@@ -174,13 +176,11 @@ def notes_on_skill(accuracy: float, classes: int) -> list[str]:
 def notes_on_masks(row: dict, lambda_r: float) -> list[str]:
     """What is wrong with the masks of an epoch, and what to change."""
     area = 100 * row["val_avg_mask"]
+    nobody = "no image was right and then wrong behind its mask, so that nothing holds its area"
     if area < 1:
         return [f"warning: the masks are all but empty ({area:.2f} % of the image): lower --lambda-r ({lambda_r:g})"]
     if row["confused"] == 0:
-        return [
-            f"warning: no image was right and then wrong behind its mask, so that nothing holds its area "
-            f"({area:.0f} %) down: is the classifier any good? try a lower --lambda-r or more epochs"
-        ]
+        return [f"warning: {nobody} ({area:.0f} %) down: is the classifier any good? more epochs may help"]
     if area > 90:
         return [f"warning: the masks are all but full ({area:.0f} % of the image): raise --lambda-r ({lambda_r:g})"]
     return []

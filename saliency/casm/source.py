@@ -1,8 +1,11 @@
 """A trained mask decoder as a source of saliency: it needs no label, no gradient and not the network in training."""
 
+from pathlib import Path
+
 import torch
 from torch.nn import functional as F
 
+from engine.cli import UserError
 from saliency.base import Source
 from saliency.casm.localize import centroids
 from saliency.casm.network import load_casm
@@ -28,6 +31,11 @@ class CASM(Source):
         device: torch.device | str = "cpu",
         precision: torch.dtype | None = None,
     ):
+        if not Path(casm).is_file():
+            raise UserError(
+                f"--casm {casm}: no such file; python -m saliency.casm train makes one\nif that of a run has moved, "
+                "name its new place with --casm and --force_config"
+            )
         saved = load_casm(casm)
         self.network = saved.network.to(device, memory_format=torch.channels_last)
         self.size, self.precision = saved.image_size, precision

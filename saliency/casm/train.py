@@ -47,6 +47,11 @@ def main(argv: list[str] | None = None) -> dict:
     record = Record(resume or Path(options["casms_path"]) / (options["name"] + ENDING), options, anew=not saved)
 
     data = load_data(progress=over, **pick(options, load_data))
+    if saved and saved["classes"] != data.classes:
+        raise UserError(
+            f"{resume}: the run knows other classes ({', '.join(saved['classes'][:5])} ...) than the data "
+            f"({', '.join(data.classes[:5])} ...)\ncontinue it on its own data"
+        )
     parts, notes = build(parser, options, data, device, precision, anew=not saved)
     train, test, few, eight = feeds(options, data, device)
     iterations = iterations_of(len(train), options["pot"])
@@ -64,6 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         skill = evaluate(parts.network, few, **judged)["accuracy"]
         few.close()
+        record.clear()
         print("\n".join(notes_on_skill(skill, len(data.classes))), flush=True)
 
     bar = bars_wanted(options["no_progress"])
@@ -84,6 +90,8 @@ def main(argv: list[str] | None = None) -> dict:
             record.save(parts, data, history, str(precision))
             record.write_log(history)
             lines = [line_of(history[-1], options["epochs"]), *notes_on_masks(row, options["lambda_r"])]
+            if skipped := train.skipped + test.skipped:
+                lines.append(f"note: {skipped} unreadable files skipped; neighbours served in their place")
             print("\n".join(lines), flush=True)
     print(f"masks drawn in {record.draw_masks(parts.network, eight, data)}")
     for batches in (train, test, eight):

@@ -3,7 +3,7 @@
 Zolna, Geras and Cho, arXiv 1805.08249, Alg. 1, in the form of their public program. One order differs from it: there
 the classifier steps between the masked forward pass and the decoder's backward pass, which current torch refuses, since
 the weights of that pass are gone; here both gradients are taken first. A past classifier and a frozen one get no weight
-gradients, nor does the current one from the decoder's loss, which is a third of the published step.
+gradients, nor does the current one from the decoder's loss, which saves a third of a plain training step.
 """
 
 import copy
@@ -16,12 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.batches import Batches
+from engine.cli import UserError
 from engine.device import rng_state, set_rng_state
 from engine.loop import autocast
 from saliency.casm.losses import masker_loss
 from saliency.casm.metrics import MaskStatistics
 from saliency.casm.network import Casm
 from saliency.casm.pool import ClassifierPool
+from saliency.gradient import in_mode
 
 CLIP = 10.0  # of the norm of the decoder's gradient
 
@@ -182,7 +184,11 @@ class Sums:
             self.sums[key] = self.sums[key] + count * step[key]
 
     def means(self) -> dict[str, float]:
-        """Percentages of images and mean losses; waits for the device. Raises NotFinite."""
+        """Percentages of images and mean losses; waits for the device. Raises NotFinite; UserError for no images."""
+        if not self.images:
+            raise UserError(
+                "no batch of more than one image, which the last maps, of one place, need: raise --batch-size"
+            )
         means = {key: float(value) / self.images for key, value in self.sums.items()}
         if not torch.tensor(list(means.values())).isfinite().all():
             raise NotFinite("a loss is not finite")
@@ -214,6 +220,8 @@ def train_one_epoch(
     parts.network.classifier.train(parts.learns)
     sums, count = Sums(parts.device), iterations_of(len(batches), pot)
     for iteration, batch in enumerate(itertools.islice(batches.epoch(epoch), count)):
+        if len(batch.labels) == 1 and not alone(parts.network.classifier, batch.images):
+            continue
         sums.add(train_step(parts, batch.images, batch.labels, iteration=iteration, **step))
         if (iteration + 1) % look_every == 0 or iteration + 1 == count:
             means = sums.means()
@@ -223,6 +231,13 @@ def train_one_epoch(
         elif progress:
             progress(iteration + 1)
     return sums.means()
+
+
+@torch.no_grad()
+def alone(classifier: nn.Module, images: torch.Tensor) -> bool:
+    """Whether one image can be trained on: batch norm needs more than one number a channel."""
+    with in_mode(classifier, "eval"):
+        return classifier.forward_features(images)[1][-1][0, 0].numel() > 1
 
 
 @torch.no_grad()
