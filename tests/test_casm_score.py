@@ -163,6 +163,12 @@ def test_results_are_kept_and_done_models_are_skipped(casm_file, tmp_path, capsy
     assert again == first and "done already" in capsys.readouterr().out
     (other,) = score.main([*words, "--rule", "mean"])
     assert other["rule"] == "mean" and "made anew" in capsys.readouterr().out
+    own = tmp_path / "own.py"
+    own.write_text(BASICS.replace("64", "32"))
+    given = ["--dataset", "shapes", "--basics", str(own), *words[2:]]
+    before = score.main(given)[0]["accuracy"]
+    own.write_text(BASICS.replace("64", "32").replace("targets == 0", "targets >= 0"))
+    assert score.main(given)[0]["accuracy"] == 100 > before, "an extractor that was changed is asked again"
     twin = tmp_path / "twin" / "random.chk"
     twin.parent.mkdir()
     twin.write_bytes(Path(casm_file).read_bytes())
@@ -237,6 +243,13 @@ def test_the_rule_decides_the_box():
         for rule in ("percentile", "mean")
     }
     assert found["percentile"]["LE"] == 1 and found["mean"]["LE"] == 0
+
+
+def test_images_none_of_which_can_be_judged_have_no_numbers_rather_than_nan(pictures, tmp_path):
+    (tmp_path / "mine.py").write_text(BASICS + '\nclasses = ["n02"]\n')
+    words = [str(pictures), "--annotation-path", str(pictures / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
+    (result,) = score.main([*words, "--limit", "2", *QUIET])  # both of n01
+    assert result["accuracy"] is None and result["OM"] is None and result["LE"] == 0
 
 
 def test_results_of_another_command_are_not_taken_for_these(casm_file, tmp_path):

@@ -74,9 +74,9 @@ class Parts:
             self.parser.error("DATA is missing: the folder that holds val/ with class folders; or name a --dataset")
         size = options["image_size"] or extractor.image_size
         known = {key: own[key] for key in PLACE if own.get(key)} if not options.get("data") else {}
-        known |= {key: options[key] for key in (*PLACE, "limit", "on_bad_image") if options.get(key)}
         if dataset not in ("shapes", "imagenet"):
             known.pop("num_classes", None)
+        known |= {key: options[key] for key in (*PLACE, "limit", "on_bad_image") if options.get(key)}
         view = None
         if dataset in ("folder", "imagenet", "tiny-imagenet"):
             size = size or 224
@@ -127,11 +127,17 @@ def finished(extractor: Extractor, options: dict, holds: str) -> dict | None:
 
 
 def made_of(extractor: Extractor, options: dict) -> dict:
-    """What a result depends on: the state of the file, and the options that say how and on what."""
-    place = Path(extractor.path) if extractor.path else None
-    stat = place.stat() if place and place.is_file() else None
-    file = {"path": str(place.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns} if stat else extractor.path
-    return {"file": file, **{key: options[key] for key in DECIDING if options.get(key) is not None}}
+    """What a result depends on: the file it is of and the options that say how and on what, files with their state."""
+    chosen = {key: options[key] for key in DECIDING if options.get(key) is not None}
+    return {key: with_state(value) for key, value in {"file": extractor.path, **chosen}.items()}
+
+
+def with_state(value):
+    """The path of a file with its size and time, so that another of that name is told apart; anything else as it is."""
+    if not isinstance(value, str) or not Path(value).is_file():
+        return value
+    stat = Path(value).stat()
+    return {"path": str(Path(value).resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
 
 
 def keep(result: dict, extractor: Extractor, options: dict) -> None:

@@ -60,7 +60,7 @@ def score(
         result["rule"] = "its own"
     right, known = torch.cat(right), torch.cat(known)
     result |= {"images": len(right), "scored": len(rows), "unknown": int((~known).sum())}
-    result |= {"unreadable": batches.skipped, "accuracy": 100 * float(right[known].double().mean())}
+    result |= {"unreadable": batches.skipped, "accuracy": mean_of(100 * right[known])}
     result |= summarise([{key: row[key] for key in row if key != "OM"} for row in rows]) if rows else NOTHING
     judged_too = [row["OM"] for row in rows if row["OM"] is not None]
     result["OM"] = sum(judged_too) / len(judged_too) if judged_too else None
@@ -71,9 +71,13 @@ def score(
         if number:
             print(f"note: {number} images {what}")
     if metrics:
-        means = {key: float(torch.cat([one[key] for one in metrics]).mean()) for key in metrics[0]}
+        means = {key: mean_of(torch.cat([one[key] for one in metrics])) for key in metrics[0]}
         result |= {**means, "judge": judge.name}
     return result | statistics.means()
+
+
+def mean_of(values: torch.Tensor) -> float | None:
+    return float(values.double().mean()) if len(values) else None  # JSON has no NaN
 
 
 def scores_of(

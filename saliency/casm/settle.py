@@ -72,7 +72,7 @@ def fill_in(parser: Parser, typed: dict) -> dict:
         options["image_size"] = options["image_size"] or 224
         if "eval_resize" not in options:
             options["eval_resize"] = large_side(options["image_size"])
-    if options["dataset"] not in ("shapes", "imagenet"):
+    if options["dataset"] not in ("shapes", "imagenet") and "num_classes" not in typed:
         options["num_classes"] = None
     options["name"] = options["name"] or f"{options['reproduce'] or 'casm'}_{datetime.now():%Y%m%d-%H%M%S}"
     return options
