@@ -3,13 +3,15 @@
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from engine.batches import Batches
 from engine.checkpoint import extract_weights, is_ours, load_weights, read_file
-from engine.cli import Parser, UserError
+from engine.cli import Parser, UserError, closest
 from engine.configure import fill_in
 from engine.data import STATISTICS, WITHOUT_STATISTICS, Data, check_alike, load_data
 from engine.device import choose_device, prepare
@@ -87,6 +89,120 @@ def torchvision_network(name: str, weights: dict[str, torch.Tensor], path: Path 
     except RuntimeError as error:
         raise UserError(f"{path} holds no {name}: {str(error).splitlines()[1].strip()[:100]} ...") from error
     return network.eval()
+
+
+@dataclass
+class Classifier:
+    """A trained network and what is known of it. Called with pixels (B, 3, H, W) in 0..1 it gives logits (B, K) in
+    float32.
+
+    classes: in the order of the logits, empty where the file does not say; titles: the same, to be read by people.
+    image_size: side in pixels of the images it was made for, None where that is not known. options: those it was
+    trained with.
+    """
+
+    name: str
+    network: torch.nn.Module  # in evaluation mode
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str] = field(default_factory=list)
+    count: int = 1000  # K
+    image_size: int | None = None
+    titles: list[str] = field(default_factory=list)
+    options: dict = field(default_factory=dict)
+    path: str = ""
+    epoch: int | None = None
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network(normalised(pixels, self.mean, self.std)).float()
+
+    def title(self, index: int) -> str:
+        """How a class is called, its number where it has no name."""
+        return self.titles[index] if index < len(self.titles) else str(index)
+
+
+def normalised(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """pixels (B, 3, H, W) in 0..1 -> the same shape, as a network was trained to see it."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return (pixels - mean) / std
+
+
+def load_classifier(
+    word: str, zoo: ModuleType, *, model: str | None = None, image_size: int | None = None, averaged: bool = False
+) -> Classifier:
+    """On the CPU, the classifier that a word means: a file or run folder, of ours or of another code; torchvision's
+    NAME, with its own weights; or NAME=FILE.
+
+    zoo: the package models. model: the network of a file that does not say which, one of ours or torchvision's.
+    image_size: where the file does not say. Raises UserError for anything else, and for weights that cannot be had.
+    """
+    name, equals, file = word.partition("=")
+    if Path(word).exists() or not (equals or is_torchvision(word)):
+        name, file = model, word
+    if not file:
+        return of_torchvision(name, None, zoo)
+    if not Path(file).exists() and not equals and model is None:
+        raise UserError(
+            f"classifier {word!r}: neither a file, nor a run folder, nor a network of torchvision's"
+            f"{closest(word, torchvision_names())}\nsay NAME for torchvision's network with its weights for ImageNet, "
+            "NAME=FILE for one with other weights"
+        )
+    saved = SavedClassifier(file, averaged=averaged)
+    fits = zoo.matching_models(saved.weights, like=name)
+    if not fits and name and is_torchvision(name):
+        return of_torchvision(name, saved, zoo)
+    if name and name not in zoo.MODELS and name not in zoo.ALIASES and not fits:
+        names = [*zoo.MODELS, *torchvision_names()]
+        raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, names)}")
+    name = name or saved.options.get("model")
+    if not name and not fits:
+        raise UserError(
+            f"{saved.path}: the file does not say which network it is, and none of ours fits\nname it with --model; if "
+            f"it is one of torchvision's, say NAME={file}"
+        )
+    side = image_size or saved.image_size or (224 if fits and fits[0] in zoo.IMAGENET_MODELS else 32)
+    count = zoo.class_count(saved.weights)
+    network = saved.build(zoo.build_model, zoo.matching_models, model=name, num_classes=count, image_size=side)
+    own = Path(file).resolve().name if Path(file).is_dir() else saved.path.stem
+    known = {"image_size": side, "titles": saved.classes, "options": saved.options, "epoch": saved.epoch}
+    mean, std = saved.statistics
+    return Classifier(own, network.eval(), mean, std, saved.classes, count, path=str(saved.path), **known)
+
+
+def torchvision_names() -> list[str]:
+    from torchvision.models import list_models
+
+    return list_models()
+
+
+def is_torchvision(name: str) -> bool:
+    """Whether torchvision has a classifier of this name."""
+    from torchvision import models
+
+    return name in models.list_models(module=models)
+
+
+def of_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType) -> Classifier:
+    """torchvision's network, with the weights of a file, else with its own for ImageNet: the first, IMAGENET1K_V1, the
+    later ones of which were trained with Mixup and CutMix themselves. Normalised as its own weights want it.
+    """
+    from torchvision.models import get_model_weights
+
+    own = getattr(get_model_weights(name), "IMAGENET1K_V1", None)
+    mean, std = (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"]
+    if saved is None and own is None:
+        raise UserError(f"classifier {name}: torchvision has no IMAGENET1K_V1 weights of it\ngive them as {name}=FILE")
+    try:
+        weights = saved.weights if saved else zoo.fetch(own.url)
+    except ValueError as error:
+        raise UserError(f"classifier {name}: {error}, or give it as {name}=FILE") from error
+    path = str(saved.path) if saved else own.url
+    last = next(reversed(weights.values()))
+    count = len(last) if last.dim() else 1000
+    titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == count else []
+    size = own.transforms().crop_size[0] if own else 224
+    network = torchvision_network(name, weights, path)
+    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, titles, path=path)
 
 
 def start_from(model: torch.nn.Module, path: str, num_classes: int, matching_models: Callable) -> str:

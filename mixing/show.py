@@ -4,12 +4,10 @@ import time
 import warnings
 from pathlib import Path
 
-from engine.cli import Parser, UserError, closest, each_of, one_of, run, whole
+from engine.cli import Parser, UserError, each_of, one_of, run, whole
 from engine.mixing_options import method_options
 from engine.options import DATASET_ALIASES, DATASETS
 from mixing import ALIASES, MIXERS, build_mixer
-from models import ALIASES as MODEL_ALIASES
-from models import IMAGENET_MODELS, MODELS, build_model, matching_models
 from saliency import ALIASES as SOURCE_ALIASES
 from saliency import SOURCES, build_source
 
@@ -117,11 +115,16 @@ def load(options: dict) -> tuple:
     """The network or None, images (B, 3, S, S) normalised, their names, and the statistics they are normalised by."""
     import torch
 
+    import models
+    from engine.classifier import load_classifier
     from engine.data import STATISTICS, load_data
     from engine.image_files import BadImage, decode
 
-    model, size, statistics = load_model(options) if options["model_path"] else (None, None, STATISTICS["imagenet"])
-    size = options["image_size"] or size or 224
+    model, size, statistics = None, options["image_size"] or 224, STATISTICS["imagenet"]
+    if options["model_path"]:
+        known = load_classifier(options["model_path"], models, model=options["model"], image_size=options["image_size"])
+        model, statistics = known.network, (known.mean, known.std)
+        size = options["image_size"] or known.image_size
     if options["dataset"]:
         data = load_data(options["dataset"], data_dir=options["data_dir"], image_size=options["image_size"])
         if max(options["indices"]) >= len(data.train):
@@ -143,27 +146,6 @@ def load(options: dict) -> tuple:
     pixels = pixels.permute(0, 3, 1, 2).float() / 255
     images = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     return model, images, names, {"mean": tuple(mean), "std": tuple(std)}
-
-
-def load_model(options: dict) -> tuple:
-    """The network of --model_path, the side of its images if known, and mean and std."""
-    from torchvision.models import list_models
-
-    from engine.classifier import SavedClassifier, torchvision_network
-    from engine.data import STATISTICS
-    from models import class_count
-
-    file, name = SavedClassifier(options["model_path"]), options["model"]
-    ours = matching_models(file.weights, like=name)
-    if name in list_models() and not ours:
-        return torchvision_network(name, file.weights, file.path), 224, STATISTICS["imagenet"]
-    if name and name not in MODELS and name not in MODEL_ALIASES:
-        raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, [*MODELS, *list_models()])}")
-    usual = 224 if ours and ours[0] in IMAGENET_MODELS else 32
-    size = options["image_size"] or file.image_size or usual
-    known = {"model": name or file.options.get("model"), "num_classes": class_count(file.weights), "image_size": size}
-    model = file.build(build_model, matching_models, **known)
-    return model.eval(), size, file.statistics
 
 
 def choose_source(options: dict, mixer, model, statistics: dict):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 MODELS = {  # name -> (module, constructor)
     **{f"resnet{depth}": ("models.resnet", f"resnet{depth}") for depth in (18, 34, 50, 101, 152)},
@@ -92,3 +93,20 @@ def parameter_counts(names: Iterable[str], num_classes: int = 10) -> dict[str, i
 
     with torch.device("meta"):
         return {name: sum(p.numel() for p in build_model(name, num_classes).parameters()) for name in names}
+
+
+def fetch(url: str) -> dict:
+    """The state dict at `url`, which torch.hub keeps in its cache; a download is compared with the hash in its name."""
+    import torch
+
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    file = cache / url.rsplit("/", 1)[-1]
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:  # of the network, the disk, the hash or the unpickler
+        reason = (str(error).splitlines() or [""])[0][:200]
+        if file.is_file():
+            raise ValueError(f"{file}: damaged ({type(error).__name__}: {reason})\ndelete it and try again") from error
+        raise ValueError(
+            f"cannot download {url} ({type(error).__name__}: {reason})\nput the file {file.name} into {cache}"
+        ) from error

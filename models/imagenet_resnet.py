@@ -5,13 +5,11 @@ max-pooling of stride 2, so that the stages see a quarter of the side of the ima
 bottleneck is on its 3x3 convolution.
 """
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import IMAGENET_ALIASES
+from models import IMAGENET_ALIASES, fetch
 from models.resnet import TABLE_1, BasicBlock, Bottleneck, ResNet
 
 # The plainly trained weights, torchvision's IMAGENET1K_V1. The later V2 were trained with Mixup and CutMix themselves,
@@ -72,21 +70,6 @@ def load_pretrained(model: nn.Module, name: str) -> bool:
     head = {key: own[key] for key in ("fc.weight", "fc.bias")} if fresh else {}
     model.load_state_dict({**weights, **head})
     return fresh
-
-
-def fetch(url: str) -> dict[str, torch.Tensor]:
-    """The state dict at `url`, which torch.hub keeps in its cache; a download is compared with the hash in its name."""
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = cache / url.rsplit("/", 1)[-1]
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:  # of the network, the disk, the hash or the unpickler
-        reason = (str(error).splitlines() or [""])[0][:200]
-        if file.is_file():
-            raise ValueError(f"{file}: damaged ({type(error).__name__}: {reason})\ndelete it and try again") from error
-        raise ValueError(
-            f"cannot download {url} ({type(error).__name__}: {reason})\nput the file {file.name} into {cache}"
-        ) from error
 
 
 def imagenet_resnet18(num_classes: int) -> ImageNetResNet:

@@ -19,7 +19,8 @@ import train as train_script
 from engine import draw
 from engine.batches import Batches
 from engine.checkpoint import extract_weights, read_file
-from engine.classifier import SavedClassifier
+from engine.classes import label_map
+from engine.classifier import Classifier, SavedClassifier
 from engine.cli import UserError
 from engine.data import load_evaluation
 from engine.image_files import CentreView
@@ -31,7 +32,7 @@ from saliency.casm import train as casm_train
 from saliency.casm.alter import inpainted, masked_in, masked_out
 from saliency.casm.common import Parts
 from saliency.casm.extractors import Extractor
-from saliency.casm.judges import PUBLISHED, Judge, label_map, load_judges, load_resnets
+from saliency.casm.judges import PUBLISHED, load_judges, load_resnets
 from saliency.casm.judging import KINDS, TOYS, Panel, of_toy, sums
 from saliency.casm.localize import binarize
 from saliency.casm.metrics import plot_order
@@ -266,7 +267,7 @@ def test_networks_of_other_classes_are_judged_by_themselves_and_nothing_is_fetch
     own = Extractor("m", None, (0.1,) * 3, (0.2,) * 3, classes=["a", "b"], options={"model": "r"}, count=2)
     own.classifier = network
     panel = Panel(None, None, CPU)
-    assert panel.of(own, few) == [Judge("own r", network, (0.1,) * 3, (0.2,) * 3, ["a", "b"], 2)]
+    assert panel.of(own, few) == [Classifier("own r", network, (0.1,) * 3, (0.2,) * 3, ["a", "b"], 2)]
     with pytest.raises(UserError, match="--class_list"):
         panel.of(Extractor("published", None, classifier=network, count=1000), few)
 
@@ -276,7 +277,7 @@ def test_the_published_judges_are_loaded_once(monkeypatch):
 
     def load(words, device):
         asked.append(tuple(words))
-        return [Judge(word, network, (0,) * 3, (1,) * 3) for word in words]
+        return [Classifier(word, network, (0,) * 3, (1,) * 3) for word in words]
 
     monkeypatch.setattr(judging, "load_judges", load)
     part = argparse.Namespace(classes=[f"n{index:08d}" for index in range(1000)])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+import models
 from engine.batches import Batches
-from engine.classifier import SavedClassifier
+from engine.classifier import load_classifier
 from engine.cli import Parser, UserError
 from engine.data import Part, load_evaluation
 from engine.files import write_json
@@ -45,8 +46,10 @@ def extractors_of(
             yield of_basics(options["basics"], path)
     classifier = None
     if options.get("classifier"):
-        file = SavedClassifier(options["classifier"])
-        classifier = of_classifier(file, options["arch"], options["image_size"], device)
+        classifier = of_classifier(
+            load_classifier(options["classifier"], models, model=options["arch"], image_size=options["image_size"]),
+            device,
+        )
     elif files and (options.get("sources") or (options["toy"] and naive)):
         classifier = of_casm(load_casm(files[0]), device)
     for name in options.get("sources") or []:

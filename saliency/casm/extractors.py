@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine.classifier import SavedClassifier
+from engine.classifier import Classifier
 from engine.cli import UserError
 from engine.data import STATISTICS
-from models import build_model, class_count, matching_models
 from saliency import build_source
 from saliency.casm.localize import rectangles as rectangles_around
 from saliency.casm.network import Casm, SavedCasm
@@ -70,16 +69,11 @@ def of_casm(saved: SavedCasm, device: torch.device) -> Extractor:
     )
 
 
-def of_classifier(file: SavedClassifier, model: str | None, size: int | None, device: torch.device) -> Extractor:
+def of_classifier(known: Classifier, device: torch.device) -> Extractor:
     """What a plain classifier knows, for extractors that look through it; it draws no masks itself."""
-    size = size or file.image_size or 224
-    count = class_count(file.weights)
-    name = model or file.options.get("model")
-    network = file.build(build_model, matching_models, model=name, num_classes=count, image_size=size)
-    network = network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    mean, std = file.statistics
-    called = file.path.parent.name if file.path.stem in ("best", "last") else file.path.stem
-    return Extractor(*(called, None, mean, std, size, file.classes, file.options, str(file.path), network), count=count)
+    network = known.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    shown = (known.name, None, known.mean, known.std, known.image_size, known.classes, known.options, known.path)
+    return Extractor(*shown, network, known.count)
 
 
 def of_source(name: str, classifier: Extractor) -> Extractor:

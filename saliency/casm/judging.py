@@ -5,6 +5,8 @@ import itertools
 import torch
 
 from engine.batches import Batches
+from engine.classes import label_map
+from engine.classifier import Classifier, normalised
 from engine.cli import UserError
 from engine.data import Part
 from engine.device import exact_float32
@@ -12,15 +14,7 @@ from engine.loop import autocast
 from engine.progress import Progress, bars_wanted
 from saliency.casm.alter import inpainted, masked_in, masked_out
 from saliency.casm.extractors import Extractor, Masks, sharing
-from saliency.casm.judges import (
-    IMAGENET_CLASSES,
-    PUBLISHED,
-    Judge,
-    label_map,
-    load_judges,
-    load_resnets,
-    normalised,
-)
+from saliency.casm.judges import IMAGENET_CLASSES, PUBLISHED, load_judges, load_resnets
 from saliency.casm.localize import binarize
 from saliency.casm.training import iterations_of
 
@@ -64,7 +58,7 @@ class Panel:
         self.named = load_judges(words, device) if words else None
         self.resnets = load_resnets(resnets, device) if resnets else []
 
-    def of(self, extractor: Extractor, part: Part) -> list[Judge]:
+    def of(self, extractor: Extractor, part: Part) -> list[Classifier]:
         """Raises UserError where nobody is left, or two have one name."""
         judges = (self.usual(extractor, part) if self.named is None else self.named) + self.resnets
         names = [judge.name for judge in judges]
@@ -72,7 +66,7 @@ class Panel:
             raise UserError(f"two classifiers are called {twice[0]}\nrename the file of one of them")
         return judges
 
-    def usual(self, extractor: Extractor, part: Part) -> list[Judge]:
+    def usual(self, extractor: Extractor, part: Part) -> list[Classifier]:
         own = extractor.classifier
         if (extractor.count or len(part.classes)) == IMAGENET_CLASSES:
             label_map(part.classes, [], self.class_list)  # an error comes before 3 GB are fetched
@@ -80,7 +74,7 @@ class Panel:
             return self.published
         if own is not None:
             name = f"own {extractor.options.get('model') or 'classifier'}"
-            return [Judge(name, own, extractor.mean, extractor.std, extractor.classes, extractor.count)]
+            return [Classifier(name, own, extractor.mean, extractor.std, extractor.classes, extractor.count)]
         if self.resnets:
             return []
         raise UserError(
@@ -107,7 +101,7 @@ def sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def evaluate(
     extractor: Extractor,
     part: Part,
-    judges: list[Judge],
+    judges: list[Classifier],
     *,
     device: torch.device,
     batch_size: int = 128,
@@ -147,7 +141,7 @@ def evaluate(
 
 
 def judged(
-    pixels: torch.Tensor, selected: torch.Tensor, judges: list[Judge], labels: list[torch.Tensor]
+    pixels: torch.Tensor, selected: torch.Tensor, judges: list[Classifier], labels: list[torch.Tensor]
 ) -> torch.Tensor:
     """pixels (B, 3, H, W) in 0..1, selected bool (B, H, W), labels (B,) of each judge -> (kinds, judges, 5): sums."""
     rows = []
@@ -157,7 +151,7 @@ def judged(
     return torch.stack(rows)
 
 
-def labels_for(judge: Judge, part: Part, images: int, class_list: str | None) -> torch.Tensor:
+def labels_for(judge: Classifier, part: Part, images: int, class_list: str | None) -> torch.Tensor:
     """label_map() of a judge. Raises UserError if it knows the class of none of the first so many images."""
     try:
         place = label_map(part.classes, judge.classes, class_list, judge.count)
@@ -170,7 +164,7 @@ def labels_for(judge: Judge, part: Part, images: int, class_list: str | None) ->
     return place
 
 
-def named(judges: list[Judge], table: torch.Tensor) -> dict[str, dict[str, float]]:
+def named(judges: list[Classifier], table: torch.Tensor) -> dict[str, dict[str, float]]:
     """Rows of sums(), (judges, 5), as means: l, cross-entropy; t1 and t5, percent; e, entropy in nats."""
     scale = table.new_tensor([1, 100, 100, 1])
     rows = (table[:, :4] * scale / table[:, 4:]).tolist()

@@ -90,10 +90,10 @@ def rows_of(extractor, part, places: range, device, precision=None) -> list:
     import torch
 
     from engine.batches import Batches
+    from engine.classifier import normalised
     from engine.device import exact_float32
     from engine.loop import autocast
     from saliency.casm.alter import inpainted, masked_in, masked_out
-    from saliency.casm.judges import normalised
     from saliency.casm.localize import binarize
 
     few = part.take(torch.tensor(places))

@@ -5,12 +5,13 @@ import itertools
 import torch
 
 from engine.annotations import Truths
+from engine.classes import label_map
+from engine.classifier import Classifier
 from engine.data import Part
 from engine.loop import autocast
 from engine.progress import Progress, bars_wanted
 from saliency.casm.common import batches_of
 from saliency.casm.extractors import Extractor
-from saliency.casm.judges import Judge, label_map
 from saliency.casm.localize import binarize, rectangles
 from saliency.casm.metrics import MaskStatistics, crops, image_scores, map_box, saliency_metric, summarise
 from saliency.casm.training import iterations_of
@@ -24,7 +25,7 @@ def score(
     truths: Truths,
     options: dict,
     device: torch.device,
-    judge: Judge | None = None,
+    judge: Classifier | None = None,
     precision: torch.dtype | None = None,
 ) -> dict:
     """Localisation over the images that have a true box, mask statistics over all of them; with a judge also the
@@ -106,7 +107,7 @@ def scores_of(
 
 @torch.no_grad()
 def judged(
-    images: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, extractor: Extractor, judge: Judge
+    images: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, extractor: Extractor, judge: Classifier
 ) -> dict[str, torch.Tensor]:
     """The saliency metric of a batch: the judge sees each box alone, enlarged to the size of the image."""
     height, width = images.shape[-2:]

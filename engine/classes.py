@@ -1,0 +1,64 @@
+"""Which class of a data set is which of a network's."""
+
+import csv
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from engine.cli import UserError
+
+
+def label_map(
+    part_classes: list[str], classes: list[str], class_list: str | None = None, count: int | None = 1000
+) -> torch.Tensor:
+    """long (len(part_classes),): the position of each class of the data among those of a network; -1 where it is none
+    of them.
+
+    classes: the network's; where they are not known (empty), those of class_list, a file; and without one both are
+    taken to be the same, sorted by name, if there are `count` of each: of ImageNet those sort by their WordNet ids.
+    count None: of a network that takes any number. Raises UserError where that cannot be, for a class_list of other
+    than `count` classes, and where no class is known.
+    """
+    if not classes and class_list:
+        classes = read_class_list(class_list)
+        if count not in (None, len(classes)):
+            raise UserError(f"--class_list {class_list}: {len(classes)} classes, where the network has {count}")
+    if not classes and count not in (None, len(part_classes)):
+        raise UserError(
+            f"the data has {len(part_classes)} classes, the network {count}, and its file does not name them\n"
+            "name them, in the order of the network, in a file: --class_list FILE, one a line or a .csv with a column "
+            "wnid"
+        )
+    place = {name: position for position, name in enumerate(classes or part_classes)}
+    if not place.keys() & set(part_classes):
+        raise UserError(
+            f"the network knows none of the classes of the data ({', '.join(part_classes[:3])} ...): its own are "
+            f"{', '.join(list(place)[:3])} ..."
+        )
+    return torch.tensor([place.get(name, -1) for name in part_classes])
+
+
+def read_class_list(file: str) -> list[str]:
+    """Classes, one a line (of a line `n01440764 tench, ...` the WordNet id alone), or in the column wnid or class of a
+    .csv. Raises UserError for another file, and for a class that comes twice.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise UserError(f"--class_list {file}: cannot be read ({reason})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if file.lower().endswith(".csv"):
+        rows = list(csv.DictReader(lines))
+        column = next((name for name in ("wnid", "class") if rows and name in rows[0]), None)
+        if column is None:
+            raise UserError(f"--class_list {file}: no column wnid and none called class in its first line")
+        names = [row[column] for row in rows]
+    else:
+        names = [re.sub(r"^(n\d{8})\s.*", r"\1", line) for line in lines]
+    twice = [name for name, number in Counter(names).items() if number > 1]
+    if twice:
+        raise UserError(f"--class_list {file}: {twice[0]!r} is there more than once")
+    return names
