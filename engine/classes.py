@@ -44,21 +44,33 @@ def read_class_list(file: str) -> list[str]:
     """Classes, one a line (of a line `n01440764 tench, ...` the WordNet id alone), or in the column wnid or class of a
     .csv. Raises UserError for another file, and for a class that comes twice.
     """
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
-        raise UserError(f"--class_list {file}: cannot be read ({reason})") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if file.lower().endswith(".csv"):
-        rows = list(csv.DictReader(lines))
-        column = next((name for name in ("wnid", "class") if rows and name in rows[0]), None)
-        if column is None:
-            raise UserError(f"--class_list {file}: no column wnid and none called class in its first line")
-        names = [row[column] for row in rows]
-    else:
-        names = [re.sub(r"^(n\d{8})\s.*", r"\1", line) for line in lines]
+    names = read_column(file, "class_list", ("wnid", "class"))
+    names = [re.sub(r"^(n\d{8})\s.*", r"\1", name) for name in names]
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
         raise UserError(f"--class_list {file}: {twice[0]!r} is there more than once")
     return names
+
+
+def read_titles(file: str) -> list[str]:
+    """The names of classes for people, one a line (of a line `n01440764 tench, ...` what follows the WordNet id), or in
+    the column name, class or wnid of a .csv. Raises UserError for another file.
+    """
+    return [re.sub(r"^n\d{8}\s+", "", name) for name in read_column(file, "labels", ("name", "names", "class", "wnid"))]
+
+
+def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:
+    """The lines of a file, or the first of these columns that a .csv has. option: what the file was given by."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise UserError(f"--{option} {file}: cannot be read ({reason})") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not file.lower().endswith(".csv"):
+        return lines
+    rows = list(csv.DictReader(lines))
+    column = next((name for name in columns if rows and name in rows[0]), None)
+    if column is None:
+        raise UserError(f"--{option} {file}: no column {columns[0]} and none called {columns[-1]} in its first line")
+    return [row[column] for row in rows]

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,7 @@ class Classifier:
     options: dict = field(default_factory=dict)
     path: str = ""
     epoch: int | None = None
+    torchvision: bool = False  # whether the network is one of torchvision's
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalised(pixels, self.mean, self.std)).float()
@@ -128,29 +130,37 @@ def normalised(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, 
 
 
 def load_classifier(
-    word: str, zoo: ModuleType, *, model: str | None = None, image_size: int | None = None, averaged: bool = False
+    word: str,
+    zoo: ModuleType,
+    *,
+    model: str | None = None,
+    image_size: int | None = None,
+    averaged: bool = False,
+    weights: str = "IMAGENET1K_V1",
 ) -> Classifier:
     """On the CPU, the classifier that a word means: a file or run folder, of ours or of another code; torchvision's
     NAME, with its own weights; or NAME=FILE.
 
     zoo: the package models. model: the network of a file that does not say which, one of ours or torchvision's.
-    image_size: where the file does not say. Raises UserError for anything else, and for weights that cannot be had.
+    image_size: where the file does not say. weights: which of torchvision's, where they are its own; later ones than
+    the first were trained with Mixup and CutMix themselves. Raises UserError for anything else, and for weights that
+    cannot be had.
     """
     name, equals, file = word.partition("=")
     if Path(word).exists() or not (equals or is_torchvision(word)):
         name, file = model, word
     if not file:
-        return of_torchvision(name, None, zoo)
+        return of_torchvision(name, None, zoo, weights)
     if not Path(file).exists() and not equals and model is None:
         raise UserError(
-            f"classifier {word!r}: neither a file, nor a run folder, nor a network of torchvision's"
+            f"classifier {word!r}: no such file or run folder, and no network of torchvision's"
             f"{closest(word, torchvision_names())}\nsay NAME for torchvision's network with its weights for ImageNet, "
             "NAME=FILE for one with other weights"
         )
     saved = SavedClassifier(file, averaged=averaged)
     fits = zoo.matching_models(saved.weights, like=name)
     if not fits and name and is_torchvision(name):
-        return of_torchvision(name, saved, zoo)
+        return of_torchvision(name, saved, zoo, weights)
     if name and name not in zoo.MODELS and name not in zoo.ALIASES and not fits:
         names = [*zoo.MODELS, *torchvision_names()]
         raise UserError(f"--model {name}: neither ours nor torchvision's{closest(name, names)}")
@@ -169,6 +179,15 @@ def load_classifier(
     return Classifier(own, network.eval(), mean, std, saved.classes, count, path=str(saved.path), **known)
 
 
+def tell_apart(classifiers: list[Classifier]) -> None:
+    """Give those of one name longer ones: with the folder they lie in, else their whole path."""
+    for lengthen in (lambda path: "/".join(path.parts[-3 if path.stem in ("best", "last") else -2 :]), str):
+        often = Counter(one.name for one in classifiers)
+        for one in classifiers:
+            if often[one.name] > 1:
+                one.name = lengthen(Path(one.path))
+
+
 def torchvision_names() -> list[str]:
     from torchvision.models import list_models
 
@@ -182,27 +201,29 @@ def is_torchvision(name: str) -> bool:
     return name in models.list_models(module=models)
 
 
-def of_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType) -> Classifier:
-    """torchvision's network, with the weights of a file, else with its own for ImageNet: the first, IMAGENET1K_V1, the
-    later ones of which were trained with Mixup and CutMix themselves. Normalised as its own weights want it.
-    """
+def of_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, weights: str) -> Classifier:
+    """torchvision's network, with the weights of a file, else with its own. Normalised as its own weights want it."""
     from torchvision.models import get_model_weights
 
-    own = getattr(get_model_weights(name), "IMAGENET1K_V1", None)
-    mean, std = (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"]
+    own = getattr(get_model_weights(name), weights, None)
     if saved is None and own is None:
-        raise UserError(f"classifier {name}: torchvision has no IMAGENET1K_V1 weights of it\ngive them as {name}=FILE")
+        there = ", ".join(one.name for one in get_model_weights(name)) or "none"
+        raise UserError(
+            f"classifier {name}: torchvision has no {weights} weights of it (there are: {there})\n"
+            f"give them as {name}=FILE"
+        )
     try:
-        weights = saved.weights if saved else zoo.fetch(own.url)
+        state = saved.weights if saved else zoo.fetch(own.url)
     except ValueError as error:
         raise UserError(f"classifier {name}: {error}, or give it as {name}=FILE") from error
     path = str(saved.path) if saved else own.url
-    last = next(reversed(weights.values()))
+    network = torchvision_network(name, state, path)
+    last = next(reversed(state.values()))
     count = len(last) if last.dim() else 1000
     titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == count else []
+    mean, std = (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"]
     size = own.transforms().crop_size[0] if own else 224
-    network = torchvision_network(name, weights, path)
-    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, titles, path=path)
+    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, titles, path=path, torchvision=True)
 
 
 def start_from(model: torch.nn.Module, path: str, num_classes: int, matching_models: Callable) -> str:

@@ -75,6 +75,19 @@ def number(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str
     return convert
 
 
+def pixel_units(text: str) -> float:
+    """A distance between pixels in 0..1, as --eps takes it: `8/255`, `0.03`, `0`."""
+    above, slash, below = text.partition("/")
+    try:
+        value = float(above) / (float(below) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+    if not 0 <= value <= 1:
+        remedy = f"; write {text.strip()}/255" if not slash and 1 < value <= 255 else ""
+        raise argparse.ArgumentTypeError(f"pixels are in 0..1, got {text!r}{remedy}")
+    return value
+
+
 def closest(word: str, names: Iterable[str]) -> str:
     """'; did you mean x?' where one of the names is near, else nothing."""
     found = difflib.get_close_matches(word, list(names), 3, 0.5)

@@ -37,6 +37,7 @@ USUAL_COUNTS["imagenet"] = (1_281_167, 50_000)
 FINDERS = {"imagenet": find_imagenet, "tiny-imagenet": find_tiny_imagenet, "folder": find_folder}
 SHAPES_COUNTS = (5000, 1000)
 TINY_SIDE = 64
+IN_MEMORY = 2**31  # bytes of decoded images that are kept, where they are looked at many times
 
 
 @dataclass
@@ -156,9 +157,11 @@ def load_evaluation(
     *,
     data_dir: str = "data",
     val_data_dir: str | None = None,
+    download: bool = False,
     view: View | None = None,
     val_labels: str | None = None,
     image_size: int | None = None,
+    eval_resize: int | None = None,
     num_classes: int | None = None,
     limit: int = 0,
     on_bad_image: str = "stop",
@@ -171,14 +174,16 @@ def load_evaluation(
     """
     place, val_place, labels = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
     if dataset in LAYOUTS:
-        part = cifar_part(dataset, find_cifar(dataset, val_place or place, False), [LAYOUTS[dataset].test])
+        part = cifar_part(
+            dataset, in_turn(lambda: find_cifar(dataset, val_place or place, download)), [LAYOUTS[dataset].test]
+        )
         check_side(dataset, part, image_size)
     elif dataset == "shapes":
         part = shapes_part(1, image_size or 32, num_classes or 10, progress, limit)
     else:
         tiny = dataset == "tiny-imagenet"
         found = find_tiny_evaluation(place, val_place) if tiny else find_evaluation(dataset, place, val_place, labels)
-        part = part_of_files(found, view or view_of(dataset, image_size, None), on_bad_image)
+        part = part_of_files(found, view or view_of(dataset, image_size, eval_resize), on_bad_image)
     check_class_count(dataset, part, num_classes)
     return part.take(torch.arange(min(limit, len(part)))) if limit else part
 
@@ -303,6 +308,22 @@ def check_copies(what: str, originals: Part, missing: list[str]) -> None:
 def part_of_files(found: Found, view: View, on_bad_image: str) -> Part:
     pixels = ImageFiles(found.files, view, on_bad_image)
     return Part(pixels, found.labels, found.classes, str(found.where), files=found.files)
+
+
+def in_memory(part: Part, workers: int, progress: Callable) -> Part:
+    """The same part with its image files decoded, unless that would take more than IN_MEMORY bytes."""
+    if isinstance(part.pixels, torch.Tensor) or 3 * len(part) * part.pixels.size**2 > IN_MEMORY:
+        return part
+    return decoded(part, workers, progress, [])
+
+
+def of_classes(part: Part, place: torch.Tensor, classes: list[str]) -> Part:
+    """The images whose class is one of `classes`, with labels among these. place (len(part.classes),): which of them
+    each class of the part is, -1 for none.
+    """
+    labels = place[part.labels]
+    known = (labels >= 0).nonzero().flatten()
+    return replace(part.take(known), labels=labels[known], classes=classes)
 
 
 def decoded(part: Part, workers: int, progress: Callable, warnings: list[str]) -> Part:

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from engine.files import write_atomic
+
+Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
 
 
 def save(figure: Figure, path: Path, dpi: int = 110) -> None:
@@ -152,6 +156,55 @@ def pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
     """Normalised (B, 3, H, W) -> (B, H, W, 3) in 0..1."""
     back = images.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     return back.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def overlaid(
+    picture: np.ndarray, heat: np.ndarray, alpha: float = 0.4, colormap: str = "jet", box: Box | None = None
+) -> np.ndarray:
+    """A map (H, W) in 0..1 in colours over a picture uint8 (H, W, 3), with the weight alpha -> uint8 (H, W, 3).
+
+    box: y1, y2, x1, x2 of what the map is about; outside of it the picture stays as it is.
+    """
+    y1, y2, x1, x2 = box or (0, heat.shape[0], 0, heat.shape[1])
+    colours = (255 * colormaps[colormap](np.arange(256))[:, :3]).round().astype(np.uint8)
+    drawn, part = picture.copy(), (slice(y1, y2), slice(x1, x2))
+    coloured = colours[(255 * heat[part]).round().astype(np.uint8)]
+    drawn[part] = cv2.addWeighted(picture[part], 1 - alpha, coloured, alpha, 0)
+    return drawn
+
+
+def comparison(
+    path: Path | str,
+    *,
+    names: list[str],
+    pictures: list[np.ndarray],
+    columns: list[str],
+    overlays: list[list[np.ndarray]],
+    texts: list[list[str]],
+) -> None:
+    """A row a picture (H, W, 3), of any size: the picture itself, then an overlay for each of the columns, with a text
+    above it.
+    """
+    shapes = [picture.shape[0] / picture.shape[1] for picture in pictures]
+    wide = 2.1
+    heights = [wide * min(shape, 2.0) + 0.3 for shape in shapes]
+    figure = Figure(figsize=(wide * (1 + len(columns)), sum(heights) + 0.4), layout="constrained")
+    grid = figure.subplots(len(pictures), 1 + len(columns), squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for number, (row, name, picture, line) in enumerate(zip(grid, names, pictures, overlays, strict=True)):
+        row[0].imshow(picture)
+        row[0].set_xlabel(short(name), fontsize=7)
+        for axes, overlay, text, column in zip(row[1:], line, texts[number], columns, strict=True):
+            axes.imshow(overlay)
+            axes.set_xlabel(short(text), fontsize=7)
+            if number == 0:
+                axes.set_title(column, fontsize=9)
+    save(figure, path)
+
+
+def short(text: str, most: int = 32) -> str:
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 
 def confusion(path: Path, counts: torch.Tensor, classes: list[str], title: str) -> None:

@@ -28,7 +28,7 @@ def hashed(
     index: torch.Tensor, shape: tuple[int, ...], seed: int, purpose: str, device: torch.device | str | None
 ) -> torch.Tensor:
     """int64 (B, *shape), all 64 bits random. index (B,): positions in the set. purpose: tells uses of a seed apart."""
-    index = index.to(device or index.device, torch.int64)
+    index = index.to(device or index.device, torch.int64, non_blocking=True)  # the host need not wait
     start = torch.full((), seed, dtype=torch.int64, device=index.device) * GOLDEN + zlib.crc32(purpose.encode())
     key = scrambled(scrambled(start) + index * GOLDEN)  # (B,)
     steps = torch.arange(1, math.prod(shape) + 1, device=index.device) * GOLDEN

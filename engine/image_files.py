@@ -39,8 +39,28 @@ class BadImage(Exception):
     """A file that cannot be decoded."""
 
 
+class StillView:
+    """A view that shows the same pixels of an image whenever it is asked: where a box of that image comes to lie."""
+
+    def placed(self, box: tuple[int, int, int, int], width: int, height: int) -> Box:
+        """Where the box x0, y0, x1, y1 of an image of width x height pixels lies in the pixels that are cut out of it.
+
+        Clipped to these, and cut to whole pixels towards zero; a box that the view does not show comes back empty.
+        """
+        _, (rows, columns) = self.plan(height, width, None)
+        down, across = corner(self.size, rows, columns)
+        x0, y0, x1, y1 = box
+        seen = [y * rows // height - down for y in (y0, y1)] + [x * columns // width - across for x in (x0, x1)]
+        return tuple(min(max(side, 0), self.size) for side in seen)
+
+
+def corner(size: int, rows: int, columns: int) -> tuple[int, int]:
+    """First row and column of the centre of size x size."""
+    return (rows - size) // 2, (columns - size) // 2
+
+
 @dataclass(frozen=True)
-class CentreView:
+class CentreView(StillView):
     """The shorter side resized to `resize`, then the centre of `size` x `size`."""
 
     size: int
@@ -83,15 +103,20 @@ class RandomView:
 
 
 @dataclass(frozen=True)
-class WholeView:
-    """The whole image squeezed into `size` x `size`, whatever its shape."""
+class WholeView(StillView):
+    """The whole image squeezed into `resize` x `resize`, whatever its shape, then the centre of `size` x `size`.
+
+    resize None: `size` itself.
+    """
 
     size: int
+    resize: int | None = None
     margin: ClassVar[int] = 2  # as for CentreView
 
     def plan(self, height: int, width: int, draws: np.ndarray | None) -> tuple[Box, tuple[int, int]]:
         """The whole image, and the rows and columns it is resized to."""
-        return (0, height, 0, width), (self.size, self.size)
+        side = self.resize or self.size
+        return (0, height, 0, width), (side, side)
 
 
 View = CentreView | RandomView | WholeView
@@ -140,7 +165,7 @@ def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: np.
         raise BadImage(f"{path}: {what_is_wrong(error)}") from error
     top, left, h, w = (side // reduced for side in (y1, x1, y2 - y1, x2 - x1))
     pixels = resized(pixels[top : top + h, left : left + w], rows, columns)
-    down, across = (rows - view.size) // 2, (columns - view.size) // 2
+    down, across = corner(view.size, rows, columns)
     cv2.cvtColor(pixels[down : down + view.size, across : across + view.size], cv2.COLOR_BGR2RGB, dst=out)
     return [reduced * top / height, reduced * (top + h) / height, reduced * left / width, reduced * (left + w) / width]
 

@@ -301,19 +301,26 @@ def autocast(device: torch.device, precision: torch.dtype | None):
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, batches: Batches, *, precision: torch.dtype | None = None, progress: Callable | None = None
+    model: nn.Module,
+    batches: Batches,
+    *,
+    precision: torch.dtype | None = None,
+    progress: Callable | None = None,
+    alter: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, K) float32 and labels (N,) of a whole part, on the host, network in evaluation mode (put back
     afterwards). Of several processes each takes its images, and only the first one gets the whole; the others get
-    nothing (0 rows).
+    nothing (0 rows). alter(images, labels, index): what the network sees in place of the images.
     """
     training = model.training
     model.eval()
     logits, labels, places = [], [], []
     try:
         for step, batch in enumerate(batches.epoch()):
-            with exact_float32(), autocast(batches.device, precision):
-                logits.append(model(batch.images).float())
+            with exact_float32():
+                images = alter(batch.images, batch.labels, batch.index) if alter else batch.images
+                with autocast(batches.device, precision):
+                    logits.append(model(images).float())
             labels.append(batch.labels)
             places.append(batch.index)
             if progress:

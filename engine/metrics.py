@@ -1,4 +1,4 @@
-"""Numbers about predictions: accuracy, calibration, classes mistaken for each other."""
+"""Numbers about predictions: accuracy, classes mistaken for each other; and logits made ready to be counted."""
 
 import torch
 
@@ -10,19 +10,27 @@ def topk_correct(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...]
     return torch.stack([hits[:, :k].any(1).sum() for k in ks])
 
 
-def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:
-    """Expected calibration error, 0..1: mean over `bins` equal bins of |confidence - accuracy|, weighted by their
-    share.
-
-    Guo et al., "On calibration of modern neural networks", ICML 2017, Eq. 3; bins are (lower, upper].
-    """
-    confidence, predicted = logits.double().softmax(1).max(1)
-    right = (predicted == labels).double()
-    index = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, index, confidence - right)
-    return float(gap.abs().sum() / len(labels))
-
-
 def confusion_matrix(predicted: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """(K, K) counts: rows the true class, columns the predicted one."""
     return torch.bincount(labels * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def exact(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """logits (N, K) of any floating type in float64, on the same device.
+
+    In float32 every softmax whose first logit leads by 17 is exactly 1, and such images could not be told apart. Raises
+    ValueError for another shape, for no images, for logits that are not finite, and for labels that are not (N,)
+    long of 0 to K - 1.
+    """
+    if logits.ndim != 2 or not logits.numel():
+        raise ValueError(f"logits must be (N, K) of at least one image and class, got {tuple(logits.shape)}")
+    broken = len(logits) - int(logits.isfinite().all(1).sum())
+    if broken:
+        raise ValueError(f"{broken} of {len(logits)} images have logits that are not finite: NaN or infinite")
+    if labels is not None:
+        if labels.shape != logits.shape[:1] or labels.dtype != torch.long:
+            raise ValueError(f"labels must be {len(logits)} of torch.long, got {labels.dtype} of {tuple(labels.shape)}")
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= logits.shape[1]:
+            raise ValueError(f"labels must lie in 0..{logits.shape[1] - 1}, got {low} to {high}")
+    return logits.double()

@@ -47,11 +47,13 @@ def device_options(parser: Parser, amp: str = "auto") -> None:
     )
 
 
-def data_options(parser: Parser, datasets: list[str], image_size: int | None = None, norm: str = "own") -> None:
-    """image_size, norm: the defaults."""
+def data_options(
+    parser: Parser, datasets: list[str], image_size: int | None = None, norm: str = "own", named_by: str = "recipe"
+) -> None:
+    """image_size, norm: the defaults. named_by: what names the data set where nobody does."""
     parser.group("data")
     parser.option(
-        "--dataset", type=one_of(datasets, DATASET_ALIASES), shown="recipe", metavar="NAME", help=", ".join(datasets)
+        "--dataset", type=one_of(datasets, DATASET_ALIASES), shown=named_by, metavar="NAME", help=", ".join(datasets)
     )
     parser.option(
         "--data_dir", "--data", default="data", help="the folder that holds the data set, or the data set's own folder"

@@ -11,8 +11,12 @@ SOURCES = {  # name -> (module, class)
     "float_bytes": ("saliency.static", "FloatBytes"),
     "uniform": ("saliency.static", "Uniform"),
     "cam": ("saliency.cam", "CAM"),
+    "gradcam": ("saliency.cam", "GradCAM"),
+    "gradcam++": ("saliency.cam", "GradCAMpp"),
+    "layercam": ("saliency.cam", "LayerCAM"),
     "casm": ("saliency.casm.source", "CASM"),
 }
+CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # of saliency.cam.ActivationMaps
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
 
 

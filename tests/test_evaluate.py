@@ -71,12 +71,21 @@ def test_what_does_not_fit_is_explained(shapes_run, tmp_path):
     run = shapes_run(epochs=1)
     with pytest.raises(UserError, match=r"it fits resnet20: give --model resnet20"):
         evaluate.main(["--model_path", str(run), "--model", "resnet32"])
-    with pytest.raises(UserError, match=r"made for 10 classes .* the data has 4"):
-        evaluate.main(["--model_path", str(run), "--num_classes", "4"])
+    torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
+    with pytest.raises(UserError, match=r"made for 10 classes, .* the data has 4\n.*--class_list"):
+        evaluate.main(["--model_path", str(tmp_path / "bare.pt"), "--dataset", "shapes", "--num_classes", "4"])
     with pytest.raises(UserError, match="no best.pt"):
         evaluate.main(["--model_path", str(tmp_path)])
     with pytest.raises(UserError, match="no such file"):
         evaluate.main(["--model_path", str(tmp_path / "x.pt")])
+
+
+def test_a_part_of_the_classes_is_told_by_name(shapes_run, capsys):
+    run = shapes_run(epochs=1)
+    [whole] = evaluate.main(["--model_path", str(run)])
+    [part] = evaluate.main(["--model_path", str(run), "--num_classes", "4"])
+    assert "has 10 classes, of which the data has 4" in capsys.readouterr().out
+    assert part["classes"] == whole["classes"] and sum(map(sum, part["confusion"][4:])) == 0
 
 
 def test_info_tells_what_a_file_holds(shapes_run, tmp_path, capsys):

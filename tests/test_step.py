@@ -15,7 +15,7 @@ from engine.data import Part
 from engine.device import choose_device, choose_precision, keep_large_blocks, rng_state, set_rng_state
 from engine.loop import NotFinite, Stopwatch, predict, profile, scores, train_one_epoch
 from engine.loss import LOSSES, smooth
-from engine.metrics import calibration_error, confusion_matrix, topk_correct
+from engine.metrics import confusion_matrix, topk_correct
 from engine.phases import Calendar, rate_at, read_phases, read_points
 from engine.recipes import IMAGENET_RECIPES
 from engine.schedule import build_scheduler
@@ -145,14 +145,6 @@ def test_topk_counts_labels_among_the_highest():
     result = scores(logits, torch.tensor([0, 0, 0]), (1, 2, 5))
     assert result["top1"] == pytest.approx(100 / 3) and "top5" not in result
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 0, 0])).item())
-
-
-def test_calibration_error_by_hand():
-    confidence = torch.tensor([0.95, 0.85, 0.85, 0.65])
-    logits = torch.stack([confidence.log(), (1 - confidence).log()], 1)
-    labels = torch.tensor([0, 0, 1, 1])  # bins of 0.1: (0.6, 0.7] wrong; (0.8, 0.9] half right; (0.9, 1] right
-    expected = (0.65 + abs(0.85 * 2 - 1) + abs(0.95 - 1)) / 4
-    assert calibration_error(logits, labels, 10) == pytest.approx(expected, abs=1e-6)
 
 
 def test_confusion_rows_are_the_true_classes():

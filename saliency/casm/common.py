@@ -149,18 +149,3 @@ def keep(result: dict, extractor: Extractor, options: dict) -> None:
         path = result_file(result["name"], options)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
-
-
-def table(results: list[dict], columns: dict[str, tuple[str, int]]) -> str:
-    """A row a result, with the columns (key -> title, digits) that some result has; a dash where it has none."""
-    columns = {key: column for key, column in columns.items() if any(one.get(key) is not None for one in results)}
-    rows = [["", *(title for title, _ in columns.values())]]
-    for one in results:
-        numbers = [(one.get(key), digits) for key, (_, digits) in columns.items()]
-        rows.append([one["name"], *("-" if value is None else f"{value:.{digits}f}" for value, digits in numbers)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        [name.ljust(widths[0]), *(text.rjust(w) for text, w in zip(rest, widths[1:], strict=True))]
-        for name, *rest in rows
-    ]
-    return "\n".join("  ".join(line) for line in lines)

@@ -8,7 +8,7 @@ from engine.cli import Parser
 from engine.options import one_device_options
 from saliency.casm.options import casm_parser, check_scoring, scoring_options, where_options
 
-COLUMNS = {"l": ("loss", 4), "t1": ("top-1 %", 2), "t5": ("top-5 %", 2), "e": ("entropy", 4)}  # key -> title, digits
+COLUMNS = {"l": ("loss", ".4f"), "t1": ("top-1 %", ".2f"), "t5": ("top-5 %", ".2f"), "e": ("entropy", ".4f")}
 
 
 def build_parser() -> Parser:
@@ -79,7 +79,7 @@ def every_extractor(options: dict, device):
 
 def report(result: dict) -> str:
     """A table with a row for every classifier and kind of image, under the name of the masks."""
-    from saliency.casm.common import table
+    from engine import tables
     from saliency.casm.judging import KINDS
 
     lines = [f"\n{result['name']}: {result['images']:,} images"]
@@ -90,4 +90,4 @@ def report(result: dict) -> str:
     names = list(result["clean"])
     width = max(map(len, names))
     rows = [{"name": f"{name:{width}}  {kind}", **result[kind][name]} for name in names for kind in KINDS]
-    return "\n".join([*lines, table(rows, COLUMNS)])
+    return "\n".join([*lines, tables.text(rows, COLUMNS)])

@@ -9,10 +9,15 @@ from saliency.casm.options import casm_parser, check_scoring, classifier_options
 
 SCORED = [name for name in SOURCES if name not in ("bank", "casm")]
 WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own
-COLUMNS = {  # of the table: key -> title and digits
-    **{"F1": ("F1", 3), "F1a": ("F1a", 3), "LE": ("LE", 3), "OM": ("OM", 3)},
-    **{"precision": ("prec.", 3), "recall": ("recall", 3), "avg_mask": ("mask", 3), "std_mask": ("std", 3)},
-    **{"entropy": ("entropy", 4), "tv": ("TV", 5), "SM": ("SM", 3), "accuracy": ("right %", 1)},
+COLUMNS = {  # of the table: key -> title and format
+    **{"F1": ("F1", ".3f"), "F1a": ("F1a", ".3f"), "LE": ("LE", ".3f"), "OM": ("OM", ".3f")},
+    **{
+        "precision": ("prec.", ".3f"),
+        "recall": ("recall", ".3f"),
+        "avg_mask": ("mask", ".3f"),
+        "std_mask": ("std", ".3f"),
+    },
+    **{"entropy": ("entropy", ".4f"), "tv": ("TV", ".5f"), "SM": ("SM", ".3f"), "accuracy": ("right %", ".1f")},
 }
 
 
@@ -61,11 +66,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options["sources"] and not (options["classifier"] or options["casms_path"]):
         parser.error("--sources look through a network: give --classifier FILE")
 
+    from engine import tables
     from engine.annotations import Truths, find_truths
     from engine.device import choose_device, choose_precision, prepare
     from engine.files import write_json
     from engine.progress import over
-    from saliency.casm.common import Parts, extractors_of, finished, keep, table
+    from saliency.casm.common import Parts, extractors_of, finished, keep
     from saliency.casm.judges import load_judges
     from saliency.casm.scoring import score
 
@@ -89,7 +95,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
             result = score(extractor, part, truths[part.where], options, device, judge, precision)
             keep(result, extractor, options)
         results.append(result)
-    print(table(results, COLUMNS))
+    print(tables.text(results, COLUMNS))
     if options["output"]:
         write_json(Path(options["output"]), {"results": results})
     return results

@@ -1,0 +1,127 @@
+"""What evaluate.py is told beyond the files and the data, a group of options for each task."""
+
+from engine.cli import Parser, each_of, number, one_of, pixel_units, whole, yes_no
+from engine.evaluation import ATTACKS
+
+TASKS = {  # name -> the groups of options that it reads, besides those that all read
+    "accuracy": ("accuracy", "calibration"),
+    "robustness": ("robustness", "pictures"),
+    "calibration": ("calibration", "pictures"),
+    "ood": ("ood", "pictures"),
+    "localization": ("localization", "pictures"),
+    "card": ("robustness", "calibration", "ood", "localization", "pictures"),
+}
+BACKGROUNDS = ("clean", "rep", "noise")
+BUILT_IN, NONE = "built-in", "none"
+
+
+def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
+    """methods: of class activation maps."""
+    parser.group("accuracy")
+    parser.option("--topk", type=whole(1), nargs="+", default=[1, 5], metavar="K", help="accuracies to print")
+    parser.option("--per_class", type=yes_no, default=False, help="a table of the classes")
+    parser.option("--confusion", metavar="FILE.png", help="a picture of what is mistaken for what")
+
+    parser.group("calibration")
+    parser.option(
+        "--ece", type=whole(), metavar="BINS", default=15, help="bins of the calibration errors; 0: leave them out"
+    )
+    parser.option(
+        "--held_out",
+        type=number(0.01, 0.9),
+        default=0.2,
+        metavar="SHARE",
+        help="of the images, on which temperature and localisation thresholds are chosen; the figures are of the rest",
+    )
+
+    parser.group("robustness")
+    parser.option(
+        "--attack",
+        type=each_of([*ATTACKS, NONE]),
+        nargs="+",
+        default=list(ATTACKS),
+        metavar="NAME",
+        help=f"{', '.join(ATTACKS)}, or none",
+    )
+    parser.option(
+        "--eps",
+        type=pixel_units,
+        nargs="+",
+        metavar="E",
+        shown="fgsm 4/255 and 8/255, pgd 4/255",
+        help="largest change of a pixel in 0..1, as 8/255",
+    )
+    parser.option("--steps", type=whole(1), nargs="+", default=[20], metavar="N", help="of pgd; several: a row each")
+    parser.option("--step_size", type=pixel_units, metavar="S", shown="2/255", help="of pgd")
+    parser.option(
+        "--corruptions",
+        default=BUILT_IN,
+        metavar="DIR",
+        help="built-in: fifteen kinds made on the device; none; or the folder of a published set (CIFAR-10-C, "
+        "CIFAR-100-C, Tiny-ImageNet-C, ImageNet-C)",
+    )
+    parser.option(
+        "--severities", type=whole(1), nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="of the built-in ones"
+    )
+    parser.option(
+        "--reference",
+        metavar="FILE",
+        help="a classifier by whose errors those under corruption are divided (mCE); alexnet: the published ones",
+    )
+    parser.option("--occlusion", type=yes_no, default=True, help="accuracy while more and more of the image is hidden")
+    parser.option(
+        "--robust_images",
+        type=whole(),
+        metavar="N",
+        shown="all; card: 1000",
+        help="attacks, corruptions and occlusion take so many images from all over the set; 0: all",
+    )
+
+    parser.group("ood")
+    parser.option(
+        "--ood",
+        nargs="+",
+        metavar="WORD",
+        shown="noise",
+        help="images of none of the classes: a data set's name, NAME=DIR, a folder of pictures, noise or uniform",
+    )
+
+    parser.group("localization")
+    parser.option(
+        "--annotation_path",
+        metavar="PLACE",
+        shown="that of the data set",
+        help="true boxes: a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet and "
+        "shapes have their own",
+    )
+    parser.option("--method", type=one_of(methods), default="cam", metavar="NAME", help=", ".join(methods))
+    parser.option("--layer", metavar="NAME", shown="what is averaged", help="whose maps are taken, but by cam")
+    parser.option("--th", type=number(0, 1), default=0.25, help="share of a map's maximum that counts as object")
+    parser.option(
+        "--classic", type=yes_no, default=False, help="sum maps over 3x3 cells and enlarge them bicubically first"
+    )
+    parser.option(
+        "--background",
+        type=each_of(BACKGROUNDS),
+        nargs="+",
+        default=["clean"],
+        metavar="NAME",
+        help="clean; rep: outside the boxes another image; noise: Gaussian noise there",
+    )
+    parser.option(
+        "--noise_std", type=number(), default=0.2, metavar="S", help="of the noisy background, in pixels of 0..1"
+    )
+    parser.option(
+        "--background_dir", metavar="DIR", help="ready-made images with the names of the data set's, a row more"
+    )
+
+    parser.group("pictures")
+    parser.option("--figure", metavar="FILE.png", shown="card: beside --output", help="what the task measured, drawn")
+    parser.option("--examples", type=whole(), default=4, metavar="N", help="card: images shown with their maps")
+
+
+def without_effect(parser: Parser, task: str, typed: dict) -> list[str]:
+    """The typed options that only other tasks read."""
+    others = {group for groups in TASKS.values() for group in groups} - set(TASKS[task])
+    unread = parser.group_of(*others) if others else set()
+    return [f"--{key}" for key in typed if key in unread]

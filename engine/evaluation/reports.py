@@ -1,0 +1,148 @@
+"""What evaluate.py prints, writes and draws of the results of all classifiers."""
+
+from pathlib import Path
+
+import torch
+
+from engine import tables
+from engine.classifier import accuracy_line
+from engine.cli import UserError
+from engine.evaluation import locating, ood, robustness
+from engine.files import write_atomic, write_json
+
+CALIBRATION = {  # of the table: key -> title and format
+    **{"ece": ("ECE (%)", ".2f"), "adaptive_ece": ("adaptive", ".2f"), "classwise_ece": ("class-wise", ".2f")},
+    **{"nll": ("NLL", ".4f"), "brier": ("Brier", ".4f"), "temperature": ("temperature", ".3f")},
+    **{"after_ece": ("ECE after", ".2f"), "after_nll": ("NLL after", ".4f")},
+}
+
+
+def report(task: str, results: list[dict], options: dict) -> None:
+    """Print the tables, write the JSON and draw the picture. Pictures leave the results: JSON has none."""
+    pictures = [result.pop("pictures", None) for result in results]
+    if task == "card":
+        return report_card(results, pictures, options)
+    print(
+        {"accuracy": of_accuracy, "calibration": of_calibration, "ood": of_ood}.get(task, of_module)(
+            task, results, options
+        )
+    )
+    if options["output"]:
+        write_json(Path(options["output"]), {"results": results})
+    if options["figure"]:
+        draw_task(task, results, options["figure"])
+        print(f"written: {options['figure']}")
+    if task == "accuracy" and len(results) == 1:
+        print_details(results[0], options)
+
+
+def of_module(task: str, results: list[dict], options: dict) -> str:
+    return {"robustness": robustness, "localization": locating}[task].report(results)
+
+
+def of_accuracy(task: str, results: list[dict], options: dict) -> str:
+    """A row a file; what a file does not have shows as a dash."""
+    columns = {"epoch": ("epoch", "d"), "images": ("images", "d"), "loss": ("loss", ".4f")}
+    columns |= {f"top{k}": (f"top-{k}", ".2f") for k in options["topk"]}
+    columns |= {"ece": ("ECE (%)", ".2f"), "seconds": ("seconds", ".1f")}
+    return tables.text(results, columns, name="file", title="file")
+
+
+def of_calibration(task: str, results: list[dict], options: dict) -> str:
+    first = results[0]
+    rows = [result | {f"after_{key}": result["after"][key] for key in ("ece", "nll")} for result in results]
+    lines = [
+        f"{first['images']:,} images, {first['bins']} bins; temperature fitted on {first['held_out']:,} other ones",
+        tables.text(rows, CALIBRATION),
+    ]
+    bound = [result["name"] for result in results if result["temperature_at_bound"]]
+    if bound:
+        lines.append(
+            f"note: no temperature in its bounds fits {', '.join(bound)}: nearly all held-out images are right"
+        )
+    return "\n".join(lines)
+
+
+def of_ood(task: str, results: list[dict], options: dict) -> str:
+    rows, columns = [], {}
+    for result in results:
+        for name, found in result["outside"].items():
+            row = {"name": f"{result['name']} against {name} ({found['outside']:,})"}
+            for score, figures in found["scores"].items():
+                row |= {f"{score}_auroc": figures["auroc"], f"{score}_fpr": figures["fpr95"]}
+                columns |= {f"{score}_auroc": (f"{score} AUROC", ".2f"), f"{score}_fpr": ("FPR95", ".2f")}
+            rows.append(row)
+    head = f"{results[0]['images']:,} images inside, told from images outside; percent"
+    return f"{head}\n{tables.text(rows, columns)}"
+
+
+def draw_task(task: str, results: list[dict], path: str) -> None:
+    from matplotlib.figure import Figure
+
+    from engine import draw
+    from engine.evaluation import calibration, localization
+
+    named = [(result["name"], result) for result in results]
+    if task == "calibration":
+        panels = [lambda axes: calibration.draw(axes, named), lambda axes: calibration.draw(axes, named, after=True)]
+        titles = ["as it is", "after temperature scaling"]
+    elif task == "robustness":
+        panels, titles = robustness.panels(named), []
+    elif task == "ood":
+        pairs = [(result, name) for result in results for name in result["outside"]]
+        panels = [
+            lambda axes, result=result, name=name: ood.draw(
+                axes, result["outside"][name], names=("the test images", name)
+            )
+            for result, name in pairs
+        ]
+        titles = [result["name"] for result, _ in pairs] if len(results) > 1 else []
+    else:
+        shown = [
+            (f"{name}, {key}" if len(result["backgrounds"]) > 1 else name, scores)
+            for name, result in named
+            for key, scores in result["backgrounds"].items()
+        ]
+        panels = [lambda axes: localization.draw(axes, shown, results[0]["baselines"]["centre"])]
+        titles = []
+    if not panels:
+        raise UserError(f"--figure {path}: nothing was measured that could be drawn")
+    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
+    for number, (axes, panel) in enumerate(zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
+        panel(axes)
+        if number < len(titles):
+            axes.set_xlabel(f"{axes.get_xlabel()}\n{titles[number]}")
+    draw.save(figure, Path(path))
+
+
+def report_card(results: list[dict], pictures: list[dict | None], options: dict) -> None:
+    """The card: printed, and as FILE.json, FILE.md and FILE.png."""
+    from engine.evaluation import card
+
+    rows, notes = card.rows_of(results), card.notes_of(results, options)
+    print("\n".join([card.text(results, rows), *(f"- {note}" for note in notes)]))
+    output = Path(options["output"] or "card.json")
+    page = Path(options["figure"] or output.with_suffix(".png"))
+    text = card.markdown(results, rows, notes)
+    write_json(output, {"notes": notes, "results": results})
+    write_atomic(output.with_suffix(".md"), lambda side: side.write_text(text, encoding="utf-8"))
+    card.page(page, results, [one for one in pictures if one], "  ".join(notes[:1]))
+    print(f"written: {output}, {output.with_suffix('.md')}, {page}")
+
+
+def print_details(result: dict, options: dict) -> None:
+    """What is shown of a single classifier only; its accuracy comes last."""
+    if options["per_class"]:
+        width = max(map(len, result["classes"]))
+        for name, accuracy, count in zip(
+            result["classes"], result["per_class_top1"], map(sum, result["confusion"]), strict=True
+        ):
+            if count:
+                print(f"  {name:{width}}  {accuracy:6.2f}")
+    if options["confusion"]:
+        from engine import draw
+
+        title = f"{Path(result['file']).name}: percent of each true class"
+        draw.confusion(Path(options["confusion"]), torch.tensor(result["confusion"]), result["classes"], title)
+        print(f"confusion drawn in {options['confusion']}")
+    print(accuracy_line(result))

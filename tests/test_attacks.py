@@ -1,0 +1,270 @@
+import argparse
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from engine.cli import UserError, pixel_units
+from engine.evaluation.attacks import Attack, attacks_of, cross_entropy, fgsm, pgd, pixel_gradient
+
+
+def convolutional(classes: int = 3) -> nn.Module:
+    """With weights that ask for gradients and batch norm whose statistics would move in training mode."""
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(32, classes)).eval()
+
+
+def linear(size: tuple[int, int]) -> tuple[nn.Module, torch.Tensor]:
+    """Two classes, and the sign of the gradient, (2, 3, H, W), for either label: it depends on nothing else."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * size[0] * size[1], 2))
+    weights = network[1].weight.detach()
+    return network, (weights.flip(0) - weights).sign().view(2, 3, *size)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small network, and images that it tells apart: four patterns in noise, half of them as negatives."""
+    torch.manual_seed(0)
+    patterns, labels = 0.1 * torch.randn(4, 3, 8, 8), torch.arange(200) % 4
+    signs = torch.randint(0, 2, (200, 1, 1, 1)) * 2 - 1
+    pixels = (0.5 + signs * patterns[labels] + 0.1 * torch.randn(200, 3, 8, 8)).clamp(0, 1)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 32), nn.ReLU(), nn.Linear(32, 4)]
+    network = nn.Sequential(*layers)
+    optimizer = torch.optim.Adam(network.parameters(), 0.005)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(network(pixels), labels).backward()
+        optimizer.step()
+    return network.requires_grad_(False).eval(), pixels, labels
+
+
+@torch.no_grad()
+def accuracy(classify, pixels, labels) -> float:
+    return (classify(pixels).argmax(1) == labels).float().mean().item()
+
+
+# the attacks
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_no_pixel_leaves_the_ball_or_the_range(case):
+    draw = torch.Generator().manual_seed(case)
+    height, width, batch, steps = (int(torch.randint(1, 8, (), generator=draw)) for _ in range(4))
+    eps, step_size = (float(torch.rand((), generator=draw)) ** 2 for _ in range(2))
+    pixels = torch.rand(batch, 3, height, width, generator=draw).mul(1.4).sub(0.2).clamp(0, 1)  # many at the limits
+    labels = torch.randint(0, 3, (batch,), generator=draw)
+    start = (2 * torch.rand(pixels.shape, generator=draw) - 1).mul(3).clamp(-1, 1)
+    network, before = convolutional(), pixels.clone()
+    attacked = [fgsm(network, pixels, labels, eps), pgd(network, pixels, labels, eps, steps, step_size, start)]
+    attacked.append(pgd(network, pixels, labels, eps, steps, 2 * eps))
+    for one in attacked:
+        assert one.shape == pixels.shape and one.dtype == torch.float32 and not one.requires_grad
+        assert (one - pixels).abs().max() <= eps + 1e-6 and one.min() >= 0 and one.max() <= 1
+    assert torch.equal(pixels, before)
+
+
+@pytest.mark.parametrize("attack", [Attack("fgsm", 0.0), Attack("pgd", 0.0, 3, 0.0), Attack("pgd", 0.0, 2, 0.1)])
+def test_eps_0_gives_the_clean_pixels(attack):
+    pixels, labels = torch.rand(5, 3, 6, 4), torch.tensor([0, 1, 2, 0, 1])
+    assert torch.equal(attack.alter(convolutional(), seed=3)(pixels, labels, torch.arange(5)), pixels)
+
+
+def test_fgsm_goes_from_the_true_class_to_the_other():
+    network, signs = linear((2, 3))
+    pixels, labels = torch.rand(6, 3, 2, 3), torch.tensor([0, 1, 1, 0, 1, 0])
+    expected = (pixels + 0.1 * signs[labels]).clamp(0, 1)
+    assert torch.equal(fgsm(network, pixels, labels, 0.1), expected)
+    assert (expected == 1).any() and (expected == 0).any(), "the clipping is part of the case"
+
+
+def test_pgd_by_hand():
+    network, signs = linear((2, 3))
+    pixels, labels = torch.full((2, 3, 2, 3), 0.5), torch.tensor([0, 1])
+    up = signs[labels]
+
+    def moved(*given) -> torch.Tensor:
+        return (pgd(network, pixels, labels, 0.1, *given) - pixels) * up
+
+    def is_all(found: torch.Tensor, value: float) -> None:
+        torch.testing.assert_close(found, torch.full_like(found, value))
+
+    is_all(moved(2, 0.04), 0.08)
+    is_all(moved(3, 0.04), 0.1)
+    is_all(moved(1, 0.03, -up), -0.07)  # from the far side of the ball
+    is_all(moved(4, 0.03, -up / 2), 0.07)
+
+
+def test_pgd_is_at_least_as_strong_as_fgsm(trained):
+    network, pixels, labels = trained
+    eps, index = 0.04, torch.arange(len(labels))
+    clean, once = accuracy(network, pixels, labels), accuracy(network, fgsm(network, pixels, labels, eps), labels)
+    found = []
+    for steps in (1, 5, 20):
+        alter = Attack("pgd", eps, steps, eps / 4).alter(network, seed=0)
+        found.append(accuracy(network, alter(pixels, labels, index), labels))
+    assert clean > 0.98 and 0.05 < once < 0.9, "the attack does something, and not everything"
+    assert found[0] > found[1] > found[2] and found[2] < once
+
+
+def test_the_place_to_begin_depends_on_the_image_and_the_seed_alone():
+    network, _ = linear((4, 5))
+    pixels, labels = torch.rand(7, 3, 4, 5), torch.tensor([0, 1, 1, 0, 1, 0, 0])
+    index = torch.tensor([5, 0, 12, 3, 900, 2, 7])
+    alter = Attack("pgd", 0.2, 2, 0.01).alter(network, seed=1)
+    whole = alter(pixels, labels, index)
+    order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
+    parts = [alter(pixels[one], labels[one], index[one]) for one in order.split(3)]
+    assert torch.equal(torch.cat(parts), whole[order])
+    assert not torch.equal(Attack("pgd", 0.2, 2, 0.01).alter(network, seed=2)(pixels, labels, index), whole)
+    alter = Attack("pgd", 0.2, 1, 0.0).alter(linear((40, 50))[0], seed=1)
+    begun = alter(torch.full((2, 3, 40, 50), 0.5), labels[:2], index[:2])
+    assert begun.min() < 0.31 and begun.max() > 0.69 and not torch.equal(begun[0], begun[1]), "all of the ball"
+
+
+# the gradient
+
+
+def test_the_gradient_is_that_of_the_summed_cross_entropy():
+    network, pixels, labels = convolutional().double(), torch.rand(4, 3, 5, 7).double(), torch.tensor([0, 2, 1, 1])
+    there = pixels.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(network(there), labels, reduction="sum"), there)
+    logits = network(pixels).detach()
+    torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
+    found = pixel_gradient(network.float(), pixels.float(), labels)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("margin", [20.0, 60.0])
+def test_a_confident_classifier_does_not_hide_its_gradient(margin):
+    """Where 1 - p is lost in float32 the usual cross-entropy follows the other classes alone, and signs go wrong."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 3)).requires_grad_(False)
+    network[1].bias[0] = margin
+    pixels, labels = torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long)
+    there = pixels.double().requires_grad_()
+    usual = F.cross_entropy(network.double()(there), labels, reduction="sum")
+    (expected,) = torch.autograd.grad(usual, there)
+    found = pixel_gradient(network.float(), pixels, labels)
+    if margin < 30:  # beyond, double precision loses it too
+        assert torch.equal(found.sign(), expected.float().sign())
+    weights = network[1].weight
+    share = (pixels.flatten(1) @ weights[1:].T + network[1].bias[1:]).softmax(1)
+    assert torch.equal(found.sign().flatten(1), (share @ weights[1:] - weights[0]).sign())
+
+
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_network_is_left_as_it_was_whatever_the_mode(mode, frozen):
+    network = convolutional().requires_grad_(not frozen)
+    network[1].train()  # a layer of its own mind
+    network[1].momentum = 0.0
+    pixels, labels = torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
+    expected = pixel_gradient(network, pixels, labels)
+    with mode():
+        gradient = pixel_gradient(network, pixels.clone(), labels.clone())  # made inside: inference tensors
+        alter = Attack("pgd", 0.1, 2, 0.05).alter(network, seed=0)
+        attacked = alter(pixels.clone(), labels.clone(), torch.arange(4))
+    torch.testing.assert_close(gradient, expected)
+    assert not gradient.requires_grad and not attacked.requires_grad and not torch.equal(attacked, pixels)
+    assert all(one.grad is None and one.requires_grad == (not frozen) for one in network.parameters())
+    assert network[1].training and not network[0].training and not network.training
+
+
+def test_a_compiled_classifier_is_attacked_alike():
+    network = convolutional().requires_grad_(False)
+    pixels, labels = torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
+    expected = pixel_gradient(network, pixels, labels)
+    compiled = torch.compile(network, backend="aot_eager")
+    with torch.no_grad():
+        compiled(pixels)
+        torch.testing.assert_close(pixel_gradient(compiled, pixels, labels), expected)
+
+
+# what is asked for
+
+
+def test_the_usual_attacks():
+    fast = [Attack("fgsm", 4 / 255), Attack("fgsm", 8 / 255)]
+    assert attacks_of(["fgsm", "pgd"]) == [*fast, Attack("pgd", 4 / 255, 20, 2 / 255)]
+    assert attacks_of(["fgsm"]) == fast and attacks_of([]) == []
+
+
+def test_eps_is_for_both_and_every_number_of_steps_is_a_row():
+    found = attacks_of(["pgd", "fgsm", "pgd"], [1 / 255, 0.03, 1 / 255], [5, 20])
+    titles = ["PGD 1/255, 5 steps", "PGD 1/255, 20 steps", "PGD 0.03, 5 steps", "PGD 0.03, 20 steps"]
+    assert [one.title for one in found] == [*titles, "FGSM 1/255", "FGSM 0.03"]
+    assert [one.step_size for one in found] == [1 / 255, 1 / 255, 2 / 255, 2 / 255, None, None]
+    assert attacks_of(["pgd"], [1 / 255], [1], 0.5) == [Attack("pgd", 1 / 255, 1, 0.5)]
+    assert attacks_of(["pgd"], [0.0]) == [Attack("pgd", 0.0, 20, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "eps, text", [(8 / 255, "8/255"), (0.03, "0.03"), (0.0, "0"), (1.0, "1"), (0.5 / 255, "0.00196078")]
+)
+def test_titles_show_eps_as_it_is_usually_written(eps, text):
+    assert Attack("fgsm", eps).title == f"FGSM {text}"
+    assert Attack("pgd", eps, 1, 0.1).title == f"PGD {text}, 1 step"
+
+
+@pytest.mark.parametrize(
+    "text, value", [("8/255", 8 / 255), ("0.03", 0.03), ("0", 0), ("1", 1), (" 2 / 255 ", 2 / 255), ("3e-2", 0.03)]
+)
+def test_pixel_units_are_read(text, value):
+    assert pixel_units(text) == value
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("8", r"pixels are in 0\.\.1, got '8'; write 8/255$"),
+        ("256", r"got '256'$"),
+        ("300/255", r"got '300/255'$"),
+        ("-1/255", r"got '-1/255'$"),
+        ("nan", r"got 'nan'$"),
+        ("inf", r"got 'inf'$"),
+        ("1/0", "a fraction such as 8/255, got '1/0'$"),
+        ("8/", "a number or a fraction"),
+        ("1/2/3", "a number or a fraction"),
+        ("eight", "a number or a fraction"),
+    ],
+)
+def test_what_is_no_distance_between_pixels_is_refused(text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message) as caught:
+        pixel_units(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_calls_say_what_came():
+    with pytest.raises(ValueError, match="fgsm or pgd, got 'cw'"):
+        attacks_of(["cw"])
+    with pytest.raises(ValueError, match="got 1.5"):
+        Attack("fgsm", 1.5)
+    for steps, size in [(0, 0.1), (1, None), (1, -0.1), (1, float("nan"))]:
+        with pytest.raises(ValueError, match=f"got {steps} and {size}"):
+            Attack("pgd", 0.1, steps, size)
+    with pytest.raises(ValueError, match="at least one step, got 0"):
+        pgd(convolutional(), torch.rand(1, 3, 4, 4), torch.zeros(1, dtype=torch.long), 0.1, 0, 0.1)
+    with pytest.raises(UserError, match="--step_size 0: .*more than 0"):
+        attacks_of(["pgd"], step_size=0.0)
+
+
+@pytest.mark.gpu
+def test_the_host_never_waits_during_an_attack():
+    network = convolutional().cuda().requires_grad_(False)
+    pixels, labels, index = torch.rand(8, 3, 16, 20), torch.arange(8) % 3, torch.arange(8)
+    there, labels_there = pixels.cuda(), labels.cuda()
+    alters = [attack.alter(network, seed=0) for attack in attacks_of(["fgsm", "pgd"], [0.1], [1, 5])]
+    for alter in alters:  # what CUDA sets up on first use
+        alter(there, labels_there, index)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [alter(there, labels_there, index) for alter in alters]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    network.cpu()
+    for one, alter in zip(found, alters, strict=True):
+        same = (one.cpu() - alter(pixels, labels, index)).abs() < 1e-6
+        assert same.float().mean() > 0.95, "but for gradients that are all but 0"

@@ -1,0 +1,192 @@
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.cli import UserError
+from engine.data import load_evaluation
+from engine.evaluation.backgrounds import (
+    holds_pickles,
+    noisy,
+    object_mask,
+    partner,
+    read_background_dir,
+    read_pickles,
+    replaced,
+)
+from engine.image_files import CentreView, WholeView
+
+
+def box_tensor(*boxes: tuple) -> torch.Tensor:
+    return torch.tensor(boxes, dtype=torch.long).view(-1, 4)
+
+
+# made from the seed
+
+
+def test_the_object_is_the_union_of_the_boxes():
+    boxes = [box_tensor((0, 2, 1, 5), (1, 4, 4, 7)), None, box_tensor(), box_tensor((3, 6, 0, 8))]
+    mask = object_mask(boxes, 6, 8)
+    assert mask.shape == (4, 1, 6, 8) and mask.dtype == torch.bool
+    expected = torch.zeros(6, 8, dtype=torch.bool)
+    expected[0:2, 1:5] = expected[1:4, 4:7] = True
+    assert torch.equal(mask[0, 0], expected)
+    assert mask[1].all(), "of what is not known nothing is taken away"
+    assert not mask[2].any(), "an object that the crop lost is not there"
+    assert mask[3, 0, 3:].all() and not mask[3, 0, :3].any()
+    assert object_mask([], 6, 8).shape == (0, 1, 6, 8)
+
+
+def test_only_the_background_is_replaced():
+    pixels, others = torch.zeros(2, 3, 6, 8), torch.ones(2, 3, 6, 8)
+    changed = replaced(pixels, object_mask([box_tensor((1, 3, 2, 6)), None], 6, 8), others)
+    assert changed[0].sum() == 3 * (48 - 8) and changed[0, :, 1:3, 2:6].eq(0).all() and changed[1].eq(0).all()
+
+
+def test_only_the_background_is_noisy_and_stays_a_picture():
+    pixels = torch.full((3, 3, 40, 50), 0.5)
+    mask = object_mask([box_tensor((10, 20, 5, 30))] * 3, 40, 50)
+    index = torch.tensor([4, 9, 4])
+    changed = noisy(pixels, mask, index, seed=1, std=0.1)
+    noise = (changed - pixels)[~mask.expand_as(pixels)]
+    assert (changed == pixels)[mask.expand_as(pixels)].all() and noise.std() == pytest.approx(0.1, rel=0.03)
+    assert abs(noise.mean()) < 0.005
+    assert torch.equal(changed[0], changed[2]) and not torch.equal(changed[0], changed[1])
+    assert torch.equal(noisy(pixels[1:2], mask[1:2], index[1:2], seed=1, std=0.1), changed[1:2]), "in any batch"
+    assert not torch.equal(noisy(pixels, mask, index, seed=2, std=0.1), changed)
+    loud = noisy(pixels, mask, index, seed=1, std=5.0)
+    assert loud.min() == 0 and loud.max() == 1
+
+
+@pytest.mark.parametrize("count", [2, 3, 50_000])
+def test_no_image_is_its_own_background(count):
+    index = torch.arange(count)
+    found = partner(index, count, seed=0)
+    assert (found != index).all() and found.min() >= 0 and found.max() < count and found.dtype == torch.long
+    assert torch.equal(partner(index[1:2], count, seed=0), found[1:2])
+    if count > 3:
+        assert (partner(index, count, seed=1) != found).float().mean() > 0.99
+        assert abs(float(((found - index) % count).double().mean()) / count - 0.5) < 0.01
+    with pytest.raises(ValueError, match="there are 1 in all"):
+        partner(index[:1], 1, seed=0)
+
+
+def test_the_largest_draw_does_not_come_round_to_the_image_itself(monkeypatch):
+    monkeypatch.setattr("engine.draws.uniform", lambda index, *_, **__: torch.full(index.shape, 1 - 2.0**-24))
+    index = torch.tensor([0, 7, 49_999])
+    assert partner(index, 50_000, seed=0).tolist() == [49_999, 6, 49_998]
+
+
+# ready-made images
+
+
+def write_image(path: Path, level: int, size: tuple[int, int] = (40, 30)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (level, level, level)).save(path, "PNG")
+
+
+@pytest.fixture
+def part(tmp_path):
+    for level, name in enumerate(["cat/0.png", "cat/1.png", "dog/0.png"]):
+        write_image(tmp_path / "data" / "val" / name, level)
+    return load_evaluation("folder", data_dir=str(tmp_path / "data"), image_size=16)
+
+
+def test_ready_made_images_are_found_by_path_whatever_their_ending(tmp_path, part):
+    for level, name in [(200, "dog/0.jpg"), (100, "cat/0.png"), (150, "cat/1.JPEG")]:
+        write_image(tmp_path / "rep" / name, level, (64, 48))
+    made = read_background_dir(tmp_path / "rep", part, CentreView(16, 20))
+    pixels, places, _ = made.pixels.read([0, 1, 2])
+    assert pixels.shape == (3, 16, 16, 3) and pixels.amax((1, 2, 3)).tolist() == [100, 150, 200]
+    assert torch.equal(made.labels, part.labels) and made.classes == part.classes and places.tolist() == [0, 1, 2]
+    assert made.where == str(tmp_path / "rep") and made.files.names() == ["cat/0.png", "cat/1.JPEG", "dog/0.jpg"]
+    some = part.take(torch.tensor([2, 0]))
+    again = read_background_dir(str(tmp_path / "rep"), some, WholeView(16))
+    assert again.pixels.read([0, 1])[0].amax((1, 2, 3)).tolist() == [200, 100]
+
+
+def test_ready_made_images_are_found_by_names_that_are_unique(tmp_path, part):
+    for level, name in [(50, "1.png"), (60, "dog/0.png"), (70, "other/7.png")]:
+        write_image(tmp_path / "rep" / name, level)
+    some = part.take(torch.tensor([1]))
+    assert read_background_dir(tmp_path / "rep", some, WholeView(8)).files.names() == ["1.png"]
+    with pytest.raises(UserError, match=r"no image for 1 of 3: cat/0\.png\n--background_dir needs a file.*holds 1.png"):
+        read_background_dir(tmp_path / "rep", part, WholeView(8))  # dog/0.png has that name, and is another image
+
+
+def test_faults_of_a_background_folder_are_named(tmp_path, part):
+    with pytest.raises(UserError, match=r"rep: no such folder\n--background_dir needs"):
+        read_background_dir(tmp_path / "rep", part, WholeView(8))
+    write_image(tmp_path / "rep" / "x.png", 1)
+    with pytest.raises(UserError, match=r"no image for 3 of 3: cat/0.png, cat/1.png, dog/0.png\n"):
+        read_background_dir(tmp_path / "rep", part, WholeView(8))
+    drawn = load_evaluation("shapes", image_size=24, limit=2)
+    with pytest.raises(UserError, match=r"shapes.*no image files.*\nleave it out"):
+        read_background_dir(tmp_path / "rep", drawn, WholeView(8))
+
+
+# pickled sets
+
+
+def write_pickles(place: Path, images, labels, boxes) -> Path:
+    place.mkdir(exist_ok=True)
+    for name, content in (("input", images), ("label", labels), ("bbox", boxes)):
+        with open(place / f"{name}.pkl", "wb") as file:
+            pickle.dump(content, file, protocol=4)  # as the published ones
+    return place
+
+
+def test_a_pickled_set_is_cut_out_with_its_boxes(tmp_path):
+    images = [torch.randint(256, shape).byte().numpy() for shape in ((8, 12, 3), (11, 8, 3))]
+    shares = [np.array([[0.25, 0.125, 0.75, 0.5], [0.0, 0.0, 0.1, 1.0]]), np.array([[0.0, 0.0, 1.0, 1.0]])]
+    place = write_pickles(tmp_path / "rep", images, [np.int64(1), 0], shares)
+    assert holds_pickles(place) and not holds_pickles(tmp_path)
+    part, boxes = read_pickles(place, ["cat", "dog"], 6)
+    assert torch.equal(part.pixels[0], torch.from_numpy(images[0][1:7, 3:9]))
+    assert torch.equal(part.pixels[1], torch.from_numpy(images[1][2:8, 1:7])), "5 / 2 is rounded to even"
+    assert part.labels.tolist() == [1, 0] and part.classes == ["cat", "dog"] and part.files is None
+    # x 3, 9 and y 1, 4 less 3 and 1; the second box lies left of what is seen
+    assert boxes[0].tolist() == [[0, 3, 0, 6]] and boxes[1].tolist() == [[0, 6, 0, 6]]
+    whole = write_pickles(tmp_path / "arrays", np.stack(images[:1] * 2), np.array([0, 1]), [shares[0]] * 2)
+    assert read_pickles(whole, ["cat", "dog"], 6)[0].pixels.shape == (2, 6, 6, 3)
+
+
+class Harmful:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_cannot_run_anything(tmp_path):
+    image, box = np.zeros((8, 8, 3), np.uint8), np.array([[0.0, 0.0, 1.0, 1.0]])
+    for number, row in enumerate([(Harmful, 0, box), (image, Harmful, box), (image, 0, Harmful)]):
+        path = tmp_path / f"mark{number}"
+        row = [each(path) if each is Harmful else each for each in row]
+        place = write_pickles(tmp_path / "bad", *([each] for each in row))
+        with pytest.raises(UserError, match=r"bad: input.pkl, label.pkl, bbox.pkl hold no set"):
+            read_pickles(place, ["cat"], 8)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "image, labels, message",
+    [
+        (np.zeros((8, 8, 3), np.float32), [0], "image of float32"),
+        (np.zeros((6, 12, 3), np.uint8), [0], r"image of uint8 \(6, 12, 3\), where uint8 of 8"),
+        (np.zeros((8, 8, 3), np.uint8), [3], "labels from 3 to 3, and 1 classes"),
+        (np.zeros((8, 8, 3), np.uint8), [0, 0], "shorter"),
+        (np.zeros((8, 8), np.uint8), [0], "hold no set"),
+    ],
+)
+def test_faults_of_a_pickled_set_are_named(tmp_path, image, labels, message):
+    place = write_pickles(tmp_path / "bad", [image], labels, [np.array([[0.0, 0.0, 1.0, 1.0]])])
+    with pytest.raises(UserError, match=message):
+        read_pickles(place, ["cat"], 8)
+    (place / "bbox.pkl").write_bytes((place / "bbox.pkl").read_bytes()[:30])
+    with pytest.raises(UserError, match=r"hold no set.*\n--background_dir needs"):
+        read_pickles(place, ["cat"], 8)

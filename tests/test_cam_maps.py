@@ -1,0 +1,487 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from models import build_model
+from saliency import build_source
+from saliency.cam import METHODS, ActivationMaps, enlarged, layers, stretched
+
+GRADIENTS = ("gradcam", "gradcam++", "layercam")
+CLASSES = 7
+SIGNED = torch.tensor([[0.7, -2.1], [0.3, 1.4]])
+
+
+def build(name: str) -> nn.Module:
+    """One of our networks, or of torchvision's with `tv.` before its name; batch norm has seen images, if there is."""
+    if name == "tv.vgg11":
+        with torch.device("meta"):  # its linear layers have half a gigabyte
+            model = torchvision.models.vgg11(init_weights=False)
+        model.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, "M", 64, "M", 512, "M"])
+        model.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, CLASSES))
+    elif name == "tv.vit":
+        model = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=CLASSES)
+        nn.init.normal_(model.heads.head.weight)
+    elif name == "tv.swin":
+        model = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [1, 2], [2, 2], num_classes=CLASSES)
+    elif name.startswith("tv."):
+        options = {"init_weights": False} if name == "tv.googlenet" else {}
+        model = getattr(torchvision.models, name.removeprefix("tv."))(num_classes=CLASSES, **options)
+    else:
+        model = build_model(name, CLASSES, 32)
+    return settled(model)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """With statistics for batch norm: with fresh ones the numbers of deep networks vanish, and all would be equal."""
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in norms:
+        layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, 3, 32, 32)) if norms else None
+    return model.eval()
+
+
+def small_network(**relu) -> nn.Module:
+    torch.manual_seed(1)
+    average = nn.AdaptiveAvgPool2d(1)
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2)
+    middle = (nn.BatchNorm2d(4), nn.ReLU(**relu))
+    return settled(nn.Sequential(first, *middle, second, nn.ReLU(**relu), average, nn.Flatten(), nn.Linear(6, CLASSES)))
+
+
+def some_images(count: int = 3, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, 3, side, side), torch.arange(1, 2 * count, 2) % CLASSES
+
+
+def agree(one: torch.Tensor, other: torch.Tensor, within: float = 1e-5) -> None:
+    """Up to `within` of the largest number, which is not 0: an all-zero map would agree with anything."""
+    size = other.abs().max()
+    assert one.shape == other.shape and size > 0
+    assert (one - other).abs().max() <= within * size, f"{(one - other).abs().max() / size:.1e} of the largest"
+
+
+# the formulas
+
+
+class Given(nn.Module):
+    """Maps are the first two channels of the image; the gradient of class 0 at them is `gradients` (2, 2, 2)."""
+
+    def __init__(self, gradients):
+        super().__init__()
+        self.maps = nn.Conv2d(3, 2, 1, bias=False)
+        self.maps.weight.data = torch.eye(3)[:2, :, None, None]
+        self.head = nn.Linear(8, 2)
+        self.head.weight.data = torch.stack([torch.tensor(gradients).flatten(), torch.zeros(8)])
+
+    def forward(self, images):
+        return self.head(self.maps(images).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted"),
+    [
+        ("gradcam", [[0.0, 0.0], [0.25, 0.0]]),  # means -1/4 and 1/2
+        ("gradcam++", [[1 / 12, 5 / 12], [3 / 4, 1 / 3]]),  # 1 / (2 + 10) and 2 * 4 / (8 + 3 * 8)
+        ("layercam", [[1.0, 2.0], [0.0, 0.0]]),
+    ],
+)
+def test_the_formulas_worked_out_by_hand(method, wanted):
+    model = Given([[[1.0, 0.0], [0.0, -2.0]], [[0.0, 2.0], [0.0, 0.0]]])
+    images = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [2.0, 0.0]], [[9.0, 9.0], [9.0, 9.0]]]])
+    found = ActivationMaps(model, method)(images, torch.tensor([0]))
+    torch.testing.assert_close(found, torch.tensor([wanted]), atol=1e-6, rtol=0)
+
+
+def test_a_cam_worked_out_by_hand():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    model[2].weight.data = torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 3.0]])
+    images = torch.stack([SIGNED, SIGNED.T, 2 * SIGNED])[None].repeat(2, 1, 1, 1)
+    found = ActivationMaps(model)(images, torch.tensor([0, 1]))
+    torch.testing.assert_close(found, torch.stack([SIGNED - 2 * SIGNED.T, 6 * SIGNED]))
+
+
+def test_scorecam_asks_the_network_about_every_masked_image():
+    model, (images, labels) = small_network(), some_images(2, 16)
+    maps = model[:5](images)
+    wanted = []
+    for image, label, channels in zip(images, labels, maps, strict=True):
+        scores = []
+        for channel in channels:
+            mask = F.interpolate(channel[None, None], (16, 16), mode="bilinear", align_corners=True)[0]
+            mask = (mask - mask.min()) / (mask.max() - mask.min() + 1e-8)
+            scores.append(model((image * mask)[None])[0, label])
+        wanted.append((torch.stack(scores).softmax(0)[:, None, None] * channels).sum(0).relu())
+    agree(ActivationMaps(model, "scorecam")(images, labels), torch.stack(wanted).detach())
+
+
+OURS = ["resnet20", "preactresnet18", "wrn16_8", "resnext29_4_24", "imagenet_resnet18"]
+WITH_AVERAGE = ["tv.mobilenet_v2", "tv.squeezenet1_0", "tv.densenet121", "tv.googlenet", "tv.swin", *OURS]
+
+
+@pytest.mark.parametrize("name", WITH_AVERAGE)
+def test_a_cam_is_gradcam_without_relu_times_the_places_and_adds_up_to_the_score(name):
+    model, (images, labels) = build(name), some_images(2, 64 if name.startswith(("tv.", "imagenet")) else 32)
+    maps = ActivationMaps(model)
+    cam = maps(images, labels)
+    with torch.no_grad():
+        logits = model(images)
+    agree(maps.logits, logits)
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    bias = last[-1].bias[labels] if last else 0
+    agree(cam.mean((1, 2)) + bias, logits.gather(1, labels[:, None])[:, 0])
+    speaking_for = F.one_hot(labels, CLASSES).float()
+    gradcam = ActivationMaps(model, "gradcam")
+    signed = gradcam(images, speaking_for) - gradcam(images, -speaking_for)  # the ReLU cuts the one half and the other
+    agree(signed * cam[0].numel(), cam)
+    assert cam[0].numel() > 1
+
+
+# which networks, which layer
+
+
+@pytest.mark.parametrize(("name", "layer"), [("tv.vgg11", "features"), ("tv.vit", "conv_proj")])
+def test_without_an_average_before_the_linear_layer_cam_is_refused_and_gradcam_works(name, layer):
+    model, (images, labels) = build(name), some_images(side=64 if name == "tv.vgg11" else 32)
+    for method in GRADIENTS:
+        default = ActivationMaps(model, method)(images, labels)
+        agree(default, ActivationMaps(model, method, layer=layer)(images, labels), 0)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no average .* take gradcam"):
+        ActivationMaps(model)(images, labels)
+
+
+@pytest.mark.parametrize("between", [nn.BatchNorm1d(6), nn.Linear(6, 6), nn.PReLU(6), nn.Hardswish(inplace=True)])
+def test_cam_is_refused_where_something_lies_between_the_average_and_the_linear_layer(between):
+    model = small_network()
+    with pytest.raises(ValueError, match="no average"):
+        ActivationMaps(nn.Sequential(*model[:7], between, model[7]))(*some_images())
+
+
+class Averaging(nn.Module):
+    def __init__(self, average):
+        super().__init__()
+        self.body, self.head, self.average = nn.Sequential(*small_network()[:5]), nn.Linear(6, CLASSES), average
+
+    def forward(self, images):
+        return self.head(F.dropout(self.average(self.body(images)).flatten(1), 0.5, self.training))
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda maps: maps.mean((2, 3)),
+        lambda maps: torch.mean(maps, dim=[-1, -2], keepdim=True),
+        lambda maps: F.avg_pool2d(maps, maps.shape[-1]),
+        lambda maps: torch._C._nn.adaptive_avg_pool2d(maps, 1),
+        lambda maps: F.adaptive_avg_pool2d(F.avg_pool2d(maps, 3, 1, 1), (1, 1)),
+    ],
+)
+def test_every_way_to_write_an_average_is_seen(average):
+    model, (images, labels) = Averaging(average), some_images()
+    maps = ActivationMaps(model.train())
+    agree(maps(images, labels).mean((1, 2)) + model.head.bias[labels], maps.logits.gather(1, labels[:, None])[:, 0])
+
+
+def test_cam_takes_no_maximum_and_no_average_of_a_part():
+    images, labels = some_images()
+    for average in (lambda maps: F.adaptive_max_pool2d(maps, 1), lambda maps: F.avg_pool2d(maps, maps.shape[-1] - 1)):
+        with pytest.raises(ValueError, match="no average"):
+            ActivationMaps(Averaging(average))(images, labels)
+
+
+class Excited(nn.Module):
+    """Squeeze and excitation, whose average is not in front of the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps, self.head = nn.Conv2d(3, 4, 5, 4), nn.Linear(4 * 49, CLASSES)
+
+    def forward(self, images):
+        maps = self.maps(images)
+        return self.head((maps * F.adaptive_avg_pool2d(maps, 1).sigmoid()).flatten(1))
+
+
+def test_maps_that_are_used_beside_their_average_get_all_of_the_gradient():
+    model, (images, labels) = Excited(), some_images()
+    default = ActivationMaps(model, "layercam")(images, labels)
+    agree(default, ActivationMaps(model, "layercam", layer="maps")(images, labels))
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_relu_in_place_behind_the_layer_leaves_its_maps_alone(method):
+    images, labels = some_images(2, 16)
+    maps = [ActivationMaps(small_network(inplace=i), method, layer="3")(images, labels) for i in (True, False)]
+    agree(*maps, 0)
+
+
+def test_a_layer_is_known_by_its_name_and_a_typing_error_gets_the_nearest():
+    model, (images, labels) = build("resnet20"), some_images()
+    with pytest.raises(ValueError, match="ResNet has no layer 'layer3.2.con2'; the nearest is 'layer3.2.conv2'"):
+        ActivationMaps(model, "gradcam", layer="layer3.2.con2")
+    assert ActivationMaps(model, "gradcam", layer="layer2")(images, labels).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("layer", "problem"),
+    [
+        ("6", r"layer '6' must give maps \(B, C, h, w\), it gives \(3, 6\)"),
+        ("unused", "makes no use of 'unused'"),
+        ("side", "do not depend on 'side'"),
+    ],
+)
+def test_a_layer_without_maps_or_without_a_say_is_refused(layer, problem):
+    model, (images, labels) = small_network(), some_images()
+    model.unused, model.side = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+    model.forward = lambda images: (model.side(images), model[:8](images))[1]
+    with pytest.raises(ValueError, match=problem):
+        ActivationMaps(model, "gradcam", layer=layer)(images, labels)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_wrong_calls_say_what_came():
+    model, (images, labels) = small_network(), some_images()
+    with pytest.raises(ValueError, match=r"got \(3, 3, 32, 32\) and \(2,\) of torch.int64"):
+        ActivationMaps(model)(images, labels[:2])
+    with pytest.raises(ValueError, match="unknown method 'gradcan'; there are cam, gradcam"):
+        ActivationMaps(model, "gradcan")
+    with pytest.raises(ValueError, match="cam has no choice of layers"):
+        ActivationMaps(model, layer="3")
+    with pytest.raises(ValueError, match=r"must give logits \(B, K\), it gives \(3, 6, 15, 15\)"):
+        ActivationMaps(model[:5], "gradcam", layer="3")(images, labels)
+    with pytest.raises(ValueError, match="neither pools maps nor has a convolution"):
+        ActivationMaps(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), "gradcam")(images, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "default"),
+    [("resnet20", 32, ("layer3", (64, 8, 8))), ("wrn16_8", 32, ("bn1", (512, 8, 8)))]
+    + [("tv.vgg11", 64, ("features", (512, 2, 2))), ("tv.vit", 32, ("conv_proj", (16, 4, 4)))],
+)
+def test_the_layers_are_listed_and_the_last_before_the_average_is_marked(name, side, default):
+    model = build(name)
+    found = layers(model.train(), side)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+    assert [(name, shape) for name, shape, marked in found if marked] == [default]
+    assert len({name for name, *_ in found}) == len(found)
+    for name, shape, _ in found:
+        assert isinstance(model.get_submodule(name), nn.Module) and len(shape) == 3
+    assert layers(model, torch.randn(2, 3, side, side)) == found
+
+
+def test_of_a_module_that_is_called_twice_the_last_call_counts():
+    model, (images, labels) = small_network(), some_images()
+    model[4] = model[2]
+    assert [name for name, *_ in layers(model, 32)] == ["0", "1", "3", "2", "5"]
+    agree(ActivationMaps(model, "gradcam", layer="2")(images, labels), ActivationMaps(model, "gradcam")(images, labels))
+
+
+# the network is left as it was
+
+
+def state(model: nn.Module) -> list:
+    numbers = [value.clone() for value in model.state_dict().values()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    return [numbers, grads, flags, [len(module._forward_hooks) for module in model.modules()]]
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return all(map(same, one, other)) if isinstance(one, (list, tuple)) else one == other
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layer", [None, "3"])
+def test_the_network_keeps_its_flags_statistics_gradients_and_hooks(method, layer):
+    if (method, layer) == ("cam", "3"):
+        layer = None
+    model, (images, labels) = small_network(), some_images(2, 16)
+    wanted = ActivationMaps(model, method, layer=layer)(images, labels)
+    model.train()
+    model[1].eval()
+    model[0].requires_grad_(False)
+    model[7].weight.grad = torch.ones_like(model[7].weight)
+    model[0].register_forward_hook(lambda *_: None)
+    before, kept = state(model), images.clone()
+    maps = ActivationMaps(model, method, layer=layer)
+    agree(maps(images, labels), wanted, 0)
+    assert same(state(model), before) and torch.equal(images, kept)
+    assert not images.requires_grad and not maps.logits.requires_grad
+
+    model[7].register_forward_hook(lambda *_: 1 / 0)
+    before = state(model)
+    for attempt in (maps, ActivationMaps(model, method, layer=layer)):  # in the pass itself, and in the first look
+        with pytest.raises(ZeroDivisionError):
+            attempt(images, labels)
+        assert same(state(model), before)
+    assert torch.is_grad_enabled() and torch.overrides._get_current_function_mode() is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_networks_and_callers_without_gradients_get_the_same_maps(method):
+    model, (images, labels) = small_network(), some_images(2, 16)
+    wanted = ActivationMaps(model, method)(images, labels)
+    model.requires_grad_(False)
+    assert not wanted.requires_grad
+    for caller in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
+        with caller:
+            agree(ActivationMaps(model, method)(images * 1, labels + 0), wanted, 0)
+
+
+@pytest.mark.parametrize("layer", [None, "3"])
+def test_the_graph_begins_at_the_layer(layer):
+    model, (images, labels) = small_network(), some_images(2, 16)
+    wanted, learned = ActivationMaps(model, "gradcam", layer=layer)(images, labels), []
+    model[1].register_forward_hook(lambda module, given, output: learned.append(output.requires_grad))
+    agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), wanted, 0)
+    body, rest = model[:3], model[3:]
+    model.forward = lambda images: rest(torch.no_grad()(body)(images))  # as fine-tuning has it
+    agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), wanted, 0)
+    assert learned and not any(learned)
+
+
+class Counting:
+    """A compiler that compiles nothing and counts."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
+def test_compiled_networks_get_the_same_maps_and_stay_compiled(way):
+    model, (images, labels), compiler = small_network(), some_images(2, 16), Counting()
+    wanted = {method: ActivationMaps(model, method)(images, labels) for method in METHODS}
+    named = ActivationMaps(model, "gradcam", layer="3")(images, labels)
+    if way == "torch.compile":
+        model = torch.compile(model, backend=compiler)
+    else:
+        model.compile(backend=compiler)
+    model(images)
+    assert compiler.graphs == 1
+    for method, maps in wanted.items():
+        agree(ActivationMaps(model, method)(images, labels), maps)
+    agree(ActivationMaps(model, "gradcam", layer="3")(images, labels), named)
+    assert "3" in [name for name, *_ in layers(model, 16)]
+    model(images)
+    assert compiler.graphs == 1
+
+
+def test_a_compiled_part_of_a_network_keeps_its_name():
+    model, (images, labels) = small_network(), some_images(2, 16)
+    wanted = ActivationMaps(model, "gradcam", layer="3")(images, labels)
+    model[3] = torch.compile(model[3], backend="eager")
+    agree(ActivationMaps(model, "gradcam", layer="3")(images, labels), wanted)
+
+
+# batches
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_with_its_own_targets_gives_what_each_image_gives_alone(method):
+    model, (images, labels) = build("resnet20") if method in GRADIENTS else small_network(), some_images(4)
+    maps = ActivationMaps(model, method)
+    together = maps(images, labels)
+    assert together.dtype == torch.float32
+    alone = [maps(images[i : i + 1], labels[i : i + 1]) for i in range(4)]
+    agree(torch.cat(alone), together)
+    agree(maps(images, F.one_hot(labels, CLASSES).float()), together)
+    assert (maps(images, labels.roll(1)) - together).abs().max() > 1e-3 * together.abs().max()
+
+
+def test_soft_targets_mix_the_maps_of_their_classes():
+    model, (images, labels) = small_network(), some_images()
+    maps, other = ActivationMaps(model), labels.roll(1)
+    soft = 0.3 * F.one_hot(labels, CLASSES) + 0.7 * F.one_hot(other, CLASSES)
+    agree(maps(images, soft), 0.3 * maps(images, labels) + 0.7 * maps(images, other))
+
+
+def test_scorecam_gives_the_same_whatever_its_batch_and_passes_dead_channels_once():
+    model, (images, labels) = small_network(), some_images(3, 16)
+    model[3].bias.data[2] = -100.0  # dead everywhere
+    passed, shown = [], []
+    model.register_forward_pre_hook(lambda _, given: passed.append(len(given[0])))
+
+    def progress(chunks):
+        shown.append(len(chunks))
+        return chunks
+
+    wanted = ActivationMaps(model, "scorecam", batch_size=100)(images, labels)
+    for size, passes in ((1, 15), (4, 4), (15, 1)):  # 3 images, 5 live channels
+        passed.clear()
+        maps = ActivationMaps(model, "scorecam", batch_size=size, progress=progress)
+        agree(maps(images, labels), wanted)
+        assert shown.pop() == passes and len(passed) == passes + 3  # the first look, the maps, and the black image
+        assert max(passed[3:]) == min(size, 15)
+    model[3].bias.data[:] = -100.0
+    assert ActivationMaps(model, "scorecam", progress=progress)(images, labels).eq(0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_nearly_the_same_maps_in_float32(method, precision):
+    model, (images, labels) = small_network(), some_images(2, 16)
+    maps = ActivationMaps(model, method, precision=precision)
+    found, wanted = maps(images, labels), ActivationMaps(model, method)(images, labels)
+    assert found.dtype == maps.logits.dtype == torch.float32 and not torch.equal(found, wanted)
+    agree(found, wanted, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's does not count
+        agree(ActivationMaps(model, method)(images, labels), wanted, 0)
+
+
+# scaled for the eye
+
+
+def test_stretched_maps_go_from_0_to_1_and_useless_ones_are_zero():
+    nan, inf = SIGNED.clone(), SIGNED.clone()
+    nan[0, 0], inf[1, 1] = torch.nan, torch.inf
+    maps = torch.stack([SIGNED, 1e-30 * SIGNED, torch.full((2, 2), 5.0), torch.zeros(2, 2), nan, inf])
+    for found in (stretched(maps), enlarged(maps, (7, 5))):
+        assert found[:2].amin((1, 2)).eq(0).all() and found[:2].amax((1, 2)).eq(1).all()
+        assert found[2:].eq(0).all()
+    assert enlarged(maps, (7, 5)).shape == (6, 7, 5)
+    torch.testing.assert_close(stretched(SIGNED[None]), (SIGNED[None] + 2.1) / 3.5)
+    corners = enlarged(SIGNED[None], (4, 4))[0]
+    torch.testing.assert_close(corners[::3, ::3], stretched(SIGNED[None])[0])
+
+
+# the sources
+
+
+@pytest.mark.parametrize("name", ["cam", "gradcam", "gradcam++", "layercam"])
+def test_the_sources_enlarge_the_positive_part(name):
+    model, (images, labels) = small_network(), some_images(2, 16)
+    source = build_source(name, model=model)
+    maps = ActivationMaps(model, name)(images, labels).clamp_min(0)
+    wanted = F.interpolate(maps[:, None], (16, 16), mode="bilinear")[:, 0]
+    agree(source(images, F.one_hot(labels, CLASSES).float()), wanted)
+
+
+def test_the_source_cam_refuses_a_network_at_once_or_with_the_first_batch():
+    with pytest.raises(ValueError, match="no average"):
+        build_source("cam", model=build("tv.vgg11"))
+    source = build_source("cam", model=build("tv.vit"))  # takes no images of another size than 32
+    with pytest.raises(ValueError, match="no average"):
+        source(torch.randn(2, 3, 32, 32), torch.eye(CLASSES)[:2])
+
+
+# against the package of others
+
+
+@pytest.mark.parametrize(("name", "layer", "rounding"), [("small", "4", 4e-7), ("resnet20", "layer3", 1e-6)])
+def test_the_grad_cam_package_gives_the_same_maps(name, layer, rounding):
+    package = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    theirs = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "layercam": "LayerCAM", "scorecam": "ScoreCAM"}
+    model, (images, labels) = small_network() if name == "small" else build(name), some_images()
+    for method, theirs_name in theirs.items():
+        with getattr(package, theirs_name)(model, [model.get_submodule(layer)]) as cam:
+            wanted = torch.from_numpy(cam(images, [ClassifierOutputTarget(label.item()) for label in labels]))
+        found = enlarged(ActivationMaps(model, method, layer=layer)(images, labels), (32, 32))
+        assert (found - wanted).abs().max() <= rounding and wanted.amax((1, 2)).min() > 0.99, method
