@@ -1,5 +1,7 @@
 """Evaluate trained classifiers: python evaluate.py --model_path runs/cifar10/resnet20/my_run"""
 
+import shlex
+import sys
 from pathlib import Path
 
 import models
@@ -85,7 +87,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         return []
     if reference:
         add_mean_errors([result.get("robustness", result) for result in results], *reference)
-    report(options["task"], results, options)
+    command = shlex.join(["python", "evaluate.py", *map(str, sys.argv[1:] if argv is None else argv)])
+    report(options["task"], results, options | {"command": command})
     return results
 
 
@@ -302,7 +305,8 @@ def maps_of(subject, options: dict):
 
 def card(subject, options: dict) -> dict:
     """Everything above that the images allow, and maps of a few of them."""
-    result = {"accuracy": accuracy(subject, options), "calibration": calibration(subject, options)}
+    result = {"dataset": subject.dataset, "accuracy": accuracy(subject, options)}
+    result |= {"calibration": calibration(subject, options)}
     result |= {"robustness": robustness(subject, options), "ood": ood(subject, options)}
     if options["annotation_path"] or subject.dataset in WITH_BOXES:
         result["localization"] = localization(subject, options)

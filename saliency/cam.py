@@ -40,8 +40,7 @@ def gradcam(maps: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 
 def gradcam_plus_plus(maps: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     square, cube = gradients.square(), gradients**3
-    alpha = square / (2 * square + maps.sum((2, 3), keepdim=True) * cube + 1e-6)
-    alpha = torch.where(gradients != 0, alpha, 0)
+    alpha = square / (2 * square + maps.sum((2, 3), keepdim=True) * cube + 1e-6)  # 0 where the gradient is
     return ((alpha * gradients.relu()).sum((2, 3), keepdim=True) * maps).sum(1).relu()
 
 

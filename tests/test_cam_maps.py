@@ -184,10 +184,13 @@ def test_every_way_to_write_an_average_is_seen(average):
 
 
 def test_cam_takes_no_maximum_and_no_average_of_a_part():
-    images, labels = some_images()
-    for average in (lambda maps: F.adaptive_max_pool2d(maps, 1), lambda maps: F.avg_pool2d(maps, maps.shape[-1] - 1)):
+    for side, average in (
+        (32, lambda maps: F.avg_pool2d(maps, maps.shape[-1] - 1)),
+        (32, lambda maps: F.adaptive_max_pool2d(maps, 1)),
+        (4, lambda maps: F.adaptive_max_pool2d(maps, 1)),  # the same as an average there, where maps have one place
+    ):
         with pytest.raises(ValueError, match="no average"):
-            ActivationMaps(Averaging(average))(images, labels)
+            ActivationMaps(Averaging(average))(*some_images(side=side))
 
 
 class Excited(nn.Module):
@@ -267,6 +270,18 @@ def test_the_layers_are_listed_and_the_last_before_the_average_is_marked(name, s
     for name, shape, _ in found:
         assert isinstance(model.get_submodule(name), nn.Module) and len(shape) == 3
     assert layers(model, torch.randn(2, 3, side, side)) == found
+
+
+def test_where_nothing_is_pooled_the_last_convolution_is_taken():
+    model, (images, labels) = (
+        nn.Sequential(*small_network()[:5], nn.Flatten(), nn.Linear(6 * 49, 2)),
+        some_images(2, 16),
+    )
+    assert [(name, marked) for name, _, marked in layers(model, 16)][-2:] == [("3", True), ("4", False)]
+    agree(
+        ActivationMaps(model, "gradcam")(images, labels % 2),
+        ActivationMaps(model, "gradcam", layer="3")(images, labels % 2),
+    )
 
 
 def test_of_a_module_that_is_called_twice_the_last_call_counts():
@@ -373,10 +388,13 @@ def test_compiled_networks_get_the_same_maps_and_stay_compiled(way):
 
 
 def test_a_compiled_part_of_a_network_keeps_its_name():
-    model, (images, labels) = small_network(), some_images(2, 16)
-    wanted = ActivationMaps(model, "gradcam", layer="3")(images, labels)
-    model[3] = torch.compile(model[3], backend="eager")
-    agree(ActivationMaps(model, "gradcam", layer="3")(images, labels), wanted)
+    model, (images, labels) = Averaging(lambda maps: maps.mean((2, 3))).eval(), some_images(2, 16)
+    names = [name for name, *_ in layers(model, 16)]
+    wanted = {layer: ActivationMaps(model, "gradcam", layer=layer)(images, labels) for layer in ("body", "body.3")}
+    model.body = torch.compile(model.body, backend="eager")
+    assert [name for name, *_ in layers(model, 16)] == names
+    for layer, maps in wanted.items():
+        agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), maps)
 
 
 # batches
@@ -419,7 +437,7 @@ def test_scorecam_gives_the_same_whatever_its_batch_and_passes_dead_channels_onc
         assert shown.pop() == passes and len(passed) == passes + 3  # the first look, the maps, and the black image
         assert max(passed[3:]) == min(size, 15)
     model[3].bias.data[:] = -100.0
-    assert ActivationMaps(model, "scorecam", progress=progress)(images, labels).eq(0).all()
+    assert ActivationMaps(model, "scorecam", progress=progress)(images, labels).eq(0).all() and shown == [0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -448,6 +466,8 @@ def test_stretched_maps_go_from_0_to_1_and_useless_ones_are_zero():
     torch.testing.assert_close(stretched(SIGNED[None]), (SIGNED[None] + 2.1) / 3.5)
     corners = enlarged(SIGNED[None], (4, 4))[0]
     torch.testing.assert_close(corners[::3, ::3], stretched(SIGNED[None])[0])
+    peak = F.pad(torch.ones(1, 1, 1), (1, 1, 1, 1))  # no pixel of the enlarged map has its centre here
+    assert enlarged(peak, (6, 6)).max() == 1
 
 
 # the sources

@@ -86,6 +86,20 @@ def grows(values: list[float]) -> bool:
     return all(after > before for before, after in zip(values, values[1:], strict=False))
 
 
+def test_corruptions_and_severities_draw_apart():
+    clean, index = flat(0.5, 32, 1)
+    noise = [corrupt(clean, "gaussian_noise", severity, index) for severity in (1, 2)]
+    noise.append(corrupt(clean, "shot_noise", 1, index))
+    assert torch.stack([image.flatten() for image in noise]).corrcoef().triu(1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_all_stays_on_the_device_of_the_pixels(name):
+    """Tensors of the device `meta` have no numbers: reading one back, or mixing it with one of the host, raises."""
+    worse = corrupt(torch.zeros(2, 3, 16, 24, device="meta"), name, 5, torch.arange(2))
+    assert worse.device.type == "meta" and worse.shape == (2, 3, 16, 24)
+
+
 @pytest.mark.parametrize("name", sorted(set(CORRUPTIONS) - UNEVEN))
 @pytest.mark.parametrize("side, count", [(32, 64), (112, 6)])
 def test_a_higher_severity_moves_values_further(name, side, count):
@@ -245,9 +259,13 @@ def test_snow_and_fog_only_whiten_the_dark_and_frost_is_bluish():
     snowy = corrupt(black, "snow", 5, index)
     assert snowy.max() > 0.5 and snowy[:, 0].equal(snowy[:, 2]) and snowy.mean() > 0.15
     frozen = corrupt(black, "frost", 5, index)
-    assert frozen[:, 2].mean() > frozen[:, 0].mean() > 0.05
-    foggy = corrupt(torch.ones_like(black), "fog", 3, index)
-    assert foggy.min() == pytest.approx(1 / 1.75, abs=0.01) and foggy.max() == 1
+    assert frozen[:, 2].mean() > frozen[:, 0].mean() > 0.1
+    white = corrupt(1 - black, "frost", 5, index)
+    assert ((white - frozen - 0.75).abs() < 0.01)[white < 1].all()
+    ice = corruptions.ice(corruptions.Draws(index, 0, "frost/5", index.device), 64, 64)
+    assert ice.min() < 0.2 and ice.max() > 0.9 and torch.equal(frozen, stored_by_hand(0.45 * ice))
+    foggy = corrupt(black + 102 / 255, "fog", 3, index)  # the least fog none, the most 0.75, times 0.4 / 1.15
+    assert foggy.min() == pytest.approx(0.16 / 1.15, abs=0.01) and foggy.max() == pytest.approx(0.4, abs=0.01)
 
 
 def test_lengths_follow_the_size_of_the_image():

@@ -1,5 +1,6 @@
 """The card of several classifiers: one table and one page of figures with everything that was measured of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ def text(results: list[dict], rows: list[Row]) -> str:
 def notes_of(results: list[dict], options: dict) -> list[str]:
     """How the figures came about, a line each: what a reader of the report must know."""
     first = results[0]
-    notes = [f"{first['accuracy']['images']:,} test images of {options['dataset']}; top-1 and top-5 of all of them"]
+    notes = [f"{first['dataset']}: {first['accuracy']['images']:,} test images; top-1 and top-5 of all of them"]
     if found := first.get("calibration"):
         notes.append(
             f"calibration: {found['bins']} bins; temperature fitted on {found['held_out']:,} held-out test images, "
@@ -128,55 +129,52 @@ def page(path: Path | str, results: list[dict], pictures: list[dict], title: str
     """Everything drawn on one page. pictures: of each classifier `images` uint8 (n, H, W, 3), the same for all, `maps`
     (n, H, W) in 0..1 and `titles`, n texts.
     """
-    named = [(result["name"], result) for result in results]
-    panels = []
-    if all("robustness" in result for result in results):
-        panels += robustness.panels([(name, result["robustness"]) for name, result in named])
-    if all("calibration" in result for result in results):
-        panels.append(lambda axes: calibration.draw(axes, [(name, result["calibration"]) for name, result in named]))
-    for outside in dig(results[0], ("ood", "outside")) or ():
-        curves = [(name, result["ood"]["outside"][outside]["scores"]["energy"]) for name, result in named]
-        panels.append(
-            lambda axes, curves=curves, outside=outside: titled(
-                ood.draw_roc, axes, curves, f"{outside} told apart, energy"
-            )
-        )
-    if all("localization" in result for result in results):
-        shown = [(name, next(iter(result["localization"]["backgrounds"].values()))) for name, result in named]
-        centred = results[0]["localization"]["baselines"]["centre"]
-        panels.append(lambda axes: localization.draw(axes, shown, centred))
+    panels = panels_of([(result["name"], result) for result in results])
     columns = 3
-    tall = -(-len(panels) // columns)
-    count = len(pictures[0]["images"]) if pictures else 0
-    heights = [3.6 * tall, 2.0 * count]
+    lines = 1 + len(pictures) if pictures else 0
+    heights = [3.8 * -(-len(panels) // columns), 1.9 * lines]
     figure = Figure(figsize=(5.2 * columns, sum(heights) + 0.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=heights) if count else (figure, None)
-    grid = above.subplots(tall, columns, squeeze=False).flat
-    for axes, panel in zip(grid, panels, strict=False):
+    above, below = figure.subfigures(2, 1, height_ratios=heights) if lines else (figure, None)
+    grid = above.subplots(-(-len(panels) // columns), columns, squeeze=False)
+    for axes, (name, panel) in zip(grid.flat, panels, strict=False):
         panel(axes)
-    for axes in list(grid)[len(panels) :]:
+        axes.set_title(f"{name}: {axes.get_title()}" if axes.get_title() else name, fontsize=10)
+    for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    if count:
-        maps_beside(below, pictures, [result["name"] for result in results])
+    if lines:
+        maps_below(below, pictures, [result["name"] for result in results])
     figure.suptitle(title)
     draw.save(figure, path)
 
 
-def titled(panel, axes, content, title: str) -> None:
-    panel(axes, content)
-    axes.set_title(title)
+def panels_of(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    """What can be drawn of all results, each a title and a function of the axes."""
+    first, panels = named[0][1], []
+    if all("robustness" in result for _, result in named):
+        panels += robustness.panels([(name, result["robustness"]) for name, result in named])
+    if all("calibration" in result for _, result in named):
+        own = [(name, result["calibration"]) for name, result in named]
+        panels.append(("calibration", lambda axes: calibration.draw(axes, own)))
+    for outside in dig(first, ("ood", "outside")) or ():
+        curves = [(name, result["ood"]["outside"][outside]["scores"]["energy"]) for name, result in named]
+        panels.append((f"told from {outside} by energy", lambda axes, curves=curves: ood.draw_roc(axes, curves)))
+    if all("localization" in result for _, result in named):
+        shown = [(name, next(iter(result["localization"]["backgrounds"].values()))) for name, result in named]
+        centred = first["localization"]["baselines"]["centre"]
+        panels.append(("localisation", lambda axes: localization.draw(axes, shown, centred)))
+    return panels
 
 
-def maps_beside(figure, pictures: list[dict], names: list[str]) -> None:
-    """Rows of images: the image, then what each classifier looks at, with what it takes it for."""
+def maps_below(figure, pictures: list[dict], names: list[str]) -> None:
+    """Images side by side; below, a row a classifier: where it looks, and what it takes them for."""
     images = pictures[0]["images"]
-    grid = figure.subplots(len(images), 1 + len(names), squeeze=False)
+    grid = figure.subplots(1 + len(names), len(images), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    for row, image in zip(grid, images, strict=True):
-        row[0].imshow(image)
-    grid[0, 0].set_title("image", fontsize=9)
-    for column, (one, name) in enumerate(zip(pictures, names, strict=True), 1):
-        for line, (heat, text) in enumerate(zip(one["maps"], one["titles"], strict=True)):
-            grid[line, column].imshow(draw.overlaid(images[line], heat))
-            grid[line, column].set_title(f"{name}\n{text}" if line == 0 else text, fontsize=8)
+    for axes, image in zip(grid[0], images, strict=True):
+        axes.imshow(image)
+    for line, one, name in zip(grid[1:], pictures, names, strict=True):
+        line[0].set_ylabel(draw.short(name), fontsize=9)
+        for axes, image, heat, text in zip(line, images, one["maps"], one["titles"], strict=True):
+            axes.imshow(draw.overlaid(image, heat))
+            axes.set_title(draw.short(text), fontsize=8)

@@ -222,9 +222,10 @@ def poisson_thresholds(strength: float, device: torch.device) -> torch.Tensor:
     """int64 (256, K): 2^24 times the chance of at most k counts at each level, on top of 2^24 times the level.
 
     So all rows are one sorted list, in which the place of a uniform draw tells the count: inversion, exact to 2^-24.
+    K counts or more are white all the same.
     """
     mean = torch.linspace(0, strength, 256, dtype=torch.float64).unsqueeze(1)
-    count = torch.arange(int(strength + 8 * math.sqrt(strength)) + 10, dtype=torch.float64)
+    count = torch.arange(strength, dtype=torch.float64)
     at_most = torch.special.gammaincc(count + 1, mean)  # the Poisson distribution function
     return ((at_most + torch.arange(256).unsqueeze(1)) * 2**24).long().to(device)
 

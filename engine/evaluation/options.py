@@ -117,7 +117,7 @@ def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
 
     parser.group("pictures")
     parser.option("--figure", metavar="FILE.png", shown="card: beside --output", help="what the task measured, drawn")
-    parser.option("--examples", type=whole(), default=4, metavar="N", help="card: images shown with their maps")
+    parser.option("--examples", type=whole(), default=8, metavar="N", help="card: images shown with their maps")
 
 
 def without_effect(parser: Parser, task: str, typed: dict) -> list[str]:

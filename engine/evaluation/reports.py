@@ -22,11 +22,14 @@ def report(task: str, results: list[dict], options: dict) -> None:
     pictures = [result.pop("pictures", None) for result in results]
     if task == "card":
         return report_card(results, pictures, options)
-    print(
-        {"accuracy": of_accuracy, "calibration": of_calibration, "ood": of_ood}.get(task, of_module)(
-            task, results, options
-        )
-    )
+    text = {
+        "accuracy": lambda: of_accuracy(results, options["topk"]),
+        "calibration": lambda: of_calibration(results),
+        "ood": lambda: of_ood(results),
+        "robustness": lambda: robustness.report(results),
+        "localization": lambda: locating.report(results),
+    }
+    print(text[task]())
     if options["output"]:
         write_json(Path(options["output"]), {"results": results})
     if options["figure"]:
@@ -36,19 +39,15 @@ def report(task: str, results: list[dict], options: dict) -> None:
         print_details(results[0], options)
 
 
-def of_module(task: str, results: list[dict], options: dict) -> str:
-    return {"robustness": robustness, "localization": locating}[task].report(results)
-
-
-def of_accuracy(task: str, results: list[dict], options: dict) -> str:
+def of_accuracy(results: list[dict], topk: list[int]) -> str:
     """A row a file; what a file does not have shows as a dash."""
     columns = {"epoch": ("epoch", "d"), "images": ("images", "d"), "loss": ("loss", ".4f")}
-    columns |= {f"top{k}": (f"top-{k}", ".2f") for k in options["topk"]}
+    columns |= {f"top{k}": (f"top-{k}", ".2f") for k in topk}
     columns |= {"ece": ("ECE (%)", ".2f"), "seconds": ("seconds", ".1f")}
     return tables.text(results, columns, name="file", title="file")
 
 
-def of_calibration(task: str, results: list[dict], options: dict) -> str:
+def of_calibration(results: list[dict]) -> str:
     first = results[0]
     rows = [result | {f"after_{key}": result["after"][key] for key in ("ece", "nll")} for result in results]
     lines = [
@@ -63,7 +62,7 @@ def of_calibration(task: str, results: list[dict], options: dict) -> str:
     return "\n".join(lines)
 
 
-def of_ood(task: str, results: list[dict], options: dict) -> str:
+def of_ood(results: list[dict]) -> str:
     rows, columns = [], {}
     for result in results:
         for name, found in result["outside"].items():
@@ -84,34 +83,37 @@ def draw_task(task: str, results: list[dict], path: str) -> None:
 
     named = [(result["name"], result) for result in results]
     if task == "calibration":
-        panels = [lambda axes: calibration.draw(axes, named), lambda axes: calibration.draw(axes, named, after=True)]
-        titles = ["as it is", "after temperature scaling"]
+        panels = [("as it is", lambda axes: calibration.draw(axes, named))]
+        panels.append(("after temperature scaling", lambda axes: calibration.draw(axes, named, after=True)))
     elif task == "robustness":
-        panels, titles = robustness.panels(named), []
+        panels = robustness.panels(named)
     elif task == "ood":
-        pairs = [(result, name) for result in results for name in result["outside"]]
         panels = [
-            lambda axes, result=result, name=name: ood.draw(
-                axes, result["outside"][name], names=("the test images", name)
+            (
+                f"{name} against {outside}",
+                lambda axes, found=found, outside=outside: ood.draw(axes, found, names=("the test images", outside)),
             )
-            for result, name in pairs
+            for name, result in named
+            for outside, found in result["outside"].items()
         ]
-        titles = [result["name"] for result, _ in pairs] if len(results) > 1 else []
     else:
         shown = [
             (f"{name}, {key}" if len(result["backgrounds"]) > 1 else name, scores)
             for name, result in named
             for key, scores in result["backgrounds"].items()
         ]
-        panels = [lambda axes: localization.draw(axes, shown, results[0]["baselines"]["centre"])]
-        titles = []
+        panels = [("", lambda axes: localization.draw(axes, shown, results[0]["baselines"]["centre"]))]
     if not panels:
         raise UserError(f"--figure {path}: nothing was measured that could be drawn")
-    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")
-    for number, (axes, panel) in enumerate(zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
+    columns = min(len(panels), 4)
+    tall = -(-len(panels) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.6 * tall), layout="constrained")
+    grid = figure.subplots(tall, columns, squeeze=False)
+    for axes, (title, panel) in zip(grid.flat, panels, strict=False):
         panel(axes)
-        if number < len(titles):
-            axes.set_xlabel(f"{axes.get_xlabel()}\n{titles[number]}")
+        axes.set_title("\n".join(filter(None, (title, axes.get_title()))), fontsize=10)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
     draw.save(figure, Path(path))
 
 
@@ -119,14 +121,14 @@ def report_card(results: list[dict], pictures: list[dict | None], options: dict)
     """The card: printed, and as FILE.json, FILE.md and FILE.png."""
     from engine.evaluation import card
 
-    rows, notes = card.rows_of(results), card.notes_of(results, options)
+    rows, notes = card.rows_of(results), [*card.notes_of(results, options), f"`{options['command']}`"]
     print("\n".join([card.text(results, rows), *(f"- {note}" for note in notes)]))
     output = Path(options["output"] or "card.json")
     page = Path(options["figure"] or output.with_suffix(".png"))
     text = card.markdown(results, rows, notes)
     write_json(output, {"notes": notes, "results": results})
     write_atomic(output.with_suffix(".md"), lambda side: side.write_text(text, encoding="utf-8"))
-    card.page(page, results, [one for one in pictures if one], "  ".join(notes[:1]))
+    card.page(page, results, [one for one in pictures if one], notes[0].partition(";")[0])
     print(f"written: {output}, {output.with_suffix('.md')}, {page}")
 
 

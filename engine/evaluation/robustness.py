@@ -170,7 +170,7 @@ def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
                 if rows:
                     values = [result["clean"], *at_each(rows, levels)]
                     axes.plot([0, *levels], values, lw=1, alpha=0.8, color=f"C{index}", label=family)
-    axes.set(xlabel="severity (0: clean)", ylabel="top-1 (%)", title=f"{results[0][1]['corrupted_by']} corruptions")
+    axes.set(xlabel="severity (0: clean)", ylabel="top-1 (%)")
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)
@@ -191,19 +191,20 @@ def draw_attacks(axes, results: list[tuple[str, dict]]) -> None:
         bars = axes.bar(places, values, width, label=name)
         if len(results) <= 3:
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
-    axes.set(ylabel="top-1 (%)", title="attacks")
+    axes.set(ylabel="top-1 (%)")
     axes.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles], fontsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
 
 
-def panels(named: list[tuple[str, dict]]) -> list[Callable]:
-    """What can be drawn of results (name, what measure() gave), each a function of the axes."""
+def panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    """What can be drawn of results (name, what measure() gave), each a title and a function of the axes."""
     first, found = named[0][1], []
     if first["attacks"]:
-        found.append(lambda axes: draw_attacks(axes, named))
+        found.append(("attacks", lambda axes: draw_attacks(axes, named)))
     if first.get("corruptions"):
-        found.append(lambda axes: draw_severities(axes, named))
+        found.append((f"{first['corrupted_by']} corruptions", lambda axes: draw_severities(axes, named)))
     if first.get("occlusion"):
-        found.append(lambda axes: occlusion.draw(axes, [(name, one["occlusion"]) for name, one in named]))
+        curves = [(name, one["occlusion"]) for name, one in named]
+        found.append(("occlusion", lambda axes: occlusion.draw(axes, curves)))
     return found
