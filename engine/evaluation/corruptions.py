@@ -4,7 +4,8 @@ Hendrycks and Dietterich, "Benchmarking neural network robustness to common corr
 arXiv 1903.12261, Sec. 4.1 and Appendix B. The names, the ideas and the strengths are the paper's: those of CIFAR-10-C
 for images whose shorter side is below 96 pixels, those of ImageNet-C from there on, with lengths in pixels scaled by
 side / 32 and side / 224. The programs are ours (DESCRIPTIONS says where they differ), so accuracies on them compare
-classifiers with each other, not with published tables.
+classifiers with each other, not with published tables. Some published steps are no steps up: snow of severity 2 is
+denser than that of 3, CIFAR-10-C's glass_blur of 3 blurs what 2 scatters, elastic_transform trades shift for wobble.
 
 An image's random numbers depend on the seed, the corruption, the severity and its position in the data set alone. All
 is gathers, shifts and elementwise arithmetic: a convolution's or a matrix product's last bits would depend on the size
@@ -262,7 +263,7 @@ def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws
 
     In a published round every pixel in turn is swapped with one up to `swap` away, by which some are carried far. A
     normal displacement of deviation 0.55 (swap + 1) times the root of the rounds changes images as much on average,
-    to 7 % (measured on CIFAR-10 and ImageNet at all severities).
+    to a tenth (measured on CIFAR-10 and ImageNet at all severities).
     """
     sigma, swap, rounds = strength
     height, width = pixels.shape[-2:]
@@ -465,7 +466,7 @@ CORRUPTIONS: dict[str, Callable] = {  # (pixels, strength, scale, drawn) -> pixe
         *(contrast, elastic_transform, pixelate, jpeg_compression),
     )
 }
-STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C
+STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C, as the authors' code has them
     "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
     "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
@@ -511,7 +512,7 @@ STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C
     ),
     "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "elastic_transform": (
+    "elastic_transform": (  # the second in shares of 244 pixels, a slip for 224 that is in the published images
         ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, 0.96, 0.96)),
         ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
     ),
