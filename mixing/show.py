@@ -14,7 +14,7 @@ from saliency import SOURCES, build_source
 METHODS = [name for name in MIXERS if name != "none"]
 TRIES = 60  # draws, of which those that mix are shown
 WITHOUT_NETWORK = "fine_grained"
-THROUGH_NETWORK = ("gradient", "cam")
+THROUGH_NETWORK = ("gradient", "cam", "gradcam", "gradcam++", "layercam")
 
 
 def build_parser() -> Parser:

@@ -5,8 +5,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from models import build_model
-from saliency import build_source
-from saliency.cam import METHODS, ActivationMaps, enlarged, layers, stretched
+from saliency import CAM_METHODS, build_source
+from saliency.cam import ActivationMaps, enlarged, stretched
+from saliency.follow import layers
 
 GRADIENTS = ("gradcam", "gradcam++", "layercam")
 CLASSES = 7
@@ -191,6 +192,10 @@ def test_cam_takes_no_maximum_and_no_average_of_a_part():
     ):
         with pytest.raises(ValueError, match="no average"):
             ActivationMaps(Averaging(average))(*some_images(side=side))
+    model, (images, labels) = Averaging(average).eval(), some_images()
+    agree(
+        ActivationMaps(model, "gradcam")(images, labels), ActivationMaps(model, "gradcam", layer="body")(images, labels)
+    )
 
 
 class Excited(nn.Module):
@@ -211,7 +216,7 @@ def test_maps_that_are_used_beside_their_average_get_all_of_the_gradient():
     agree(default, ActivationMaps(model, "layercam", layer="maps")(images, labels))
 
 
-@pytest.mark.parametrize("method", METHODS[1:])
+@pytest.mark.parametrize("method", CAM_METHODS[1:])
 def test_a_relu_in_place_behind_the_layer_leaves_its_maps_alone(method):
     images, labels = some_images(2, 16)
     maps = [ActivationMaps(small_network(inplace=i), method, layer="3")(images, labels) for i in (True, False)]
@@ -307,7 +312,7 @@ def same(one, other) -> bool:
     return all(map(same, one, other)) if isinstance(one, (list, tuple)) else one == other
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAM_METHODS)
 @pytest.mark.parametrize("layer", [None, "3"])
 def test_the_network_keeps_its_flags_statistics_gradients_and_hooks(method, layer):
     if (method, layer) == ("cam", "3"):
@@ -334,7 +339,7 @@ def test_the_network_keeps_its_flags_statistics_gradients_and_hooks(method, laye
     assert torch.is_grad_enabled() and torch.overrides._get_current_function_mode() is None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAM_METHODS)
 def test_frozen_networks_and_callers_without_gradients_get_the_same_maps(method):
     model, (images, labels) = small_network(), some_images(2, 16)
     wanted = ActivationMaps(model, method)(images, labels)
@@ -371,7 +376,7 @@ class Counting:
 @pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
 def test_compiled_networks_get_the_same_maps_and_stay_compiled(way):
     model, (images, labels), compiler = small_network(), some_images(2, 16), Counting()
-    wanted = {method: ActivationMaps(model, method)(images, labels) for method in METHODS}
+    wanted = {method: ActivationMaps(model, method)(images, labels) for method in CAM_METHODS}
     named = ActivationMaps(model, "gradcam", layer="3")(images, labels)
     if way == "torch.compile":
         model = torch.compile(model, backend=compiler)
@@ -400,7 +405,7 @@ def test_a_compiled_part_of_a_network_keeps_its_name():
 # batches
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAM_METHODS)
 def test_a_batch_with_its_own_targets_gives_what_each_image_gives_alone(method):
     model, (images, labels) = build("resnet20") if method in GRADIENTS else small_network(), some_images(4)
     maps = ActivationMaps(model, method)
@@ -440,10 +445,11 @@ def test_scorecam_gives_the_same_whatever_its_batch_and_passes_dead_channels_onc
     assert ActivationMaps(model, "scorecam", progress=progress)(images, labels).eq(0).all() and shown == [0]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CAM_METHODS)
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_nearly_the_same_maps_in_float32(method, precision):
     model, (images, labels) = small_network(), some_images(2, 16)
+    model[7].weight.data *= 2e-5  # gradients of 1e-7, which float16 rounds to one or two of its smallest steps
     maps = ActivationMaps(model, method, precision=precision)
     found, wanted = maps(images, labels), ActivationMaps(model, method)(images, labels)
     assert found.dtype == maps.logits.dtype == torch.float32 and not torch.equal(found, wanted)
@@ -493,7 +499,7 @@ def test_the_source_cam_refuses_a_network_at_once_or_with_the_first_batch():
 # against the package of others
 
 
-@pytest.mark.parametrize(("name", "layer", "rounding"), [("small", "4", 4e-7), ("resnet20", "layer3", 1e-6)])
+@pytest.mark.parametrize(("name", "layer", "rounding"), [("small", "4", 4e-7), ("resnet20", "layer3", 2e-6)])
 def test_the_grad_cam_package_gives_the_same_maps(name, layer, rounding):
     package = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
