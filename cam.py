@@ -2,6 +2,8 @@
 
 import os
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import models
@@ -12,8 +14,8 @@ from saliency import CAM_METHODS
 PRETRAINED = "resnet50"  # torchvision's, where no classifier is named
 VIEWS = ("keep", "square", "whole")
 LARGE = 128  # side in pixels of what a classifier sees, above which the centre of a larger image is cut out
-SHOWN = 640  # longest side in pixels of a picture in the figure
-TOGETHER = 32  # images that go through a network at once
+NO_PICTURES = (".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pdf", ".svg")  # are written here
+WINDOWS = 10  # that --show opens at most
 
 
 def build_parser() -> Parser:
@@ -62,6 +64,9 @@ def build_parser() -> Parser:
     )
     parser.option("--image_size", type=whole(8), shown="the classifier's", metavar="PIXELS", help="in place of 224")
     parser.option("--batch_size", type=whole(1), default=32, help="scorecam: masked images at a time")
+    parser.option(
+        "--on_bad_image", type=one_of(["stop", "skip"]), default="stop", metavar="NAME", help="stop, or skip the file"
+    )
     parser.group("pictures")
     parser.option("--alpha", type=number(0, 1), default=0.4, help="weight of the map over the picture")
     parser.option("--colormap", default="jet", metavar="NAME", help="of matplotlib's")
@@ -85,7 +90,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     check(parser, options, typed)
 
     from engine.device import choose_device, choose_precision, prepare
-    from engine.pictures import find_pictures
+    from engine.pictures import find_pictures, grouped, labels_of, opened
 
     device = choose_device(options["device"])
     prepare(device, seed=0, deterministic=False)
@@ -93,130 +98,152 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options["list_layers"]:
         return [print_layers(one, options) for one in load_classifiers(options)]
     files = find_pictures(options["image_path"])
-    lookers = [looker for one in load_classifiers(options) for looker in lookers_of(one, options, device, precision)]
-    if "casm" in options["method"]:
-        lookers.append(casm_looker(options, device, precision))
-    if options["output"].endswith(".png") and len(files) * len(lookers) * count_of(options["target_class"]) > 1:
+    check_places(options, files)
+    lookers = [make_looker(one, options, device, precision) for one in load_classifiers(options)]
+    if options["casm"]:
+        lookers.append(make_casm_looker(options, device, precision))
+    if is_file(options["output"]) and len(files) * sum(looker.count for looker in lookers) > 1:
         raise UserError(
-            f"--output {options['output']}: there are several pictures; name a folder, or use --figure FILE"
+            f"--output {options['output']}: there are several pictures; name a folder, or --figure FILE.png"
         )
-    rows = []
-    for start in range(0, len(files), TOGETHER):
-        rows += look(files[start : start + TOGETHER], lookers, labels_of(files), options)
+    labels, lines = dict(zip(files, labels_of(files), strict=True)), []
+    for group in grouped(opened(files, options["on_bad_image"], tell)):
+        seen = [looker.look([picture for _, picture in group]) for looker in lookers]  # all, before any is drawn
+        for (file, picture), *sights in zip(group, *seen, strict=True):
+            lines.append(draw(file, picture, sum(sights, []), labels[file], options))
+    if not lines:
+        raise UserError(f"none of the {len(files)} pictures can be read")
+    rows = [row for of_picture, _ in lines for row in of_picture]
     if options["figure"]:
-        draw_figure(rows, files, lookers, options)
-        print(f"written: {options['figure']}")
+        draw_figure(options["figure"], lines)
     if options["show"]:
         show([options["figure"]] if options["figure"] else [row["output"] for row in rows])
-    return [{key: value for key, value in row.items() if key != "picture"} for row in rows]
+    return rows
 
 
 def check(parser: Parser, options: dict, typed: dict) -> None:
-    """End with a usage error where the options do not go together."""
+    """End with a usage error where the options do not go together; say which have no effect."""
     from matplotlib import colormaps
 
-    if not options["image_path"] and not options["list_layers"]:
+    if not (options["image_path"] or options["list_layers"]):
         parser.error("--image_path FILE: which picture shall be looked at?")
     if "casm" in options["method"] and not options["casm"]:
         parser.error("--method casm needs --casm FILE, made by python -m saliency.casm train")
-    if options["casm"] and "casm" not in options["method"]:
-        options["method"] = [*(options["method"] if "method" in typed else []), "casm"]
+    if options["casm"] and "method" not in typed and not {"model_path", "model"} & typed.keys():
+        options["method"] = []  # the trained maps alone
+    options["method"] = [name for name in dict.fromkeys(options["method"]) if name != "casm"]
     if options["colormap"] not in colormaps:
-        parser.error(
-            f"--colormap {options['colormap']}: matplotlib has no such{closest(options['colormap'], colormaps)}"
-        )
-    if options["figure"] and not options["figure"].endswith(".png"):
+        near = closest(options["colormap"], colormaps)
+        parser.error(f"--colormap {options['colormap']}: matplotlib has no such{near}")
+    if options["figure"] and not is_file(options["figure"]):
         parser.error(f"--figure {options['figure']}: the picture is a .png")
+    if Path(options["output"]).suffix.lower() in NO_PICTURES:
+        parser.error(f"--output {options['output']}: a folder, or a .png")
     if options["layer"] and options["method"] == ["cam"]:
         parser.error("--layer has no effect on cam, which takes what is averaged; say --method gradcam, for instance")
+    unused = [] if "scorecam" in options["method"] else ["batch_size"]
+    unused += [] if options["method"] else ["model_path", "model", "weights", "target_class", "layer"]
+    if unused := [f"--{name}" for name in unused if name in typed]:
+        print(f"note: without effect on {' '.join(options['method']) or 'casm'}: {', '.join(unused)}")
+
+
+def is_file(place: str) -> bool:
+    """Whether it is meant as one picture, and not as a folder."""
+    return place.lower().endswith(".png")
+
+
+def check_places(options: dict, files: list[Path]) -> None:
+    """Raises UserError where nothing can be written, and for a picture of the user's. Writes nothing."""
+    for name in ("output", "figure"):
+        if not options[name]:
+            continue
+        place = Path(options[name])
+        folder = place.parent if is_file(options[name]) else place
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            what = "cannot be written into" if there.is_dir() else "is a file, not a folder"
+            raise UserError(f"--{name} {place}: {there} {what}; name another place")
+        if place.is_dir() and folder != place:
+            raise UserError(f"--{name} {place}: that is a folder; name a file, or a folder that does not end in .png")
+        if place.is_file() and any(place.samefile(file) for file in files if file.exists()):
+            raise UserError(f"--{name} {place}: that is one of the pictures to be looked at; name another file")
 
 
 def load_classifiers(options: dict) -> list:
     """Those of the command line, with names that tell them apart and class names; torchvision's where none is named."""
-    from engine.classes import read_titles
     from engine.classifier import load_classifier, tell_apart
 
-    if options["method"] == ["casm"] and not options["model_path"]:
+    if not (options["method"] or options["list_layers"]):
         return []
-    words = options["model_path"] or [options["model"] or PRETRAINED]
-    size = {"image_size": options["image_size"]} if options["image_size"] else {}
-    model = options["model"] if options["model_path"] else None
-    found = [load_classifier(word, models, model=model, weights=options["weights"], **size) for word in words]
+    words = list(dict.fromkeys(options["model_path"] or [options["model"] or PRETRAINED]))
+    known = {"model": options["model"] if options["model_path"] else None, "weights": options["weights"]}
+    found = [load_classifier(word, models, image_size=options["image_size"], **known) for word in words]
     tell_apart(found)
     for one in found:
-        if options["labels"]:
-            one.titles = read_titles(options["labels"])
-            if len(one.titles) != one.count:
-                raise UserError(
-                    f"--labels {options['labels']}: {len(one.titles)} names, {one.name} has {one.count} classes"
-                )
+        name_classes(one, options["labels"])
     return found
+
+
+def name_classes(classifier, labels: str | None) -> None:
+    """Call its classes what a file calls them."""
+    from engine.classes import read_titles
+
+    if labels:
+        classifier.titles = read_titles(labels)
+        if len(classifier.titles) != classifier.count:
+            told = f"{len(classifier.titles)} names, {classifier.name} has {classifier.count} classes"
+            raise UserError(f"--labels {labels}: {told}\none name a line, in the order of the classes")
 
 
 def print_layers(classifier, options: dict) -> dict:
     """The layers whose maps can be taken, in the order of the forward pass."""
-    from saliency.cam import layers
+    from engine.pictures import asked
+    from saliency.follow import layers
 
-    found = layers(classifier.network, options["image_size"] or classifier.image_size)
+    side = options["image_size"] or classifier.image_size
+    found = asked(classifier.name, side, lambda: layers(classifier.network, side))
     print(f"{classifier.name}: layer and shape (channels, height, width)")
     for name, shape, default in found:
         print(f"  {name:40} {' x '.join(map(str, shape))}{'   the last before the average' if default else ''}")
     return {"model": classifier.name, "layers": [name for name, _, _ in found]}
 
 
-class Looker:
-    """One column: a classifier and a method. pixels (B, S, S, 3) uint8 and targets (B,) -> maps (B, S, S) in 0..1."""
-
-    def __init__(self, name: str, method: str, classifier, maps_of, view, device):
-        self.name, self.method, self.classifier, self.maps_of = name, method, classifier, maps_of
-        self.view, self.device = view, device
-
-    def images(self, pixels):
-        """uint8 (B, S, S, 3) -> as the network sees them, (B, 3, S, S) on the device."""
-        from engine.classifier import normalised
-
-        images = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
-        return normalised(images, self.classifier.mean, self.classifier.std)
-
-    def chances(self, images):
-        """(B, K): what the classifier takes the images for."""
-        import torch
-
-        with torch.no_grad():
-            return self.classifier.network(images).float().softmax(1)
-
-
-def lookers_of(classifier, options: dict, device, precision) -> list[Looker]:
+def make_looker(classifier, options: dict, device, precision):
+    """A classifier with the methods of the command line."""
+    from engine.pictures import Looker, asked
     from engine.progress import over
-    from saliency.cam import ActivationMaps, enlarged
+    from saliency.cam import ActivationMaps, stretched
 
-    classifier.network.to(device).requires_grad_(False)
+    wanted = [one for word in options["target_class"] for one in classes_of(word, classifier)]
     view = view_of(options["image_size"] or classifier.image_size, options["resize"])
-    found = []
-    for method in options["method"]:
-        if method == "casm":
-            continue
-        settings = {"layer": None if method == "cam" else options["layer"], "batch_size": options["batch_size"]}
-        maps = ActivationMaps(classifier.network, method, precision=precision, progress=over, **settings)
-        draw = lambda images, targets, maps=maps: enlarged(maps(images, targets), tuple(images.shape[-2:]))  # noqa: E731
-        found.append(Looker(classifier.name, method, classifier, draw, view, device))
-    return found
+    known = {"batch_size": options["batch_size"], "precision": precision}
+    known |= {"model": classifier.network.to(device).requires_grad_(False)}
+    known |= {"progress": partial(over, desc="scorecam", unit="batch")}
+
+    def maps_by(method: str):
+        layer = None if method == "cam" else options["layer"]
+        maps = asked(classifier.name, view.size, lambda: ActivationMaps(method=method, layer=layer, **known))
+        return lambda images, targets: stretched(maps(images, targets))
+
+    return Looker(
+        classifier, {name: maps_by(name) for name in options["method"]}, list(dict.fromkeys(wanted)), view, device
+    )
 
 
-def casm_looker(options: dict, device, precision) -> Looker:
+def make_casm_looker(options: dict, device, precision):
     """The masks of a trained decoder, which ask for no class."""
     import torch
 
     from engine.classifier import Classifier
     from engine.loop import autocast
+    from engine.pictures import Looker
     from saliency.casm.network import load_casm
 
     saved = load_casm(options["casm"])
     network = saved.network.to(device).eval().requires_grad_(False)
     count = len(saved.classes) or 1000
-    known = Classifier(
-        saved.name, network.classifier, saved.mean, saved.std, saved.classes, count, titles=saved.classes
-    )
+    classifier = Classifier(saved.name, network.classifier, saved.mean, saved.std, count=count, titles=saved.classes)
+    name_classes(classifier, options["labels"])
 
     @torch.no_grad()
     def masks(images, targets):
@@ -224,7 +251,7 @@ def casm_looker(options: dict, device, precision) -> Looker:
             return network.masks(images)[:, 0].float()
 
     view = view_of(options["image_size"] or saved.image_size, options["resize"])
-    return Looker(saved.name, "casm", known, masks, view, device)
+    return Looker(classifier, {"casm": masks}, [-1], view, device)
 
 
 def view_of(size: int, resize: str):
@@ -233,202 +260,110 @@ def view_of(size: int, resize: str):
     from engine.phases import large_side
 
     larger = large_side(size) if size > LARGE else size
-    return {
-        "keep": CentreView(size, larger),
-        "square": WholeView(size, larger),
-        "whole": WholeView(size, size),
-    }[resize]
+    views = {"keep": CentreView(size, larger), "square": WholeView(size, larger), "whole": WholeView(size, size)}
+    return views[resize]
 
 
-def labels_of(files: list[Path]) -> dict[Path, str]:
-    """What each picture is called in the names of the files made of it: no two alike."""
-    for name_of in (
-        lambda file: file.stem,
-        lambda file: file.name,
-        lambda file: f"{file.parent.name}_{file.name}",
-        str,
-    ):
-        names = [plain(name_of(file)) for file in files]
-        if len(set(names)) == len(names):
-            break
-    return dict(zip(files, names, strict=True))
+def classes_of(word: str, classifier) -> list[int]:
+    """The classes that a word of --target_class means, as a Looker wants them."""
+    from engine.classes import find_class
 
-
-def plain(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^\w.+-]+", "_", name).strip("_")[:80] or "_"
-
-
-def look(files: list[Path], lookers: list[Looker], labels: dict[Path, str], options: dict) -> list[dict]:
-    """Draw, save and print the maps of some pictures; a row each, with the picture for the figure."""
-    import numpy as np
-    import torch
-
-    from engine.pictures import open_picture, seen_by
-
-    pictures = [open_picture(file) for file in files]
-    rows = []
-    for looker in lookers:
-        crops, boxes = zip(*(seen_by(picture, looker.view) for picture in pictures), strict=True)
-        images = looker.images(torch.from_numpy(np.stack(crops)))
-        chances = looker.chances(images)
-        words = ["predicted"] if looker.method == "casm" else options["target_class"]
-        columns = [column for word in words for column in targets_of(word, looker.classifier, chances)]
-        for targets in columns:  # (B,) each
-            try:
-                maps = looker.maps_of(images, targets).cpu().numpy()
-            except ValueError as error:
-                raise UserError(f"{looker.name}, --method {looker.method}: {error}") from error
-            for place, file in enumerate(files):
-                told = describe(looker, chances[place], int(targets[place]))
-                row = {"image": str(file), "model": looker.name, "method": looker.method, **told}
-                row |= save(pictures[place], maps[place], boxes[place], row, labels[file], options)
-                rows.append(row)
-    order = {str(file): place for place, file in enumerate(files)}
-    rows.sort(key=lambda row: order[row["image"]])
-    for row in rows:
-        print(told_as(row), flush=True)
-    return rows
-
-
-def count_of(words: list[str]) -> int:
-    """How many maps an image gets."""
-    return sum(int(word[3:]) if re.fullmatch(r"top\d+", word) else 1 for word in words)
-
-
-def targets_of(word: str, classifier, chances) -> list:
-    """The classes that a word means for the images with these chances (B, K): (B,) long each."""
-    if word == "predicted":
-        return [chances.argmax(1)]
-    if re.fullmatch(r"top\d+", word):
-        number = int(word[3:])
-        if not 1 <= number <= classifier.count:
-            raise UserError(f"--target_class {word}: {classifier.name} has {classifier.count} classes")
-        return list(chances.topk(number, 1).indices.T)
-    return [chances.argmax(1).fill_(class_of(word, classifier))]
-
-
-def class_of(word: str, classifier) -> int:
-    """The index that a word means: an index, the name of a class, or a part of one name alone."""
-    if word.isdigit() and word not in classifier.titles:
-        if int(word) < classifier.count:
-            return int(word)
-        raise UserError(f"--target_class {word}: {classifier.name} has the classes 0 to {classifier.count - 1}")
-    names = [title.lower() for title in classifier.titles]
-    if not names:
-        raise UserError(
-            f"--target_class {word}: {classifier.name} does not name its classes\ngive an index, or the names with "
-            "--labels FILE"
-        )
-    fits = [number for number, name in enumerate(names) if word.lower() == name]
-    fits = fits or [number for number, name in enumerate(names) if word.lower() in re.split(r", *", name)]
-    fits = fits or [number for number, name in enumerate(names) if word.lower() in name]
-    if len(fits) == 1:
-        return fits[0]
-    if not fits:
-        raise UserError(
-            f"--target_class {word}: no class of {classifier.name} is called so{closest(word.lower(), names)}"
-        )
-    listed = ", ".join(f"{classifier.titles[number]} ({number})" for number in fits[:8]) + (", ..." if fits[8:] else "")
-    raise UserError(f"--target_class {word}: {len(fits)} classes fit: {listed}\ngive the whole name or the index")
-
-
-def describe(looker: Looker, chances, target: int) -> dict:
-    best = int(chances.argmax())
-    return {
-        "predicted_index": best,
-        "predicted": looker.classifier.title(best),
-        "predicted_probability": float(chances[best]),
-        "target_index": target,
-        "target": looker.classifier.title(target),
-        "target_probability": float(chances[target]),
-    }
-
-
-def save(picture, heat, box, row: dict, label: str, options: dict) -> dict:
-    """Write the overlay, and the map if asked for; their places, and the overlay for the figure."""
-    import cv2
-    import numpy as np
-
-    from engine.draw import overlaid
-    from engine.files import write_atomic
-    from engine.pictures import spread_out
-
-    place = Path(options["output"])
-    if place.suffix != ".png":
-        name = f"{label}_{plain(row['model'])}_{row['method']}_{plain(row['target'])}.png"
-        place = make_folder(place) / name
-    whole = spread_out(heat, box, *picture.shape[:2])
-    drawn = overlaid(picture, whole, options["alpha"], options["colormap"], box)
-    _, coded = cv2.imencode(".png", drawn[..., ::-1])
-    write_atomic(place, lambda side: side.write_bytes(coded.tobytes()))
-    found = {"output": str(place)}
-    if options["raw"]:
-        found["raw"] = str(place.with_suffix(".npy"))
-        with open(found["raw"], "wb") as file:
-            np.save(file, whole)
-    if options["figure"]:
-        found["picture"] = smaller(picture), smaller(drawn)
-    return found
-
-
-def make_folder(place: Path) -> Path:
+    if word.lower() == "predicted":
+        return [-1]
+    if top := re.fullmatch(r"top([0-9]+)", word.lower()):
+        if not 1 <= int(top[1]) <= classifier.count:
+            raise UserError(f"--target_class {word}: of {classifier.name} there are top1 to top{classifier.count}")
+        return [-rank for rank in range(1, int(top[1]) + 1)]
     try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {place}: cannot be made ({error.strerror})") from error
-    return place
+        return [find_class(word, classifier.titles, classifier.count)]
+    except ValueError as error:
+        raise UserError(f"--target_class {word}: {classifier.name}: {error}") from error
 
 
-def smaller(picture):
-    """uint8 (H, W, 3), scaled down to SHOWN pixels where it is larger."""
-    import cv2
+def draw(file: Path, picture, sights: list, label: str, options: dict) -> tuple[list[dict], list]:
+    """Write and print the maps of a picture: a row for each. Where there is a figure, also small copies of the picture
+    and of what was drawn.
+    """
+    from engine.draw import overlaid
+    from engine.pictures import framed, save_map, save_picture, scaled_down, spread_out
 
-    scale = SHOWN / max(picture.shape[:2])
-    size = max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale))
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA) if scale < 1 else picture
+    rows, copies = [], [scaled_down(picture)] if options["figure"] else []
+    for sight in sights:
+        inside = spread_out(sight.heat, sight.box, stretch=sight.method != "casm")
+        overlay = overlaid(picture, inside, options["alpha"], options["colormap"], sight.box)
+        place = place_of(sight, label, options["output"])
+        save_picture(place, overlay)
+        row = {"image": str(file), **describe(sight), "output": str(place)}
+        if options["raw"]:
+            row["raw"] = str(place.with_suffix(".npy"))
+            save_map(Path(row["raw"]), framed(inside, sight.box, *picture.shape[:2]))
+        tell(told_as(row))
+        rows.append(row)
+        copies += [scaled_down(overlay)] if options["figure"] else []
+    return rows, copies
+
+
+def place_of(sight, label: str, output: str) -> Path:
+    """Where an overlay goes. label: what the picture is called in names of files."""
+    from engine.pictures import plain
+
+    if is_file(output):
+        return Path(output)
+    name = plain(sight.classifier.title(sight.target))
+    alike = sum(plain(title).lower() == name.lower() for title in sight.classifier.titles)  # ImageNet has two cranes
+    name += f"_{sight.target}" if alike > 1 else ""
+    return Path(output) / f"{label}_{plain(sight.classifier.name)}_{sight.method}_{name}.png"
+
+
+def describe(sight) -> dict:
+    found = {"model": sight.classifier.name, "method": sight.method}
+    for name, index in (("predicted", int(sight.chances.argmax())), ("target", sight.target)):
+        found |= {f"{name}_index": index, name: sight.classifier.title(index)}
+        found |= {f"{name}_probability": float(sight.chances[index])}
+    return found
 
 
 def told_as(row: dict) -> str:
     """A row as it is printed."""
     text = f"{row['image']}  {row['model']}  {row['predicted']} {row['predicted_probability']:.1%}"
-    if row["method"] == "casm":
-        return f"{text}  casm  {row['output']}"
-    return f"{text}  {row['method']} of {row['target']} {row['target_probability']:.1%}  {row['output']}"
+    of = "" if row["method"] == "casm" else f" of {row['target']} {row['target_probability']:.1%}"
+    return f"{text}  {row['method']}{of}  {row['output']}"
 
 
-def draw_figure(rows: list[dict], files: list[Path], lookers: list[Looker], options: dict) -> None:
-    from engine import draw
+def tell(text: str) -> None:
+    """Print; names of files need not be text."""
+    print(text.encode(errors="replace").decode(), flush=True)
 
-    lines = [[row for row in rows if row["image"] == str(file)] for file in files]
-    several = len({looker.method for looker in lookers}) > 1
-    titles = [row["model"] + (f"\n{row['method']}" if several else "") for row in lines[0]]
-    texts = [[f"{row['target']} {row['target_probability']:.0%}" for row in line] for line in lines]
-    draw.comparison(
-        options["figure"],
-        names=[file.name for file in files],
-        pictures=[line[0]["picture"][0] for line in lines],
-        columns=titles,
-        overlays=[[row["picture"][1] for row in line] for line in lines],
-        texts=texts,
+
+def draw_figure(place: str, lines: list[tuple[list[dict], list]]) -> None:
+    """A row a picture, of what draw() gave."""
+    from engine.draw import comparison
+
+    first = lines[0][0]
+    several = len({row["method"] for row in first}) > 1
+    comparison(
+        place,
+        columns=[row["model"] + (f"\n{row['method']}" if several else "") for row in first],
+        names=[Path(rows[0]["image"]).name for rows, _ in lines],
+        pictures=[copies[0] for _, copies in lines],
+        overlays=[copies[1:] for _, copies in lines],
+        texts=[[f"{row['target']} {row['target_probability']:.0%}" for row in rows] for rows, _ in lines],
     )
+    print(f"written: {place}")
 
 
 def show(places: list[str]) -> None:
-    """Open a window with these pictures, where there is a display; without one, say so."""
-    from matplotlib import image, pyplot
-
-    if (
-        os.name == "posix"
-        and os.uname().sysname == "Linux"
-        and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-    ):
+    """Open windows with these pictures, where there is a display; without one, say so."""
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         print("note: --show: there is no display here; the pictures are in their files")
         return
+    if len(places) > WINDOWS:
+        print(f"note: --show: the first {WINDOWS} of {len(places)} pictures; --figure FILE.png puts all into one")
     try:
-        for place in places:
-            figure = pyplot.figure(place, layout="constrained")
-            axes = figure.subplots()
+        from matplotlib import image, pyplot
+
+        for place in places[:WINDOWS]:
+            axes = pyplot.figure(place, layout="constrained").subplots()
             axes.imshow(image.imread(place))
             axes.axis("off")
         pyplot.show()

@@ -1,28 +1,30 @@
 """Evaluate trained classifiers: python evaluate.py --model_path runs/cifar10/resnet20/my_run"""
 
+import os
 import shlex
 import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import models
 from engine import configure
 from engine.cli import Parser, UserError, one_of, run, whole, yes_no
-from engine.evaluation.options import BUILT_IN, NONE, TASKS, task_options, without_effect
+from engine.evaluation import options as of_tasks
+from engine.evaluation.options import ALEXNET, BUILT_IN, NONE, TASKS
 from engine.options import DATASETS, data_options, device_options
 from saliency import CAM_METHODS
 
 DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
 DATA_KEYS += ("eval_resize", "val_labels")
 WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own true boxes
-CARD_IMAGES = 1000  # that attacks, corruptions and occlusion take for a card
+OF_A_CARD = {"robust_images": 1000, "output": "card.json"}  # its defaults
 SMALL = 128  # side in pixels up to which a folder is read as train.py reads it unless told otherwise
-IGNORED = (
-    "cutout",
-    "trad_augment",
-    "log_off",
-    "parallel",
-    "evaluate",
-)  # other codes take them here; they change nothing
+IGNORED = ("cutout", "trad_augment", "log_off", "parallel", "evaluate")  # other codes take them; they change nothing
+
+Plan = Callable[[], dict]  # measures what has been prepared; of several processes the first gets the figures
 
 
 def build_parser() -> Parser:
@@ -46,7 +48,7 @@ def build_parser() -> Parser:
     parser.option("--seed", type=whole(), default=0, help="of what is drawn: noise, starts of attacks, held-out images")
     parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
     parser.option("--output", "-o", metavar="FILE.json", help="everything as JSON; card: and FILE.md and FILE.png")
-    task_options(parser, CAM_METHODS)
+    of_tasks.task_options(parser, CAM_METHODS)
     data_options(parser, DATASETS, named_by="from the file")
     device_options(parser, amp="off")
     parser.group("taken and ignored")
@@ -59,56 +61,80 @@ def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate every file; returns what --output holds."""
     parser = build_parser()
     typed, _ = configure.read(parser, argv)
-    check(parser, typed)
+    task = typed.get("task", "accuracy")
+    parser.defaults |= OF_A_CARD if task == "card" else {}
+    options = {**parser.defaults, **typed}
+    notes = check(parser, task, typed, options)
 
     from engine import distributed
     from engine.classifier import SavedClassifier
     from engine.device import choose_device, choose_precision, prepare
     from engine.evaluation.reports import report
-    from engine.evaluation.robustness import add_mean_errors
+    from engine.evaluation.subject import check_same_images
 
     if typed.get("info"):
         return [print_info(SavedClassifier(path)) for path in typed["model_path"]]
-    options = {**parser.defaults, **typed}
     device = choose_device(options["device"])
     distributed.start(device, options["timeout"])
     prepare(device, seed=0, deterministic=False)
-    precision = choose_precision(options["amp"], device)[0]
-    measure, loaded, results = MEASURES[options["task"]], {}, []
-    for classifier in load_classifiers(typed["model_path"], typed):
-        subject, known = load_subject(parser, classifier, typed, loaded, device, precision)
-        try:
-            results.append({"name": classifier.name, "file": classifier.path, **measure(subject, known)})
-        except ValueError as error:  # of what cannot be measured of this network, such as logits that are no numbers
-            raise UserError(f"{classifier.name}: {error}") from error
-    reference = reference_of(parser, typed, options, loaded, device, precision)
+    where = {"device": device, "precision": choose_precision(options["amp"], device)[0]}
+    for note in notes:
+        print(f"note: {note}")
+    shared, subjects, plans = {}, [], []
+    for classifier in load_classifiers(typed, options):
+        subject, known = load_subject(parser, classifier, typed, shared, **where)
+        measure = MEASURES[task] if len(subjects) < len(typed["model_path"]) else under_corruption
+        subjects.append(subject)
+        with in_the_name_of(subject):  # what is missing is said now, not when the others have worked for an hour
+            plans.append(measure(subject, known))
+    if task != "accuracy":
+        check_same_images(subjects, f"--task {task}")
+    results = [measured(subject, plan) for subject, plan in zip(subjects, plans, strict=True)]
     distributed.finish()
     if not distributed.is_first():
         return []
-    if reference:
-        add_mean_errors([result.get("robustness", result) for result in results], *reference)
+    results, references = results[: len(typed["model_path"])], results[len(typed["model_path"]) :]
+    if of_tasks.reads_reference(task, options):
+        divide_errors(results, references)
     command = shlex.join(["python", "evaluate.py", *map(str, sys.argv[1:] if argv is None else argv)])
-    report(options["task"], results, options | {"command": command})
+    report(task, results, options | {"command": command})
     return results
 
 
-def check(parser: Parser, typed: dict) -> None:
-    """End with a usage error where the options do not go together; say which have no effect."""
+def check(parser: Parser, task: str, typed: dict, options: dict) -> list[str]:
+    """End with a usage error where the options do not go together or a place cannot be written to. Returns notes: which
+    have no effect.
+    """
     if "model_path" not in typed:
         parser.error("--model_path FILE: which classifier shall be evaluated?")
     if "confusion" in typed and len(typed["model_path"]) > 1:
         parser.error("--confusion draws one classifier; give one --model_path")
+    try:
+        of_tasks.check_task(task, options)
+    except ValueError as error:
+        parser.error(str(error))
     for key in ("figure", "confusion"):
-        if not typed.get(key, ".png").endswith(".png"):
-            parser.error(f"--{key} {typed[key]}: the picture is a .png")
+        if not (options[key] or ".png").endswith(".png"):
+            parser.error(f"--{key} {options[key]}: the picture is a .png")
     for key in ("output", "figure", "confusion"):
-        if key in typed and not Path(typed[key]).absolute().parent.is_dir():
-            parser.error(f"--{key} {typed[key]}: there is no folder {Path(typed[key]).absolute().parent}")
+        if options[key]:
+            check_place(parser, f"--{key}", Path(options[key]).absolute())
+    notes = []
     if ignored := [f"--{name}" for name in IGNORED if name in typed]:
-        print(f"note: without effect on an evaluation: {', '.join(ignored)}")
-    task = typed.get("task", "accuracy")
-    if ignored := without_effect(parser, task, typed):
-        print(f"note: without effect on --task {task}: {', '.join(ignored)}")
+        notes.append(f"without effect on an evaluation: {', '.join(ignored)}")
+    if ignored := of_tasks.without_effect(parser, task, typed):
+        notes.append(f"without effect here: {', '.join(ignored)}")
+    return notes
+
+
+def check_place(parser: Parser, option: str, file: Path) -> None:
+    """End with a usage error where the file could not be written after the work."""
+    if not file.parent.is_dir():
+        parser.error(f"{option} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        parser.error(f"{option} {file}: a folder; name a file in it")
+    if not os.access(file.parent, os.W_OK):
+        parser.error(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def print_info(file) -> dict:
@@ -129,23 +155,27 @@ def print_info(file) -> dict:
     return info
 
 
-def load_classifiers(paths: list[str], typed: dict) -> list:
-    """The classifiers that paths mean, with names that tell them apart."""
+def load_classifiers(typed: dict, options: dict) -> list:
+    """The classifiers of --model_path and, if it is one, that of --reference, with names that tell them apart."""
     from engine.classifier import load_classifier, tell_apart
 
-    known = {key: typed[key] for key in ("model", "image_size") if key in typed}
-    found = [load_classifier(path, models, averaged=typed.get("ema", False), **known) for path in paths]
+    known = {"image_size": typed.get("image_size"), "averaged": options["ema"]}
+    found = [load_classifier(path, models, model=options["model"], **known) for path in typed["model_path"]]
+    if of_tasks.reads_reference(options["task"], options) and options["reference"] != ALEXNET:
+        found.append(load_classifier(options["reference"], models, **known))
     tell_apart(found)
+    often = Counter()
+    for classifier in found:  # of one file that is given twice
+        often[classifier.name] += 1
+        classifier.name += f" ({often[classifier.name]})" if often[classifier.name] > 1 else ""
     return found
 
 
-def load_subject(parser: Parser, classifier, typed: dict, loaded: dict, device, precision) -> tuple:
-    """A classifier with its images, and all options, those it was trained with too. loaded: the parts read so far."""
+def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, precision) -> tuple:
+    """A classifier with its images, and all options, those it was trained with too. shared: what was read so far."""
     from engine.classes import label_map, read_class_list
-    from engine.data import STATISTICS, WITHOUT_STATISTICS, load_evaluation, of_classes
-    from engine.distributed import check_same
+    from engine.data import STATISTICS, WITHOUT_STATISTICS, of_classes
     from engine.evaluation.subject import Subject
-    from engine.progress import over
     from engine.training import pick
 
     trained, path = classifier.options, classifier.path
@@ -155,142 +185,198 @@ def load_subject(parser: Parser, classifier, typed: dict, loaded: dict, device, 
         parser.error(f"--dataset: {path} does not say what it was trained on; name it")
     if dataset == "folder" and not options["image_size"] and classifier.image_size > SMALL:
         options["image_size"] = classifier.image_size
-    key = str({name: options[name] for name in DATA_KEYS})
-    if key not in loaded:
-        loaded[key] = load_evaluation(progress=over, **pick(options, load_evaluation))
-        check_same("data", {"test images": len(loaded[key])}, "every machine needs the same copy of the data set")
-        print(loaded[key].summary("test"))
-        if options["limit"]:
-            print(f"note: --limit {options['limit']}: results are partial")
-    part = loaded[key]
-    classes = classifier.classes or (read_class_list(options["class_list"]) if options["class_list"] else part.classes)
-    if not (classifier.classes or options["class_list"]) and classifier.count != len(part.classes):
+    data = load_images(options, shared)
+    classes = classifier.classes or (read_class_list(options["class_list"]) if options["class_list"] else data.classes)
+    if not (classifier.classes or options["class_list"]) and classifier.count != len(data.classes):
         raise UserError(
-            f"{path}: made for {classifier.count} classes, which it does not name; the data has {len(part.classes)}\n"
+            f"{path}: made for {classifier.count} classes, which it does not name; the data has {len(data.classes)}\n"
             f"name them in order with --class_list FILE; to fine-tune it, train with --init_from {path}"
         )
-    place = label_map(part.classes, classifier.classes, options["class_list"], classifier.count)
-    if (known := int((place >= 0).sum())) < len(classes):
-        print(f"note: {classifier.name} has {len(classes)} classes, of which the data has {known}")
-    part = of_classes(part, place, classes)
-    if left_out := len(loaded[key]) - len(part):
-        print(f"note: {left_out:,} images are of a class that {path} does not know, and are left out")
-    if not classifier.torchvision or "norm" in typed:
+    place = label_map(data.classes, classifier.classes, options["class_list"], classifier.count)
+    part = of_classes(data, place, classes)
+    if "norm" in typed or not (classifier.torchvision or trained):  # which say how their images were normalised
         norm = WITHOUT_STATISTICS.get(dataset, dataset) if options["norm"] == "own" else options["norm"]
         classifier.mean, classifier.std = STATISTICS[norm]
     layout = pick(options, ["batch_size", "workers", "channels_last", "seed"])
-    subject = Subject(classifier.name, classifier, part, dataset, device, precision=precision, **layout)
-    subject.held_share = options["held_out"]
+    layout |= {"precision": precision, "held_share": options["held_out"], "shared": shared}
+    subject = Subject(classifier.name, classifier, part, dataset, place, device, **layout)
+    if (known := int((place >= 0).sum())) < len(classes):
+        subject.note(f"{classifier.name} has {len(classes)} classes, of which the data has {known}")
+    if left_out := len(data) - len(part):
+        subject.note(f"{left_out:,} images are of a class that {path} does not know, and are left out")
+    if not len(part):
+        raise UserError(f"{path}: none of the {len(data):,} images is of a class that it knows\ntake more images")
     return subject, options
 
 
-def accuracy(subject, options: dict) -> dict:
+def load_images(options: dict, shared: dict):
+    """The test part that the options mean, read once."""
+    from engine.data import load_evaluation
+    from engine.distributed import check_same
+    from engine.progress import over
+    from engine.training import pick
+
+    key = str({name: options[name] for name in DATA_KEYS})
+    if key not in shared:
+        part = shared[key] = load_evaluation(progress=over, **pick(options, load_evaluation))
+        check_same("data", {"test images": len(part)}, "every machine needs the same copy of the data set")
+        print(part.summary("test"))
+        if options["limit"]:
+            print(f"note: --limit {options['limit']}: results are partial")
+    return shared[key]
+
+
+@contextmanager
+def in_the_name_of(subject):
+    """What cannot be measured of a classifier, such as logits that are no numbers, ends the call with its name."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{subject.name}: {error}") from error
+
+
+def measured(subject, plan: Plan) -> dict:
+    """The result of a classifier."""
+    with in_the_name_of(subject):
+        result = {"name": subject.name, "file": subject.classifier.path, **plan()}
+    subject.kept.clear()  # pictures and predictions, which another one has no use for
+    return result
+
+
+# The tasks. Each looks up what it needs, and returns what measures.
+
+
+def accuracy(subject, options: dict) -> Plan:
     """Loss, accuracies, calibration error and the table of confusions on the test images."""
     from engine.evaluation.calibration import calibration_error
     from engine.loop import scores
     from engine.metrics import confusion_matrix
 
-    logits, labels, seconds = subject.clean()
-    if not len(labels):
-        return {}
-    confusion = confusion_matrix(logits.argmax(1), labels, logits.shape[1]).cpu()
-    per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
-    result = {
-        "epoch": subject.classifier.epoch,
-        "images": len(labels),
-        **scores(logits, labels, tuple(options["topk"])),
-    }
-    if options["ece"]:
-        result["ece"] = 100 * calibration_error(logits, labels, options["ece"])
-    return result | {
-        "seconds": seconds,
-        "classes": subject.part.classes,
-        "per_class_top1": per_class.tolist(),
-        "confusion": confusion.tolist(),
-    }
+    def measure() -> dict:
+        logits, labels, seconds = subject.clean()
+        if not len(labels):
+            return {}
+        confusion = confusion_matrix(logits.argmax(1), labels, logits.shape[1]).cpu()
+        per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
+        result = {"epoch": subject.classifier.epoch, "images": len(labels)}
+        result |= scores(logits, labels, tuple(options["topk"]))
+        if options["ece"]:
+            result["ece"] = 100 * calibration_error(logits, labels, options["ece"])
+        result |= {"seconds": seconds, "classes": subject.part.classes}
+        return result | {"per_class_top1": per_class.tolist(), "confusion": confusion.tolist()}
+
+    return measure
 
 
-def calibration(subject, options: dict) -> dict:
+def calibration(subject, options: dict) -> Plan:
     """Calibration errors, likelihood and Brier score, before and after temperature scaling."""
-    from engine.evaluation.calibration import measure
+    from engine.evaluation import calibration
 
-    logits, labels, _ = subject.clean()
-    return measure(logits, labels, subject.held(len(labels)), options["ece"]) if len(labels) else {}
+    held = subject.held(len(subject.part))
+    if held.all() or not held.any():
+        raise UserError(
+            f"--held_out {options['held_out']:g} leaves {int(held.sum())} of {len(held)} images to fit a temperature on"
+            "\ntake more images, or another share or --seed"
+        )
+
+    def measure() -> dict:
+        logits, labels, _ = subject.clean()
+        return calibration.measure(logits, labels, held, options["ece"]) if len(labels) else {}
+
+    return measure
 
 
-def robustness(subject, options: dict) -> dict:
+def robustness(subject, options: dict) -> Plan:
     """Accuracy under attack, under corruption and under occlusion."""
     from engine.evaluation import robustness
     from engine.evaluation.attacks import attacks_of
-    from engine.evaluation.corrupted_sets import find_corrupted
 
     names = [name for name in options["attack"] if name != NONE]
-    attacks = attacks_of(names, options["eps"], options["steps"], options["step_size"])
-    place = options["corruptions"]
-    published = place not in (BUILT_IN, NONE) and find_corrupted(
-        Path(place), subject.part.classes, view=subject.view, on_bad_image=options["on_bad_image"]
-    )
-    chosen = {"attacks": attacks, "corruptions": published or None, "built_in": place == BUILT_IN}
-    chosen |= {"severities": options["severities"], "occluded": options["occlusion"]}
-    most = options["robust_images"]
-    most = CARD_IMAGES if most is None and options["task"] == "card" else most or 0
-    return robustness.measure(subject, most=most, **chosen)
+    chosen = {"attacks": attacks_of(names, options["eps"], options["steps"], options["step_size"])}
+    chosen |= {"occluded": options["occlusion"], "most": options["robust_images"] or 0}
+    if options["corruptions"] == BUILT_IN:
+        chosen["severities"] = sorted(set(options["severities"]))
+    elif options["corruptions"] != NONE:
+        chosen["published"] = robustness.find_published(subject, options["corruptions"], options["on_bad_image"])
+    return partial(robustness.measure, subject, **chosen)
 
 
-def reference_of(parser: Parser, typed: dict, options: dict, loaded: dict, device, precision) -> tuple | None:
-    """What --reference measures under the same corruptions, None for the published errors of AlexNet, and its name."""
-    word = options["reference"]
-    if not word or options["corruptions"] == NONE or options["task"] not in ("robustness", "card"):
-        return None
-    if word == "alexnet":
-        return None, word
-    (classifier,) = load_classifiers([word], {key: typed[key] for key in typed if key != "model"})
-    subject, known = load_subject(parser, classifier, typed, loaded, device, precision)
-    return robustness(subject, known | {"attack": [NONE], "occlusion": False}), classifier.name
+def under_corruption(subject, options: dict) -> Plan:
+    """What of it concerns --reference."""
+    return robustness(subject, options | {"attack": [NONE], "occlusion": False})
 
 
-def ood(subject, options: dict) -> dict:
+def divide_errors(results: list[dict], references: list[dict]) -> None:
+    """Put the mean corruption error into the results: by what was measured of --reference, else by what is published of
+    AlexNet.
+    """
+    from engine.evaluation.robustness import add_mean_errors
+
+    reference = references[0] if references else None
+    name = reference["name"] if reference else "AlexNet on ImageNet-C"
+    try:
+        add_mean_errors([result.get("robustness", result) for result in results], reference, name)
+    except ValueError as error:  # a reference without errors; what has been measured is not lost
+        print(f"note: no mCE: {error}")
+
+
+def ood(subject, options: dict) -> Plan:
     """AUROC and FPR95 of three scores against each set of images from outside."""
-    from engine.evaluation.ood import measure
+    from engine.evaluation import ood
     from engine.evaluation.strangers import outside_part
     from engine.training import pick
 
-    logits, labels, _ = subject.clean()
-    found = {}
+    where, outside = pick(options, ["data_dir", "limit", "on_bad_image"]) | {"image_size": subject.size}, {}
     for word in options["ood"] or ["noise"]:
-        where = pick(options, ["data_dir", "limit", "on_bad_image"])
-        name, outside = outside_part(word, image_size=subject.size, **where)
-        others, _, _ = subject.predict(name, part=outside)
-        if len(labels):
-            found[name] = measure(logits, others)
-    return {"images": len(labels), "outside": found}
+        name, part = subject.once(f"{word} {where}", partial(outside_part, word, **where))
+        if part.where == subject.part.where:
+            subject.note(f"--ood {word}: the very images that the classifiers are judged on")
+        outside[word if name in outside else name] = part
+
+    def measure() -> dict:
+        logits, labels, _ = subject.clean()
+        others = {name: subject.predict(name, part=part)[0] for name, part in outside.items()}
+        found = {name: ood.measure(logits, theirs) for name, theirs in others.items() if len(theirs)}
+        return {"images": len(labels), "outside": found}
+
+    return measure
 
 
-def localization(subject, options: dict) -> dict:
+def localization(subject, options: dict) -> Plan:
     """How well maps of the true class find the objects, on the backgrounds asked for, and what fixed boxes get."""
     from engine.annotations import find_truths
     from engine.evaluation import locating
-    from engine.evaluation.backgrounds import holds_pickles, read_background_dir, read_pickles
     from engine.evaluation.localization import baselines
     from engine.progress import over
 
     truths = find_truths(subject.part, subject.dataset, options["annotation_path"], progress=over)
     for line in truths.notes():
-        print(f"note: {line}")
+        subject.note(line)
     part, boxes = locating.with_boxes(subject, truths.each)
-    known = {"maps_of": maps_of(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
-    found = {name: locating.localize(subject, part, boxes, background=name, **known) for name in options["background"]}
-    if place := options["background_dir"]:
-        if holds_pickles(place):
-            ready, own = read_pickles(place, subject.part.classes, subject.size)
-        else:
-            ready, own = read_background_dir(place, part, subject.view), boxes
-        found["ready"] = locating.localize(subject, ready, own, background="ready", **known)
-    return {"method": options["method"], "backgrounds": found, "baselines": baselines(boxes, subject.size)}
+    backgrounds = {name: (part, boxes) for name in options["background"]}
+    if "rep" in backgrounds and len(part) < 2:
+        raise UserError("--background rep: a background is another image, and there is one\ntake more images")
+    if options["background_dir"]:
+        backgrounds["ready"] = locating.ready_made(subject, part, boxes, options["background_dir"])
+    how = {"maps_of": maps_of(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
+
+    def measure() -> dict:
+        found = {
+            name: locating.localize(subject, *pictures, background=name, **how)
+            for name, pictures in backgrounds.items()
+        }
+        return {"method": options["method"], "backgrounds": found, "baselines": baselines(boxes, subject.size)}
+
+    return measure
 
 
-def maps_of(subject, options: dict):
-    """A function of normalised images (B, 3, H, W) and labels (B,) that gives maps (B, H, W) in 0..1, and logits."""
+def maps_of(subject, options: dict) -> Callable:
+    """A function of normalised images (B, 3, H, W) and labels (B,) that gives maps (B, H, W) in 0..1, and logits.
+
+    Raises ValueError where the network has no such maps.
+    """
+    import torch
+
     from engine.evaluation.localization import classic_map
     from saliency.cam import ActivationMaps, enlarged
 
@@ -300,39 +386,57 @@ def maps_of(subject, options: dict):
         raw, size = finder(images, labels), tuple(images.shape[-2:])
         return classic_map(raw, size) if options["classic"] else enlarged(raw, size), finder.logits
 
+    if options["method"] != "scorecam":  # which takes as many passes as there are channels
+        maps(
+            torch.zeros(1, 3, subject.size, subject.size, device=subject.device),
+            torch.tensor([0], device=subject.device),
+        )
     return maps
 
 
-def card(subject, options: dict) -> dict:
+def card(subject, options: dict) -> Plan:
     """Everything above that the images allow, and maps of a few of them."""
-    result = {"dataset": subject.dataset, "accuracy": accuracy(subject, options)}
-    result |= {"calibration": calibration(subject, options)}
-    result |= {"robustness": robustness(subject, options), "ood": ood(subject, options)}
+    plans = {"accuracy": accuracy(subject, options | {"topk": [1, 5]})}
+    if options["ece"]:
+        plans["calibration"] = calibration(subject, options)
+    if of_tasks.asks_robustness(options):
+        plans["robustness"] = robustness(subject, options)
+    plans["ood"] = ood(subject, options)
     if options["annotation_path"] or subject.dataset in WITH_BOXES:
-        result["localization"] = localization(subject, options)
+        plans["localization"] = localization(subject, options)
     if options["examples"]:
-        result["pictures"] = examples(subject, options)
-    return result
+        plans["pictures"] = examples(subject, options)
+
+    def measure() -> dict:
+        found = {name: plan() for name, plan in plans.items()}
+        found["accuracy"].pop("confusion", None)  # a million numbers on ImageNet
+        return {"dataset": subject.dataset, **found}
+
+    return measure
 
 
-def examples(subject, options: dict) -> dict:
+def examples(subject, options: dict) -> Plan:
     """A few images from all over the set, what the classifier takes them for, and the maps of that."""
     import torch
 
     from engine.classifier import normalised
     from engine.evaluation.subject import PLAIN
 
-    few = subject.part.spread(options["examples"])
-    pixels = torch.cat([batch.images for batch in subject.batches(few, **PLAIN, alone=True).epoch()])
-    best = subject.classify(pixels).softmax(1).max(1)
-    images = normalised(pixels, subject.classifier.mean, subject.classifier.std)
-    maps, _ = maps_of(subject, options)(images, best.indices)
-    titles = [
-        f"{subject.classifier.title(int(k))} {float(share):.0%}"
-        for share, k in zip(best.values, best.indices, strict=True)
-    ]
-    shown = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return {"images": shown, "maps": maps.cpu().numpy(), "titles": titles}
+    maps_at = maps_of(subject, options)
+
+    def measure() -> dict:
+        few = subject.part.spread(options["examples"])
+        pixels = torch.cat([batch.images for batch in subject.batches(few, **PLAIN, alone=True).epoch()])
+        best = subject.classify(pixels).softmax(1).max(1)
+        maps, _ = maps_at(normalised(pixels, subject.classifier.mean, subject.classifier.std), best.indices)
+        titles = [
+            f"{subject.classifier.title(int(k))} {float(share):.0%}"
+            for share, k in zip(best.values, best.indices, strict=True)
+        ]
+        shown = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return {"images": shown, "maps": maps.cpu().numpy(), "titles": titles}
+
+    return measure
 
 
 MEASURES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.cli import UserError
+from engine.cli import UserError, closest
 
 
 def label_map(
@@ -56,7 +56,35 @@ def read_titles(file: str) -> list[str]:
     """The names of classes for people, one a line (of a line `n01440764 tench, ...` what follows the WordNet id), or in
     the column name, class or wnid of a .csv. Raises UserError for another file.
     """
-    return [re.sub(r"^n\d{8}\s+", "", name) for name in read_column(file, "labels", ("name", "names", "class", "wnid"))]
+    names = read_column(file, "labels", ("name", "names", "class", "wnid"))
+    return [re.sub(r"^n\d{8}\s+", "", name or "") for name in names]  # a row of a .csv may be too short
+
+
+def find_class(word: str, titles: list[str], count: int) -> int:
+    """The class that a word means: an index below `count`, a title, one of the names of a title such as `crane, bird`,
+    or a part of one title alone; not by case, and `_` is a blank.
+
+    Raises ValueError where none or several fit.
+    """
+    if re.fullmatch("-?[0-9]+", word) and word not in titles:
+        if 0 <= int(word) < count:
+            return int(word)
+        raise ValueError(f"its classes are 0 to {count - 1}")
+    if not titles:
+        raise ValueError("its classes have no names\ngive an index, or the names with --labels FILE")
+    sought, *names = (name.lower().replace("_", " ") for name in (word, *titles))
+    for fits in (
+        [place for place, title in enumerate(titles) if word == title],
+        [place for place, name in enumerate(names) if sought == name],
+        [place for place, name in enumerate(names) if sought in re.split(", *", name)],
+        [place for place, name in enumerate(names) if sought in name],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+        if fits:
+            some = ", ".join(f"{titles[place]} ({place})" for place in fits[:8]) + (", ..." if fits[8:] else "")
+            raise ValueError(f"{len(fits)} classes fit: {some}\ngive the whole name or the index")
+    raise ValueError(f"no class is called so{closest(sought, names)}\ngive a name, a part of one, or an index")
 
 
 def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:

@@ -180,12 +180,14 @@ def load_classifier(
 
 
 def tell_apart(classifiers: list[Classifier]) -> None:
-    """Give those of one name longer ones: with the folder they lie in, else their whole path."""
-    for lengthen in (lambda path: "/".join(path.parts[-3 if path.stem in ("best", "last") else -2 :]), str):
-        often = Counter(one.name for one in classifiers)
+    """Give those of one name longer ones: as many of the folders they lie in as it takes, at most their whole path. The
+    same file keeps one name.
+    """
+    for count in range(2, max(len(Path(one.path).parts) for one in classifiers) + 1):
+        often = Counter(name for name, _ in {(one.name, one.path) for one in classifiers})
         for one in classifiers:
             if often[one.name] > 1:
-                one.name = lengthen(Path(one.path))
+                one.name = str(Path(*Path(one.path).parts[-count:]))
 
 
 def torchvision_names() -> list[str]:

@@ -310,11 +310,11 @@ def part_of_files(found: Found, view: View, on_bad_image: str) -> Part:
     return Part(pixels, found.labels, found.classes, str(found.where), files=found.files)
 
 
-def in_memory(part: Part, workers: int, progress: Callable) -> Part:
+def in_memory(part: Part, workers: int, progress: Callable, warnings: list[str]) -> Part:
     """The same part with its image files decoded, unless that would take more than IN_MEMORY bytes."""
     if isinstance(part.pixels, torch.Tensor) or 3 * len(part) * part.pixels.size**2 > IN_MEMORY:
         return part
-    return decoded(part, workers, progress, [])
+    return decoded(part, workers, progress, warnings)
 
 
 def of_classes(part: Part, place: torch.Tensor, classes: list[str]) -> Part:

@@ -1,5 +1,6 @@
 """Pictures: learning curves, mixed batches, confusion. PNG files, drawn without a window."""
 
+import warnings
 from pathlib import Path
 
 import cv2
@@ -11,9 +12,10 @@ from matplotlib.figure import Figure
 from engine.files import write_atomic
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
+MOST_PIXELS = 60_000  # of a side of a picture: matplotlib's limit is 65,536
 
 
-def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+def save(figure: Figure, path: Path, dpi: float = 110) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda side: figure.savefig(side, dpi=dpi, format="png"))
 
@@ -161,15 +163,16 @@ def pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 def overlaid(
     picture: np.ndarray, heat: np.ndarray, alpha: float = 0.4, colormap: str = "jet", box: Box | None = None
 ) -> np.ndarray:
-    """A map (H, W) in 0..1 in colours over a picture uint8 (H, W, 3), with the weight alpha -> uint8 (H, W, 3).
+    """A map in 0..1 in colours over a picture uint8 (H, W, 3), with the weight alpha -> uint8 (H, W, 3).
 
-    box: y1, y2, x1, x2 of what the map is about; outside of it the picture stays as it is.
+    box: y1, y2, x1, x2 of what the map is about, and as large as the map; outside of it the picture stays as it is.
+    None: all of the picture.
     """
     y1, y2, x1, x2 = box or (0, heat.shape[0], 0, heat.shape[1])
     colours = (255 * colormaps[colormap](np.arange(256))[:, :3]).round().astype(np.uint8)
-    drawn, part = picture.copy(), (slice(y1, y2), slice(x1, x2))
-    coloured = colours[(255 * heat[part]).round().astype(np.uint8)]
-    drawn[part] = cv2.addWeighted(picture[part], 1 - alpha, coloured, alpha, 0)
+    coloured = colours[cv2.convertScaleAbs(heat, alpha=255)]
+    drawn = picture.copy()
+    drawn[y1:y2, x1:x2] = cv2.addWeighted(picture[y1:y2, x1:x2], 1 - alpha, coloured, alpha, 0, dst=coloured)
     return drawn
 
 
@@ -182,28 +185,43 @@ def comparison(
     overlays: list[list[np.ndarray]],
     texts: list[list[str]],
 ) -> None:
-    """A row a picture (H, W, 3), of any size: the picture itself, then an overlay for each of the columns, with a text
-    above it.
+    """A row a picture (H, W, 3), of any size: the picture itself, then an overlay for each of the columns, and a text
+    below each.
     """
-    shapes = [picture.shape[0] / picture.shape[1] for picture in pictures]
-    wide = 2.1
-    heights = [wide * min(shape, 2.0) + 0.3 for shape in shapes]
-    figure = Figure(figsize=(wide * (1 + len(columns)), sum(heights) + 0.4), layout="constrained")
-    grid = figure.subplots(len(pictures), 1 + len(columns), squeeze=False, height_ratios=heights)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-    for number, (row, name, picture, line) in enumerate(zip(grid, names, pictures, overlays, strict=True)):
-        row[0].imshow(picture)
-        row[0].set_xlabel(short(name), fontsize=7)
-        for axes, overlay, text, column in zip(row[1:], line, texts[number], columns, strict=True):
-            axes.imshow(overlay)
-            axes.set_xlabel(short(text), fontsize=7)
-            if number == 0:
-                axes.set_title(column, fontsize=9)
-    save(figure, path)
+    wide, gap, below = 2.1, 0.08, 0.3  # inches
+    heights = [wide * min(max(picture.shape[0] / picture.shape[1], 0.1), 2.0) for picture in pictures]
+    above = 0.3 + 0.15 * max(column.count("\n") for column in columns)
+    width, height = gap + (wide + gap) * (1 + len(columns)), above + sum(heights) + below * len(heights)
+    dpi = min(110, MOST_PIXELS / max(width, height))
+    canvas = np.full((round(height * dpi), round(width * dpi), 3), 255, np.uint8)  # an axes each would take far longer
+    figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi))
+    look = {"ha": "center", "va": "top", "parse_math": False}  # names of files hold what they like
+    middles = [gap + number * (wide + gap) + wide / 2 for number in range(1 + len(columns))]
+    for middle, column in zip(middles[1:], columns, strict=True):
+        lines = "\n".join(short(line, 28) for line in column.split("\n"))
+        figure.text(middle / width, 1 - gap / height, lines, fontsize=9, **look)
+    top = above
+    for tall, name, picture, row, said in zip(heights, names, pictures, overlays, texts, strict=True):
+        for middle, image, text in zip(middles, [picture, *row], [name, *said], strict=True):
+            paste(canvas, image, middle * dpi, (top + tall / 2) * dpi, wide * dpi, tall * dpi)
+            figure.text(middle / width, 1 - (top + tall + 0.04) / height, short(text), fontsize=7, **look)
+        top += tall + below
+    figure.figimage(canvas)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that matplotlib's own font has not
+        save(figure, path, dpi=dpi)
+
+
+def paste(canvas: np.ndarray, picture: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+    """A picture uint8 (H, W, 3) into a canvas, around x, y, as large as fits into width and height."""
+    scale = min(width / picture.shape[1], height / picture.shape[0])
+    size = max(1, int(scale * picture.shape[1])), max(1, int(scale * picture.shape[0]))
+    left, top = int(x - size[0] / 2), int(y - size[1] / 2)
+    canvas[top : top + size[1], left : left + size[0]] = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
 def short(text: str, most: int = 32) -> str:
+    text = text.encode(errors="replace").decode()  # of a file's name that is no text
     return text if len(text) <= most else text[: most - 1] + "\u2026"
 
 

@@ -15,7 +15,11 @@ def rows_of(results: list[dict], columns: Columns, name: str, title: str) -> lis
 
 def text(results: list[dict], columns: Columns, name: str = "name", title: str = "") -> str:
     """name: the key of what stands in front of each row; title: over it."""
-    rows = rows_of(results, columns, name, title)
+    return aligned(rows_of(results, columns, name, title))
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Cells for a terminal: the first of each row to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
@@ -24,8 +28,8 @@ def text(results: list[dict], columns: Columns, name: str = "name", title: str =
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def markdown(results: list[dict], columns: Columns, name: str = "name", title: str = "") -> str:
-    """The same table for a report: name and title as for text()."""
-    head, *rows = ([cell.replace("|", "\\|") for cell in row] for row in rows_of(results, columns, name, title))
+def markdown(rows: list[list[str]]) -> str:
+    """Cells for a report; the first row is the header."""
+    head, *rows = ([" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows)
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import cam
 import evaluate
 import imagenet_train
 import train
 from engine.configure import check_together, fill_in, translate
+from engine.evaluation.corruptions import DESCRIPTIONS
 from engine.phases import phases_of, read_phases
 from engine.recipes import IMAGENET_RECIPES, RECIPES
 from mixing import MIXERS, show
@@ -26,7 +28,7 @@ COMMANDS = [
     for line in block.replace("\\\n", "").splitlines()
     if re.match(r"(python|torchrun|srun torchrun) ", line)
 ]
-SCRIPTS = {"train.py": train, "imagenet_train.py": imagenet_train, "evaluate.py": evaluate}
+SCRIPTS = {"train.py": train, "imagenet_train.py": imagenet_train, "evaluate.py": evaluate, "cam.py": cam}
 
 
 def test_there_are_commands():
@@ -50,7 +52,7 @@ def test_every_command_is_accepted(command):
         return
     parser = SCRIPTS[script].build_parser()
     typed, _ = translate(parser.read(words))
-    if script != "evaluate.py":
+    if script not in ("evaluate.py", "cam.py"):
         options = fill_in(typed, {}, parser.defaults)
         check_together(options, typed)
         told = command.split(script)[0].replace('"$SLURM_NNODES"', "2").replace("1:2", "2")
@@ -61,8 +63,11 @@ def test_every_command_is_accepted(command):
 
 
 def test_the_examples_run():
-    plain, timm, lightning = re.findall(r"```python\n(.*?)```", README, re.S)
+    maps, plain, timm, lightning = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
+    exec(maps, names)
+    assert names["heat"].shape == (4, 64, 64) and names["heat"].amax((1, 2)).eq(1).all()
+
     exec(plain, names)
     assert not torch.equal(names["mixed"], names["images"]) and all(
         p.grad is not None for p in names["model"].parameters()
@@ -106,6 +111,11 @@ def test_the_recipe_table_is_true():
         assert rows["model, data"][column] == f"{recipe['model']}, {recipe['dataset']}"
         assert rows["epochs, batch"][column] == f"{recipe['epochs']}, {recipe['batch_size']}"
         assert float(rows["weight decay"][column]) == recipe["weight_decay"]
+
+
+def test_the_corruptions_are_described():
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    assert all(f"| `{name}` | {text} |" in page for name, text in DESCRIPTIONS.items())
 
 
 def test_links_lead_somewhere():

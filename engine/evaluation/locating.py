@@ -7,10 +7,19 @@ import torch
 from engine import tables
 from engine.annotations import Truth
 from engine.classifier import normalised
+from engine.cli import UserError
 from engine.data import Part
 from engine.device import exact_float32
 from engine.distributed import gather
-from engine.evaluation.backgrounds import noisy, object_mask, partner, replaced
+from engine.evaluation.backgrounds import (
+    holds_pickles,
+    noisy,
+    object_mask,
+    partner,
+    read_background_dir,
+    read_pickles,
+    replaced,
+)
 from engine.evaluation.localization import Boxes, boxes_seen, measure, overlaps, thresholds_with
 from engine.evaluation.subject import PLAIN, Subject
 from engine.progress import Progress, bars_wanted
@@ -26,8 +35,22 @@ TITLES = {  # of the table: key -> title and format
 def with_boxes(subject: Subject, truths: list[Truth | None]) -> tuple[Part, Boxes]:
     """The images whose true boxes are known, and these in the pixels that the classifier sees."""
     boxes = boxes_seen(truths, subject.view)
-    known = torch.tensor([position for position, one in enumerate(boxes) if one is not None])
-    return subject.part.take(known), [one for one in boxes if one is not None]
+    known = [position for position, one in enumerate(boxes) if one is not None]
+    if not known:
+        raise UserError(
+            f"none of the {len(boxes):,} images of {subject.part.where} has a usable box of its class\n"
+            "give other boxes with --annotation_path"
+        )
+    return subject.part.take(torch.tensor(known)), [boxes[position] for position in known]
+
+
+def ready_made(subject: Subject, part: Part, boxes: Boxes, place: str) -> tuple[Part, Boxes]:
+    """The images of --background_dir, which stand for those of the part or are a pickled set of their own, and their
+    true boxes.
+    """
+    if holds_pickles(place):
+        return read_pickles(place, subject.part.classes, subject.size)
+    return read_background_dir(place, part, subject.view), boxes
 
 
 def localize(
@@ -44,28 +67,31 @@ def localize(
 
     maps_of(images (B, 3, H, W) normalised, labels (B,)) -> maps (B, H, W) in 0..1 of the true class, which is the
     predicted one wherever that is right, and logits. background: rep, noise, or anything else for images
-    that are taken as they are.
+    that are taken as they are. Raises ValueError for logits that are not finite.
     """
     thresholds, rows = thresholds_with(th), []
-    seen = subject.batches(part, **PLAIN)
-    others = partner(torch.arange(len(part)), len(part), subject.seed) if background == "rep" else None
-    behind = iter(subject.batches(part.take(others), **PLAIN).epoch()) if background == "rep" else None
+    seen, others = subject.batches(part, **PLAIN), None
+    if background == "rep":
+        others = subject.batches(part.take(partner(torch.arange(len(part)), len(part), subject.seed)), **PLAIN)
+    behind = others.epoch() if others else None
     with Progress(f"{subject.name} {background}", len(seen), bar=bars_wanted(False), lines=False) as bar:
         for step, batch in enumerate(seen.epoch()):
-            own, pixels = [boxes[position] for position in batch.index.tolist()], batch.images
-            if background in ("rep", "noise"):
-                mask = object_mask(own, *pixels.shape[-2:], pixels.device)
-                if behind:
-                    pixels = replaced(pixels, mask, next(behind).images)
-                else:
-                    pixels = noisy(pixels, mask, batch.index, subject.seed, noise_std)
+            own, pixels = [boxes[position] for position in batch.place.tolist()], batch.images
+            mask = object_mask(own, *pixels.shape[-2:], pixels.device)
+            if background == "rep":
+                pixels = replaced(pixels, mask, next(behind).images)
+            elif background == "noise":
+                pixels = noisy(pixels, mask, batch.index, subject.seed, noise_std)
             with exact_float32():
                 images = normalised(pixels, subject.classifier.mean, subject.classifier.std)
                 maps, logits = maps_of(images, batch.labels)
+            subject.check(logits, background)
             ranked = logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels.unsqueeze(1)
             rows.append((batch.index, *overlaps(maps, own, thresholds), ranked[:, 0].cpu(), ranked.any(1).cpu()))
             bar(step + 1)
-    seen.close()
+    for batches in filter(None, (seen, others)):
+        batches.close()
+        subject.tell_skipped(part, batches.skipped)
     parts = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else None
     gathered = [one for one in gather(parts) or [] if one]
     if not gathered:
@@ -73,7 +99,7 @@ def localize(
     index, largest, best, right, among = map(torch.cat, zip(*gathered, strict=True))
     held = subject.held(len(part))[index]
     scores = {"background": background, "top1": 100 * float(right.double().mean())}
-    scores["top5"] = 100 * float(among.double().mean()) if logits.shape[1] > 5 else None
+    scores["top5"] = 100 * float(among.double().mean()) if logits.shape[1] >= 5 else None
     return scores | measure(largest, best, right, held, thresholds, th)
 
 
@@ -84,11 +110,16 @@ def report(results: list[dict]) -> str:
         for result in results
         for key, scores in result["backgrounds"].items()
     ]
-    base = results[0]["baselines"]
-    width = max(len(row["name"]) for row in rows)
-    lines = [f"localisation in percent, of {base['images']:,} images with true boxes, by {results[0]['method']}"]
-    lines.append(tables.text(rows, TITLES))
-    for key, title in (("centre", "centred box of 3/4 side"), ("whole", "the whole image")):
-        if base[key] is not None:
-            lines.append(f"{title:{width}}  GT-known {base[key]:.2f}")
+    base, one = results[0]["baselines"], rows[0]
+    lines = [
+        f"localisation in percent, of {base['images']:,} images with true boxes: boxes of "
+        f"{results[0]['method']} maps at {one['th']:g} of the maximum, right from an overlap of 0.5 on",
+        tables.text(rows, TITLES),
+    ]
+    lines += [
+        f"{title} gets GT-known {base[key]:.2f}"
+        for key, title in (("centre", "a centred box of 3/4 side"), ("whole", "the whole image"))
+    ]
+    if one["max_box_acc_v2"] is None:
+        lines.append(f"no MaxBoxAccV2: its thresholds are chosen on held-out images, here {one['held_images']} of all")
     return "\n".join(lines)

@@ -3,16 +3,21 @@
 from engine.cli import Parser, each_of, number, one_of, pixel_units, whole, yes_no
 from engine.evaluation import ATTACKS
 
-TASKS = {  # name -> the groups of options that it reads, besides those that all read
-    "accuracy": ("accuracy", "calibration"),
-    "robustness": ("robustness", "pictures"),
-    "calibration": ("calibration", "pictures"),
-    "ood": ("ood", "pictures"),
-    "localization": ("localization", "pictures"),
+TASKS = {  # name -> the options that it reads, besides those that all read: groups, and single ones of other groups
+    "accuracy": ("accuracy", "ece"),
+    "robustness": ("robustness", "figure"),
+    "calibration": ("calibration", "figure"),
+    "ood": ("ood", "figure"),
+    "localization": ("localization", "held_out", "figure"),
     "card": ("robustness", "calibration", "ood", "localization", "pictures"),
 }
+GROUPS = {"accuracy", *TASKS["card"]}
 BACKGROUNDS = ("clean", "rep", "noise")
-BUILT_IN, NONE = "built-in", "none"
+BUILT_IN, NONE, ALEXNET = "built-in", "none", "alexnet"
+
+
+def severity(text: str) -> int:
+    return int(one_of("12345")(text))
 
 
 def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
@@ -61,7 +66,7 @@ def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
         "CIFAR-100-C, Tiny-ImageNet-C, ImageNet-C)",
     )
     parser.option(
-        "--severities", type=whole(1), nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="of the built-in ones"
+        "--severities", type=severity, nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="of the built-in ones"
     )
     parser.option(
         "--reference",
@@ -120,8 +125,47 @@ def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
     parser.option("--examples", type=whole(), default=8, metavar="N", help="card: images shown with their maps")
 
 
+def check_task(task: str, options: dict) -> None:
+    """Raise ValueError, with the remedy, for options of a task that contradict each other."""
+    if task in ("robustness", "card"):
+        if NONE in options["attack"] and len(set(options["attack"])) > 1:
+            raise ValueError(f"--attack {' '.join(options['attack'])}: none excludes the others")
+        if task == "robustness" and not asks_robustness(options):
+            raise ValueError("--attack none --corruptions none --occlusion false: nothing is left to measure")
+        if options["reference"] == ALEXNET and options["corruptions"] == BUILT_IN:
+            raise ValueError(
+                "--reference alexnet: its errors are those of the published images; name their folder with "
+                "--corruptions DIR, or give the file of a classifier as reference"
+            )
+    if task == "calibration" and not options["ece"]:
+        raise ValueError("--ece 0: without bins there are no calibration errors; give 1 or more")
+    if task in ("localization", "card") and options["layer"] and options["method"] == "cam":
+        raise ValueError(f"--layer {options['layer']}: --method cam has no choice of layers; take another, as gradcam")
+    if task == "card" and options["output"] and not options["output"].endswith(".json"):
+        raise ValueError(f"--output {options['output']}: of a card it is a .json; .md and .png come beside it")
+
+
+def reads_reference(task: str, options: dict) -> bool:
+    return bool(options["reference"]) and task in ("robustness", "card") and options["corruptions"] != NONE
+
+
+def asks_robustness(options: dict) -> bool:
+    return set(options["attack"]) != {NONE} or options["corruptions"] != NONE or options["occlusion"]
+
+
 def without_effect(parser: Parser, task: str, typed: dict) -> list[str]:
-    """The typed options that only other tasks read."""
-    others = {group for groups in TASKS.values() for group in groups} - set(TASKS[task])
-    unread = parser.group_of(*others) if others else set()
+    """The typed options that nothing reads: those of other tasks, and of what is not measured."""
+    read = set(TASKS[task])
+    unread = parser.group_of(*(GROUPS - read)) - read
+    options = {**parser.defaults, **typed}
+    if "pgd" not in options["attack"]:
+        unread |= {"steps", "step_size"}
+    if set(options["attack"]) == {NONE}:
+        unread |= {"eps"}
+    if options["corruptions"] != BUILT_IN:
+        unread |= {"severities"}
+    if options["corruptions"] == NONE:
+        unread |= {"reference"}
+    if "noise" not in options["background"]:
+        unread |= {"noise_std"}
     return [f"--{key}" for key in typed if key in unread]

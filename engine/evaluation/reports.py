@@ -1,13 +1,15 @@
 """What evaluate.py prints, writes and draws of the results of all classifiers."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine import tables
 from engine.classifier import accuracy_line
-from engine.cli import UserError
-from engine.evaluation import locating, ood, robustness
+from engine.evaluation import calibration, locating, ood, robustness
+from engine.evaluation.options import TASKS
 from engine.files import write_atomic, write_json
 
 CALIBRATION = {  # of the table: key -> title and format
@@ -31,8 +33,8 @@ def report(task: str, results: list[dict], options: dict) -> None:
     }
     print(text[task]())
     if options["output"]:
-        write_json(Path(options["output"]), {"results": results})
-    if options["figure"]:
+        write_json(Path(options["output"]), {"command": options["command"], "results": results})
+    if options["figure"] and "figure" in TASKS[task]:
         draw_task(task, results, options["figure"])
         print(f"written: {options['figure']}")
     if task == "accuracy" and len(results) == 1:
@@ -79,42 +81,35 @@ def draw_task(task: str, results: list[dict], path: str) -> None:
     from matplotlib.figure import Figure
 
     from engine import draw
-    from engine.evaluation import calibration, localization
+    from engine.evaluation import card
 
-    named = [(result["name"], result) for result in results]
-    if task == "calibration":
-        panels = [("as it is", lambda axes: calibration.draw(axes, named))]
-        panels.append(("after temperature scaling", lambda axes: calibration.draw(axes, named, after=True)))
-    elif task == "robustness":
-        panels = robustness.panels(named)
-    elif task == "ood":
-        panels = [
-            (
-                f"{name} against {outside}",
-                lambda axes, found=found, outside=outside: ood.draw(axes, found, names=("the test images", outside)),
-            )
-            for name, result in named
-            for outside, found in result["outside"].items()
-        ]
-    else:
-        shown = [
-            (f"{name}, {key}" if len(result["backgrounds"]) > 1 else name, scores)
-            for name, result in named
-            for key, scores in result["backgrounds"].items()
-        ]
-        panels = [("", lambda axes: localization.draw(axes, shown, results[0]["baselines"]["centre"]))]
-    if not panels:
-        raise UserError(f"--figure {path}: nothing was measured that could be drawn")
+    named = [(card.legible(result["name"]), result) for result in results]
+    panels = {
+        "robustness": robustness.panels,
+        "calibration": panels_of_calibration,
+        "ood": panels_of_ood,
+        "localization": card.on_backgrounds,
+    }[task](named)
     columns = min(len(panels), 4)
-    tall = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 4.6 * tall), layout="constrained")
-    grid = figure.subplots(tall, columns, squeeze=False)
-    for axes, (title, panel) in zip(grid.flat, panels, strict=False):
-        panel(axes)
-        axes.set_title("\n".join(filter(None, (title, axes.get_title()))), fontsize=10)
-    for axes in grid.flat[len(panels) :]:
-        axes.axis("off")
+    figure = Figure(figsize=(5.2 * columns, 4.6 * -(-len(panels) // columns)), layout="constrained")
+    card.lay_out(figure, panels, columns)
     draw.save(figure, Path(path))
+
+
+def panels_of_calibration(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    return [
+        ("as it is", partial(calibration.draw, results=named)),
+        ("after temperature scaling", partial(calibration.draw, results=named, after=True)),
+    ]
+
+
+def panels_of_ood(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    """How the energy is distributed: a panel for each classifier and each set from outside."""
+    return [
+        (f"{name} against {outside}", partial(ood.draw, result=found, names=("the test images", outside)))
+        for name, result in named
+        for outside, found in result["outside"].items()
+    ]
 
 
 def report_card(results: list[dict], pictures: list[dict | None], options: dict) -> None:
@@ -123,7 +118,7 @@ def report_card(results: list[dict], pictures: list[dict | None], options: dict)
 
     rows, notes = card.rows_of(results), [*card.notes_of(results, options), f"`{options['command']}`"]
     print("\n".join([card.text(results, rows), *(f"- {note}" for note in notes)]))
-    output = Path(options["output"] or "card.json")
+    output = Path(options["output"])
     page = Path(options["figure"] or output.with_suffix(".png"))
     text = card.markdown(results, rows, notes)
     write_json(output, {"notes": notes, "results": results})

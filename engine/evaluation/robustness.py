@@ -1,14 +1,16 @@
 """What is left of the accuracy under attack, under corruption and where a part of the image is hidden."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from engine import tables
-from engine.data import Part
+from engine.cli import UserError
+from engine.data import Part, of_classes
 from engine.evaluation import occlusion
 from engine.evaluation.attacks import Attack
-from engine.evaluation.corrupted_sets import ALEXNET, CorruptedSet, mean_corruption_error
+from engine.evaluation.corrupted_sets import ALEXNET, CorruptedSet, find_corrupted, mean_corruption_error
 from engine.evaluation.corruptions import CORRUPTIONS, FAMILIES, corrupt
 from engine.evaluation.subject import Alter, Subject
 from engine.metrics import topk_correct
@@ -19,17 +21,16 @@ AREAS = {"patches": "patches", "centre": "hole"}  # of the curves under occlusio
 def measure(
     subject: Subject,
     *,
-    attacks: list[Attack],
-    corruptions: CorruptedSet | None,
-    severities: list[int],
-    built_in: bool,
-    occluded: bool,
-    most: int,
+    attacks: Sequence[Attack] = (),
+    published: CorruptedSet | None = None,
+    severities: Sequence[int] = (),
+    occluded: bool = False,
+    most: int = 0,
 ) -> dict:
     """Accuracies in percent; those of several processes in the first, None elsewhere.
 
-    corruptions: a published set; built_in: our own instead, at these severities. most: images that are looked at, from
-    all over the part; 0: all. The clean accuracy is of the same images.
+    published: a set of corrupted images; severities: of our own corruptions, made where there is none. most: images
+    that are looked at, from all over the part; 0: all. All figures are of the same images.
     """
     few = subject.some(most)
     result = {"images": len(few), "clean": accuracy(subject, few, "clean")}
@@ -37,9 +38,9 @@ def measure(
         attack.title: accuracy(subject, few, attack.title, attack.alter(subject.classify, subject.seed))
         for attack in attacks
     }
-    if corruptions or built_in:
-        rows = of_published(subject, corruptions, most) if corruptions else of_built_in(subject, few, severities)
-        result |= {"corrupted_by": "published" if corruptions else "built-in", "corruptions": rows}
+    if published or severities:
+        rows = of_published(subject, published, few, most) if published else of_built_in(subject, few, severities)
+        result |= {"corrupted_by": "published" if published else "built-in", "corruptions": rows}
         result["corruption_mean"] = mean_of([mean_of(list(row.values())) for row in rows.values()])
     if occluded:
         curves = of_occlusion(subject, few)
@@ -64,7 +65,7 @@ def mean_of(values: list[float | None]) -> float | None:
     return sum(values) / len(values) if values and None not in values else None
 
 
-def of_built_in(subject: Subject, part: Part, severities: list[int]) -> dict[str, dict[int, float | None]]:
+def of_built_in(subject: Subject, part: Part, severities: Sequence[int]) -> dict[str, dict[int, float | None]]:
     """Accuracy under each corruption at each severity."""
 
     def under(name: str, severity: int) -> Alter:
@@ -76,16 +77,61 @@ def of_built_in(subject: Subject, part: Part, severities: list[int]) -> dict[str
     }
 
 
-def of_published(subject: Subject, found: CorruptedSet, most: int) -> dict[str, dict[int, float | None]]:
+def find_published(subject: Subject, place: str, on_bad_image: str) -> CorruptedSet:
+    """The corrupted set in a folder, with a note for what it lacks. Raises UserError for what is none, and for images
+    of another size than the subject's.
+    """
+    found = find_corrupted(Path(place), subject.part.classes, view=subject.view, on_bad_image=on_bad_image)
+    for line in found.notes:
+        subject.note(line)
+    name = found.names[0]
+    part = found.part(name, found.severities(name)[0])
+    if part.files is None and part.pixels.shape[1] != subject.size:
+        raise UserError(
+            f"{found.place}: images of {part.pixels.shape[1]} pixels a side, where {subject.name} is shown "
+            f"{subject.size}\nname the corrupted images of the data set that it was trained on"
+        )
+    return found
+
+
+def of_published(subject: Subject, found: CorruptedSet, few: Part, most: int) -> dict[str, dict[int, float | None]]:
     """The same from a published set."""
     rows = {}
     for name in found.names:
         rows[name] = {}
         for level in found.severities(name):
-            part = found.part(name, level)
-            part = part.spread(most) if most else part
+            part = corrupted_ones(subject, found.part(name, level), few, most)
             rows[name][level] = accuracy(subject, part, f"{name} {level}")
     return rows
+
+
+def corrupted_ones(subject: Subject, part: Part, few: Part, most: int) -> Part:
+    """The images of a published part that `few`, at most `most` of the subject's, shows clean.
+
+    Files are known by their class and name, an array by its labels, which stand in the order of the test set. Where
+    that fails there is a note, and as many images from all over the part.
+    """
+    if part.files is None:
+        part = of_classes(part, subject.place, subject.part.classes)
+        first = part.take(torch.arange(min(len(part), len(subject.part))))
+        if torch.equal(first.labels, subject.part.labels):
+            return first.spread(most or len(first))
+    elif few.files is not None:
+        places = {name: place for place, name in enumerate(names_of(part))}
+        found = [places.get(name) for name in names_of(few)]
+        if None not in found:
+            return part.take(torch.tensor(found))
+    count = min(len(few), len(part))
+    subject.note(
+        f"the corrupted images have other {'labels' if part.files is None else 'names'} than the test images: which is "
+        f"which cannot be told, and {count:,} from all over are taken"
+    )
+    return part.spread(count)
+
+
+def names_of(part: Part) -> list[tuple[int, str]]:
+    """The class of each image and the name of its file, without folders and ending."""
+    return list(zip(part.labels.tolist(), (PurePosixPath(name).stem for name in part.files.names()), strict=True))
 
 
 def of_occlusion(subject: Subject, part: Part) -> dict[str, dict[str, list]]:
@@ -106,9 +152,10 @@ def of_occlusion(subject: Subject, part: Part) -> dict[str, dict[str, list]]:
 
 
 def add_mean_errors(results: list[dict], reference: dict | None, name: str) -> None:
-    """Put mCE, percent of the errors of a reference, into each result.
+    """Put mCE, percent of the errors of a reference, into each result: of the paper's corruptions, where there are any.
 
-    reference: what measure() gave of it, or None for the published ones of AlexNet. name: how it is called.
+    reference: what measure() gave of it, or None for the published ones of AlexNet. name: how it is called. Raises
+    ValueError where there is nothing to divide by.
     """
     of_reference = errors_of(reference) if reference else ALEXNET
     for result in results:
@@ -118,44 +165,53 @@ def add_mean_errors(results: list[dict], reference: dict | None, name: str) -> N
 
 def errors_of(result: dict) -> dict[str, list[float]]:
     """Corruption -> the share of errors at each severity."""
-    return {name: [1 - value / 100 for value in row.values()] for name, row in result["corruptions"].items()}
+    rows = result["corruptions"]
+    names = [name for name in rows if name in ALEXNET] or rows
+    return {name: [1 - value / 100 for value in rows[name].values()] for name in names}
 
 
 def report(results: list[dict]) -> str:
     """Tables: a row a classifier; and a row a corruption, averaged over severities."""
-    columns = {"clean": ("clean", ".2f")}
-    rows = []
-    for result in results:
-        row = {"name": result["name"], "clean": result["clean"], **result["attacks"]}
-        row |= {key: result.get(key) for key in ("corruption_mean", "mce", *(f"area_{kind}" for kind in AREAS))}
-        rows.append(row)
-        columns |= {title: (title, ".2f") for title in result["attacks"]}
+    columns = {"clean": ("clean", ".2f"), **{title: (title, ".2f") for title in results[0]["attacks"]}}
     columns |= {"corruption_mean": ("mean corrupted", ".2f"), "mce": ("mCE", ".1f")}
     columns |= {f"area_{kind}": (f"occluded, {title}", ".2f") for kind, title in AREAS.items()}
-    lines = [f"top-1 in percent, of {results[0]['images']:,} images", tables.text(rows, columns)]
-    lines.append(
-        "mean corrupted: mean corruption accuracy, over kinds and severities; occluded: mean over shares hidden"
-    )
-    if reference := results[0].get("reference"):
-        lines.append(f"mCE: errors under corruption, in percent of those of {reference}, averaged over the kinds")
-    parts = ["\n".join(lines)]
-    if any("corruptions" in result for result in results):
-        parts.append(by_corruption(results))
-    return "\n\n".join(parts)
+    table = tables.text([result | result["attacks"] for result in results], columns)
+    lines = [f"top-1 in percent, of {results[0]['images']:,} images", table, *notes(results[0])]
+    return "\n".join([*lines, "", by_corruption(results)] if "corruptions" in results[0] else lines)
+
+
+def notes(result: dict) -> list[str]:
+    """What the figures of measure() mean."""
+    lines = []
+    if rows := result.get("corruptions"):
+        levels = sorted({level for row in rows.values() for level in row})
+        lines.append(
+            f"mean corrupted: mean corruption accuracy, over {len(rows)} kinds and severities "
+            f"{', '.join(map(str, levels))}"
+            + (
+                "; made by this project's generators, not the published images"
+                if result["corrupted_by"] == "built-in"
+                else ""
+            )
+        )
+    if "mce" in result:
+        lines.append(
+            f"mCE: errors under corruption, in percent of those of {result['reference']}, averaged over "
+            f"{len(result['ce'])} kinds"
+        )
+    if curves := result.get("occlusion"):
+        shares = next(iter(curves.values()))["share"]
+        lines.append(f"occluded: mean accuracy while {shares[0]:.0%} to {shares[-1]:.1%} of the area is hidden")
+    return lines
 
 
 def by_corruption(results: list[dict]) -> str:
     """A row a corruption, a column a classifier: accuracy averaged over the severities."""
-    names = [result["name"] for result in results]
-    kinds = list(dict.fromkeys(name for result in results for name in result.get("corruptions", {})))
-    rows = []
-    for kind in kinds:
-        found = [result.get("corruptions", {}).get(kind) for result in results]
-        values = {name: row and mean_of(list(row.values())) for name, row in zip(names, found, strict=True)}
-        rows.append({"kind": kind, **values})
-    made = results[0].get("corrupted_by", "built-in")
-    title = f"{made} corruptions"
-    return tables.text(rows, {name: (name, ".2f") for name in names}, name="kind", title=title)
+    rows = [[f"{results[0]['corrupted_by']} corruptions", *(result["name"] for result in results)]]
+    for kind in results[0]["corruptions"]:
+        means = [mean_of(list(result["corruptions"][kind].values())) for result in results]
+        rows.append([kind, *(format(mean, ".2f") for mean in means)])
+    return tables.aligned(rows)
 
 
 def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
@@ -171,6 +227,7 @@ def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
                     values = [result["clean"], *at_each(rows, levels)]
                     axes.plot([0, *levels], values, lw=1, alpha=0.8, color=f"C{index}", label=family)
     axes.set(xlabel="severity (0: clean)", ylabel="top-1 (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)

@@ -9,8 +9,9 @@ from torch import nn
 
 from engine.batches import Batches
 from engine.classifier import Classifier, normalised
+from engine.cli import UserError
 from engine.data import Part, in_memory
-from engine.distributed import rank, ranks
+from engine.distributed import rank, ranks, total
 from engine.draws import uniform
 from engine.image_files import CentreView, StillView
 from engine.loop import predict
@@ -34,13 +35,17 @@ class OnPixels(nn.Module):
 @dataclass
 class Subject:
     """A classifier on the device, in evaluation mode and without gradients of its parameters, and a part whose labels
-    are among its classes. held_share: of the images on which a temperature or a threshold is chosen.
+    are among its classes.
+
+    place (k,): which of these each of the k classes of the data set is, -1 for none. held_share: of the images on which
+    a temperature or a threshold is chosen. shared: what the subjects of a call need only once.
     """
 
     name: str
     classifier: Classifier
     part: Part
     dataset: str
+    place: torch.Tensor
     device: torch.device
     batch_size: int = 500
     workers: int = 0
@@ -48,6 +53,7 @@ class Subject:
     channels_last: bool = True
     held_share: float = 0.2
     seed: int = 0
+    shared: dict = field(default_factory=dict)
     kept: dict = field(default_factory=dict)  # predictions made already
 
     def __post_init__(self):
@@ -65,6 +71,16 @@ class Subject:
         """How its images are cut out of their files; images that lie in a tensor are seen whole."""
         return CentreView(self.size, self.size) if isinstance(self.part.pixels, torch.Tensor) else self.part.pixels.view
 
+    def once(self, key, make: Callable):
+        """make(), called by the first of several subjects that ask for `key`."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
+
+    def note(self, line: str) -> None:
+        """Tell the user, once a call."""
+        self.once(line, lambda: print(f"note: {line}"))
+
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, H, W) in 0..1 on the device -> logits (B, K) float32."""
         return self.classifier(pixels)
@@ -80,7 +96,8 @@ class Subject:
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Logits (N, K) and labels (N,) on the host, and the seconds it took; of several processes the first has them.
 
-        part: other images than its own; alter: what becomes of the pixels first. title: of the progress bar.
+        part: other images than its own; alter: what becomes of the pixels first. title: of the progress bar. Raises
+        ValueError for logits that are not finite, which would count as a wrong answer, or worse.
         """
         part = self.part if part is None else part
         network, statistics = self.classifier.network, {"mean": self.classifier.mean, "std": self.classifier.std}
@@ -91,7 +108,20 @@ class Subject:
         with Progress(f"{self.name} {title}".strip(), len(batches), bar=bars_wanted(False), lines=False) as bar:
             logits, labels = predict(network, batches, precision=self.precision, progress=bar, alter=alter)
         batches.close()
+        self.check(logits, title)
+        self.tell_skipped(part, batches.skipped)
         return logits, labels, time.perf_counter() - begin
+
+    def check(self, logits: torch.Tensor, title: str) -> None:
+        """Raise ValueError for logits (N, K) that are not finite."""
+        if broken := int((~logits.isfinite()).any(1).sum()):
+            where = f" ({title})" if title else ""
+            raise ValueError(f"{broken:,} of {len(logits):,} images{where} have logits that are NaN or infinite")
+
+    def tell_skipped(self, part: Part, count: int) -> None:
+        """Say how many files of the part could not be read, in all processes. All of them must call it."""
+        if not isinstance(part.pixels, torch.Tensor) and (skipped := int(total(torch.tensor(count)))):
+            self.note(f"{skipped:,} files of {part.where} cannot be read; their neighbours count twice")
 
     def clean(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """predict() of its own images, done once."""
@@ -103,9 +133,28 @@ class Subject:
         """At most so many images (0: all) from all over the part, decoded once where they fit into memory."""
         if ("some", most) not in self.kept:
             few = self.part.spread(most) if most else self.part
-            self.kept["some", most] = in_memory(few, self.workers, over)
+            warnings: list[str] = []
+            self.kept["some", most] = in_memory(few, self.workers, over, warnings)
+            for line in warnings:
+                self.note(line)
         return self.kept["some", most]
 
     def held(self, count: int) -> torch.Tensor:
         """bool (count,): the images on which something is chosen, the same for every classifier."""
         return uniform(torch.arange(count), (), seed=self.seed, purpose="held out") < self.held_share
+
+
+def check_same_images(subjects: list[Subject], what: str) -> None:
+    """Raise UserError where classifiers would be compared on different images."""
+    first, *others = subjects
+    for other in others:
+        if (first.part.where, named(first.part)) != (other.part.where, named(other.part)):
+            told = [f"{one.name} has {len(one.part):,} images of {one.part.where}" for one in (first, other)]
+            raise UserError(
+                f"{what} compares classifiers on the same images: {', '.join(told)}\n"
+                "name those of all with --dataset, --data_dir, --num_classes and --limit, or make a call for each"
+            )
+
+
+def named(part: Part) -> list[str]:
+    return [part.classes[label] for label in part.labels.tolist()]

@@ -1,0 +1,408 @@
+"""evaluate.py beyond accuracy: what its tasks have in common, what they refuse, and what they write."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import shapes_command
+from PIL import Image
+from torch.nn import functional as F
+
+import evaluate
+import train
+from engine.cli import UserError
+from engine.data import Part, load_evaluation
+from engine.evaluation import card, locating, robustness
+from engine.evaluation.reports import draw_task
+from engine.evaluation.subject import Subject
+from engine.folders import FileList
+from engine.image_files import CentreView, ImageFiles
+from models import build_model
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FEW = "--limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
+FEW += "--background clean rep noise --examples 2".split()
+BARE = "--attack none --occlusion no".split()  # of robustness, corruptions alone
+LIMIT = ["--limit", "20"]
+
+
+def refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON")
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, str]:
+    """A run that knows the first test images, and bare files of networks with random weights: of ten and two classes,
+    and one that is broken.
+    """
+    root = tmp_path_factory.mktemp("runs")
+    train.main(shapes_command(root, name="trained", epochs=1))
+    found = {"trained": root / "shapes" / "resnet20" / "trained"}
+    know_the_first(found["trained"] / "best.pt")
+    for name, classes in (("random", 10), ("two", 2), ("broken", 10)):
+        torch.manual_seed(classes)
+        state = build_model("resnet20", classes, 32).state_dict()
+        if name == "broken":
+            state["linear.weight"][0, 0] = torch.nan
+        found[name] = root / f"{name}.pt"
+        torch.save(state, found[name])
+    return {name: str(path) for name, path in found.items()}
+
+
+def know_the_first(file: Path, count: int = 24) -> None:
+    """Give the last layer the least weights by which the first test images are told: training would take minutes."""
+    saved, part, seen = torch.load(file, weights_only=True), load_evaluation("shapes", limit=count), []
+    network = build_model("resnet20", 10, 32)
+    network.load_state_dict(saved["model"])
+    network.linear.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    network.eval()(part.pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # mean and deviation 0.5
+    features, targets = seen[0].double(), 10 * F.one_hot(part.labels, 10).double()
+    fitted = torch.linalg.pinv(torch.cat([features, torch.ones(count, 1)], 1)) @ targets
+    saved["model"]["linear.weight"], saved["model"]["linear.bias"] = fitted[:-1].mT.float(), fitted[-1].float()
+    torch.save(saved, file)
+
+
+@pytest.fixture(scope="module")
+def alone(runs, tmp_path_factory) -> tuple[dict, Path]:
+    """The card of the trained run, and where it lies."""
+    place = tmp_path_factory.mktemp("card") / "card.json"
+    [result] = evaluate.main(["--task", "card", "--model_path", runs["trained"], *FEW, "--output", str(place)])
+    return result, place
+
+
+def same(one, other) -> None:
+    """Up to rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"seconds", "name", "file"}:
+            same(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            same(left, right)
+    else:
+        assert one == (pytest.approx(other, rel=1e-4, abs=1e-5) if isinstance(other, float) else other)
+
+
+# what every classifier is given
+
+
+def test_neither_the_batch_nor_the_other_classifiers_matter(runs, alone, tmp_path):
+    words = ["--dataset", "shapes", "--batch_size", "7", "--output", str(tmp_path / "two.json")]
+    evaluate.main(["--task", "card", "--model_path", runs["random"], runs["trained"], *FEW, *words])
+    same(read(alone[1])["results"][0], read(tmp_path / "two.json")["results"][1])
+
+
+def test_two_processes_give_the_numbers_of_one(runs, alone, tmp_path, monkeypatch, capsys):
+    """This process is the first of them."""
+    words = ["--task", "card", "--model_path", runs["trained"], *FEW, "--device", "cpu", "--timeout", "60"]
+    words += ["--examples", "0", "--output", str(tmp_path / "two.json")]
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    for name, value in {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    second = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, "evaluate.py", *words], cwd=ROOT, env=second, **pipes) as other:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        capsys.readouterr()
+        evaluate.main(words)
+        out, _ = other.communicate(timeout=60)
+    assert (other.returncode, out) == (0, "") and capsys.readouterr().out.count("top-1 (%)") == 1
+    same(read(alone[1])["results"][0], read(tmp_path / "two.json")["results"][0])
+
+
+def test_the_same_images_are_right_in_every_task(runs, alone):
+    path = ["--model_path", runs["trained"], "--limit", "40"]
+    [plain] = evaluate.main(path)
+    [moved] = evaluate.main(
+        [*path, "--task", "robustness", "--robust_images", "0", "--corruptions", "none", "--eps", "0", "--steps", "2"]
+    )
+    assert set(moved["attacks"].values()) == {plain["top1"]} and moved["clean"] == plain["top1"]
+    assert moved["occlusion"]["patches"]["top1"][0] == moved["occlusion"]["centre"]["top1"][0] == plain["top1"]
+    assert alone[0]["accuracy"]["top1"] == alone[0]["localization"]["backgrounds"]["clean"]["top1"] == plain["top1"]
+    calibration = alone[0]["calibration"]
+    assert calibration["accuracy"] == calibration["after"]["accuracy"]
+    assert calibration["images"] + calibration["held_out"] == 40
+
+
+def test_a_run_sees_other_data_as_it_was_trained_to(runs, tmp_path):
+    part = load_evaluation("shapes", limit=20)
+    for number, (pixels, label) in enumerate(zip(part.pixels, part.labels, strict=True)):
+        folder = tmp_path / part.classes[label]
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
+    words = ["--dataset", "folder", "--val_data_dir", str(tmp_path), "--image_size", "32", "--limit", "0"]
+    [result] = evaluate.main(["--model_path", runs["trained"], *words, "--workers", "0"])
+    assert result["top1"] == 100
+
+
+def write_arrays(root: Path, part: Part, names: list[str]) -> None:
+    """A set that is published without any corruption."""
+    root.mkdir(exist_ok=True)
+    for name in names:
+        np.save(root / f"{name}.npy", np.concatenate([part.pixels.numpy()] * 5))
+    np.save(root / "labels.npy", part.labels.numpy().astype(np.uint8))
+
+
+def test_a_published_set_shows_the_images_that_the_clean_column_is_of(runs, tmp_path, capsys):
+    part = load_evaluation("shapes", limit=60)
+    write_arrays(tmp_path / "c", part, ["fog", "spatter"])
+    words = ["--task", "robustness", "--model_path", runs["trained"], *BARE, "--limit", "40", "--robust_images", "16"]
+    [result] = evaluate.main([*words, "--corruptions", str(tmp_path / "c"), "--reference", "alexnet"])
+    assert result["corruptions"] == {name: dict.fromkeys(range(1, 6), result["clean"]) for name in ("fog", "spatter")}
+    assert list(result["ce"]) == ["fog"] and result["mce"] == pytest.approx((100 - result["clean"]) / 0.819324)
+    out = capsys.readouterr().out
+    assert "lacks 14 of the 15 corruptions" in out and "AlexNet on ImageNet-C" in out and "cannot be told" not in out
+    write_arrays(tmp_path / "c", part.take(torch.arange(60).roll(1)), ["fog"])
+    evaluate.main([*words, "--corruptions", str(tmp_path / "c")])
+    assert "which is which cannot be told, and 16 from all over are taken" in capsys.readouterr().out
+
+
+def test_files_of_a_published_set_are_found_by_class_and_name():
+    def part(names: list[str], labels: list[int]) -> Part:
+        files = FileList("somewhere", names)
+        return Part(ImageFiles(files, CentreView(8, 8)), torch.tensor(labels), ["a", "b"], "somewhere", files=files)
+
+    few = part(["images/1.png", "images/7.png"], [0, 1])
+    published = part(["a/1.jpg", "a/7.jpg", "b/1.jpg", "b/7.jpg"], [0, 0, 1, 1])
+    found = robustness.corrupted_ones(subject_of(few), published, few, most=2)
+    assert found.files.names() == ["a/1.jpg", "b/7.jpg"] and found.labels.tolist() == [0, 1]
+
+
+def subject_of(part: Part) -> Subject:
+    from engine.classifier import Classifier
+
+    network = build_model("resnet20", 2, 32)
+    classifier = Classifier("some", network, (0.0,) * 3, (1.0,) * 3)
+    return Subject("some", classifier, part, "folder", torch.arange(2), CPU, held_share=0.5)
+
+
+def test_a_file_that_cannot_be_read_takes_no_other_box(tmp_path, capsys):
+    """The image of a neighbour serves, and is judged by its own box."""
+    boxes = [torch.tensor([[2 * n, 2 * n + 6, n, n + 10]]) for n in range(6)]
+    for number, box in enumerate(boxes):
+        y1, y2, x1, x2 = box[0].tolist()
+        pixels = np.zeros((32, 32, 3), np.uint8)
+        pixels[y1:y2, x1:x2] = 255
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes(b"")
+    files = FileList(tmp_path, [f"{number}.png" for number in range(6)])
+    pixels = ImageFiles(files, CentreView(32, 32), "skip")
+    part = Part(pixels, torch.zeros(6, dtype=torch.long), ["a", "b"], "there", files=files)
+
+    def bright(images, labels):
+        return images.mean(1), torch.zeros(len(images), 2)
+
+    found = locating.localize(subject_of(part), part, boxes, bright, background="clean", th=0.5, noise_std=0)
+    assert found["gt_known"] == 100 and "1 files of there cannot be read" in capsys.readouterr().out
+
+
+# what is refused, and when
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--task robustness --attack none --corruptions none --occlusion no", "nothing is left to measure"),
+        ("--task robustness --attack none fgsm", "none excludes the others"),
+        ("--task robustness --eps 8", "write 8/255"),
+        ("--task robustness --eps -1", "pixels are in 0..1"),
+        ("--task robustness --steps 0", "at least 1"),
+        ("--task robustness --severities 6", "none of 1, 2, 3, 4, 5"),
+        ("--task card --reference alexnet", "--corruptions DIR"),
+        ("--task calibration --ece 0", "give 1 or more"),
+        ("--task localization --layer layer3", "as gradcam"),
+        ("--task localization --th 1.1", "between 0 and 1"),
+        ("--task card --output card.txt", "it is a .json"),
+        ("--task card --output /nowhere/card.json", "there is no folder /nowhere"),
+        ("--task ood --figure tests", "is a .png"),
+        ("--output tests", "a folder; name a file"),
+    ],
+)
+def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--model_path", "f.pt", *words.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["card", "the task alone"])
+@pytest.mark.parametrize(
+    "alone, words, message",
+    [
+        ("ood", "--ood noise wrong", "wrong: neither a folder nor one of"),
+        ("ood", "--ood cifar10=/nowhere", "cifar10 not found"),
+        ("robustness", "--corruptions /nowhere", "no folder /nowhere"),
+        ("robustness", "--corruptions tests", "no corrupted images in tests"),
+        ("robustness", "--reference /nowhere.pt", "no such file or run folder"),
+        ("robustness", "--step_size 0", "give more than 0"),
+        ("calibration", "--limit 2", "leaves 0 of 2 images to fit a temperature"),
+        ("localization", "--method gradcam --layer layer9", "the nearest is 'layer3'"),
+        ("localization", "--background rep --limit 1 --ece 0", "--background rep: a background is another image"),
+        ("localization", "--background_dir /nowhere", "leave it out"),
+        ("localization", "--annotation_path boxes.csv", "shapes has boxes of its own"),
+    ],
+)
+def test_what_is_missing_is_said_before_the_work(runs, monkeypatch, alone, words, message, task):
+    monkeypatch.setattr(Subject, "predict", lambda *args, **kwargs: pytest.fail("it works already"))
+    if task == "the task alone":
+        task, words = alone, words.replace(" --ece 0", "")
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["--model_path", runs["trained"], "--task", task, *LIMIT, *words.split()])
+
+
+@pytest.mark.parametrize("task", evaluate.TASKS)
+def test_logits_that_are_no_numbers_are_an_error(runs, task, tmp_path):
+    words = ["--model_path", runs["trained"], runs["broken"], "--dataset", "shapes", "--ece", "0"]
+    words += ["--ece", "5"] if task == "calibration" else []
+    words += [*LIMIT, "--robust_images", "4", *BARE, "--corruptions", "none"] if task != "robustness" else []
+    words += (
+        [*LIMIT, "--robust_images", "4", "--attack", "fgsm", "--corruptions", "none"] if task == "robustness" else []
+    )
+    with pytest.raises(UserError, match=r"broken: \d+ of \d+ images.* have logits that are NaN"):
+        evaluate.main(["--task", task, *words, "--output", str(tmp_path / "out.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_different_images_are_not_compared(runs):
+    words = ["--model_path", runs["trained"], runs["two"], "--dataset", "shapes"]
+    with pytest.raises(UserError, match="made for 2 classes"):
+        evaluate.main([*words, "--task", "ood", *LIMIT])
+    subjects = [subject_of(load_evaluation("shapes", limit=limit)) for limit in (8, 9)]
+    from engine.evaluation.subject import check_same_images
+
+    check_same_images(subjects[:1] * 2, "this")
+    with pytest.raises(UserError, match="the same images: some has 8 images .* some has 9 images"):
+        check_same_images(subjects, "this")
+
+
+def test_options_without_effect_are_named_in_one_note(runs, capsys):
+    words = "--task robustness --corruptions none --attack fgsm --occlusion no --robust_images 4".split()
+    idle = "--steps 3 --reference alexnet --severities 2 --held_out 0.3 --th 0.2 --examples 3 --topk 1".split()
+    evaluate.main(["--model_path", runs["trained"], *LIMIT, *words, *idle])
+    [note] = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
+    assert note.split(": ")[2].split(", ") == idle[::2]
+    evaluate.main(["--model_path", runs["trained"], *LIMIT, "--task", "localization", "--held_out", "0.3", "--th", "0"])
+    assert "without effect" not in capsys.readouterr().out
+
+
+# the reference
+
+
+def test_a_reference_that_is_the_classifier_gives_100(runs):
+    words = ["--task", "robustness", *BARE, "--limit", "40", "--robust_images", "10", "--severities", "5"]
+    [result] = evaluate.main(["--model_path", runs["trained"], *words, "--reference", runs["trained"]])
+    assert result["mce"] == pytest.approx(100) and len(result["ce"]) == 15
+    assert result["name"] == "trained" and result["reference"] == "trained (2)"
+
+
+def test_a_reference_without_errors_costs_no_results(capsys):
+    results = [{"name": "a", "corruptions": {"fog": {1: 50.0}}}]
+    evaluate.divide_errors(results, [{"name": "b", "corruptions": {"fog": {1: 100.0}}}])
+    assert "mce" not in results[0] and "note: no mCE: fog" in capsys.readouterr().out
+
+
+# what is written
+
+
+def test_the_card_is_a_table_a_page_and_a_file(alone, runs):
+    result, place = alone
+    written = read(place)
+    assert written["results"][0].keys() >= {"calibration", "robustness", "ood", "localization"}
+    assert "confusion" not in written["results"][0]["accuracy"] and "pictures" not in written["results"][0]
+    table, _, notes = place.with_suffix(".md").read_text().partition("\n\n")
+    assert {line.count("|") for line in table.splitlines()} == {3} and "**" not in table
+    assert notes.splitlines() == [f"- {note}" for note in written["notes"]]
+    for told in (
+        "40 test images",
+        "held-out",
+        "15 bins",
+        "16 images from all over",
+        "severities 5",
+        "seed 0",
+        "cam maps",
+    ):
+        assert told in notes, told
+    assert notes.rstrip().endswith(f"--output {place}`")
+    assert matplotlib.image.imread(place.with_suffix(".png")).std() > 0.05
+
+
+def test_bold_marks_the_best_of_several():
+    results = [
+        {"name": name, "accuracy": {"top1": top1}, "calibration": {"ece": ece, "temperature": ece}}
+        for name, top1, ece in (("a|b", 50.0, 3.0), ("c", 70.0, 2.0), ("d", 70.001, 9.0), ("e", None, None))
+    ]
+    lines = card.markdown(results, card.rows_of(results), ["a note"]).splitlines()
+    assert lines == [
+        "|  | a\\|b | c | d | e |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| top-1 (%) | 50.00 | **70.00** | **70.00** | - |",
+        "| ECE (%) | 3.00 | **2.00** | 9.00 | - |",
+        "| temperature | 3.00 | 2.00 | 9.00 | - |",
+        "",
+        "- a note",
+    ]
+    assert "**" not in card.markdown(results[:1], card.rows_of(results[:1]), [])
+
+
+def test_two_classes_have_no_top_5(runs, tmp_path, capsys):
+    words = ["--task", "card", "--dataset", "shapes", "--num_classes", "2", "--limit", "12", "--ece", "0"]
+    words += [*BARE, "--corruptions", "none", "--examples", "1", "--output", str(tmp_path / "card.json")]
+    [result] = evaluate.main(["--model_path", runs["two"], *words])
+    assert "top1" in result["accuracy"] and "top5" not in result["accuracy"]
+    assert not {"robustness", "calibration"} & result.keys()
+    assert "top-5" not in capsys.readouterr().out and (tmp_path / "card.png").is_file()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("task", ["robustness", "calibration", "ood", "localization"])
+def test_each_task_draws_any_number_of_classifiers(alone, tmp_path, task, count):
+    names = ["plain", "_hidden", "$x^2", "a/very/long/path/of/some/run/best.pt", "fifth"]
+    part = json.loads(json.dumps(alone[0][task]), object_hook=with_numbers)
+    draw_task(task, [{"name": name, **part} for name in names[:count]], str(tmp_path / "figure.png"))
+    assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
+
+
+def with_numbers(content: dict) -> dict:
+    """Severities are text in JSON."""
+    return {int(key) if key.isdigit() else key: value for key, value in content.items()}
+
+
+def test_labels_of_pictures_are_taken_as_they_are():
+    assert card.legible("_a$b$") == r" _a\$b\$"
+    ends = [card.legible(f"{start}/shapes/resnet20/a_long_name/{end}.pt") for start in "ab" for end in "cd"]
+    assert len(set(ends)) == 4 and max(map(len, ends)) <= 32
+
+
+def test_names_tell_classifiers_apart(runs, tmp_path):
+    folders = [tmp_path / one / "shapes" / "run" for one in ("first", "second")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "best.pt").write_bytes(Path(runs["trained"], "best.pt").read_bytes())
+    paths = [str(folder) for folder in (*folders, folders[0])]
+    results = evaluate.main(["--task", "ood", "--model_path", *paths, runs["random"], "--dataset", "shapes", *LIMIT])
+    longer = [f"{one}/shapes/run/best.pt" for one in ("first", "second")]
+    assert [result["name"].removeprefix(f"{tmp_path}/") for result in results] == [
+        *longer,
+        f"{longer[0]} (2)",
+        "random",
+    ]
