@@ -57,7 +57,7 @@ def read_titles(file: str) -> list[str]:
     the column name, class or wnid of a .csv. Raises UserError for another file.
     """
     names = read_column(file, "labels", ("name", "names", "class", "wnid"))
-    return [re.sub(r"^n\d{8}\s+", "", name or "") for name in names]  # a row of a .csv may be too short
+    return [re.sub(r"^n\d{8}\s+", "", name) for name in names]
 
 
 def find_class(word: str, titles: list[str], count: int) -> int:
@@ -101,4 +101,4 @@ def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:
     column = next((name for name in columns if rows and name in rows[0]), None)
     if column is None:
         raise UserError(f"--{option} {file}: no column {columns[0]} and none called {columns[-1]} in its first line")
-    return [row[column] for row in rows]
+    return [row[column] or "" for row in rows]  # a row may be too short

@@ -17,21 +17,22 @@ from torch.nn import functional as F
 
 import evaluate
 import train
+from engine.classifier import Classifier
 from engine.cli import UserError
 from engine.data import Part, load_evaluation
 from engine.evaluation import card, locating, robustness
 from engine.evaluation.reports import draw_task
-from engine.evaluation.subject import Subject
+from engine.evaluation.subject import Subject, check_same_images
 from engine.folders import FileList
 from engine.image_files import CentreView, ImageFiles
 from models import build_model
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-FEW = "--limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
+FEW = "--device cpu --limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
 FEW += "--background clean rep noise --examples 2".split()
 BARE = "--attack none --occlusion no".split()  # of robustness, corruptions alone
-LIMIT = ["--limit", "20"]
+LIMIT = ["--device", "cpu", "--limit", "20"]
 
 
 def refuse(constant: str):
@@ -107,18 +108,15 @@ def test_neither_the_batch_nor_the_other_classifiers_matter(runs, alone, tmp_pat
 
 def test_two_processes_give_the_numbers_of_one(runs, alone, tmp_path, monkeypatch, capsys):
     """This process is the first of them."""
-    words = ["--task", "card", "--model_path", runs["trained"], *FEW, "--device", "cpu", "--timeout", "60"]
-    words += ["--examples", "0", "--output", str(tmp_path / "two.json")]
+    words = ["--task", "card", "--model_path", runs["trained"], *FEW, "--timeout", "60"]
+    words += ["--batch_size", "7", "--examples", "0", "--output", str(tmp_path / "two.json")]
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
-    for name, value in {
-        "WORLD_SIZE": 2,
-        "LOCAL_WORLD_SIZE": 2,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }.items():
-        monkeypatch.setenv(name, str(value))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
     second = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, "evaluate.py", *words], cwd=ROOT, env=second, **pipes) as other:
@@ -132,7 +130,7 @@ def test_two_processes_give_the_numbers_of_one(runs, alone, tmp_path, monkeypatc
 
 
 def test_the_same_images_are_right_in_every_task(runs, alone):
-    path = ["--model_path", runs["trained"], "--limit", "40"]
+    path = ["--model_path", runs["trained"], *LIMIT, "--limit", "40"]
     [plain] = evaluate.main(path)
     [moved] = evaluate.main(
         [*path, "--task", "robustness", "--robust_images", "0", "--corruptions", "none", "--eps", "0", "--steps", "2"]
@@ -151,7 +149,7 @@ def test_a_run_sees_other_data_as_it_was_trained_to(runs, tmp_path):
         folder = tmp_path / part.classes[label]
         folder.mkdir(exist_ok=True)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-    words = ["--dataset", "folder", "--val_data_dir", str(tmp_path), "--image_size", "32", "--limit", "0"]
+    words = ["--dataset", "folder", "--val_data_dir", str(tmp_path), "--image_size", "32", *LIMIT]
     [result] = evaluate.main(["--model_path", runs["trained"], *words, "--workers", "0"])
     assert result["top1"] == 100
 
@@ -167,7 +165,18 @@ def write_arrays(root: Path, part: Part, names: list[str]) -> None:
 def test_a_published_set_shows_the_images_that_the_clean_column_is_of(runs, tmp_path, capsys):
     part = load_evaluation("shapes", limit=60)
     write_arrays(tmp_path / "c", part, ["fog", "spatter"])
-    words = ["--task", "robustness", "--model_path", runs["trained"], *BARE, "--limit", "40", "--robust_images", "16"]
+    words = [
+        "--task",
+        "robustness",
+        "--model_path",
+        runs["trained"],
+        *BARE,
+        *LIMIT,
+        "--limit",
+        "40",
+        "--robust_images",
+        "16",
+    ]
     [result] = evaluate.main([*words, "--corruptions", str(tmp_path / "c"), "--reference", "alexnet"])
     assert result["corruptions"] == {name: dict.fromkeys(range(1, 6), result["clean"]) for name in ("fog", "spatter")}
     assert list(result["ce"]) == ["fog"] and result["mce"] == pytest.approx((100 - result["clean"]) / 0.819324)
@@ -183,15 +192,27 @@ def test_files_of_a_published_set_are_found_by_class_and_name():
         files = FileList("somewhere", names)
         return Part(ImageFiles(files, CentreView(8, 8)), torch.tensor(labels), ["a", "b"], "somewhere", files=files)
 
-    few = part(["images/1.png", "images/7.png"], [0, 1])
+    few = part(["images/7.png", "images/1.png"], [0, 1])
     published = part(["a/1.jpg", "a/7.jpg", "b/1.jpg", "b/7.jpg"], [0, 0, 1, 1])
     found = robustness.corrupted_ones(subject_of(few), published, few, most=2)
-    assert found.files.names() == ["a/1.jpg", "b/7.jpg"] and found.labels.tolist() == [0, 1]
+    assert found.files.names() == ["a/7.jpg", "b/1.jpg"] and found.labels.tolist() == [0, 1]
+
+
+def test_labels_of_a_published_array_are_classes_of_the_data(capsys):
+    """Which the network may have in another order."""
+
+    def part(labels: list[int]) -> Part:
+        pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
+        return Part(pixels, torch.tensor(labels), ["a", "b"], "somewhere")
+
+    subject = subject_of(part([1, 0, 0]))
+    subject.place = torch.tensor([1, 0])
+    found = robustness.corrupted_ones(subject, part([0, 1, 1, 0]), subject.part.spread(2), most=2)
+    assert found.labels.tolist() == [1, 0] and found.pixels[:, 0, 0, 0].tolist() == [0, 2]
+    assert not capsys.readouterr().out
 
 
 def subject_of(part: Part) -> Subject:
-    from engine.classifier import Classifier
-
     network = build_model("resnet20", 2, 32)
     classifier = Classifier("some", network, (0.0,) * 3, (1.0,) * 3)
     return Subject("some", classifier, part, "folder", torch.arange(2), CPU, held_share=0.5)
@@ -257,6 +278,7 @@ def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
         ("robustness", "--step_size 0", "give more than 0"),
         ("calibration", "--limit 2", "leaves 0 of 2 images to fit a temperature"),
         ("localization", "--method gradcam --layer layer9", "the nearest is 'layer3'"),
+        ("localization", "--method gradcam --layer linear", r"layer 'linear' must give maps"),
         ("localization", "--background rep --limit 1 --ece 0", "--background rep: a background is another image"),
         ("localization", "--background_dir /nowhere", "leave it out"),
         ("localization", "--annotation_path boxes.csv", "shapes has boxes of its own"),
@@ -272,14 +294,10 @@ def test_what_is_missing_is_said_before_the_work(runs, monkeypatch, alone, words
 
 @pytest.mark.parametrize("task", evaluate.TASKS)
 def test_logits_that_are_no_numbers_are_an_error(runs, task, tmp_path):
-    words = ["--model_path", runs["trained"], runs["broken"], "--dataset", "shapes", "--ece", "0"]
-    words += ["--ece", "5"] if task == "calibration" else []
-    words += [*LIMIT, "--robust_images", "4", *BARE, "--corruptions", "none"] if task != "robustness" else []
-    words += (
-        [*LIMIT, "--robust_images", "4", "--attack", "fgsm", "--corruptions", "none"] if task == "robustness" else []
-    )
+    words = "--attack fgsm --corruptions none --occlusion no --robust_images 4 --dataset shapes --ece".split()
+    words += ["5" if task == "calibration" else "0", "--output", str(tmp_path / "out.json")]
     with pytest.raises(UserError, match=r"broken: \d+ of \d+ images.* have logits that are NaN"):
-        evaluate.main(["--task", task, *words, "--output", str(tmp_path / "out.json")])
+        evaluate.main(["--task", task, "--model_path", runs["broken"], *LIMIT, *words])
     assert not list(tmp_path.iterdir())
 
 
@@ -288,8 +306,6 @@ def test_different_images_are_not_compared(runs):
     with pytest.raises(UserError, match="made for 2 classes"):
         evaluate.main([*words, "--task", "ood", *LIMIT])
     subjects = [subject_of(load_evaluation("shapes", limit=limit)) for limit in (8, 9)]
-    from engine.evaluation.subject import check_same_images
-
     check_same_images(subjects[:1] * 2, "this")
     with pytest.raises(UserError, match="the same images: some has 8 images .* some has 9 images"):
         check_same_images(subjects, "this")
@@ -309,7 +325,7 @@ def test_options_without_effect_are_named_in_one_note(runs, capsys):
 
 
 def test_a_reference_that_is_the_classifier_gives_100(runs):
-    words = ["--task", "robustness", *BARE, "--limit", "40", "--robust_images", "10", "--severities", "5"]
+    words = ["--task", "robustness", *BARE, *LIMIT, "--limit", "40", "--robust_images", "10", "--severities", "5"]
     [result] = evaluate.main(["--model_path", runs["trained"], *words, "--reference", runs["trained"]])
     assert result["mce"] == pytest.approx(100) and len(result["ce"]) == 15
     assert result["name"] == "trained" and result["reference"] == "trained (2)"
@@ -365,7 +381,7 @@ def test_bold_marks_the_best_of_several():
 
 
 def test_two_classes_have_no_top_5(runs, tmp_path, capsys):
-    words = ["--task", "card", "--dataset", "shapes", "--num_classes", "2", "--limit", "12", "--ece", "0"]
+    words = ["--task", "card", "--dataset", "shapes", "--num_classes", "2", *LIMIT, "--ece", "0"]
     words += [*BARE, "--corruptions", "none", "--examples", "1", "--output", str(tmp_path / "card.json")]
     [result] = evaluate.main(["--model_path", runs["two"], *words])
     assert "top1" in result["accuracy"] and "top5" not in result["accuracy"]
