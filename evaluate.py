@@ -429,10 +429,8 @@ def examples(subject, options: dict) -> Plan:
         pixels = torch.cat([batch.images for batch in subject.batches(few, **PLAIN, alone=True).epoch()])
         best = subject.classify(pixels).softmax(1).max(1)
         maps, _ = maps_at(normalised(pixels, subject.classifier.mean, subject.classifier.std), best.indices)
-        titles = [
-            f"{subject.classifier.title(int(k))} {float(share):.0%}"
-            for share, k in zip(best.values, best.indices, strict=True)
-        ]
+        names = subject.classifier.titles or subject.part.classes
+        titles = [f"{names[int(k)]} {float(share):.0%}" for share, k in zip(best.values, best.indices, strict=True)]
         shown = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return {"images": shown, "maps": maps.cpu().numpy(), "titles": titles}
 

@@ -9,6 +9,7 @@ import torch
 from engine.cifar import LAYOUTS, class_names, find_cifar, read_cifar
 from engine.cli import UserError
 from engine.distributed import check_same, in_turn
+from engine.draws import uniform
 from engine.folders import (
     FileList,
     Found,
@@ -61,8 +62,13 @@ class Part:
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], notes=notes, files=files)
 
     def spread(self, most: int) -> "Part":
-        """At most so many images, from all over the part."""
-        return self.take(torch.linspace(0, len(self) - 1, min(most, len(self))).long())
+        """At most so many images, from all over the part and always the same ones: one drawn from each of as many
+        stretches. Evenly spaced ones would be of few classes where the classes take turns.
+        """
+        count = min(most, len(self))
+        ends = torch.arange(count + 1) * len(self) // max(count, 1)
+        drawn = uniform(torch.arange(count), (), seed=0, purpose="a few of a part")
+        return self.take(ends[:-1] + (drawn * ends.diff()).long())
 
     def seen_as(self, view: View) -> "Part":
         """The same image files, cut out in another way."""

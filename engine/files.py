@@ -54,7 +54,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
         kept = "the old file is intact" if path.exists() else "nothing was left behind"
         raise UserError(
             f"could not write {path}: {full}{str(error).splitlines()[0]}\n"
-            f"{kept}; make room or name another --root_dir, then continue with --checkpoint"
+            f"{kept}; make room, or write to another place; a run goes on with --checkpoint"
         ) from error
 
 

@@ -218,7 +218,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no layer {name!r}"
             + "".join(f"; the nearest is {near!r}" for near in nearest)
-            + " (--list_layers lists them)"
+            + " (cam.py --list_layers lists them)"
         )
     return modules[name]
 

@@ -71,8 +71,9 @@ def test_labels_of_each_severity_are_its_own(tmp_path):
 def test_a_limit_takes_the_same_positions_of_every_corruption(tmp_path):
     write_arrays(tmp_path, ["fog", "snow"], [0, 1, 2, 0, 1, 2])
     found = find_corrupted(tmp_path, CLASSES, limit=3)
-    assert [values(found.part(name, 2)) for name in found.names] == [[20, 22, 25]] * 2
-    assert found.part("fog", 2).labels.tolist() == [0, 2, 2]
+    fog, snow = ([value - 20 for value in values(found.part(name, 2))] for name in found.names)
+    assert fog == snow and [place // 2 for place in fog] == [0, 1, 2]
+    assert found.part("fog", 2).labels.tolist() == [place % 3 for place in fog]
     assert len(find_corrupted(tmp_path, CLASSES, limit=99).part("fog", 1)) == COUNT
 
 
@@ -215,7 +216,11 @@ def test_a_limit_of_folders_reaches_every_class(tmp_path):
     found = find_corrupted(tmp_path, CLASSES, view=VIEW, limit=3)
     for name in found.names:
         part = found.part(name, 1)
-        assert part.labels.tolist() == [0, 1, 2] and part.files.names() == ["ape/0.png", "bee/1.png", "cat/3.png"]
+        assert part.labels.tolist() == [0, 1, 2] and [name[:4] for name in part.files.names()] == [
+            "ape/",
+            "bee/",
+            "cat/",
+        ]
 
 
 def test_folders_need_a_view(tmp_path):

@@ -298,3 +298,13 @@ def test_real_cifar10(real_data):
     mean = data.train.pixels.double().mean((0, 1, 2)) / 255
     torch.testing.assert_close(mean, torch.tensor(data.mean, dtype=torch.float64), atol=2e-4, rtol=0)
     assert not data.warnings
+
+
+@pytest.mark.parametrize(("count", "most"), [(1000, 60), (10, 7), (9, 9), (5, 8), (4, 0)])
+def test_a_few_are_from_all_over_and_of_classes_that_take_turns(count, most):
+    part = Part(torch.arange(count), torch.arange(count) % 2, ["a", "b"], "somewhere")
+    few = part.spread(most)
+    places, wanted = few.pixels.tolist(), min(count, most)
+    assert len(places) == wanted and places == sorted(set(places))
+    assert all(n * count // wanted <= place < (n + 1) * count // wanted for n, place in enumerate(places))
+    assert most != 60 or 20 < int(few.labels.sum()) < 40

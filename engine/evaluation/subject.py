@@ -15,7 +15,7 @@ from engine.distributed import rank, ranks, total
 from engine.draws import uniform
 from engine.image_files import CentreView, StillView
 from engine.loop import predict
-from engine.progress import Progress, bars_wanted, over
+from engine.progress import LINE_SECONDS, Progress, bars_wanted, over
 
 Alter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (pixels, labels, index) -> pixels
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # pixels in 0..1
@@ -108,6 +108,7 @@ class Subject:
         with Progress(f"{self.name} {title}".strip(), len(batches), bar=bars_wanted(False), lines=False) as bar:
             logits, labels = predict(network, batches, precision=self.precision, progress=bar, alter=alter)
         batches.close()
+        self.tell_progress(title)
         self.check(logits, title)
         self.tell_skipped(part, batches.skipped)
         return logits, labels, time.perf_counter() - begin
@@ -117,6 +118,13 @@ class Subject:
         if broken := int((~logits.isfinite()).any(1).sum()):
             where = f" ({title})" if title else ""
             raise ValueError(f"{broken:,} of {len(logits):,} images{where} have logits that are NaN or infinite")
+
+    def tell_progress(self, title: str) -> None:
+        """A line a minute where there is no bar: a card is hundreds of passes."""
+        now = time.monotonic()
+        if not bars_wanted(False) and now > self.shared.setdefault("told", now) + LINE_SECONDS:
+            self.shared["told"] = now
+            print(f"{self.name}: {title or 'the test images'} done", flush=True)
 
     def tell_skipped(self, part: Part, count: int) -> None:
         """Say how many files of the part could not be read, in all processes. All of them must call it."""
