@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ PRETRAINED = "resnet50"  # torchvision's, where no classifier is named
 VIEWS = ("keep", "square", "whole")
 LARGE = 128  # side in pixels of what a classifier sees, above which the centre of a larger image is cut out
 NO_PICTURES = (".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pdf", ".svg")  # are written here
+NORMS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "half")  # of engine.data.STATISTICS
 WINDOWS = 10  # that --show opens at most
 
 
@@ -63,6 +65,13 @@ def build_parser() -> Parser:
         "for small images see all of the middle square, or of the picture, at their own size",
     )
     parser.option("--image_size", type=whole(8), shown="the classifier's", metavar="PIXELS", help="in place of 224")
+    parser.option(
+        "--norm",
+        type=one_of(NORMS),
+        metavar="NAME",
+        shown="from the file",
+        help=f"whose mean and std: {', '.join(NORMS)}",
+    )
     parser.option("--batch_size", type=whole(1), default=32, help="scorecam: masked images at a time")
     parser.option(
         "--on_bad_image", type=one_of(["stop", "skip"]), default="stop", metavar="NAME", help="stop, or skip the file"
@@ -172,6 +181,8 @@ def check_places(options: dict, files: list[Path]) -> None:
 def load_classifiers(options: dict) -> list:
     """Those of the command line, with names that tell them apart and class names; torchvision's where none is named."""
     from engine.classifier import load_classifier, tell_apart
+    from engine.data import STATISTICS
+    from engine.pictures import plain
 
     if not (options["method"] or options["list_layers"]):
         return []
@@ -179,8 +190,15 @@ def load_classifiers(options: dict) -> list:
     known = {"model": options["model"] if options["model_path"] else None, "weights": options["weights"]}
     found = [load_classifier(word, models, image_size=options["image_size"], **known) for word in words]
     tell_apart(found)
-    for one in found:
+    often = Counter(plain(one.name).lower() for one in found)
+    for place, one in enumerate(found, 1):
         name_classes(one, options["labels"])
+        if often[plain(one.name).lower()] > 1:  # cut short, they would name the same files
+            one.name = f"{place} {one.name}"
+        if options["norm"]:
+            one.mean, one.std = STATISTICS[options["norm"]]
+        elif one.path and not one.options and not one.torchvision and one.image_size <= LARGE:
+            print(f"note: {one.path} does not say how its images were normalised; taken: as imagenet (--norm)")
     return found
 
 
@@ -292,14 +310,17 @@ def draw(file: Path, picture, sights: list, label: str, options: dict) -> tuple[
         inside = spread_out(sight.heat, sight.box, stretch=sight.method != "casm")
         overlay = overlaid(picture, inside, options["alpha"], options["colormap"], sight.box)
         place = place_of(sight, label, options["output"])
-        save_picture(place, overlay)
         row = {"image": str(file), **describe(sight), "output": str(place)}
+        again = any(row["output"] == other["output"] for other in rows)  # of a class that was named twice
+        rows.append(row)
+        copies += [scaled_down(overlay)] if options["figure"] else []
+        if again:
+            continue
+        save_picture(place, overlay)
         if options["raw"]:
             row["raw"] = str(place.with_suffix(".npy"))
             save_map(Path(row["raw"]), framed(inside, sight.box, *picture.shape[:2]))
         tell(told_as(row))
-        rows.append(row)
-        copies += [scaled_down(overlay)] if options["figure"] else []
     return rows, copies
 
 

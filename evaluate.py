@@ -183,9 +183,11 @@ def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, 
     dataset = options["dataset"]
     if not dataset:
         parser.error(f"--dataset: {path} does not say what it was trained on; name it")
-    if dataset == "folder" and not options["image_size"] and classifier.image_size > SMALL:
+    if not options["image_size"] and classifier.image_size > SMALL:
         options["image_size"] = classifier.image_size
-    data = load_images(options, shared)
+        if dataset == "imagenet" and not options["eval_resize"]:
+            options["eval_resize"] = classifier.resize
+    data = load_images(options, typed, shared)
     classes = classifier.classes or (read_class_list(options["class_list"]) if options["class_list"] else data.classes)
     if not (classifier.classes or options["class_list"]) and classifier.count != len(data.classes):
         raise UserError(
@@ -194,12 +196,16 @@ def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, 
         )
     place = label_map(data.classes, classifier.classes, options["class_list"], classifier.count)
     part = of_classes(data, place, classes)
+    unsaid = None
     if "norm" in typed or not (classifier.torchvision or trained):  # which say how their images were normalised
         norm = WITHOUT_STATISTICS.get(dataset, dataset) if options["norm"] == "own" else options["norm"]
         classifier.mean, classifier.std = STATISTICS[norm]
+        unsaid = None if trained or "norm" in typed else norm
     layout = pick(options, ["batch_size", "workers", "channels_last", "seed"])
     layout |= {"precision": precision, "held_share": options["held_out"], "shared": shared}
     subject = Subject(classifier.name, classifier, part, dataset, place, device, **layout)
+    if unsaid:
+        subject.note(f"{path} does not say how its images were normalised; taken: as {unsaid} (--norm names another)")
     if (known := int((place >= 0).sum())) < len(classes):
         subject.note(f"{classifier.name} has {len(classes)} classes, of which the data has {known}")
     if left_out := len(data) - len(part):
@@ -209,7 +215,7 @@ def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, 
     return subject, options
 
 
-def load_images(options: dict, shared: dict):
+def load_images(options: dict, typed: dict, shared: dict):
     """The test part that the options mean, read once."""
     from engine.data import load_evaluation
     from engine.distributed import check_same
@@ -222,7 +228,8 @@ def load_images(options: dict, shared: dict):
         check_same("data", {"test images": len(part)}, "every machine needs the same copy of the data set")
         print(part.summary("test"))
         if options["limit"]:
-            print(f"note: --limit {options['limit']}: results are partial")
+            why = "" if "limit" in typed else ", as in its training; --limit 0 takes all"
+            print(f"note: --limit {options['limit']}{why}: results are partial")
     return shared[key]
 
 
@@ -297,7 +304,13 @@ def robustness(subject, options: dict) -> Plan:
     if options["corruptions"] == BUILT_IN:
         chosen["severities"] = sorted(set(options["severities"]))
     elif options["corruptions"] != NONE:
-        chosen["published"] = robustness.find_published(subject, options["corruptions"], options["on_bad_image"])
+        published = robustness.find_published(subject, options["corruptions"], options["on_bad_image"])
+        chosen["published"] = published
+        if options["reference"] == ALEXNET and (published.kind, subject.classifier.count) != ("folders", 1000):
+            raise UserError(
+                f"--reference alexnet: its errors are those of ImageNet-C, which {published.place} is not\n"
+                "give the file of a classifier as reference"
+            )
     return partial(robustness.measure, subject, **chosen)
 
 
@@ -359,13 +372,16 @@ def localization(subject, options: dict) -> Plan:
     if options["background_dir"]:
         backgrounds["ready"] = locating.ready_made(subject, part, boxes, options["background_dir"])
     how = {"maps_of": maps_of(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
+    called = options["method"] + (f" of {options['layer']}" if options["layer"] else "")
+    called += " (summed over 3 x 3)" if options["classic"] else ""
+    fixed = baselines(boxes, subject.size)
 
     def measure() -> dict:
         found = {
             name: locating.localize(subject, *pictures, background=name, **how)
             for name, pictures in backgrounds.items()
         }
-        return {"method": options["method"], "backgrounds": found, "baselines": baselines(boxes, subject.size)}
+        return {"maps": called, "noise_std": options["noise_std"], "backgrounds": found, "baselines": fixed}
 
     return measure
 

@@ -82,9 +82,8 @@ def torchvision_network(name: str, weights: dict[str, torch.Tensor], path: Path 
 
     if name.startswith("densenet"):  # torchvision's own files have older names
         weights = {re.sub(r"(denselayer\d+\.(norm|relu|conv))\.", r"\1", key): value for key, value in weights.items()}
-    last = next(reversed(weights.values()))
     extra = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    network = get_model(name, weights=None, num_classes=len(last) if last.dim() else 1000, **extra)
+    network = get_model(name, weights=None, num_classes=torchvision_count(name, weights), **extra)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
@@ -114,6 +113,7 @@ class Classifier:
     path: str = ""
     epoch: int | None = None
     torchvision: bool = False  # whether the network is one of torchvision's
+    resize: int | None = None  # the shorter side of which its images are the centre, where its weights say so
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalised(pixels, self.mean, self.std)).float()
@@ -220,12 +220,27 @@ def of_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, we
         raise UserError(f"classifier {name}: {error}, or give it as {name}=FILE") from error
     path = str(saved.path) if saved else own.url
     network = torchvision_network(name, state, path)
-    last = next(reversed(state.values()))
-    count = len(last) if last.dim() else 1000
+    count = torchvision_count(name, state)
     titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == count else []
     mean, std = (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"]
-    size = own.transforms().crop_size[0] if own else 224
-    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, titles, path=path, torchvision=True)
+    size, resize = (own.transforms().crop_size[0], own.transforms().resize_size[0]) if own else (224, 256)
+    known = {"titles": titles, "path": path, "torchvision": True, "resize": resize}
+    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, **known)
+
+
+def torchvision_count(name: str, weights: dict[str, torch.Tensor]) -> int:
+    """How many classes weights of torchvision's network `name` are for; 1000 where they lack its last layer."""
+    from torchvision.models import get_model
+
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        linear = [
+            key
+            for key, layer in get_model(name, weights=None, **extra).named_modules()
+            if getattr(layer, "out_features", getattr(layer, "out_channels", 0)) == 1000
+        ]
+    head = weights.get(f"{linear[-1]}.weight") if linear else None
+    return 1000 if head is None else len(head)
 
 
 def start_from(model: torch.nn.Module, path: str, num_classes: int, matching_models: Callable) -> str:

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine.cli import UserError, pixel_units
+from engine.evaluation import attacks
 from engine.evaluation.attacks import Attack, attacks_of, cross_entropy, fgsm, pgd, pixel_gradient
 
 
@@ -268,3 +269,21 @@ def test_the_host_never_waits_during_an_attack():
     for one, alter in zip(found, alters, strict=True):
         same = (one.cpu() - alter(pixels, labels, index)).abs() < 1e-6
         assert same.float().mean() > 0.95, "but for gradients that are all but 0"
+
+
+def test_large_images_are_attacked_a_few_at_a_time(monkeypatch):
+    """The gradient of a whole batch would keep every layer of every image; what comes out is the same."""
+    counts, weight = [], torch.randn(10, 3 * 16 * 16)
+
+    def classify(pixels):
+        counts.append(len(pixels))
+        return pixels.flatten(1) @ weight.T
+
+    pixels, labels, index = torch.rand(5, 3, 16, 16), torch.arange(5), torch.arange(5)
+    (attack,) = attacks_of(["pgd"], [0.1], [2])
+    whole = attack.alter(classify, 0)(pixels, labels, index)
+    assert counts == [5, 5]
+    counts.clear()
+    monkeypatch.setattr(attacks, "AT_ONCE", 2 * 16 * 16)
+    torch.testing.assert_close(attack.alter(classify, 0)(pixels, labels, index), whole)
+    assert counts == [2, 2, 2, 2, 1, 1]

@@ -1,5 +1,6 @@
 """cam.py, as a user calls it on pictures of all kinds."""
 
+import importlib
 import struct
 import sys
 import types
@@ -591,3 +592,38 @@ def test_a_real_bird_is_seen_where_it_sits(real_data, tmp_path):
     assert 16 <= peak[0] < 240 and 58 <= peak[1] < 282
     assert heat[85:165, 140:230].mean() > 0.7 and heat[16:60, 58:110].mean() < 0.2
     assert np.abs(np.load(other["raw"]) - heat).max() > 0.3
+
+
+def test_long_names_of_classifiers_name_no_file_twice(toy, photo, tmp_path, monkeypatch):
+    toy()
+    made = importlib.import_module("engine.classifier").load_classifier
+    words = [str(tmp_path / f"{'a' * 70}{number}") for number in (0, 1)]
+
+    def named(word, zoo, **known):
+        found = made(word, zoo, **known)
+        found.name = found.path = Path(word).name
+        return found
+
+    monkeypatch.setattr("engine.classifier.load_classifier", named)
+    rows = cam.main(["--image_path", photo, "--model_path", *words, "--output", str(tmp_path / "out")])
+    assert len({row["output"] for row in rows}) == 2 == len(list((tmp_path / "out").iterdir()))
+
+
+def test_a_class_that_is_also_the_predicted_one_is_written_once(toy, photo, tmp_path, capsys):
+    toy()
+    words = ["--image_path", photo, "--model_path", "x", "--output", str(tmp_path / "out")]
+    (row,) = cam.main(words)
+    capsys.readouterr()
+    again = cam.main([*words, "--target_class", "predicted", str(row["predicted_index"])])
+    assert [one["output"] for one in again] == [row["output"]] * 2 and capsys.readouterr().out.count(row["output"]) == 1
+
+
+def test_the_normalisation_is_that_of_the_file_or_of_norm(photo, tmp_path, capsys):
+    from models import build_model
+
+    torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
+    words = ["--image_path", photo, "--model_path", str(tmp_path / "bare.pt"), "--output", str(tmp_path / "out")]
+    (plain,) = cam.main(words)
+    assert "taken: as imagenet (--norm)" in capsys.readouterr().out
+    (half,) = cam.main([*words, "--norm", "half"])
+    assert "taken" not in capsys.readouterr().out and half["predicted_probability"] != plain["predicted_probability"]

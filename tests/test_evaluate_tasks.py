@@ -1,5 +1,6 @@
 """evaluate.py beyond accuracy: what its tasks have in common, what they refuse, and what they write."""
 
+import functools
 import json
 import os
 import socket
@@ -177,13 +178,16 @@ def test_a_published_set_shows_the_images_that_the_clean_column_is_of(runs, tmp_
         "--robust_images",
         "16",
     ]
-    [result] = evaluate.main([*words, "--corruptions", str(tmp_path / "c"), "--reference", "alexnet"])
+    words += ["--corruptions", str(tmp_path / "c"), "--dataset", "shapes"]
+    [result] = evaluate.main([*words, "--reference", runs["random"]])
+    [other] = evaluate.main([runs["random"] if word == runs["trained"] else word for word in words])
     assert result["corruptions"] == {name: dict.fromkeys(range(1, 6), result["clean"]) for name in ("fog", "spatter")}
-    assert list(result["ce"]) == ["fog"] and result["mce"] == pytest.approx((100 - result["clean"]) / 0.819324)
+    quotient = (100 - result["clean"]) / (100 - other["clean"])
+    assert list(result["ce"]) == ["fog"] and result["mce"] == pytest.approx(100 * quotient)
     out = capsys.readouterr().out
-    assert "lacks 14 of the 15 corruptions" in out and "AlexNet on ImageNet-C" in out and "cannot be told" not in out
+    assert "lacks 14 of the 15 corruptions" in out and "those of random" in out and "cannot be told" not in out
     write_arrays(tmp_path / "c", part.take(torch.arange(60).roll(1)), ["fog"])
-    evaluate.main([*words, "--corruptions", str(tmp_path / "c")])
+    evaluate.main(words)
     assert "which is which cannot be told, and 16 from all over are taken" in capsys.readouterr().out
 
 
@@ -212,6 +216,58 @@ def test_labels_of_a_published_array_are_classes_of_the_data(capsys):
     assert found.labels.tolist() == few.labels.tolist() == [1, 0]
     assert torch.equal(found.pixels, few.pixels), "the same places of the set"
     assert not capsys.readouterr().out
+
+
+def test_published_files_are_shown_whole(tmp_path):
+    """They are centres already, where the clean ones are cut out of a larger image."""
+    for name in "ab":
+        place = tmp_path / "fog" / "1" / name / "x.png"
+        place.parent.mkdir(parents=True)
+        pixels = np.full((20, 20, 3), 255, np.uint8)
+        pixels[[0, -1]] = 0
+        Image.fromarray(pixels).save(place)
+    part = Part(ImageFiles(FileList(tmp_path, []), CentreView(20, 24)), torch.arange(2), ["a", "b"], "somewhere")
+    found = robustness.find_published(subject_of(part), str(tmp_path), "stop").part("fog", 1)
+    pixels, _, _ = found.pixels.read([0, 1])
+    assert pixels.shape == (2, 20, 20, 3) and not pixels[:, [0, -1]].any() and pixels[:, 1:-1].eq(255).all()
+
+
+def test_the_errors_of_alexnet_are_for_imagenet_c_alone(runs, tmp_path):
+    write_arrays(tmp_path / "c", load_evaluation("shapes", limit=24), ["fog"])
+    words = ["--task", "robustness", "--model_path", runs["trained"], "--corruptions", str(tmp_path / "c")]
+    with pytest.raises(UserError, match="its errors are those of ImageNet-C"):
+        evaluate.main([*words, "--reference", "alexnet"])
+
+
+def test_a_network_of_torchvision_sees_images_of_its_own_size(tmp_path, monkeypatch):
+    """The size of its weights, on whatever files; here 299 pixels cut out of 342."""
+    seen = {}
+
+    @functools.wraps(load_evaluation)
+    def stop(*args, **options):
+        seen.update(options)
+        raise UserError("enough")
+
+    monkeypatch.setattr("engine.data.load_evaluation", stop)
+    classifier = Classifier(
+        "net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, torchvision=True, resize=342
+    )
+    monkeypatch.setattr("engine.classifier.load_classifier", lambda *args, **known: classifier)
+    (tmp_path / "net.pt").touch()
+    with pytest.raises(UserError, match="enough"):
+        evaluate.main(["--model_path", str(tmp_path / "net.pt"), "--dataset", "imagenet"])
+    assert (seen["image_size"], seen["eval_resize"]) == (299, 342)
+
+
+def test_what_a_file_does_not_say_is_told(runs, tmp_path, capsys):
+    torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
+    evaluate.main(["--model_path", str(tmp_path / "bare.pt"), "--dataset", "shapes", "--limit", "20"])
+    assert (
+        "does not say how its images were normalised; taken: as half (--norm names another)" in capsys.readouterr().out
+    )
+    evaluate.main(["--model_path", runs["trained"]])
+    told = capsys.readouterr().out
+    assert "normalised" not in told and ("--limit 0 takes all" in told) == ("--limit" in told)
 
 
 def subject_of(part: Part) -> Subject:

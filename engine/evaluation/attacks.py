@@ -15,6 +15,7 @@ from engine.draws import uniform
 from engine.evaluation import ATTACKS
 
 FGSM_EPS = (4 / 255, 8 / 255)
+AT_ONCE = 2**21  # pixels of the images that are attacked at a time: 41 of 224 a side
 PGD_EPS, PGD_STEPS, PGD_STEP_SIZE = 4 / 255, 20, 2 / 255
 
 Classify = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, 3, H, W) in 0..1 -> logits (B, K)
@@ -100,6 +101,11 @@ class Attack:
         """
 
         def alter(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            count = max(1, AT_ONCE // (pixels.shape[2] * pixels.shape[3]))  # a gradient keeps all layers of each image
+            parts = zip(pixels.split(count), labels.split(count), index.split(count), strict=True)
+            return torch.cat([attacked(*part) for part in parts])
+
+        def attacked(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             if self.name == "fgsm":
                 return fgsm(classify, pixels, labels, self.eps)
             drawn = uniform(index, tuple(pixels.shape[1:]), seed=seed, purpose="pgd start", device=pixels.device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from engine import draw, tables
-from engine.evaluation import calibration, localization, ood, robustness
+from engine.evaluation import calibration, localization, locating, ood, robustness
 
 Panel = tuple[str, Callable]  # a title, and a function that draws on axes
 CALIBRATION = {  # key of the results -> title and format
@@ -112,10 +112,13 @@ def notes_of(results: list[dict], options: dict) -> list[str]:
     if found := first.get("localization"):
         base = found["baselines"]
         notes.append(
-            f"localisation: boxes of {found['method']} maps at {options['th']:g} of the maximum, right from an overlap "
+            f"localisation: boxes of {found['maps']} maps at {options['th']:g} of the maximum, right from an overlap "
             f"of 0.5 on; {base['images']:,} images; a centred box of 3/4 side gets {base['centre']:.2f} %"
         )
-        notes.append("MaxBoxAccV2: thresholds chosen on the held-out images, accuracy of the others")
+        notes += [
+            *locating.noise_note(found),
+            "MaxBoxAccV2: thresholds chosen on the held-out images, accuracy of the others",
+        ]
     else:
         notes.append(f"no localisation: {first['dataset']} comes without true boxes, and --annotation_path gives none")
     return [*notes, f"seed {options['seed']}"]

@@ -55,7 +55,6 @@ class CorruptedSet:
     labels: torch.Tensor | None = None  # of arrays: (N,) long for one severity, or for all five
     view: View | None = None  # of folders
     on_bad_image: str = "stop"
-    limit: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -66,8 +65,8 @@ class CorruptedSet:
         return list(self.sources[name])
 
     def part(self, name: str, severity: int) -> Part:
-        """The images of one corruption at one severity, labels as positions in `classes`; `limit` of them, if it is not
-        0, from all over them. Raises UserError for what cannot be read, ValueError for what is not there.
+        """The images of one corruption at one severity, labels as positions in `classes`. Raises UserError for what
+        cannot be read, ValueError for what is not there.
         """
         if severity not in self.sources.get(name, ()):
             there = {name: self.severities(name) for name in self.names}
@@ -78,25 +77,23 @@ class CorruptedSet:
                 found = labelled(class_folders(source), source)
                 ours = torch.tensor([self.classes.index(of_set) for of_set in found.classes])
                 found = found._replace(labels=ours[found.labels], classes=self.classes)
-                part = part_of_files(found, self.view, self.on_bad_image)
-            else:
-                images = read_images(source, len(self.labels))
-                count = len(images) // len(SEVERITIES)
-                rows = slice((severity - 1) * count, severity * count)
-                labels = self.labels if len(self.labels) == count else self.labels[rows]
-                part = Part(torch.from_numpy(images[rows]), labels, self.classes, f"{source}, severity {severity}")
-            return part.spread(self.limit or len(part))  # which also copies the mapped file into memory
+                return part_of_files(found, self.view, self.on_bad_image)
+            images = read_images(source, len(self.labels))
+            count = len(images) // len(SEVERITIES)
+            rows = slice((severity - 1) * count, severity * count)
+            labels = self.labels if len(self.labels) == count else self.labels[rows]
+            pixels = torch.from_numpy(images[rows]).clone()  # out of the mapped file, while its errors are caught
+            return Part(pixels, labels, self.classes, f"{source}, severity {severity}")
 
 
 def find_corrupted(
-    place: Path, classes: list[str], *, view: View | None = None, on_bad_image: str = "stop", limit: int = 0
+    place: Path, classes: list[str], *, view: View | None = None, on_bad_image: str = "stop"
 ) -> CorruptedSet:
     """The corrupted set in `place`, or in a folder CIFAR-10-C, ImageNet-C ... there; the one usual for so many classes
     goes first.
 
-    classes: of the network. view: how image files are cut out; arrays need none. limit: at most so many images of each
-    corruption and severity, the same of each; 0: all. Raises UserError with what was looked for, and for damaged arrays
-    and for classes that the network does not have.
+    classes: of the network. view: how image files are cut out; arrays need none. Raises UserError with what was looked
+    for, and for damaged arrays and for classes that the network does not have.
     """
     with readable(place):
         if not place.is_dir():
@@ -110,12 +107,12 @@ def find_corrupted(
                     read_images(path, len(labels))
                 sources = in_order({name: dict.fromkeys(SEVERITIES, path) for name, path in arrays.items()})
                 notes = missing(root, sources) + notes
-                return CorruptedSet("arrays", root, classes, sources, notes, labels, limit=limit)
+                return CorruptedSet("arrays", root, classes, sources, notes, labels)
             if sources := in_order(severity_folders(root)):
                 if view is None:
                     raise ValueError(f"{root} holds image files, which need a view")
                 notes = missing(root, sources) + check_classes(root, sources, classes)
-                return CorruptedSet("folders", root, classes, sources, notes, None, view, on_bad_image, limit)
+                return CorruptedSet("folders", root, classes, sources, notes, None, view, on_bad_image)
         raise UserError(
             f"no corrupted images in {place}: looked for <corruption>.npy with labels.npy (CIFAR) and for "
             "<corruption>/<severity>/<class>/*.jpg (or .png, .JPEG ...), there and in folders like CIFAR-10-C or "
@@ -250,7 +247,10 @@ def mean_corruption_error(
     quotients = {}
     for name, ours in errors.items():
         theirs = reference[name]
-        if not isinstance(theirs, (int, float)):
+        if isinstance(theirs, (int, float)):
+            if len(ours) != len(SEVERITIES):
+                raise ValueError(f"{name}: errors at {len(ours)} severities, the reference's is the mean of all five")
+        else:
             if len(theirs) != len(ours):
                 raise ValueError(f"{name}: errors at {len(ours)} severities, the reference's at {len(theirs)}")
             theirs = fmean(theirs)

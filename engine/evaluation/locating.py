@@ -113,13 +113,20 @@ def report(results: list[dict]) -> str:
     base, one = results[0]["baselines"], rows[0]
     lines = [
         f"localisation in percent, of {base['images']:,} images with true boxes: boxes of "
-        f"{results[0]['method']} maps at {one['th']:g} of the maximum, right from an overlap of 0.5 on",
+        f"{results[0]['maps']} maps at {one['th']:g} of the maximum, right from an overlap of 0.5 on",
         tables.text(rows, TITLES),
     ]
     lines += [
         f"{title} gets GT-known {base[key]:.2f}"
         for key, title in (("centre", "a centred box of 3/4 side"), ("whole", "the whole image"))
     ]
+    lines += noise_note(results[0])
     if one["max_box_acc_v2"] is None:
         lines.append(f"no MaxBoxAccV2: its thresholds are chosen on held-out images, here {one['held_images']} of all")
     return "\n".join(lines)
+
+
+def noise_note(result: dict) -> list[str]:
+    """How strong the noise of the background is, where there is any."""
+    known = "noise" in result["backgrounds"]
+    return [f"noise: Gaussian, of deviation {result['noise_std']:g} in pixels of 0..1"] if known else []

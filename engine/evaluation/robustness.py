@@ -13,6 +13,7 @@ from engine.evaluation.attacks import Attack
 from engine.evaluation.corrupted_sets import ALEXNET, CorruptedSet, find_corrupted, mean_corruption_error
 from engine.evaluation.corruptions import CORRUPTIONS, FAMILIES, corrupt
 from engine.evaluation.subject import Alter, Subject
+from engine.image_files import CentreView
 from engine.metrics import topk_correct
 
 AREAS = {"patches": "patches", "centre": "hole"}  # of the curves under occlusion: kind -> how it is called in a table
@@ -43,7 +44,7 @@ def measure(
         result |= {"corrupted_by": "published" if published else "built-in", "corruptions": rows}
         result["corruption_mean"] = mean_of([mean_of(list(row.values())) for row in rows.values()])
     if occluded:
-        curves = of_occlusion(subject, few)
+        curves = of_occlusion(subject, few, result["clean"])
         areas = {
             f"area_{kind}": occlusion.area(one["share"], one["top1"]) for kind, one in curves.items() if complete(one)
         }
@@ -79,9 +80,10 @@ def of_built_in(subject: Subject, part: Part, severities: Sequence[int]) -> dict
 
 def find_published(subject: Subject, place: str, on_bad_image: str) -> CorruptedSet:
     """The corrupted set in a folder, with a note for what it lacks. Raises UserError for what is none, and for images
-    of another size than the subject's.
+    of another size than the subject's. Published files are centres already, and are shown whole.
     """
-    found = find_corrupted(Path(place), subject.part.classes, view=subject.view, on_bad_image=on_bad_image)
+    view = CentreView(subject.size, subject.size)
+    found = find_corrupted(Path(place), subject.part.classes, view=view, on_bad_image=on_bad_image)
     for line in found.notes:
         subject.note(line)
     name = found.names[0]
@@ -134,8 +136,10 @@ def names_of(part: Part) -> list[tuple[int, str]]:
     return list(zip(part.labels.tolist(), (PurePosixPath(name).stem for name in part.files.names()), strict=True))
 
 
-def of_occlusion(subject: Subject, part: Part) -> dict[str, dict[str, list]]:
-    """Accuracy against the share of the image that is hidden, by the mean colour of the network's normalisation."""
+def of_occlusion(subject: Subject, part: Part, clean: float | None) -> dict[str, dict[str, list]]:
+    """Accuracy against the share of the image that is hidden, by the mean colour of the network's normalisation. clean:
+    where nothing is.
+    """
 
     def hidden(kind: str, share: float) -> Alter:
         fill = subject.classifier.mean
@@ -145,7 +149,10 @@ def of_occlusion(subject: Subject, part: Part) -> dict[str, dict[str, list]]:
     return {
         kind: {
             "share": shares,
-            "top1": [accuracy(subject, part, f"{kind} {share:.0%}", hidden(kind, share)) for share in shares],
+            "top1": [
+                accuracy(subject, part, f"{kind} {share:.0%}", hidden(kind, share)) if share else clean
+                for share in shares
+            ],
         }
         for kind in occlusion.KINDS
     }
