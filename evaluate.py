@@ -6,25 +6,21 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import models
 from engine import configure
 from engine.cli import Parser, UserError, one_of, run, whole, yes_no
 from engine.evaluation import options as of_tasks
-from engine.evaluation.options import ALEXNET, BUILT_IN, NONE, TASKS
+from engine.evaluation.options import ALEXNET, TASKS
 from engine.options import DATASETS, data_options, device_options
 from saliency import CAM_METHODS
 
 DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
 DATA_KEYS += ("eval_resize", "val_labels")
-WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own true boxes
 OF_A_CARD = {"robust_images": 1000, "output": "card.json"}  # its defaults
 SMALL = 128  # side in pixels up to which a folder is read as train.py reads it unless told otherwise
 IGNORED = ("cutout", "trad_augment", "log_off", "parallel", "evaluate")  # other codes take them; they change nothing
-
-Plan = Callable[[], dict]  # measures what has been prepared; of several processes the first gets the figures
 
 
 def build_parser() -> Parser:
@@ -71,6 +67,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from engine.device import choose_device, choose_precision, prepare
     from engine.evaluation.reports import report
     from engine.evaluation.subject import check_same_images
+    from engine.evaluation.tasks import MEASURES, divide_errors, under_corruption
 
     if typed.get("info"):
         return [print_info(SavedClassifier(path)) for path in typed["model_path"]]
@@ -86,7 +83,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         measure = MEASURES[task] if len(subjects) < len(typed["model_path"]) else under_corruption
         subjects.append(subject)
         with in_the_name_of(subject):  # what is missing is said now, not when the others have worked for an hour
-            plans.append(measure(subject, known))
+            plans.append(measure(subject, known, maps_of))
     if task != "accuracy":
         check_same_images(subjects, f"--task {task}")
     results = [measured(subject, plan) for subject, plan in zip(subjects, plans, strict=True)]
@@ -242,148 +239,12 @@ def in_the_name_of(subject):
         raise UserError(f"{subject.name}: {error}") from error
 
 
-def measured(subject, plan: Plan) -> dict:
+def measured(subject, plan: Callable[[], dict]) -> dict:
     """The result of a classifier."""
     with in_the_name_of(subject):
         result = {"name": subject.name, "file": subject.classifier.path, **plan()}
     subject.kept.clear()  # pictures and predictions, which another one has no use for
     return result
-
-
-# The tasks. Each looks up what it needs, and returns what measures.
-
-
-def accuracy(subject, options: dict) -> Plan:
-    """Loss, accuracies, calibration error and the table of confusions on the test images."""
-    from engine.evaluation.calibration import calibration_error
-    from engine.loop import scores
-    from engine.metrics import confusion_matrix
-
-    def measure() -> dict:
-        logits, labels, seconds = subject.clean()
-        if not len(labels):
-            return {}
-        confusion = confusion_matrix(logits.argmax(1), labels, logits.shape[1]).cpu()
-        per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
-        result = {"epoch": subject.classifier.epoch, "images": len(labels)}
-        result |= scores(logits, labels, tuple(options["topk"]))
-        if options["ece"]:
-            result["ece"] = 100 * calibration_error(logits, labels, options["ece"])
-        result |= {"seconds": seconds, "classes": subject.part.classes}
-        return result | {"per_class_top1": per_class.tolist(), "confusion": confusion.tolist()}
-
-    return measure
-
-
-def calibration(subject, options: dict) -> Plan:
-    """Calibration errors, likelihood and Brier score, before and after temperature scaling."""
-    from engine.evaluation import calibration
-
-    held = subject.held(len(subject.part))
-    if held.all() or not held.any():
-        raise UserError(
-            f"--held_out {options['held_out']:g} leaves {int(held.sum())} of {len(held)} images to fit a temperature on"
-            "\ntake more images, or another share or --seed"
-        )
-
-    def measure() -> dict:
-        logits, labels, _ = subject.clean()
-        return calibration.measure(logits, labels, held, options["ece"]) if len(labels) else {}
-
-    return measure
-
-
-def robustness(subject, options: dict) -> Plan:
-    """Accuracy under attack, under corruption and under occlusion."""
-    from engine.evaluation import robustness
-    from engine.evaluation.attacks import attacks_of
-
-    names = [name for name in options["attack"] if name != NONE]
-    chosen = {"attacks": attacks_of(names, options["eps"], options["steps"], options["step_size"])}
-    chosen |= {"occluded": options["occlusion"], "most": options["robust_images"] or 0}
-    if options["corruptions"] == BUILT_IN:
-        chosen["severities"] = sorted(set(options["severities"]))
-    elif options["corruptions"] != NONE:
-        published = robustness.find_published(subject, options["corruptions"], options["on_bad_image"])
-        chosen["published"] = published
-        if options["reference"] == ALEXNET and (published.kind, subject.classifier.count) != ("folders", 1000):
-            raise UserError(
-                f"--reference alexnet: its errors are those of ImageNet-C, which {published.place} is not\n"
-                "give the file of a classifier as reference"
-            )
-    return partial(robustness.measure, subject, **chosen)
-
-
-def under_corruption(subject, options: dict) -> Plan:
-    """What of it concerns --reference."""
-    return robustness(subject, options | {"attack": [NONE], "occlusion": False})
-
-
-def divide_errors(results: list[dict], references: list[dict]) -> None:
-    """Put the mean corruption error into the results: by what was measured of --reference, else by what is published of
-    AlexNet.
-    """
-    from engine.evaluation.robustness import add_mean_errors
-
-    reference = references[0] if references else None
-    name = reference["name"] if reference else "AlexNet on ImageNet-C"
-    try:
-        add_mean_errors([result.get("robustness", result) for result in results], reference, name)
-    except ValueError as error:  # a reference without errors; what has been measured is not lost
-        print(f"note: no mCE: {error}")
-
-
-def ood(subject, options: dict) -> Plan:
-    """AUROC and FPR95 of three scores against each set of images from outside."""
-    from engine.evaluation import ood
-    from engine.evaluation.strangers import outside_part
-    from engine.training import pick
-
-    where, outside = pick(options, ["data_dir", "limit", "on_bad_image"]) | {"image_size": subject.size}, {}
-    for word in options["ood"] or ["noise"]:
-        name, part = subject.once(f"{word} {where}", partial(outside_part, word, **where))
-        if part.where == subject.part.where:
-            subject.note(f"--ood {word}: the very images that the classifiers are judged on")
-        outside[word if name in outside else name] = part
-
-    def measure() -> dict:
-        logits, labels, _ = subject.clean()
-        others = {name: subject.predict(name, part=part)[0] for name, part in outside.items()}
-        found = {name: ood.measure(logits, theirs) for name, theirs in others.items() if len(theirs)}
-        return {"images": len(labels), "outside": found}
-
-    return measure
-
-
-def localization(subject, options: dict) -> Plan:
-    """How well maps of the true class find the objects, on the backgrounds asked for, and what fixed boxes get."""
-    from engine.annotations import find_truths
-    from engine.evaluation import locating
-    from engine.evaluation.localization import baselines
-    from engine.progress import over
-
-    truths = find_truths(subject.part, subject.dataset, options["annotation_path"], progress=over)
-    for line in truths.notes():
-        subject.note(line)
-    part, boxes = locating.with_boxes(subject, truths.each)
-    backgrounds = {name: (part, boxes) for name in options["background"]}
-    if "rep" in backgrounds and len(part) < 2:
-        raise UserError("--background rep: a background is another image, and there is one\ntake more images")
-    if options["background_dir"]:
-        backgrounds["ready"] = locating.ready_made(subject, part, boxes, options["background_dir"])
-    how = {"maps_of": maps_of(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
-    called = options["method"] + (f" of {options['layer']}" if options["layer"] else "")
-    called += " (summed over 3 x 3)" if options["classic"] else ""
-    fixed = baselines(boxes, subject.size)
-
-    def measure() -> dict:
-        found = {
-            name: locating.localize(subject, *pictures, background=name, **how)
-            for name, pictures in backgrounds.items()
-        }
-        return {"maps": called, "noise_std": options["noise_std"], "backgrounds": found, "baselines": fixed}
-
-    return measure
 
 
 def maps_of(subject, options: dict) -> Callable:
@@ -408,59 +269,6 @@ def maps_of(subject, options: dict) -> Callable:
             torch.tensor([0], device=subject.device),
         )
     return maps
-
-
-def card(subject, options: dict) -> Plan:
-    """Everything above that the images allow, and maps of a few of them."""
-    plans = {"accuracy": accuracy(subject, options | {"topk": [1, 5]})}
-    if options["ece"]:
-        plans["calibration"] = calibration(subject, options)
-    if of_tasks.asks_robustness(options):
-        plans["robustness"] = robustness(subject, options)
-    plans["ood"] = ood(subject, options)
-    if options["annotation_path"] or subject.dataset in WITH_BOXES:
-        plans["localization"] = localization(subject, options)
-    if options["examples"]:
-        plans["pictures"] = examples(subject, options)
-
-    def measure() -> dict:
-        found = {name: plan() for name, plan in plans.items()}
-        found["accuracy"].pop("confusion", None)  # a million numbers on ImageNet
-        return {"dataset": subject.dataset, **found}
-
-    return measure
-
-
-def examples(subject, options: dict) -> Plan:
-    """A few images from all over the set, what the classifier takes them for, and the maps of that."""
-    import torch
-
-    from engine.classifier import normalised
-    from engine.evaluation.subject import PLAIN
-
-    maps_at = maps_of(subject, options)
-
-    def measure() -> dict:
-        few = subject.part.spread(options["examples"])
-        pixels = torch.cat([batch.images for batch in subject.batches(few, **PLAIN, alone=True).epoch()])
-        best = subject.classify(pixels).softmax(1).max(1)
-        maps, _ = maps_at(normalised(pixels, subject.classifier.mean, subject.classifier.std), best.indices)
-        names = subject.classifier.titles or subject.part.classes
-        titles = [f"{names[int(k)]} {float(share):.0%}" for share, k in zip(best.values, best.indices, strict=True)]
-        shown = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return {"images": shown, "maps": maps.cpu().numpy(), "titles": titles}
-
-    return measure
-
-
-MEASURES = {
-    "accuracy": accuracy,
-    "robustness": robustness,
-    "calibration": calibration,
-    "ood": ood,
-    "localization": localization,
-    "card": card,
-}
 
 
 if __name__ == "__main__":

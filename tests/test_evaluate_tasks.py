@@ -21,7 +21,7 @@ import train
 from engine.classifier import Classifier
 from engine.cli import UserError
 from engine.data import Part, load_evaluation
-from engine.evaluation import card, locating, robustness
+from engine.evaluation import card, locating, robustness, tasks
 from engine.evaluation.reports import draw_task
 from engine.evaluation.subject import Subject, check_same_images
 from engine.folders import FileList
@@ -391,7 +391,7 @@ def test_a_reference_that_is_the_classifier_gives_100(runs):
 
 def test_a_reference_without_errors_costs_no_results(capsys):
     results = [{"name": "a", "corruptions": {"fog": {1: 50.0}}}]
-    evaluate.divide_errors(results, [{"name": "b", "corruptions": {"fog": {1: 100.0}}}])
+    tasks.divide_errors(results, [{"name": "b", "corruptions": {"fog": {1: 100.0}}}])
     assert "mce" not in results[0] and "note: no mCE: fog" in capsys.readouterr().out
 
 
