@@ -19,7 +19,8 @@ from saliency import CAM_METHODS
 DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
 DATA_KEYS += ("eval_resize", "val_labels")
 OF_A_CARD = {"robust_images": 1000, "output": "card.json"}  # its defaults
-SMALL = 128  # side in pixels up to which a folder is read as train.py reads it unless told otherwise
+OF_FILES = ("imagenet", "tiny-imagenet", "folder")  # sets whose images can be seen at any size
+SMALL = 128  # side in pixels of a network's images up to which they are read as train.py reads them
 IGNORED = ("cutout", "trad_augment", "log_off", "parallel", "evaluate")  # other codes take them; they change nothing
 
 
@@ -180,7 +181,7 @@ def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, 
     dataset = options["dataset"]
     if not dataset:
         parser.error(f"--dataset: {path} does not say what it was trained on; name it")
-    if not options["image_size"] and classifier.image_size > SMALL:
+    if dataset in OF_FILES and not options["image_size"] and classifier.image_size > SMALL:
         options["image_size"] = classifier.image_size
         if dataset == "imagenet" and not options["eval_resize"]:
             options["eval_resize"] = classifier.resize

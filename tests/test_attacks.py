@@ -6,7 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import models
+from engine.classifier import load_classifier
 from engine.cli import UserError, pixel_units
+from engine.data import load_evaluation
 from engine.evaluation import attacks
 from engine.evaluation.attacks import Attack, attacks_of, cross_entropy, fgsm, pgd, pixel_gradient
 
@@ -287,3 +290,25 @@ def test_large_images_are_attacked_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(attacks, "AT_ONCE", 2 * 16 * 16)
     torch.testing.assert_close(attack.alter(classify, 0)(pixels, labels, index), whole)
     assert counts == [2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.data
+def test_the_usual_cross_entropy_attacks_less(real_data, monkeypatch):
+    """docs/methods.md: what float32 costs FGSM at 4/255, on the first 500 test images of CIFAR-10."""
+    part = load_evaluation("cifar10", data_dir=str(real_data), limit=500)
+    file = load_classifier(str(real_data / "weights" / "resnet20_cifar10.pt"), models)
+    pixels, (attack,) = part.pixels.permute(0, 3, 1, 2).float() / 255, attacks_of(["fgsm"], [4 / 255])
+    with torch.no_grad():
+        sure = file(pixels).softmax(1).gather(1, part.labels.unsqueeze(1)).eq(1).float().mean()
+
+    def right() -> float:
+        moved = attack.alter(file, 0)(pixels, part.labels, torch.arange(500))
+        with torch.no_grad():
+            return 100 * float((file(moved).argmax(1) == part.labels).float().mean())
+
+    exact = right()
+    monkeypatch.setattr(
+        attacks, "cross_entropy", lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")
+    )
+    assert 100 * float(sure) == pytest.approx(30, abs=1)
+    assert (exact, right()) == pytest.approx((11.2, 17.6), abs=1)

@@ -254,9 +254,10 @@ def test_a_network_of_torchvision_sees_images_of_its_own_size(tmp_path, monkeypa
     )
     monkeypatch.setattr("engine.classifier.load_classifier", lambda *args, **known: classifier)
     (tmp_path / "net.pt").touch()
-    with pytest.raises(UserError, match="enough"):
-        evaluate.main(["--model_path", str(tmp_path / "net.pt"), "--dataset", "imagenet"])
-    assert (seen["image_size"], seen["eval_resize"]) == (299, 342)
+    for dataset, sizes in (("imagenet", (299, 342)), ("folder", (299, None)), ("cifar10", (None, None))):
+        with pytest.raises(UserError, match="enough"):
+            evaluate.main(["--model_path", str(tmp_path / "net.pt"), "--dataset", dataset])
+        assert (seen["image_size"], seen["eval_resize"]) == sizes, dataset
 
 
 def test_what_a_file_does_not_say_is_told(runs, tmp_path, capsys):

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from engine.cli import UserError
 from engine.draws import uniform
 from engine.evaluation import ATTACKS
+from engine.evaluation.subject import Alter
 
 FGSM_EPS = (4 / 255, 8 / 255)
 AT_ONCE = 2**21  # pixels of the images that are attacked at a time: 41 of 224 a side
 PGD_EPS, PGD_STEPS, PGD_STEP_SIZE = 4 / 255, 20, 2 / 255
 
 Classify = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, 3, H, W) in 0..1 -> logits (B, K)
-Alter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # pixels, labels, index -> pixels
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,8 @@ def localize(
     with Progress(f"{subject.name} {background}", len(seen), bar=bars_wanted(False), lines=False) as bar:
         for step, batch in enumerate(seen.epoch()):
             own, pixels = [boxes[position] for position in batch.place.tolist()], batch.images
-            mask = object_mask(own, *pixels.shape[-2:], pixels.device)
+            if background in ("rep", "noise"):
+                mask = object_mask(own, *pixels.shape[-2:], pixels.device)
             if background == "rep":
                 pixels = replaced(pixels, mask, next(behind).images)
             elif background == "noise":

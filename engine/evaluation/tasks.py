@@ -27,11 +27,11 @@ from engine.training import pick
 WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own true boxes
 
 Plan = Callable[[], dict]  # measures what has been prepared; of several processes the first gets the figures
-# (subject, options) -> a function of normalised images (B, 3, H, W) and labels (B,): maps (B, H, W) in 0..1, and logits
-MapsOf = Callable[[Subject, dict], Callable]
+# makes what gives the maps of a subject's network, by the method and layer of the options
+MapsFor = Callable[[Subject, dict], locating.MapsOf]
 
 
-def accuracy(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def accuracy(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """Loss, accuracies, calibration error and the table of confusions on the test images."""
 
     def measure() -> dict:
@@ -50,7 +50,7 @@ def accuracy(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
     return measure
 
 
-def calibration(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def calibration(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """Calibration errors, likelihood and Brier score, before and after temperature scaling."""
     held = subject.held(len(subject.part))
     if held.all() or not held.any():
@@ -66,7 +66,7 @@ def calibration(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
     return measure
 
 
-def robustness(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def robustness(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """Accuracy under attack, under corruption and under occlusion."""
     names = [name for name in options["attack"] if name != NONE]
     chosen = {"attacks": attacks_of(names, options["eps"], options["steps"], options["step_size"])}
@@ -84,9 +84,9 @@ def robustness(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
     return partial(of_robustness.measure, subject, **chosen)
 
 
-def under_corruption(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def under_corruption(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """What of it concerns --reference."""
-    return robustness(subject, options | {"attack": [NONE], "occlusion": False}, maps_of)
+    return robustness(subject, options | {"attack": [NONE], "occlusion": False}, maps_for)
 
 
 def divide_errors(results: list[dict], references: list[dict]) -> None:
@@ -101,7 +101,7 @@ def divide_errors(results: list[dict], references: list[dict]) -> None:
         print(f"note: no mCE: {error}")
 
 
-def ood(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def ood(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """AUROC and FPR95 of three scores against each set of images from outside."""
     where, outside = pick(options, ["data_dir", "limit", "on_bad_image"]) | {"image_size": subject.size}, {}
     for word in options["ood"] or ["noise"]:
@@ -119,7 +119,7 @@ def ood(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
     return measure
 
 
-def localization(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def localization(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """How well maps of the true class find the objects, on the backgrounds asked for, and what fixed boxes get."""
     truths = find_truths(subject.part, subject.dataset, options["annotation_path"], progress=over)
     for line in truths.notes():
@@ -130,7 +130,7 @@ def localization(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
         raise UserError("--background rep: a background is another image, and there is one\ntake more images")
     if options["background_dir"]:
         backgrounds["ready"] = locating.ready_made(subject, part, boxes, options["background_dir"])
-    how = {"maps_of": maps_of(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
+    how = {"maps_of": maps_for(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
     called = options["method"] + (f" of {options['layer']}" if options["layer"] else "")
     called += " (summed over 3 x 3)" if options["classic"] else ""
     fixed = baselines(boxes, subject.size)
@@ -145,18 +145,18 @@ def localization(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
     return measure
 
 
-def card(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def card(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """Everything above that the images allow, and maps of a few of them."""
-    plans = {"accuracy": accuracy(subject, options | {"topk": [1, 5]}, maps_of)}
+    plans = {"accuracy": accuracy(subject, options | {"topk": [1, 5]}, maps_for)}
     if options["ece"]:
-        plans["calibration"] = calibration(subject, options, maps_of)
+        plans["calibration"] = calibration(subject, options, maps_for)
     if asks_robustness(options):
-        plans["robustness"] = robustness(subject, options, maps_of)
-    plans["ood"] = ood(subject, options, maps_of)
+        plans["robustness"] = robustness(subject, options, maps_for)
+    plans["ood"] = ood(subject, options, maps_for)
     if options["annotation_path"] or subject.dataset in WITH_BOXES:
-        plans["localization"] = localization(subject, options, maps_of)
+        plans["localization"] = localization(subject, options, maps_for)
     if options["examples"]:
-        plans["pictures"] = examples(subject, options, maps_of)
+        plans["pictures"] = examples(subject, options, maps_for)
 
     def measure() -> dict:
         found = {name: plan() for name, plan in plans.items()}
@@ -166,9 +166,9 @@ def card(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
     return measure
 
 
-def examples(subject: Subject, options: dict, maps_of: MapsOf) -> Plan:
+def examples(subject: Subject, options: dict, maps_for: MapsFor) -> Plan:
     """A few images from all over the set, what the classifier takes them for, and the maps of that."""
-    maps_at = maps_of(subject, options)
+    maps_at = maps_for(subject, options)
 
     def measure() -> dict:
         few = subject.part.spread(options["examples"])
