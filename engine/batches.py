@@ -49,6 +49,22 @@ def crop_and_flip(
     return picked * inside.unsqueeze(3)
 
 
+def share(batch: torch.Tensor, *, rank: int, ranks: int, pieces: int, even: bool) -> list[torch.Tensor]:
+    """The pieces of a global batch of indices that a rank reads. even: all as long, and what is too much is left out;
+    else they differ by one and may be missing.
+    """
+    parts = ranks * pieces
+    if even:
+        batch = batch[: len(batch) // parts * parts]
+    return [part for part in batch.tensor_split(parts)[rank * pieces : (rank + 1) * pieces] if len(part)]
+
+
+def step_count(images: int, batch_size: int, *, parts: int, even: bool, drop_last: bool = False) -> int:
+    """Optimizer steps of an epoch. parts: into which a batch is cut; even: as for share()."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest >= (parts if even else 1) and not drop_last)
+
+
 class Batches:
     """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many optimizer steps these are.
 
@@ -110,9 +126,8 @@ class Batches:
         self.skipped = 0  # unreadable files of the last epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.part), self.batch_size)
-        least = self.ranks * self.pieces if self.shuffle else 1
-        return whole + (rest >= least and not self.drop_last)
+        cut = {"parts": self.ranks * self.pieces, "even": self.shuffle}
+        return step_count(len(self.part), self.batch_size, drop_last=self.drop_last, **cut)
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -156,11 +171,7 @@ class Batches:
 
     def share(self, batch: torch.Tensor) -> list[torch.Tensor]:
         """The parts of a global batch of indices that this rank reads."""
-        parts = self.ranks * self.pieces
-        if self.shuffle:
-            batch = batch[: len(batch) // parts * parts]
-        own = batch.tensor_split(parts)[self.rank * self.pieces : (self.rank + 1) * self.pieces]
-        return [part for part in own if len(part)]
+        return share(batch, rank=self.rank, ranks=self.ranks, pieces=self.pieces, even=self.shuffle)
 
     def read(
         self, epoch: int, chosen: list[torch.Tensor]

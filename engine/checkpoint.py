@@ -62,7 +62,11 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(side, target)
 
 
-KINDS = {"classifier": "a classifier, made by train.py", "casm": "saliency maps, made by python -m saliency.casm train"}
+KINDS = {  # what a checkpoint is of, and who makes it
+    "classifier": "a classifier, made by train.py",
+    "casm": "saliency maps, made by python -m saliency.casm train",
+    "detector": "a detector, made by detect.py",
+}
 
 
 def read_checkpoint(path: Path, kind: str = "classifier") -> dict:
@@ -202,10 +206,11 @@ def first_keys(content) -> str:
     return type(content).__name__
 
 
-def extract_weights(content, path: Path, *, averaged: bool = False) -> dict[str, torch.Tensor]:
-    """The classifier's state dict in any of the layouts of the earlier codes, with today's names.
+def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = "classifier") -> dict:
+    """The state dict of a classifier in any of the layouts of the earlier codes, with today's names, or of a detector.
 
-    averaged: the weight average (`ema`) of one of our own checkpoints. Raises UserError if there are no weights.
+    averaged: the weight average (`ema`) of one of our own checkpoints. Raises UserError if there are no weights, or if
+    they are of the other kind.
     """
     if averaged:
         if not isinstance(content, dict) or not content.get("ema"):
@@ -226,11 +231,17 @@ def extract_weights(content, path: Path, *, averaged: bool = False) -> dict[str,
         for prefix in PREFIXES:
             if all(key.startswith(prefix) for key in weights):
                 weights, changed = {key[len(prefix) :]: value for key, value in weights.items()}, True
-    if any(key.startswith(("roi_heads.", "rpn.")) for key in weights):
+    detector = any(key.startswith(("roi_heads.", "rpn.")) for key in weights)
+    if detector and kind == "classifier":
         raise UserError(
             f"{path}: holds a detector, and a classifier is wanted here\ndetectors go to detect.py --frcnn-checkpoint"
         )
-    return rename_replication(weights)
+    if not detector and kind == "detector":
+        raise UserError(
+            f"{path}: holds no detector, which is wanted here (first keys: {first_keys(weights)})\n"
+            "classifiers go to detect.py --backbone-checkpoint"
+        )
+    return weights if detector else rename_replication(weights)
 
 
 def rename_replication(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

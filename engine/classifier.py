@@ -44,6 +44,7 @@ class SavedClassifier:
         ours = content if is_ours(content) else {}
         self.classes: list[str] = ours.get("classes", [])
         self.image_size: int | None = ours.get("image_size")
+        self.best: dict | None = ours.get("best")
         epoch = content.get("epoch") if isinstance(content, dict) else None
         self.epoch = epoch if isinstance(epoch, int) else None
 

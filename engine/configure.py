@@ -217,11 +217,18 @@ def check_resume(typed: dict, saved: dict, force: bool = False) -> None:
             f"{flags(differ & ONE_CYCLE)}: the one-cycle schedule of this run is laid out for {saved['epochs']} epochs "
             "and other values\nstart a new run; --init_from takes the weights of this one"
         )
-    if force and differ & BUILT_IN:
+    refuse(differ, typed, saved, may_differ=MAY_DIFFER, built_in=BUILT_IN, force=force)
+
+
+def refuse(differ: set[str], typed: dict, saved: dict, *, may_differ: set[str], built_in: set[str], force: bool):
+    """Raise UserError for options that differ from the saved ones and must not. force: only those of `built_in`, which
+    no saved state would fit, must not.
+    """
+    if force and differ & built_in:
         raise UserError(
-            f"{flags(differ & BUILT_IN)}: the saved state would not fit\nstart a new run; --init_from takes weights"
+            f"{flags(differ & built_in)}: the saved state would not fit\nstart a new run from the weights of this one"
         )
-    if not force and (refused := differ - MAY_DIFFER):
+    if not force and (refused := differ - may_differ):
         width = max(map(len, refused))
         rows = "\n".join(f"  --{key:<{width}}  {saved[key]}  ->  {typed[key]}" for key in sorted(refused))
         raise UserError(

@@ -205,12 +205,14 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def synchronised(model: nn.Module, sync_bn: bool) -> nn.Module:
-    """The network, with batch norm over the images of all processes if sync_bn. Raises UserError on a CPU."""
+def synchronised(model: nn.Module, sync_bn: bool, option: str = "--sync_bn") -> nn.Module:
+    """The network, with batch norm over the images of all processes if sync_bn, which `option` asked for. Raises
+    UserError on a CPU.
+    """
     if not sync_bn or ranks() == 1:
         return model
     if dist.get_backend() != "nccl":
-        raise UserError("--sync_bn: torch has it for GPUs alone; leave it out on a CPU")
+        raise UserError(f"{option}: torch has it for GPUs alone; leave it out on a CPU")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

@@ -127,10 +127,15 @@ def uniforms(seed: int, epoch: int, index: list[int]) -> np.ndarray:
 
     A hash and no generator: a quarter of a microsecond a sample, and no state that a worker could carry along.
     """
-    key = scramble(np.array([seed % 2**64], np.uint64))
-    key = scramble(scramble(key + np.uint64(epoch)) + np.array(index, np.uint64))  # (B,)
+    key = keys(seed, epoch, index)
     steps = np.arange(1, TRIES * NUMBERS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     return ((scramble(key[:, None] + steps) >> np.uint64(11)) * 2.0**-53).reshape(-1, TRIES, NUMBERS)
+
+
+def keys(seed: int, epoch: int, index: list[int]) -> np.ndarray:
+    """(B,) uint64, of a sample's own in that epoch of that seed."""
+    key = scramble(np.array([seed % 2**64], np.uint64))
+    return scramble(scramble(key + np.uint64(epoch)) + np.array(index, np.uint64))
 
 
 def scramble(key: np.ndarray) -> np.ndarray:
@@ -207,6 +212,8 @@ class ImageFiles:
     on_bad_image: `stop`, or `skip` to let the next readable file, with its index, serve.
     """
 
+    remedy: ClassVar[str] = "replace the file, or leave such files out with --on_bad_image skip"
+
     def __init__(self, files: FileList, view: View, on_bad_image: str = "stop"):
         self.files, self.view, self.on_bad_image = files, view, on_bad_image
 
@@ -263,7 +270,10 @@ class ImageFiles:
 
 
 class Reader:
-    """Batches of image files, read ahead by worker processes that start with the first batch and end with close()."""
+    """Batches of image files, read ahead by worker processes that start with the first batch and end with close().
+
+    files: ImageFiles, or what else has a read() and a remedy like theirs.
+    """
 
     def __init__(self, files: ImageFiles, *, seed: int = 0, workers: int = 0, pin: bool = False):
         self.samples, self.order = Samples(files, seed), Order()
@@ -287,10 +297,7 @@ class Reader:
                 self.close()
                 raise
             if pixels is None:
-                raise UserError(
-                    f"an image cannot be read: {places}\nreplace the file, or leave such files out with "
-                    "--on_bad_image skip"
-                )
+                raise UserError(f"an image cannot be read: {places}\n{self.samples.files.remedy}")
             yield pixels, places, boxes
 
     def begin(self) -> Iterator[tuple]:

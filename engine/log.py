@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -42,28 +43,28 @@ def runs_of(options: dict) -> tuple[Path, str]:
     return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
 
 
-def find_resume(options: dict) -> Path | None:
+def find_resume(options: dict, runs_of: Callable = runs_of) -> Path | None:
     """The checkpoint that --checkpoint means, or None. `auto`: of the run of --name, else the newest of the method."""
     if options["checkpoint"] != "auto":
         return find_checkpoint(options["checkpoint"]) if options["checkpoint"] else None
-    parent, methods = runs_of(options)
-    dated = sorted(parent.glob(f"{methods}_????????-??????*"), key=lambda path: path.name)
+    parent, begins = runs_of(options)
+    dated = sorted(parent.glob(f"{begins}_????????-??????*"), key=lambda path: path.name)
     folder = parent / options["name"] if options["name"] else dated[-1] if dated else parent
     return folder / "last.pt" if (folder / "last.pt").exists() else None
 
 
-def run_folder(options: dict, resume: Path | None) -> Path:
+def run_folder(options: dict, resume: Path | None, runs_of: Callable = runs_of) -> Path:
     """The folder to write to: that of the run that goes on, else root_dir/dataset/model/name.
 
     Raises UserError rather than write over another run.
     """
     if resume and (resume.parent / "config.json").is_file():
         return resume.parent
-    parent, methods = runs_of(options)
+    parent, begins = runs_of(options)
     if options["name"]:
         folder = parent / options["name"]
     else:
-        base = f"{methods}_{datetime.now():%Y%m%d-%H%M%S}"
+        base = f"{begins}_{datetime.now():%Y%m%d-%H%M%S}"
         names = (base + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
         folder = next(parent / name for name in names if not (parent / name).exists())
     if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
@@ -83,11 +84,12 @@ class RunFolder:
     """Where a run writes; nothing at all is written when `off`, as in all processes but the first. `say` shows a line
     and keeps it in log.txt.
 
-    anew: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run.
+    anew: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run. columns: of
+    log.csv.
     """
 
-    def __init__(self, path: Path, *, off: bool = False, anew: bool = False):
-        self.path, self.off = Path(path), off
+    def __init__(self, path: Path, *, off: bool = False, anew: bool = False, columns: list[str] = COLUMNS):
+        self.path, self.off, self.columns = Path(path), off, columns
         self.trackers = []
         if not off:
             try:
@@ -125,7 +127,7 @@ class RunFolder:
         if self.off:
             return
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: shorten(value) for key, value in row.items()} for row in history)
         write_atomic(self.path / "log.csv", lambda side: side.write_text(text.getvalue(), encoding="utf-8"))

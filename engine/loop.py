@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -19,10 +19,12 @@ NEVER = 2**62  # the step of a loss that was always finite
 
 
 class NotFinite(Exception):
-    """The loss left the numbers at `step`, which was seen at step `now`. index: the images of that batch."""
+    """The loss left the numbers at `step`, which was seen at step `now`. index: the images of that batch. what: the
+    loss and images, where more is known of them.
+    """
 
-    def __init__(self, step: int, index: torch.Tensor, now: int):
-        super().__init__(f"the loss is not finite at step {step} (seen at step {now})")
+    def __init__(self, step: int, index: torch.Tensor, now: int, what: str = "the loss is not finite"):
+        super().__init__(f"{what} at step {step}" + (f" (seen at step {now})" if now != step else ""))
         self.step, self.index, self.now = step, index, now
 
 
@@ -111,34 +113,29 @@ def timed(source, watch: Stopwatch):
 class Tally:
     """What an epoch adds up, in this process: sums over its images so far, on the device until they are asked for."""
 
-    loss: torch.Tensor
-    hits: torch.Tensor
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: int = 0
     step: int = 0  # optimizer steps done
 
-    @classmethod
-    def empty(cls, device: torch.device) -> "Tally":
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
-
-    def add(self, value: torch.Tensor, logits: torch.Tensor, soft: torch.Tensor) -> None:
-        self.loss += value * len(soft)
-        self.hits += soft.gather(1, logits.argmax(1, keepdim=True)).sum()
-        self.seen += len(soft)
+    def add(self, count: int, **sums: torch.Tensor) -> None:
+        """What `count` more images bring."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float()
+        self.seen += count
 
     def state(self) -> dict:
-        return {"loss": self.loss.cpu(), "hits": self.hits.cpu(), "seen": self.seen, "step": self.step}
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "seen": self.seen, "step": self.step}
 
-    def load(self, state: dict) -> "Tally":
-        self.loss += state["loss"].to(self.loss.device)
-        self.hits += state["hits"].to(self.hits.device)
-        self.seen, self.step = state["seen"], state["step"]
-        return self
+    @classmethod
+    def load(cls, state: dict, device: torch.device) -> "Tally":
+        sums = {name: value.to(device) for name, value in state["sums"].items()}
+        return cls(sums, state["seen"], state["step"])
 
     def means(self) -> dict[str, float]:
-        """Of all processes; waits for the device."""
-        sums = torch.stack([self.loss.double(), self.hits.double(), self.loss.new_tensor(self.seen).double()])
-        loss, hits, seen = total(sums).tolist()
-        return {"train_loss": loss / seen, "train_acc": 100 * hits / seen, "images": int(seen)}
+        """Of all processes, and how many `images` they are of; waits for the device."""
+        seen = next(iter(self.sums.values())).new_tensor(self.seen)
+        *sums, seen = total(torch.stack([*self.sums.values(), seen]).double()).tolist()
+        return {**{name: value / seen for name, value in zip(self.sums, sums, strict=True)}, "images": int(seen)}
 
 
 def train_one_epoch(
@@ -177,7 +174,7 @@ def train_one_epoch(
     and Stopped before a step where stop() says so. steps_before: those of earlier epochs.
     """
     device, network = batches.device, network or model
-    watch, tally = watch or Stopwatch(device), tally or Tally.empty(device)
+    watch, tally = watch or Stopwatch(device), tally or Tally()
     sources = each_source(source)
     learning = [one for one in sources if getattr(one, "learns", False)]
     source = timed(source, watch)
@@ -230,7 +227,8 @@ def train_one_epoch(
                 watch.lap("saliency")
             with torch.no_grad():
                 value = value.detach()  # without the weight, so that methods can be compared
-                tally.add(value, logits, soft)
+                hits = soft.gather(1, logits.argmax(1, keepdim=True)).sum()
+                tally.add(len(soft), loss=value * len(soft), hits=hits)
                 first_bad = torch.where((first_bad == NEVER) & ~value.isfinite(), step, first_bad)
             indices[step].append(batch.index)
         update(model, optimizer, scaler, clip_grad, pieces=batches.pieces)
@@ -247,10 +245,11 @@ def train_one_epoch(
             if progress:
                 rate = (tally.seen - seen_before) * ranks() / (time.perf_counter() - begin)
                 lr = optimizer.param_groups[0]["lr"]
-                progress(step + 1, loss=means["train_loss"], accuracy=means["train_acc"], lr=lr, images_per_second=rate)
+                progress(step + 1, loss=means["loss"], accuracy=100 * means["hits"], lr=lr, images_per_second=rate)
         elif progress:
             progress(step + 1)
-    return tally.means()
+    means = tally.means()
+    return {"train_loss": means["loss"], "train_acc": 100 * means["hits"], "images": means["images"]}
 
 
 def update(model: nn.Module, optimizer, scaler, clip_grad: float, pieces: int) -> None:

@@ -169,20 +169,11 @@ def training_options(
         help="--list_models names them",
     )
     parser.option("--list_models", type=yes_no, default=False, help="names and parameter counts, then exit")
-    parser.option("--config", metavar="FILE", help="options from the config.json of an earlier run; what is typed wins")
-    parser.option(
-        "--checkpoint",
-        "--resume",
-        metavar="PATH",
-        help="continue: a file, a run folder, or auto: the run of --name, or else the newest of this method",
-    )
-    parser.option("--force_config", type=yes_no, default=False, help="continue even with other options")
+    again_options(parser)
     parser.option(
         "--init_from", metavar="FILE", help="start from these weights; another number of classes gets a new last layer"
     )
     parser.option("--evaluate", "-e", type=yes_no, default=False, help="evaluate --checkpoint once and exit")
-    parser.option("--seed", type=whole(), default=0, help="of everything random")
-    parser.option("--deterministic", type=yes_no, default=False, help="bit-exact kernels on CUDA; slower")
     parser.option("--compile", type=yes_no, default=False, help="torch.compile the network")
     parser.option(
         "--profile",
@@ -289,6 +280,28 @@ def training_options(
         "--eval_every", type=whole(1), default=1, help="epochs between evaluations; the last is always evaluated"
     )
 
+    output_options(parser)
+    parser.option(
+        "--vis_epoch", type=whole(), default=0, metavar="N", help="a picture of a mixed batch every N epochs; 0: never"
+    )
+
+
+def again_options(parser: Parser) -> None:
+    """What makes a run the same as another one, or its continuation."""
+    parser.option("--config", metavar="FILE", help="options from the config.json of an earlier run; what is typed wins")
+    parser.option(
+        "--checkpoint",
+        "--resume",
+        metavar="PATH",
+        help="continue: a file, a run folder, or auto: the run of --name, or else the newest of this kind",
+    )
+    parser.option("--force_config", type=yes_no, default=False, help="continue even with other options")
+    parser.option("--seed", type=whole(), default=0, help="of everything random")
+    parser.option("--deterministic", type=yes_no, default=False, help="bit-exact kernels on CUDA; slower")
+
+
+def output_options(parser: Parser) -> None:
+    """Where a training run writes, and what it shows."""
     parser.group("output")
     parser.option("--root_dir", "--output_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
     parser.option("--name", "--tag", "--add_name", "--expname", shown="METHOD_date-time", help="name of the run")
@@ -301,9 +314,6 @@ def training_options(
         default=0,
         metavar="N",
         help="keep epoch_NNN.pt every N epochs; 0: never",
-    )
-    parser.option(
-        "--vis_epoch", type=whole(), default=0, metavar="N", help="a picture of a mixed batch every N epochs; 0: never"
     )
     parser.option("--print_freq", type=whole(1), default=100, help="steps between looks at the loss")
     parser.option("--no_progress", type=yes_no, default=False, help="plain lines instead of progress bars")

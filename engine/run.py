@@ -1,7 +1,9 @@
 """A run from epoch to epoch: taken up where it stopped, measured, kept, and ended well before its time."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +26,7 @@ from engine.distributed import (
     total,
     wrap,
 )
-from engine.log import RunFolder, add_trackers, find_resume, run_folder
+from engine.log import RunFolder, add_trackers, find_resume, run_folder, runs_of
 from engine.loop import Stopwatch, Tally, predict, profile, scores, train_one_epoch
 from engine.phases import Calendar
 from engine.progress import Progress, bars_wanted
@@ -34,7 +36,19 @@ from engine.training import Parts, peak_memory_mb, save, share_what_was_learned,
 OF_A_MACHINE = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
 
 
-def take_up(parser: Parser, typed: dict, options: dict) -> tuple[dict, dict | None, Path]:
+class Task(NamedTuple):
+    """What a kind of run has of its own where it is taken up again."""
+
+    kind: str  # of its checkpoints
+    settle: Callable  # (parser, typed, saved options) -> every option
+    check_resume: Callable  # raises UserError where typed options are not those of the saved run
+    runs_of: Callable  # options -> the folder of such runs, and how unnamed ones begin
+
+
+CLASSIFIER = Task("classifier", configure.settle, configure.check_resume, runs_of)
+
+
+def take_up(parser: Parser, typed: dict, options: dict, task: Task = CLASSIFIER) -> tuple[dict, dict | None, Path]:
     """What --checkpoint says: the options (of the run that goes on), its checkpoint or None, and the run folder.
 
     After torchrun has started the processes anew, the run goes on by itself. Raises UserError.
@@ -46,12 +60,12 @@ def take_up(parser: Parser, typed: dict, options: dict) -> tuple[dict, dict | No
         options = {**options, "checkpoint": options["checkpoint"] or "auto"}
     alike = {key: value for key, value in options.items() if key not in OF_A_MACHINE}
     check_same("options", alike, "start every process with the same command")
-    resume = of_first(lambda: find_resume(options))
-    saved = of_first(lambda: read_checkpoint(resume)) if resume else None
+    resume = of_first(lambda: find_resume(options, task.runs_of))
+    saved = of_first(lambda: read_checkpoint(resume, task.kind)) if resume else None
     if saved:
-        configure.check_resume(typed, saved["config"], force=options["force_config"])
-        options = configure.settle(parser, typed, saved["config"])
-    folder = Path(before) if before else of_first(lambda: run_folder(options, resume))
+        task.check_resume(typed, saved["config"], force=options["force_config"])
+        options = task.settle(parser, typed, saved["config"])
+    folder = Path(before) if before else of_first(lambda: run_folder(options, resume, task.runs_of))
     remember("run folder", str(folder))
     return options, saved, folder
 

@@ -34,7 +34,7 @@ class Parts:
     """Everything whose state decides how training goes on."""
 
     model: torch.nn.Module
-    mixer: object
+    mixer: object | None  # None where nothing is mixed
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None
@@ -49,7 +49,7 @@ class Parts:
         """Everything that a checkpoint keeps of the parts, for the first process; None for the others, which must call
         it too. tally: where the epoch stands, if it is under way.
         """
-        own = {"rng": rng_state(self.device), "method": self.mixer.state_dict()}
+        own = {"rng": rng_state(self.device), "method": self.mixer and self.mixer.state_dict()}
         if tally:  # batch statistics are still each process's own
             own |= {"tally": tally.state(), "buffers": [list(network.buffers()) for network in self.networks]}
         if (every := gather(own)) is None:
@@ -94,7 +94,7 @@ class Parts:
             self.ema.module.load_state_dict(saved["ema"])
         same = len(saved["rng"]) == ranks()
         try:
-            if same:
+            if same and self.mixer:
                 self.mixer.load_state_dict(saved["method"][rank()])
             for source, state in zip(self.sources, saved["saliency"], strict=True):
                 source.load_state_dict(state)
@@ -116,13 +116,14 @@ class Parts:
         else:
             columns = zip(*(one["buffers"] for one in saved), strict=True)
             tallies = [one["tally"] for one in saved]
-            sums = {key: sum(one[key] for one in tallies) for key in ("loss", "hits", "seen")}
-            first = sums if is_first() else {key: 0 * value for key, value in sums.items()}
-            own = {"buffers": [mean_of(column) for column in columns], "tally": first | {"step": tallies[0]["step"]}}
+            mine = 1 if is_first() else 0  # the first process takes it all
+            sums = {key: mine * sum(one["sums"][key] for one in tallies) for key in tallies[0]["sums"]}
+            tally = {"sums": sums, "seen": mine * sum(one["seen"] for one in tallies), "step": tallies[0]["step"]}
+            own = {"buffers": [mean_of(column) for column in columns], "tally": tally}
         for network, values in zip(self.networks, own["buffers"], strict=True):
             for buffer, value in zip(network.buffers(), values, strict=True):
                 buffer.copy_(value)
-        return Tally.empty(self.device).load(own["tally"])
+        return Tally.load(own["tally"], self.device)
 
 
 def mean_of(networks: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -254,11 +255,12 @@ def save(
     also: Sequence[str] = (),
     tally: Tally | None = None,
     before: dict | None = None,
+    further: dict | None = None,
 ) -> None:
     """The files of `also`, and last.pt last of all: only then the epoch counts as done. Every process must call it.
 
     steps: finished optimizer steps. precision: what the network computed in. tally: of an epoch under way; before:
-    what its row in the log needs of its beginning.
+    what its row in the log needs of its beginning. further: what a kind of network keeps besides.
     """
     if options["log_off"]:
         return
@@ -282,6 +284,7 @@ def save(
         "history": history,
         "best": best,
         "versions": versions(),
+        **(further or {}),
     }
     for name in also:
         save_checkpoint(run.path / name, content)

@@ -1,0 +1,133 @@
+"""The training step of a detector, and its detections on a whole part."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+
+from detection.feed import Feed
+from detection.metrics import Found
+from engine.device import exact_float32
+from engine.distributed import every, gather, ranks
+from engine.loop import NotFinite, Stopped, Stopwatch, Tally, autocast, images_of, update
+
+SHORT = {  # of the loss terms, for the progress bar
+    "loss_classifier": "class",
+    "loss_box_reg": "box",
+    "loss_objectness": "object",
+    "loss_rpn_box_reg": "proposal",
+}
+
+
+def train_one_epoch(
+    model: nn.Module,
+    feed: Feed,
+    optimizer: torch.optim.Optimizer,
+    *,
+    epoch: int,
+    steps: int,
+    first_step: int,
+    network: nn.Module | None = None,
+    scheduler=None,
+    scaler=None,
+    ema=None,
+    precision: torch.dtype | None = None,
+    clip_grad: float = 0.0,
+    tally: Tally | None = None,
+    watch: Stopwatch | None = None,
+    stop: Callable[[], bool] | None = None,
+    keep: Callable[[Tally], None] | None = None,
+    look_every: int = 50,
+    progress: Callable | None = None,
+) -> dict[str, float]:
+    """`steps` optimizer steps of an epoch, which may be fewer than it has; the means of the loss and of its terms.
+
+    first_step: the number of the epoch's first step in the run. network: `model` as wrapped for several processes.
+    tally: where a stopped epoch goes on. keep(tally) is called after every step, and may save. progress: as for
+    engine.loop.train_one_epoch. Raises NotFinite, before the weights are touched, for a loss that is no number, and
+    Stopped before a step where stop() says so.
+    """
+    network, tally = network or model, tally or Tally()
+    watch = watch or Stopwatch(feed.device)
+    model.train()
+    begin, seen_before = time.perf_counter(), tally.seen
+    watch.start()
+    stream = feed.epoch(epoch, start=tally.step)
+    for step in range(tally.step, steps):
+        if stop and stop():
+            raise Stopped(tally)
+        optimizer.zero_grad(set_to_none=True)
+        pieces, losses = [], []
+        for piece in range(feed.pieces):
+            batch = next(stream)
+            watch.lap("data")
+            last = piece + 1 == feed.pieces
+            with nullcontext() if last or network is model else network.no_sync():
+                with autocast(feed.device, precision):
+                    terms = network(batch.images, batch.targets)
+                loss = sum(terms.values())
+                (scaler.scale(loss) if scaler else loss).backward()
+            losses.append(terms)
+            pieces.append(batch.index)
+            count = len(batch.images)
+            tally.add(count, loss=loss.detach() * count, **{key: term.detach() * count for key, term in terms.items()})
+            watch.lap("network")
+        # torchvision's detectors make the host wait in every step anyway, so looking at the loss costs nothing more
+        check_finite(losses, pieces, feed, first_step + step)
+        update(model, optimizer, scaler, clip_grad, pieces=feed.pieces)
+        if scheduler:
+            scheduler.step()
+        if ema:
+            ema.update(model)
+        tally.step = step + 1
+        watch.lap("network")
+        if keep:
+            keep(tally)
+        if progress and (tally.step % look_every == 0 or tally.step == steps):
+            means = tally.means()
+            rate = (tally.seen - seen_before) * ranks() / (time.perf_counter() - begin)
+            shown = {name: means[key] for key, name in SHORT.items()}
+            lr = optimizer.param_groups[0]["lr"]
+            progress(tally.step, loss=means["loss"], **shown, lr=lr, images_per_second=rate)
+        elif progress:
+            progress(tally.step)
+    return tally.means()
+
+
+def check_finite(losses: list[dict[str, torch.Tensor]], pieces: list[torch.Tensor], feed: Feed, step: int) -> None:
+    """Raise NotFinite, with the terms and the images, in all processes if a loss of one of them is no number."""
+    values = torch.stack([torch.stack(list(terms.values())) for terms in losses]).detach().sum(0)
+    if all(every(bool(values.isfinite().all()))):
+        return
+    index = images_of(pieces)
+    terms = ", ".join(f"{name} {value:g}" for name, value in zip(losses[0], values.tolist(), strict=True))
+    names = ", ".join(feed.part.names[place] for place in index.tolist())
+    raise NotFinite(step + 1, index, step + 1, f"the loss is not finite ({terms}) on the images {names},")
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, feed: Feed, *, precision: torch.dtype | None = None, progress: Callable | None = None
+) -> list[Found]:
+    """The detections of each image of a part, in its order, in float32 unless a precision is given; the network is in
+    evaluation mode meanwhile. Of several processes each takes its images, and only the first one gets the list.
+    """
+    training, found = model.training, {}
+    model.eval()
+    try:
+        for step, batch in enumerate(feed.epoch()):
+            with exact_float32(), autocast(feed.device, precision):
+                results = model(batch.images)
+            for place, result in zip(batch.index.tolist(), results, strict=True):
+                boxes, labels, scores = (result[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
+                found[place] = Found(boxes.astype(np.float64), labels, scores.astype(np.float64))
+            if progress:
+                progress(step + 1)
+    finally:
+        model.train(training)
+    parts = gather(found) or []
+    together = {place: one for part in parts for place, one in part.items()}
+    return [together[place] for place in sorted(together)]

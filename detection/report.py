@@ -1,0 +1,288 @@
+"""What is printed, written and drawn of a detector's results: fractions come in, percents go out.
+
+The same word stands for two averages: VOC2007's is over 11 recalls, VOC's from 2010 on the area under the curve (see
+detection/metrics.py). So every figure is named in full.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from detection.data import Part, first_names
+from detection.metrics import Found, Truth, overlapping, stacked, voc_verdicts
+from detection.voc import CLASSES, USUAL_COUNTS
+from engine import draw, tables
+
+BEST = "VOC07 mAP@0.5 (11-point)"  # the figure by which a detector is chosen
+VOC = {  # figure -> key of metrics.voc()
+    BEST: "map07",
+    "VOC mAP@0.5 (area)": "map",
+    "VOC AP@[.5:.95] (11-point)": "ap07_50_95",
+    "VOC AP50 (11-point)": "map07",
+    "VOC AP75 (11-point)": "ap07_75",
+    "VOC AP@[.5:.95] (area)": "ap_50_95",
+    "VOC AP50 (area)": "map",
+    "VOC AP75 (area)": "ap_75",
+}
+COCO = {  # figure -> key of metrics.coco()
+    **{f"COCO {name}": name for name in ("AP", "AP50", "AP75")},
+    **{f"COCO AP {size}": f"AP_{size}" for size in ("small", "medium", "large")},
+    **{f"COCO AR@{count}": f"AR_{count}" for count in (1, 10, 100)},
+    **{f"COCO AR {size}": f"AR_{size}" for size in ("small", "medium", "large")},
+}
+FIRST, *LINES = list(VOC)[:2], list(VOC)[2:5], list(VOC)[5:], list(COCO)[:6], list(COCO)[6:]  # figures of a line
+OF_A_CLASS = {  # figure of a class -> key of metrics.voc()
+    "AP@0.5 (11-point)": "ap07",
+    "AP@0.5 (area)": "ap",
+    "AP@[.5:.95] (11-point)": "ap07_50_95",
+    "AP@[.5:.95] (area)": "ap_50_95",
+}
+COLUMNS = {  # of the printed table
+    **{key: (key, ",d") for key in ("objects", "difficult", "detections")},
+    **{f"AP@0.5 ({rule})": (f"AP ({rule})", ".2f") for rule in ("11-point", "area")},
+}
+PROTOCOL = {
+    "11-point": "mean over the recalls 0, 0.1 .. 1 of the highest precision at that recall or beyond; VOC until 2009",
+    "area": "area under the curve of the highest precision at each recall or beyond; VOC from 2010 on",
+    "VOC": "a detection belongs to the object of its class that it overlaps most; the first by score is true if they "
+    "overlap by 0.5 or more, later ones are false; difficult objects count neither way; means over the classes that "
+    "have other objects",
+    "AP@[.5:.95]": "mean over the overlaps 0.5, 0.55 .. 0.95; AP50 and AP75 are at 0.5 and 0.75",
+    "COCO": "101 recalls, overlaps 0.5, 0.55 .. 0.95, the first 100 detections of a class in an image (AR@1, AR@10: "
+    "the first 1 and 10); small, medium and large: boxes of up to 32^2, up to 96^2 and more square pixels",
+}
+LOSSES = {
+    "loss": "sum",
+    "loss_classifier": "class of a box",
+    "loss_box_reg": "place of a box",
+    "loss_objectness": "proposals: object or not",
+    "loss_rpn_box_reg": "proposals: place",
+}
+PERCENTS = {
+    "map07": BEST,
+    "ema_map07": "VOC07 mAP, averaged weights",
+    "map": "VOC mAP@0.5 (area)",
+    "coco_ap": "COCO AP",
+}
+MOST_PANELS = 25
+ROWS = 4  # images of a page
+
+
+# figures
+
+
+def results(
+    voc: dict,
+    coco: dict,
+    *,
+    test_set: str,
+    images: int,
+    score_thr: float,
+    nms_thr: float,
+    max_dets: int,
+    count_difficult: bool = False,
+) -> dict:
+    """What results.json holds of what metrics.voc() and metrics.coco() gave, in percent, None where there is nothing to
+    measure.
+
+    figures: name -> value. classes: name -> objects, difficult, detections and four APs. count_difficult: as given to
+    metrics.coco().
+    """
+    figures = {name: percent(voc[key]) for name, key in VOC.items()}
+    figures |= {name: percent(coco[key]) for name, key in COCO.items()}
+    classes = {
+        name: {"objects": row["objects"], "difficult": row["difficult"], "detections": row["found"]}
+        | {title: percent(row[key]) for title, key in OF_A_CLASS.items()}
+        for name, row in voc["classes"].items()
+    }
+    settings = {
+        "score_thr": score_thr,
+        "nms_thr": nms_thr,
+        "max_dets": max_dets,
+        "coco_count_difficult": count_difficult,
+    }
+    return {
+        "test_set": test_set,
+        "images": images,
+        "unit": "percent",
+        "figures": figures,
+        "classes": classes,
+        "settings": settings,
+        "protocol": PROTOCOL | {"difficult objects in COCO's figures": words_on_difficult(count_difficult)},
+    }
+
+
+def percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
+
+
+def words_on_difficult(counted: bool) -> str:
+    return "counted as ordinary ones" if counted else "ignored, as crowds"
+
+
+def lines_of(results: dict) -> list[str]:
+    """What is printed after an evaluation, of what results() gave."""
+    figures, settings, test_set = results["figures"], results["settings"], results["test_set"]
+    rule, usual = rule_of(test_set, list(results["classes"]))
+    remark = "the number to compare with papers"
+    if results["images"] != usual:
+        remark += f", whose {test_set} has {usual:,} images"
+    lines = marked([[name, two_digits(figures[name])] for name in FIRST], rule, remark)
+    table = [{"name": name} | row for name, row in results["classes"].items()]
+    lines += tables.text(table, COLUMNS, title="class").splitlines()
+    if absent := [name for name, row in results["classes"].items() if not row["objects"]]:
+        lines.append(f"no objects (but difficult ones), so left out of the means: {first_names(absent)}")
+    rows = [
+        [name, two_digits(figures[name])] + [cell for one in others for cell in (brief(one), two_digits(figures[one]))]
+        for name, *others in LINES
+    ]
+    widest = max(map(len, rows))
+    rows = [row + [""] * (widest - len(row)) for row in rows]
+    lines += marked(rows, rule, "as in papers on self-supervised learning")
+    lines.append(
+        f"difficult objects: VOC counts them neither way; COCO: {words_on_difficult(settings['coco_count_difficult'])}"
+    )
+    lines.append(
+        f"{test_set}: {results['images']:,} images; at most {settings['max_dets']} detections in each, score from "
+        f"{settings['score_thr']:g} on, NMS at {settings['nms_thr']:g}; all figures in percent"
+    )
+    return lines
+
+
+def rule_of(test_set: str, classes: list[str]) -> tuple[str, int]:
+    """By which rule papers average precision on one of VOC's sets, and how many images it has: the kit's rule changed
+    in 2010, and codes of self-supervised learning go by the year of the test set as well. ("", 0): no set of VOC's.
+    """
+    if test_set not in USUAL_COUNTS or classes != CLASSES:
+        return "", 0
+    return "11-point" if int(test_set[:4]) < 2010 else "area", USUAL_COUNTS[test_set]
+
+
+def marked(rows: list[list[str]], rule: str, remark: str) -> list[str]:
+    """The rows as lines, with the remark at the one of VOC's by that rule."""
+    lines = tables.aligned(rows).splitlines()
+    return [f"{line}  <- {remark}" if rule and f"({rule})" in line else line for line in lines]
+
+
+def brief(name: str) -> str:
+    """VOC AP50 (area) -> AP50, COCO AP small -> small."""
+    return name.split(" (")[0].split()[-1]
+
+
+def two_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def predictions(names: Sequence[str], found: Sequence[Found], classes: Sequence[str]) -> list[dict]:
+    """All detections in COCO's results format, which pycocotools' loadRes reads where the images are called the same:
+    bbox is x, y, width, height in pixels; the class is there by name as well. names: of the images of `found`.
+    """
+    return [
+        {"image_id": name, "category_id": label, "category": classes[label - 1]}
+        | {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
+        for name, one in zip(names, found, strict=True)
+        for (x0, y0, x1, y1), label, score in rows_of(*one)
+    ]
+
+
+def rows_of(*columns: np.ndarray) -> list[tuple]:
+    """Arrays of n things -> a tuple of plain numbers and lists for each."""
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+# pictures
+
+
+def curves(path: Path, history: list[dict], title: str) -> None:
+    """Loss terms and average precisions (percent) against epoch; a panel of which no row has anything is left out."""
+    there = {key for row in history for key, value in row.items() if value is not None}
+    panels = {unit: names for unit, names in (("loss", LOSSES), ("percent", PERCENTS)) if there & set(names)}
+    if panels:
+        draw.panels_of_epochs(path, history, panels, title)
+
+
+def draw_curves(path: Path, voc: dict) -> None:
+    """Precision against recall at an overlap of 0.5, of what metrics.voc() gave: a panel a class, of the MOST_PANELS
+    classes with the most objects. Nothing is drawn where no class has any.
+    """
+    table = {name: row for name, row in voc["classes"].items() if row["objects"]}
+    most = sorted(table, key=lambda name: -table[name]["objects"])[:MOST_PANELS]
+    panels = [
+        (
+            f"{draw.short(name, 18)}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}",
+            *(voc["curves"][name][key] for key in ("recall", "precision")),
+        )
+        for name, row in table.items()
+        if name in most
+    ]
+    if not panels:
+        return
+    title = (
+        f"AP at IoU 0.5 in percent: 11-point / area; means {100 * voc['map07']:.2f} / {100 * voc['map']:.2f}\n"
+        "dots: the precision that counts at each of the 11 recalls"
+    )
+    if len(table) > len(most):
+        title += f"; the {len(most)} of {len(table)} classes with the most objects"
+    draw.precision_recall(path, panels, title)
+
+
+def draw_detections(
+    folder: Path, part: Part, found: Sequence[Found], truths: Sequence[Truth], *, count: int, threshold: float = 0.5
+) -> list[Path]:
+    """`count` images from all over the part, with their objects and the detections whose score is at least `threshold`,
+    ROWS a page -> the pages, page_01.png and so on, in `folder`.
+
+    found, truths: of all images of the part. Mistakes are those of VOC's rule at an overlap of 0.5.
+    """
+    if not len(found) == len(truths) == len(part):
+        raise ValueError(f"{len(part)} images, but detections of {len(found)} and objects of {len(truths)}")
+    chosen = np.linspace(0, len(part) - 1, min(count, len(part))).round().astype(int).tolist()
+    colours = class_colours(len(part.classes))
+    legend = (
+        "A colour a class. Red, with a cross: mistakes. On the left an object that was not found, on the right a "
+        "detection of no object of its class, or of one found before.\n"
+        "Dashed: an object marked difficult, or a detection of one; they count neither way. A detection is of the "
+        "object that it overlaps most, if their IoU is at least 0.5."
+    )
+    heads = "objects", f"detections, score at least {threshold:g}"
+    pages = []
+    for start in range(0, len(chosen), ROWS):
+        rows = []
+        for index in chosen[start : start + ROWS]:
+            picture = part.read(index).permute(1, 2, 0).contiguous().numpy()
+            left, right, said = judged(found[index], truths[index], part.classes, colours, threshold)
+            rows.append((f"{part.names[index]}: {said}", picture, left, right))
+        pages.append(Path(folder) / f"page_{len(pages) + 1:02d}.png")
+        draw.framed_pairs(pages[-1], rows, heads, legend)
+    return pages
+
+
+def judged(
+    found: Found, truth: Truth, classes: Sequence[str], colours: list[tuple[float, float, float]], threshold: float
+) -> tuple[list[draw.Framed], list[draw.Framed], str]:
+    """Of one image the boxes of its objects, those of its detections by rising score, and how many are right."""
+    sure = found.scores >= threshold
+    things, objects = stacked([Found(*(column[sure] for column in found))], [truth], len(classes))
+    pairs = overlapping(things, objects)
+    true, counted = (verdict[:, 0] for verdict in voc_verdicts(pairs, objects.marks, len(things.labels)))
+    own = [pairs.found == index for index in np.flatnonzero(true)]
+    hit = {pairs.truth[mine][pairs.overlap[mine].argmax()] for mine in own}
+    left = [
+        draw.Framed(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
+        for index, (box, label, difficult) in enumerate(rows_of(objects.boxes, objects.labels, objects.marks))
+    ]
+    right = [
+        draw.Framed(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
+        for box, label, score, good, counts in rows_of(things.boxes, things.labels, things.marks, true, counted)
+    ]
+    positives, false = int((~objects.marks).sum()), int((counted & ~true).sum())
+    return left, right[::-1], f"{int(true.sum())} of {positives} objects found, false detections: {false}"
+
+
+def class_colours(count: int) -> list[tuple[float, float, float]]:
+    """RGB in 0..1: hues all around but red, which is for mistakes, neighbours far apart and of changing brightness."""
+    golden = (5**0.5 - 1) / 2
+    look = ((0.9, 1.0), (0.65, 1.0), (1.0, 0.7))  # saturation, value
+    return [colorsys.hsv_to_rgb(0.08 + 0.8 * (golden * number % 1), *look[number % 3]) for number in range(count)]

@@ -1,0 +1,395 @@
+"""A detector's run: from epoch to epoch, taken up where it stopped, judged, kept, and ended well before its time."""
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.models.detection import FasterRCNN
+
+from detection import report
+from detection.data import Part, load_parts
+from detection.feed import Feed
+from detection.loop import SHORT, predict, train_one_epoch
+from detection.metrics import Found, Truth, coco, voc
+from detection.options import check_resume, runs_of, settle
+from detection.start import build, start_of
+from engine.device import own_stream, prepare
+from engine.distributed import StopSign, average_buffers, finish, is_first, of_first, rank, ranks, wrap
+from engine.files import write_atomic, write_json
+from engine.log import RunFolder, add_trackers, opencv_versions, run_folder
+from engine.loop import Stopwatch, Tally
+from engine.progress import Progress, bars_wanted, over
+from engine.run import Task
+from engine.training import Parts, WeightAverage, peak_memory_mb, pick, save, stop_well
+
+DETECTOR = Task("detector", settle, check_resume, runs_of)
+COLUMNS = [
+    *("epoch", "iteration", "lr", "loss", *SHORT),
+    *("map07", "map", "coco_ap", "ema_map07", "seconds", "images_per_second", "data_seconds", "peak_memory_mb"),
+]
+
+
+@dataclass
+class Known:
+    """What a checkpoint says of the data of a detector."""
+
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: None = None  # images are of any size
+
+
+def build_parts(
+    detector: FasterRCNN,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    schedule: list[int],
+    gammas: list[float],
+    warmup_iters: int,
+    ema: float,
+    precision: torch.dtype | None,
+) -> Parts:
+    """Optimizer and schedule, stepped once an iteration. The rate rises from a thousandth of it in a straight line over
+    warmup_iters, and drops by a factor at each iteration of `schedule`.
+    """
+    device = next(detector.parameters()).device
+    learning = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    fused = device.type in ("cpu", "cuda")
+    optimizer = torch.optim.SGD(learning, lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+    factors = gammas * len(schedule) if len(gammas) == 1 else gammas
+
+    def factor(step: int) -> float:
+        warm = 1.0 if step >= warmup_iters else 1e-3 + (1 - 1e-3) * step / warmup_iters
+        return warm * math.prod(by for start, by in zip(schedule, factors, strict=True) if step >= start)
+
+    scaler = torch.amp.GradScaler(device.type) if precision is torch.float16 else None
+    average = WeightAverage(detector, ema) if ema else None
+    return Parts(detector, None, optimizer, LambdaLR(optimizer, factor), scaler, average)
+
+
+@dataclass
+class Judged:
+    """What an evaluation found and measured."""
+
+    found: list[Found]
+    truths: list[Truth]
+    voc: dict
+    coco: dict
+    seconds: float
+
+    @property
+    def row(self) -> dict[str, float]:
+        """Columns of the log, in percent."""
+        columns = {"map07": self.voc["map07"], "map": self.voc["map"], "coco_ap": self.coco["AP"]}
+        return {key: 100 * value for key, value in columns.items() if value is not None}
+
+
+def judge(model: FasterRCNN, feed: Feed, *, count_difficult: bool, bar: bool) -> Judged | None:
+    """Every protocol on the images of a feed; None in all processes but the first."""
+    begin = time.perf_counter()
+    with Progress("evaluating", len(feed), bar=bar, lines=False) as shown:
+        found = predict(model, feed, progress=shown)
+    if not is_first():
+        return None
+    truths = [Truth(*(target[key].numpy() for key in Truth._fields)) for target in feed.part.targets]
+    classes = feed.part.classes
+    by_coco = coco(found, truths, len(classes), count_difficult=count_difficult)
+    return Judged(found, truths, voc(found, truths, classes), by_coco, time.perf_counter() - begin)
+
+
+def images_of(part: Part, options: dict, device: torch.device) -> Feed:
+    """For judge(). One after the other: what neighbours make an image be padded to would change its detections."""
+    return Feed(part, ranks(), device=device, workers=options["workers"], rank=rank(), ranks=ranks())
+
+
+class Run:
+    """What a run has measured so far, and where it is kept. backbone: where its backbone came from; saved: a checkpoint
+    to go on from.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Parts,
+        options: dict,
+        known: Known,
+        *,
+        steps: int,
+        precision: torch.dtype | None,
+        backbone: dict,
+        saved: dict | None = None,
+    ):
+        self.folder, self.parts, self.options, self.known = folder, parts, options, known
+        self.steps, self.precision, self.backbone = steps, precision, backbone
+        self.network = wrap(parts.model)
+        own_stream(options["seed"])
+        self.history: list[dict] = []
+        self.best = {"value": -1.0, "epoch": 0, "split": "test"}
+        self.tally: Tally | None = None  # of the epoch under way when the run was stopped
+        self.before = {"seconds": 0.0, "lr": None}  # of that epoch
+        self.begun = 0.0
+        self.notes: list[str] = []
+        self.done = saved["step"] if saved else 0
+        self.finished_before = self.done >= options["iters"]
+        self.judged: Judged | None = None
+        if saved:
+            self.go_on_from(saved)
+        self.anew = options["overwrite"] and not saved
+        self.bar = bars_wanted(options["no_progress"]) and is_first()
+        self.sign = StopSign()
+
+    @property
+    def epochs(self) -> range:
+        """Those that are still to come; the last one may be cut short by --iters."""
+        return range(len(self.history), math.ceil(self.options["iters"] / self.steps))
+
+    def steps_of(self, epoch: int) -> int:
+        return min(self.steps, self.options["iters"] - epoch * self.steps)
+
+    def go_on_from(self, saved: dict) -> None:
+        """Take up a checkpoint, and note what will not be as it would have been."""
+        self.best, self.before = saved["best"], saved["before"]
+        whole = saved["history"] if self.finished_before else saved["history"][: self.done // self.steps]
+        self.history = whole  # without the row of a last epoch that was cut short: it goes on now
+        self.tally = self.parts.load(saved)
+        if self.finished_before:
+            self.tally = None
+        elif self.tally:
+            self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.tally.step} of its steps")
+        if saved["precision"] != str(self.precision):
+            self.notes.append(
+                f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
+            )
+        if (before := len(saved["rng"])) != ranks():
+            self.notes.append(
+                f"{before} processes saved this run and {ranks()} continue it: the images of each step are the same, "
+                "random draws are not; it is not the run it would have been"
+            )
+
+    def begin(self, train: Part, test: Part, notes: list[str], where: str) -> None:
+        """Start the files of the run and say what is about to happen."""
+        off = self.options["log_off"] or not is_first()
+        self.log = RunFolder(self.folder, off=off, anew=self.anew, columns=COLUMNS)
+        add_trackers(self.log, self.options)
+        self.log.write_config(self.options, self.parts.device)
+        self.log.write_log(self.history)
+        where += f", {ranks()} processes" if ranks() > 1 else ""
+        announce(self.log, self.options, train, test, self.backbone, self.steps, where=where)
+        for note in [*notes, *self.notes, *train.warnings, *test.warnings]:
+            self.log.say(f"note: {note}")
+        if 0 < self.done < self.options["iters"]:
+            self.log.say(f"continuing after step {self.done}")
+        self.sign.watch()
+
+    def train(self, epoch: int, feed: Feed) -> dict:
+        """One epoch; the row of the log."""
+        if self.tally is None:
+            self.tally = Tally()
+            self.before = {"seconds": 0.0, "lr": self.parts.optimizer.param_groups[0]["lr"]}
+        watch, self.begun = Stopwatch(self.parts.device), time.perf_counter() - self.before["seconds"]
+        steps, first = self.steps_of(epoch), epoch * self.steps
+        with Progress(f"epoch {epoch + 1}/{self.epochs.stop}", steps, bar=self.bar) as shown:
+            row = train_one_epoch(
+                *(self.parts.model, feed, self.parts.optimizer),
+                **{"epoch": epoch, "steps": steps, "first_step": first, "network": self.network},
+                **{"scheduler": self.parts.scheduler, "scaler": self.parts.scaler, "ema": self.parts.ema},
+                **{"precision": self.precision, "clip_grad": self.options["clip_grad"]},
+                **{"tally": self.tally, "watch": watch, "stop": self.sign.raised, "keep": self.keep_inside},
+                **{"look_every": self.options["print_freq"], "progress": shown},
+            )
+        seconds = time.perf_counter() - self.begun
+        row |= {"epoch": epoch + 1, "iteration": first + steps, "lr": self.before["lr"], "seconds": seconds}
+        row |= {"images_per_second": row.pop("images") / seconds, "data_seconds": watch.seconds().get("data", 0.0)}
+        return row | {"peak_memory_mb": peak_memory_mb(self.parts.device)}
+
+    def keep_inside(self, tally: Tally) -> None:
+        """--save_iters: after a step, save where the run stands."""
+        every, step = self.options["save_iters"], len(self.history) * self.steps + tally.step
+        if every and step % every == 0 and tally.step < self.steps_of(len(self.history)):
+            self.before["seconds"] = time.perf_counter() - self.begun
+            self.save()
+
+    def ending_well(self):
+        """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
+
+        def keep(tally: Tally) -> None:
+            self.sign.rest()
+            self.before["seconds"] = time.perf_counter() - self.begun
+            self.save()
+
+        return stop_well(self.log, self.parts, keep)
+
+    def evaluate(self, feed: Feed) -> dict[str, float]:
+        """The columns of the log, in the epochs that --eval_every names and in the last one."""
+        epoch, every = len(self.history) + 1, self.options["eval_every"]
+        for network in self.parts.networks:
+            average_buffers(network)
+        if epoch != self.epochs.stop and not (every and epoch % every == 0):
+            return {}
+        self.before["seconds"] = time.perf_counter() - self.begun
+        self.save()  # an evaluation takes long: a kill shall not cost the epoch
+        how = {"count_difficult": self.options["coco_count_difficult"], "bar": self.bar}
+        self.judged = judge(self.parts.model, feed, **how)
+        columns = self.judged.row if self.judged else {}
+        if self.parts.ema and (averaged := judge(self.parts.ema.module, feed, **how)):
+            columns["ema_map07"] = averaged.row.get("map07")
+        return columns
+
+    def keep(self, row: dict) -> None:
+        """The epoch of this row is done: checkpoints, log, curves."""
+        if row["iteration"] % self.steps == 0:
+            self.tally = None
+        self.history.append(row)
+        also, epoch = [], row["epoch"]
+        if row.get("map07", -1.0) > self.best["value"]:
+            self.best |= {"value": row["map07"], "epoch": epoch}
+            also.append("best.pt")
+        if self.options["save_every"] and epoch % self.options["save_every"] == 0:
+            also.append(f"epoch_{epoch:03d}.pt")
+        self.save(also=also, steps=row["iteration"])
+        self.tally = None
+        self.log.write_log(self.history)
+        self.log.track(row)
+        self.log.say(line_of(row, self.epochs.stop))
+        if not self.log.off and (epoch % 10 == 0 or epoch == self.epochs.stop):
+            report.curves(self.log.path / "curves.png", self.history, f"Faster R-CNN, {self.options['dataset']}")
+
+    def save(self, also: list[str] | tuple = (), steps: int | None = None) -> None:
+        """steps: finished ones, where the history tells them already."""
+        if steps is None:
+            steps = len(self.history) * self.steps + (self.tally.step if self.tally else 0)
+        save(
+            *(self.log, self.parts, self.options, self.known, self.history, self.best),
+            **{"steps": steps, "precision": str(self.precision), "also": also, "tally": self.tally},
+            before=self.before,
+            further={"kind": "detector", "backbone": self.backbone},
+        )
+
+    def finish(self, feed: Feed) -> dict | None:
+        """The numbers under every protocol, and the pictures; returns what results.json holds."""
+        if self.finished_before:
+            how = {"count_difficult": self.options["coco_count_difficult"], "bar": self.bar}
+            self.judged = judge(self.parts.model, feed, **how)
+            self.log.say("this run was finished already; evaluated again:")
+        self.sign.rest()
+        if not is_first():
+            return None
+        training = {
+            **{"iterations": self.options["iters"], "training_seconds": sum(row["seconds"] for row in self.history)},
+            **{"best": self.best, "backbone": self.backbone, "recipe": self.options["recipe"]},
+        }
+        result = present(self.log, self.judged, feed.part, self.options) | training
+        if self.best["value"] >= 0:
+            self.log.say(
+                f"last epoch: VOC07 mAP@0.5 {self.judged.row.get('map07', math.nan):.2f}; best "
+                f"{self.best['value']:.2f} (epoch {self.best['epoch']}, chosen on the test images)"
+            )
+        keep_results(self.log, result)
+        return result
+
+
+def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict | None:
+    """--evaluate: what results.json holds, of --frcnn_checkpoint on the test images, in a run folder of its own. What
+    the file says of the detector serves unless it is typed.
+    """
+    start = start_of(options)
+    options = {**options, **{key: value for key, value in start.options.items() if key not in typed}}
+    options |= {"norm": "frozen", "model": start.body}  # in evaluation all batch norm is
+    prepare(device, seed=options["seed"], deterministic=options["deterministic"])
+    _, test = load_parts(progress=over, **pick({**options, "train_sets": []}, load_parts))
+    detector, notes = build(start, options, test.classes)
+    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+    detector = detector.to(device, memory_format=layout)
+    begins = {**options, "name": options["name"] or f"evaluate_{datetime.now():%Y%m%d-%H%M%S}"}
+    folder = of_first(lambda: run_folder(begins, None, runs_of))
+    log = RunFolder(folder, off=options["log_off"] or not is_first())
+    log.write_config(options, device)
+    log.say(test.summary("test"))
+    log.say(f"{start.path}: Faster R-CNN, {options['neck']}, {start.body}, on {device}, float32")
+    for note in [*notes, *test.warnings]:
+        log.say(f"note: {note}")
+    feed = images_of(test, options, device)
+    judged = judge(
+        detector, feed, count_difficult=options["coco_count_difficult"], bar=bars_wanted(options["no_progress"])
+    )
+    feed.close()
+    result = None
+    if judged:
+        result = present(log, judged, test, options) | {"detector": start.path, "backbone": start.backbone}
+        keep_results(log, result)
+    finish()
+    return result
+
+
+def present(log: RunFolder, judged: Judged, part: Part, options: dict) -> dict:
+    """Say what was measured, draw it, and write the detections where asked for; returns what results.json holds."""
+    result = report.results(
+        judged.voc,
+        judged.coco,
+        test_set=options["test_set"] if options["dataset"] == "voc" else "test scenes",
+        images=len(part),
+        count_difficult=options["coco_count_difficult"],
+        **{key: options[key] for key in ("score_thr", "nms_thr", "max_dets")},
+    )
+    for line in report.lines_of(result):
+        log.say(line)
+    log.say(f"{len(part):,} images in {judged.seconds:.1f} s, {len(part) / judged.seconds:.1f} images/s")
+    if options["predictions"]:
+        rows = json.dumps(report.predictions(part.names, judged.found, part.classes))
+        write_atomic(Path(options["predictions"]), lambda side: side.write_text(rows, encoding="utf-8"))
+        log.say(f"all detections: {options['predictions']}")
+    if not log.off:
+        report.draw_curves(log.path / "precision_recall.png", judged.voc)
+        if options["vis"]:
+            report.draw_detections(log.path / "vis", part, judged.found, judged.truths, count=options["vis"])
+    return result
+
+
+def keep_results(log: RunFolder, result: dict) -> None:
+    if not log.off:
+        write_json(log.path / "results.json", result)
+        names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
+        log.say(f"in {log.path}: {', '.join(names)}")
+
+
+def announce(log: RunFolder, options: dict, train: Part, test: Part, backbone: dict, steps: int, *, where: str) -> None:
+    """What is about to run, on what."""
+    for name, part in (("train", train), ("test", test)):
+        log.say(part.summary(name))
+    drops = " ".join(map(str, options["schedule"])) or "never"
+    sizes = options["min_size"]
+    side = f"{sizes[0]}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}"
+    difficult = "with" if options["use_difficult"] else "without"
+    log.say(
+        f"Faster R-CNN, {options['neck']}, on {backbone.get('model')} from {backbone.get('path')}; recipe "
+        f"{options['recipe']}: {options['iters']:,} steps ({options['iters'] / steps:.1f} epochs of {steps:,}), batch "
+        f"{options['batch_size']}, lr {options['lr']:g}, dropping at {drops}, warm-up {options['warmup_iters']}, "
+        f"weight decay {options['weight_decay']:g}"
+    )
+    log.say(
+        f"shorter side {side}, longer at most {options['max_size']}; {options['trainable_layers']} of 5 layers learn, "
+        f"batch norm {options['norm']}, augmentation {options['augment']}, {difficult} difficult objects, seed "
+        f"{options['seed']}"
+    )
+    log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
+    if len(both := opencv_versions()) > 1:
+        log.say(f"note: {' and '.join(both)} overwrite each other's files: uninstall all but one")
+
+
+def line_of(row: dict, epochs: int) -> str:
+    """One epoch in a line."""
+    terms = "  ".join(f"{name} {row[key]:.3f}" for key, name in SHORT.items())
+    text = (
+        f"epoch {row['epoch']}/{epochs}  step {row['iteration']}  lr {row['lr']:.4g}  loss {row['loss']:.4f}  {terms}"
+    )
+    for key, name in (("map07", "VOC07 mAP@0.5"), ("coco_ap", "COCO AP"), ("ema_map07", "averaged VOC07 mAP@0.5")):
+        text += f"  {name} {row[key]:.2f}" if row.get(key) is not None else ""
+    waiting = 100 * row["data_seconds"] / row["seconds"]
+    return f"{text}  {row['seconds']:.1f} s  {row['images_per_second']:.2f} images/s  waiting for data {waiting:.1f} %"

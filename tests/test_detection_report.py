@@ -1,0 +1,367 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from detection import metrics, report
+from detection.data import Part
+from detection.metrics import Found, Truth
+from detection.scenes import draw_scenes
+from detection.voc import CLASSES, read_part
+from engine import draw
+
+SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
+HAND = {  # fractions that differ all, as metrics.voc() and metrics.coco() give them
+    **{"map07": 0.7671, "map": 0.782, "ap07_50_95": 0.4821, "ap_50_95": 0.4902, "ap07_75": 0.521, "ap_75": 0.5305},
+}
+COCO = {"AP": 0.485, "AP50": 0.779, "AP75": 0.528, "AP_small": None, "AP_medium": 0.353, "AP_large": 0.552}
+COCO |= {"AR_1": 0.401, "AR_10": 0.554, "AR_100": 0.576, "AR_small": None, "AR_medium": 0.457, "AR_large": 0.648}
+
+
+def result_by_hand(classes: list[str] = CLASSES, images: int = 4952, test_set: str = "2007_test", **more) -> dict:
+    """Of each class 10 objects, of the second none, of the third but difficult ones."""
+    table = {}
+    for number, name in enumerate(classes):
+        row = {"objects": 10, "difficult": 2, "found": 1234, "ap07": number / 30, "ap": (number + 0.5) / 30}
+        table[name] = row | {"ap07_50_95": number / 60, "ap_50_95": number / 50}
+    for name, difficult in zip(classes[1:3], (0, 4), strict=True):
+        empty = {"objects": 0, "difficult": difficult, "found": 0}
+        table[name] = empty | dict.fromkeys(("ap07", "ap", "ap07_50_95", "ap_50_95"))
+    voc = HAND | {"classes": table, "curves": {name: {"precision": [], "recall": []} for name in classes}}
+    return report.results(voc, COCO, test_set=test_set, images=images, **SETTINGS, **more)
+
+
+def jittered(part: Part, seed: int = 0) -> tuple[list[Found], list[Truth]]:
+    """Most of the objects, not quite where they are, some in another class, and a few boxes of nothing."""
+    draws, found, truths = np.random.default_rng(seed), [], []
+    for target, (height, width) in zip(part.targets, part.sizes, strict=True):
+        truth = Truth(*(target[key].numpy() for key in ("boxes", "labels", "difficult")))
+        kept = draws.random(len(truth.boxes)) < 0.8
+        corner = draws.random((2, 2)) * (width / 2, height / 2)
+        boxes = np.concatenate(
+            [truth.boxes[kept] + draws.normal(0, 3, (kept.sum(), 4)), np.hstack([corner, corner + 20])]
+        )
+        labels = np.concatenate([truth.labels[kept], draws.integers(1, len(part.classes) + 1, 2)])
+        found.append(Found(boxes.astype("f4"), labels, draws.random(len(labels)).astype("f4")))
+        truths.append(truth)
+    return found, truths
+
+
+def colours_in(path: Path) -> int:
+    with Image.open(path) as image:
+        return len(image.convert("RGB").getcolors(2**24))
+
+
+@pytest.fixture
+def framed(monkeypatch) -> list[dict]:
+    """What would be drawn: a dict for each picture, left and right as (text, dashed, alarm, box)."""
+    pictures = []
+
+    def keep(path, rows, heads, legend):
+        for text, _, *both in rows:
+            sides = ([(one.text, one.dashed, one.alarm, one.box) for one in boxes] for boxes in both)
+            pictures.append({"text": text, **dict(zip(("left", "right"), sides, strict=True))})
+
+    monkeypatch.setattr(draw, "framed_pairs", keep)
+    return pictures
+
+
+# figures
+
+
+def test_every_figure_is_in_percent_under_its_own_name():
+    figures = result_by_hand()["figures"]
+    assert figures == pytest.approx(
+        {
+            **{"VOC07 mAP@0.5 (11-point)": 76.71, "VOC mAP@0.5 (area)": 78.2},
+            **{"VOC AP@[.5:.95] (11-point)": 48.21, "VOC AP50 (11-point)": 76.71, "VOC AP75 (11-point)": 52.1},
+            **{"VOC AP@[.5:.95] (area)": 49.02, "VOC AP50 (area)": 78.2, "VOC AP75 (area)": 53.05},
+            **{"COCO AP": 48.5, "COCO AP50": 77.9, "COCO AP75": 52.8},
+            **{"COCO AP small": None, "COCO AP medium": 35.3, "COCO AP large": 55.2},
+            **{"COCO AR@1": 40.1, "COCO AR@10": 55.4, "COCO AR@100": 57.6},
+            **{"COCO AR small": None, "COCO AR medium": 45.7, "COCO AR large": 64.8},
+        }
+    )
+
+
+def test_results_are_strict_json_without_curves_and_say_how_they_came_about():
+    part = draw_scenes(6)
+    found, truths = jittered(part)
+    voc, coco = metrics.voc(found, truths, part.classes), metrics.coco(found, truths, 10, count_difficult=True)
+    result = report.results(voc, coco, test_set="shapes", images=6, **SETTINGS, count_difficult=True)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert "curves" not in json.dumps(result) and result["unit"] == "percent"
+    assert result["settings"] == SETTINGS | {"coco_count_difficult": True}
+    assert result["protocol"]["difficult objects in COCO's figures"] == "counted as ordinary ones"
+    assert (
+        result["figures"][report.BEST] == 100 * voc["map07"] and result["figures"]["COCO AR@10"] == 100 * coco["AR_10"]
+    )
+    name, row = max(voc["classes"].items(), key=lambda item: item[1]["ap"] or 0)
+    assert row["ap"] > 0 and result["classes"][name] == {
+        **{"objects": row["objects"], "difficult": row["difficult"], "detections": row["found"]},
+        **{"AP@0.5 (11-point)": 100 * row["ap07"], "AP@0.5 (area)": 100 * row["ap"]},
+        **{"AP@[.5:.95] (11-point)": 100 * row["ap07_50_95"], "AP@[.5:.95] (area)": 100 * row["ap_50_95"]},
+    }
+
+
+def test_lines_come_in_order_with_their_names():
+    lines = report.lines_of(result_by_hand())
+    assert lines[:2] == [
+        "VOC07 mAP@0.5 (11-point)  76.71  <- the number to compare with papers",
+        "VOC mAP@0.5 (area)        78.20",
+    ]
+    assert lines[2].split() == "class objects difficult detections AP (11-point) AP (area)".split()
+    table = [line.split() for line in lines[3:23]]
+    assert [row[0] for row in table] == CLASSES
+    assert table[3] == ["boat", "10", "2", "1,234", "10.00", "11.67"]
+    assert table[1] == ["bicycle", "0", "0", "0", "-", "-"]
+    assert lines[23].endswith("left out of the means: bicycle; bird")
+    assert [line.split("  ")[0] for line in lines[24:28]] == [
+        *("VOC AP@[.5:.95] (11-point)", "VOC AP@[.5:.95] (area)", "COCO AP", "COCO AR@1")
+    ]
+    assert lines[24].split()[2:] == "(11-point) 48.21 AP50 76.71 AP75 52.10".split() + (
+        "<- as in papers on self-supervised learning".split()
+    )
+    assert lines[25].split()[2:] == "(area) 49.02 AP50 78.20 AP75 53.05".split()
+    assert lines[26].split()[1:] == "AP 48.50 AP50 77.90 AP75 52.80 small - medium 35.30 large 55.20".split()
+    assert lines[27].split()[1:] == "AR@1 40.10 AR@10 55.40 AR@100 57.60 small - medium 45.70 large 64.80".split()
+    assert "COCO: ignored, as crowds" in lines[28] and "4,952 images" in lines[29] and "0.05" in lines[29]
+    assert len(lines) == 30 and max(map(len, lines)) <= 120
+
+
+def test_the_words_on_difficult_objects_follow_how_they_were_counted():
+    assert any("COCO: counted" in line for line in report.lines_of(result_by_hand(count_difficult=True)))
+
+
+@pytest.mark.parametrize(
+    "given, at, more",
+    [
+        ({}, "(11-point)", ""),
+        ({"images": 170}, "(11-point)", ", whose 2007_test has 4,952 images"),
+        ({"test_set": "2012_val", "images": 5823}, "(area)", ""),
+        ({"test_set": "shapes"}, None, None),
+        ({"classes": ["a", "b", "c"]}, None, None),  # a devkit with classes of its own
+    ],
+)
+def test_the_number_to_compare_with_papers_is_that_of_the_rule_of_its_year(given, at, more):
+    marked = [line for line in report.lines_of(result_by_hand(**given)) if "<-" in line]
+    if at is None:
+        assert not marked
+    else:
+        assert len(marked) == 2 and all(at in line for line in marked)
+        assert marked[0].endswith(f"<- the number to compare with papers{more}")
+
+
+def test_nothing_to_find_gives_dashes():
+    voc = metrics.voc([], [], CLASSES)
+    result = report.results(voc, metrics.coco([], [], 20), test_set="2007_test", images=0, **SETTINGS)
+    lines = report.lines_of(result)
+    assert lines[0].split()[2:4] == ["(11-point)", "-"]
+    assert json.loads(json.dumps(result, allow_nan=False))["figures"]["COCO AP"] is None
+
+
+# predictions
+
+
+def test_predictions_are_written_in_full():
+    found = Found(np.array([[1.1, 2.0, 11.0, 7.5]], "f4"), np.array([2]), np.array([0.1], "f4"))
+    empty = Found(np.empty((0, 4)), np.empty(0, int), np.empty(0))
+    rows = json.loads(json.dumps(report.predictions(["a", "b"], [empty, found], ["cat", "dog"]), allow_nan=False))
+    left = float(np.float32(1.1))
+    assert rows == [
+        {
+            **{"image_id": "b", "category_id": 2, "category": "dog", "score": float(np.float32(0.1))},
+            "bbox": [left, 2.0, 11.0 - left, 5.5],
+        }
+    ]
+
+
+def test_predictions_need_a_name_for_each_image():
+    with pytest.raises(ValueError):
+        report.predictions(["a"], [], CLASSES)
+
+
+def test_pycocotools_reads_predictions():
+    coco = pytest.importorskip("pycocotools.coco")
+    evaluation = pytest.importorskip("pycocotools.cocoeval")
+    part = draw_scenes(10)
+    found, truths = jittered(part)
+    objects = coco.COCO()
+    things = [
+        {"image_id": name, "category_id": int(label), "iscrowd": int(hard), "area": metrics.area(box[None])[0]}
+        | {"bbox": [*box[:2], *(box[2:] - box[:2])]}
+        for name, truth in zip(part.names, truths, strict=True)
+        for box, label, hard in zip(truth.boxes.astype(float), truth.labels, truth.difficult, strict=True)
+    ]
+    objects.dataset = {
+        "images": [{"id": name} for name in part.names],
+        "categories": [{"id": label} for label in range(1, 11)],
+        "annotations": [thing | {"id": number} for number, thing in enumerate(things, 1)],
+    }
+    objects.createIndex()
+    measured = evaluation.COCOeval(
+        objects, objects.loadRes(report.predictions(part.names, found, part.classes)), "bbox"
+    )
+    for step in (measured.evaluate, measured.accumulate, measured.summarize):
+        step()
+    ours = metrics.coco(found, truths, 10)
+    assert ours["AP"] > 0.05 and [ours["AP"], ours["AR_100"]] == pytest.approx([measured.stats[0], measured.stats[8]])
+
+
+# pictures
+
+
+def test_curves_of_what_the_history_has(tmp_path, recwarn):
+    history = [{"epoch": epoch, "loss": 2 / epoch, "loss_classifier": 1 / epoch, "lr": 0.1} for epoch in (1, 2, 3)]
+    report.curves(tmp_path / "loss.png", history, "a")
+    history[2] |= {"map07": 70.0, "map": 71.0, "coco_ap": 30.0, "ema_map07": None}
+    report.curves(tmp_path / "both.png", history, "a")
+    report.curves(tmp_path / "none.png", [{"epoch": 1, "loss": None}], "a")
+    assert not recwarn.list
+    assert colours_in(tmp_path / "both.png") > 100
+    with Image.open(tmp_path / "loss.png") as one, Image.open(tmp_path / "both.png") as two:
+        assert 1.9 < two.width / one.width < 2.1
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_panel_for_each_class_that_has_objects(tmp_path, monkeypatch):
+    part = draw_scenes(8)
+    found, truths = jittered(part)
+    voc = metrics.voc(found, truths, [*part.classes, "none of $these_"])
+    report.draw_curves(tmp_path / "curves.png", voc)
+    assert colours_in(tmp_path / "curves.png") > 100
+    drawn = []
+    monkeypatch.setattr(draw, "precision_recall", lambda path, panels, title: drawn.append((panels, title)))
+    monkeypatch.setattr(report, "MOST_PANELS", 4)
+    report.draw_curves(tmp_path / "few.png", voc)
+    (panels, title), there = drawn[0], {name: row for name, row in voc["classes"].items() if row["objects"]}
+    most = sorted((row["objects"] for row in there.values()), reverse=True)[:4]
+    names = [text.split()[0] for text, *_ in panels]
+    assert sorted((there[name]["objects"] for name in names), reverse=True) == most
+    assert f"the 4 of {len(there)} classes with the most objects" in title
+    row, curve = there[names[0]], voc["curves"][names[0]]
+    assert panels[0] == (
+        f"{names[0]}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}",
+        curve["recall"],
+        curve["precision"],
+    )
+
+
+def test_no_curves_where_no_class_has_objects(tmp_path):
+    report.draw_curves(tmp_path / "curves.png", metrics.voc([], [], CLASSES))
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_the_dots_are_the_precision_that_counts(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(draw, "save", lambda figure, path: figures.append(figure))
+    draw.precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
+    assert len(figures[0].axes) == 2
+    full, empty = (axes.lines[1].get_ydata().tolist() for axes in figures[0].axes[:2])
+    assert full == [1.0] * 4 + [0.75] * 3 + [0.0] * 4 and empty == [0.0] * 11
+
+
+def test_pages_of_images_from_all_over_the_part(tmp_path, framed, monkeypatch):
+    part = draw_scenes(10)
+    found, truths = jittered(part)
+    pages = report.draw_detections(tmp_path / "vis", part, found, truths, count=6)
+    assert pages == [tmp_path / "vis" / "page_01.png", tmp_path / "vis" / "page_02.png"]
+    assert [one["text"].split(":")[0] for one in framed] == [part.names[index] for index in (0, 2, 4, 5, 7, 9)]
+    framed.clear()
+    assert len(report.draw_detections(tmp_path, part, found, truths, count=99)) == 3 and len(framed) == 10
+    assert report.draw_detections(tmp_path, part, found, truths, count=0) == []
+    monkeypatch.undo()
+    (page,) = report.draw_detections(tmp_path, part, found, truths, count=2)
+    assert colours_in(page) > 1000
+
+
+def test_mistakes_are_told_from_what_is_right(tmp_path, framed):
+    """Cats at 0, 40 and (difficult) 80; a dog at 120. The first cat is found twice, the dog as a cat."""
+    part = draw_scenes(1).take([0])
+    at = [[x, 10.0, x + 30.0, 40.0] for x in (0.0, 40.0, 80.0, 120.0)]
+    truth = Truth(np.array(at), np.array([1, 1, 1, 2]), np.array([False, False, True, False]))
+    boxes = np.array([at[0], at[0], at[2], at[3], at[1]])
+    found = Found(boxes, np.array([1, 1, 1, 1, 1]), np.array([0.7, 0.9, 0.6, 0.8, 0.4]))
+    report.draw_detections(tmp_path, part, [found], [truth], count=1, threshold=0.5)
+    cat, dog = part.classes[:2]
+    assert framed[0]["left"] == [
+        *((cat, False, False, at[0]), (cat, False, True, at[1]), (cat, True, False, at[2]), (dog, False, True, at[3]))
+    ]
+    assert framed[0]["right"] == [  # the surest last, so that it is drawn over the others
+        (f"{cat} 0.60", True, False, at[2]),
+        (f"{cat} 0.70", False, True, at[0]),
+        (f"{cat} 0.80", False, True, at[3]),
+        (f"{cat} 0.90", False, False, at[0]),
+    ]
+    assert framed[0]["text"] == f"{part.names[0]}: 1 of 3 objects found, false detections: 2"
+    framed.clear()
+    report.draw_detections(tmp_path, part, [found], [truth], count=1, threshold=0.4)  # and that includes 0.4
+    assert framed[0]["left"][1] == (cat, False, False, at[1])
+
+
+def test_the_object_that_was_found_is_the_one_overlapped_most(tmp_path, framed):
+    part = draw_scenes(1).take([0])
+    truth = Truth(np.array([[0.0, 0.0, 40.0, 40.0], [0.0, 8.0, 40.0, 48.0]]), np.array([1, 1]), np.zeros(2, bool))
+    found = Found(truth.boxes[1:] + 1, np.array([1]), np.array([0.9]))
+    report.draw_detections(tmp_path, part, [found], [truth], count=1)
+    assert [alarm for _, _, alarm, _ in framed[0]["left"]] == [True, False]
+
+
+def test_detections_of_other_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 images, but detections of 0"):
+        report.draw_detections(tmp_path, draw_scenes(1).take([0]), [], [], count=1)
+
+
+def test_a_colour_a_class_and_none_is_red():
+    colours = np.array(report.class_colours(20))
+    apart = np.abs(colours[:, None] - colours).sum(-1) + 9 * np.eye(20)
+    assert apart.min() > 0.1 and report.class_colours(5) == report.class_colours(20)[:5]
+    red, green, blue = colours.T
+    assert not ((red > 0.6) & (np.maximum(green, blue) < 0.35)).any()
+
+
+@pytest.mark.parametrize("shape", [(400, 20), (20, 400), (3, 3), (1500, 1000)])
+def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shape, recwarn):
+    height, width = shape
+    picture = np.full((height, width, 3), 255, np.uint8)
+    text = "a very long name of a class, $and_ \u5b57"
+    boxes = [draw.Framed((0, 0, width, height), text, (0.1, 0.2, 0.9), dashed=True)] * 3
+    draw.framed_pairs(tmp_path / "a.png", [("\u5b57 $_", picture, boxes, [])], ("left", "right"), "one\ntwo")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.width == 1030 and image.height == pytest.approx(500 * min(1, height / width) + 94, abs=2)
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    blue = (pixels[..., 2] - pixels[..., 0]) > 120
+    assert blue[:, :520].sum() > 100 and not blue[:, 520:].any()
+    assert not recwarn.list  # of letters that the font has not
+
+
+def test_a_box_is_drawn_where_it_is(tmp_path):
+    picture = np.full((100, 250, 3), 255, np.uint8)
+    box = draw.Framed((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
+    draw.framed_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    rows, columns = np.nonzero((pixels[..., 2] > 240) & (pixels[..., 0] < 20))
+    x0, y0 = 520, 24  # of the picture on the right, twice as large on the page
+    found = [columns.min() - x0, rows[columns > x0 + 200].min() - y0, columns.max() - x0, rows.max() - y0]
+    assert found == pytest.approx([100, 60, 300, 160], abs=2)
+
+
+def test_texts_at_the_same_place_do_not_hide_one_another(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(draw, "save", lambda figure, path, dpi: figures.append(figure))
+    picture = np.zeros((100, 100, 3), np.uint8)
+    box = draw.Framed((20, 30, 80, 90), "person 0.99", (1.0, 0.5, 0.0))
+    draw.framed_pairs(tmp_path / "a.png", [("", picture, [box] * 5, [])], ("", ""), "")
+    texts = [text.get_window_extent() for text in figures[0].axes[0].texts if text.get_text() == "person 0.99"]
+    assert len(texts) == 5
+    assert not any(one.overlaps(other) for place, one in enumerate(texts) for other in texts[:place])
+
+
+@pytest.mark.data
+def test_real_images_are_drawn(tmp_path, real_data):
+    part = read_part(real_data / "VOCdevkit", ["2007_test"]).take(range(2))
+    found, truths = jittered(part)
+    (page,) = report.draw_detections(tmp_path, part, found, truths, count=2)
+    assert colours_in(page) > 10_000
