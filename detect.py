@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     from detection.data import load_parts
     from detection.feed import Feed
-    from detection.run import DETECTOR, Known, Run, build_parts, evaluate_detector, images_of
+    from detection.run import DETECTOR, Known, Run, build_parts, check_same_data, evaluate_detector, images_of
     from detection.scenes import export_voc
     from detection.start import build, start_of
     from engine import distributed
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     train, test = load_parts(progress=over, **pick(options, load_parts))
     train = train if options["use_difficult"] else train.without_difficult()
+    check_same_data(saved, train)
     check_batch(**pick(options, ["batch_size", "accumulate"]), images=len(train), drop_last=False)
     alike = {"rank": distributed.rank(), "ranks": distributed.ranks(), "pieces": options["accumulate"]}
     feed_options = pick(options, ["batch_size", "augment", "seed", "workers"])
@@ -50,14 +51,14 @@ def main(argv: list[str] | None = None) -> dict | None:
     options |= settled(parser, schedule_of, options, len(feed))
 
     start = start_of(options, saved)
-    options["model"] = start.body
+    options |= {"model": start.body, "neck": typed.get("neck", start.options.get("neck", options["neck"]))}
     detector, more = build(start, options, train.classes)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     detector = distributed.synchronised(detector, options["norm"] == "syncbn", "--norm syncbn")
     detector = detector.to(device, memory_format=layout)
     parts = build_parts(detector, precision=precision, **pick(options, build_parts))
 
-    known = Known(train.classes, start.mean, start.std)
+    known = Known(train.classes, start.mean, start.std, len(train))
     judged_on = images_of(test, options, device)
     common = {"steps": len(feed), "precision": precision, "backbone": start.backbone, "saved": saved}
     run = Run(folder, parts, options, known, **common)

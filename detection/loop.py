@@ -1,5 +1,6 @@
 """The training step of a detector, and its detections on a whole part."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from detection.feed import Feed
+from detection.feed import Batch, Feed
 from detection.metrics import Found
 from engine.device import exact_float32
-from engine.distributed import every, gather, ranks
-from engine.loop import NotFinite, Stopped, Stopwatch, Tally, autocast, images_of, update
+from engine.distributed import every, gather, on_host, ranks
+from engine.loop import NotFinite, Stopped, Stopwatch, Tally, autocast, update
 
 SHORT = {  # of the loss terms, for the progress bar
     "loss_classifier": "class",
@@ -60,7 +61,7 @@ def train_one_epoch(
         if stop and stop():
             raise Stopped(tally)
         optimizer.zero_grad(set_to_none=True)
-        pieces, losses = [], []
+        batches, losses = [], []
         for piece in range(feed.pieces):
             batch = next(stream)
             watch.lap("data")
@@ -71,12 +72,12 @@ def train_one_epoch(
                 loss = sum(terms.values())
                 (scaler.scale(loss) if scaler else loss).backward()
             losses.append(terms)
-            pieces.append(batch.index)
+            batches.append(batch)
             count = len(batch.images)
             tally.add(count, loss=loss.detach() * count, **{key: term.detach() * count for key, term in terms.items()})
             watch.lap("network")
         # torchvision's detectors make the host wait in every step anyway, so looking at the loss costs nothing more
-        check_finite(losses, pieces, feed, first_step + step)
+        check_finite(losses, batches, feed.part.names, first_step + step + 1)
         update(model, optimizer, scaler, clip_grad, pieces=feed.pieces)
         if scheduler:
             scheduler.step()
@@ -97,15 +98,24 @@ def train_one_epoch(
     return tally.means()
 
 
-def check_finite(losses: list[dict[str, torch.Tensor]], pieces: list[torch.Tensor], feed: Feed, step: int) -> None:
-    """Raise NotFinite, with the terms and the images, in all processes if a loss of one of them is no number."""
-    values = torch.stack([torch.stack(list(terms.values())) for terms in losses]).detach().sum(0)
-    if all(every(bool(values.isfinite().all()))):
-        return
-    index = images_of(pieces)
-    terms = ", ".join(f"{name} {value:g}" for name, value in zip(losses[0], values.tolist(), strict=True))
-    names = ", ".join(feed.part.names[place] for place in index.tolist())
-    raise NotFinite(step + 1, index, step + 1, f"the loss is not finite ({terms}) on the images {names},")
+def check_finite(losses: list[dict[str, torch.Tensor]], batches: list[Batch], names: list[str], step: int) -> None:
+    """Raise NotFinite, with the terms, the images and their objects, in all processes if a loss of one of them is no
+    number. losses, batches: of the pieces of the step. names: of all images.
+    """
+    values = torch.stack([torch.stack(list(terms.values())) for terms in losses]).detach()
+    own = []
+    if not values.isfinite().all():
+        for terms, batch in zip(values.tolist(), batches, strict=True):
+            if not math.isfinite(sum(terms)):
+                seen = {"terms": dict(zip(losses[0], terms, strict=True)), "index": batch.index}
+                seen |= {"names": [names[place] for place in batch.index.tolist()]}
+                own.append(on_host({**seen, "images": batch.images, "targets": batch.targets}))
+    bad = [piece for of_one in every(own) for piece in of_one]
+    if bad:
+        terms = ", ".join(f"{name} {value:g}" for name, value in bad[0]["terms"].items())
+        where = ", ".join(name for piece in bad for name in piece["names"])
+        index = torch.cat([piece["index"] for piece in bad])
+        raise NotFinite(step, index, step, f"the loss ({terms}) on {where}", {"batches": bad})
 
 
 @torch.no_grad()

@@ -46,7 +46,14 @@ RECIPES = {
     "shapes": {  # ours, for a CPU
         **PAPER,
         **{"lr": 0.02, "iters": 500, "schedule": [350, 450], "warmup_iters": 50, "use_difficult": True},
-        **{"min_size": [160], "max_size": 320, "rois": 64, "proposals": [200, 100], "trainable_layers": 5},
+        **{
+            "eval_every": 1,
+            "min_size": [160],
+            "max_size": 320,
+            "rois": 64,
+            "proposals": [200, 100],
+            "trainable_layers": 5,
+        },
     },
 }
 MAY_DIFFER = {  # options that may change when a run is continued
@@ -197,7 +204,7 @@ def build_parser() -> Parser:
     )
     parser.option("--vis", type=whole(), default=0, metavar="N", help="draw N test images with boxes")
     parser.option("--predictions", metavar="FILE.json", help="all detections, as COCO's tools read them")
-    output_options(parser)
+    output_options(parser, print_freq=20)
     device_options(parser)
     return parser
 

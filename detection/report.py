@@ -13,7 +13,7 @@ import numpy as np
 from detection.data import Part, first_names
 from detection.metrics import Found, Truth, overlapping, stacked, voc_verdicts
 from detection.voc import CLASSES, USUAL_COUNTS
-from engine import draw, tables
+from engine import draw, draw_boxes, tables
 
 BEST = "VOC07 mAP@0.5 (11-point)"  # the figure by which a detector is chosen
 VOC = {  # figure -> key of metrics.voc()
@@ -187,8 +187,8 @@ def predictions(names: Sequence[str], found: Sequence[Found], classes: Sequence[
     ]
 
 
-def rows_of(*columns: np.ndarray) -> list[tuple]:
-    """Arrays of n things -> a tuple of plain numbers and lists for each."""
+def rows_of(*columns) -> list[tuple]:
+    """Arrays or tensors of n things -> a tuple of plain numbers and lists for each."""
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -225,7 +225,7 @@ def draw_curves(path: Path, voc: dict) -> None:
     )
     if len(table) > len(most):
         title += f"; the {len(most)} of {len(table)} classes with the most objects"
-    draw.precision_recall(path, panels, title)
+    draw_boxes.precision_recall(path, panels, title)
 
 
 def draw_detections(
@@ -255,13 +255,30 @@ def draw_detections(
             left, right, said = judged(found[index], truths[index], part.classes, colours, threshold)
             rows.append((f"{part.names[index]}: {said}", picture, left, right))
         pages.append(Path(folder) / f"page_{len(pages) + 1:02d}.png")
-        draw.framed_pairs(pages[-1], rows, heads, legend)
+        draw_boxes.framed_pairs(pages[-1], rows, heads, legend)
     return pages
+
+
+def draw_batches(path: Path, batches: list[dict], classes: Sequence[str]) -> None:
+    """The images of a step with their objects, and without: of each batch `names`, `images` (3, H, W) in 0..1, which
+    may hold what is no number, and `targets`.
+    """
+    colours = class_colours(len(classes))
+    rows = []
+    for batch in batches:
+        for name, image, target in zip(batch["names"], batch["images"], batch["targets"], strict=True):
+            boxes = [
+                draw_boxes.Framed(box, classes[label - 1], colours[label - 1], difficult)
+                for box, label, difficult in rows_of(*(target[key] for key in ("boxes", "labels", "difficult")))
+            ]
+            picture = (255 * image.nan_to_num(0, 1, 0).clamp(0, 1)).byte().permute(1, 2, 0).contiguous().numpy()
+            rows.append((name, picture, boxes, []))
+    draw_boxes.framed_pairs(path, rows, ("as the step saw it, with its objects", "without them"), "Dashed: difficult")
 
 
 def judged(
     found: Found, truth: Truth, classes: Sequence[str], colours: list[tuple[float, float, float]], threshold: float
-) -> tuple[list[draw.Framed], list[draw.Framed], str]:
+) -> tuple[list[draw_boxes.Framed], list[draw_boxes.Framed], str]:
     """Of one image the boxes of its objects, those of its detections by rising score, and how many are right."""
     sure = found.scores >= threshold
     things, objects = stacked([Found(*(column[sure] for column in found))], [truth], len(classes))
@@ -270,11 +287,11 @@ def judged(
     own = [pairs.found == index for index in np.flatnonzero(true)]
     hit = {pairs.truth[mine][pairs.overlap[mine].argmax()] for mine in own}
     left = [
-        draw.Framed(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
+        draw_boxes.Framed(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
         for index, (box, label, difficult) in enumerate(rows_of(objects.boxes, objects.labels, objects.marks))
     ]
     right = [
-        draw.Framed(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
+        draw_boxes.Framed(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
         for box, label, score, good, counts in rows_of(things.boxes, things.labels, things.marks, true, counted)
     ]
     positives, false = int((~objects.marks).sum()), int((counted & ~true).sum())

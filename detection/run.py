@@ -3,6 +3,8 @@
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,11 +20,12 @@ from detection.loop import SHORT, predict, train_one_epoch
 from detection.metrics import Found, Truth, coco, voc
 from detection.options import check_resume, runs_of, settle
 from detection.start import build, start_of
+from engine.cli import UserError
 from engine.device import own_stream, prepare
 from engine.distributed import StopSign, average_buffers, finish, is_first, of_first, rank, ranks, wrap
 from engine.files import write_atomic, write_json
 from engine.log import RunFolder, add_trackers, opencv_versions, run_folder
-from engine.loop import Stopwatch, Tally
+from engine.loop import NotFinite, Stopwatch, Tally
 from engine.progress import Progress, bars_wanted, over
 from engine.run import Task
 from engine.training import Parts, WeightAverage, peak_memory_mb, pick, save, stop_well
@@ -41,6 +44,7 @@ class Known:
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    images: int
     image_size: None = None  # images are of any size
 
 
@@ -72,6 +76,16 @@ def build_parts(
     scaler = torch.amp.GradScaler(device.type) if precision is torch.float16 else None
     average = WeightAverage(detector, ema) if ema else None
     return Parts(detector, None, optimizer, LambdaLR(optimizer, factor), scaler, average)
+
+
+def check_same_data(saved: dict | None, train: Part) -> None:
+    """Raise UserError where a run would go on with other training images."""
+    if saved and (saved["classes"], saved["images"]) != (train.classes, len(train)):
+        raise UserError(
+            f"the run to continue was trained on {saved['images']:,} images of {len(saved['classes'])} classes, here "
+            f"are {len(train):,} of {len(train.classes)}\nname its data with --data_dir, or start a new run from its "
+            "weights with --frcnn_checkpoint"
+        )
 
 
 @dataclass
@@ -216,7 +230,8 @@ class Run:
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save()
 
-    def ending_well(self):
+    @contextmanager
+    def ending_well(self) -> Iterator[None]:
         """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
 
         def keep(tally: Tally) -> None:
@@ -224,7 +239,13 @@ class Run:
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save()
 
-        return stop_well(self.log, self.parts, keep)
+        with stop_well(self.log, self.parts, keep):
+            try:
+                yield
+            except NotFinite as error:
+                if not self.log.off:
+                    report.draw_batches(self.log.path / "nonfinite.png", error.evidence["batches"], self.known.classes)
+                raise
 
     def evaluate(self, feed: Feed) -> dict[str, float]:
         """The columns of the log, in the epochs that --eval_every names and in the last one."""
@@ -269,7 +290,7 @@ class Run:
             *(self.log, self.parts, self.options, self.known, self.history, self.best),
             **{"steps": steps, "precision": str(self.precision), "also": also, "tally": self.tally},
             before=self.before,
-            further={"kind": "detector", "backbone": self.backbone},
+            further={"kind": "detector", "backbone": self.backbone, "images": self.known.images},
         )
 
     def finish(self, feed: Feed) -> dict | None:

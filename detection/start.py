@@ -22,7 +22,8 @@ from engine.data import STATISTICS
 from models import fetch
 from models.imagenet_resnet import PRETRAINED
 
-OF_THE_FILE = ("neck", "min_size", "max_size", "proposals")  # what a detector's file says of it
+OF_THE_FILE = ("neck", "min_size", "max_size", "proposals")  # what a detector's file says of it, and of its data
+OF_ITS_DATA = ("dataset", "data_dir", "test_set")
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Start:
     classes: list[str] = field(default_factory=list)  # of a detector, where its file says
     count: int = 0  # of a detector's classes, without background
     backbone: dict = field(default_factory=dict)  # what the checkpoint keeps of where the backbone came from
-    options: dict = field(default_factory=dict)  # OF_THE_FILE, where a detector's file says
+    options: dict = field(default_factory=dict)  # OF_THE_FILE and OF_ITS_DATA, where a detector's file says
 
 
 def start_of(options: dict, saved: dict | None = None) -> Start:
@@ -87,7 +88,7 @@ def of_detector(word: str, *, averaged: bool = False) -> Start:
             "torchvision's fasterrcnn_resnet50_fpn"
         )
     ours = content if is_ours(content) else {}
-    known = {key: ours["config"][key] for key in OF_THE_FILE} if ours else {"neck": told["neck"]}
+    known = {key: ours["config"][key] for key in OF_THE_FILE + OF_ITS_DATA} if ours else {"neck": told["neck"]}
     mean, std = (ours["mean"], ours["std"]) if ours else STATISTICS["imagenet"]
     return Start(
         **{"body": told["body"], "mean": mean, "std": std, "weights": weights, "whole": True, "path": str(path)},

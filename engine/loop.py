@@ -19,13 +19,14 @@ NEVER = 2**62  # the step of a loss that was always finite
 
 
 class NotFinite(Exception):
-    """The loss left the numbers at `step`, which was seen at step `now`. index: the images of that batch. what: the
-    loss and images, where more is known of them.
+    """The loss left the numbers at `step`, which was seen at step `now`. index: the images of that batch. what, and
+    evidence to be kept: where more is known.
     """
 
-    def __init__(self, step: int, index: torch.Tensor, now: int, what: str = "the loss is not finite"):
-        super().__init__(f"{what} at step {step}" + (f" (seen at step {now})" if now != step else ""))
-        self.step, self.index, self.now = step, index, now
+    def __init__(self, step: int, index: torch.Tensor, now: int, what: str = "the loss", evidence: dict | None = None):
+        seen = f" (seen at step {now})" if evidence is None else ""
+        super().__init__(f"{what} is not finite at step {step}{seen}")
+        self.step, self.index, self.now, self.evidence = step, index, now, evidence or {}
 
 
 class Stopped(Exception):

@@ -300,7 +300,7 @@ def again_options(parser: Parser) -> None:
     parser.option("--deterministic", type=yes_no, default=False, help="bit-exact kernels on CUDA; slower")
 
 
-def output_options(parser: Parser) -> None:
+def output_options(parser: Parser, print_freq: int = 100) -> None:
     """Where a training run writes, and what it shows."""
     parser.group("output")
     parser.option("--root_dir", "--output_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
@@ -315,7 +315,7 @@ def output_options(parser: Parser) -> None:
         metavar="N",
         help="keep epoch_NNN.pt every N epochs; 0: never",
     )
-    parser.option("--print_freq", type=whole(1), default=100, help="steps between looks at the loss")
+    parser.option("--print_freq", type=whole(1), default=print_freq, help="steps between looks at the loss")
     parser.option("--no_progress", type=yes_no, default=False, help="plain lines instead of progress bars")
     parser.option(
         "--use_tensorboard", type=yes_no, default=False, help="log to TensorBoard too (pip install tensorboard)"

@@ -331,7 +331,7 @@ def stop_well(run: RunFolder, parts: Parts, keep: Callable[[Tally], None]):
         saved = ""
         if not run.off:
             evidence = {"model": parts.model.state_dict(), "step": error.step, "index": error.index}
-            save_checkpoint(run.path / "nonfinite.pt", {**evidence, "weights_of_step": error.now})
+            save_checkpoint(run.path / "nonfinite.pt", {**evidence, "weights_of_step": error.now, **error.evidence})
             saved = f"; weights and the batch's image numbers are in {run.path / 'nonfinite.pt'}"
         wait_for_all()  # who ends first ends the others, and so would the one that saves
         scale = f", loss scale {parts.scaler.get_scale():g}" if parts.scaler else ""

@@ -10,7 +10,7 @@ from detection.data import Part
 from detection.metrics import Found, Truth
 from detection.scenes import draw_scenes
 from detection.voc import CLASSES, read_part
-from engine import draw
+from engine import draw_boxes
 
 SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
 HAND = {  # fractions that differ all, as metrics.voc() and metrics.coco() give them
@@ -64,7 +64,7 @@ def framed(monkeypatch) -> list[dict]:
             sides = ([(one.text, one.dashed, one.alarm, one.box) for one in boxes] for boxes in both)
             pictures.append({"text": text, **dict(zip(("left", "right"), sides, strict=True))})
 
-    monkeypatch.setattr(draw, "framed_pairs", keep)
+    monkeypatch.setattr(draw_boxes, "framed_pairs", keep)
     return pictures
 
 
@@ -233,7 +233,7 @@ def test_a_panel_for_each_class_that_has_objects(tmp_path, monkeypatch):
     report.draw_curves(tmp_path / "curves.png", voc)
     assert colours_in(tmp_path / "curves.png") > 100
     drawn = []
-    monkeypatch.setattr(draw, "precision_recall", lambda path, panels, title: drawn.append((panels, title)))
+    monkeypatch.setattr(draw_boxes, "precision_recall", lambda path, panels, title: drawn.append((panels, title)))
     monkeypatch.setattr(report, "MOST_PANELS", 4)
     report.draw_curves(tmp_path / "few.png", voc)
     (panels, title), there = drawn[0], {name: row for name, row in voc["classes"].items() if row["objects"]}
@@ -256,8 +256,8 @@ def test_no_curves_where_no_class_has_objects(tmp_path):
 
 def test_the_dots_are_the_precision_that_counts(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(draw, "save", lambda figure, path: figures.append(figure))
-    draw.precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
+    monkeypatch.setattr(draw_boxes, "save", lambda figure, path: figures.append(figure))
+    draw_boxes.precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
     assert len(figures[0].axes) == 2
     full, empty = (axes.lines[1].get_ydata().tolist() for axes in figures[0].axes[:2])
     assert full == [1.0] * 4 + [0.75] * 3 + [0.0] * 4 and empty == [0.0] * 11
@@ -327,8 +327,8 @@ def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shap
     height, width = shape
     picture = np.full((height, width, 3), 255, np.uint8)
     text = "a very long name of a class, $and_ \u5b57"
-    boxes = [draw.Framed((0, 0, width, height), text, (0.1, 0.2, 0.9), dashed=True)] * 3
-    draw.framed_pairs(tmp_path / "a.png", [("\u5b57 $_", picture, boxes, [])], ("left", "right"), "one\ntwo")
+    boxes = [draw_boxes.Framed((0, 0, width, height), text, (0.1, 0.2, 0.9), dashed=True)] * 3
+    draw_boxes.framed_pairs(tmp_path / "a.png", [("\u5b57 $_", picture, boxes, [])], ("left", "right"), "one\ntwo")
     with Image.open(tmp_path / "a.png") as image:
         assert image.width == 1030 and image.height == pytest.approx(500 * min(1, height / width) + 94, abs=2)
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -339,8 +339,8 @@ def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shap
 
 def test_a_box_is_drawn_where_it_is(tmp_path):
     picture = np.full((100, 250, 3), 255, np.uint8)
-    box = draw.Framed((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
-    draw.framed_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
+    box = draw_boxes.Framed((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
+    draw_boxes.framed_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     rows, columns = np.nonzero((pixels[..., 2] > 240) & (pixels[..., 0] < 20))
     x0, y0 = 520, 24  # of the picture on the right, twice as large on the page
@@ -350,10 +350,10 @@ def test_a_box_is_drawn_where_it_is(tmp_path):
 
 def test_texts_at_the_same_place_do_not_hide_one_another(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(draw, "save", lambda figure, path, dpi: figures.append(figure))
+    monkeypatch.setattr(draw_boxes, "save", lambda figure, path, dpi: figures.append(figure))
     picture = np.zeros((100, 100, 3), np.uint8)
-    box = draw.Framed((20, 30, 80, 90), "person 0.99", (1.0, 0.5, 0.0))
-    draw.framed_pairs(tmp_path / "a.png", [("", picture, [box] * 5, [])], ("", ""), "")
+    box = draw_boxes.Framed((20, 30, 80, 90), "person 0.99", (1.0, 0.5, 0.0))
+    draw_boxes.framed_pairs(tmp_path / "a.png", [("", picture, [box] * 5, [])], ("", ""), "")
     texts = [text.get_window_extent() for text in figures[0].axes[0].texts if text.get_text() == "person 0.99"]
     assert len(texts) == 5
     assert not any(one.overlaps(other) for place, one in enumerate(texts) for other in texts[:place])

@@ -1,0 +1,387 @@
+"""detect.py from end to end, on a few drawn scenes."""
+
+import csv
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import detect
+from detection.metrics import Found, Truth, voc
+from detection.options import RECIPES, build_parser, schedule_of, settle
+from engine.cli import Terminated, UserError
+from models import build_model
+
+TINY = "--dataset shapes --limit 6 --batch_size 2 --min_size 64 --max_size 128 --rois 8 --proposals 20 10 --amp off"
+LOSSES = ["loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("backbone") / "imagenet_resnet18.pt"
+    torch.save(build_model("imagenet_resnet18", 10, 64).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path, backbone):
+    """A function that calls detect.py with few small images; the folder of the run and what it returned."""
+
+    def call(*words: str, name: str = "run", start: bool = True) -> tuple:
+        begin = ["--backbone_checkpoint", backbone] if start else []
+        place = ["--root_dir", str(tmp_path), "--name", name, "--device", "cpu", "--workers", "0"]
+        result = detect.main([*begin, *TINY.split(), *place, *words])
+        return tmp_path / "shapes" / "frcnn" / name, result
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def detector(tmp_path_factory, backbone) -> str:
+    """The file of a detector that has made one step."""
+    root = tmp_path_factory.mktemp("detector")
+    words = ["--iters", "1", "--root_dir", str(root), "--name", "one", "--device", "cpu"]
+    detect.main(["--backbone_checkpoint", backbone, *TINY.split(), *words])
+    return str(root / "shapes" / "frcnn" / "one" / "last.pt")
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    momentum = {f"momentum {key}": one["momentum_buffer"] for key, one in saved["optimizer"]["state"].items()}
+    return {**saved["model"], **momentum, **{f"ema {key}": value for key, value in (saved["ema"] or {}).items()}}
+
+
+def rows(folder) -> list[dict]:
+    with open(folder / "log.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(one, other) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    for row, same in zip(rows(one), rows(other), strict=True):
+        for key in (*LOSSES, "iteration", "lr", "map07"):
+            assert row[key] == same[key], key
+
+
+def test_a_run_leaves_numbers_pictures_and_a_file_that_says_what_it_is(run, tmp_path, capsys):
+    folder, result = run("--iters", "3", "--vis", "2", "--predictions", str(tmp_path / "all.json"), "--ema", "0.5")
+    files = {path.name for path in folder.iterdir()}
+    assert {"last.pt", "best.pt", "log.csv", "log.txt", "config.json", "curves.png", "results.json"} <= files
+    assert {"precision_recall.png", "vis"} <= files and (folder / "vis" / "page_01.png").is_file()
+    (row,) = rows(folder)
+    assert row["epoch"] == "1" and row["iteration"] == "3" and row["ema_map07"]
+    terms = [float(row[key]) for key in LOSSES]
+    assert all(np.isfinite(terms)) and terms[0] == pytest.approx(sum(terms[1:]), rel=1e-4)
+    out = capsys.readouterr().out
+    names = ("VOC07 mAP@0.5 (11-point)", "VOC mAP@0.5 (area)", "VOC AP@[.5:.95]", "COCO AP")
+    order = [out.index(name, out.index(names[0])) for name in names]
+    assert order == sorted(order)
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(result))
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert saved["kind"] == "detector" and saved["step"] == 3 and saved["config"]["model"] == "resnet18"
+    assert saved["backbone"]["model"] == "imagenet_resnet18" and saved["mean"] == [0.485, 0.456, 0.406]
+    assert len(json.loads((tmp_path / "all.json").read_text())) == sum(
+        one["detections"] for one in result["classes"].values()
+    )
+
+
+def test_a_run_that_goes_on_inside_an_epoch_is_the_run_it_would_have_been(run):
+    same = ("--schedule", "4", "--warmup_iters", "2", "--norm", "bn", "--augment", "ssd", "--eval_every", "0")
+    whole, _ = run("--iters", "5", *same, name="whole")
+    stopped, _ = run("--iters", "4", *same, name="stopped")  # inside the second epoch, which has three steps
+    resumed = detect.main(["--checkpoint", str(stopped / "last.pt"), "--iters", "5"])
+    assert resumed["iterations"] == 5
+    assert_same(whole, stopped)
+
+
+def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
+    import detection.loop
+
+    whole, _ = run("--iters", "3", "--ema", "0.9", name="whole")
+    original, done = detection.loop.update, []
+
+    def counted(*args, **kwargs):
+        done.append(1)
+        if len(done) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(detection.loop, "update", counted)
+    with pytest.raises(Terminated, match="2 steps into the epoch; continue with --checkpoint .*last.pt"):
+        run("--iters", "3", "--ema", "0.9", "--save_iters", "1", name="stopped")
+    monkeypatch.undo()
+    folder = whole.parent / "stopped"
+    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2, "saved after each step"
+    run("--iters", "3", "--save_iters", "1", "--checkpoint", "auto", name="stopped", start=False)
+    assert_same(whole, folder)
+
+
+def test_evaluate_gives_the_last_row_of_the_log(run, tmp_path):
+    folder, trained = run("--iters", "3", "--ema", "0.5", "--lr", "0.02")
+    words = ["--frcnn_checkpoint", str(folder / "last.pt"), "--evaluate", "--limit", "6", "--device", "cpu"]
+    words += ["--dataset", "shapes", "--root_dir", str(tmp_path), "--predictions", str(tmp_path / "all.json")]
+    judged = detect.main(words)
+    assert judged["figures"] == trained["figures"] and judged["classes"] == trained["classes"]
+    assert judged["detector"] == str(folder / "last.pt")
+    averaged = detect.main([*words, "--averaged", "--log_off"])
+    assert averaged["figures"]["VOC07 mAP@0.5 (11-point)"] == pytest.approx(
+        float(rows(folder)[-1]["ema_map07"]), rel=1e-4
+    )
+
+
+def test_dumped_detections_give_the_same_numbers(run, tmp_path):
+    from detection.data import load_parts
+
+    _, result = run("--iters", "2", "--predictions", str(tmp_path / "all.json"), "--score_thr", "0")
+    _, test = load_parts(dataset="shapes", limit=6)
+    found = {name: [] for name in test.names}
+    for one in json.loads((tmp_path / "all.json").read_text()):
+        x, y, width, height = one["bbox"]
+        found[one["image_id"]].append(((x, y, x + width, y + height), one["category_id"], one["score"]))
+        assert test.classes[one["category_id"] - 1] == one["category"]
+    lists = [
+        Found(*(np.array(column) for column in zip(*some, strict=True)))
+        if some
+        else Found(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+        for some in found.values()
+    ]
+    truths = [Truth(*(target[key].numpy() for key in Truth._fields)) for target in test.targets]
+    again = voc(lists, truths, test.classes)
+    assert 100 * again["map"] == pytest.approx(result["figures"]["VOC mAP@0.5 (area)"], abs=1e-9)
+    assert sum(len(some) for some in found.values()) > 0
+
+
+def test_a_finished_run_is_evaluated_again(run, capsys):
+    folder, first = run("--iters", "1")
+    before = weights(folder)
+    again = detect.main(["--checkpoint", str(folder)])
+    assert "this run was finished already; evaluated again" in capsys.readouterr().out
+    assert again["figures"] == first["figures"] and len(rows(folder)) == 1
+    assert all(torch.equal(value, before[key]) for key, value in weights(folder).items())
+
+
+def test_training_starts_from_another_detector(run, detector, tmp_path, capsys):
+    content = torch.load(detector, weights_only=True)["model"]
+    bare = {key: value for key, value in content.items() if "box_predictor" not in key}
+    bare |= {"roi_heads.box_predictor.cls_score.weight": torch.zeros(4, 1024)}
+    bare |= {"roi_heads.box_predictor.cls_score.bias": torch.zeros(4)}
+    bare |= {"roi_heads.box_predictor.bbox_pred.weight": torch.zeros(16, 1024)}
+    bare |= {"roi_heads.box_predictor.bbox_pred.bias": torch.zeros(16)}
+    torch.save(bare, tmp_path / "bare.pt")
+    words = ("--frcnn_checkpoint", str(tmp_path / "bare.pt"), "--iters", "1")
+    run(*words, "--lr", "0", "--log_off", start=False)
+    assert "is for 3 classes: the predictor starts anew, for 10" in capsys.readouterr().out
+    with pytest.raises(UserError, match="bare.pt: a detector for 3 classes; the data has 10"):
+        run(*words, "--evaluate", start=False)
+
+
+def test_batches_in_pieces_reach_the_same_loss(run):
+    _, _ = run("--iters", "3", "--accumulate", "2", name="pieces")
+    with pytest.raises(UserError, match="--batch_size 2: the total, which 1 processes x --accumulate 4 = 4 do not"):
+        run("--iters", "3", "--accumulate", "4")
+
+
+def test_a_loss_that_is_no_number_names_the_images_and_keeps_them(run, tmp_path):
+    with pytest.raises(UserError) as caught:
+        run("--iters", "6", "--lr", "1e30", "--warmup_iters", "0", "--clip_grad", "0")
+    text = str(caught.value)
+    assert "is not finite at step 2, lr by now 1e+30" in text and "scenes/2-0000" in text and "loss_classifier" in text
+    folder = tmp_path / "shapes" / "frcnn" / "run"
+    kept = torch.load(folder / "nonfinite.pt", weights_only=True)
+    (batch,) = kept["batches"]
+    assert len(batch["images"]) == len(batch["names"]) == 2 and batch["targets"][0]["boxes"].shape[1] == 4
+    assert (folder / "nonfinite.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--evaluate", "--evaluate needs --frcnn_checkpoint FILE"),
+        ("", "--backbone_checkpoint FILE: which classifier shall be the backbone?"),
+        (
+            "--pretrained --backbone_checkpoint a.pt",
+            "--backbone_checkpoint and --pretrained both say what to start from",
+        ),
+        ("--pretrained --trainable_layers 6", "--trainable_layers 6: a ResNet has a stem and 4 stages"),
+        ("--pretrained --min_size 800 --max_size 600", "--min_size 800 is more than --max_size 600"),
+        (
+            "--pretrained --recipe moco",
+            "'moco' is none of auto, paper, replication, moco24k, fpn18k, shapes; did you mean",
+        ),
+        ("--backbone_chekpoint a.pt", "unknown option --backbone_chekpoint; did you mean --backbone_checkpoint?"),
+        ("--averaged --pretrained", "--averaged: of which detector?"),
+        ("--stem random --frcnn_checkpoint a.pt", "--stem random: it says how a classifier becomes a backbone"),
+        ("--pretrained --gammas 0.1 0.2 0.3 --dataset shapes --limit 2 --batch_size 2", "--gammas has 3 factors for 2"),
+    ],
+)
+def test_a_contradiction_is_a_usage_error(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        detect.main(words.split())
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_files_of_the_other_kind_are_refused_with_the_right_option(run, detector, backbone, tmp_path):
+    import evaluate
+    import train
+
+    with pytest.raises(UserError, match="holds a detector, and a classifier is wanted here\n.*--frcnn-checkpoint"):
+        evaluate.main(["--model_path", detector, "--dataset", "shapes"])
+    with pytest.raises(UserError, match="a checkpoint of a detector, made by detect.py\nhere one of a classifier"):
+        train.main(["--checkpoint", detector])
+    with pytest.raises(UserError, match="holds a detector, and a classifier is wanted here"):
+        run("--backbone_checkpoint", detector, start=False)
+    with pytest.raises(UserError, match="holds no detector, .*\nclassifiers go to detect.py --backbone-checkpoint"):
+        run("--frcnn_checkpoint", backbone, start=False)
+    with pytest.raises(UserError, match="nowhere.pt: no such file"):
+        run("--frcnn_checkpoint", str(tmp_path / "nowhere.pt"), start=False)
+
+
+def test_options_that_would_make_it_another_run_are_refused(detector):
+    with pytest.raises(UserError, match="the run to continue has other options.*\n  --lr +0.02 +->  0.5"):
+        detect.main(["--checkpoint", detector, "--lr", "0.5"])
+    with pytest.raises(UserError, match="--neck: the saved state would not fit"):
+        detect.main(["--checkpoint", detector, "--neck", "c5", "--force_config"])
+
+
+def settled(*words: str) -> dict:
+    parser = build_parser()
+    return settle(parser, parser.read([*words, "--pretrained"]), {})
+
+
+def test_recipes_are_the_published_ones():
+    steps = {8: 2069, 16: 1035}  # of an epoch of the 16,551 images of 2007 and 2012
+    table = {
+        "paper": (8, 0.004, 41_000, [33_000], 5e-4, 1000, "fpn", 3, "frozen", False, [600], 1000),
+        "replication": (8, 0.004, 14 * 2069, [10 * 2069], 5e-4, 1000, "c5", 3, "frozen", True, [600], 1000),
+        "moco24k": (16, 0.02, 24_000, [18_000, 22_000], 1e-4, 100, "fpn", 5, "syncbn", True, None, 1333),
+        "fpn18k": (16, 0.02, 18_000, [12_000, 16_000], 1e-4, 100, "fpn", 3, "frozen", True, None, 1333),
+    }
+    keys = ("batch_size", "lr", "iters", "schedule", "weight_decay", "warmup_iters", "neck", "trainable_layers", "norm")
+    keys += ("use_difficult", "min_size", "max_size")
+    for name, wanted in table.items():
+        options = settled("--recipe", name)
+        options |= schedule_of(options, steps[options["batch_size"]])
+        multi_scale = list(range(480, 801, 32))
+        assert [options[key] for key in keys] == [multi_scale if value is None else value for value in wanted], name
+        assert options["augment"] == "flip" and options["momentum"] == 0.9
+    assert settled()["recipe"] == "paper" and settled("--dataset", "shapes")["recipe"] == "shapes"
+
+
+def test_a_shorter_run_keeps_the_shape_of_its_recipe():
+    options = settled("--epochs", "10")
+    assert schedule_of(options, 41) == {"iters": 410, "schedule": [330], "warmup_iters": 41}
+    assert schedule_of(settled("--iters", "82000"), 2069) == {
+        "iters": 82_000,
+        "schedule": [66_000],
+        "warmup_iters": 1000,
+    }
+    typed = settled("--iters", "100", "--epochs", "3", "--schedule", "90", "--warmup_iters", "7")
+    assert schedule_of(typed, 10) == {"iters": 100, "schedule": [90], "warmup_iters": 7}
+
+
+def test_lr_follows_the_batch_only_when_asked_to():
+    assert settled("--batch_size", "2")["lr"] == 0.004
+    assert settled("--batch_size", "2", "--scale_lr")["lr"] == pytest.approx(0.001)
+    assert settled("--batch_size", "2", "--scale_lr", "--lr", "0.3")["lr"] == 0.3
+    assert RECIPES["paper"]["lr"] == 0.004
+
+
+def test_the_rate_rises_from_a_thousandth_and_drops_at_its_iterations():
+    from detection.faster_rcnn import build_detector
+    from detection.run import build_parts
+
+    detector = build_detector("resnet18", 2, mean=(0, 0, 0), std=(1, 1, 1))
+    common = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.0, "ema": 0.0, "precision": None, "warmup_iters": 4}
+    parts = build_parts(detector, schedule=[6, 8], gammas=[0.1], **common)
+    rates = []
+    for _ in range(9):
+        rates.append(parts.scheduler.get_last_lr()[0])
+        parts.optimizer.step()
+        parts.scheduler.step()
+    rising = [2 * (1e-3 + (1 - 1e-3) * step / 4) for step in range(4)]
+    assert rates == pytest.approx([*rising, 2, 2, 0.2, 0.2, 0.02])
+
+
+def test_scenes_are_written_in_the_layout_of_voc(tmp_path, backbone, capsys):
+    detect.main(["--export_shapes", str(tmp_path / "set"), "--limit", "3"])
+    assert "--train_sets 2007_trainval" in capsys.readouterr().out
+    words = ["--data_dir", str(tmp_path / "set"), "--train_sets", "2007_trainval", "--iters", "1", "--log_off"]
+    words += ["--backbone_checkpoint", backbone, "--workers", "2", *TINY.split()[2:]]
+    result = detect.main([*words, "--batch_size", "1", "--device", "cpu"])
+    assert result["images"] == 3 and set(result["classes"]) >= {"disc", "bow"}
+
+
+def in_two(ports) -> dict:
+    """Gradients of two processes beside the mean of the local ones; runs whole and in parts, and what they found."""
+    from detection.faster_rcnn import build_detector, set_learning
+    from engine import distributed
+
+    folder, weights_file = os.environ["RUNS_OF_THIS_TEST"].split(os.pathsep)
+    found, ports = {}, iter(ports)
+    place = ["--root_dir", folder, "--device", "cpu", "--workers", "0", "--backbone_checkpoint", weights_file]
+
+    def go(name: str, *words: str) -> dict | None:
+        os.environ["MASTER_PORT"] = str(next(ports))
+        return detect.main([*place, *TINY.split(), "--norm", "bn", "--schedule", "3", "--name", name, *words])
+
+    found["result"] = go("whole", "--iters", "5")
+    go("parts", "--iters", "4")
+    go("parts", "--iters", "5", "--checkpoint", "auto")
+
+    os.environ["MASTER_PORT"] = str(next(ports))
+    distributed.start(torch.device("cpu"), 60)
+    torch.manual_seed(1)
+    model = build_detector("resnet18", 3, mean=(0, 0, 0), std=(1, 1, 1), min_size=(64,), rois=8, proposals=20)
+    set_learning(model, trainable_layers=2)
+    torch.manual_seed(10 + distributed.rank())
+    boxes = torch.tensor([[4.0, 8, 40, 50], [10, 2, 30, 30]])[: 2 - distributed.rank()]
+    batch = [torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)}]
+    gradients = []
+    for network in (model, distributed.wrap(model)):
+        model.zero_grad()
+        torch.manual_seed(20 + distributed.rank())  # of the proposals that are sampled
+        sum(network.train()(*batch).values()).backward()
+        gradients.append([one.grad.clone() for one in model.parameters() if one.requires_grad])
+    local, shared = gradients
+    found["apart"] = max(
+        float((distributed.total(one) / 2 - other).abs().max()) for one, other in zip(local, shared, strict=True)
+    )
+    found["largest"] = max(float(one.abs().max()) for one in shared)
+    distributed.finish()
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, backbone):
+    from test_distributed import in_two_processes
+
+    folder = tmp_path_factory.mktemp("two")
+    os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"
+    return folder / "shapes" / "frcnn", in_two_processes(in_two, folder, meetings=4)
+
+
+def test_gradients_of_two_processes_are_the_mean_of_the_local_ones(of_two):
+    _, found = of_two
+    assert found["apart"] <= 1e-6 * max(1, found["largest"]) and found["largest"] > 0
+
+
+def test_two_processes_go_on_exactly_and_count_every_image_once(of_two):
+    folder, found = of_two
+    assert_same(folder / "whole", folder / "parts")
+    result = found["result"]
+    assert result["images"] == 6
+    one = evaluate_alone(folder / "whole" / "last.pt")
+    assert one["figures"] == result["figures"] and one["classes"] == result["classes"]
+
+
+def evaluate_alone(path) -> dict:
+    return detect.main(
+        "--dataset shapes --limit 6 --evaluate --log_off --device cpu --frcnn_checkpoint".split() + [str(path)]
+    )
