@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     options |= {"model": start.body, "neck": typed.get("neck", start.options.get("neck", options["neck"]))}
     detector, more = build(start, options, train.classes)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
-    detector = distributed.synchronised(detector, options["norm"] == "syncbn", "--norm syncbn")
+    detector = distributed.synchronised(detector, options["norm"] == "syncbn", "take --norm bn")
     detector = detector.to(device, memory_format=layout)
     parts = build_parts(detector, precision=precision, **pick(options, build_parts))
 

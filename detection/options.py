@@ -204,7 +204,7 @@ def build_parser() -> Parser:
     )
     parser.option("--vis", type=whole(), default=0, metavar="N", help="draw N test images with boxes")
     parser.option("--predictions", metavar="FILE.json", help="all detections, as COCO's tools read them")
-    output_options(parser, print_freq=20)
+    output_options(parser, print_freq=20, named_by="RECIPE")
     device_options(parser)
     return parser
 

@@ -151,7 +151,8 @@ class Run:
         self.begun = 0.0
         self.notes: list[str] = []
         self.done = saved["step"] if saved else 0
-        self.finished_before = self.done >= options["iters"]
+        told = saved["history"] if saved else []  # a run killed in its last evaluation has done its steps, but no row
+        self.finished_before = bool(told) and told[-1]["iteration"] >= options["iters"]
         self.judged: Judged | None = None
         if saved:
             self.go_on_from(saved)

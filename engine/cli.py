@@ -237,7 +237,8 @@ def explain(error: Exception) -> str:
         first = distributed.first_line(error)
         return f"lost contact with another process: {first}\nwhat was saved is intact: continue with --checkpoint auto"
     if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
-        return f"out of memory: {str(error).splitlines()[0]}\ntry a smaller --batch_size or --image_size"
+        remedy = "try a smaller --batch_size or --image_size (detect.py: --min_size)"
+        return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}"
     first = (str(error).splitlines() or [""])[0]

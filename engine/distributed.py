@@ -205,14 +205,14 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def synchronised(model: nn.Module, sync_bn: bool, option: str = "--sync_bn") -> nn.Module:
-    """The network, with batch norm over the images of all processes if sync_bn, which `option` asked for. Raises
-    UserError on a CPU.
+def synchronised(model: nn.Module, sync_bn: bool, otherwise: str = "leave --sync_bn out") -> nn.Module:
+    """The network, with batch norm over the images of all processes if sync_bn. Raises UserError on a CPU, with what
+    to do `otherwise`.
     """
     if not sync_bn or ranks() == 1:
         return model
     if dist.get_backend() != "nccl":
-        raise UserError(f"{option}: torch has it for GPUs alone; leave it out on a CPU")
+        raise UserError(f"batch norm over all processes: torch has it for GPUs alone; on a CPU {otherwise}")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
@@ -284,7 +284,10 @@ def on_host(value):
         return value.cpu()
     if isinstance(value, dict):
         return {key: on_host(one) for key, one in value.items()}
-    return type(value)(map(on_host, value)) if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        make = getattr(value, "_make", type(value))  # named tuples take no list
+        return make(map(on_host, value))
+    return value
 
 
 def of_first(make: Callable):

@@ -300,11 +300,11 @@ def again_options(parser: Parser) -> None:
     parser.option("--deterministic", type=yes_no, default=False, help="bit-exact kernels on CUDA; slower")
 
 
-def output_options(parser: Parser, print_freq: int = 100) -> None:
-    """Where a training run writes, and what it shows."""
+def output_options(parser: Parser, print_freq: int = 100, named_by: str = "METHOD") -> None:
+    """Where a training run writes, and what it shows. named_by: what the names of unnamed runs begin with."""
     parser.group("output")
     parser.option("--root_dir", "--output_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
-    parser.option("--name", "--tag", "--add_name", "--expname", shown="METHOD_date-time", help="name of the run")
+    parser.option("--name", "--tag", "--add_name", "--expname", shown=f"{named_by}_date-time", help="name of the run")
     parser.option("--overwrite", type=yes_no, default=False, help="start anew in a folder that holds a run")
     parser.option("--log_off", type=yes_no, default=False, help="write no file at all")
     parser.option(

@@ -102,6 +102,7 @@ def test_a_run_that_goes_on_inside_an_epoch_is_the_run_it_would_have_been(run):
 
 def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
     import detection.loop
+    import detection.run
 
     whole, _ = run("--iters", "3", "--ema", "0.9", name="whole")
     original, done = detection.loop.update, []
@@ -118,7 +119,17 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
     monkeypatch.undo()
     folder = whole.parent / "stopped"
     assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2, "saved after each step"
-    run("--iters", "3", "--save_iters", "1", "--checkpoint", "auto", name="stopped", start=False)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(detection.run, "judge", killed)
+    again = ("--iters", "3", "--save_iters", "1", "--checkpoint", "auto")
+    with pytest.raises(KeyboardInterrupt):
+        run(*again, name="stopped", start=False)
+    monkeypatch.undo()
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3, "saved before the evaluation"
+    run(*again, name="stopped", start=False)
     assert_same(whole, folder)
 
 
@@ -138,7 +149,7 @@ def test_evaluate_gives_the_last_row_of_the_log(run, tmp_path):
 def test_dumped_detections_give_the_same_numbers(run, tmp_path):
     from detection.data import load_parts
 
-    _, result = run("--iters", "2", "--predictions", str(tmp_path / "all.json"), "--score_thr", "0")
+    _, result = run("--iters", "2", "--predictions", str(tmp_path / "all.json"), "--score_thr", "0", "--log_off")
     _, test = load_parts(dataset="shapes", limit=6)
     found = {name: [] for name in test.names}
     for one in json.loads((tmp_path / "all.json").read_text()):
@@ -181,8 +192,9 @@ def test_training_starts_from_another_detector(run, detector, tmp_path, capsys):
         run(*words, "--evaluate", start=False)
 
 
-def test_batches_in_pieces_reach_the_same_loss(run):
-    _, _ = run("--iters", "3", "--accumulate", "2", name="pieces")
+def test_a_batch_in_pieces_is_one_step(run, capsys):
+    run("--iters", "3", "--accumulate", "2", "--log_off")
+    assert "3 steps (1.0 epochs of 3)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--batch_size 2: the total, which 1 processes x --accumulate 4 = 4 do not"):
         run("--iters", "3", "--accumulate", "4")
 
@@ -318,8 +330,20 @@ def test_scenes_are_written_in_the_layout_of_voc(tmp_path, backbone, capsys):
     assert result["images"] == 3 and set(result["classes"]) >= {"disc", "bow"}
 
 
+@pytest.mark.data
+def test_workers_change_nothing_on_real_images(real_data, backbone, tmp_path):
+    small = TINY.split()[4:]
+    words = ["--data_dir", str(real_data), "--train_sets", "2007_train", "--test_set", "2007_val", "--limit", "6"]
+    words += ["--iters", "4", "--batch_size", "2", "--augment", "ssd", "--root_dir", str(tmp_path), "--device", "cpu"]
+    for workers in ("0", "2"):
+        name = ["--name", f"by{workers}", "--workers", workers, "--backbone_checkpoint", backbone]
+        detect.main([*words, *small, *name])
+    assert_same(*(tmp_path / "voc" / "frcnn" / f"by{workers}" for workers in (0, 2)))
+
+
 def in_two(ports) -> dict:
     """Gradients of two processes beside the mean of the local ones; runs whole and in parts, and what they found."""
+    import detection.loop as loop
     from detection.faster_rcnn import build_detector, set_learning
     from engine import distributed
 
@@ -329,11 +353,25 @@ def in_two(ports) -> dict:
 
     def go(name: str, *words: str) -> dict | None:
         os.environ["MASTER_PORT"] = str(next(ports))
-        return detect.main([*place, *TINY.split(), "--norm", "bn", "--schedule", "3", "--name", name, *words])
+        return detect.main([*place, *TINY.split(), "--norm", "bn", "--iters", "6", "--name", name, *words])
 
-    found["result"] = go("whole", "--iters", "5")
-    go("parts", "--iters", "4")
-    go("parts", "--iters", "5", "--checkpoint", "auto")
+    found["result"] = go("whole")
+    update, done = loop.update, []
+
+    def counted(*args, **kwargs):  # SIGTERM to the second process within its fourth step, which both see a step later
+        done.append(update(*args, **kwargs))
+        if len(done) == 4 and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.update = counted
+    try:
+        go("parts")
+        found["message"] = "never stopped"
+    except Terminated as stopped:
+        found["message"] = str(stopped)
+    loop.update = update
+    distributed.finish()
+    go("parts", "--checkpoint", "auto")
 
     os.environ["MASTER_PORT"] = str(next(ports))
     distributed.start(torch.device("cpu"), 60)
@@ -374,6 +412,7 @@ def test_gradients_of_two_processes_are_the_mean_of_the_local_ones(of_two):
 
 def test_two_processes_go_on_exactly_and_count_every_image_once(of_two):
     folder, found = of_two
+    assert "2 steps into the epoch" in found["message"]
     assert_same(folder / "whole", folder / "parts")
     result = found["result"]
     assert result["images"] == 6

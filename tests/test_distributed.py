@@ -456,7 +456,7 @@ def test_a_lost_process_is_replaced_and_the_run_ends_as_if_nothing_had_been(tmp_
     [
         (["--batch_size", "7"], r"--batch_size 7: the total, which 2 processes = 2 do not divide\ntake 6 or 8"),
         (["--batch_size", "6", "--accumulate", "2"], r"2 processes x --accumulate 2 = 4 do not divide\ntake 4 or 8"),
-        (["--sync_bn"], r"--sync_bn: torch has it for GPUs alone"),
+        (["--sync_bn"], r"batch norm over all processes: torch has it for GPUs alone; on a CPU leave --sync_bn out"),
         (["--device", "mps"], "several processes take --device auto, cuda or cpu"),
     ],
 )

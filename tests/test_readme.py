@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import cam
+import detect
 import evaluate
 import imagenet_train
 import train
+from detection.options import RECIPES as DETECTION_RECIPES
 from engine.configure import check_together, fill_in, translate
 from engine.evaluation.corruptions import DESCRIPTIONS
 from engine.phases import phases_of, read_phases
@@ -29,6 +31,7 @@ COMMANDS = [
     if re.match(r"(python|torchrun|srun torchrun) ", line)
 ]
 SCRIPTS = {"train.py": train, "imagenet_train.py": imagenet_train, "evaluate.py": evaluate, "cam.py": cam}
+SCRIPTS["detect.py"] = detect
 
 
 def test_there_are_commands():
@@ -53,8 +56,11 @@ def test_every_command_is_accepted(command):
     parser = SCRIPTS[script].build_parser()
     typed, _ = translate(parser.read(words))
     if script not in ("evaluate.py", "cam.py"):
-        options = fill_in(typed, {}, parser.defaults)
-        check_together(options, typed)
+        if script == "detect.py":
+            options = detect.settle(parser, typed, {})
+        else:
+            options = fill_in(typed, {}, parser.defaults)
+            check_together(options, typed)
         told = command.split(script)[0].replace('"$SLURM_NNODES"', "2").replace("1:2", "2")
         processes = [int(count) for count in re.findall(r"--(?:nproc_per_node|nnodes) (\d+)", told)]
         phases = phases_of(options) if script == "imagenet_train.py" else []
@@ -125,3 +131,24 @@ def test_links_lead_somewhere():
     assert not re.findall(r"\b[A-Z]+_[A-Z_]{3,}\b", re.sub(r"```.*?```", "", README, flags=re.S)), (
         "left to be filled in"
     )
+
+
+def test_the_table_of_detection_recipes_is_what_they_are():
+    section = README.split("## Detect objects")[1].split("\n## ")[0]
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|")]
+    names = [re.match(r"`(\w+)`", cell)[1] for cell in table[0][1:]]
+    assert names == [*DETECTION_RECIPES]
+    rows = {row[0]: dict(zip(names, row[1:], strict=True)) for row in table[2:]}
+    for name, recipe in DETECTION_RECIPES.items():
+        drops = " and ".join(f"{drop:,}" for drop in recipe["schedule"])
+        assert rows["batch, learning rate"][name] == f"{recipe['batch_size']}, {recipe['lr']:g}"
+        assert rows["steps, rate x0.1 at"][name] == f"{recipe['iters']:,}, {drops}"
+        decay = f"{recipe['weight_decay']:.0e}".replace("e-0", "e-")
+        assert rows["weight decay, warm-up"][name] == f"{decay}, {recipe['warmup_iters']:,}"
+        layers = "all" if recipe["trainable_layers"] == 5 else f"top {recipe['trainable_layers']}"
+        layers += "" if recipe["norm"] == "frozen" else f" with {recipe['norm']}"
+        assert rows["neck, layers that learn"][name] == f"{recipe['neck']}, {layers}"
+        sizes = recipe["min_size"]
+        side = f"{sizes[0]}" if len(sizes) == 1 else f"{min(sizes)} to {max(sizes)}, test {sizes[-1]}"
+        assert rows["shorter side"][name] == side
+        assert rows["objects marked difficult"][name] == ("trained on" if recipe["use_difficult"] else "left out")
