@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from detection.options import build_parser, check_start, schedule_of, settle
+from detection.options import build_parser, check_start, notes_on, schedule_of, settle
 from engine import configure
-from engine.cli import Parser, read_config
+from engine.cli import check_place, read_config
 from engine.cli import run as run_script
 
 
@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     """Train, or evaluate; returns what results.json holds."""
     parser = build_parser()
     typed, notes = configure.read(parser, argv)
-    options = settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    options = settle(parser, typed, read_config(typed["config"], "detector") if "config" in typed else {})
 
     import torch  # after the options, so that --help answers at once
 
@@ -27,6 +27,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.run import take_up
     from engine.training import check_batch, pick
 
+    if options["predictions"]:
+        check_place(parser, "--predictions", Path(options["predictions"]))
     if options["export_shapes"]:
         parts = load_parts(dataset="shapes", progress=over, **pick(options, ["limit"]))
         export_voc(Path(options["export_shapes"]), dict(zip(("trainval", "test"), parts, strict=True)))
@@ -39,7 +41,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     prepare(device, seed=options["seed"], deterministic=options["deterministic"])
     precision, precision_text = choose_precision(options["amp"], device)
     if not saved:
-        settled(parser, check_start, options)
+        check_start(parser, options)
+    start = start_of(options, saved)
+    options |= {"model": start.body, "neck": typed.get("neck", start.options.get("neck", options["neck"]))}
+    notes += notes_on(options, typed, going_on=bool(saved))
 
     train, test = load_parts(progress=over, **pick(options, load_parts))
     train = train if options["use_difficult"] else train.without_difficult()
@@ -48,10 +53,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     alike = {"rank": distributed.rank(), "ranks": distributed.ranks(), "pieces": options["accumulate"]}
     feed_options = pick(options, ["batch_size", "augment", "seed", "workers"])
     feed = Feed(train, device=device, shuffle=True, **feed_options, **alike)
-    options |= settled(parser, schedule_of, options, len(feed))
+    options |= schedule_of(options, len(feed))
 
-    start = start_of(options, saved)
-    options |= {"model": start.body, "neck": typed.get("neck", start.options.get("neck", options["neck"]))}
     detector, more = build(start, options, train.classes)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     detector = distributed.synchronised(detector, options["norm"] == "syncbn", "take --norm bn")
@@ -73,14 +76,6 @@ def main(argv: list[str] | None = None) -> dict | None:
     judged_on.close()
     distributed.finish()
     return result
-
-
-def settled(parser: Parser, function, *values):
-    """What a function that raises ValueError for bad options gives; then a usage error."""
-    try:
-        return function(*values)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Evaluate trained classifiers: python evaluate.py --model_path runs/cifar10/resnet20/my_run"""
 
-import os
 import shlex
 import sys
 from collections import Counter
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import models
 from engine import configure
-from engine.cli import Parser, UserError, one_of, run, whole, yes_no
+from engine.cli import Parser, UserError, check_place, one_of, run, whole, yes_no
 from engine.evaluation import options as of_tasks
 from engine.evaluation.options import ALEXNET, TASKS
 from engine.options import DATASETS, data_options, device_options
@@ -116,23 +115,13 @@ def check(parser: Parser, task: str, typed: dict, options: dict) -> list[str]:
             parser.error(f"--{key} {options[key]}: the picture is a .png")
     for key in ("output", "figure", "confusion"):
         if options[key]:
-            check_place(parser, f"--{key}", Path(options[key]).absolute())
+            check_place(parser, f"--{key}", Path(options[key]))
     notes = []
     if ignored := [f"--{name}" for name in IGNORED if name in typed]:
         notes.append(f"without effect on an evaluation: {', '.join(ignored)}")
     if ignored := of_tasks.without_effect(parser, task, typed):
         notes.append(f"without effect here: {', '.join(ignored)}")
     return notes
-
-
-def check_place(parser: Parser, option: str, file: Path) -> None:
-    """End with a usage error where the file could not be written after the work."""
-    if not file.parent.is_dir():
-        parser.error(f"{option} {file}: there is no folder {file.parent}")
-    if file.is_dir():
-        parser.error(f"{option} {file}: a folder; name a file in it")
-    if not os.access(file.parent, os.W_OK):
-        parser.error(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def print_info(file) -> dict:

@@ -199,7 +199,7 @@ def described(weights: dict[str, torch.Tensor]) -> dict[str, object] | None:
     head = weights.get("roi_heads.box_predictor.cls_score.weight")
     blocks = [re.match(r"backbone\.body\.layer(\d)\.(\d+)\.conv(\d)\.weight", key) for key in weights]
     found = [tuple(map(int, match.groups())) for match in blocks if match]
-    if head is None or not found:
+    if head is None or {stage for stage, _, _ in found} != {1, 2, 3, 4}:
         return None
     depths = [1 + max(block for stage, block, _ in found if stage == number) for number in (1, 2, 3, 4)]
     depth = 2 + sum(depths) * max(conv for _, _, conv in found)
@@ -220,7 +220,7 @@ def load_detector(detector: FasterRCNN, weights: dict[str, torch.Tensor], path: 
     """
     own, weights = detector.state_dict(), in_todays_names(weights)
     predictor = "roi_heads.box_predictor."
-    if weights[f"{predictor}cls_score.bias"].shape != own[f"{predictor}cls_score.bias"].shape:
+    if len(weights[f"{predictor}cls_score.weight"]) != len(own[f"{predictor}cls_score.weight"]):
         weights |= {key: value for key, value in own.items() if key.startswith(predictor)}
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own and not key.endswith("num_batches_tracked")]

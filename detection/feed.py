@@ -4,6 +4,7 @@ Which images make up a batch and what happens to each depends on (seed, epoch, p
 workers, and not on where a run was stopped.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from detection.data import Part
-from engine.batches import epoch_generator, share, step_count
+from engine.batches import epoch_generator, share
 from engine.image_files import BadImage, Reader, keys
 
 
@@ -39,7 +40,9 @@ AUGMENTATIONS = {  # of training images; multi-scale is --min_size with several 
 class Views:
     """The images of a part as training sees them, for engine.image_files.Reader."""
 
-    remedy = "replace the file or its annotation, or take its name off the list in ImageSets/Main"
+    remedy = (
+        "replace the file or its annotation; without it in ImageSets/Main it is another run, from --frcnn_checkpoint"
+    )
 
     def __init__(self, part: Part, augment: str = "none"):
         self.part, self.transform = part, AUGMENTATIONS[augment]()
@@ -82,7 +85,8 @@ class Feed:
 
     batch_size is the total over `ranks` processes and the `pieces` each of them cuts its share into, as for
     engine.batches.Batches. With shuffle, images higher than wide make batches of their own, which spares padding; an
-    epoch ends with what is left of both kinds.
+    epoch ends with what is left of both kinds, and, where that cannot be cut, with the epoch's first images again: so
+    it has as many steps for any number of processes.
     """
 
     def __init__(
@@ -107,8 +111,7 @@ class Feed:
         self.reader = Reader(Views(part, augment), seed=seed, workers=0 if drawn else workers, pin=self.pinned)
 
     def __len__(self) -> int:
-        parts = self.cut["ranks"] * self.pieces
-        return step_count(len(self.part), self.batch_size, parts=parts, even=self.shuffle)
+        return math.ceil(len(self.part) / self.batch_size)
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -127,8 +130,8 @@ class Feed:
             yield Batch(images, targets, index)
 
     def order(self, epoch: int) -> torch.Tensor:
-        """(N,) the positions of all images, batch after batch."""
-        count = len(self.part)
+        """The positions of all images, batch after batch."""
+        count, cut = len(self.part), self.cut["ranks"] * self.pieces
         if not self.shuffle:
             return torch.arange(count)
         high = [height > width for height, width in self.part.sizes]
@@ -138,4 +141,6 @@ class Feed:
             if len(waiting[high[place]]) == self.batch_size:
                 batches += waiting[high[place]]
                 waiting[high[place]] = []
-        return torch.tensor([*batches, *waiting[False], *waiting[True]], dtype=torch.long)
+        order = [*batches, *waiting[False], *waiting[True]]
+        again = (-(count % self.batch_size)) % cut if count % self.batch_size else 0
+        return torch.tensor(order + order[:again], dtype=torch.long)

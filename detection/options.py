@@ -62,6 +62,12 @@ MAY_DIFFER = {  # options that may change when a run is continued
     *("vis", "predictions", "backbone_checkpoint", "frcnn_checkpoint", "pretrained", "scale_lr"),
 }
 BUILT_IN = {"model", "neck", "stem", "dataset", "norm", "trainable_layers", "ema", "batch_size", "train_sets", "limit"}
+STARTS = {"backbone_checkpoint", "pretrained", "frcnn_checkpoint"}  # what a new detector starts from
+OF_TRAINING = {  # what an evaluation does not read
+    *("recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"),
+    *("batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"),
+    *("clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"),
+}
 ONE_CALL = {*ONE_CALL_EVERYWHERE, "vis", "predictions", "export_shapes"}
 
 
@@ -81,7 +87,12 @@ def build_parser() -> Parser:
         "--frcnn_checkpoint", metavar="FILE", help="a detector: to evaluate, or to start from; ours or torchvision's"
     )
     parser.option("--evaluate", "-e", type=yes_no, default=False, help="evaluate --frcnn_checkpoint and exit")
-    parser.option("--averaged", type=yes_no, default=False, help="the weight average of --frcnn_checkpoint, from --ema")
+    parser.option(
+        "--averaged",
+        type=yes_no,
+        default=False,
+        help="the weight average in the file to start from, of a run with --ema",
+    )
     parser.option("--recipe", type=one_of(["auto", *RECIPES]), default="auto", metavar="NAME", help=recipes_text())
     parser.option(
         "--model",
@@ -217,7 +228,10 @@ def settle(parser: Parser, typed: dict, saved: dict) -> dict:
     """Every option: what was typed, else saved, else the recipe's, else the default; a contradiction ends with a usage
     error. Lengths are still open where --epochs gives them: see schedule_of().
     """
-    given = {**{key: value for key, value in saved.items() if key in parser.defaults.keys() - ONE_CALL}, **typed}
+    told = {key: value for key, value in saved.items() if key in parser.defaults.keys() - ONE_CALL}
+    if STARTS & typed.keys():  # one of them takes the place of all
+        told = {key: value for key, value in told.items() if key not in STARTS}
+    given = {**told, **typed}
     name = given.get("recipe", "auto")
     if name == "auto":
         name = saved.get("recipe") or ("shapes" if given.get("dataset") == "shapes" else "paper")
@@ -226,9 +240,11 @@ def settle(parser: Parser, typed: dict, saved: dict) -> dict:
     if options["scale_lr"] and "lr" not in given:
         options["lr"] = recipe["lr"] * options["batch_size"] / recipe["batch_size"]
     try:
-        check_together(options, typed, saved)
+        check_together(options, typed)
     except ValueError as error:
         parser.error(str(error))
+    if not (saved or options["evaluate"] or options["checkpoint"] or options["export_shapes"]):
+        check_start(parser, options)
     if not saved:  # of a run that goes on all is settled
         options |= {key: None for key in ("iters", "schedule", "warmup_iters") if key not in typed}
     elif "epochs" in typed and "iters" not in typed:
@@ -236,7 +252,12 @@ def settle(parser: Parser, typed: dict, saved: dict) -> dict:
     return options
 
 
-def check_together(options: dict, typed: dict, saved: dict) -> None:
+def settle_again(parser: Parser, typed: dict, saved: dict) -> dict:
+    """The same of a run that goes on, and so starts from nothing else."""
+    return settle(parser, {key: value for key, value in typed.items() if key not in STARTS}, saved)
+
+
+def check_together(options: dict, typed: dict) -> None:
     """Raise ValueError, with the remedy, for options that exclude each other."""
     if options["config"] and "recipe" in typed:
         raise ValueError("--recipe: the file of --config brings every option with it; leave one of them out")
@@ -244,46 +265,66 @@ def check_together(options: dict, typed: dict, saved: dict) -> None:
         raise ValueError(
             f"--trainable_layers {options['trainable_layers']}: a ResNet has a stem and 4 stages; 5 is all"
         )
+    if len(options["gammas"]) not in (1, len(options["schedule"])):
+        raise ValueError(
+            f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} drops of --schedule; "
+            "give one for all, or one each"
+        )
     if max(options["min_size"]) > options["max_size"]:
         raise ValueError(f"--min_size {max(options['min_size'])} is more than --max_size {options['max_size']}")
     if options["stem"] == "random" and options["frcnn_checkpoint"]:
         raise ValueError("--stem random: it says how a classifier becomes a backbone; --frcnn_checkpoint has one")
-    if options["averaged"] and not options["frcnn_checkpoint"]:
-        raise ValueError("--averaged: of which detector? give --frcnn_checkpoint FILE")
+    if options["averaged"] and not (options["frcnn_checkpoint"] or options["backbone_checkpoint"]):
+        raise ValueError("--averaged: of which file? give --backbone_checkpoint or --frcnn_checkpoint")
     if options["evaluate"] and not options["frcnn_checkpoint"]:
         raise ValueError("--evaluate needs --frcnn_checkpoint FILE: a backbone alone detects nothing")
-    if not (saved or options["evaluate"] or options["checkpoint"] or options["export_shapes"]):
-        check_start(options)
 
 
-def check_start(options: dict) -> None:
-    """Raise ValueError unless exactly one option says what a new detector starts from."""
-    starts = [f"--{key}" for key in ("backbone_checkpoint", "pretrained", "frcnn_checkpoint") if options[key]]
+def check_start(parser: Parser, options: dict) -> None:
+    """A usage error unless exactly one option says what a new detector starts from."""
+    starts = [f"--{key}" for key in sorted(STARTS) if options[key]]
     if not starts:
-        raise ValueError(
+        parser.error(
             "--backbone_checkpoint FILE: which classifier shall be the backbone? --pretrained takes torchvision's, "
             "--frcnn_checkpoint FILE starts from a detector"
         )
     if len(starts) > 1:
-        raise ValueError(f"{' and '.join(starts)} both say what to start from; give one of them")
+        parser.error(f"{' and '.join(starts)} both say what to start from; give one of them")
 
 
 def schedule_of(options: dict, steps_per_epoch: int) -> dict:
     """iters, schedule, gammas and warmup_iters of a run, in optimizer steps.
 
     The drops of a recipe keep their share of the run where its length is another one; its warm-up then takes a tenth of
-    the run at most. Raises ValueError where there are not as many factors as drops.
+    the run at most.
     """
     recipe = RECIPES[options["recipe"]]
     length = options["iters"] or (options["epochs"] and options["epochs"] * steps_per_epoch) or recipe["iters"]
     drops, warmup = options["schedule"], options["warmup_iters"]
     if drops is None:
-        drops = sorted({max(1, round(drop * length / recipe["iters"])) for drop in recipe["schedule"]})
+        drops = [max(1, round(drop * length / recipe["iters"])) for drop in recipe["schedule"]]
     if warmup is None:
         warmup = recipe["warmup_iters"] if length >= recipe["iters"] else min(recipe["warmup_iters"], length // 10)
-    if len(options["gammas"]) not in (1, len(drops)):
-        raise ValueError(f"--gammas has {len(options['gammas'])} factors for {len(drops)} drops; give one, or one each")
     return {"iters": length, "schedule": drops, "warmup_iters": warmup}
+
+
+def notes_on(options: dict, typed: dict, going_on: bool = False) -> list[str]:
+    """What was typed and nothing reads."""
+    idle = set()
+    if options["dataset"] == "shapes":
+        idle |= {"data_dir", "train_sets", "test_set", "download", "workers"}
+    if "lr" in typed or going_on:
+        idle |= {"scale_lr"}
+    if "iters" in typed:
+        idle |= {"epochs"}
+    if options["log_off"]:
+        idle |= {"vis", "name", "save_every", "save_iters"}
+    if going_on:
+        idle |= STARTS
+    if options["evaluate"]:
+        idle |= OF_TRAINING | {"amp", "backbone_checkpoint", "pretrained"}
+    found = sorted(f"--{key}" for key in typed.keys() & idle)
+    return [f"without effect here: {', '.join(found)}"] if found else []
 
 
 def check_resume(typed: dict, saved: dict, force: bool = False) -> None:

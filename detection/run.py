@@ -18,7 +18,7 @@ from detection.data import Part, load_parts
 from detection.feed import Feed
 from detection.loop import SHORT, predict, train_one_epoch
 from detection.metrics import Found, Truth, coco, voc
-from detection.options import check_resume, runs_of, settle
+from detection.options import check_resume, notes_on, runs_of, settle_again
 from detection.start import build, start_of
 from engine.cli import UserError
 from engine.device import own_stream, prepare
@@ -27,10 +27,11 @@ from engine.files import write_atomic, write_json
 from engine.log import RunFolder, add_trackers, opencv_versions, run_folder
 from engine.loop import NotFinite, Stopwatch, Tally
 from engine.progress import Progress, bars_wanted, over
-from engine.run import Task
+from engine.run import Task, notes_on_going_on
 from engine.training import Parts, WeightAverage, peak_memory_mb, pick, save, stop_well
 
-DETECTOR = Task("detector", settle, check_resume, runs_of)
+DETECTOR = Task("detector", settle_again, check_resume, runs_of)
+OF_THE_FIGURES = ("test_set", "score_thr", "nms_thr", "max_dets")  # options that change what is measured
 COLUMNS = [
     *("epoch", "iteration", "lr", "loss", *SHORT),
     *("map07", "map", "coco_ap", "ema_map07", "seconds", "images_per_second", "data_seconds", "peak_memory_mb"),
@@ -151,6 +152,11 @@ class Run:
         self.begun = 0.0
         self.notes: list[str] = []
         self.done = saved["step"] if saved else 0
+        if self.done > options["iters"]:
+            raise UserError(
+                f"--iters {options['iters']:,}: the run has made {self.done:,} steps\ngive more, or leave it out; to "
+                "evaluate what is there, say --evaluate --frcnn_checkpoint"
+            )
         told = saved["history"] if saved else []  # a run killed in its last evaluation has done its steps, but no row
         self.finished_before = bool(told) and told[-1]["iteration"] >= options["iters"]
         self.judged: Judged | None = None
@@ -178,22 +184,17 @@ class Run:
             self.tally = None
         elif self.tally:
             self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.tally.step} of its steps")
-        if saved["precision"] != str(self.precision):
-            self.notes.append(
-                f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
-            )
-        if (before := len(saved["rng"])) != ranks():
-            self.notes.append(
-                f"{before} processes saved this run and {ranks()} continue it: the images of each step are the same, "
-                "random draws are not; it is not the run it would have been"
-            )
+        self.notes += notes_on_going_on(saved, self.precision)
+        if differ := [f"--{key}" for key in OF_THE_FIGURES if saved["config"][key] != self.options[key]]:
+            self.best |= {"value": -1.0, "epoch": 0}
+            self.notes.append(f"{' '.join(differ)} changed: the best epoch is sought anew from here on")
 
     def begin(self, train: Part, test: Part, notes: list[str], where: str) -> None:
         """Start the files of the run and say what is about to happen."""
         off = self.options["log_off"] or not is_first()
         self.log = RunFolder(self.folder, off=off, anew=self.anew, columns=COLUMNS)
         add_trackers(self.log, self.options)
-        self.log.write_config(self.options, self.parts.device)
+        self.log.write_config(self.options, self.parts.device, kind=DETECTOR.kind)
         self.log.write_log(self.history)
         where += f", {ranks()} processes" if ranks() > 1 else ""
         announce(self.log, self.options, train, test, self.backbone, self.steps, where=where)
@@ -247,6 +248,10 @@ class Run:
                 if not self.log.off:
                     report.draw_batches(self.log.path / "nonfinite.png", error.evidence["batches"], self.known.classes)
                 raise
+            except UserError as error:  # as of a file that cannot be read
+                last = self.log.path / "last.pt"
+                kept = f"; then continue with --checkpoint {last}" if last.exists() and not self.log.off else ""
+                raise UserError(f"{error}{kept}") from error
 
     def evaluate(self, feed: Feed) -> dict[str, float]:
         """The columns of the log, in the epochs that --eval_every names and in the last one."""
@@ -257,12 +262,14 @@ class Run:
             return {}
         self.before["seconds"] = time.perf_counter() - self.begun
         self.save()  # an evaluation takes long: a kill shall not cost the epoch
-        how = {"count_difficult": self.options["coco_count_difficult"], "bar": self.bar}
-        self.judged = judge(self.parts.model, feed, **how)
+        self.judged = self.judge(self.parts.model, feed)
         columns = self.judged.row if self.judged else {}
-        if self.parts.ema and (averaged := judge(self.parts.ema.module, feed, **how)):
+        if self.parts.ema and (averaged := self.judge(self.parts.ema.module, feed)):
             columns["ema_map07"] = averaged.row.get("map07")
         return columns
+
+    def judge(self, detector: FasterRCNN, feed: Feed) -> Judged | None:
+        return judge(detector, feed, count_difficult=self.options["coco_count_difficult"], bar=self.bar)
 
     def keep(self, row: dict) -> None:
         """The epoch of this row is done: checkpoints, log, curves."""
@@ -297,8 +304,7 @@ class Run:
     def finish(self, feed: Feed) -> dict | None:
         """The numbers under every protocol, and the pictures; returns what results.json holds."""
         if self.finished_before:
-            how = {"count_difficult": self.options["coco_count_difficult"], "bar": self.bar}
-            self.judged = judge(self.parts.model, feed, **how)
+            self.judged = self.judge(self.parts.model, feed)
             self.log.say("this run was finished already; evaluated again:")
         self.sign.rest()
         if not is_first():
@@ -307,14 +313,12 @@ class Run:
             **{"iterations": self.options["iters"], "training_seconds": sum(row["seconds"] for row in self.history)},
             **{"best": self.best, "backbone": self.backbone, "recipe": self.options["recipe"]},
         }
-        result = present(self.log, self.judged, feed.part, self.options) | training
         if self.best["value"] >= 0:
             self.log.say(
                 f"last epoch: VOC07 mAP@0.5 {self.judged.row.get('map07', math.nan):.2f}; best "
                 f"{self.best['value']:.2f} (epoch {self.best['epoch']}, chosen on the test images)"
             )
-        keep_results(self.log, result)
-        return result
+        return present(self.log, self.judged, feed.part, self.options, training)
 
 
 def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict | None:
@@ -322,7 +326,8 @@ def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict 
     the file says of the detector serves unless it is typed.
     """
     start = start_of(options)
-    options = {**options, **{key: value for key, value in start.options.items() if key not in typed}}
+    told = start.options | ({} if {"data_dir", "test_set"} & typed.keys() else start.data)
+    options = {**options, **{key: value for key, value in told.items() if key not in typed}}
     options |= {"norm": "frozen", "model": start.body}  # in evaluation all batch norm is
     prepare(device, seed=options["seed"], deterministic=options["deterministic"])
     _, test = load_parts(progress=over, **pick({**options, "train_sets": []}, load_parts))
@@ -330,12 +335,12 @@ def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     detector = detector.to(device, memory_format=layout)
     begins = {**options, "name": options["name"] or f"evaluate_{datetime.now():%Y%m%d-%H%M%S}"}
-    folder = of_first(lambda: run_folder(begins, None, runs_of))
+    folder = of_first(lambda: run_folder({**begins, "overwrite": False}, None, runs_of))
     log = RunFolder(folder, off=options["log_off"] or not is_first())
-    log.write_config(options, device)
+    log.write_config(options, device, kind=DETECTOR.kind)
     log.say(test.summary("test"))
     log.say(f"{start.path}: Faster R-CNN, {options['neck']}, {start.body}, on {device}, float32")
-    for note in [*notes, *test.warnings]:
+    for note in [*notes, *notes_on(options, typed), *test.warnings]:
         log.say(f"note: {note}")
     feed = images_of(test, options, device)
     judged = judge(
@@ -344,15 +349,16 @@ def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict 
     feed.close()
     result = None
     if judged:
-        result = present(log, judged, test, options) | {"detector": start.path, "backbone": start.backbone}
-        keep_results(log, result)
+        result = present(log, judged, test, options, {"detector": start.path, "backbone": start.backbone})
     finish()
     return result
 
 
-def present(log: RunFolder, judged: Judged, part: Part, options: dict) -> dict:
-    """Say what was measured, draw it, and write the detections where asked for; returns what results.json holds."""
-    result = report.results(
+def present(log: RunFolder, judged: Judged, part: Part, options: dict, further: dict) -> dict:
+    """Say what was measured, keep and draw it, and write the detections where asked for; returns what results.json
+    holds. further: what else that is.
+    """
+    result = further | report.results(
         judged.voc,
         judged.coco,
         test_set=options["test_set"] if options["dataset"] == "voc" else "test scenes",
@@ -363,22 +369,18 @@ def present(log: RunFolder, judged: Judged, part: Part, options: dict) -> dict:
     for line in report.lines_of(result):
         log.say(line)
     log.say(f"{len(part):,} images in {judged.seconds:.1f} s, {len(part) / judged.seconds:.1f} images/s")
+    if not log.off:
+        write_json(log.path / "results.json", result)
+        report.draw_curves(log.path / "precision_recall.png", judged.voc)
+        if options["vis"]:
+            report.draw_detections(log.path / "vis", part, judged.found, judged.truths, count=options["vis"])
+        names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
+        log.say(f"in {log.path}: {', '.join(names)}")
     if options["predictions"]:
         rows = json.dumps(report.predictions(part.names, judged.found, part.classes))
         write_atomic(Path(options["predictions"]), lambda side: side.write_text(rows, encoding="utf-8"))
         log.say(f"all detections: {options['predictions']}")
-    if not log.off:
-        report.draw_curves(log.path / "precision_recall.png", judged.voc)
-        if options["vis"]:
-            report.draw_detections(log.path / "vis", part, judged.found, judged.truths, count=options["vis"])
     return result
-
-
-def keep_results(log: RunFolder, result: dict) -> None:
-    if not log.off:
-        write_json(log.path / "results.json", result)
-        names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
-        log.say(f"in {log.path}: {', '.join(names)}")
 
 
 def announce(log: RunFolder, options: dict, train: Part, test: Part, backbone: dict, steps: int, *, where: str) -> None:

@@ -39,7 +39,8 @@ class Start:
     classes: list[str] = field(default_factory=list)  # of a detector, where its file says
     count: int = 0  # of a detector's classes, without background
     backbone: dict = field(default_factory=dict)  # what the checkpoint keeps of where the backbone came from
-    options: dict = field(default_factory=dict)  # OF_THE_FILE and OF_ITS_DATA, where a detector's file says
+    options: dict = field(default_factory=dict)  # OF_THE_FILE, where a detector's file says
+    data: dict = field(default_factory=dict)  # OF_ITS_DATA, likewise
 
 
 def start_of(options: dict, saved: dict | None = None) -> Start:
@@ -49,10 +50,11 @@ def start_of(options: dict, saved: dict | None = None) -> Start:
     if saved:
         return Start(saved["config"]["model"], saved["mean"], saved["std"], backbone=saved["backbone"])
     if options["frcnn_checkpoint"]:
-        return of_detector(options["frcnn_checkpoint"], averaged=options["averaged"])
+        return of_detector(options["frcnn_checkpoint"], averaged=options["averaged"], model=options["model"])
     if options["pretrained"]:
         return of_torchvision(options["model"])
-    return of_classifier(SavedClassifier(options["backbone_checkpoint"]), options["model"])
+    saved = SavedClassifier(options["backbone_checkpoint"], averaged=options["averaged"])
+    return of_classifier(saved, options["model"])
 
 
 def of_classifier(saved: SavedClassifier, model: str | None) -> Start:
@@ -76,8 +78,10 @@ def of_torchvision(model: str | None) -> Start:
     return Start(body, *STATISTICS["imagenet"], weights, path=url, backbone=known)
 
 
-def of_detector(word: str, *, averaged: bool = False) -> Start:
-    """A file of ours, the best.pt of a run folder, or a bare state dict of torchvision's detector."""
+def of_detector(word: str, *, averaged: bool = False, model: str | None = None) -> Start:
+    """A file of ours, the best.pt of a run folder, or a bare state dict of torchvision's detector. model: what the user
+    says its backbone is.
+    """
     path = best_of(word)
     content = read_file(path)
     weights = extract_weights(content, path, averaged=averaged, kind="detector")
@@ -87,13 +91,16 @@ def of_detector(word: str, *, averaged: bool = False) -> Start:
             f"{path}: a detector of another kind\ndetectors are Faster R-CNNs on ResNets, made by detect.py, or "
             "torchvision's fasterrcnn_resnet50_fpn"
         )
+    if model and model.removeprefix("imagenet_") != told["body"]:
+        raise UserError(f"--model {model}: {path} holds {told['body']}\nleave --model out, the file says what it is")
     ours = content if is_ours(content) else {}
-    known = {key: ours["config"][key] for key in OF_THE_FILE + OF_ITS_DATA} if ours else {"neck": told["neck"]}
+    known = {key: ours["config"][key] for key in OF_THE_FILE} if ours else {"neck": told["neck"]}
     mean, std = (ours["mean"], ours["std"]) if ours else STATISTICS["imagenet"]
     return Start(
         **{"body": told["body"], "mean": mean, "std": std, "weights": weights, "whole": True, "path": str(path)},
         **{"classes": ours.get("classes", []), "count": told["num_classes"]},
         **{"backbone": ours.get("backbone") or {"path": str(path), "model": told["body"]}, "options": known},
+        data={key: ours["config"][key] for key in OF_ITS_DATA} if ours else {},
     )
 
 
@@ -114,6 +121,10 @@ def build(start: Start, options: dict, classes: list[str]) -> tuple[FasterRCNN, 
     )
     notes = []
     if start.whole:
+        if options["neck"] != start.options["neck"]:
+            raise UserError(
+                f"--neck {options['neck']}: {start.path} has the neck {start.options['neck']}\nleave it out"
+            )
         check_classes(start, classes, only_evaluated=options["evaluate"])
         load_detector(detector, start.weights, start.path)
         if start.count != len(classes):
@@ -121,8 +132,8 @@ def build(start: Start, options: dict, classes: list[str]) -> tuple[FasterRCNN, 
     elif start.weights is not None:
         if load_backbone(detector, start.weights, stem=options["stem"]):
             notes.append(
-                f"{start.path} was trained on small images: features learnt there transfer poorly, and its stem now "
-                f"sees every second pixel only; better is --model imagenet_{start.body} in training"
+                f"{start.path} has a stem for small images, 3x3 and without pooling: features learnt on such images "
+                f"transfer poorly; better is a classifier trained with --model imagenet_{start.body}"
             )
     learning = {"trainable_layers": options["trainable_layers"], "stem_learns": options["stem"] == "random"}
     set_learning(detector, norm=options["norm"], **learning)

@@ -69,6 +69,13 @@ KINDS = {  # what a checkpoint is of, and who makes it
 }
 
 
+OTHER_USES = {  # of weights that are no checkpoint of ours
+    "classifier": "evaluate it with evaluate.py, or start from its weights with --init_from",
+    "casm": "evaluate it with python -m saliency.casm eval",
+    "detector": "evaluate it with --evaluate --frcnn_checkpoint, or start from its weights with --frcnn_checkpoint",
+}
+
+
 def read_checkpoint(path: Path, kind: str = "classifier") -> dict:
     """A checkpoint of our own format, on the CPU. kind: of what. Raises UserError that names the file and what is wrong
     with it.
@@ -76,8 +83,7 @@ def read_checkpoint(path: Path, kind: str = "classifier") -> dict:
     content = read_file(path)
     if not is_ours(content):
         raise UserError(
-            f"{path}: no checkpoint that training can continue from (found: {first_keys(content)})\n"
-            "evaluate it with evaluate.py, or start from its weights with --init_from"
+            f"{path}: no checkpoint that training can continue from (found: {first_keys(content)})\n{OTHER_USES[kind]}"
         )
     if (held := content.get("kind", "classifier")) != kind:
         raise UserError(f"{path}: a checkpoint of {KINDS.get(held, held)}\nhere one of {KINDS[kind]} is wanted")

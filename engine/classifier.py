@@ -27,7 +27,8 @@ def best_of(path: Path | str) -> Path:
     """A file, or the best.pt of a run folder."""
     place = Path(path)
     if place.is_dir() and not (place / "best.pt").is_file():
-        raise UserError(f"{place}: this folder holds no best.pt; give a file, or the folder of a run")
+        last = f"; its last.pt is {place / 'last.pt'}" if (place / "last.pt").is_file() else ", or the folder of a run"
+        raise UserError(f"{place}: this folder holds no best.pt; give a file{last}")
     return place / "best.pt" if place.is_dir() else place
 
 

@@ -183,13 +183,28 @@ def joined(value):
     return value
 
 
-def read_config(path: str) -> dict[str, object]:
-    """The options in the config.json of an earlier run. Raises UserError for anything else."""
+def read_config(path: str, kind: str = "classifier") -> dict[str, object]:
+    """The options in the config.json of an earlier run that trained such a thing. Raises UserError for another file."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)["options"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            content = json.load(file)
+        options, held = content["options"], content.get("kind", "classifier")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--config {path}: not the config.json of a run ({type(error).__name__}: {error})") from error
+    if held != kind:
+        raise UserError(f"--config {path}: of a run that trained a {held}\nhere one of a {kind} is wanted")
+    return options
+
+
+def check_place(parser: "Parser", option: str, file: Path) -> None:
+    """End with a usage error where the file could not be written after the work."""
+    file = file.absolute()
+    if not file.parent.is_dir():
+        parser.error(f"{option} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        parser.error(f"{option} {file}: a folder; name a file in it")
+    if not os.access(file.parent, os.W_OK):
+        parser.error(f"{option} {file}: no permission to write in {file.parent}")
 
 
 def run(main: Callable[[], None]) -> None:

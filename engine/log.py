@@ -107,13 +107,14 @@ class RunFolder:
             with open(self.path / "log.txt", "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def write_config(self, options: dict, device: torch.device) -> None:
+    def write_config(self, options: dict, device: torch.device, kind: str = "classifier") -> None:
         if self.off:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         write_json(
             self.path / "config.json",
             {
+                "kind": kind,
                 "options": {key: value for key, value in options.items() if key not in SECRET},
                 "versions": {**versions(), "opencv": opencv_versions()},
                 "device": name,

@@ -306,7 +306,7 @@ def output_options(parser: Parser, print_freq: int = 100, named_by: str = "METHO
     parser.option("--root_dir", "--output_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
     parser.option("--name", "--tag", "--add_name", "--expname", shown=f"{named_by}_date-time", help="name of the run")
     parser.option("--overwrite", type=yes_no, default=False, help="start anew in a folder that holds a run")
-    parser.option("--log_off", type=yes_no, default=False, help="write no file at all")
+    parser.option("--log_off", type=yes_no, default=False, help="keep no run folder")
     parser.option(
         "--save_every",
         "--save_epoch",

@@ -70,6 +70,19 @@ def take_up(parser: Parser, typed: dict, options: dict, task: Task = CLASSIFIER)
     return options, saved, folder
 
 
+def notes_on_going_on(saved: dict, precision: torch.dtype | None) -> list[str]:
+    """What makes the run that goes on from this checkpoint another one than it would have been."""
+    notes = []
+    if saved["precision"] != str(precision):
+        notes.append(f"before it computed in {saved['precision']}: from here on it is not the run it would have been")
+    if (before := len(saved["rng"])) != ranks():
+        notes.append(
+            f"{before} processes saved this run and {ranks()} continue it: the images of each step are the same, "
+            "random draws, batch statistics and what a method learns are not; it is not the run it would have been"
+        )
+    return notes
+
+
 class Run:
     """What a run has measured so far, and where it is kept. parts: what learns; saved: a checkpoint to go on from."""
 
@@ -120,15 +133,7 @@ class Run:
         self.tally = self.parts.load(saved)
         if self.tally:
             self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.tally.step} of its steps")
-        if saved["precision"] != str(self.precision):
-            self.notes.append(
-                f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
-            )
-        if (before := len(saved["rng"])) != ranks():
-            self.notes.append(
-                f"{before} processes saved this run and {ranks()} continue it: the images of each step are the same, "
-                "random draws, batch statistics and what a method learns are not; it is not the run it would have been"
-            )
+        self.notes += notes_on_going_on(saved, self.precision)
 
     def begin(self, notes: list[str], where: str) -> None:
         """Start the files of the run and say what is about to happen."""

@@ -78,7 +78,7 @@ class Parts:
         another number of processes each draws numbers of its own anew, and what a method has learned in each is left.
         """
         wanted = [{key: group[key] for key in ("weight_decay", "nesterov")} for group in self.optimizer.param_groups]
-        base_lrs = self.scheduler.base_lrs
+        base_lrs, momentum = self.scheduler.base_lrs, self.optimizer.param_groups[0]["momentum"]
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
@@ -87,7 +87,7 @@ class Parts:
         if isinstance(self.scheduler, LambdaLR):  # the rate that the options of now give at this step
             self.scheduler.base_lrs = base_lrs
             for group, lr, factor in zip(self.optimizer.param_groups, base_lrs, self.scheduler.lr_lambdas, strict=True):
-                group |= {"initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch)}
+                group |= {"initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch), "momentum": momentum}
         if self.scaler and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema and saved["ema"]:
@@ -323,7 +323,7 @@ def stop_well(run: RunFolder, parts: Parts, keep: Callable[[Tally], None]):
     def go_on() -> str:
         if run.off or not last.exists():
             return "no epoch was finished, so nothing is kept"
-        return f"the last finished epoch is kept: continue with --checkpoint {last}"
+        return f"what was saved last is kept: continue with --checkpoint {last}"
 
     try:
         yield

@@ -8,6 +8,8 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torchvision.models.detection import faster_rcnn
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 import detect
 from detection.metrics import Found, Truth, voc
@@ -19,7 +21,22 @@ TINY = "--dataset shapes --limit 6 --batch_size 2 --min_size 64 --max_size 128 -
 LOSSES = ["loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
 
 
-@pytest.fixture(scope="session")
+class SmallHead(TwoMLPHead):
+    """Half of a detector's weights are those between 7x7 features and 1024: without them tests write half as much."""
+
+    def __init__(self, in_channels: int, representation_size: int):
+        super().__init__(in_channels, 32)
+        self.fc7 = torch.nn.Linear(32, representation_size)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_head():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faster_rcnn, "TwoMLPHead", SmallHead)
+        yield
+
+
+@pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("backbone") / "imagenet_resnet18.pt"
@@ -40,11 +57,11 @@ def run(tmp_path, backbone):
     return call
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def detector(tmp_path_factory, backbone) -> str:
-    """The file of a detector that has made one step."""
+    """The file of a detector that has made two steps."""
     root = tmp_path_factory.mktemp("detector")
-    words = ["--iters", "1", "--root_dir", str(root), "--name", "one", "--device", "cpu"]
+    words = ["--iters", "2", "--root_dir", str(root), "--name", "one", "--device", "cpu"]
     detect.main(["--backbone_checkpoint", backbone, *TINY.split(), *words])
     return str(root / "shapes" / "frcnn" / "one" / "last.pt")
 
@@ -115,16 +132,16 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
 
     monkeypatch.setattr(detection.loop, "update", counted)
     with pytest.raises(Terminated, match="2 steps into the epoch; continue with --checkpoint .*last.pt"):
-        run("--iters", "3", "--ema", "0.9", "--save_iters", "1", name="stopped")
+        run("--iters", "3", "--ema", "0.9", "--save_iters", "2", name="stopped")
     monkeypatch.undo()
     folder = whole.parent / "stopped"
-    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2, "saved after each step"
+    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2, "saved by --save_iters too"
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(detection.run, "judge", killed)
-    again = ("--iters", "3", "--save_iters", "1", "--checkpoint", "auto")
+    again = ("--iters", "3", "--checkpoint", "auto")
     with pytest.raises(KeyboardInterrupt):
         run(*again, name="stopped", start=False)
     monkeypatch.undo()
@@ -211,6 +228,64 @@ def test_a_loss_that_is_no_number_names_the_images_and_keeps_them(run, tmp_path)
     assert (folder / "nonfinite.png").stat().st_size > 10_000
 
 
+def test_a_run_is_not_cut_behind_where_it_stands(detector):
+    with pytest.raises(UserError, match="--iters 1: the run has made 2 steps\ngive more, or leave it out"):
+        detect.main(["--checkpoint", detector, "--iters", "1"])
+    assert torch.load(detector, weights_only=True)["step"] == 2
+
+
+def test_options_of_another_script_are_refused(run, detector, shapes_run):
+    import train
+
+    config = shapes_run("--limit", "64", epochs=1) / "config.json"
+    with pytest.raises(UserError, match="config.json: of a run that trained a classifier\nhere one of a detector"):
+        run("--config", str(config))
+    mine = detector.replace("last.pt", "config.json")
+    with pytest.raises(UserError, match="config.json: of a run that trained a detector\nhere one of a classifier"):
+        train.main(["--config", mine])
+    _, result = run("--config", mine, "--frcnn_checkpoint", detector, "--log_off", start=False)
+    assert result["iterations"] == 2, "what is typed takes the place of the backbone in the file"
+
+
+def test_a_place_for_detections_that_cannot_be_written_ends_before_the_work(run, tmp_path, capsys):
+    for place, message in (
+        (tmp_path, "a folder; name a file in it"),
+        (tmp_path / "no" / "a.json", "there is no folder"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run("--iters", "1", "--predictions", str(place))
+        assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_what_has_no_effect_is_told(run, detector, capsys):
+    run("--iters", "1", "--epochs", "9", "--log_off", "--vis", "3", "--test_set", "2007_val")
+    out = capsys.readouterr().out
+    assert "without effect here: --epochs, --name, --test_set, --vis, --workers" in out
+    detect.main(["--checkpoint", detector, "--backbone_checkpoint", "another.pt"])
+    assert "without effect here: --backbone_checkpoint" in capsys.readouterr().out
+    assert torch.load(detector, weights_only=True)["config"]["backbone_checkpoint"] != "another.pt"
+
+
+def test_what_a_detectors_file_says_serves_unless_it_is_typed(run, detector, tmp_path):
+    common = ["--frcnn_checkpoint", detector, "--evaluate", "--log_off", "--device", "cpu"]
+    with pytest.raises(UserError, match="PASCAL VOC not found"):
+        detect.main([*common, "--data_dir", str(tmp_path)])  # of VOC, though it was trained on drawn scenes
+    with pytest.raises(UserError, match="--neck c5: .*last.pt has the neck fpn\nleave it out"):
+        detect.main([*common, "--limit", "2", "--neck", "c5"])
+    with pytest.raises(UserError, match="--model resnet50: .*last.pt holds resnet18"):
+        detect.main([*common, "--model", "resnet50"])
+    place = ["--root_dir", str(tmp_path), "--name", "run"]
+    run("--iters", "1")
+    with pytest.raises(UserError, match="run holds a run already"):
+        detect.main([*common[:-3], *place, "--overwrite", "--limit", "2"])
+
+
+def test_a_run_folder_without_a_best_epoch_names_its_last(run, detector, tmp_path):
+    (tmp_path / "last.pt").symlink_to(detector)
+    with pytest.raises(UserError, match="holds no best.pt; give a file; its last.pt is .*last.pt"):
+        run("--frcnn_checkpoint", str(tmp_path), start=False)
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -227,9 +302,9 @@ def test_a_loss_that_is_no_number_names_the_images_and_keeps_them(run, tmp_path)
             "'moco' is none of auto, paper, replication, moco24k, fpn18k, shapes; did you mean",
         ),
         ("--backbone_chekpoint a.pt", "unknown option --backbone_chekpoint; did you mean --backbone_checkpoint?"),
-        ("--averaged --pretrained", "--averaged: of which detector?"),
+        ("--averaged --pretrained", "--averaged: of which file?"),
         ("--stem random --frcnn_checkpoint a.pt", "--stem random: it says how a classifier becomes a backbone"),
-        ("--pretrained --gammas 0.1 0.2 0.3 --dataset shapes --limit 2 --batch_size 2", "--gammas has 3 factors for 2"),
+        ("--pretrained --gammas 0.1 0.2", "--gammas has 2 factors for the 1 drops of --schedule"),
     ],
 )
 def test_a_contradiction_is_a_usage_error(words, message, capsys, tmp_path, monkeypatch):
@@ -347,6 +422,7 @@ def in_two(ports) -> dict:
     from detection.faster_rcnn import build_detector, set_learning
     from engine import distributed
 
+    faster_rcnn.TwoMLPHead = SmallHead
     folder, weights_file = os.environ["RUNS_OF_THIS_TEST"].split(os.pathsep)
     found, ports = {}, iter(ports)
     place = ["--root_dir", folder, "--device", "cpu", "--workers", "0", "--backbone_checkpoint", weights_file]

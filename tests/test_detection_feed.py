@@ -113,7 +113,15 @@ def test_ranks_and_pieces_share_a_batch():
         flat = [sorted(sum(step, [])) for step in zip(*parts, strict=True)]
         if "pieces" in cut:
             flat = [sorted(sum(parts[0][i : i + 2], [])) for i in range(0, len(parts[0]), 2)]
-        assert flat[:2] == whole[:2] and set(flat[2]) < set(whole[2]), "of three images two are shared, one is left out"
+        assert flat[:2] == whole[:2]
+        assert len(flat[2]) == 4 and set(whole[2]) < set(flat[2]), "three images are left, and an earlier one again"
+
+
+def test_an_epoch_has_as_many_steps_for_any_number_of_processes():
+    for ranks in (1, 2, 4):
+        parts = [feed(batch_size=4, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert {len(one) for one in parts} == {3} and {len(seen(one)) for one in parts} == {3}
+        assert set(sum(sum((seen(one) for one in parts), []), [])) == set(range(11))
 
 
 def test_an_evaluation_reads_every_image_once_over_all_ranks():
