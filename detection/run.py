@@ -313,12 +313,13 @@ class Run:
             **{"iterations": self.options["iters"], "training_seconds": sum(row["seconds"] for row in self.history)},
             **{"best": self.best, "backbone": self.backbone, "recipe": self.options["recipe"]},
         }
+        result = present(self.log, self.judged, feed.part, self.options, training)
         if self.best["value"] >= 0:
             self.log.say(
                 f"last epoch: VOC07 mAP@0.5 {self.judged.row.get('map07', math.nan):.2f}; best "
                 f"{self.best['value']:.2f} (epoch {self.best['epoch']}, chosen on the test images)"
             )
-        return present(self.log, self.judged, feed.part, self.options, training)
+        return result
 
 
 def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict | None:

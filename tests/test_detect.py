@@ -500,3 +500,22 @@ def evaluate_alone(path) -> dict:
     return detect.main(
         "--dataset shapes --limit 6 --evaluate --log_off --device cpu --frcnn_checkpoint".split() + [str(path)]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_a_detector_trains_on_a_gpu_and_is_judged_there_as_on_a_cpu(run, amp):
+    folder, _ = run("--iters", "4", "--amp", amp, "--device", "cuda", "--score_thr", "0")
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 4
+    words = "--dataset shapes --limit 6 --evaluate --log_off --score_thr 0 --frcnn_checkpoint".split()
+    there, here = (detect.main([*words, str(folder), "--device", device])["figures"] for device in ("cuda", "cpu"))
+    assert all(there[name] == pytest.approx(here[name], abs=0.5) for name in here if here[name] is not None)
+
+
+@pytest.mark.gpu
+def test_a_deterministic_run_goes_on_exactly_on_a_gpu(run):
+    words = ("--device", "cuda", "--deterministic", "--schedule", "4", "--warmup_iters", "2")
+    whole, _ = run("--iters", "5", *words, name="whole")
+    stopped, _ = run("--iters", "4", *words, name="stopped")
+    detect.main(["--checkpoint", str(stopped / "last.pt"), "--iters", "5"])
+    assert_same(whole, stopped)
