@@ -19,6 +19,7 @@ from engine.checkpoint import extract_weights, is_ours, read_file
 from engine.classifier import SavedClassifier, best_of
 from engine.cli import UserError
 from engine.data import STATISTICS
+from engine.distributed import ranks
 from models import fetch
 from models.imagenet_resnet import PRETRAINED
 
@@ -135,6 +136,8 @@ def build(start: Start, options: dict, classes: list[str]) -> tuple[FasterRCNN, 
                 f"{start.path} has a stem for small images, 3x3 and without pooling: features learnt on such images "
                 f"transfer poorly; better is a classifier trained with --model imagenet_{start.body}"
             )
+    if options["norm"] == "syncbn" and ranks() == 1:
+        notes.append("--norm syncbn: in one process this is bn")
     learning = {"trainable_layers": options["trainable_layers"], "stem_learns": options["stem"] == "random"}
     set_learning(detector, norm=options["norm"], **learning)
     return detector, notes

@@ -1,6 +1,7 @@
 """detect.py from end to end, on a few drawn scenes."""
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -232,6 +233,39 @@ def test_a_run_is_not_cut_behind_where_it_stands(detector):
     with pytest.raises(UserError, match="--iters 1: the run has made 2 steps\ngive more, or leave it out"):
         detect.main(["--checkpoint", detector, "--iters", "1"])
     assert torch.load(detector, weights_only=True)["step"] == 2
+
+
+def test_objects_marked_difficult_are_trained_on_only_if_asked_for(run, monkeypatch, capsys):
+    import detection.data
+
+    original = detection.data.load_parts
+
+    @functools.wraps(original)  # whose parameters say which options it is given
+    def with_difficult(**options):
+        train, test = original(**options)
+        for target in train.targets:
+            target["difficult"][:1] = True
+        return train, test
+
+    monkeypatch.setattr(detection.data, "load_parts", with_difficult)
+    for asked, objects in (("true", "10 objects (6 difficult)"), ("false", "4 objects (0 difficult)")):
+        run("--iters", "1", "--log_off", "--use_difficult", asked)
+        assert f"train: 6 images with {objects}" in capsys.readouterr().out
+
+
+def test_what_is_forced_on_a_run_that_goes_on_counts(run, monkeypatch, capsys):
+    import detection.data
+
+    folder, _ = run("--iters", "1")
+    words = ("--checkpoint", str(folder), "--iters", "2")
+    detect.main([*words, "--momentum", "0.5", "--force_config", "--score_thr", "0.2"])
+    assert torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"][0]["momentum"] == 0.5
+    assert "--score_thr changed: the best epoch is sought anew" in capsys.readouterr().out
+    original = detection.data.load_parts
+    fewer = functools.wraps(original)(lambda **options: [part.take(range(5)) for part in original(**options)])
+    monkeypatch.setattr(detection.data, "load_parts", fewer)
+    with pytest.raises(UserError, match="was trained on 6 images of 10 classes, here are 5 of 10\nname its data"):
+        detect.main(["--checkpoint", str(folder), "--iters", "3"])
 
 
 def test_options_of_another_script_are_refused(run, detector, shapes_run):
