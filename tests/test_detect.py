@@ -151,8 +151,27 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
     assert_same(whole, folder)
 
 
-def test_evaluate_gives_the_last_row_of_the_log(run, tmp_path):
+def test_the_best_epoch_is_that_of_the_figure_papers_compare(run, monkeypatch):
+    import detection.run
+
+    original, figures = detection.run.judge, iter([(0.3, 0.4), (0.2, 0.9)])
+
+    def told(*args, **kwargs):
+        judged = original(*args, **kwargs)
+        judged.voc["map07"], judged.voc["map"] = next(figures)
+        return judged
+
+    monkeypatch.setattr(detection.run, "judge", told)
+    _, result = run("--iters", "4", "--eval_every", "1", "--log_off")
+    assert result["best"] == {"value": 30.0, "epoch": 1, "split": "test"}
+    assert result["figures"]["VOC07 mAP@0.5 (11-point)"] == 20.0, "of the last epoch"
+
+
+def test_evaluate_gives_the_last_row_of_the_log(run, backbone, tmp_path):
     folder, trained = run("--iters", "3", "--ema", "0.5", "--lr", "0.02")
+    saved, name = torch.load(folder / "last.pt", weights_only=True), "layer4.1.conv2.weight"
+    average, begin = saved["ema"][f"backbone.body.{name}"], torch.load(backbone)[name]
+    assert not torch.equal(average, begin) and not torch.equal(average, saved["model"][f"backbone.body.{name}"])
     words = ["--frcnn_checkpoint", str(folder / "last.pt"), "--evaluate", "--limit", "6", "--device", "cpu"]
     words += ["--dataset", "shapes", "--root_dir", str(tmp_path), "--predictions", str(tmp_path / "all.json")]
     judged = detect.main(words)
