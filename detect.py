@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from detection.options import build_parser, check_start, notes_on, schedule_of, settle
+from detection.options import KIND, build_parser, check_start, notes_on, schedule_of, settle
 from engine import configure
 from engine.cli import check_place, read_config
 from engine.cli import run as run_script
@@ -12,13 +12,14 @@ def main(argv: list[str] | None = None) -> dict | None:
     """Train, or evaluate; returns what results.json holds."""
     parser = build_parser()
     typed, notes = configure.read(parser, argv)
-    options = settle(parser, typed, read_config(typed["config"], "detector") if "config" in typed else {})
+    options = settle(parser, typed, read_config(typed["config"], KIND) if "config" in typed else {})
 
     import torch  # after the options, so that --help answers at once
 
     from detection.data import load_parts
     from detection.feed import Feed
-    from detection.run import DETECTOR, Known, Run, build_parts, check_same_data, evaluate_detector, images_of
+    from detection.judging import evaluate_detector, images_of
+    from detection.run import DETECTOR, Known, Run, build_parts, check_same_data
     from detection.scenes import export_voc
     from detection.start import build, start_of
     from engine import distributed

@@ -8,6 +8,7 @@ from engine.configure import ONE_CALL as ONE_CALL_EVERYWHERE
 from engine.configure import refuse
 from engine.options import again_options, device_options, output_options
 
+KIND = "detector"  # of checkpoints and runs
 SCALES = list(range(480, 801, 32))  # of multi-scale training
 PAPER = {  # Uddin et al., arXiv 2006.01791; length and drop of the rate as remembered, see spec
     "batch_size": 8,
