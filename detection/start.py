@@ -19,12 +19,12 @@ from engine.checkpoint import extract_weights, is_ours, read_file
 from engine.classifier import SavedClassifier, best_of
 from engine.cli import UserError
 from engine.data import STATISTICS
-from engine.distributed import ranks
+from engine.distributed import in_turn, ranks
 from models import fetch
 from models.imagenet_resnet import PRETRAINED
 
-OF_THE_FILE = ("neck", "min_size", "max_size", "proposals")  # what a detector's file says of it, and of its data
-OF_ITS_DATA = ("dataset", "data_dir", "test_set")
+OF_THE_FILE = ("neck", "min_size", "max_size", "proposals")  # what a detector's file says of it
+OF_ITS_DATA = ("dataset", "data_dir", "test_set")  # and of what it was judged on
 
 
 @dataclass
@@ -54,8 +54,8 @@ def start_of(options: dict, saved: dict | None = None) -> Start:
         return of_detector(options["frcnn_checkpoint"], averaged=options["averaged"], model=options["model"])
     if options["pretrained"]:
         return of_torchvision(options["model"])
-    saved = SavedClassifier(options["backbone_checkpoint"], averaged=options["averaged"])
-    return of_classifier(saved, options["model"])
+    file = SavedClassifier(options["backbone_checkpoint"], averaged=options["averaged"])
+    return of_classifier(file, options["model"])
 
 
 def of_classifier(saved: SavedClassifier, model: str | None) -> Start:
@@ -72,7 +72,7 @@ def of_torchvision(model: str | None) -> Start:
         raise UserError(f"--model {model}: there are no ready weights of it\nthere are of {', '.join(BODIES)}")
     url = PRETRAINED[f"imagenet_{body}"]
     try:
-        weights = fetch(url)
+        weights = in_turn(lambda: fetch(url))
     except ValueError as error:
         raise UserError(f"--pretrained: {error}, or give a classifier with --backbone_checkpoint") from error
     known = {"path": url, "model": f"imagenet_{body}", "best": None, "method": None}

@@ -229,6 +229,27 @@ def test_training_starts_from_another_detector(run, detector, tmp_path, capsys):
         run(*words, "--evaluate", start=False)
 
 
+def test_the_baseline_starts_from_torchvisions_weights(run, monkeypatch, capsys):
+    import detection.start
+
+    monkeypatch.setattr(detection.start, "fetch", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict())
+    run("--pretrained", "--model", "resnet18", "--iters", "1", "--log_off", start=False)
+    assert (
+        "on imagenet_resnet18 from https://download.pytorch.org/models/resnet18-f37072fd.pth" in capsys.readouterr().out
+    )
+
+    def offline(url):
+        raise ValueError("cannot download")
+
+    monkeypatch.setattr(detection.start, "fetch", offline)
+    with pytest.raises(
+        UserError, match="--pretrained: cannot download, or give a classifier with --backbone_checkpoint"
+    ):
+        run("--pretrained", start=False)
+    with pytest.raises(UserError, match="--model wrn28_10: there are no ready weights of it\nthere are of resnet18"):
+        run("--pretrained", "--model", "wrn28_10", start=False)
+
+
 def test_a_batch_in_pieces_is_one_step(run, capsys):
     run("--iters", "3", "--accumulate", "2", "--log_off")
     assert "3 steps (1.0 epochs of 3)" in capsys.readouterr().out
