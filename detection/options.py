@@ -294,7 +294,7 @@ def check_start(parser: Parser, options: dict) -> None:
 
 
 def schedule_of(options: dict, steps_per_epoch: int) -> dict:
-    """iters, schedule, gammas and warmup_iters of a run, in optimizer steps.
+    """iters, schedule and warmup_iters of a run, in optimizer steps.
 
     The drops of a recipe keep their share of the run where its length is another one; its warm-up then takes a tenth of
     the run at most.

@@ -59,12 +59,6 @@ def share(batch: torch.Tensor, *, rank: int, ranks: int, pieces: int, even: bool
     return [part for part in batch.tensor_split(parts)[rank * pieces : (rank + 1) * pieces] if len(part)]
 
 
-def step_count(images: int, batch_size: int, *, parts: int, even: bool, drop_last: bool = False) -> int:
-    """Optimizer steps of an epoch. parts: into which a batch is cut; even: as for share()."""
-    whole, rest = divmod(images, batch_size)
-    return whole + (rest >= (parts if even else 1) and not drop_last)
-
-
 class Batches:
     """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many optimizer steps these are.
 
@@ -126,8 +120,9 @@ class Batches:
         self.skipped = 0  # unreadable files of the last epoch
 
     def __len__(self) -> int:
-        cut = {"parts": self.ranks * self.pieces, "even": self.shuffle}
-        return step_count(len(self.part), self.batch_size, drop_last=self.drop_last, **cut)
+        whole, rest = divmod(len(self.part), self.batch_size)
+        least = self.ranks * self.pieces if self.shuffle else 1
+        return whole + (rest >= least and not self.drop_last)
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
