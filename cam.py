@@ -8,15 +8,17 @@ from functools import partial
 from pathlib import Path
 
 import models
-from engine.cli import Parser, UserError, closest, each_of, number, one_of, run, whole, yes_no
-from engine.options import one_device_options
+from engine.config.options import add_single_device_options
+from engine.config.parser import Parser, boolean, choice, choices, float_in_range, int_at_least
+from engine.errors import UserError, suggest_closest
+from engine.launch import run_main
 from saliency import CAM_METHODS
 
 PRETRAINED = "resnet50"  # torchvision's, where no classifier is named
 VIEWS = ("keep", "square", "whole")
 LARGE = 128  # side in pixels of what a classifier sees, above which the centre of a larger image is cut out
 NO_PICTURES = (".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".pdf", ".svg")  # are written here
-NORMS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "half")  # of engine.data.STATISTICS
+NORMS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "half")  # of engine.data.image_set.STATISTICS
 WINDOWS = 10  # that --show opens at most
 
 
@@ -36,7 +38,7 @@ def build_parser() -> Parser:
     parser.option("--weights", default="IMAGENET1K_V1", metavar="NAME", help="of torchvision's, where no file is named")
     parser.option(
         "--method",
-        type=each_of([*CAM_METHODS, "casm"]),
+        type=choices([*CAM_METHODS, "casm"]),
         nargs="+",
         default=["cam"],
         metavar="NAME",
@@ -52,42 +54,44 @@ def build_parser() -> Parser:
         help="predicted, top3 (or another number), an index, or a class name or part of it; several allowed",
     )
     parser.option("--layer", metavar="NAME", shown="what is averaged", help="whose maps are taken, but by cam")
-    parser.option("--list_layers", type=yes_no, default=False, help="names and shapes of the layers, then exit")
+    parser.option("--list_layers", type=boolean, default=False, help="names and shapes of the layers, then exit")
     parser.option(
         "--labels", "--class_list", metavar="FILE", shown="from the file or the weights", help="class names, one a line"
     )
     parser.option(
         "--resize",
-        type=one_of(VIEWS),
+        type=choice(VIEWS),
         default="keep",
         metavar="NAME",
         help="keep: shorter side to 256, centre of 224; square: to 256x256, centre of 224; whole: to 224x224. Networks "
         "for small images see all of the middle square, or of the picture, at their own size",
     )
-    parser.option("--image_size", type=whole(8), shown="the classifier's", metavar="PIXELS", help="in place of 224")
+    parser.option(
+        "--image_size", type=int_at_least(8), shown="the classifier's", metavar="PIXELS", help="in place of 224"
+    )
     parser.option(
         "--norm",
-        type=one_of(NORMS),
+        type=choice(NORMS),
         metavar="NAME",
         shown="from the file",
         help=f"whose mean and std: {', '.join(NORMS)}",
     )
-    parser.option("--batch_size", type=whole(1), default=32, help="scorecam: masked images at a time")
+    parser.option("--batch_size", type=int_at_least(1), default=32, help="scorecam: masked images at a time")
     parser.option(
-        "--on_bad_image", type=one_of(["stop", "skip"]), default="stop", metavar="NAME", help="stop, or skip the file"
+        "--on_bad_image", type=choice(["stop", "skip"]), default="stop", metavar="NAME", help="stop, or skip the file"
     )
     parser.group("pictures")
-    parser.option("--alpha", type=number(0, 1), default=0.4, help="weight of the map over the picture")
+    parser.option("--alpha", type=float_in_range(0, 1), default=0.4, help="weight of the map over the picture")
     parser.option("--colormap", default="jet", metavar="NAME", help="of matplotlib's")
     parser.option(
         "--output", "-o", default="cam_output", metavar="PLACE", help="a folder, or a .png where there is one picture"
     )
-    parser.option("--raw", type=yes_no, default=False, help="also a .npy of the map: float32, the size of the picture")
+    parser.option("--raw", type=boolean, default=False, help="also a .npy of the map: float32, the size of the picture")
     parser.option(
         "--figure", metavar="FILE.png", help="one picture of all: a row an image, a column a model and method"
     )
-    parser.option("--show", type=yes_no, default=False, help="open a window")
-    one_device_options(parser, amp="off", workers=False)
+    parser.option("--show", type=boolean, default=False, help="open a window")
+    add_single_device_options(parser, amp="off", workers=False)
     return parser
 
 
@@ -98,15 +102,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     options = {**parser.defaults, **typed}
     check(parser, options, typed)
 
-    from engine.device import choose_device, choose_precision, prepare
-    from engine.pictures import find_pictures, grouped, labels_of, opened
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from explanation.images import chunk, find_images, iter_images, unique_stems
 
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     precision, _ = choose_precision(options["amp"], device)
     if options["list_layers"]:
         return [print_layers(one, options) for one in load_classifiers(options)]
-    files = find_pictures(options["image_path"])
+    files = find_images(options["image_path"])
     check_places(options, files)
     lookers = [make_looker(one, options, device, precision) for one in load_classifiers(options)]
     if options["casm"]:
@@ -115,8 +119,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         raise UserError(
             f"--output {options['output']}: there are several pictures; name a folder, or --figure FILE.png"
         )
-    labels, lines = dict(zip(files, labels_of(files), strict=True)), []
-    for group in grouped(opened(files, options["on_bad_image"], tell)):
+    labels, lines = dict(zip(files, unique_stems(files), strict=True)), []
+    for group in chunk(iter_images(files, options["on_bad_image"], tell)):
         seen = [looker.look([picture for _, picture in group]) for looker in lookers]  # all, before any is drawn
         for (file, picture), *sights in zip(group, *seen, strict=True):
             lines.append(draw(file, picture, sum(sights, []), labels[file], options))
@@ -142,7 +146,7 @@ def check(parser: Parser, options: dict, typed: dict) -> None:
         options["method"] = []  # the trained maps alone
     options["method"] = [name for name in dict.fromkeys(options["method"]) if name != "casm"]
     if options["colormap"] not in colormaps:
-        near = closest(options["colormap"], colormaps)
+        near = suggest_closest(options["colormap"], colormaps)
         parser.error(f"--colormap {options['colormap']}: matplotlib has no such{near}")
     if options["figure"] and not is_file(options["figure"]):
         parser.error(f"--figure {options['figure']}: the picture is a .png")
@@ -180,20 +184,20 @@ def check_places(options: dict, files: list[Path]) -> None:
 
 def load_classifiers(options: dict) -> list:
     """Those of the command line, with names that tell them apart and class names; torchvision's where none is named."""
-    from engine.classifier import load_classifier, tell_apart
-    from engine.data import STATISTICS
-    from engine.pictures import plain
+    from engine.data.image_set import STATISTICS
+    from engine.inference.classifier import load_classifier, make_names_unique
+    from explanation.images import slugify
 
     if not (options["method"] or options["list_layers"]):
         return []
     words = list(dict.fromkeys(options["model_path"] or [options["model"] or PRETRAINED]))
     known = {"model": options["model"] if options["model_path"] else None, "weights": options["weights"]}
     found = [load_classifier(word, models, image_size=options["image_size"], **known) for word in words]
-    tell_apart(found)
-    often = Counter(plain(one.name).lower() for one in found)
+    make_names_unique(found)
+    often = Counter(slugify(one.name).lower() for one in found)
     for place, one in enumerate(found, 1):
         name_classes(one, options["labels"])
-        if often[plain(one.name).lower()] > 1:  # cut short, they would name the same files
+        if often[slugify(one.name).lower()] > 1:  # cut short, they would name the same files
             one.name = f"{place} {one.name}"
         if options["norm"]:
             one.mean, one.std = STATISTICS[options["norm"]]
@@ -204,7 +208,7 @@ def load_classifiers(options: dict) -> list:
 
 def name_classes(classifier, labels: str | None) -> None:
     """Call its classes what a file calls them."""
-    from engine.classes import read_titles
+    from engine.data.class_names import read_titles
 
     if labels:
         classifier.titles = read_titles(labels)
@@ -215,11 +219,11 @@ def name_classes(classifier, labels: str | None) -> None:
 
 def print_layers(classifier, options: dict) -> dict:
     """The layers whose maps can be taken, in the order of the forward pass."""
-    from engine.pictures import asked
-    from saliency.follow import layers
+    from explanation.explainer import run_network
+    from saliency.cam.tracing import layers
 
     side = options["image_size"] or classifier.image_size
-    found = asked(classifier.name, side, lambda: layers(classifier.network, side))
+    found = run_network(classifier.name, side, lambda: layers(classifier.network, side))
     print(f"{classifier.name}: layer and shape (channels, height, width)")
     for name, shape, default in found:
         print(f"  {name:40} {' x '.join(map(str, shape))}{'   the last before the average' if default else ''}")
@@ -228,22 +232,22 @@ def print_layers(classifier, options: dict) -> dict:
 
 def make_looker(classifier, options: dict, device, precision):
     """A classifier with the methods of the command line."""
-    from engine.pictures import Looker, asked
-    from engine.progress import over
-    from saliency.cam import ActivationMaps, stretched
+    from engine.runtime.progress import progress_bar
+    from explanation.explainer import Explainer, run_network
+    from saliency.cam.maps import ActivationMaps, stretched
 
     wanted = [one for word in options["target_class"] for one in classes_of(word, classifier)]
     view = view_of(options["image_size"] or classifier.image_size, options["resize"])
     known = {"batch_size": options["batch_size"], "precision": precision}
     known |= {"model": classifier.network.to(device).requires_grad_(False)}
-    known |= {"progress": partial(over, desc="scorecam", unit="batch")}
+    known |= {"progress": partial(progress_bar, desc="scorecam", unit="batch")}
 
     def maps_by(method: str):
         layer = None if method == "cam" else options["layer"]
-        maps = asked(classifier.name, view.size, lambda: ActivationMaps(method=method, layer=layer, **known))
+        maps = run_network(classifier.name, view.size, lambda: ActivationMaps(method=method, layer=layer, **known))
         return lambda images, targets: stretched(maps(images, targets))
 
-    return Looker(
+    return Explainer(
         classifier, {name: maps_by(name) for name in options["method"]}, list(dict.fromkeys(wanted)), view, device
     )
 
@@ -252,9 +256,9 @@ def make_casm_looker(options: dict, device, precision):
     """The masks of a trained decoder, which ask for no class."""
     import torch
 
-    from engine.classifier import Classifier
-    from engine.loop import autocast
-    from engine.pictures import Looker
+    from engine.inference.classifier import Classifier
+    from engine.runtime.device import autocast
+    from explanation.explainer import Explainer
     from saliency.casm.network import load_casm
 
     saved = load_casm(options["casm"])
@@ -269,22 +273,22 @@ def make_casm_looker(options: dict, device, precision):
             return network.masks(images)[:, 0].float()
 
     view = view_of(options["image_size"] or saved.image_size, options["resize"])
-    return Looker(classifier, {"casm": masks}, [-1], view, device)
+    return Explainer(classifier, {"casm": masks}, [-1], view, device)
 
 
 def view_of(size: int, resize: str):
     """How a picture is cut out for a network that takes images of this side."""
-    from engine.image_files import CentreView, WholeView
-    from engine.phases import large_side
+    from engine.config.phases import default_eval_resize
+    from engine.data.views import CenterCrop, SquashedView
 
-    larger = large_side(size) if size > LARGE else size
-    views = {"keep": CentreView(size, larger), "square": WholeView(size, larger), "whole": WholeView(size, size)}
+    larger = default_eval_resize(size) if size > LARGE else size
+    views = {"keep": CenterCrop(size, larger), "square": SquashedView(size, larger), "whole": SquashedView(size, size)}
     return views[resize]
 
 
 def classes_of(word: str, classifier) -> list[int]:
     """The classes that a word of --target_class means, as a Looker wants them."""
-    from engine.classes import find_class
+    from engine.data.class_names import find_class
 
     if word.lower() == "predicted":
         return [-1]
@@ -302,38 +306,38 @@ def draw(file: Path, picture, sights: list, label: str, options: dict) -> tuple[
     """Write and print the maps of a picture: a row for each. Where there is a figure, also small copies of the picture
     and of what was drawn.
     """
-    from engine.draw import overlaid
-    from engine.pictures import framed, save_map, save_picture, scaled_down, spread_out
+    from engine.drawing.figures import overlay_heatmap
+    from explanation.overlay import downscale_for_display, draw_frame, place_on_image, save_image, save_map
 
-    rows, copies = [], [scaled_down(picture)] if options["figure"] else []
+    rows, copies = [], [downscale_for_display(picture)] if options["figure"] else []
     for sight in sights:
-        inside = spread_out(sight.heat, sight.box, stretch=sight.method != "casm")
-        overlay = overlaid(picture, inside, options["alpha"], options["colormap"], sight.box)
+        inside = place_on_image(sight.heat, sight.box, stretch=sight.method != "casm")
+        overlay = overlay_heatmap(picture, inside, options["alpha"], options["colormap"], sight.box)
         place = place_of(sight, label, options["output"])
         row = {"image": str(file), **describe(sight), "output": str(place)}
         again = any(row["output"] == other["output"] for other in rows)  # of a class that was named twice
         rows.append(row)
-        copies += [scaled_down(overlay)] if options["figure"] else []
+        copies += [downscale_for_display(overlay)] if options["figure"] else []
         if again:
             continue
-        save_picture(place, overlay)
+        save_image(place, overlay)
         if options["raw"]:
             row["raw"] = str(place.with_suffix(".npy"))
-            save_map(Path(row["raw"]), framed(inside, sight.box, *picture.shape[:2]))
+            save_map(Path(row["raw"]), draw_frame(inside, sight.box, *picture.shape[:2]))
         tell(told_as(row))
     return rows, copies
 
 
 def place_of(sight, label: str, output: str) -> Path:
     """Where an overlay goes. label: what the picture is called in names of files."""
-    from engine.pictures import plain
+    from explanation.images import slugify
 
     if is_file(output):
         return Path(output)
-    name = plain(sight.classifier.title(sight.target))
-    alike = sum(plain(title).lower() == name.lower() for title in sight.classifier.titles)  # ImageNet has two cranes
+    name = slugify(sight.classifier.title(sight.target))
+    alike = sum(slugify(title).lower() == name.lower() for title in sight.classifier.titles)  # ImageNet has two cranes
     name += f"_{sight.target}" if alike > 1 else ""
-    return Path(output) / f"{label}_{plain(sight.classifier.name)}_{sight.method}_{name}.png"
+    return Path(output) / f"{label}_{slugify(sight.classifier.name)}_{sight.method}_{name}.png"
 
 
 def describe(sight) -> dict:
@@ -358,11 +362,11 @@ def tell(text: str) -> None:
 
 def draw_figure(place: str, lines: list[tuple[list[dict], list]]) -> None:
     """A row a picture, of what draw() gave."""
-    from engine.draw import comparison
+    from engine.drawing.figures import draw_comparison
 
     first = lines[0][0]
     several = len({row["method"] for row in first}) > 1
-    comparison(
+    draw_comparison(
         place,
         columns=[row["model"] + (f"\n{row['method']}" if several else "") for row in first],
         names=[Path(rows[0]["image"]).name for rows, _ in lines],
@@ -393,4 +397,4 @@ def show(places: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

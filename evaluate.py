@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import models
-from engine import configure
-from engine.cli import Parser, UserError, check_place, one_of, run, whole, yes_no
-from engine.evaluation import options as of_tasks
-from engine.evaluation.options import ALEXNET, TASKS
-from engine.options import DATASETS, data_options, device_options
+from engine.config import resolve
+from engine.config.options import DATASETS, add_data_options, add_device_options
+from engine.config.parser import Parser, boolean, check_output_path, choice, int_at_least
+from engine.errors import UserError
+from engine.launch import run_main
+from evaluation import options as of_tasks
+from evaluation.options import ALEXNET, TASKS
 from saliency import CAM_METHODS
 
 DATA_KEYS = ("dataset", "data_dir", "val_data_dir", "image_size", "norm", "num_classes", "limit", "on_bad_image")
@@ -34,46 +36,48 @@ def build_parser() -> Parser:
         metavar="PATH",
         help="files of weights, run folders (best.pt), or NAME=FILE for a network of torchvision's",
     )
-    parser.option("--info", type=yes_no, default=False, help="tell what the files hold and evaluate nothing")
-    parser.option("--task", type=one_of(TASKS), default="accuracy", metavar="NAME", help=", ".join(TASKS))
+    parser.option("--info", type=boolean, default=False, help="tell what the files hold and evaluate nothing")
+    parser.option("--task", type=choice(TASKS), default="accuracy", metavar="NAME", help=", ".join(TASKS))
     parser.option(
         "--model", "--arch", "--model_name", metavar="NAME", shown="from the file", help="ours or torchvision's"
     )
-    parser.option("--ema", type=yes_no, default=False, help="use the averaged weights of a run with --ema")
-    parser.option("--batch_size", "-b", type=whole(1), default=500)
-    parser.option("--seed", type=whole(), default=0, help="of what is drawn: noise, starts of attacks, held-out images")
+    parser.option("--ema", type=boolean, default=False, help="use the averaged weights of a run with --ema")
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
+    parser.option(
+        "--seed", type=int_at_least(), default=0, help="of what is drawn: noise, starts of attacks, held-out images"
+    )
     parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
     parser.option("--output", "-o", metavar="FILE.json", help="everything as JSON; card: and FILE.md and FILE.png")
     of_tasks.task_options(parser, CAM_METHODS)
-    data_options(parser, DATASETS, named_by="from the file")
-    device_options(parser, amp="off")
+    add_data_options(parser, DATASETS, named_by="from the file")
+    add_device_options(parser, amp="off")
     parser.group("taken and ignored")
     for name in IGNORED:
-        parser.option(f"--{name}", type=yes_no, help="no effect here")
+        parser.option(f"--{name}", type=boolean, help="no effect here")
     return parser
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate every file; returns what --output holds."""
     parser = build_parser()
-    typed, _ = configure.read(parser, argv)
+    typed, _ = resolve.read_options(parser, argv)
     task = typed.get("task", "accuracy")
     parser.defaults |= OF_A_CARD if task == "card" else {}
     options = {**parser.defaults, **typed}
     notes = check(parser, task, typed, options)
 
-    from engine import distributed
-    from engine.classifier import SavedClassifier
-    from engine.device import choose_device, choose_precision, prepare
-    from engine.evaluation.reports import report
-    from engine.evaluation.subject import check_same_images
-    from engine.evaluation.tasks import MEASURES, divide_errors, under_corruption
+    from engine.inference.classifier import SavedClassifier
+    from engine.runtime import distributed
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from evaluation.context import check_same_evaluation
+    from evaluation.reports import report
+    from evaluation.tasks import MEASURES, divide_errors, under_corruption
 
     if typed.get("info"):
         return [print_info(SavedClassifier(path)) for path in typed["model_path"]]
     device = choose_device(options["device"])
-    distributed.start(device, options["timeout"])
-    prepare(device, seed=0, deterministic=False)
+    distributed.init_processes(device, options["timeout"])
+    setup_backends(device, seed=0, deterministic=False)
     where = {"device": device, "precision": choose_precision(options["amp"], device)[0]}
     for note in notes:
         print(f"note: {note}")
@@ -85,10 +89,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
         with in_the_name_of(subject):  # what is missing is said now, not when the others have worked for an hour
             plans.append(measure(subject, known, maps_of))
     if task != "accuracy":
-        check_same_images(subjects, f"--task {task}")
+        check_same_evaluation(subjects, f"--task {task}")
     results = [measured(subject, plan) for subject, plan in zip(subjects, plans, strict=True)]
-    distributed.finish()
-    if not distributed.is_first():
+    distributed.shut_down_processes()
+    if not distributed.is_main_process():
         return []
     results, references = results[: len(typed["model_path"])], results[len(typed["model_path"]) :]
     if of_tasks.reads_reference(task, options):
@@ -115,7 +119,7 @@ def check(parser: Parser, task: str, typed: dict, options: dict) -> list[str]:
             parser.error(f"--{key} {options[key]}: the picture is a .png")
     for key in ("output", "figure", "confusion"):
         if options[key]:
-            check_place(parser, f"--{key}", Path(options[key]))
+            check_output_path(parser, f"--{key}", Path(options[key]))
     notes = []
     if ignored := [f"--{name}" for name in IGNORED if name in typed]:
         notes.append(f"without effect on an evaluation: {', '.join(ignored)}")
@@ -144,13 +148,13 @@ def print_info(file) -> dict:
 
 def load_classifiers(typed: dict, options: dict) -> list:
     """The classifiers of --model_path and, if it is one, that of --reference, with names that tell them apart."""
-    from engine.classifier import load_classifier, tell_apart
+    from engine.inference.classifier import load_classifier, make_names_unique
 
     known = {"image_size": typed.get("image_size"), "averaged": options["ema"]}
     found = [load_classifier(path, models, model=options["model"], **known) for path in typed["model_path"]]
     if of_tasks.reads_reference(options["task"], options) and options["reference"] != ALEXNET:
         found.append(load_classifier(options["reference"], models, **known))
-    tell_apart(found)
+    make_names_unique(found)
     often = Counter()
     for classifier in found:  # of one file that is given twice
         often[classifier.name] += 1
@@ -160,10 +164,10 @@ def load_classifiers(typed: dict, options: dict) -> list:
 
 def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, precision) -> tuple:
     """A classifier with its images, and all options, those it was trained with too. shared: what was read so far."""
-    from engine.classes import label_map, read_class_list
-    from engine.data import STATISTICS, WITHOUT_STATISTICS, of_classes
-    from engine.evaluation.subject import Subject
-    from engine.training import pick
+    from engine.config.select import select_kwargs
+    from engine.data.class_names import map_labels, read_class_list
+    from engine.data.image_set import STATISTICS, STATISTICS_OF, select_classes
+    from evaluation.context import EvalContext
 
     trained, path = classifier.options, classifier.path
     options = {**parser.defaults, **{key: trained[key] for key in DATA_KEYS if key in trained}, **typed}
@@ -181,16 +185,16 @@ def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, 
             f"{path}: made for {classifier.count} classes, which it does not name; the data has {len(data.classes)}\n"
             f"name them in order with --class_list FILE; to fine-tune it, train with --init_from {path}"
         )
-    place = label_map(data.classes, classifier.classes, options["class_list"], classifier.count)
-    part = of_classes(data, place, classes)
+    place = map_labels(data.classes, classifier.classes, options["class_list"], classifier.count)
+    part = select_classes(data, place, classes)
     unsaid = None
     if "norm" in typed or not (classifier.torchvision or trained):  # which say how their images were normalised
-        norm = WITHOUT_STATISTICS.get(dataset, dataset) if options["norm"] == "own" else options["norm"]
+        norm = STATISTICS_OF.get(dataset, dataset) if options["norm"] == "own" else options["norm"]
         classifier.mean, classifier.std = STATISTICS[norm]
         unsaid = None if trained or "norm" in typed else norm
-    layout = pick(options, ["batch_size", "workers", "channels_last", "seed"])
+    layout = select_kwargs(options, ["batch_size", "workers", "channels_last", "seed"])
     layout |= {"precision": precision, "held_share": options["held_out"], "shared": shared}
-    subject = Subject(classifier.name, classifier, part, dataset, place, device, **layout)
+    subject = EvalContext(classifier.name, classifier, part, dataset, place, device, **layout)
     if unsaid:
         subject.note(f"{path} does not say how its images were normalised; taken: as {unsaid} (--norm names another)")
     if (known := int((place >= 0).sum())) < len(classes):
@@ -204,15 +208,15 @@ def load_subject(parser: Parser, classifier, typed: dict, shared: dict, device, 
 
 def load_images(options: dict, typed: dict, shared: dict):
     """The test part that the options mean, read once."""
-    from engine.data import load_evaluation
-    from engine.distributed import check_same
-    from engine.progress import over
-    from engine.training import pick
+    from engine.config.select import select_kwargs
+    from engine.data.datasets import load_evaluation
+    from engine.runtime.distributed import check_same_value
+    from engine.runtime.progress import progress_bar
 
     key = str({name: options[name] for name in DATA_KEYS})
     if key not in shared:
-        part = shared[key] = load_evaluation(progress=over, **pick(options, load_evaluation))
-        check_same("data", {"test images": len(part)}, "every machine needs the same copy of the data set")
+        part = shared[key] = load_evaluation(progress=progress_bar, **select_kwargs(options, load_evaluation))
+        check_same_value("data", {"test images": len(part)}, "every machine needs the same copy of the data set")
         print(part.summary("test"))
         if options["limit"]:
             why = "" if "limit" in typed else ", as in its training; --limit 0 takes all"
@@ -244,8 +248,8 @@ def maps_of(subject, options: dict) -> Callable:
     """
     import torch
 
-    from engine.evaluation.localization import classic_map
-    from saliency.cam import ActivationMaps, enlarged
+    from evaluation.localization import classic_map
+    from saliency.cam.maps import ActivationMaps, enlarged
 
     finder = ActivationMaps(subject.classifier.network, options["method"], layer=options["layer"])
 
@@ -262,4 +266,4 @@ def maps_of(subject, options: dict) -> Callable:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,11 +1,11 @@
 """Train a classifier on small images with a mixing method: python train.py --method saliencymix --dataset cifar10"""
 
-from engine import configure
-from engine.cli import Parser, read_config
-from engine.cli import run as run_script
-from engine.mixing_options import GROUPS, mixing_options
-from engine.options import SMALL_DATASETS, data_options, device_options, training_options
-from engine.recipes import RECIPES
+from engine.config import resolve, unused_options
+from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
+from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options, add_training_options
+from engine.config.parser import Parser, read_config
+from engine.config.recipes import RECIPES
+from engine.launch import run_main as run_script
 from mixing import ALIASES as METHOD_ALIASES
 from mixing import MIXERS, compose, hyper_parameters
 from models import ALIASES as MODEL_ALIASES
@@ -16,7 +16,7 @@ from saliency import SOURCES, build_source, source_parameters
 
 def build_parser() -> Parser:
     parser = Parser("Train a classifier on small images with a mixing method. With no option at all: a demonstration.")
-    training_options(
+    add_training_options(
         parser,
         models=MODELS,
         model_aliases=MODEL_ALIASES,
@@ -25,66 +25,72 @@ def build_parser() -> Parser:
         recipes=["auto", *RECIPES],
         recipe="auto",
     )
-    data_options(parser, SMALL_DATASETS)
-    mixing_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
-    device_options(parser)
+    add_data_options(parser, SMALL_DATASETS)
+    add_mixing_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    add_device_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict | None:
     """Train; returns what result.json holds."""
     parser = build_parser()
-    typed, notes = configure.read(parser, argv)
-    options = configure.settle(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    typed, notes = resolve.read_options(parser, argv)
+    options = resolve.resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
         counts = parameter_counts(MODELS)
         return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
 
     import torch  # after the options, so that --help answers at once
 
-    from engine import distributed
-    from engine.batches import Batches
-    from engine.classifier import evaluate_checkpoint, start_from
-    from engine.data import check_alike, load_data
-    from engine.device import choose_device, choose_precision, prepare
-    from engine.loop import each_source
-    from engine.phases import Calendar
-    from engine.progress import over
-    from engine.run import Run, take_up
-    from engine.training import build_parts, check_batch, feed_options, pick, source_maker
+    from engine.config.select import select_kwargs
+    from engine.data.datasets import load_data
+    from engine.data.image_set import check_same_images
+    from engine.data.loader import DeviceLoader
+    from engine.runtime import distributed
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from engine.runtime.progress import progress_bar
+    from engine.training.evaluate import evaluate_checkpoint, init_from
+    from engine.training.run import Run, resume_or_start
+    from engine.training.state import build_training_state, check_batch_size, loader_options, make_source_builder
+    from engine.training.step_calendar import StepSchedule
+    from engine.training.stopwatch import flatten_sources
 
     if options["evaluate"]:
         return evaluate_checkpoint(parser, typed, build_model, matching_models)
     device = choose_device(options["device"])
-    distributed.start(device, options["timeout"])
-    options, saved, folder = take_up(parser, typed, options)
-    prepare(device, seed=options["seed"], deterministic=options["deterministic"])
+    distributed.init_processes(device, options["timeout"])
+    options, saved, folder = resume_or_start(parser, typed, options)
+    setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
     precision, precision_text = choose_precision(options["amp"], device)
 
-    data = load_data(progress=over, **pick(options, load_data))
-    check_alike(data)
-    check_batch(**pick(options, ["batch_size", "accumulate", "drop_last"]), images=len(data.train))
-    feed = feed_options(options, data, device)
+    data = load_data(progress=progress_bar, **select_kwargs(options, load_data))
+    check_same_images(data)
+    check_batch_size(**select_kwargs(options, ["batch_size", "accumulate", "drop_last"]), images=len(data.train))
+    feed = loader_options(options, data, device)
     augment = {"augment": options["trad_augment"], "padding": options["crop_padding"], "pieces": options["accumulate"]}
-    train = Batches(data.train, shuffle=True, **pick(options, ["batch_size", "drop_last", "seed"]), **augment, **feed)
-    held_out = {name: Batches(part, 500, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part}
+    train = DeviceLoader(
+        data.train, shuffle=True, **select_kwargs(options, ["batch_size", "drop_last", "seed"]), **augment, **feed
+    )
+    held_out = {
+        name: DeviceLoader(part, 500, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part
+    }
 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     try:
         model = build_model(options["model"], len(data.classes), data.image_size, options["dropout"])
     except ValueError as error:
         parser.error(f"--model: {error}")
-    model = distributed.synchronised(model, options["sync_bn"]).to(device, memory_format=layout)
+    model = distributed.convert_sync_batchnorm(model, options["sync_bn"]).to(device, memory_format=layout)
     if options["init_from"] and not saved:
-        notes.append(start_from(model, options["init_from"], len(data.classes), matching_models))
+        notes.append(init_from(model, options["init_from"], len(data.classes), matching_models))
 
-    calendar = Calendar([(options["epochs"], len(train))])
+    calendar = StepSchedule([(options["epochs"], len(train))])
     try:
         mixer = compose(options["method"], options | {"mean": data.mean, "std": data.std})
         mixer.check_size(data.image_size, data.image_size)
-        parts = build_parts(model, mixer, options, calendar=calendar, precision=precision)
-        source = mixer.build_source(source_maker(build_source, parts, data, options, precision, banks={}))
-        parts.sources = each_source(source)
+        parts = build_training_state(model, mixer, options, calendar=calendar, precision=precision)
+        source = mixer.build_source(make_source_builder(build_source, parts, data, options, precision, banks={}))
+        parts.sources = flatten_sources(source)
         distributed.check_sync_bn(options, parts.sources)
     except ValueError as error:
         parser.error(str(error))
@@ -93,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options["profile"]:
         return run.profile(train, source)
     read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
-    notes += configure.notes_on_mixing(options, typed, parser, GROUPS, read, parts.sources)
+    notes += unused_options.mixing_notes(options, typed, parser, OPTION_GROUPS, read, parts.sources)
     run.begin(notes, where=f"{device}, {precision_text}")
     for epoch in run.epochs:
         with run.ending_well():
@@ -101,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             row |= run.evaluate(held_out)
             run.keep(row, source, train)
     result = run.finish(held_out["test"])
-    distributed.finish()
+    distributed.shut_down_processes()
     return result
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, number, run, whole
-from engine.options import device_options
+from engine.config.options import add_device_options
+from engine.config.parser import Parser, float_in_range, int_at_least
+from engine.launch import run_main
 
 SOURCES = ["uniform", "fine_grained", "spectral_residual", "gradient", "cam", "casm"]
 JUDGES = {  # name -> options of the step, and its bound in plain steps: forward, pixels, weights are a third each
@@ -29,11 +30,11 @@ def build_parser() -> Parser:
     parser.group("what")
     parser.option("--casm", metavar="FILE", help="made by python -m saliency.casm train; its data and network are used")
     parser.option("--data_dir", help="where its data lie [as it was trained]")
-    parser.option("--batch_size", type=whole(2), default=100)
-    parser.option("--steps", type=whole(), default=20, help="steps timed of each; 0: only what is found")
-    parser.option("--patch", type=number(0.05, 1), default=0.375, help="side of the patch, of the image's")
-    parser.option("--images", type=whole(1), default=1000, help="evaluation images looked at")
-    device_options(parser)
+    parser.option("--batch_size", type=int_at_least(2), default=100)
+    parser.option("--steps", type=int_at_least(), default=20, help="steps timed of each; 0: only what is found")
+    parser.option("--patch", type=float_in_range(0.05, 1), default=0.375, help="side of the patch, of the image's")
+    parser.option("--images", type=int_at_least(1), default=1000, help="evaluation images looked at")
+    add_device_options(parser)
     return parser
 
 
@@ -45,12 +46,12 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine.data import load_data
-    from engine.device import choose_device, choose_precision, prepare
+    from engine.data.datasets import load_data
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
     from saliency.casm.network import load_casm
 
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     saved = load_casm(options["casm"])
     own = saved.options
@@ -74,10 +75,10 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def train_batches(data, options: dict, device):
-    from engine.batches import Batches
+    from engine.data.loader import DeviceLoader
 
     feed = {"device": device, "mean": data.mean, "std": data.std, "drop_last": True, "workers": options["workers"]}
-    return Batches(data.train, options["batch_size"], shuffle=True, augment=True, padding=2, **feed)
+    return DeviceLoader(data.train, options["batch_size"], shuffle=True, augment=True, padding=2, **feed)
 
 
 def in_turns(steps: dict, batches, count: int, device) -> dict[str, float]:
@@ -108,7 +109,7 @@ def plain_step(network, precision, count: int, mixer=None, source=None):
     import torch
     from torch.nn import functional as F
 
-    from engine.loop import autocast
+    from engine.runtime.device import autocast
 
     network.train()
     fused = next(network.parameters()).device.type != "mps"
@@ -129,13 +130,13 @@ def plain_step(network, precision, count: int, mixer=None, source=None):
 
 def time_training(saved, data, options: dict, device, precision) -> dict[str, float]:
     from saliency.casm.pool import ClassifierPool
-    from saliency.casm.training import build_parts, train_step
+    from saliency.casm.training import build_casm_state, train_step
 
     settings = {"lr": 1e-5, "lr_casme": 1e-5, "momentum": 0.9, "weight_decay": 1e-4, "precision": precision}
     steps, count = {}, len(data.classes)
     steps["plain"] = plain_step(fresh(saved, device).classifier, precision, count)
     for name, (own, _) in JUDGES.items():
-        parts = build_parts(fresh(saved, device), ClassifierPool(30, 100, device), **own, **settings)
+        parts = build_casm_state(fresh(saved, device), ClassifierPool(30, 100, device), **own, **settings)
         parts.network.train()
         parts.network.classifier.train(parts.learns)
         turn = iter(range(10**9))
@@ -196,13 +197,13 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
     import torch
     from torch.nn import functional as F
 
-    from engine.annotations import find_truths
-    from engine.batches import Batches
-    from mixing.base import box_mask, boxes_around
+    from engine.data.annotations import find_boxes
+    from engine.data.loader import DeviceLoader
+    from mixing.ops import box_mask, center_boxes
     from mixing.saliencymix import peaks
 
     part = data.test.spread(options["images"])
-    truths = find_truths(part, saved.options["dataset"])
+    truths = find_boxes(part, saved.options["dataset"])
     usable = torch.tensor([index for index, truth in enumerate(truths.each) if truth])
     part = part.take(usable)
     boxes = torch.tensor([truths.each[index].boxes[0] for index in usable.tolist()])[:, [1, 3, 0, 2]]  # y1, y2, x1, x2
@@ -214,7 +215,7 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
         source = source_of(name, saved, network, options, device, None)
         torch.manual_seed(0)
         points, maps = [], []
-        for batch in Batches(part, 100, device=device, mean=saved.mean, std=saved.std).epoch():
+        for batch in DeviceLoader(part, 100, device=device, mean=saved.mean, std=saved.std).epoch():
             predicted = F.one_hot(network(batch.images).argmax(1), len(data.classes)).float()
             saliency = source(batch.images, predicted).detach().float()
             if name == "uniform":
@@ -225,7 +226,7 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
             maps.append(saliency.cpu())
         points, maps = torch.cat(points), torch.cat(maps)
         lam = torch.tensor(1 - options["patch"] ** 2, dtype=torch.float64)
-        patches = box_mask(boxes_around(*points.unbind(1), lam, data.image_size, data.image_size), *maps.shape[1:])[
+        patches = box_mask(center_boxes(*points.unbind(1), lam, data.image_size, data.image_size), *maps.shape[1:])[
             :, 0
         ]
         middle = (boxes[:, [0, 2]] + boxes[:, [1, 3]] - 1) / 2
@@ -242,4 +243,4 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, one_of, run, whole, yes_no
-from engine.options import device_options
+from engine.config.options import add_device_options
+from engine.config.parser import Parser, boolean, choice, int_at_least
+from engine.launch import run_main
 from mixing import NoMix
 from models import ALIASES, MODELS, build_model
 
@@ -20,12 +21,12 @@ from models import ALIASES, MODELS, build_model
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("what")
-    parser.option("--model", type=one_of(MODELS, ALIASES), default="preactresnet18", metavar="NAME")
-    parser.option("--batch_size", type=whole(1), default=100)
-    parser.option("--image_size", type=whole(8), default=32)
-    parser.option("--steps", type=whole(1), default=20, help="steps timed")
-    parser.option("--keep_blocks", type=yes_no, default=True, help="keep freed memory on a CPU, as the scripts do")
-    device_options(parser)
+    parser.option("--model", type=choice(MODELS, ALIASES), default="preactresnet18", metavar="NAME")
+    parser.option("--batch_size", type=int_at_least(1), default=100)
+    parser.option("--image_size", type=int_at_least(8), default=32)
+    parser.option("--steps", type=int_at_least(1), default=20, help="steps timed")
+    parser.option("--keep_blocks", type=boolean, default=True, help="keep freed memory on a CPU, as the scripts do")
+    add_device_options(parser)
     parser.defaults["workers"] = 2
     return parser
 
@@ -36,16 +37,16 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine.data import Part
-    from engine.device import choose_device, choose_precision, prepare
+    from engine.data.image_set import ImageSet
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
 
     device = choose_device(options["device"])
     if options["keep_blocks"]:
-        prepare(device, seed=0, deterministic=False)
+        setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     size = options["image_size"]
     pixels = torch.randint(0, 256, (50 * options["batch_size"], size, size, 3), dtype=torch.uint8)
-    part = Part(pixels, torch.arange(len(pixels)) % 10, list("abcdefghij"), "noise")
+    part = ImageSet(pixels, torch.arange(len(pixels)) % 10, list("abcdefghij"), "noise")
     print(
         f"{options['model']}, batch {options['batch_size']}, {size} pixels, {device}, {text}, torch {torch.__version__}"
     )
@@ -64,13 +65,14 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
     """Median milliseconds of the network alone on a batch that lies ready, and of a plain step of the loop."""
     import torch
 
-    from engine.batches import Batches
-    from engine.loop import Stopwatch, train_one_epoch
-    from engine.loss import LOSSES
+    from engine.data.loader import DeviceLoader
+    from engine.training.loop import train_one_epoch
+    from engine.training.loss import LOSSES
+    from engine.training.stopwatch import Stopwatch
 
     half = (0.5, 0.5, 0.5)
     feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
-    batches = Batches(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
+    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     model = build_model(options["model"], 10, options["image_size"]).to(device, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device.type in ("cpu", "cuda"))
@@ -90,7 +92,8 @@ def time_bare(model, optimizer, batch, precision) -> float:
     """Seconds of forward, loss, backward and update on a batch that lies ready: no training loop can do with less."""
     from torch.nn import functional as F
 
-    from engine.loop import Stopwatch, autocast
+    from engine.runtime.device import autocast
+    from engine.training.stopwatch import Stopwatch
 
     watch = Stopwatch(batch.images.device)
     watch.start()
@@ -109,11 +112,11 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
-    from engine.batches import Batches
+    from engine.data.loader import DeviceLoader
 
     half, size = (0.5, 0.5, 0.5), options["image_size"]
     feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
-    batches = Batches(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
+    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
 
     class Usual(Dataset):
         transform = transforms.Compose(
@@ -196,4 +199,4 @@ def time_opencv(images, repeats: int = 20) -> float | None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

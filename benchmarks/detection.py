@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, one_of, run, whole
-from engine.options import one_device_options
+from engine.config.options import add_single_device_options
+from engine.config.parser import Parser, choice, int_at_least
+from engine.launch import run_main
 
 MOMENTUM, DECAY = 0.9, 5e-4
 
@@ -24,13 +25,13 @@ def build_parser() -> Parser:
     parser.group("what")
     parser.option("--data_dir", default="data", help="the folder that holds VOCdevkit")
     parser.option("--train_sets", nargs="+", default=["2007_trainval"], metavar="YEAR_LIST", help="one")
-    parser.option("--model", type=one_of([f"resnet{n}" for n in (18, 34, 50, 101, 152)]), default="resnet50")
-    parser.option("--batch_size", "-b", type=whole(1), default=8)
-    parser.option("--min_size", type=whole(8), default=600)
-    parser.option("--max_size", type=whole(8), default=1000)
-    parser.option("--steps", type=whole(1), default=4, help="of a turn")
-    parser.option("--turns", type=whole(1), default=3, help="of each loop; the median counts")
-    one_device_options(parser, amp="auto")
+    parser.option("--model", type=choice([f"resnet{n}" for n in (18, 34, 50, 101, 152)]), default="resnet50")
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=8)
+    parser.option("--min_size", type=int_at_least(8), default=600)
+    parser.option("--max_size", type=int_at_least(8), default=1000)
+    parser.option("--steps", type=int_at_least(1), default=4, help="of a turn")
+    parser.option("--turns", type=int_at_least(1), default=3, help="of each loop; the median counts")
+    add_single_device_options(parser, amp="auto")
     return parser
 
 
@@ -42,17 +43,17 @@ def main(argv: list[str] | None = None) -> dict:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.models.detection.faster_rcnn import FasterRCNN
 
-    from detection.data import load_parts
     from detection.faster_rcnn import build_detector, load_detector, set_learning
-    from detection.feed import Feed
-    from engine.device import choose_device, choose_precision, prepare
-    from engine.progress import over
+    from detection.load import load_image_sets
+    from detection.loader import DetectionLoader
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from engine.runtime.progress import progress_bar
 
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     where = {"data_dir": options["data_dir"], "train_sets": options["train_sets"], "test_set": options["train_sets"][0]}
-    part, _ = load_parts(dataset="voc", progress=over, **where)
+    part, _ = load_image_sets(dataset="voc", progress=progress_bar, **where)
     sizes = {"min_size": options["min_size"], "max_size": options["max_size"]}
     theirs = FasterRCNN(
         resnet_fpn_backbone(backbone_name=options["model"], weights=None, trainable_layers=3),
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_learning(ours, trainable_layers=3)
     ours, theirs = ours.to(device, memory_format=torch.channels_last), theirs.to(device)
     common = {"device": device, "workers": options["workers"]}
-    feed = Feed(part, options["batch_size"], shuffle=True, augment="flip", **common)
+    feed = DetectionLoader(part, options["batch_size"], shuffle=True, augment="flip", **common)
     steps = min(options["steps"], len(feed))
     loops = {
         "torchvision's loop": lambda turn: reference(theirs, feed, part, turn, steps, options, None),
@@ -107,7 +108,7 @@ def own(detector, feed, turn: int, steps: int, precision) -> tuple[float, float]
     import torch
 
     from detection.loop import train_one_epoch
-    from engine.loop import Stopwatch
+    from engine.training.stopwatch import Stopwatch
 
     optimizer = torch.optim.SGD(learning(detector), 1e-4, momentum=MOMENTUM, weight_decay=DECAY, fused=True)
     watch, begin = Stopwatch(feed.device), time.perf_counter()
@@ -178,4 +179,4 @@ def wait_for(device) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -15,9 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.cli import Parser, UserError, number, one_of, run, whole
-from engine.options import LARGE_DATASETS
-from engine.phases import read_phases
+from engine.config.options import LARGE_DATASETS
+from engine.config.parser import Parser, choice, float_in_range, int_at_least
+from engine.config.phases import parse_phases
+from engine.errors import UserError
+from engine.launch import run_main
 from mixing import MIXERS
 
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -28,18 +30,18 @@ def build_parser() -> Parser:
     parser.group("what")
     parser.option("--data_dir", default="data", help="the data set")
     parser.option("--val_data_dir", help="another place for the evaluation images")
-    parser.option("--dataset", type=one_of(LARGE_DATASETS), default="folder", metavar="NAME")
-    parser.option("--num_classes", type=whole(2), help="of a part of ImageNet")
-    parser.option("--method", type=one_of(MIXERS), default="rmix", metavar="NAME")
+    parser.option("--dataset", type=choice(LARGE_DATASETS), default="folder", metavar="NAME")
+    parser.option("--num_classes", type=int_at_least(2), help="of a part of ImageNet")
+    parser.option("--method", type=choice(MIXERS), default="rmix", metavar="NAME")
     parser.option("--model", default="resnet18", metavar="NAME")
-    parser.option("--small", type=whole(8), default=40, help="shorter side of the small copies")
-    parser.option("--large", type=whole(8), default=80, help="shorter side of the large copies")
-    parser.option("--image_size", type=whole(8), default=64, help="side of the evaluation images")
+    parser.option("--small", type=int_at_least(8), default=40, help="shorter side of the small copies")
+    parser.option("--large", type=int_at_least(8), default=80, help="shorter side of the large copies")
+    parser.option("--image_size", type=int_at_least(8), default=64, help="side of the evaluation images")
     parser.option("--phases", default="2:small:32:0.25:128,4:large:64:0.25:64,6:large:64:0.25:64")
-    parser.option("--lr", type=number(), default=0.05, help="at which each phase begins")
-    parser.option("--processes", type=whole(1), nargs="+", default=[1, 2], metavar="N")
-    parser.option("--workers", type=whole(), default=2)
-    parser.option("--wait", type=number(), default=3.0, help="seconds into a phase at which the stop comes")
+    parser.option("--lr", type=float_in_range(), default=0.05, help="at which each phase begins")
+    parser.option("--processes", type=int_at_least(1), nargs="+", default=[1, 2], metavar="N")
+    parser.option("--workers", type=int_at_least(), default=2)
+    parser.option("--wait", type=float_in_range(), default=3.0, help="seconds into a phase at which the stop comes")
     parser.option("--device", default="auto")
     parser.option("--work_dir", default="flow", help="copies and runs; made, and left")
     return parser
@@ -58,7 +60,7 @@ class Flow:
 
     def __init__(self, options: dict):
         self.options, self.work = options, Path(options["work_dir"])
-        self.phases = read_phases(options["phases"])
+        self.phases = parse_phases(options["phases"])
         self.words = ["--dataset", options["dataset"], "--data_dir", options["data_dir"], "--device", options["device"]]
         for key in ("val_data_dir", "num_classes"):
             self.words += [f"--{key}", str(options[key])] if options[key] else []
@@ -144,4 +146,4 @@ class Flow:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, number, run, whole, yes_no
-from engine.options import device_options
+from engine.config.options import add_device_options
+from engine.config.parser import Parser, boolean, float_in_range, int_at_least
+from engine.launch import run_main
 
 JITTER, LIGHTING = 0.4, 0.1
 
@@ -21,13 +22,15 @@ def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("what")
     parser.option("--data_dir", default="data", metavar="DIR")
-    parser.option("--batch_size", type=whole(1), default=128)
-    parser.option("--crop_size", type=whole(8), default=128)
-    parser.option("--min_scale", type=number(0, 1), default=0.08)
-    parser.option("--images", type=whole(1), default=1000, help="images of an epoch; files are repeated if too few")
-    parser.option("--epochs", type=whole(1), default=3, help="epochs timed, of each pipeline")
-    parser.option("--colour", type=yes_no, default=False, help="with colour jitter 0.4 and PCA lighting 0.1")
-    device_options(parser)
+    parser.option("--batch_size", type=int_at_least(1), default=128)
+    parser.option("--crop_size", type=int_at_least(8), default=128)
+    parser.option("--min_scale", type=float_in_range(0, 1), default=0.08)
+    parser.option(
+        "--images", type=int_at_least(1), default=1000, help="images of an epoch; files are repeated if too few"
+    )
+    parser.option("--epochs", type=int_at_least(1), default=3, help="epochs timed, of each pipeline")
+    parser.option("--colour", type=boolean, default=False, help="with colour jitter 0.4 and PCA lighting 0.1")
+    add_device_options(parser)
     parser.defaults["workers"] = 2
     return parser
 
@@ -38,13 +41,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine.device import choose_device, prepare
-    from engine.folders import class_folders, labelled
+    from engine.data.folders import class_folders, label_files
+    from engine.runtime.device import choose_device, setup_backends
 
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     place = Path(options["data_dir"])
-    found = labelled(class_folders(place / "train" if (place / "train").is_dir() else place), place)
+    found = label_files(class_folders(place / "train" if (place / "train").is_dir() else place), place)
     index = torch.arange(options["images"]) % len(found.labels)
     found = found._replace(files=found.files[index], labels=found.labels[index])
     print(
@@ -70,14 +73,15 @@ def main(argv: list[str] | None = None) -> dict:
 
 def our_batches(found, options: dict, device):
     """A function that gives the normalised images of an epoch, batch by batch on the device."""
-    from engine.batches import Batches
-    from engine.data import STATISTICS, Part
-    from engine.image_files import ImageFiles, RandomView
+    from engine.data.image_files import ImageFiles
+    from engine.data.image_set import STATISTICS, ImageSet
+    from engine.data.loader import DeviceLoader
+    from engine.data.views import RandomCrop
 
     mean, std = STATISTICS["imagenet"]
-    view = RandomView(options["crop_size"], options["min_scale"])
-    batches = Batches(
-        Part(ImageFiles(found.files, view), found.labels, found.classes, str(found.where)),
+    view = RandomCrop(options["crop_size"], options["min_scale"])
+    batches = DeviceLoader(
+        ImageSet(ImageFiles(found.files, view), found.labels, found.classes, str(found.where)),
         options["batch_size"],
         device=device,
         mean=mean,
@@ -98,7 +102,7 @@ def usual_batches(found, options: dict, device):
     from torchvision import transforms
     from torchvision.datasets.folder import default_loader
 
-    from engine.data import STATISTICS
+    from engine.data.image_set import STATISTICS
 
     steps = [
         transforms.RandomResizedCrop(options["crop_size"], (options["min_scale"], 1.0)),
@@ -132,7 +136,7 @@ def lit(image):
     """PCA lighting of one image (3, H, W), as the published code has it."""
     import torch
 
-    from engine.augment import EIGENVALUES, EIGENVECTORS
+    from engine.data.augment import EIGENVALUES, EIGENVECTORS
 
     strength = torch.randn(3) * LIGHTING
     shift = torch.tensor(EIGENVECTORS) @ (strength * torch.tensor(EIGENVALUES))
@@ -140,4 +144,4 @@ def lit(image):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

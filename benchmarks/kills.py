@@ -17,7 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from engine.cli import Parser, UserError, run, whole
+from engine.config.parser import Parser, int_at_least
+from engine.errors import UserError
+from engine.launch import run_main
 from mixing import MIXERS
 
 TIMES = {"seconds", "images_per_second", "mixing_seconds", "saliency_seconds", "peak_memory_mb"}
@@ -25,10 +27,10 @@ TIMES = {"seconds", "images_per_second", "mixing_seconds", "saliency_seconds", "
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__.splitlines()[0])
-    parser.option("--kills", type=whole(1), default=20, help="in all")
+    parser.option("--kills", type=int_at_least(1), default=20, help="in all")
     parser.option("--method", nargs="+", default=["none", "mixup", "manifold", "cutmix", "saliencymix"], metavar="NAME")
-    parser.option("--epochs", type=whole(2), default=8)
-    parser.option("--seed", type=whole(), default=0, help="of the moments")
+    parser.option("--epochs", type=int_at_least(2), default=8)
+    parser.option("--seed", type=int_at_least(), default=0, help="of the moments")
     options = {**parser.defaults, **parser.read(argv)}
     moments, done = random.Random(options["seed"]), 0
     unknown = set(options["method"]) - MIXERS.keys()
@@ -99,4 +101,4 @@ def log_of(run: Path) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, each_of, run, whole
-from engine.options import one_device_options
+from engine.config.options import add_single_device_options
+from engine.config.parser import Parser, choices, int_at_least
+from engine.launch import run_main
 from saliency import CAM_METHODS
 
 FAST = [name for name in CAM_METHODS if name != "scorecam"]
@@ -22,15 +23,15 @@ def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("what")
     parser.option("--model", default="mobilenet_v2", metavar="NAME", help="of torchvision's")
-    parser.option("--method", type=each_of(FAST), nargs="+", default=FAST, metavar="NAME", help=", ".join(FAST))
-    parser.option("--images", type=whole(1), default=64)
-    parser.option("--batch_size", "-b", type=whole(1), default=16, help="maps at a time")
-    parser.option("--image_size", type=whole(32), default=224)
-    parser.option("--repeats", type=whole(1), default=3, help="turns; the median counts")
+    parser.option("--method", type=choices(FAST), nargs="+", default=FAST, metavar="NAME", help=", ".join(FAST))
+    parser.option("--images", type=int_at_least(1), default=64)
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=16, help="maps at a time")
+    parser.option("--image_size", type=int_at_least(32), default=224)
+    parser.option("--repeats", type=int_at_least(1), default=3, help="turns; the median counts")
     parser.option(
-        "--scorecam", type=whole(), default=1, metavar="N", help="images of which Score-CAM is timed; 0: none"
+        "--scorecam", type=int_at_least(), default=1, metavar="N", help="images of which Score-CAM is timed; 0: none"
     )
-    one_device_options(parser, amp="off", workers=False)
+    add_single_device_options(parser, amp="off", workers=False)
     return parser
 
 
@@ -41,11 +42,11 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
     from torchvision.models import get_model
 
-    from engine.device import choose_device, choose_precision, prepare
-    from saliency.cam import ActivationMaps
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from saliency.cam.maps import ActivationMaps
 
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     network = get_model(options["model"], weights=None).to(device).eval().requires_grad_(False)
     side, count = options["image_size"], options["images"]
@@ -94,7 +95,7 @@ def score_cam(network, images, targets, device, precision) -> dict:
     """Seconds an image and, on CUDA, the peak memory in MB, by the number of masked images at a time."""
     import torch
 
-    from saliency.cam import ActivationMaps
+    from saliency.cam.maps import ActivationMaps
 
     result = {}
     for chunk in (8, 32, 128):
@@ -110,4 +111,4 @@ def score_cam(network, images, targets, device, precision) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -14,9 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, UserError, one_of, run, whole
-from engine.options import device_options
-from engine.recipes import recipe_options
+from engine.config.options import add_device_options
+from engine.config.parser import Parser, choice, int_at_least
+from engine.config.recipes import recipe_options
+from engine.errors import UserError
+from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model
@@ -30,16 +32,16 @@ LAP = "end of "  # in the profiler's record
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("what")
-    parser.option("--model", type=one_of(MODELS, MODEL_ALIASES), default="imagenet_resnet50", metavar="NAME")
-    parser.option("--methods", "--method", type=one_of(MIXERS, ALIASES), nargs="+", default=list(MIXERS))
-    parser.option("--saliency", type=one_of(SOURCES, SOURCE_ALIASES), metavar="SOURCE", help="in place of each own")
-    parser.option("--saliency_size", type=whole(8), metavar="PIXELS", help="of the gradient's pass")
-    parser.option("--batch_size", type=whole(2), default=8)
-    parser.option("--image_size", type=whole(8), default=224, help="in pixels")
-    parser.option("--num_classes", type=whole(2), default=1000)
-    parser.option("--steps", type=whole(1), default=4, help="steps looked at, after one to warm up")
-    parser.option("--threads", type=whole(1), help="of the processor [all]")
-    device_options(parser)
+    parser.option("--model", type=choice(MODELS, MODEL_ALIASES), default="imagenet_resnet50", metavar="NAME")
+    parser.option("--methods", "--method", type=choice(MIXERS, ALIASES), nargs="+", default=list(MIXERS))
+    parser.option("--saliency", type=choice(SOURCES, SOURCE_ALIASES), metavar="SOURCE", help="in place of each own")
+    parser.option("--saliency_size", type=int_at_least(8), metavar="PIXELS", help="of the gradient's pass")
+    parser.option("--batch_size", type=int_at_least(2), default=8)
+    parser.option("--image_size", type=int_at_least(8), default=224, help="in pixels")
+    parser.option("--num_classes", type=int_at_least(2), default=1000)
+    parser.option("--steps", type=int_at_least(1), default=4, help="steps looked at, after one to warm up")
+    parser.option("--threads", type=int_at_least(1), help="of the processor [all]")
+    add_device_options(parser)
     return parser
 
 
@@ -51,14 +53,14 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
     import torch
 
-    from engine.device import choose_device, choose_precision, prepare
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     device = choose_device(options["device"])
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: memory is measured on cpu and cuda only")
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     print(
         f"{options['model']}, batch {options['batch_size']}, {options['image_size']} pixels, {device}, {text}, "
@@ -77,15 +79,15 @@ def random_batches(options: dict, device):
     """Batches of noise: what a step takes does not depend on what the images show."""
     import torch
 
-    from engine.batches import Batches
-    from engine.data import STATISTICS, Part
+    from engine.data.image_set import STATISTICS, ImageSet
+    from engine.data.loader import DeviceLoader
 
     count, side, classes = options["steps"] * options["batch_size"], options["image_size"], options["num_classes"]
     pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
-    part = Part(pixels, torch.randint(classes, (count,)), [str(number) for number in range(classes)], "nowhere")
+    part = ImageSet(pixels, torch.randint(classes, (count,)), [str(number) for number in range(classes)], "nowhere")
     mean, std = STATISTICS["imagenet"]
     feed = {"device": device, "mean": mean, "std": std, "channels_last": options["channels_last"]}
-    return Batches(part, options["batch_size"], shuffle=True, **feed)
+    return DeviceLoader(part, options["batch_size"], shuffle=True, **feed)
 
 
 def published(name: str, model: str) -> dict:
@@ -98,9 +100,9 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
     """The highest number of bytes in use, by part of the step; a part that the method does not have is missing."""
     import torch
 
-    from engine.data import STATISTICS
-    from engine.loop import train_one_epoch
-    from engine.loss import LOSSES, cross_entropy_scale
+    from engine.data.image_set import STATISTICS
+    from engine.training.loop import train_one_epoch
+    from engine.training.loss import LOSSES, cross_entropy_scale
 
     gc.collect()  # what the method before has left would be freed under the eyes of the meter
     torch.manual_seed(0)
@@ -199,4 +201,4 @@ def row_of(name: str, found: dict[str, float], vanilla: float) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from engine.cli import Parser, number, one_of, run, whole, yes_no
-from engine.options import DATASET_ALIASES, DATASETS, device_options
-from engine.recipes import recipe_options
+from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
+from engine.config.parser import Parser, boolean, choice, float_in_range, int_at_least
+from engine.config.recipes import recipe_options
+from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model, matching_models
@@ -31,23 +32,23 @@ BLOCKS = (2, 4, 8, 16)
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("what")
-    parser.option("--model", type=one_of(MODELS, MODEL_ALIASES), default="preactresnet18", metavar="NAME")
+    parser.option("--model", type=choice(MODELS, MODEL_ALIASES), default="preactresnet18", metavar="NAME")
     parser.option("--init_from", metavar="FILE", help="weights for it: trained networks have other gradients")
-    parser.option("--method", type=one_of(MIXERS, ALIASES), nargs="+", default=METHODS, metavar="NAME")
-    parser.option("--saliency", type=one_of(SOURCES, SOURCE_ALIASES), metavar="SOURCE", help="in place of each own")
-    parser.option("--saliency_size", type=whole(8), metavar="PIXELS", help="of the gradient's pass")
-    parser.option("--rand_pos", type=number(0, 1), help="sage: share of the offsets that is tried")
-    parser.option("--dataset", type=one_of(DATASETS, DATASET_ALIASES), default="shapes", metavar="NAME")
+    parser.option("--method", type=choice(MIXERS, ALIASES), nargs="+", default=METHODS, metavar="NAME")
+    parser.option("--saliency", type=choice(SOURCES, SOURCE_ALIASES), metavar="SOURCE", help="in place of each own")
+    parser.option("--saliency_size", type=int_at_least(8), metavar="PIXELS", help="of the gradient's pass")
+    parser.option("--rand_pos", type=float_in_range(0, 1), help="sage: share of the offsets that is tried")
+    parser.option("--dataset", type=choice(DATASETS, DATASET_ALIASES), default="shapes", metavar="NAME")
     parser.option("--data_dir", "--data", default="data")
     parser.option("--norm", default="own", help="own, imagenet or half")
-    parser.option("--batch_size", type=whole(2), default=100)
-    parser.option("--image_size", type=whole(8), help="in pixels [the data set's]")
-    parser.option("--steps", type=whole(), default=20, help="steps timed of each method; 0: only mixing alone")
-    parser.option("--repeats", type=whole(), default=20, help="calls timed of each method alone; 0: only steps")
-    parser.option("--threads", type=whole(1), help="of the processor [all]")
-    parser.option("--compile", type=yes_no, default=False)
+    parser.option("--batch_size", type=int_at_least(2), default=100)
+    parser.option("--image_size", type=int_at_least(8), help="in pixels [the data set's]")
+    parser.option("--steps", type=int_at_least(), default=20, help="steps timed of each method; 0: only mixing alone")
+    parser.option("--repeats", type=int_at_least(), default=20, help="calls timed of each method alone; 0: only steps")
+    parser.option("--threads", type=int_at_least(1), help="of the processor [all]")
+    parser.option("--compile", type=boolean, default=False)
     parser.option("--peak_of", metavar="NAME", help="only the memory that a step of this method takes, for the table")
-    device_options(parser)
+    add_device_options(parser)
     return parser
 
 
@@ -57,13 +58,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine.data import load_data
-    from engine.device import choose_device, choose_precision, prepare
+    from engine.data.datasets import load_data
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     device = choose_device(options["device"])
-    prepare(device, seed=0, deterministic=False)
+    setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
     place = {key: options[key] for key in ("data_dir", "image_size", "norm")}
     data = load_data(options["dataset"], limit=4 * options["batch_size"], **place)
@@ -92,21 +93,21 @@ class Bench:
     def __init__(self, options: dict, data, device, precision):
         import torch
 
-        from engine.batches import Batches
-        from engine.classifier import start_from
-        from engine.loss import LOSSES, cross_entropy_scale
+        from engine.data.loader import DeviceLoader
+        from engine.training.evaluate import init_from
+        from engine.training.loss import LOSSES, cross_entropy_scale
 
         self.options, self.device, self.precision, self.loss_fn = options, device, precision, LOSSES["bce"]
         self.classes = len(data.classes)
         self.statistics = {"mean": data.mean, "std": data.std}
         feed = {"device": device, "channels_last": options["channels_last"], "seed": 0, "drop_last": True}
-        self.batches = Batches(
+        self.batches = DeviceLoader(
             data.train, options["batch_size"], shuffle=True, augment=True, padding=2, **feed, **self.statistics
         )
         layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.model = build_model(options["model"], self.classes, data.image_size)
         if options["init_from"]:
-            start_from(self.model, options["init_from"], self.classes, matching_models)
+            init_from(self.model, options["init_from"], self.classes, matching_models)
         self.model = self.model.to(device, memory_format=layout)
         if options["compile"]:
             self.model.compile()
@@ -137,7 +138,8 @@ class Bench:
 
     def step(self, name: str, epoch: int):
         """Seconds of one training step, by part."""
-        from engine.loop import Stopwatch, train_one_epoch
+        from engine.training.loop import train_one_epoch
+        from engine.training.stopwatch import Stopwatch
 
         watch, (mixer, source) = Stopwatch(self.device), self.parts[name]
         step = {"num_classes": self.classes, "precision": self.precision, "watch": watch, "max_steps": 1}
@@ -316,7 +318,7 @@ class Lying:
 
 
 def has_gco() -> bool:
-    from mixing.graphcut import import_gco
+    from mixing.solvers.graphcut import import_gco
 
     try:
         import_gco()
@@ -330,4 +332,4 @@ def median(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

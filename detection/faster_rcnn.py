@@ -15,12 +15,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN, IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from engine.classifier import SavedClassifier
-from engine.cli import UserError
+from engine.errors import UserError
+from engine.inference.classifier import SavedClassifier
 from models import matching_models
 
 BODIES = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
-USABLE = [*(f"imagenet_{name}" for name in BODIES), *BODIES]  # classifiers that have a mapping
+USABLE_BACKBONES = [*(f"imagenet_{name}" for name in BODIES), *BODIES]  # classifiers that have a mapping
 STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")  # from the top; the stem's batch norm goes with it
 NORM_OF = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}  # convolution -> the batch norm behind it
 SIDES = (32, 64, 128, 256, 512)  # of the anchors, in pixels of the resized image
@@ -49,7 +49,7 @@ class FoldedNorm(FrozenBatchNorm2d):
         return features
 
 
-def pairs(body: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
+def conv_norm_pairs(body: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
     """Every convolution of a ResNet with its batch norm: their stage, the module that holds both, and their names in
     it.
     """
@@ -61,9 +61,9 @@ def pairs(body: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
     ]
 
 
-def fold(body: nn.Module) -> None:
+def fold_norms(body: nn.Module) -> None:
     """Let the convolutions of a ResNet do the work of the frozen batch norms behind them."""
-    for _, parent, conv, norm in pairs(body):
+    for _, parent, conv, norm in conv_norm_pairs(body):
         if isinstance(frozen := getattr(parent, norm), FrozenBatchNorm2d):
             frozen.__class__, folded = FoldedNorm, getattr(parent, conv)
             folded.__class__, folded.norm = FoldedConv2d, [frozen]
@@ -136,24 +136,24 @@ def set_learning(
     for name, parameter in body.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in learning)
     if norm != "frozen":
-        for stage, parent, _, name in pairs(body):
+        for stage, parent, _, name in conv_norm_pairs(body):
             if stage in learning:
-                setattr(parent, name, thawed(getattr(parent, name)))
-    fold(body)
+                setattr(parent, name, unfreeze(getattr(parent, name)))
+    fold_norms(body)
 
 
-def thawed(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
+def unfreeze(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
     norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps)
     norm.load_state_dict(frozen.state_dict(), strict=False)  # without a counter of steps
     return norm
 
 
-def backbone_of(saved: SavedClassifier, model: str | None = None) -> str:
+def backbone_name(saved: SavedClassifier, model: str | None = None) -> str:
     """The name of the classifier in a file, one of USABLE. model: what the user says it is, `resnet50` or
     `imagenet_resnet50`. Raises UserError for a network without a mapping.
     """
-    usable = f"backbones are the ResNets: {', '.join(USABLE)}"
-    found = [name for name in matching_models(saved.weights) if name in USABLE]
+    usable = f"backbones are the ResNets: {', '.join(USABLE_BACKBONES)}"
+    found = [name for name in matching_models(saved.weights) if name in USABLE_BACKBONES]
     if model and (same := [name for name in found if name in (model, f"imagenet_{model}")]):
         return same[0]
     if model and found:
@@ -194,7 +194,7 @@ def load_backbone(detector: FasterRCNN, weights: dict[str, torch.Tensor], *, ste
     return small
 
 
-def described(weights: dict[str, torch.Tensor]) -> dict[str, object] | None:
+def detect_config(weights: dict[str, torch.Tensor]) -> dict[str, object] | None:
     """What a detector's state dict tells of itself: body, neck and num_classes; None if it is none of ours."""
     head = weights.get("roi_heads.box_predictor.cls_score.weight")
     blocks = [re.match(r"backbone\.body\.layer(\d)\.(\d+)\.conv(\d)\.weight", key) for key in weights]
@@ -207,7 +207,7 @@ def described(weights: dict[str, torch.Tensor]) -> dict[str, object] | None:
     return {"body": f"resnet{depth}", "neck": neck, "num_classes": len(head) - 1}
 
 
-def in_todays_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def convert_legacy_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Files of torchvision before 0.13 lack a level in the names of the pyramid and of the proposal head."""
     names = {key: re.sub(r"(fpn\.\w+_blocks\.\d)\.(\w+)$", r"\1.0.\2", key) for key in weights}
     names |= {key: re.sub(r"rpn\.head\.conv\.(\w+)$", r"rpn.head.conv.0.0.\1", name) for key, name in names.items()}
@@ -218,7 +218,7 @@ def load_detector(detector: FasterRCNN, weights: dict[str, torch.Tensor], path: 
     """Load the weights of a whole detector into one with frozen batch norm; the predictor stays fresh where it is for
     other classes. Raises UserError, which names the file, where they do not fit.
     """
-    own, weights = detector.state_dict(), in_todays_names(weights)
+    own, weights = detector.state_dict(), convert_legacy_keys(weights)
     predictor = "roi_heads.box_predictor."
     if len(weights[f"{predictor}cls_score.weight"]) != len(own[f"{predictor}cls_score.weight"]):
         weights |= {key: value for key, value in own.items() if key.startswith(predictor)}

@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from detection.feed import Batch, Feed
-from detection.metrics import Found
-from engine.device import exact_float32
-from engine.distributed import every, gather, on_host, ranks
-from engine.loop import NotFinite, Stopped, Stopwatch, Tally, autocast, update
+from detection.loader import Batch, DetectionLoader
+from detection.metrics import Detections
+from engine.runtime.device import autocast, exact_float32
+from engine.runtime.distributed import all_gather_object, gather_object, move_to_host, world_size
+from engine.training.loop import optimizer_step
+from engine.training.running_sums import EpochStats, NonFiniteLoss, TrainingInterrupted
+from engine.training.stopwatch import Stopwatch
 
-SHORT = {  # of the loss terms, for the progress bar
+LOSS_NAMES = {  # of the loss terms, for the progress bar
     "loss_classifier": "class",
     "loss_box_reg": "box",
     "loss_objectness": "object",
@@ -25,7 +27,7 @@ SHORT = {  # of the loss terms, for the progress bar
 
 def train_one_epoch(
     model: nn.Module,
-    feed: Feed,
+    feed: DetectionLoader,
     optimizer: torch.optim.Optimizer,
     *,
     epoch: int,
@@ -37,10 +39,10 @@ def train_one_epoch(
     ema=None,
     precision: torch.dtype | None = None,
     clip_grad: float = 0.0,
-    tally: Tally | None = None,
+    tally: EpochStats | None = None,
     watch: Stopwatch | None = None,
     stop: Callable[[], bool] | None = None,
-    keep: Callable[[Tally], None] | None = None,
+    keep: Callable[[EpochStats], None] | None = None,
     look_every: int = 50,
     progress: Callable | None = None,
 ) -> dict[str, float]:
@@ -48,10 +50,10 @@ def train_one_epoch(
 
     first_step: the number of the epoch's first step in the run. network: `model` as wrapped for several processes.
     tally: where a stopped epoch goes on. keep(tally) is called after every step, and may save. progress: as for
-    engine.loop.train_one_epoch. Raises NotFinite, before the weights are touched, for a loss that is no number, and
-    Stopped before a step where stop() says so.
+    engine.training.loop.train_one_epoch. Raises NotFinite, before the weights are touched, for a loss that is no
+    number, and Stopped before a step where stop() says so.
     """
-    network, tally = network or model, tally or Tally()
+    network, tally = network or model, tally or EpochStats()
     watch = watch or Stopwatch(feed.device)
     model.train()
     begin, seen_before = time.perf_counter(), tally.seen
@@ -59,7 +61,7 @@ def train_one_epoch(
     stream = feed.epoch(epoch, start=tally.step)
     for step in range(tally.step, steps):
         if stop and stop():
-            raise Stopped(tally)
+            raise TrainingInterrupted(tally)
         optimizer.zero_grad(set_to_none=True)
         batches, losses = [], []
         for piece in range(feed.pieces):
@@ -78,7 +80,7 @@ def train_one_epoch(
             watch.lap("network")
         # torchvision's detectors make the host wait in every step anyway, so looking at the loss costs nothing more
         check_finite(losses, batches, feed.part.names, first_step + step + 1)
-        update(model, optimizer, scaler, clip_grad, pieces=feed.pieces)
+        optimizer_step(model, optimizer, scaler, clip_grad, pieces=feed.pieces)
         if scheduler:
             scheduler.step()
         if ema:
@@ -89,8 +91,8 @@ def train_one_epoch(
             keep(tally)
         if progress and (tally.step % look_every == 0 or tally.step == steps):
             means = tally.means()
-            rate = (tally.seen - seen_before) * ranks() / (time.perf_counter() - begin)
-            shown = {name: means[key] for key, name in SHORT.items()}
+            rate = (tally.seen - seen_before) * world_size() / (time.perf_counter() - begin)
+            shown = {name: means[key] for key, name in LOSS_NAMES.items()}
             lr = optimizer.param_groups[0]["lr"]
             progress(tally.step, loss=means["loss"], **shown, lr=lr, images_per_second=rate)
         elif progress:
@@ -109,19 +111,19 @@ def check_finite(losses: list[dict[str, torch.Tensor]], batches: list[Batch], na
             if not math.isfinite(sum(terms)):
                 seen = {"terms": dict(zip(losses[0], terms, strict=True)), "index": batch.index}
                 seen |= {"names": [names[place] for place in batch.index.tolist()]}
-                own.append(on_host({**seen, "images": batch.images, "targets": batch.targets}))
-    bad = [piece for of_one in every(own) for piece in of_one]
+                own.append(move_to_host({**seen, "images": batch.images, "targets": batch.targets}))
+    bad = [piece for of_one in all_gather_object(own) for piece in of_one]
     if bad:
         terms = ", ".join(f"{name} {value:g}" for name, value in bad[0]["terms"].items())
         where = ", ".join(name for piece in bad for name in piece["names"])
         index = torch.cat([piece["index"] for piece in bad])
-        raise NotFinite(step, index, step, f"the loss ({terms}) on {where}", {"batches": bad})
+        raise NonFiniteLoss(step, index, step, f"the loss ({terms}) on {where}", {"batches": bad})
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, feed: Feed, *, precision: torch.dtype | None = None, progress: Callable | None = None
-) -> list[Found]:
+    model: nn.Module, feed: DetectionLoader, *, precision: torch.dtype | None = None, progress: Callable | None = None
+) -> list[Detections]:
     """The detections of each image of a part, in its order, in float32 unless a precision is given; the network is in
     evaluation mode meanwhile. Of several processes each takes its images, and only the first one gets the list.
     """
@@ -133,11 +135,11 @@ def predict(
                 results = model(batch.images)
             for place, result in zip(batch.index.tolist(), results, strict=True):
                 boxes, labels, scores = (result[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
-                found[place] = Found(boxes.astype(np.float64), labels, scores.astype(np.float64))
+                found[place] = Detections(boxes.astype(np.float64), labels, scores.astype(np.float64))
             if progress:
                 progress(step + 1)
     finally:
         model.train(training)
-    parts = gather(found) or []
+    parts = gather_object(found) or []
     together = {place: one for part in parts for place, one in part.items()}
     return [together[place] for place in sorted(together)]

@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-LOWEST = 0.5  # the first threshold of both: no pair of boxes that overlaps less can matter
+MIN_IOU = 0.5  # the first threshold of both: no pair of boxes that overlaps less can matter
 VOC_THRESHOLDS = np.arange(50, 100, 5) / 100  # rounded as boxes on whole pixels are: an overlap of 9/10 reaches 0.9
 COCO_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # as COCOeval has them: 0.9 is the number just below
 COCO_RECALLS = np.linspace(0, 1, 101)
 COCO_AREAS = {"": (0, 1e10), "_small": (0, 32**2), "_medium": (32**2, 96**2), "_large": (96**2, 1e10)}  # both ends in
 AT_75 = 5  # place of 0.75 in the thresholds
-POINTS = 200  # of a drawn curve
+CURVE_POINTS = 200  # of a drawn curve
 
 
-class Found(NamedTuple):
+class Detections(NamedTuple):
     """The detections of one image."""
 
     boxes: np.ndarray  # (n, 4) float
@@ -30,7 +30,7 @@ class Found(NamedTuple):
     scores: np.ndarray  # (n,) float
 
 
-class Truth(NamedTuple):
+class Objects(NamedTuple):
     """The objects of one image."""
 
     boxes: np.ndarray  # (m, 4) float
@@ -38,7 +38,7 @@ class Truth(NamedTuple):
     difficult: np.ndarray  # (m,) bool
 
 
-class Things(NamedTuple):
+class GroundTruth(NamedTuple):
     """Detections (by falling score) or objects of all images."""
 
     boxes: np.ndarray  # (N, 4)
@@ -47,7 +47,7 @@ class Things(NamedTuple):
     marks: np.ndarray  # (N,) scores or difficult
 
 
-class Pairs(NamedTuple):
+class Matches(NamedTuple):
     """A detection and an object of the same image and class that overlap by LOWEST or more."""
 
     found: np.ndarray  # (P,) index of the detection
@@ -55,7 +55,7 @@ class Pairs(NamedTuple):
     overlap: np.ndarray  # (P,)
 
 
-def voc(found: Sequence[Found], truths: Sequence[Truth], classes: Sequence[str]) -> dict:
+def voc_metrics(found: Sequence[Detections], truths: Sequence[Objects], classes: Sequence[str]) -> dict:
     """VOC's figures of the detections and the objects of the same images in the same order; label k is classes[k - 1].
 
     Plain numbers, ready for JSON, None where there is nothing to find. ap07 is the mean over 11 recalls, ap the area
@@ -69,8 +69,8 @@ def voc(found: Sequence[Found], truths: Sequence[Truth], classes: Sequence[str])
 
     Raises ValueError for arrays that do not fit together, labels outside 1..K and scores that are NaN.
     """
-    things, objects = stacked(found, truths, len(classes))
-    true, counted = voc_verdicts(overlapping(things, objects), objects.marks, len(things.labels))
+    things, objects = stack_images(found, truths, len(classes))
+    true, counted = match_voc(match_boxes(things, objects), objects.marks, len(things.labels))
     table, curves, at_75 = {}, {}, []
     for label, name in enumerate(classes, 1):
         own, mine = things.labels == label, objects.labels == label
@@ -80,14 +80,14 @@ def voc(found: Sequence[Found], truths: Sequence[Truth], classes: Sequence[str])
         precision = recall = np.empty(0)
         ap07 = ap = [None]
         if positives:
-            steps = after_each(true[own], counted[own])
+            steps = cumulative_tp_fp(true[own], counted[own])
             # in whole objects: three of ten are a recall of 0.3, and 3 * 0.1 is more than that
             eleven, each = -(-np.arange(11) * positives // 10), np.arange(1, positives + 1)
-            ap07 = [float(reached(*step, eleven).mean()) for step in steps]
-            ap = [float(reached(*step, each).mean()) for step in steps]
+            ap07 = [float(interpolate_precision(*step, eleven).mean()) for step in steps]
+            ap = [float(interpolate_precision(*step, each).mean()) for step in steps]
             at_75.append((ap07[AT_75], ap[AT_75]))
             hits, precision = steps[0]
-            shown = to_draw(hits, positives)
+            shown = curve_points(hits, positives)
             precision, recall = precision[shown], hits[shown] / positives
         table[name] = row | {"ap07": ap07[0], "ap": ap[0], "ap07_50_95": mean(ap07), "ap_50_95": mean(ap)}
         curves[name] = {"precision": precision.tolist(), "recall": recall.tolist()}
@@ -103,8 +103,8 @@ def voc(found: Sequence[Found], truths: Sequence[Truth], classes: Sequence[str])
     }
 
 
-def coco(
-    found: Sequence[Found], truths: Sequence[Truth], num_classes: int, *, count_difficult: bool = False
+def coco_metrics(
+    found: Sequence[Detections], truths: Sequence[Objects], num_classes: int, *, count_difficult: bool = False
 ) -> dict[str, float | None]:
     """The twelve figures of COCOeval for boxes, None where it says -1.
 
@@ -114,25 +114,25 @@ def coco(
     are "crowds", found by any number of detections and counted neither way, unless count_difficult. Raises ValueError
     as voc().
     """
-    things, objects = stacked(found, truths, num_classes)
-    rank = rank_in(things.group)
-    things, rank = Things(*(column[rank < 100] for column in things)), rank[rank < 100]
+    things, objects = stack_images(found, truths, num_classes)
+    rank = rank_in_group(things.group)
+    things, rank = GroundTruth(*(column[rank < 100] for column in things)), rank[rank < 100]
     crowd = objects.marks & (not count_difficult)
-    pairs = overlapping(things, objects, crowd)
-    sizes, object_sizes = area(things.boxes), area(objects.boxes)
+    pairs = match_boxes(things, objects, crowd)
+    sizes, object_sizes = box_area(things.boxes), box_area(objects.boxes)
     figures: dict[str, list] = {}
     for suffix, (low, high) in COCO_AREAS.items():
         ignored = crowd | (object_sizes < low) | (object_sizes > high)
         outside = (sizes < low) | (sizes > high)
-        true, counted = coco_verdicts(pairs, ignored, crowd, things.group[pairs.found], outside)
+        true, counted = match_coco(pairs, ignored, crowd, things.group[pairs.found], outside)
         for label in range(1, num_classes + 1):
             positives = int((~ignored & (objects.labels == label)).sum())
             if not positives:
                 continue
             own = things.labels == label
             needed = np.searchsorted(np.arange(positives + 1) / positives, COCO_RECALLS)
-            steps = after_each(true[own], counted[own], np.spacing(1))
-            precision = [reached(*step, needed).mean() for step in steps]
+            steps = cumulative_tp_fp(true[own], counted[own], np.spacing(1))
+            precision = [interpolate_precision(*step, needed).mean() for step in steps]
             figures.setdefault(f"AP{suffix}", []).append(np.mean(precision))
             if not suffix:
                 figures.setdefault("AP50", []).append(precision[0])
@@ -148,7 +148,7 @@ def coco(
 # what was found
 
 
-def voc_verdicts(pairs: Pairs, difficult: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def match_voc(pairs: Matches, difficult: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Which of `count` detections are true, and which count at all: (count, T) bool, a column for each threshold."""
     order = np.lexsort((pairs.truth, -pairs.overlap, pairs.found))
     most = order[np.unique(pairs.found[order], return_index=True)[1]]  # of equal overlaps that with the first object
@@ -163,8 +163,8 @@ def voc_verdicts(pairs: Pairs, difficult: np.ndarray, count: int) -> tuple[np.nd
     return true & counted, counted
 
 
-def coco_verdicts(
-    pairs: Pairs, ignored: np.ndarray, crowd: np.ndarray, group: np.ndarray, outside: np.ndarray
+def match_coco(
+    pairs: Matches, ignored: np.ndarray, crowd: np.ndarray, group: np.ndarray, outside: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """As voc_verdicts(). ignored, crowd: of the objects; group: of the pairs; outside: of the detections, the area is
     not the one that is asked for.
@@ -174,7 +174,7 @@ def coco_verdicts(
     take turns together, one pair of each.
     """
     order = np.lexsort((-pairs.truth, -pairs.overlap, ignored[pairs.truth], pairs.found, group))
-    turn = rank_in(group[order])
+    turn = rank_in_group(group[order])
     matched = np.zeros((len(outside), len(COCO_THRESHOLDS)), bool)
     aside = np.zeros_like(matched)  # matched with an object that is ignored
     taken = np.zeros((len(crowd), len(COCO_THRESHOLDS)), bool)
@@ -190,7 +190,7 @@ def coco_verdicts(
 # precision and recall
 
 
-def after_each(true: np.ndarray, counted: np.ndarray, more: float = 0.0) -> list[tuple[np.ndarray, np.ndarray]]:
+def cumulative_tp_fp(true: np.ndarray, counted: np.ndarray, more: float = 0.0) -> list[tuple[np.ndarray, np.ndarray]]:
     """true, counted (n, T) of one class -> for each threshold the objects found, and the precision, after each of the
     detections that count. more: what COCOeval adds to the denominator.
     """
@@ -198,19 +198,19 @@ def after_each(true: np.ndarray, counted: np.ndarray, more: float = 0.0) -> list
     return [(hit, hit / (np.arange(1, len(hit) + 1) + more)) for hit in hits]
 
 
-def reached(hits: np.ndarray, precision: np.ndarray, needed: np.ndarray) -> np.ndarray:
+def interpolate_precision(hits: np.ndarray, precision: np.ndarray, needed: np.ndarray) -> np.ndarray:
     """The largest precision at which at least `needed` (R,) objects are found; 0 where so many never are."""
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     return best[np.searchsorted(hits, needed)]
 
 
-def to_draw(hits: np.ndarray, positives: int) -> np.ndarray:
+def curve_points(hits: np.ndarray, positives: int) -> np.ndarray:
     """Indices of at most POINTS detections that give the picture: the first and the last of each of equal bins of
     recall.
     """
-    if len(hits) <= POINTS:
+    if len(hits) <= CURVE_POINTS:
         return np.arange(len(hits))
-    bins = hits * (POINTS // 2 - 1) // positives
+    bins = hits * (CURVE_POINTS // 2 - 1) // positives
     first = np.flatnonzero(np.diff(bins, prepend=-1))
     return np.union1d(first, np.append(first[1:], len(hits)) - 1)
 
@@ -223,18 +223,20 @@ def mean(values: list) -> float | None:
 # boxes of all images
 
 
-def stacked(found: Sequence[Found], truths: Sequence[Truth], num_classes: int) -> tuple[Things, Things]:
+def stack_images(
+    found: Sequence[Detections], truths: Sequence[Objects], num_classes: int
+) -> tuple[GroundTruth, GroundTruth]:
     """Detections, by falling score and in their order where it is equal, and objects. Raises ValueError, see voc()."""
     if len(found) != len(truths):
         raise ValueError(f"detections of {len(found)} images and objects of {len(truths)}: they must be of the same")
-    things, objects = one_below_the_other(found, num_classes, float), one_below_the_other(truths, num_classes, bool)
+    things, objects = concat(found, num_classes, float), concat(truths, num_classes, bool)
     if np.isnan(things.marks).any():
         raise ValueError(f"{np.isnan(things.marks).sum()} of {len(things.marks)} scores are NaN")
     order = np.argsort(-things.marks, kind="stable")
-    return Things(*(column[order] for column in things)), objects
+    return GroundTruth(*(column[order] for column in things)), objects
 
 
-def one_below_the_other(images: Sequence[Found] | Sequence[Truth], num_classes: int, kind: type) -> Things:
+def concat(images: Sequence[Detections] | Sequence[Objects], num_classes: int, kind: type) -> GroundTruth:
     for index, (boxes, labels, marks) in enumerate(images):
         if labels.ndim != 1 or marks.shape != labels.shape or boxes.shape != (len(labels), 4):
             raise ValueError(
@@ -248,10 +250,10 @@ def one_below_the_other(images: Sequence[Found] | Sequence[Truth], num_classes: 
     boxes = np.concatenate([np.empty((0, 4)), *(image.boxes for image in images)], dtype=float)
     marks = np.concatenate([np.empty(0, kind), *(image[2] for image in images)], dtype=kind)
     image = np.repeat(np.arange(len(images)), [len(image.labels) for image in images])
-    return Things(boxes, labels, image * (num_classes + 1) + labels, marks)
+    return GroundTruth(boxes, labels, image * (num_classes + 1) + labels, marks)
 
 
-def overlapping(things: Things, objects: Things, crowd: np.ndarray | None = None) -> Pairs:
+def match_boxes(things: GroundTruth, objects: GroundTruth, crowd: np.ndarray | None = None) -> Matches:
     """Pairs by rising index of the detection. crowd (M,) bool: objects of which any part may be found, so that the
     overlap is the share of the detection inside it; else it is intersection over union.
     """
@@ -262,19 +264,19 @@ def overlapping(things: Things, objects: Things, crowd: np.ndarray | None = None
     one, other = things.boxes[found], objects.boxes[truth]
     sides = np.minimum(one[:, 2:], other[:, 2:]) - np.maximum(one[:, :2], other[:, :2])
     shared = sides.clip(0).prod(1)
-    whole = area(one) + area(other) - shared
+    whole = box_area(one) + box_area(other) - shared
     if crowd is not None:
-        whole = np.where(crowd[truth], area(one), whole)
+        whole = np.where(crowd[truth], box_area(one), whole)
     overlap = np.divide(shared, whole, out=np.zeros_like(shared), where=shared > 0)
-    near = overlap >= LOWEST
-    return Pairs(found[near], truth[near], overlap[near])
+    near = overlap >= MIN_IOU
+    return Matches(found[near], truth[near], overlap[near])
 
 
-def area(boxes: np.ndarray) -> np.ndarray:
+def box_area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
-def rank_in(group: np.ndarray) -> np.ndarray:
+def rank_in_group(group: np.ndarray) -> np.ndarray:
     """(N,) how many before each are of the same group (N,)."""
     order = np.argsort(group, kind="stable")
     rank = np.empty_like(order)

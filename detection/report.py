@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from detection.data import Part, first_names
-from detection.metrics import Found, Truth, overlapping, stacked, voc_verdicts
+from detection.dataset import DetectionSet, list_first_names
+from detection.metrics import Detections, Objects, match_boxes, match_voc, stack_images
 from detection.voc import CLASSES, USUAL_COUNTS
-from engine import draw, draw_boxes, tables
+from engine.drawing import boxes, figures, tables
 
-BEST = "VOC07 mAP@0.5 (11-point)"  # the figure by which a detector is chosen
+MAIN_FIGURE = "VOC07 mAP@0.5 (11-point)"  # the figure by which a detector is chosen
 VOC = {  # figure -> key of metrics.voc()
-    BEST: "map07",
+    MAIN_FIGURE: "map07",
     "VOC mAP@0.5 (area)": "map",
     "VOC AP@[.5:.95] (11-point)": "ap07_50_95",
     "VOC AP50 (11-point)": "map07",
@@ -33,7 +33,7 @@ COCO = {  # figure -> key of metrics.coco()
     **{f"COCO AR {size}": f"AR_{size}" for size in ("small", "medium", "large")},
 }
 FIRST, *LINES = list(VOC)[:2], list(VOC)[2:5], list(VOC)[5:], list(COCO)[:6], list(COCO)[6:]  # figures of a line
-OF_A_CLASS = {  # figure of a class -> key of metrics.voc()
+CLASS_FIGURES = {  # figure of a class -> key of metrics.voc()
     "AP@0.5 (11-point)": "ap07",
     "AP@0.5 (area)": "ap",
     "AP@[.5:.95] (11-point)": "ap07_50_95",
@@ -61,19 +61,19 @@ LOSSES = {
     "loss_rpn_box_reg": "proposals: place",
 }
 PERCENTS = {
-    "map07": BEST,
+    "map07": MAIN_FIGURE,
     "ema_map07": "VOC07 mAP, averaged weights",
     "map": "VOC mAP@0.5 (area)",
     "coco_ap": "COCO AP",
 }
-MOST_PANELS = 25
-ROWS = 4  # images of a page
+MAX_PANELS = 25
+ROWS_PER_PAGE = 4  # images of a page
 
 
 # figures
 
 
-def results(
+def summarize(
     voc: dict,
     coco: dict,
     *,
@@ -90,11 +90,11 @@ def results(
     figures: name -> value. classes: name -> objects, difficult, detections and four APs. count_difficult: as given to
     metrics.coco().
     """
-    figures = {name: percent(voc[key]) for name, key in VOC.items()}
-    figures |= {name: percent(coco[key]) for name, key in COCO.items()}
+    figures = {name: to_percent(voc[key]) for name, key in VOC.items()}
+    figures |= {name: to_percent(coco[key]) for name, key in COCO.items()}
     classes = {
         name: {"objects": row["objects"], "difficult": row["difficult"], "detections": row["found"]}
-        | {title: percent(row[key]) for title, key in OF_A_CLASS.items()}
+        | {title: to_percent(row[key]) for title, key in CLASS_FIGURES.items()}
         for name, row in voc["classes"].items()
     }
     settings = {
@@ -110,39 +110,40 @@ def results(
         "figures": figures,
         "classes": classes,
         "settings": settings,
-        "protocol": PROTOCOL | {"difficult objects in COCO's figures": words_on_difficult(count_difficult)},
+        "protocol": PROTOCOL | {"difficult objects in COCO's figures": describe_difficult(count_difficult)},
     }
 
 
-def percent(fraction: float | None) -> float | None:
+def to_percent(fraction: float | None) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
-def words_on_difficult(counted: bool) -> str:
+def describe_difficult(counted: bool) -> str:
     return "counted as ordinary ones" if counted else "ignored, as crowds"
 
 
-def lines_of(results: dict) -> list[str]:
+def format_result(results: dict) -> list[str]:
     """What is printed after an evaluation, of what results() gave."""
     figures, settings, test_set = results["figures"], results["settings"], results["test_set"]
-    rule, usual = rule_of(test_set, list(results["classes"]))
+    rule, usual = choose_rule(test_set, list(results["classes"]))
     remark = "the number to compare with papers"
     if results["images"] != usual:
         remark += f", whose {test_set} has {usual:,} images"
-    lines = marked([[name, two_digits(figures[name])] for name in FIRST], rule, remark)
+    lines = mark_rows([[name, format_percent(figures[name])] for name in FIRST], rule, remark)
     table = [{"name": name} | row for name, row in results["classes"].items()]
-    lines += tables.text(table, COLUMNS, title="class").splitlines()
+    lines += tables.format_text(table, COLUMNS, title="class").splitlines()
     if absent := [name for name, row in results["classes"].items() if not row["objects"]]:
-        lines.append(f"no objects (but difficult ones), so left out of the means: {first_names(absent)}")
+        lines.append(f"no objects (but difficult ones), so left out of the means: {list_first_names(absent)}")
     rows = [
-        [name, two_digits(figures[name])] + [cell for one in others for cell in (brief(one), two_digits(figures[one]))]
+        [name, format_percent(figures[name])]
+        + [cell for one in others for cell in (short_name(one), format_percent(figures[one]))]
         for name, *others in LINES
     ]
     widest = max(map(len, rows))
     rows = [row + [""] * (widest - len(row)) for row in rows]
-    lines += marked(rows, rule, "as in papers on self-supervised learning")
+    lines += mark_rows(rows, rule, "as in papers on self-supervised learning")
     lines.append(
-        f"difficult objects: VOC counts them neither way; COCO: {words_on_difficult(settings['coco_count_difficult'])}"
+        f"difficult objects: VOC counts them neither way; COCO: {describe_difficult(settings['coco_count_difficult'])}"
     )
     lines.append(
         f"{test_set}: {results['images']:,} images; at most {settings['max_dets']} detections in each, score from "
@@ -151,7 +152,7 @@ def lines_of(results: dict) -> list[str]:
     return lines
 
 
-def rule_of(test_set: str, classes: list[str]) -> tuple[str, int]:
+def choose_rule(test_set: str, classes: list[str]) -> tuple[str, int]:
     """By which rule papers average precision on one of VOC's sets, and how many images it has: the kit's rule changed
     in 2010, and codes of self-supervised learning go by the year of the test set as well. ("", 0): no set of VOC's.
     """
@@ -160,22 +161,22 @@ def rule_of(test_set: str, classes: list[str]) -> tuple[str, int]:
     return "11-point" if int(test_set[:4]) < 2010 else "area", USUAL_COUNTS[test_set]
 
 
-def marked(rows: list[list[str]], rule: str, remark: str) -> list[str]:
+def mark_rows(rows: list[list[str]], rule: str, remark: str) -> list[str]:
     """The rows as lines, with the remark at the one of VOC's by that rule."""
-    lines = tables.aligned(rows).splitlines()
+    lines = tables.align_columns(rows).splitlines()
     return [f"{line}  <- {remark}" if rule and f"({rule})" in line else line for line in lines]
 
 
-def brief(name: str) -> str:
+def short_name(name: str) -> str:
     """VOC AP50 (area) -> AP50, COCO AP small -> small."""
     return name.split(" (")[0].split()[-1]
 
 
-def two_digits(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def predictions(names: Sequence[str], found: Sequence[Found], classes: Sequence[str]) -> list[dict]:
+def predictions(names: Sequence[str], found: Sequence[Detections], classes: Sequence[str]) -> list[dict]:
     """All detections in COCO's results format, which pycocotools' loadRes reads where the images are called the same:
     bbox is x, y, width, height in pixels; the class is there by name as well. names: of the images of `found`.
     """
@@ -183,11 +184,11 @@ def predictions(names: Sequence[str], found: Sequence[Found], classes: Sequence[
         {"image_id": name, "category_id": label, "category": classes[label - 1]}
         | {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
         for name, one in zip(names, found, strict=True)
-        for (x0, y0, x1, y1), label, score in rows_of(*one)
+        for (x0, y0, x1, y1), label, score in make_rows(*one)
     ]
 
 
-def rows_of(*columns) -> list[tuple]:
+def make_rows(*columns) -> list[tuple]:
     """Arrays or tensors of n things -> a tuple of plain numbers and lists for each."""
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
@@ -195,23 +196,23 @@ def rows_of(*columns) -> list[tuple]:
 # pictures
 
 
-def curves(path: Path, history: list[dict], title: str) -> None:
+def draw_training_curves(path: Path, history: list[dict], title: str) -> None:
     """Loss terms and average precisions (percent) against epoch; a panel of which no row has anything is left out."""
     there = {key for row in history for key, value in row.items() if value is not None}
     panels = {unit: names for unit, names in (("loss", LOSSES), ("percent", PERCENTS)) if there & set(names)}
     if panels:
-        draw.panels_of_epochs(path, history, panels, title)
+        figures.draw_epoch_panels(path, history, panels, title)
 
 
-def draw_curves(path: Path, voc: dict) -> None:
+def draw_precision_recall_curves(path: Path, voc: dict) -> None:
     """Precision against recall at an overlap of 0.5, of what metrics.voc() gave: a panel a class, of the MOST_PANELS
     classes with the most objects. Nothing is drawn where no class has any.
     """
     table = {name: row for name, row in voc["classes"].items() if row["objects"]}
-    most = sorted(table, key=lambda name: -table[name]["objects"])[:MOST_PANELS]
+    most = sorted(table, key=lambda name: -table[name]["objects"])[:MAX_PANELS]
     panels = [
         (
-            f"{draw.short(name, 18)}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}",
+            f"{figures.shorten(name, 18)}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}",
             *(voc["curves"][name][key] for key in ("recall", "precision")),
         )
         for name, row in table.items()
@@ -225,11 +226,17 @@ def draw_curves(path: Path, voc: dict) -> None:
     )
     if len(table) > len(most):
         title += f"; the {len(most)} of {len(table)} classes with the most objects"
-    draw_boxes.precision_recall(path, panels, title)
+    boxes.draw_precision_recall(path, panels, title)
 
 
 def draw_detections(
-    folder: Path, part: Part, found: Sequence[Found], truths: Sequence[Truth], *, count: int, threshold: float = 0.5
+    folder: Path,
+    part: DetectionSet,
+    found: Sequence[Detections],
+    truths: Sequence[Objects],
+    *,
+    count: int,
+    threshold: float = 0.5,
 ) -> list[Path]:
     """`count` images from all over the part, with their objects and the detections whose score is at least `threshold`,
     ROWS a page -> the pages, page_01.png and so on, in `folder`.
@@ -248,14 +255,14 @@ def draw_detections(
     )
     heads = "objects", f"detections, score at least {threshold:g}"
     pages = []
-    for start in range(0, len(chosen), ROWS):
+    for start in range(0, len(chosen), ROWS_PER_PAGE):
         rows = []
-        for index in chosen[start : start + ROWS]:
+        for index in chosen[start : start + ROWS_PER_PAGE]:
             picture = part.read(index).permute(1, 2, 0).contiguous().numpy()
-            left, right, said = judged(found[index], truths[index], part.classes, colours, threshold)
+            left, right, said = classify_detections(found[index], truths[index], part.classes, colours, threshold)
             rows.append((f"{part.names[index]}: {said}", picture, left, right))
         pages.append(Path(folder) / f"page_{len(pages) + 1:02d}.png")
-        draw_boxes.framed_pairs(pages[-1], rows, heads, legend)
+        boxes.draw_box_pairs(pages[-1], rows, heads, legend)
     return pages
 
 
@@ -268,31 +275,35 @@ def draw_batches(path: Path, batches: list[dict], classes: Sequence[str]) -> Non
     for batch in batches:
         for name, image, target in zip(batch["names"], batch["images"], batch["targets"], strict=True):
             boxes = [
-                draw_boxes.Framed(box, classes[label - 1], colours[label - 1], difficult)
-                for box, label, difficult in rows_of(*(target[key] for key in ("boxes", "labels", "difficult")))
+                boxes.DrawnBox(box, classes[label - 1], colours[label - 1], difficult)
+                for box, label, difficult in make_rows(*(target[key] for key in ("boxes", "labels", "difficult")))
             ]
             picture = (255 * image.nan_to_num(0, 1, 0).clamp(0, 1)).byte().permute(1, 2, 0).contiguous().numpy()
             rows.append((name, picture, boxes, []))
-    draw_boxes.framed_pairs(path, rows, ("as the step saw it, with its objects", "without them"), "Dashed: difficult")
+    boxes.draw_box_pairs(path, rows, ("as the step saw it, with its objects", "without them"), "Dashed: difficult")
 
 
-def judged(
-    found: Found, truth: Truth, classes: Sequence[str], colours: list[tuple[float, float, float]], threshold: float
-) -> tuple[list[draw_boxes.Framed], list[draw_boxes.Framed], str]:
+def classify_detections(
+    found: Detections,
+    truth: Objects,
+    classes: Sequence[str],
+    colours: list[tuple[float, float, float]],
+    threshold: float,
+) -> tuple[list[boxes.DrawnBox], list[boxes.DrawnBox], str]:
     """Of one image the boxes of its objects, those of its detections by rising score, and how many are right."""
     sure = found.scores >= threshold
-    things, objects = stacked([Found(*(column[sure] for column in found))], [truth], len(classes))
-    pairs = overlapping(things, objects)
-    true, counted = (verdict[:, 0] for verdict in voc_verdicts(pairs, objects.marks, len(things.labels)))
+    things, objects = stack_images([Detections(*(column[sure] for column in found))], [truth], len(classes))
+    pairs = match_boxes(things, objects)
+    true, counted = (verdict[:, 0] for verdict in match_voc(pairs, objects.marks, len(things.labels)))
     own = [pairs.found == index for index in np.flatnonzero(true)]
     hit = {pairs.truth[mine][pairs.overlap[mine].argmax()] for mine in own}
     left = [
-        draw_boxes.Framed(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
-        for index, (box, label, difficult) in enumerate(rows_of(objects.boxes, objects.labels, objects.marks))
+        boxes.DrawnBox(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
+        for index, (box, label, difficult) in enumerate(make_rows(objects.boxes, objects.labels, objects.marks))
     ]
     right = [
-        draw_boxes.Framed(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
-        for box, label, score, good, counts in rows_of(things.boxes, things.labels, things.marks, true, counted)
+        boxes.DrawnBox(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
+        for box, label, score, good, counts in make_rows(things.boxes, things.labels, things.marks, true, counted)
     ]
     positives, false = int((~objects.marks).sum()), int((counted & ~true).sum())
     return left, right[::-1], f"{int(true.sum())} of {positives} objects found, false detections: {false}"

@@ -12,30 +12,36 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models.detection import FasterRCNN
 
 from detection import report
-from detection.data import Part
-from detection.feed import Feed
-from detection.judging import Judged, judge, present
-from detection.loop import SHORT, train_one_epoch
-from detection.options import KIND, check_resume, runs_of, settle_again
-from engine.cli import UserError
-from engine.device import own_stream
-from engine.distributed import StopSign, average_buffers, is_first, ranks, wrap
-from engine.log import RunFolder, add_trackers, opencv_versions
-from engine.loop import NotFinite, Stopwatch, Tally
-from engine.progress import Progress, bars_wanted
-from engine.run import Task, notes_on_going_on
-from engine.training import Parts, WeightAverage, peak_memory_mb, save, stop_well
+from detection.dataset import DetectionSet
+from detection.evaluate import EvalResult, evaluate, report_result
+from detection.loader import DetectionLoader
+from detection.loop import LOSS_NAMES, train_one_epoch
+from detection.resolve import KIND, check_resume_options, detector_runs, resolve_resumed
+from engine.errors import UserError
+from engine.runtime.device import seed_rank_generator
+from engine.runtime.distributed import average_buffers, is_main_process, world_size, wrap_ddp
+from engine.runtime.memory import peak_memory_mb
+from engine.runtime.preemption import PreemptionGuard
+from engine.runtime.progress import Progress, use_progress_bar
+from engine.training.ema import ModelEma
+from engine.training.run import RunKind, resume_notes
+from engine.training.run_folder import RunFolder, get_opencv_versions
+from engine.training.running_sums import EpochStats, NonFiniteLoss
+from engine.training.shutdown import graceful_shutdown
+from engine.training.state import TrainingState, save
+from engine.training.stopwatch import Stopwatch
+from engine.training.trackers import add_trackers
 
-DETECTOR = Task(KIND, settle_again, check_resume, runs_of)
-OF_THE_FIGURES = ("test_set", "score_thr", "nms_thr", "max_dets")  # options that change what is measured
-COLUMNS = [
-    *("epoch", "iteration", "lr", "loss", *SHORT),
+DETECTOR = RunKind(KIND, resolve_resumed, check_resume_options, detector_runs)
+EVALUATION_OPTIONS = ("test_set", "score_thr", "nms_thr", "max_dets")  # options that change what is measured
+LOG_COLUMNS = [
+    *("epoch", "iteration", "lr", "loss", *LOSS_NAMES),
     *("map07", "map", "coco_ap", "ema_map07", "seconds", "images_per_second", "data_seconds", "peak_memory_mb"),
 ]
 
 
 @dataclass
-class Known:
+class DataInfo:
     """What a checkpoint says of the data of a detector."""
 
     classes: list[str]
@@ -45,7 +51,7 @@ class Known:
     image_size: None = None  # images are of any size
 
 
-def build_parts(
+def build_training_state(
     detector: FasterRCNN,
     *,
     lr: float,
@@ -56,7 +62,7 @@ def build_parts(
     warmup_iters: int,
     ema: float,
     precision: torch.dtype | None,
-) -> Parts:
+) -> TrainingState:
     """Optimizer and schedule, stepped once an iteration. The rate rises from a thousandth of it in a straight line over
     warmup_iters, and drops by a factor at each iteration of `schedule`.
     """
@@ -71,11 +77,11 @@ def build_parts(
         return warm * math.prod(by for start, by in zip(schedule, factors, strict=True) if step >= start)
 
     scaler = torch.amp.GradScaler(device.type) if precision is torch.float16 else None
-    average = WeightAverage(detector, ema) if ema else None
-    return Parts(detector, None, optimizer, LambdaLR(optimizer, factor), scaler, average)
+    average = ModelEma(detector, ema) if ema else None
+    return TrainingState(detector, None, optimizer, LambdaLR(optimizer, factor), scaler, average)
 
 
-def check_same_data(saved: dict | None, train: Part) -> None:
+def check_same_data(saved: dict | None, train: DetectionSet) -> None:
     """Raise UserError where a run would go on with other training images."""
     if saved and (saved["classes"], saved["images"]) != (train.classes, len(train)):
         raise UserError(
@@ -93,9 +99,9 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        parts: Parts,
+        parts: TrainingState,
         options: dict,
-        known: Known,
+        known: DataInfo,
         *,
         steps: int,
         precision: torch.dtype | None,
@@ -104,11 +110,11 @@ class Run:
     ):
         self.folder, self.parts, self.options, self.known = folder, parts, options, known
         self.steps, self.precision, self.backbone = steps, precision, backbone
-        self.network = wrap(parts.model)
-        own_stream(options["seed"])
+        self.network = wrap_ddp(parts.model)
+        seed_rank_generator(options["seed"])
         self.history: list[dict] = []
         self.best = {"value": -1.0, "epoch": 0, "split": "test"}
-        self.tally: Tally | None = None  # of the epoch under way when the run was stopped
+        self.tally: EpochStats | None = None  # of the epoch under way when the run was stopped
         self.before = {"seconds": 0.0, "lr": None}  # of that epoch
         self.begun = 0.0
         self.notes: list[str] = []
@@ -120,12 +126,12 @@ class Run:
             )
         told = saved["history"] if saved else []  # a run killed in its last evaluation has done its steps, but no row
         self.finished_before = bool(told) and told[-1]["iteration"] >= options["iters"]
-        self.judged: Judged | None = None
+        self.judged: EvalResult | None = None
         if saved:
             self.go_on_from(saved)
         self.anew = options["overwrite"] and not saved
-        self.bar = bars_wanted(options["no_progress"]) and is_first()
-        self.sign = StopSign()
+        self.bar = use_progress_bar(options["no_progress"]) and is_main_process()
+        self.sign = PreemptionGuard()
 
     @property
     def epochs(self) -> range:
@@ -145,30 +151,30 @@ class Run:
             self.tally = None
         elif self.tally:
             self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.tally.step} of its steps")
-        self.notes += notes_on_going_on(saved, self.precision)
-        if differ := [f"--{key}" for key in OF_THE_FIGURES if saved["config"][key] != self.options[key]]:
+        self.notes += resume_notes(saved, self.precision)
+        if differ := [f"--{key}" for key in EVALUATION_OPTIONS if saved["config"][key] != self.options[key]]:
             self.best |= {"value": -1.0, "epoch": 0}
             self.notes.append(f"{' '.join(differ)} changed: the best epoch is sought anew from here on")
 
-    def begin(self, train: Part, test: Part, notes: list[str], where: str) -> None:
+    def begin(self, train: DetectionSet, test: DetectionSet, notes: list[str], where: str) -> None:
         """Start the files of the run and say what is about to happen."""
-        off = self.options["log_off"] or not is_first()
-        self.log = RunFolder(self.folder, off=off, anew=self.anew, columns=COLUMNS)
+        off = self.options["log_off"] or not is_main_process()
+        self.log = RunFolder(self.folder, off=off, anew=self.anew, columns=LOG_COLUMNS)
         add_trackers(self.log, self.options)
         self.log.write_config(self.options, self.parts.device, kind=KIND)
         self.log.write_log(self.history)
-        where += f", {ranks()} processes" if ranks() > 1 else ""
-        announce(self.log, self.options, train, test, self.backbone, self.steps, where=where)
+        where += f", {world_size()} processes" if world_size() > 1 else ""
+        log_header(self.log, self.options, train, test, self.backbone, self.steps, where=where)
         for note in [*notes, *self.notes, *train.warnings, *test.warnings]:
             self.log.say(f"note: {note}")
         if 0 < self.done < self.options["iters"]:
             self.log.say(f"continuing after step {self.done}")
         self.sign.watch()
 
-    def train(self, epoch: int, feed: Feed) -> dict:
+    def train(self, epoch: int, feed: DetectionLoader) -> dict:
         """One epoch; the row of the log."""
         if self.tally is None:
-            self.tally = Tally()
+            self.tally = EpochStats()
             self.before = {"seconds": 0.0, "lr": self.parts.optimizer.param_groups[0]["lr"]}
         watch, self.begun = Stopwatch(self.parts.device), time.perf_counter() - self.before["seconds"]
         steps, first = self.steps_of(epoch), epoch * self.steps
@@ -186,7 +192,7 @@ class Run:
         row |= {"images_per_second": row.pop("images") / seconds, "data_seconds": watch.seconds().get("data", 0.0)}
         return row | {"peak_memory_mb": peak_memory_mb(self.parts.device)}
 
-    def keep_inside(self, tally: Tally) -> None:
+    def keep_inside(self, tally: EpochStats) -> None:
         """--save_iters: after a step, save where the run stands."""
         every, step = self.options["save_iters"], len(self.history) * self.steps + tally.step
         if every and step % every == 0 and tally.step < self.steps_of(len(self.history)):
@@ -197,15 +203,15 @@ class Run:
     def ending_well(self) -> Iterator[None]:
         """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
 
-        def keep(tally: Tally) -> None:
+        def keep(tally: EpochStats) -> None:
             self.sign.rest()
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save()
 
-        with stop_well(self.log, self.parts, keep):
+        with graceful_shutdown(self.log, self.parts, keep):
             try:
                 yield
-            except NotFinite as error:
+            except NonFiniteLoss as error:
                 if not self.log.off:
                     report.draw_batches(self.log.path / "nonfinite.png", error.evidence["batches"], self.known.classes)
                 raise
@@ -214,7 +220,7 @@ class Run:
                 kept = f"; then continue with --checkpoint {last}" if last.exists() and not self.log.off else ""
                 raise UserError(f"{error}{kept}") from error
 
-    def evaluate(self, feed: Feed) -> dict[str, float]:
+    def evaluate(self, feed: DetectionLoader) -> dict[str, float]:
         """The columns of the log, in the epochs that --eval_every names and in the last one."""
         epoch, every = len(self.history) + 1, self.options["eval_every"]
         for network in self.parts.networks:
@@ -229,8 +235,8 @@ class Run:
             columns["ema_map07"] = averaged.row.get("map07")
         return columns
 
-    def judge(self, detector: FasterRCNN, feed: Feed) -> Judged | None:
-        return judge(detector, feed, count_difficult=self.options["coco_count_difficult"], bar=self.bar)
+    def judge(self, detector: FasterRCNN, feed: DetectionLoader) -> EvalResult | None:
+        return evaluate(detector, feed, count_difficult=self.options["coco_count_difficult"], bar=self.bar)
 
     def keep(self, row: dict) -> None:
         """The epoch of this row is done: checkpoints, log, curves."""
@@ -247,9 +253,11 @@ class Run:
         self.tally = None
         self.log.write_log(self.history)
         self.log.track(row)
-        self.log.say(line_of(row, self.epochs.stop))
+        self.log.say(format_epoch(row, self.epochs.stop))
         if not self.log.off and (epoch % 10 == 0 or epoch == self.epochs.stop):
-            report.curves(self.log.path / "curves.png", self.history, f"Faster R-CNN, {self.options['dataset']}")
+            report.draw_training_curves(
+                self.log.path / "curves.png", self.history, f"Faster R-CNN, {self.options['dataset']}"
+            )
 
     def save(self, also: list[str] | tuple = (), steps: int | None = None) -> None:
         """steps: finished ones, where the history tells them already."""
@@ -262,19 +270,19 @@ class Run:
             further={"kind": KIND, "backbone": self.backbone, "images": self.known.images},
         )
 
-    def finish(self, feed: Feed) -> dict | None:
+    def finish(self, feed: DetectionLoader) -> dict | None:
         """The numbers under every protocol, and the pictures; returns what results.json holds."""
         if self.finished_before:
             self.judged = self.judge(self.parts.model, feed)
             self.log.say("this run was finished already; evaluated again:")
         self.sign.rest()
-        if not is_first():
+        if not is_main_process():
             return None
         training = {
             **{"iterations": self.options["iters"], "training_seconds": sum(row["seconds"] for row in self.history)},
             **{"best": self.best, "backbone": self.backbone, "recipe": self.options["recipe"]},
         }
-        result = present(self.log, self.judged, feed.part, self.options, training)
+        result = report_result(self.log, self.judged, feed.part, self.options, training)
         if self.best["value"] >= 0:
             self.log.say(
                 f"last epoch: VOC07 mAP@0.5 {self.judged.row.get('map07', math.nan):.2f}; best "
@@ -283,7 +291,9 @@ class Run:
         return result
 
 
-def announce(log: RunFolder, options: dict, train: Part, test: Part, backbone: dict, steps: int, *, where: str) -> None:
+def log_header(
+    log: RunFolder, options: dict, train: DetectionSet, test: DetectionSet, backbone: dict, steps: int, *, where: str
+) -> None:
     """What is about to run, on what."""
     for name, part in (("train", train), ("test", test)):
         log.say(part.summary(name))
@@ -303,13 +313,13 @@ def announce(log: RunFolder, options: dict, train: Part, test: Part, backbone: d
         f"{options['seed']}"
     )
     log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
-    if len(both := opencv_versions()) > 1:
+    if len(both := get_opencv_versions()) > 1:
         log.say(f"note: {' and '.join(both)} overwrite each other's files: uninstall all but one")
 
 
-def line_of(row: dict, epochs: int) -> str:
+def format_epoch(row: dict, epochs: int) -> str:
     """One epoch in a line."""
-    terms = "  ".join(f"{name} {row[key]:.3f}" for key, name in SHORT.items())
+    terms = "  ".join(f"{name} {row[key]:.3f}" for key, name in LOSS_NAMES.items())
     text = (
         f"epoch {row['epoch']}/{epochs}  step {row['iteration']}  lr {row['lr']:.4g}  loss {row['loss']:.4f}  {terms}"
     )

@@ -14,10 +14,10 @@ from xml.etree import ElementTree
 
 import torch
 
-from detection.data import Part, first_names
-from engine.annotations import size_of
-from engine.cli import UserError, closest
-from engine.folders import listing
+from detection.dataset import DetectionSet, list_first_names
+from engine.data.annotations import read_image_size
+from engine.data.folders import list_directory
+from engine.errors import UserError, suggest_closest
 
 CLASSES = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -49,7 +49,7 @@ class Annotation(NamedTuple):
 # where the files are
 
 
-def places(data_dir: Path) -> list[Path]:
+def list_places(data_dir: Path) -> list[Path]:
     return [data_dir, data_dir / "VOCdevkit", data_dir / "VOCdevkit" / "VOCdevkit"]
 
 
@@ -64,12 +64,13 @@ def find_devkit(data_dir: Path) -> Path:
 
     Raises UserError that says what was looked for where.
     """
-    if found := next(filter(years_in, places(data_dir)), None):
+    if found := next(filter(years_in, list_places(data_dir)), None):
         return found
     raise UserError(
         f"PASCAL VOC not found: looked for VOC2007/ and VOC2012/, each with JPEGImages/, Annotations/ and "
-        f"ImageSets/Main/, in {', '.join(map(str, places(data_dir)))}\nunpack {', '.join(ARCHIVES.values())} there, "
-        f"get them with --download true, or name their place with --data_dir{listing(data_dir)}"
+        f"ImageSets/Main/, in {', '.join(map(str, list_places(data_dir)))}\nunpack {', '.join(ARCHIVES.values())} "
+        f"there, "
+        f"get them with --download true, or name their place with --data_dir{list_directory(data_dir)}"
     )
 
 
@@ -77,13 +78,15 @@ def find_sets(data_dir: Path, sets: list[str], download: bool) -> Path:
     """The devkit; with `download`, after the archives of the sets that are missing were fetched and unpacked."""
     for name in sets if download else []:
         year, part = split_name(name)
-        devkit = next(filter(years_in, places(data_dir)), None)
+        devkit = next(filter(years_in, list_places(data_dir)), None)
         if devkit is None or not list_file(devkit, year, part).is_file():
-            fetch(devkit or (data_dir if data_dir.name == "VOCdevkit" else data_dir / "VOCdevkit"), year, part)
+            download_archive(
+                devkit or (data_dir if data_dir.name == "VOCdevkit" else data_dir / "VOCdevkit"), year, part
+            )
     return find_devkit(data_dir)
 
 
-def fetch(devkit: Path, year: str, part: str) -> None:
+def download_archive(devkit: Path, year: str, part: str) -> None:
     """Download and unpack the archive with this set. Raises UserError where that fails."""
     test = part == "test" or part.endswith("_test")
     archive = ARCHIVES.get((year, test))
@@ -122,7 +125,7 @@ def list_file(devkit: Path, year: str, part: str) -> Path:
 # reading
 
 
-def read_part(devkit: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items) -> Part:
+def read_part(devkit: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items) -> DetectionSet:
     """The images of these sets, each once, in the order of the lists.
 
     The classes are VOC's, or those in the file classes.txt of the devkit, one name a line. Raises UserError that names
@@ -130,7 +133,7 @@ def read_part(devkit: Path, sets: list[str], *, progress: Callable = lambda item
     """
     classes = read_classes(devkit)
     label_of = {name: label for label, name in enumerate(classes, 1)}
-    part = Part(classes, [], [], [], [], f"{devkit} ({', '.join(sets)})")
+    part = DetectionSet(classes, [], [], [], [], f"{devkit} ({', '.join(sets)})")
     listed = []
     for name in sets:
         found = read_list(devkit, name)
@@ -155,14 +158,14 @@ def read_part(devkit: Path, sets: list[str], *, progress: Callable = lambda item
         part.images.append(devkit / folder / "JPEGImages" / file)
         known.append(read_annotation(devkit / folder / "Annotations" / f"{identity}.xml", part.images[-1], label_of))
     part.sizes = [one.size for one in known]
-    part.targets = [target_of(one) for one in known]
-    part.warnings += warnings_of(part.names, known)
+    part.targets = [make_target(one) for one in known]
+    part.warnings += check_counts(part.names, known)
     if again := len(listed) - len(part.names):
         part.warnings.append(f"images that are listed more than once and taken once: {again:,}")
     return part
 
 
-def target_of(known: Annotation) -> dict[str, torch.Tensor]:
+def make_target(known: Annotation) -> dict[str, torch.Tensor]:
     return {
         "boxes": torch.tensor(known.boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(known.labels, dtype=torch.int64),
@@ -170,7 +173,7 @@ def target_of(known: Annotation) -> dict[str, torch.Tensor]:
     }
 
 
-def warnings_of(names: list[str], known: list[Annotation]) -> list[str]:
+def check_counts(names: list[str], known: list[Annotation]) -> list[str]:
     """A line for each kind of thing that was found wrong, with how often and where."""
     counts = {
         "boxes that reach outside their image and are cut": [one.cut for one in known],
@@ -178,7 +181,7 @@ def warnings_of(names: list[str], known: list[Annotation]) -> list[str]:
         "images without any object, which stay as such": [not one.boxes for one in known],
     }
     return [
-        f"{what}: {sum(number):,}, {first_names([name for name, n in zip(names, number, strict=True) if n])}"
+        f"{what}: {sum(number):,}, {list_first_names([name for name, n in zip(names, number, strict=True) if n])}"
         for what, number in counts.items()
         if any(number)
     ]
@@ -209,7 +212,7 @@ def read_list(devkit: Path, name: str) -> list[str]:
             if not file.stem.startswith(tuple(f"{word}_" for word in CLASSES))  # 20 times as many as the others
         ]
         raise UserError(
-            f"no image set {name}: there is no {path}{closest(name, there)}\n"
+            f"no image set {name}: there is no {path}{suggest_closest(name, there)}\n"
             f"the sets in {devkit} are {', '.join(there) or 'none'}; --download true gets those of 2007 and 2012"
         )
     found = []
@@ -252,12 +255,12 @@ def read_annotation(path: Path, image: Path, label_of: dict[str, int]) -> Annota
         root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
             raise ValueError(f"it begins with <{root.tag}>, not with <annotation>")
-        height, width = read_size(root) or size_of(image)[::-1]
+        height, width = read_size(root) or read_image_size(image)[::-1]
         boxes, labels, difficult, cut, dropped = [], [], [], 0, 0
         for thing in root.iterfind("object"):
             name = (thing.findtext("name") or "").strip()
             if name not in label_of:
-                classes = f"none of the {len(label_of)} classes{closest(name, label_of)}"
+                classes = f"none of the {len(label_of)} classes{suggest_closest(name, label_of)}"
                 raise UserError(
                     f"{path}: an object is called {name!r}, {classes}\nfor classes of your own put classes.txt, one "
                     f"name a line, beside the folders VOC<year>"

@@ -6,7 +6,7 @@ import inspect
 from importlib import import_module
 
 MIXERS = {  # name -> (module, class)
-    "none": ("mixing.base", "NoMix"),
+    "none": ("mixing.compose", "NoMix"),
     "cutout": ("mixing.cutout", "Cutout"),
     "mixup": ("mixing.mixup", "Mixup"),
     "manifold": ("mixing.manifold", "ManifoldMixup"),
@@ -68,14 +68,14 @@ def compose(names: list[str], options: dict):
     Several names: one of them is drawn for every batch. options: by flag name; `method_options` holds what a recipe
     sets for single methods. Raises ValueError for a hyper-parameter out of range.
     """
-    from mixing.base import Chain, Choice, Partly
+    from mixing.compose import Chain, Choice, PartialMix
 
     given = {key: value for key, value in options.items() if value is not None}
     mixers = [build_mixer(name, **{**options["method_options"].get(name, {}), **given}) for name in names]
     mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
     schedule = {key: options[key] for key in ("mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch")}
     if schedule["mix_fraction"] < 1 or schedule["mix_off_epoch"] or schedule["mix_schedule"] != "fixed":
-        mixer = Partly(mixer, **schedule)
+        mixer = PartialMix(mixer, **schedule)
     if options["cutout"] and names != ["cutout"]:
         mixer = Chain([build_mixer("cutout", **options), mixer])
     return mixer

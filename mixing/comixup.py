@@ -2,14 +2,16 @@
 
 Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3-4. A batch is cut, in order, into parts of m_part images, and each part
 gives as many mixed images. Their blocks show much saliency and hang together, and their inputs differ from one image to
-the next: mixing/labelling.py has that problem and its solver. Targets go by the area that an input covers.
+the next: mixing/solvers/comixup_labelling.py has that problem and its solver. Targets go by the area that an input
+covers.
 """
 
 import torch
 from torch.distributions import Dirichlet
 
-from mixing.base import Mixer, block_means, check_divides, check_probability, unit_sum
-from mixing.labelling import Labelling, solve
+from mixing.base import Mixer
+from mixing.ops import block_means, check_divides, check_probability, normalize_sum
+from mixing.solvers.comixup_labelling import Labelling, solve
 
 GRIDS = (2, 4, 8, 16)  # one of which m_block_num = -1 draws
 WINDOW = 8  # side in pixels of the most salient place of an image
@@ -52,7 +54,7 @@ def block_cost(saliency: torch.Tensor, prior: torch.Tensor, blocks: int, eta: fl
 
     saliency (P, m, H, W); prior (P, m): a Dirichlet draw, shared by the outputs of a part; blocks: h.
     """
-    share = unit_sum(block_means(saliency, blocks, blocks))
+    share = normalize_sum(block_means(saliency, blocks, blocks))
     return -share - (eta / blocks**2) * (prior + 1e-8).log().unsqueeze(2).unsqueeze(3)
 
 
@@ -183,7 +185,7 @@ def part_starts(begin: int, end: int, size: int, device: torch.device) -> torch.
 
 
 def solve_in_parallel(cost, compatibility, *, sweeps: int, resolve: bool, **problem) -> Labelling:
-    """mixing.labelling.solve from random starts."""
+    """mixing.solvers.comixup_labelling.solve from random starts."""
     parts, m = cost.shape[:2]
     starts = next(count for least, count in STARTS.items() if m >= least)
     order = torch.rand(parts, starts, m, device=cost.device).argsort(2)
@@ -191,7 +193,7 @@ def solve_in_parallel(cost, compatibility, *, sweeps: int, resolve: bool, **prob
 
 
 def with_graph_cuts():
-    from mixing.graphcut import import_gco, solve_labelling
+    from mixing.solvers.graphcut import import_gco, solve_labelling
 
     import_gco()  # now rather than at the first batch
     return solve_labelling

@@ -6,7 +6,8 @@ image.
 
 import torch
 
-from mixing.base import Mixer, boxes_around, check_probability, clipped, draw_lam, draw_partner, paste
+from mixing.base import Mixer
+from mixing.ops import center_boxes, check_probability, clip_boxes, draw_lam, draw_partner, paste
 
 
 def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -15,7 +16,7 @@ def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, hei
     The form of the Puzzle Mix family of codes (Puzzle Mix, Co-Mixup, SAGE).
     """
     half = (1.0 - lam).sqrt() / 2
-    return clipped(rows, columns, height * half, width * half, height, width).long()
+    return clip_boxes(rows, columns, height * half, width * half, height, width).long()
 
 
 class CutMix(Mixer):
@@ -51,7 +52,7 @@ class CutMix(Mixer):
         rows = torch.rand(boxes, device=images.device) * height
         columns = torch.rand(boxes, device=images.device) * width
         if self.cutmix_box == "integer":
-            box = boxes_around(rows.long(), columns.long(), lam, height, width)
+            box = center_boxes(rows.long(), columns.long(), lam, height, width)
         else:
             box = boxes_real(rows, columns, lam, height, width)
         return paste(images, targets, partner, box)

@@ -7,7 +7,8 @@ uses it.
 
 import torch
 
-from mixing.base import Mixer, box_mask
+from mixing.base import Mixer
+from mixing.ops import box_mask
 
 
 def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:

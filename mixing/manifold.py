@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from mixing.base import Mixer, blend, check_probability, check_targets, draw_lam, draw_partner
+from mixing.base import Mixer
+from mixing.ops import blend, check_probability, check_targets, draw_lam, draw_partner
 
 
 class ManifoldMixup(Mixer):

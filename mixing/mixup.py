@@ -5,7 +5,8 @@ Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, 
 
 import torch
 
-from mixing.base import Mixer, blend, check_probability, check_targets, draw_lam, draw_partner
+from mixing.base import Mixer
+from mixing.ops import blend, check_probability, check_targets, draw_lam, draw_partner
 
 
 class Mixup(Mixer):

@@ -9,18 +9,18 @@ import math
 import torch
 from torch.nn import functional as F
 
-from mixing import masks
-from mixing.base import (
-    Mixer,
+from mixing.base import Mixer
+from mixing.ops import (
     block_means,
     check_divides,
     check_probability,
     draw_lam,
     draw_partner,
-    enlarge,
-    unit_sum,
+    normalize_sum,
+    upsample_blocks,
 )
-from mixing.transport import move_blocks, transport
+from mixing.solvers import puzzlemix_mask
+from mixing.solvers.puzzlemix_transport import move_blocks, transport
 
 Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # unary (L, n, n, B), down (n-1, n, B), right (n, n-1, B)
 
@@ -53,7 +53,7 @@ def mask_problem(
     gamma: float,
     eta: float,
 ) -> Problem:
-    """Sec. 3.2 as a problem of mixing.masks, label 0 for the image and the last label for its partner.
+    """Sec. 3.2 as a problem of mixing.solvers.puzzlemix_mask, label 0 for the image and the last label for its partner.
 
     salient (B, n, n): block saliency, each map with sum 1. cells: see border_differences; None without the local term.
     lam (): share of the image that the prior prefers.
@@ -111,7 +111,7 @@ def mix(
         second = move_blocks(partners, other, partner, *grid)
     else:
         first, second = images, partners[partner]
-    mixed = torch.lerp(second, first, enlarge(mask, *images.shape[-2:]).to(images.dtype))
+    mixed = torch.lerp(second, first, upsample_blocks(mask, *images.shape[-2:]).to(images.dtype))
     if images.is_contiguous():  # the blocks come back with the channels last
         mixed = mixed.contiguous()
     return mixed, torch.lerp(targets[partner], targets, mask.mean((1, 2)).unsqueeze(1).to(targets.dtype))
@@ -211,10 +211,10 @@ class PuzzleMix(Mixer):
         if self.weights["gamma"]:
             cell = divisor(tall, self.neigh_size), divisor(wide, self.neigh_size)
             cells = F.avg_pool2d(images.float(), cell) * self.std
-        salient = unit_sum(block_means(saliency, n, n))
+        salient = normalize_sum(block_means(saliency, n, n))
         problem = mask_problem(salient, cells, partner, lam, **self.weights)
         labels, self.bound = self.solve(*problem)
-        self.energy = masks.energy(labels, *problem)
+        self.energy = puzzlemix_mask.energy(labels, *problem)
         mask = 1 - labels.permute(2, 0, 1) / (self.n_labels - 1)
         if not self.transport:
             return mask, None
@@ -222,8 +222,8 @@ class PuzzleMix(Mixer):
         if self.t_size > 0:
             rows, columns = height // divisor(tall, self.t_size), width // divisor(wide, self.t_size)
             if rows > n or columns > n:
-                salient = unit_sum(block_means(saliency, rows, columns))
-        shown = enlarge(mask, rows, columns).squeeze(1)
+                salient = normalize_sum(block_means(saliency, rows, columns))
+        shown = upsample_blocks(mask, rows, columns).squeeze(1)
         blocks = transport(torch.cat([salient, salient[partner]]), torch.cat([shown > 0, shown < 1]), self.t_eps)
         return mask, (*blocks.chunk(2), rows, columns)
 
@@ -245,10 +245,10 @@ class PuzzleMix(Mixer):
 
 
 def with_graph_cuts():
-    from mixing.graphcut import import_gco, solve_mask
+    from mixing.solvers.graphcut import import_gco, solve_mask
 
     import_gco()  # now rather than at the first batch
     return lambda *problem: (solve_mask(*problem), None)
 
 
-SOLVERS = {"parallel": lambda: masks.solve, "gco": with_graph_cuts}
+SOLVERS = {"parallel": lambda: puzzlemix_mask.solve, "gco": with_graph_cuts}

@@ -8,9 +8,9 @@ saliency of the clean batch and that of the mixed one. An episode is an epoch.
 import torch
 from torch.nn import functional as F
 
-from mixing.base import block_means, check_divides, unit_sum
-from mixing.policy import Agent
+from mixing.ops import block_means, check_divides, normalize_sum
 from mixing.rmix import RMix
+from mixing.solvers.rlmix_agent import Agent
 
 
 def agreement(clean: torch.Tensor, mixed_grad: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -23,8 +23,8 @@ def agreement(clean: torch.Tensor, mixed_grad: torch.Tensor, rows: int, columns:
 
 
 class RLMix(RMix):
-    """An agent (mixing.policy) picks one of num_action percentiles for each image; the rest is R-Mix, which takes the
-    other parameters.
+    """An agent (mixing.solvers.rlmix_agent) picks one of num_action percentiles for each image; the rest is R-Mix,
+    which takes the other parameters.
 
     num_patches: blocks to a side of the state and the reward, at least 4. agent_*: its learning rate, minibatch, steps
     of a rollout and passes over one. The reward is given at every reward_step-th step (0 at the others) and divided by
@@ -109,7 +109,7 @@ class RLMix(RMix):
         if len(logits) != self.agent.sizes["batch"]:
             return super().choose(saliency, targets, source)
         self.clean = block_means(saliency, self.num_patches, self.num_patches)
-        return self.agent.act(unit_sum(self.clean), logits, start=self.start, remaining=self.remaining)
+        return self.agent.act(normalize_sum(self.clean), logits, start=self.start, remaining=self.remaining)
 
     def build_agent(self, logits: torch.Tensor) -> Agent:
         batch, classes = logits.shape

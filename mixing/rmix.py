@@ -6,16 +6,16 @@ ImageNet settings are those of its code: dirichlet_alpha 0.2, patches_per_side (
 
 import torch
 
-from mixing.base import (
-    Mixer,
+from mixing.base import Mixer
+from mixing.ops import (
     blend,
     block_means,
     check_divides,
     check_probability,
     draw_lam,
     draw_partner,
-    enlarge,
-    unit_sum,
+    normalize_sum,
+    upsample_blocks,
 )
 
 HIGHEST = 0.99  # the percentile of the last action; that of the first is 0
@@ -51,7 +51,7 @@ def mix(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, weig
 
     Differentiable in images, whose memory format is kept. The labels follow the mean of the weight.
     """
-    pixels = enlarge(weight, *images.shape[-2:]).to(images.dtype)
+    pixels = upsample_blocks(weight, *images.shape[-2:]).to(images.dtype)
     if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
         # to broadcast over the innermost dimension costs more than to write the weight out
         pixels = pixels.expand_as(images).contiguous(memory_format=torch.channels_last)
@@ -112,7 +112,7 @@ class RMix(Mixer):
         with torch.no_grad():
             partner = self.draw_partner(images)
             percentile = percentiles(self.choose(saliency, targets, source), self.num_action)
-            mask = salient(unit_sum(block_means(saliency, rows, columns)), percentile)
+            mask = salient(normalize_sum(block_means(saliency, rows, columns)), percentile)
             weight = block_weights(mask, partner, lam)
         return mix(images, targets, partner, weight)
 
@@ -139,11 +139,11 @@ class RMix(Mixer):
         """Rows and columns of patches for this batch."""
         self.check_size(height, width)
         if self.patches_per_side or not self.use_random_patches:
-            count = one_of(self.patches_per_side or (self.num_patches,))
+            count = draw_one(self.patches_per_side or (self.num_patches,))
             return count, count
-        side = one_of(self.random_patches)
+        side = draw_one(self.random_patches)
         return height // side, width // side
 
 
-def one_of(values: tuple[int, ...]) -> int:
+def draw_one(values: tuple[int, ...]) -> int:
     return values[int(torch.randint(len(values), ()))]

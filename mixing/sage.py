@@ -7,8 +7,9 @@ trains: its clean loss weighs 1 - update_ratio and the mixed one update_ratio.
 
 import torch
 
-from mixing.base import Mixer, check_probability, draw_lam, draw_partner, unit_sum
-from mixing.rearrange import best_of, best_of_all, grid_offsets, random_offsets
+from mixing.base import Mixer
+from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
+from mixing.solvers.sage_offsets import best_of, best_of_all, grid_offsets, random_offsets
 
 LEAST_WEIGHT = 1e-12  # of either image, so that lam = 0 and 1 still mix
 LEAST_SUM = 1e-16  # of two saliencies at a pixel: where both are zero, the partner shows
@@ -19,7 +20,7 @@ def weighted(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -
 
     saliency (B, H, W) >= 0, none all zero; partner (B,); lam ().
     """
-    saliency = unit_sum(saliency.float())
+    saliency = normalize_sum(saliency.float())
     return lam.clamp_min(LEAST_WEIGHT) * saliency, (1 - lam).clamp_min(LEAST_WEIGHT) * saliency[partner]
 
 

@@ -7,7 +7,8 @@ first maximum where the object is says so by a method `points`, which takes and 
 
 import torch
 
-from mixing.base import Mixer, boxes_around, check_probability, draw_lam, draw_partner, paste
+from mixing.base import Mixer
+from mixing.ops import center_boxes, check_probability, draw_lam, draw_partner, paste
 
 
 def peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,4 +46,4 @@ class SaliencyMix(Mixer):
         looked_at = partner if self.saliency_scope == "sample" else partner[:1]
         find = getattr(source, "points", peaks)
         rows, columns = find(self.look(source, images, targets)[looked_at])
-        return paste(images, targets, partner, boxes_around(rows, columns, lam, *images.shape[-2:]))
+        return paste(images, targets, partner, center_boxes(rows, columns, lam, *images.shape[-2:]))

@@ -4,9 +4,11 @@ import time
 import warnings
 from pathlib import Path
 
-from engine.cli import Parser, UserError, each_of, one_of, run, whole
-from engine.mixing_options import method_options
-from engine.options import DATASET_ALIASES, DATASETS
+from engine.config.mixing_options import add_method_options
+from engine.config.options import DATASET_ALIASES, DATASETS
+from engine.config.parser import Parser, choice, choices, int_at_least
+from engine.errors import UserError
+from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
 from saliency import ALIASES as SOURCE_ALIASES
 from saliency import SOURCES, build_source
@@ -21,11 +23,13 @@ def build_parser() -> Parser:
     parser = Parser("Mix a few pictures with one or several methods and draw what becomes of them.")
     parser.group("what")
     parser.option("--images", nargs="+", metavar="FILE", help="two or more pictures; the middle square is taken")
-    parser.option("--dataset", type=one_of(DATASETS, DATASET_ALIASES), metavar="NAME", help="or images of a data set")
+    parser.option("--dataset", type=choice(DATASETS, DATASET_ALIASES), metavar="NAME", help="or images of a data set")
     parser.option("--data_dir", "--data", default="data", help="the folder that holds it")
-    parser.option("--indices", type=whole(), nargs="+", metavar="N", default=[0, 1, 2, 3], help="which training images")
     parser.option(
-        "--method", type=each_of([*METHODS, "all"], ALIASES), nargs="+", default=["all"], metavar="NAME", help="or all"
+        "--indices", type=int_at_least(), nargs="+", metavar="N", default=[0, 1, 2, 3], help="which training images"
+    )
+    parser.option(
+        "--method", type=choices([*METHODS, "all"], ALIASES), nargs="+", default=["all"], metavar="NAME", help="or all"
     )
     parser.option(
         "--model_path",
@@ -36,11 +40,11 @@ def build_parser() -> Parser:
     parser.option(
         "--model", "--arch", metavar="NAME", help="its network, ours or torchvision's, if the file does not say"
     )
-    parser.option("--image_size", type=whole(8), shown="the classifier's, else 224", metavar="PIXELS")
-    parser.option("--n", type=whole(1), default=4, help="mixed images of each method")
+    parser.option("--image_size", type=int_at_least(8), shown="the classifier's, else 224", metavar="PIXELS")
+    parser.option("--n", type=int_at_least(1), default=4, help="mixed images of each method")
     parser.option("--output", "-o", default="mix.png", metavar="FILE", help="the picture to write")
-    parser.option("--seed", type=whole(), default=0)
-    method_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    parser.option("--seed", type=int_at_least(), default=0)
+    add_method_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
     return parser
 
 
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine import draw
+    from engine.drawing import figures
 
     model, images, names, statistics = load(options)
     rows, weights = [], {}
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict:
         for one in soft:
             order = one.argsort(descending=True)
             print("   " + ", ".join(f"{float(one[k]):.2f} {names[int(k)]}" for k in order if one[k] > 0.005))
-    draw.mixtures(
+    figures.draw_mixtures(
         options["output"],
         images=images,
         names=names,
@@ -116,9 +120,10 @@ def load(options: dict) -> tuple:
     import torch
 
     import models
-    from engine.classifier import load_classifier
-    from engine.data import STATISTICS, load_data
-    from engine.image_files import BadImage, decode
+    from engine.data.datasets import load_data
+    from engine.data.decode import BadImage, decode_center
+    from engine.data.image_set import STATISTICS
+    from engine.inference.classifier import load_classifier
 
     model, size, statistics = None, options["image_size"] or 224, STATISTICS["imagenet"]
     if options["model_path"]:
@@ -138,7 +143,7 @@ def load(options: dict) -> tuple:
             statistics = (data.mean, data.std)
     else:
         try:
-            pixels = torch.stack([torch.from_numpy(decode(Path(file), size)) for file in options["images"]])
+            pixels = torch.stack([torch.from_numpy(decode_center(Path(file), size)) for file in options["images"]])
         except BadImage as error:
             raise UserError(f"--images {error}") from error
         names = [Path(file).stem for file in options["images"]]
@@ -233,4 +238,4 @@ def weights_of(mixer, images, targets, source, seed: int):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -10,13 +10,13 @@ SOURCES = {  # name -> (module, class)
     "spectral_residual": ("saliency.static", "SpectralResidual"),
     "float_bytes": ("saliency.static", "FloatBytes"),
     "uniform": ("saliency.static", "Uniform"),
-    "cam": ("saliency.cam", "CAM"),
-    "gradcam": ("saliency.cam", "GradCAM"),
-    "gradcam++": ("saliency.cam", "GradCAMpp"),
-    "layercam": ("saliency.cam", "LayerCAM"),
+    "cam": ("saliency.cam.sources", "CAM"),
+    "gradcam": ("saliency.cam.sources", "GradCAM"),
+    "gradcam++": ("saliency.cam.sources", "GradCAMpp"),
+    "layercam": ("saliency.cam.sources", "LayerCAM"),
     "casm": ("saliency.casm.source", "CASM"),
 }
-CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # of saliency.cam.ActivationMaps
+CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # of saliency.cam.maps.ActivationMaps
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
 
 

@@ -48,7 +48,7 @@ class Bank(Source):
         share = coverage.squeeze(1).clamp(0, 1)
         strength = image_grad.float().square().mean(1).sqrt()  # already times the weight of each pixel
         rows, columns = (
-            overlap(bounds.T, side)
+            crop_overlap(bounds.T, side)
             for bounds, side in zip(pixel_bounds(batch, strength.shape[-2:]), cells, strict=True)
         )
         strength, share = (rows @ values @ columns.mT for values in (strength, share))  # means over the cells
@@ -103,7 +103,7 @@ def interpolation(centres: torch.Tensor, cells: int) -> torch.Tensor:
     return tent.clamp_min(0) * inside.unsqueeze(2)
 
 
-def overlap(bounds: torch.Tensor, cells: int) -> torch.Tensor:
+def crop_overlap(bounds: torch.Tensor, cells: int) -> torch.Tensor:
     """The share of each cell that each pixel covers: (B, cells, n) for the borders (B, n + 1) of n pixels."""
     low = torch.minimum(bounds[:, :-1], bounds[:, 1:]).unsqueeze(1) * cells
     high = torch.maximum(bounds[:, :-1], bounds[:, 1:]).unsqueeze(1) * cells

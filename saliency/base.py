@@ -17,7 +17,9 @@ class Source:
         raise NotImplementedError
 
     def start_batch(self, batch) -> None:
-        """Before the batch is mixed. batch: engine.batches.Batch, of which only the geometry and the index are read."""
+        """Before the batch is mixed. batch: engine.data.loader.Batch, of which only the geometry and the index are
+        read.
+        """
 
     def after_backward(self, image_grad: torch.Tensor, coverage: torch.Tensor) -> None:
         """After the training step's own backward pass: the gradient at the un-mixed images (B, C, H, W) and the weight

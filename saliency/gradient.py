@@ -79,7 +79,7 @@ class Gradient(Source):
         if self.saliency_size:
             if self.saliency_size > max(images.shape[-2:]):
                 raise ValueError(f"saliency_size {self.saliency_size} is larger than the images: {tuple(images.shape)}")
-            pixels = resized(pixels, self.saliency_size)
+            pixels = resize_images(pixels, self.saliency_size)
         pixels = pixels.clone().requires_grad_()
         precision = torch.autocast(pixels.device.type, self.precision) if self.precision else nullcontext()
         reuse = self.clean_weight > 0
@@ -106,7 +106,7 @@ class Gradient(Source):
         return blur(saliency, self.blur_sigma, self.kernel_size) if self.blur_sigma else saliency
 
 
-def resized(images: torch.Tensor, side: int) -> torch.Tensor:
+def resize_images(images: torch.Tensor, side: int) -> torch.Tensor:
     return F.interpolate(images, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
 

@@ -65,8 +65,8 @@ def shapes_run(tmp_path):
 @pytest.fixture(scope="session")
 def casm_file(tmp_path_factory) -> str:
     """A mask decoder with random weights on a random resnet20 for images of 32 pixels, as casm train writes it."""
-    from engine.checkpoint import FORMAT, save_checkpoint
-    from engine.shapes import CLASSES
+    from engine.data.shapes import CLASSES
+    from engine.runtime.checkpoint import FORMAT, save_checkpoint
     from models import build_model
     from saliency.casm.network import build_decoder
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.annotations import Truth, find_truths
-from engine.cli import UserError
-from engine.data import Part, load_data, load_evaluation, with_copies
-from engine.image_files import CentreView, WholeView, decode_into
+from engine.data.annotations import BoxAnnotation, find_boxes
+from engine.data.datasets import load_data, load_evaluation
+from engine.data.decode import decode_into
+from engine.data.image_set import ImageSet
+from engine.data.resize_copies import find_copies
+from engine.data.views import CenterCrop, SquashedView
+from engine.errors import UserError
 
 SIZE = (80, 48)  # width, height
 
@@ -23,7 +26,7 @@ def write_images(root: Path, names: list[str], size: tuple[int, int] = SIZE) -> 
 
 
 @pytest.fixture
-def pets(tmp_path) -> Part:
+def pets(tmp_path) -> ImageSet:
     """Four images; the stem of two of them is the same, one has a dot in it."""
     write_images(tmp_path / "val", ["cat/0.png", "cat/tom.2.png", "dog/0.png", "dog/rex.png"])
     return load_evaluation("folder", data_dir=str(tmp_path), image_size=32)
@@ -53,7 +56,7 @@ def write(path: Path, text: str) -> str:
 # the evaluation part alone
 
 
-def same_part(one: Part, other: Part) -> None:
+def same_part(one: ImageSet, other: ImageSet) -> None:
     assert (one.classes, one.labels.tolist(), one.where) == (other.classes, other.labels.tolist(), other.where)
     assert one.files.names() == other.files.names()
 
@@ -66,7 +69,7 @@ def test_the_evaluation_part_of_a_folder_needs_no_training_images(tmp_path, part
     alone = load_evaluation("folder", data_dir=str(tmp_path), image_size=32, limit=limit)
     write_images(tmp_path / "train", names)
     same_part(alone, load_data("folder", data_dir=str(tmp_path), image_size=32, limit=limit).test)
-    assert alone.pixels.view == CentreView(32, 32) and len(alone) == (limit or 4)
+    assert alone.pixels.view == CenterCrop(32, 32) and len(alone) == (limit or 4)
 
 
 def test_a_folder_of_classes_may_be_named_itself(tmp_path):
@@ -99,8 +102,8 @@ def test_places_without_evaluation_images_are_listed(tmp_path):
 
 def test_imagenet_is_found_where_it_is_usually_unpacked(tmp_path):
     write_images(tmp_path / "ILSVRC/Data/CLS-LOC", ["val/n01/0.png", "val/n02/0.png", "train/n01/0.png"])
-    part = load_evaluation("imagenet", data_dir=str(tmp_path), num_classes=2, view=WholeView(20))
-    assert part.classes == ["n01", "n02"] and part.pixels.view == WholeView(20)
+    part = load_evaluation("imagenet", data_dir=str(tmp_path), num_classes=2, view=SquashedView(20))
+    assert part.classes == ["n01", "n02"] and part.pixels.view == SquashedView(20)
     with pytest.raises(UserError, match=r"imagenet has 1000 classes.*has 2\n.*--num_classes 2"):
         load_evaluation("imagenet", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="--num_classes 3"):
@@ -177,7 +180,7 @@ def test_a_part_keeps_the_file_of_each_image(tmp_path):
     part = load_evaluation("tiny-imagenet", data_dir=str(tmp_path))
     assert part.files.names() == ["images/val_1.JPEG", "images/val_0.JPEG", "images/val_2.JPEG"]
     assert part.take(torch.tensor([2, 0])).files.names() == ["images/val_2.JPEG", "images/val_1.JPEG"]
-    assert part.seen_as(WholeView(8)).files.names() == part.files.names()
+    assert part.seen_as(SquashedView(8)).files.names() == part.files.names()
     decoded = load_data("tiny-imagenet", data_dir=str(tmp_path), on_bad_image="skip").test
     assert isinstance(decoded.pixels, torch.Tensor)
     assert decoded.files.names() == ["images/val_0.JPEG", "images/val_0.JPEG", "images/val_2.JPEG"], "what served"
@@ -188,7 +191,7 @@ def test_copies_are_of_their_own_files(tmp_path):
     write_images(tmp_path / "large", names)
     write_images(tmp_path / "small", names[1:])
     data = load_data("folder", data_dir=str(tmp_path / "large"), on_bad_image="skip")
-    parts = with_copies(data, {"small": str(tmp_path / "small")})
+    parts = find_copies(data, {"small": str(tmp_path / "small")})
     assert list(parts["small"].files) == [tmp_path / "small" / name for name in names[1:3]]
     assert list(parts["original"].files) == [tmp_path / "large" / name for name in names[1:3]]
 
@@ -200,7 +203,7 @@ def test_the_whole_view_shows_every_corner(tmp_path, size):
     pixels[:rows, :columns, 0] = pixels[:rows, columns:, 1] = pixels[rows:, :columns, 2] = 200
     Image.fromarray(pixels).save(tmp_path / "a.png")
     out = np.empty((8, 8, 3), np.uint8)
-    box = decode_into(out, tmp_path / "a.png", WholeView(8), None)
+    box = decode_into(out, tmp_path / "a.png", SquashedView(8), None)
     corners = [out[0, 0].tolist(), out[0, 7].tolist(), out[7, 0].tolist(), out[7, 7].tolist()]
     assert corners == [[200, 0, 0], [0, 200, 0], [0, 0, 200], [0, 0, 0]] and box == [0, 1, 0, 1]
 
@@ -225,8 +228,8 @@ def test_xml_as_the_published_code_reads_it(tmp_path, category, size, objects, b
     write_images(tmp_path, [f"val/{category}/sample.png"])
     part = load_evaluation("folder", data_dir=str(tmp_path))
     write(tmp_path / "ann" / "sample.xml", xml(*size, *objects))
-    truths = find_truths(part, "folder", str(tmp_path / "ann"))
-    assert truths.each == [Truth(boxes, *size)] and not truths.notes() and truths.masks is None
+    truths = find_boxes(part, "folder", str(tmp_path / "ann"))
+    assert truths.each == [BoxAnnotation(boxes, *size)] and not truths.notes() and truths.masks is None
 
 
 @pytest.mark.parametrize("named", ["./ann", "../data/ann", "ann.d/v1.0"])
@@ -234,13 +237,13 @@ def test_a_dot_in_the_path_of_the_annotations_does_not_matter(tmp_path, pets, mo
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path / "data")
     write(Path(named) / "tom.2.xml", xml(80, 48, ("cat", 1, 2, 3, 4)))
-    assert find_truths(pets, "folder", named).each == [None, Truth([(1, 2, 3, 4)], 80, 48), None, None]
+    assert find_boxes(pets, "folder", named).each == [None, BoxAnnotation([(1, 2, 3, 4)], 80, 48), None, None]
 
 
 def test_an_xml_below_its_class_goes_before_one_beside_it(tmp_path, pets):
     write(tmp_path / "ann" / "0.xml", xml(80, 48, ("dog", 1, 1, 2, 2), ("cat", 5, 5, 6, 6)))
     write(tmp_path / "ann" / "cat" / "0.xml", xml(80, 48, ("cat", 3, 3, 4, 4)))
-    each = find_truths(pets, "folder", str(tmp_path / "ann")).each
+    each = find_boxes(pets, "folder", str(tmp_path / "ann")).each
     assert [truth and truth.boxes for truth in each] == [[(3, 3, 4, 4)], None, [(1, 1, 2, 2)], None]
 
 
@@ -260,8 +263,8 @@ def test_missing_empty_and_broken_annotations_are_told_apart(tmp_path):
     }
     for number, text in texts.items():
         write(tmp_path / "ann" / f"{number}.xml", text)
-    truths = find_truths(part, "folder", str(tmp_path / "ann"))
-    assert truths.each == [Truth([(1, 2, 3, 4)], 80, 48)] + [None] * 9
+    truths = find_boxes(part, "folder", str(tmp_path / "ann"))
+    assert truths.each == [BoxAnnotation([(1, 2, 3, 4)], 80, 48)] + [None] * 9
     assert truths.missing == ["cat/1.png"] and truths.empty == ["cat/2.png", "cat/3.png", "cat/4.png"]
     reasons = ["no XML", "size of 0 x 48", "'far'", "no <size/width> in <annotation>", "klingon"]
     for number, (line, reason) in enumerate(zip(truths.broken, reasons, strict=True), 5):
@@ -274,13 +277,13 @@ def test_missing_empty_and_broken_annotations_are_told_apart(tmp_path):
 
 def test_numbers_may_have_spaces_and_fractions(tmp_path, pets):
     write(tmp_path / "ann" / "rex.xml", xml(" 80 ", "48.0", (" dog\n", " 10 ", "10.0", "30.6", "\n31 ")))
-    assert find_truths(pets, "folder", str(tmp_path / "ann")).each[3] == Truth([(10, 10, 31, 31)], 80, 48)
+    assert find_boxes(pets, "folder", str(tmp_path / "ann")).each[3] == BoxAnnotation([(10, 10, 31, 31)], 80, 48)
 
 
 def test_a_folder_of_other_annotations_is_an_error_that_names_the_first_sought(tmp_path, pets):
     write(tmp_path / "ann" / "val" / "0.xml", xml(80, 48, ("cat", 1, 2, 3, 4)))
     with pytest.raises(UserError, match=r"none of the 4 images.*ann/cat/0\.xml and .*ann/0\.xml\n--annotation-path"):
-        find_truths(pets, "folder", str(tmp_path / "ann"))
+        find_boxes(pets, "folder", str(tmp_path / "ann"))
 
 
 # CSV and JSON
@@ -297,21 +300,23 @@ def test_a_csv_gives_several_boxes_an_image_and_skips_other_classes(tmp_path, pe
         "dog/rex.png,cat,5,6,7,8,9,9\n"
         "other/0.png,cat,1,1,2,2,9,9\n",
     )
-    truths = find_truths(pets, "folder", path)
-    first, second = Truth([(1, 2, 3, 4), (25, 49, 152, 219)], 500, 375), Truth([(5, 6, 7, 8)], *SIZE)
+    truths = find_boxes(pets, "folder", path)
+    first, second = BoxAnnotation([(1, 2, 3, 4), (25, 49, 152, 219)], 500, 375), BoxAnnotation([(5, 6, 7, 8)], *SIZE)
     assert truths.each == [first, None, second, None]
     assert (truths.missing, truths.empty) == (["cat/tom.2.png"], ["dog/rex.png"])
 
 
 def test_a_csv_of_base_names_serves_where_they_are_unique(tmp_path, pets):
     text = "file,x0,y0,x1,y1\nval/rex.png,1,2,3,4\n0.png,5,6,7,8\na/tom.2.png,1,1,2,2\nb/tom.2.png,3,3,4,4\n"
-    truths = find_truths(pets, "folder", write(tmp_path / "boxes.csv", text))
-    assert truths.each == [None, None, None, Truth([(1, 2, 3, 4)], *SIZE)], "neither 0.png nor tom.2.png is one image"
+    truths = find_boxes(pets, "folder", write(tmp_path / "boxes.csv", text))
+    assert truths.each == [None, None, None, BoxAnnotation([(1, 2, 3, 4)], *SIZE)], (
+        "neither 0.png nor tom.2.png is one image"
+    )
     assert truths.missing == ["cat/0.png", "cat/tom.2.png", "dog/0.png"]
     few = pets.take(torch.tensor([0]))  # 0.png is unique in it, but not in the list below
     path = write(tmp_path / "all.csv", "file,x0,y0,x1,y1\ndog/0.png,5,6,7,8\nval/0.png,1,1,2,2\n")
     with pytest.raises(UserError, match="none of the 1 images"):
-        find_truths(few, "folder", path)
+        find_boxes(few, "folder", path)
 
 
 @pytest.mark.parametrize(
@@ -326,25 +331,25 @@ def test_a_csv_of_base_names_serves_where_they_are_unique(tmp_path, pets):
 )
 def test_faults_of_a_csv_are_named(tmp_path, pets, text, message):
     with pytest.raises(UserError, match=message):
-        find_truths(pets, "folder", write(tmp_path / "boxes.csv", text))
+        find_boxes(pets, "folder", write(tmp_path / "boxes.csv", text))
 
 
 def test_a_csv_row_without_numbers_is_an_image_without_a_box(tmp_path, pets):
     path = write(tmp_path / "boxes.csv", "file,xmin,ymin,xmax,ymax\ncat/0.png,,,,\ndog/0.png,1,2,3,4\n")
-    assert find_truths(pets, "folder", path).empty == ["cat/0.png"]
+    assert find_boxes(pets, "folder", path).empty == ["cat/0.png"]
 
 
 def test_an_image_that_cannot_be_measured_is_counted(tmp_path, pets):
     (tmp_path / "val" / "cat" / "0.png").write_bytes(b"no image")
     path = write(tmp_path / "boxes.csv", "file,xmin,ymin,xmax,ymax\ncat/0.png,1,2,3,4\ndog/0.png,1,2,3,4\n")
-    truths = find_truths(pets, "folder", path)
+    truths = find_boxes(pets, "folder", path)
     assert truths.each[0] is None and truths.each[2].width == 80 and truths.broken[0].startswith("cat/0.png (")
 
 
 def test_a_json_of_boxes(tmp_path, pets):
     content = {"cat/0.png": [[1, 2, 3, 4], [5.0, 6, 7, 8]], "dog/0.png": [], "rex.png": [[0, 0, 80, 48], [4, 4, 3, 9]]}
-    truths = find_truths(pets, "folder", write(tmp_path / "boxes.json", json.dumps(content)))
-    expected = [Truth([(1, 2, 3, 4), (5, 6, 7, 8)], *SIZE), None, None, Truth([(0, 0, 80, 48)], *SIZE)]
+    truths = find_boxes(pets, "folder", write(tmp_path / "boxes.json", json.dumps(content)))
+    expected = [BoxAnnotation([(1, 2, 3, 4), (5, 6, 7, 8)], *SIZE), None, None, BoxAnnotation([(0, 0, 80, 48)], *SIZE)]
     assert truths.each == expected
     assert (truths.missing, truths.empty) == (["cat/tom.2.png"], ["dog/0.png"])
 
@@ -352,17 +357,17 @@ def test_a_json_of_boxes(tmp_path, pets):
 @pytest.mark.parametrize("text", ["[1, 2]", '{"cat/0.png": [1, 2, 3, 4]}', '{"cat/0.png": [[1, 2, 3]]}', "{", "\0"])
 def test_faults_of_a_json_are_named(tmp_path, pets, text):
     with pytest.raises(UserError, match=r"boxes\.json.*\n--annotation-path takes"):
-        find_truths(pets, "folder", write(tmp_path / "boxes.json", text))
+        find_boxes(pets, "folder", write(tmp_path / "boxes.json", text))
 
 
 def test_paths_that_are_no_annotations_are_named(tmp_path, pets):
     with pytest.raises(UserError, match=r"gone: no such file or folder\n.*takes a folder of XML"):
-        find_truths(pets, "folder", str(tmp_path / "gone"))
+        find_boxes(pets, "folder", str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"boxes\.txt: neither a folder nor"):
-        find_truths(pets, "folder", write(tmp_path / "boxes.txt", ""))
+        find_boxes(pets, "folder", write(tmp_path / "boxes.txt", ""))
     for dataset in ("folder", "imagenet"):
         with pytest.raises(UserError, match=rf"{dataset} comes without true boxes.*-path\n.*XML.*csv.*json"):
-            find_truths(pets, dataset)
+            find_boxes(pets, dataset)
 
 
 # boxes that a data set brings
@@ -370,33 +375,33 @@ def test_paths_that_are_no_annotations_are_named(tmp_path, pets):
 
 def test_shapes_bring_boxes_and_masks(tmp_path):
     part = load_evaluation("shapes", image_size=24, limit=5)
-    truths = find_truths(part, "shapes")
+    truths = find_boxes(part, "shapes")
     assert torch.equal(truths.masks, part.notes["masks"]) and not truths.notes()
     for mask, (boxes, width, height) in zip(truths.masks, truths.each, strict=True):
         ((x0, y0, x1, y1),) = boxes
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0 and (width, height) == (24, 24)
         assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
     with pytest.raises(UserError, match=r"shapes has no image files.*\nleave --annotation-path out"):
-        find_truths(part, "shapes", str(tmp_path))
+        find_boxes(part, "shapes", str(tmp_path))
     with pytest.raises(UserError, match="cifar10 has no image files"):
-        find_truths(part, "cifar10")
+        find_boxes(part, "cifar10")
 
 
 @pytest.mark.parametrize("layout", TINY_LAYOUTS)
 def test_tiny_imagenet_brings_inclusive_boxes(tmp_path, layout):
     write_tiny(tmp_path, layout)
     part = load_evaluation("tiny-imagenet", data_dir=str(tmp_path))
-    truths = find_truths(part, "tiny-imagenet")
+    truths = find_boxes(part, "tiny-imagenet")
     by_name = {Path(name).name: truth for name, truth in zip(part.files.names(), truths.each, strict=True)}
     boxes = {"val_0.JPEG": (0, 3, 64, 41), "val_1.JPEG": (5, 5, 6, 10), "val_2.JPEG": (1, 2, 4, 5)}
-    assert by_name == {name: Truth([box], 64, 64) for name, box in boxes.items()}
+    assert by_name == {name: BoxAnnotation([box], 64, 64) for name, box in boxes.items()}
 
 
 def test_tiny_boxes_of_another_class_or_image_are_not_used(tmp_path):
     write_tiny(tmp_path, "{wnid}/{file}")
     write(tmp_path / "val" / "val_annotations.txt", "val_0.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
-    truths = find_truths(load_evaluation("tiny-imagenet", data_dir=str(tmp_path)), "tiny-imagenet")
-    assert truths.each == [Truth([(0, 0, 10, 10)], 64, 64), None, None]
+    truths = find_boxes(load_evaluation("tiny-imagenet", data_dir=str(tmp_path)), "tiny-imagenet")
+    assert truths.each == [BoxAnnotation([(0, 0, 10, 10)], 64, 64), None, None]
     assert (truths.missing, truths.empty) == (["n02/val_2.JPEG"], ["n02/val_0.JPEG"])
 
 
@@ -404,8 +409,8 @@ def test_tiny_training_images_have_their_boxes_beside_them(tmp_path):
     write_tiny(tmp_path, "images/{file}")
     write(tmp_path / "train" / "n01" / "n01_boxes.txt", "n01_val_1.JPEG\t0\t1\t62\t63\n")
     train = load_data("tiny-imagenet", data_dir=str(tmp_path)).train
-    truths = find_truths(train, "tiny-imagenet")
-    assert truths.each == [Truth([(0, 1, 63, 64)], 64, 64), None, None] and len(truths.missing) == 2
+    truths = find_boxes(train, "tiny-imagenet")
+    assert truths.each == [BoxAnnotation([(0, 1, 63, 64)], 64, 64), None, None] and len(truths.missing) == 2
 
 
 def test_tiny_imagenet_without_its_lists_and_with_faults_in_them(tmp_path):
@@ -414,10 +419,10 @@ def test_tiny_imagenet_without_its_lists_and_with_faults_in_them(tmp_path):
     path = tmp_path / "val" / "val_annotations.txt"
     path.write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\n")
     with pytest.raises(UserError, match=r"val_annotations.txt, line 2: .*file wnid x0 y0 x1 y1.*\nmend"):
-        find_truths(part, "tiny-imagenet")
+        find_boxes(part, "tiny-imagenet")
     path.unlink()
     with pytest.raises(UserError, match=r"none of the 3 images.*val_annotations.txt.*n01_boxes.txt\n--annotation-path"):
-        find_truths(part, "tiny-imagenet")
+        find_boxes(part, "tiny-imagenet")
 
 
 # real data
@@ -427,13 +432,13 @@ def test_tiny_imagenet_without_its_lists_and_with_faults_in_them(tmp_path):
 @pytest.mark.parametrize("name, size", [("boxes_227.csv", (227, 227)), ("boxes_original.csv", (500, 375))])
 def test_real_imagenet_boxes(real_data, name, size):
     root = real_data / "ilsvrc_val_227"
-    part = load_evaluation("folder", data_dir=str(root), view=WholeView(224))
-    truths = find_truths(part, "folder", str(root / name))
+    part = load_evaluation("folder", data_dir=str(root), view=SquashedView(224))
+    truths = find_boxes(part, "folder", str(root / name))
     assert len(truths.each) == 300 and sum(len(truth.boxes) for truth in truths.each) == 492 and not truths.notes()
     assert truths.each[0][1:] == size
 
 
 @pytest.mark.data
 def test_real_tiny_imagenet_boxes(real_data):
-    truths = find_truths(load_evaluation("tiny-imagenet", data_dir=str(real_data)), "tiny-imagenet")
+    truths = find_boxes(load_evaluation("tiny-imagenet", data_dir=str(real_data)), "tiny-imagenet")
     assert sum(len(truth.boxes) for truth in truths.each) == 1000 and not truths.notes()

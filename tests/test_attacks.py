@@ -7,11 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from engine.classifier import load_classifier
-from engine.cli import UserError, pixel_units
-from engine.data import load_evaluation
-from engine.evaluation import attacks
-from engine.evaluation.attacks import Attack, attacks_of, cross_entropy, fgsm, pgd, pixel_gradient
+from engine.config.parser import pixel_fraction
+from engine.data.datasets import load_evaluation
+from engine.errors import UserError
+from engine.inference.classifier import load_classifier
+from evaluation import attacks
+from evaluation.attacks import Attack, build_attacks, compute_pixel_gradient, cross_entropy, fgsm, pgd
 
 
 def convolutional(classes: int = 3) -> nn.Module:
@@ -136,7 +137,7 @@ def test_the_gradient_is_that_of_the_summed_cross_entropy():
     (expected,) = torch.autograd.grad(F.cross_entropy(network(there), labels, reduction="sum"), there)
     logits = network(pixels).detach()
     torch.testing.assert_close(cross_entropy(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
-    found = pixel_gradient(network.float(), pixels.float(), labels)
+    found = compute_pixel_gradient(network.float(), pixels.float(), labels)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-7)
 
@@ -150,7 +151,7 @@ def test_a_confident_classifier_does_not_hide_its_gradient(margin):
     there = pixels.double().requires_grad_()
     usual = F.cross_entropy(network.double()(there), labels, reduction="sum")
     (expected,) = torch.autograd.grad(usual, there)
-    found = pixel_gradient(network.float(), pixels, labels)
+    found = compute_pixel_gradient(network.float(), pixels, labels)
     if margin < 30:  # beyond, double precision loses it too
         assert torch.equal(found.sign(), expected.float().sign())
     weights = network[1].weight
@@ -165,9 +166,9 @@ def test_the_network_is_left_as_it_was_whatever_the_mode(mode, frozen):
     network[1].train()  # a layer of its own mind
     network[1].momentum = 0.0
     pixels, labels = torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
-    expected = pixel_gradient(network, pixels, labels)
+    expected = compute_pixel_gradient(network, pixels, labels)
     with mode():
-        gradient = pixel_gradient(network, pixels.clone(), labels.clone())  # made inside: inference tensors
+        gradient = compute_pixel_gradient(network, pixels.clone(), labels.clone())  # made inside: inference tensors
         alter = Attack("pgd", 0.1, 2, 0.05).alter(network, seed=0)
         attacked = alter(pixels.clone(), labels.clone(), torch.arange(4))
     torch.testing.assert_close(gradient, expected)
@@ -179,11 +180,11 @@ def test_the_network_is_left_as_it_was_whatever_the_mode(mode, frozen):
 def test_a_compiled_classifier_is_attacked_alike():
     network = convolutional().requires_grad_(False)
     pixels, labels = torch.rand(4, 3, 5, 5), torch.tensor([0, 1, 2, 0])
-    expected = pixel_gradient(network, pixels, labels)
+    expected = compute_pixel_gradient(network, pixels, labels)
     compiled = torch.compile(network, backend="aot_eager")
     with torch.no_grad():
         compiled(pixels)
-        torch.testing.assert_close(pixel_gradient(compiled, pixels, labels), expected)
+        torch.testing.assert_close(compute_pixel_gradient(compiled, pixels, labels), expected)
 
 
 # what is asked for
@@ -191,17 +192,17 @@ def test_a_compiled_classifier_is_attacked_alike():
 
 def test_the_usual_attacks():
     fast = [Attack("fgsm", 4 / 255), Attack("fgsm", 8 / 255)]
-    assert attacks_of(["fgsm", "pgd"]) == [*fast, Attack("pgd", 4 / 255, 20, 2 / 255)]
-    assert attacks_of(["fgsm"]) == fast and attacks_of([]) == []
+    assert build_attacks(["fgsm", "pgd"]) == [*fast, Attack("pgd", 4 / 255, 20, 2 / 255)]
+    assert build_attacks(["fgsm"]) == fast and build_attacks([]) == []
 
 
 def test_eps_is_for_both_and_every_number_of_steps_is_a_row():
-    found = attacks_of(["pgd", "fgsm", "pgd"], [1 / 255, 0.03, 1 / 255], [5, 20])
+    found = build_attacks(["pgd", "fgsm", "pgd"], [1 / 255, 0.03, 1 / 255], [5, 20])
     titles = ["PGD 1/255, 5 steps", "PGD 1/255, 20 steps", "PGD 0.03, 5 steps", "PGD 0.03, 20 steps"]
     assert [one.title for one in found] == [*titles, "FGSM 1/255", "FGSM 0.03"]
     assert [one.step_size for one in found] == [1 / 255, 1 / 255, 2 / 255, 2 / 255, None, None]
-    assert attacks_of(["pgd"], [1 / 255], [1], 0.5) == [Attack("pgd", 1 / 255, 1, 0.5)]
-    assert attacks_of(["pgd"], [0.0]) == [Attack("pgd", 0.0, 20, 0.0)]
+    assert build_attacks(["pgd"], [1 / 255], [1], 0.5) == [Attack("pgd", 1 / 255, 1, 0.5)]
+    assert build_attacks(["pgd"], [0.0]) == [Attack("pgd", 0.0, 20, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_titles_show_eps_as_it_is_usually_written(eps, text):
     "text, value", [("8/255", 8 / 255), ("0.03", 0.03), ("0", 0), ("1", 1), (" 2 / 255 ", 2 / 255), ("3e-2", 0.03)]
 )
 def test_pixel_units_are_read(text, value):
-    assert pixel_units(text) == value
+    assert pixel_fraction(text) == value
 
 
 @pytest.mark.parametrize(
@@ -236,13 +237,13 @@ def test_pixel_units_are_read(text, value):
 )
 def test_what_is_no_distance_between_pixels_is_refused(text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message) as caught:
-        pixel_units(text)
+        pixel_fraction(text)
     assert "\n" not in str(caught.value)
 
 
 def test_wrong_calls_say_what_came():
     with pytest.raises(ValueError, match="fgsm or pgd, got 'cw'"):
-        attacks_of(["cw"])
+        build_attacks(["cw"])
     with pytest.raises(ValueError, match="got 1.5"):
         Attack("fgsm", 1.5)
     for steps, size in [(0, 0.1), (1, None), (1, -0.1), (1, float("nan"))]:
@@ -251,7 +252,7 @@ def test_wrong_calls_say_what_came():
     with pytest.raises(ValueError, match="at least one step, got 0"):
         pgd(convolutional(), torch.rand(1, 3, 4, 4), torch.zeros(1, dtype=torch.long), 0.1, 0, 0.1)
     with pytest.raises(UserError, match="--step_size 0: .*more than 0"):
-        attacks_of(["pgd"], step_size=0.0)
+        build_attacks(["pgd"], step_size=0.0)
 
 
 @pytest.mark.gpu
@@ -259,7 +260,7 @@ def test_the_host_never_waits_during_an_attack():
     network = convolutional().cuda().requires_grad_(False)
     pixels, labels, index = torch.rand(8, 3, 16, 20), torch.arange(8) % 3, torch.arange(8)
     there, labels_there = pixels.cuda(), labels.cuda()
-    alters = [attack.alter(network, seed=0) for attack in attacks_of(["fgsm", "pgd"], [0.1], [1, 5])]
+    alters = [attack.alter(network, seed=0) for attack in build_attacks(["fgsm", "pgd"], [0.1], [1, 5])]
     for alter in alters:  # what CUDA sets up on first use
         alter(there, labels_there, index)
     torch.cuda.synchronize()
@@ -283,7 +284,7 @@ def test_large_images_are_attacked_a_few_at_a_time(monkeypatch):
         return pixels.flatten(1) @ weight.T
 
     pixels, labels, index = torch.rand(5, 3, 16, 16), torch.arange(5), torch.arange(5)
-    (attack,) = attacks_of(["pgd"], [0.1], [2])
+    (attack,) = build_attacks(["pgd"], [0.1], [2])
     whole = attack.alter(classify, 0)(pixels, labels, index)
     assert counts == [5, 5]
     counts.clear()
@@ -297,7 +298,7 @@ def test_the_usual_cross_entropy_attacks_less(real_data, monkeypatch):
     """docs/methods.md: what float32 costs FGSM at 4/255, on the first 500 test images of CIFAR-10."""
     part = load_evaluation("cifar10", data_dir=str(real_data), limit=500)
     file = load_classifier(str(real_data / "weights" / "resnet20_cifar10.pt"), models)
-    pixels, (attack,) = part.pixels.permute(0, 3, 1, 2).float() / 255, attacks_of(["fgsm"], [4 / 255])
+    pixels, (attack,) = part.pixels.permute(0, 3, 1, 2).float() / 255, build_attacks(["fgsm"], [4 / 255])
     with torch.no_grad():
         sure = file(pixels).softmax(1).gather(1, part.labels.unsqueeze(1)).eq(1).float().mean()
 

@@ -6,18 +6,18 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.cli import UserError
-from engine.data import load_evaluation
-from engine.evaluation.backgrounds import (
+from engine.data.datasets import load_evaluation
+from engine.data.views import CenterCrop, SquashedView
+from engine.errors import UserError
+from evaluation.backgrounds import (
+    draw_partner,
     holds_pickles,
-    noisy,
+    noise_background,
     object_mask,
-    partner,
     read_background_dir,
     read_pickles,
-    replaced,
+    replace_background,
 )
-from engine.image_files import CentreView, WholeView
 
 
 def box_tensor(*boxes: tuple) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_the_object_is_the_union_of_the_boxes():
 
 def test_only_the_background_is_replaced():
     pixels, others = torch.zeros(2, 3, 6, 8), torch.ones(2, 3, 6, 8)
-    changed = replaced(pixels, object_mask([box_tensor((1, 3, 2, 6)), None], 6, 8), others)
+    changed = replace_background(pixels, object_mask([box_tensor((1, 3, 2, 6)), None], 6, 8), others)
     assert changed[0].sum() == 3 * (48 - 8) and changed[0, :, 1:3, 2:6].eq(0).all() and changed[1].eq(0).all()
 
 
@@ -50,34 +50,36 @@ def test_only_the_background_is_noisy_and_stays_a_picture():
     pixels = torch.full((3, 3, 40, 50), 0.5)
     mask = object_mask([box_tensor((10, 20, 5, 30))] * 3, 40, 50)
     index = torch.tensor([4, 9, 4])
-    changed = noisy(pixels, mask, index, seed=1, std=0.1)
+    changed = noise_background(pixels, mask, index, seed=1, std=0.1)
     noise = (changed - pixels)[~mask.expand_as(pixels)]
     assert (changed == pixels)[mask.expand_as(pixels)].all() and noise.std() == pytest.approx(0.1, rel=0.03)
     assert abs(noise.mean()) < 0.005
     assert torch.equal(changed[0], changed[2]) and not torch.equal(changed[0], changed[1])
-    assert torch.equal(noisy(pixels[1:2], mask[1:2], index[1:2], seed=1, std=0.1), changed[1:2]), "in any batch"
-    assert not torch.equal(noisy(pixels, mask, index, seed=2, std=0.1), changed)
-    loud = noisy(pixels, mask, index, seed=1, std=5.0)
+    assert torch.equal(noise_background(pixels[1:2], mask[1:2], index[1:2], seed=1, std=0.1), changed[1:2]), (
+        "in any batch"
+    )
+    assert not torch.equal(noise_background(pixels, mask, index, seed=2, std=0.1), changed)
+    loud = noise_background(pixels, mask, index, seed=1, std=5.0)
     assert loud.min() == 0 and loud.max() == 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 50_000])
 def test_no_image_is_its_own_background(count):
     index = torch.arange(count)
-    found = partner(index, count, seed=0)
+    found = draw_partner(index, count, seed=0)
     assert (found != index).all() and found.min() >= 0 and found.max() < count and found.dtype == torch.long
-    assert torch.equal(partner(index[1:2], count, seed=0), found[1:2])
+    assert torch.equal(draw_partner(index[1:2], count, seed=0), found[1:2])
     if count > 3:
-        assert (partner(index, count, seed=1) != found).float().mean() > 0.99
+        assert (draw_partner(index, count, seed=1) != found).float().mean() > 0.99
         assert abs(float(((found - index) % count).double().mean()) / count - 0.5) < 0.01
     with pytest.raises(ValueError, match="there are 1 in all"):
-        partner(index[:1], 1, seed=0)
+        draw_partner(index[:1], 1, seed=0)
 
 
 def test_the_largest_draw_does_not_come_round_to_the_image_itself(monkeypatch):
-    monkeypatch.setattr("engine.draws.uniform", lambda index, *_, **__: torch.full(index.shape, 1 - 2.0**-24))
+    monkeypatch.setattr("engine.data.sample_rng.uniform", lambda index, *_, **__: torch.full(index.shape, 1 - 2.0**-24))
     index = torch.tensor([0, 7, 49_999])
-    assert partner(index, 50_000, seed=0).tolist() == [49_999, 6, 49_998]
+    assert draw_partner(index, 50_000, seed=0).tolist() == [49_999, 6, 49_998]
 
 
 # ready-made images
@@ -98,13 +100,13 @@ def part(tmp_path):
 def test_ready_made_images_are_found_by_path_whatever_their_ending(tmp_path, part):
     for level, name in [(200, "dog/0.jpg"), (100, "cat/0.png"), (150, "cat/1.JPEG")]:
         write_image(tmp_path / "rep" / name, level, (64, 48))
-    made = read_background_dir(tmp_path / "rep", part, CentreView(16, 20))
+    made = read_background_dir(tmp_path / "rep", part, CenterCrop(16, 20))
     pixels, places, _ = made.pixels.read([0, 1, 2])
     assert pixels.shape == (3, 16, 16, 3) and pixels.amax((1, 2, 3)).tolist() == [100, 150, 200]
     assert torch.equal(made.labels, part.labels) and made.classes == part.classes and places.tolist() == [0, 1, 2]
     assert made.where == str(tmp_path / "rep") and made.files.names() == ["cat/0.png", "cat/1.JPEG", "dog/0.jpg"]
     some = part.take(torch.tensor([2, 0]))
-    again = read_background_dir(str(tmp_path / "rep"), some, WholeView(16))
+    again = read_background_dir(str(tmp_path / "rep"), some, SquashedView(16))
     assert again.pixels.read([0, 1])[0].amax((1, 2, 3)).tolist() == [200, 100]
 
 
@@ -112,20 +114,20 @@ def test_ready_made_images_are_found_by_names_that_are_unique(tmp_path, part):
     for level, name in [(50, "1.png"), (60, "dog/0.png"), (70, "other/7.png")]:
         write_image(tmp_path / "rep" / name, level)
     some = part.take(torch.tensor([1]))
-    assert read_background_dir(tmp_path / "rep", some, WholeView(8)).files.names() == ["1.png"]
+    assert read_background_dir(tmp_path / "rep", some, SquashedView(8)).files.names() == ["1.png"]
     with pytest.raises(UserError, match=r"no image for 1 of 3: cat/0\.png\n--background_dir needs a file.*holds 1.png"):
-        read_background_dir(tmp_path / "rep", part, WholeView(8))  # dog/0.png has that name, and is another image
+        read_background_dir(tmp_path / "rep", part, SquashedView(8))  # dog/0.png has that name, and is another image
 
 
 def test_faults_of_a_background_folder_are_named(tmp_path, part):
     with pytest.raises(UserError, match=r"rep: no such folder\n--background_dir needs"):
-        read_background_dir(tmp_path / "rep", part, WholeView(8))
+        read_background_dir(tmp_path / "rep", part, SquashedView(8))
     write_image(tmp_path / "rep" / "x.png", 1)
     with pytest.raises(UserError, match=r"no image for 3 of 3: cat/0.png, cat/1.png, dog/0.png\n"):
-        read_background_dir(tmp_path / "rep", part, WholeView(8))
+        read_background_dir(tmp_path / "rep", part, SquashedView(8))
     drawn = load_evaluation("shapes", image_size=24, limit=2)
     with pytest.raises(UserError, match=r"shapes.*no image files.*\nleave it out"):
-        read_background_dir(tmp_path / "rep", drawn, WholeView(8))
+        read_background_dir(tmp_path / "rep", drawn, SquashedView(8))
 
 
 # pickled sets

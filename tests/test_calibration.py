@@ -6,15 +6,15 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn import functional as F
 
-from engine.draw import save
-from engine.evaluation import calibration
-from engine.evaluation.calibration import (
+from engine.drawing.figures import save_figure
+from evaluation import calibration
+from evaluation.calibration import (
     TEMPERATURES,
     adaptive_calibration_error,
     brier_score,
     calibration_error,
     classwise_calibration_error,
-    draw,
+    draw_reliability,
     fit_temperature,
     measure,
     negative_log_likelihood,
@@ -308,7 +308,7 @@ def test_one_classifier_is_drawn_in_bars_and_several_in_lines(tmp_path, after):
     for count in (1, 2):
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
-        draw(axes, json.loads(json.dumps(results[:count])), after=after)
+        draw_reliability(axes, json.loads(json.dumps(results[:count])), after=after)
         texts = [text.get_text() for text in axes.get_legend().get_texts()]
         for (name, result), text in zip(results[:count], texts, strict=False):
             ece = (result["after"] if after else result)["ece"]
@@ -319,13 +319,13 @@ def test_one_classifier_is_drawn_in_bars_and_several_in_lines(tmp_path, after):
         right = [one for one in table["accuracy"] if one is not None]
         drawn = [bar.get_height() for bar in axes.patches[2::2]] if count == 1 else list(axes.lines[1].get_ydata())
         assert drawn == right
-        save(figure, tmp_path / f"{count}.png")
+        save_figure(figure, tmp_path / f"{count}.png")
         assert (tmp_path / f"{count}.png").stat().st_size > 5000
 
 
 def test_a_single_image_is_drawn():
     result = measure(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), torch.tensor([True, False]))
     figure = Figure()
-    draw(figure.subplots(), [("a", result)])
-    draw(figure.subplots(), [("a", result), ("b", result)], after=True)
+    draw_reliability(figure.subplots(), [("a", result)])
+    draw_reliability(figure.subplots(), [("a", result), ("b", result)], after=True)
     figure.canvas.draw()

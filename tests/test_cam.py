@@ -16,11 +16,13 @@ from torch import nn
 from torchvision.models import get_model
 
 import cam
-from engine import draw, pictures
-from engine.classes import find_class, read_titles
-from engine.classifier import Classifier
-from engine.cli import UserError
-from engine.image_files import BadImage, CentreView, WholeView
+from engine.data.class_names import find_class, read_titles
+from engine.data.decode import BadImage
+from engine.data.views import CenterCrop, SquashedView
+from engine.drawing import figures
+from engine.errors import UserError
+from engine.inference.classifier import Classifier
+from explanation import explainer, images
 
 RED, BLUE = (200, 40, 20), (10, 30, 220)
 
@@ -60,7 +62,7 @@ def toy(monkeypatch):
         made = lambda word, zoo, **_: Classifier(  # noqa: E731
             word, network, (0.0,) * 3, (1.0,) * 3, count=4, image_size=size, titles=list(titles)
         )
-        monkeypatch.setattr("engine.classifier.load_classifier", made)
+        monkeypatch.setattr("engine.inference.classifier.load_classifier", made)
 
     return use
 
@@ -115,13 +117,13 @@ def test_the_map_lies_on_the_crop_and_nothing_outside_is_touched(toy, photo, tmp
     assert np.load(dark["raw"])[90, 70] < 0.2 and np.load(dark["raw"]).max() == 1
 
 
-@pytest.mark.parametrize("view", [CentreView(64, 80), WholeView(64, 80), WholeView(64, 64), CentreView(32, 32)])
+@pytest.mark.parametrize("view", [CenterCrop(64, 80), SquashedView(64, 80), SquashedView(64, 64), CenterCrop(32, 32)])
 @pytest.mark.parametrize("size", [(90, 200), (240, 130), (40, 30), (1, 7), (100, 1)])
 def test_what_is_seen_is_what_lies_in_the_box(view, size):
     height, width = size
     slope = np.zeros((height, width, 3), np.uint8)
     slope[..., 0], slope[..., 1] = np.arange(height)[:, None], np.arange(width)  # each pixel says where it is
-    seen, (y1, y2, x1, x2) = pictures.seen_by(slope, view)
+    seen, (y1, y2, x1, x2) = explainer.crop_for_model(slope, view)
     assert seen.shape == (view.size, view.size, 3) and 0 <= y1 < y2 <= height and 0 <= x1 < x2 <= width
     for channel, (begin, end) in enumerate([(y1, y2), (x1, x2)]):
         places = begin + (np.arange(view.size) + 0.5) * (end - begin) / view.size - 0.5
@@ -158,7 +160,7 @@ def test_trained_masks_are_drawn_as_they_are(casm_file, photo, tmp_path, capsys)
     ]
     (row,) = cam.main(words)
     saved = load_casm(casm_file)
-    crop = torch.from_numpy(pictures.seen_by(pixels(photo), CentreView(32, 32))[0]).permute(2, 0, 1) / 255
+    crop = torch.from_numpy(explainer.crop_for_model(pixels(photo), CenterCrop(32, 32))[0]).permute(2, 0, 1) / 255
     with torch.no_grad():
         mask = saved.network.masks(((crop - 0.5) / 0.25)[None])[0, 0]
     heat = np.load(row["raw"])[:, 40:200]
@@ -179,8 +181,8 @@ def test_trained_masks_are_drawn_as_they_are(casm_file, photo, tmp_path, capsys)
 def test_a_figure_has_a_row_an_image_and_a_column_a_model_and_method(
     net, casm_file, tmp_path, monkeypatch, capsys, recwarn
 ):
-    drawn, inner = [], draw.comparison
-    monkeypatch.setattr(draw, "comparison", lambda path, **given: (drawn.append(given), inner(path, **given)))
+    drawn, inner = [], figures.draw_comparison
+    monkeypatch.setattr(figures, "draw_comparison", lambda path, **given: (drawn.append(given), inner(path, **given)))
     files = many(tmp_path, ["a b.png", "$\\frac$ \u65e5\u672c.png"], (90, 40)) + many(tmp_path, ["c.png"], (20, 130))
     words = ["--image_path", *files, "--model_path", net, casm_file, "--image_size", "64", "--casm", casm_file]
     words += ["--method", "cam", "layercam", "--target_class", "top2", "--figure", str(tmp_path / "figs" / "all.png")]
@@ -208,7 +210,7 @@ def test_each_picture_has_its_place_in_a_figure(tmp_path):
     shapes = [(40, 40), (20, 80)]
     cells = [[np.full((*shape, 3), one, np.uint8) for one in row] for shape, row in zip(shapes, colours, strict=True)]
     known = {"pictures": [row[0] for row in cells], "overlays": [row[1:] for row in cells]}
-    draw.comparison(tmp_path / "a.png", names=["a", "b"], columns=["x", "y"], texts=[["1", "2"]] * 2, **known)
+    figures.draw_comparison(tmp_path / "a.png", names=["a", "b"], columns=["x", "y"], texts=[["1", "2"]] * 2, **known)
     drawn = pixels(tmp_path / "a.png")[..., :3]
     for row, line in enumerate(colours):
         for column, colour in enumerate(line):
@@ -221,10 +223,12 @@ def test_each_picture_has_its_place_in_a_figure(tmp_path):
 
 
 def test_a_long_figure_stays_below_what_can_be_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr(draw, "MOST_PIXELS", 400)
+    monkeypatch.setattr(figures, "MAX_PIXELS", 400)
     picture = np.zeros((50, 1, 3), np.uint8)
     known = {"pictures": [picture] * 5, "overlays": [[picture]] * 5, "texts": [["x" * 90]] * 5}
-    draw.comparison(tmp_path / "a.png", names=["\udcff.png"] * 5, columns=["model\nof a very long name" * 3], **known)
+    figures.draw_comparison(
+        tmp_path / "a.png", names=["\udcff.png"] * 5, columns=["model\nof a very long name" * 3], **known
+    )
     assert 300 < max(Image.open(tmp_path / "a.png").size) <= 400
 
 
@@ -236,7 +240,7 @@ def test_no_two_outputs_share_a_name(toy, tmp_path, capsys):
     outputs = {Path(row["output"]).name.lower() for row in rows}
     assert len(outputs) == 6 * 4, "one a picture and class"
     assert len(list((tmp_path / "out").iterdir())) == 2 * 6 * 4, "and its map, and nothing half-written"
-    assert pictures.labels_of([Path(file) for file in files[:4]]) == ["a_x.png", "b_x.png", "x.jpg", "z"]
+    assert images.unique_stems([Path(file) for file in files[:4]]) == ["a_x.png", "b_x.png", "x.jpg", "z"]
     capsys.readouterr()
 
 
@@ -244,7 +248,7 @@ def test_pictures_are_found_once_and_in_order(tmp_path):
     many(tmp_path, ["b/2.png", "b/1.jpg", "b/.hidden.png", "b/deep/3.png", "[x]*.png"])
     (tmp_path / "b" / "notes.txt").write_text("no picture")
     (tmp_path / "b" / "folder.png").mkdir()
-    found = pictures.find_pictures([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
+    found = images.find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
     assert [str(file.relative_to(tmp_path)) for file in found] == ["b/2.png", "b/1.jpg", "b/deep/3.png", "[x]*.png"]
 
 
@@ -302,7 +306,7 @@ def test_pictures_of_every_kind_are_opened_as_they_are_looked_at(tmp_path, recwa
     expected = odd_pictures(tmp_path)
     assert len(expected) == 18
     for name, colour in expected.items():
-        picture = pictures.open_picture(tmp_path / name)
+        picture = images.open_image(tmp_path / name)
         assert picture.dtype == np.uint8 and picture.shape == (6, 12, 3), name
         assert np.abs(picture[3, 1].astype(int) - colour).max() <= 4, f"{name}: {picture[3, 1]}"
     assert not recwarn.list
@@ -315,7 +319,7 @@ def test_every_orientation_is_turned_upright(tmp_path, value):
     image = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(6, 4, 3))
     image.save(tmp_path / "turned.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
-    assert np.array_equal(pictures.open_picture(tmp_path / "turned.png"), upright)
+    assert np.array_equal(images.open_image(tmp_path / "turned.png"), upright)
 
 
 def test_odd_shapes_are_drawn(net, tmp_path):
@@ -352,7 +356,7 @@ def test_a_file_that_cannot_be_read_stops_or_is_left_out(toy, bad, photo, tmp_pa
     toy()
     for file, reason in zip(bad, ["truncated", "truncated", "file is empty", "too large", "not an image"], strict=True):
         with pytest.raises(BadImage, match=f"{Path(file).name}: .*{reason}"):
-            pictures.open_picture(Path(file))
+            images.open_image(Path(file))
     words = ["--image_path", *bad, photo, "--model_path", "a", "-o", str(tmp_path / "out")]
     with pytest.raises(UserError, match=r"cut\.jpg: .*\n.*--on_bad_image skip"):
         cam.main(words)
@@ -372,7 +376,7 @@ def test_few_pixels_are_held_at_a_time():
             yield Path("a"), np.zeros((side, side, 3), np.uint8)
 
     sizes = []
-    for group in pictures.grouped(source(), most=2, pixels=1000):
+    for group in images.chunk(source(), most=2, pixels=1000):
         sizes.append([len(picture) for _, picture in group])
         assert len(drawn) <= sum(map(len, sizes)) + 1, "read ahead by one at most"
     assert sizes == [[10, 10], [10, 30], [30], [30, 1]]
@@ -596,7 +600,7 @@ def test_a_real_bird_is_seen_where_it_sits(real_data, tmp_path):
 
 def test_long_names_of_classifiers_name_no_file_twice(toy, photo, tmp_path, monkeypatch):
     toy()
-    made = importlib.import_module("engine.classifier").load_classifier
+    made = importlib.import_module("engine.inference.classifier").load_classifier
     words = [str(tmp_path / f"{'a' * 70}{number}") for number in (0, 1)]
 
     def named(word, zoo, **known):
@@ -604,7 +608,7 @@ def test_long_names_of_classifiers_name_no_file_twice(toy, photo, tmp_path, monk
         found.name = found.path = Path(word).name
         return found
 
-    monkeypatch.setattr("engine.classifier.load_classifier", named)
+    monkeypatch.setattr("engine.inference.classifier.load_classifier", named)
     rows = cam.main(["--image_path", photo, "--model_path", *words, "--output", str(tmp_path / "out")])
     assert len({row["output"] for row in rows}) == 2 == len(list((tmp_path / "out").iterdir()))
 

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from models import build_model
 from saliency import CAM_METHODS, build_source
-from saliency.cam import ActivationMaps, enlarged, stretched
-from saliency.follow import layers
+from saliency.cam.maps import ActivationMaps, enlarged, stretched
+from saliency.cam.tracing import layers
 
 GRADIENTS = ("gradcam", "gradcam++", "layercam")
 CLASSES = 7

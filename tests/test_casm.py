@@ -16,20 +16,27 @@ from torch.nn import functional as F
 
 import evaluate as evaluate_script
 import train as train_script
-from engine.batches import Batch
-from engine.checkpoint import read_checkpoint
-from engine.cli import Terminated, UserError
-from engine.data import load_data
+from engine.data.datasets import load_data
+from engine.data.loader import Batch
+from engine.errors import Terminated, UserError
+from engine.runtime.checkpoint import read_checkpoint
 from models import MODELS, build_model
-from saliency.casm import train as casm_train
-from saliency.casm.decoder import MaskDecoder
-from saliency.casm.losses import masker_loss
-from saliency.casm.network import Casm, build_decoder, casm_files, feature_channels, load_casm
+from saliency.casm.commands import train as casm_train
+from saliency.casm.network import Casm, MaskDecoder, build_decoder, casm_files, feature_channels, load_casm
 from saliency.casm.options import PRESETS, preset
 from saliency.casm.pool import ClassifierPool, megabytes
-from saliency.casm.record import Record
-from saliency.casm.settle import feeds, notes_on_masks, notes_on_pool, notes_on_skill
-from saliency.casm.training import CLIP, NotFinite, build_parts, decayed, iterations_of, train_one_epoch, train_step
+from saliency.casm.run_files import CasmRun
+from saliency.casm.setup import build_loaders, mask_notes, pool_notes, skill_notes
+from saliency.casm.training import (
+    CLIP,
+    NonFiniteLoss,
+    build_casm_state,
+    count_iterations,
+    decay_lr,
+    masker_loss,
+    train_one_epoch,
+    train_step,
+)
 
 CASES = json.loads((GOLDEN / "casm.json").read_text())
 
@@ -176,9 +183,9 @@ def test_presets_are_the_published_ones(case):
 
 def test_iterations_and_rates_are_the_published_ones():
     for case in CASES["iterations"]:
-        assert iterations_of(case["batches_in_loader"], case["pot"]) == case["expect_iterations"]
+        assert count_iterations(case["batches_in_loader"], case["pot"]) == case["expect_iterations"]
     for case in CASES["learning_rate"]:
-        assert decayed(case["base"], case["epoch"], case["every"]) == pytest.approx(case["expect"], abs=1e-12)
+        assert decay_lr(case["base"], case["epoch"], case["every"]) == pytest.approx(case["expect"], abs=1e-12)
 
 
 @pytest.mark.parametrize("number", range(len(CASES["history"])))
@@ -221,7 +228,7 @@ def tiny_casm(**options) -> tuple:
     network = Casm(TinyNet(), MaskDecoder([4, 6], width=5))
     settings = {"fixed_classifier": False, "hp": 0.5, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
     settings |= {"weight_decay": 1e-4, "precision": None} | options
-    parts = build_parts(network, ClassifierPool(30, 5), **settings)
+    parts = build_casm_state(network, ClassifierPool(30, 5), **settings)
     network.train()
     network.classifier.train(parts.learns)
     return parts, torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -356,14 +363,14 @@ def test_an_epoch_takes_its_share_of_its_own_batches_at_its_own_rates():
 def test_a_loss_that_is_no_number_ends_training():
     parts, images, labels = tiny_casm()
     parts.network.decoder.final.bias.data.fill_(float("nan"))
-    with pytest.raises(NotFinite):
+    with pytest.raises(NonFiniteLoss):
         train_one_epoch(parts, Fed(images, labels), epoch=0, pot=1, lr=0.1, lr_casme=0.1, lrde=9, hp=0.5, lambda_r=1.0)
 
 
 def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_folders):
     options = {"crop_padding": None, "batch_size": 8, "seed": 0, "pot": None, "workers": 0}
     shapes = load_data("shapes", limit=40)
-    train, test, few, eight = feeds(options, shapes, torch.device("cpu"))
+    train, test, few, eight = build_loaders(options, shapes, torch.device("cpu"))
     assert options["crop_padding"] == 2 and options["pot"] == 1.0
     first, second = (next(train.epoch(number)) for number in (0, 1))
     assert first.index.tolist() != second.index.tolist() and first.index.tolist() != list(range(8))
@@ -372,12 +379,12 @@ def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_fol
     assert plain.index.tolist() == list(range(8)) and plain.flip is None
     assert len(few.part) == 40 and len(eight.part) == 8
     folders = load_data("folder", data_dir=str(class_folders), image_size=32)
-    batch = next(feeds({**options, "crop_padding": None}, folders, torch.device("cpu"))[0].epoch())
+    batch = next(build_loaders({**options, "crop_padding": None}, folders, torch.device("cpu"))[0].epoch())
     assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "files are seen through random crops"
 
 
 def test_sigterm_ends_with_the_way_to_go_on(tmp_path):
-    record = Record(tmp_path / "map.chk", {"log_path": None, "overwrite": False}, anew=True)
+    record = CasmRun(tmp_path / "map.chk", {"log_path": None, "overwrite": False}, anew=True)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated, match="no epoch was finished"), record.stopping_well():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -394,18 +401,16 @@ def test_sigterm_ends_with_the_way_to_go_on(tmp_path):
 
 def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
     usual = {"val_avg_mask": 0.3, "confused": 20.0}
-    assert notes_on_masks(usual, 10.0) == []
-    assert "lower --lambda-r (10)" in notes_on_masks(usual | {"val_avg_mask": 0.001}, 10.0)[0]
-    assert "raise --lambda-r" in notes_on_masks(usual | {"val_avg_mask": 0.97}, 10.0)[0]
-    assert "--lambda-r" not in notes_on_masks({"val_avg_mask": 0.97, "confused": 0.0}, 10.0)[0], (
-        "it has no gradient then"
-    )
-    assert "no image was right and then wrong" in notes_on_masks(usual | {"confused": 0.0}, 10.0)[0]
-    assert len(notes_on_skill(80.0, 10)) == 1 and "warning: chance is 10.0 %" in notes_on_skill(20.0, 10)[1]
-    assert len(notes_on_skill(90.0, 2)) == 1 and len(notes_on_skill(51.0, 2)) == 2
-    (told,) = notes_on_pool({"epochs": 60}, 2003, ClassifierPool(30, 100), 102.4)
+    assert mask_notes(usual, 10.0) == []
+    assert "lower --lambda-r (10)" in mask_notes(usual | {"val_avg_mask": 0.001}, 10.0)[0]
+    assert "raise --lambda-r" in mask_notes(usual | {"val_avg_mask": 0.97}, 10.0)[0]
+    assert "--lambda-r" not in mask_notes({"val_avg_mask": 0.97, "confused": 0.0}, 10.0)[0], "it has no gradient then"
+    assert "no image was right and then wrong" in mask_notes(usual | {"confused": 0.0}, 10.0)[0]
+    assert len(skill_notes(80.0, 10)) == 1 and "warning: chance is 10.0 %" in skill_notes(20.0, 10)[1]
+    assert len(skill_notes(90.0, 2)) == 1 and len(skill_notes(51.0, 2)) == 2
+    (told,) = pool_notes({"epochs": 60}, 2003, ClassifierPool(30, 100), 102.4)
     assert "30 of 30" in told and "3,072 MB" in told and "memory of the host" in told
-    assert "--smf 10 would fill" in notes_on_pool({"epochs": 60}, 10, ClassifierPool(30, 100), 1.0)[1]
+    assert "--smf 10 would fill" in pool_notes({"epochs": 60}, 10, ClassifierPool(30, 100), 1.0)[1]
 
 
 # the command
@@ -569,7 +574,7 @@ def test_all_networks_have_stages():
 @pytest.mark.slow
 def test_the_pool_finds_the_objects_of_shapes(tmp_path):
     """What the README shows: localisation errors well below that of the fixed classifier and of a box in the middle."""
-    from saliency.casm import score
+    from saliency.casm.commands import score
 
     words = [
         "--dataset",
@@ -640,7 +645,7 @@ def test_a_step_never_waits_for_the_gpu(hp, pinned):
     network = Casm(TinyNet(), MaskDecoder([4, 6], width=5)).to(device)
     pool = ClassifierPool(3, 2, "cpu" if pinned else device, pinned=pinned)
     settings = {"fixed_classifier": False, "hp": hp, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
-    parts = build_parts(network, pool, **settings, weight_decay=1e-4, precision=torch.bfloat16)
+    parts = build_casm_state(network, pool, **settings, weight_decay=1e-4, precision=torch.bfloat16)
     images, labels = torch.randn(6, 3, 8, 8, device=device), torch.arange(6, device=device) % 3
     step = {"hp": hp, "lambda_r": 10.0, "precision": torch.bfloat16}
     for iteration in range(3):  # buffers of the optimizers are made

@@ -16,27 +16,28 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 
 import train as train_script
-from engine import draw
-from engine.batches import Batches
-from engine.checkpoint import extract_weights, read_file
-from engine.classes import label_map
-from engine.classifier import Classifier, SavedClassifier
-from engine.cli import UserError
-from engine.data import load_evaluation
-from engine.image_files import CentreView
-from engine.loop import predict
+from engine.data.class_names import map_labels
+from engine.data.datasets import load_evaluation
+from engine.data.loader import DeviceLoader
+from engine.data.views import CenterCrop
+from engine.drawing import figures
+from engine.errors import UserError
+from engine.inference.classifier import Classifier, SavedClassifier
+from engine.inference.predict import predict
+from engine.runtime.checkpoint import read_file
+from engine.runtime.foreign_weights import extract_weights
 from models import build_model
-from saliency.casm import common, judging, plot
-from saliency.casm import eval as casm_eval
-from saliency.casm import train as casm_train
-from saliency.casm.alter import inpainted, masked_in, masked_out
-from saliency.casm.common import Parts
-from saliency.casm.extractors import Extractor
-from saliency.casm.judges import PUBLISHED, load_judges, load_resnets
-from saliency.casm.judging import KINDS, TOYS, Panel, of_toy, sums
-from saliency.casm.localize import binarize
+from saliency.casm import classifier_eval, results
+from saliency.casm.boxes import binarize
+from saliency.casm.classifier_eval import KINDS, PUBLISHED, ClassifierPanel, batch_sums, load_panel, load_resnets
+from saliency.casm.commands import eval as casm_eval
+from saliency.casm.commands import plot
+from saliency.casm.commands import train as casm_train
+from saliency.casm.extractors import TOY_EXTRACTORS, Extractor, toy_extractor
+from saliency.casm.masking import inpaint, mask_in, mask_out
 from saliency.casm.metrics import plot_order
 from saliency.casm.network import Casm, build_decoder
+from saliency.casm.results import ImageSetCache
 
 CPU = torch.device("cpu")
 INPAINT = json.loads((GOLDEN / "casm.json").read_text())["inpaint"][0]
@@ -105,9 +106,9 @@ def test_altered_images_are_the_recorded_ones():
     pixels = torch.from_numpy(np.stack([(wave + 1) / 2 for wave in waves]).astype(np.float32)).unsqueeze(0)
     selected = binarize(torch.from_numpy(soft.astype(np.float32)).unsqueeze(0))
     assert int(selected.sum()) == expect["hole_pixels"]
-    for alter, name in ((masked_in, "masked_in_mean"), (masked_out, "masked_out_mean")):
+    for alter, name in ((mask_in, "masked_in_mean"), (mask_out, "masked_out_mean")):
         assert alter(pixels, selected)[0].mean((1, 2)).tolist() == pytest.approx(expect[name], abs=1e-5)
-    filled = inpainted(pixels, selected)
+    filled = inpaint(pixels, selected)
     assert filled[0, :, selected[0]].mean(1).tolist() == pytest.approx(expect["inpainted_hole_mean"], abs=0.01)
     assert torch.equal(filled[0, :, ~selected[0]], ((255 * pixels).floor() / 255)[0, :, ~selected[0]])
 
@@ -116,7 +117,7 @@ def test_what_is_hidden_takes_the_constant_and_the_rest_stays():
     pixels, selected = torch.rand(3, 3, 6, 9), torch.rand(3, 6, 9) < 0.5
     kept, before = selected.unsqueeze(1).expand_as(pixels), pixels.clone()
     for fill in (0.0, 0.35):
-        inside, outside = masked_in(pixels, selected, fill), masked_out(pixels, selected, fill)
+        inside, outside = mask_in(pixels, selected, fill), mask_out(pixels, selected, fill)
         assert torch.equal(inside[kept], pixels[kept]) and torch.equal(outside[~kept], pixels[~kept])
         assert (inside[~kept] == torch.tensor(fill)).all() and (outside[kept] == torch.tensor(fill)).all()
     assert torch.equal(pixels, before)
@@ -127,19 +128,19 @@ def test_holes_are_filled_from_around_them_each_image_by_itself():
     selected = torch.zeros(3, 12, 15, dtype=torch.bool)
     selected[0, 4:8, 5:9] = True
     selected[2] = True
-    filled = inpainted(grey, selected)
+    filled = inpaint(grey, selected)
     assert torch.equal(filled[1], grey[1]) and torch.equal(filled[0, :, ~selected[0]], grey[0, :, ~selected[0]])
     assert (filled[0] - grey[0]).abs().max() < 0.1, "a hole in one colour gets about that colour"
     assert filled[2].eq(0).all(), "nothing is left to fill from"
-    assert torch.equal(inpainted(grey[:1], selected[:1]), filled[:1])
-    assert torch.equal(inpainted(grey, selected, 0.35)[2], torch.full((3, 12, 15), 89 / 255))
+    assert torch.equal(inpaint(grey[:1], selected[:1]), filled[:1])
+    assert torch.equal(inpaint(grey, selected, 0.35)[2], torch.full((3, 12, 15), 89 / 255))
     low = torch.full((1, 3, 8, 8), 0.9999)
-    assert torch.equal(inpainted(low, torch.zeros(1, 8, 8) > 0), torch.full_like(low, 254) / 255), "the fraction goes"
+    assert torch.equal(inpaint(low, torch.zeros(1, 8, 8) > 0), torch.full_like(low, 254) / 255), "the fraction goes"
 
 
 def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
     images, labels = torch.zeros(3, 3, 224, 230), torch.zeros(3, dtype=torch.long)
-    masks = {name: of_toy(name, None, 5).masks_of(images, labels).masks for name in TOYS}
+    masks = {name: toy_extractor(name, None, 5).masks_of(images, labels).masks for name in TOY_EXTRACTORS}
     assert all(mask.shape == (3, 224, 230) for mask in masks.values())
     assert masks["zero"].eq(0).all() and masks["one"].eq(1).all()
     blocks = masks["random56"][:, ::4, ::4]
@@ -148,11 +149,11 @@ def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
         assert abs(mask.mean() - 0.5) < 0.02 and set(mask.unique().tolist()) == {0, 1}
         assert not torch.equal(mask[0], mask[1])
     assert 0.45 < (masks["random224"][:, :, 1:] == masks["random224"][:, :, :-1]).float().mean() < 0.55
-    again = of_toy("random56", None, 5)
+    again = toy_extractor("random56", None, 5)
     assert torch.equal(again.masks_of(images, labels).masks, masks["random56"])
     assert not torch.equal(again.masks_of(images, labels).masks, masks["random56"]), "the next batch has other coins"
-    assert not torch.equal(of_toy("random56", None, 6).masks_of(images, labels).masks, masks["random56"])
-    for name in TOYS:  # what is selected is the mask itself
+    assert not torch.equal(toy_extractor("random56", None, 6).masks_of(images, labels).masks, masks["random56"])
+    for name in TOY_EXTRACTORS:  # what is selected is the mask itself
         assert torch.equal(binarize(masks[name]), masks[name] > 0)
 
 
@@ -160,7 +161,7 @@ def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
 
 
 def test_a_network_of_torchvision_is_read_from_a_file_of_half_precision(squeezenet):
-    (judge,) = load_judges([f"squeezenet1_1={squeezenet}"], CPU)
+    (judge,) = load_panel([f"squeezenet1_1={squeezenet}"], CPU)
     network = get_model("squeezenet1_1", weights=None)
     network.load_state_dict(torch.load(squeezenet, weights_only=True))
     pixels = torch.rand(2, 3, 64, 64)
@@ -182,7 +183,7 @@ def test_torchvisions_own_files_of_densenets_have_older_names(tmp_path):
         old[key] = value
     assert old.keys() != network.state_dict().keys()
     torch.save(old, tmp_path / "dense.pth")
-    (judge,) = load_judges([f"densenet121={tmp_path / 'dense.pth'}"], CPU)
+    (judge,) = load_panel([f"densenet121={tmp_path / 'dense.pth'}"], CPU)
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert judge.count == 3 and not torch.equal(judge(pixels), network(pixels)), "the judge normalises"
@@ -190,13 +191,13 @@ def test_torchvisions_own_files_of_densenets_have_older_names(tmp_path):
 
 
 def test_our_own_files_and_run_folders_judge_under_their_names(run, maps):
-    folder, file, chk = load_judges([str(run), str(run / "last.pt"), str(maps)], CPU)
+    folder, file, chk = load_panel([str(run), str(run / "last.pt"), str(maps)], CPU)
     assert [folder.name, file.name, chk.name] == ["base", "last", "map"]
     assert folder.mean == (0.5, 0.5, 0.5) and folder.classes[0] == "disc" and folder.count == 10
-    again = load_judges([str(run / "best.pt"), str(run), str(run.parent / "base" / "best.pt")], CPU)
+    again = load_panel([str(run / "best.pt"), str(run), str(run.parent / "base" / "best.pt")], CPU)
     assert [judge.name for judge in again] == ["best", "base"], "one word is one judge"
     part = load_evaluation("shapes", image_size=64, limit=20)
-    wanted, _ = predict(folder.network, Batches(part, 20, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
+    wanted, _ = predict(folder.network, DeviceLoader(part, 20, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
     with torch.no_grad():
         found = folder(part.pixels.permute(0, 3, 1, 2) / 255)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
@@ -205,7 +206,7 @@ def test_our_own_files_and_run_folders_judge_under_their_names(run, maps):
 def test_judges_of_one_name_are_told_apart_by_their_words(tmp_path, squeezenet):
     (tmp_path / "other.pt").write_bytes(squeezenet.read_bytes())
     words = [f"squeezenet1_1={squeezenet}", f"squeezenet1_1={tmp_path / 'other.pt'}"]
-    assert [judge.name for judge in load_judges(words, CPU)] == words
+    assert [judge.name for judge in load_panel(words, CPU)] == words
 
 
 def test_published_weights_come_from_the_cache_or_the_error_says_where_to_put_them(monkeypatch, tmp_path):
@@ -216,12 +217,12 @@ def test_published_weights_come_from_the_cache_or_the_error_says_where_to_put_th
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(UserError) as told:
-        load_judges(["resnet18"], CPU)
+        load_panel(["resnet18"], CPU)
     assert "put the file resnet18-f37072fd.pth into" in str(told.value) and str(tmp_path) in str(told.value)
     assert "resnet18=FILE" in str(told.value) and len(str(told.value).splitlines()) == 2
     state, asked = get_model("resnet18", weights=None).state_dict(), []
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: asked.append(url) or state)
-    (judge,) = load_judges(["resnet18"], CPU)
+    (judge,) = load_panel(["resnet18"], CPU)
     assert judge.name == "resnet18" and asked[0].endswith("resnet18-f37072fd.pth")
     assert torch.equal(judge.network.conv1.weight, state["conv1.weight"])
 
@@ -244,7 +245,7 @@ class Harmful:
 
 def test_a_file_of_weights_runs_nothing(tmp_path, capsys):
     torch.save({"state_dict": get_model("squeezenet1_1").state_dict(), "args": Harmful()}, tmp_path / "bad.pt")
-    assert load_judges([f"squeezenet1_1={tmp_path / 'bad.pt'}"], CPU)[0].count == 1000
+    assert load_panel([f"squeezenet1_1={tmp_path / 'bad.pt'}"], CPU)[0].count == 1000
     assert "harm was done" not in capsys.readouterr().out
 
 
@@ -258,15 +259,15 @@ def test_words_that_mean_nothing_are_explained(tmp_path, squeezenet):
         "vit_h_14": "give them as vit_h_14=FILE",
     }.items():
         with pytest.raises(UserError, match=told):
-            load_judges([word], CPU)
+            load_panel([word], CPU)
 
 
 def test_networks_of_other_classes_are_judged_by_themselves_and_nothing_is_fetched_in_vain(monkeypatch):
-    monkeypatch.setattr(judging, "load_judges", None)
+    monkeypatch.setattr(classifier_eval, "load_panel", None)
     few, network = argparse.Namespace(classes=["a", "b"]), torch.nn.Identity()
     own = Extractor("m", None, (0.1,) * 3, (0.2,) * 3, classes=["a", "b"], options={"model": "r"}, count=2)
     own.classifier = network
-    panel = Panel(None, None, CPU)
+    panel = ClassifierPanel(None, None, CPU)
     assert panel.of(own, few) == [Classifier("own r", network, (0.1,) * 3, (0.2,) * 3, ["a", "b"], 2)]
     with pytest.raises(UserError, match="--class_list"):
         panel.of(Extractor("published", None, classifier=network, count=1000), few)
@@ -279,13 +280,13 @@ def test_the_published_judges_are_loaded_once(monkeypatch):
         asked.append(tuple(words))
         return [Classifier(word, network, (0,) * 3, (1,) * 3) for word in words]
 
-    monkeypatch.setattr(judging, "load_judges", load)
+    monkeypatch.setattr(classifier_eval, "load_panel", load)
     part = argparse.Namespace(classes=[f"n{index:08d}" for index in range(1000)])
-    panel = Panel(None, None, CPU)
+    panel = ClassifierPanel(None, None, CPU)
     for extractor in (Extractor("published", None, classifier=network, count=1000), Extractor("toy", None)):
         assert [judge.name for judge in panel.of(extractor, part)] == list(PUBLISHED)
     assert asked == [PUBLISHED] and len(PUBLISHED) == 17
-    named = Panel(["one", "two"], None, CPU)
+    named = ClassifierPanel(["one", "two"], None, CPU)
     assert [judge.name for judge in named.of(Extractor("toy", None), part)] == ["one", "two"]
     with pytest.raises(UserError, match="which classifiers"):
         panel.of(Extractor("toy", None), argparse.Namespace(classes=["a", "b"]))
@@ -295,12 +296,12 @@ def test_the_published_judges_are_loaded_once(monkeypatch):
 
 
 def test_classes_are_found_by_name_and_unknown_ones_are_marked():
-    assert label_map(["b", "x", "a"], ["a", "b", "c"]).tolist() == [1, -1, 0]
-    assert label_map(["b", "a"], ["a", "b"], class_list="not read").tolist() == [1, 0], "a file that knows is believed"
-    assert torch.equal(label_map([str(n) for n in range(1000)], []), torch.arange(1000))
-    assert label_map(["a", "b", "c"], [], count=3).tolist() == [0, 1, 2]
+    assert map_labels(["b", "x", "a"], ["a", "b", "c"]).tolist() == [1, -1, 0]
+    assert map_labels(["b", "a"], ["a", "b"], class_list="not read").tolist() == [1, 0], "a file that knows is believed"
+    assert torch.equal(map_labels([str(n) for n in range(1000)], []), torch.arange(1000))
+    assert map_labels(["a", "b", "c"], [], count=3).tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="--class_list FILE"):
-        label_map(["a", "b"], [])
+        map_labels(["a", "b"], [])
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_classes_are_found_by_name_and_unknown_ones_are_marked():
 )
 def test_class_lists_are_read_in_every_form(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    found = label_map(["n00000001", "n00000003", "n99999999"], [], str(tmp_path / name), count=3)
+    found = map_labels(["n00000001", "n00000003", "n99999999"], [], str(tmp_path / name), count=3)
     assert found.tolist() == [1, 0, -1]
 
 
@@ -331,9 +332,9 @@ def test_class_lists_are_read_in_every_form(tmp_path, name, text):
 def test_faults_of_class_lists_are_explained(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=told):
-        label_map(["a"], [], str(tmp_path / name), count=3)
+        map_labels(["a"], [], str(tmp_path / name), count=3)
     with pytest.raises(UserError, match="No such file"):
-        label_map(["a"], [], str(tmp_path / "gone"), count=3)
+        map_labels(["a"], [], str(tmp_path / "gone"), count=3)
 
 
 # the numbers
@@ -341,14 +342,14 @@ def test_faults_of_class_lists_are_explained(tmp_path, name, content, told):
 
 def test_the_numbers_by_hand():
     chances = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
-    found = sums(chances.log(), torch.tensor([0, 0, 2, -1]))
+    found = batch_sums(chances.log(), torch.tensor([0, 0, 2, -1]))
     entropy = -sum(float(p * p.log()) for p in chances[:3].flatten())
     loss = -float(chances[[0, 1, 2], [0, 0, 2]].log().sum())
     assert found.tolist() == pytest.approx([loss, 2, 3, entropy, 3])
     logits, labels = torch.randn(50, 9), torch.randint(9, (50,))
     ranks = (logits > logits.gather(1, labels.unsqueeze(1))).sum(1)
     wanted = [float(F.cross_entropy(logits, labels)) * 50, int((ranks < 1).sum()), int((ranks < 5).sum())]
-    assert sums(logits, labels)[:3].tolist() == pytest.approx(wanted)
+    assert batch_sums(logits, labels)[:3].tolist() == pytest.approx(wanted)
 
 
 def by_hand(maps: Path, run: Path, count: int) -> dict[str, dict[str, float]]:
@@ -366,7 +367,7 @@ def by_hand(maps: Path, run: Path, count: int) -> dict[str, dict[str, float]]:
     with torch.no_grad():
         selected = binarize(network.eval()((pixels - mean) / std)[0][:, 0])
         kinds = {"clean": pixels, "masked_in": pixels * selected.unsqueeze(1)}
-        kinds |= {"masked_out": pixels * ~selected.unsqueeze(1), "inpainted": inpainted(pixels, selected)}
+        kinds |= {"masked_out": pixels * ~selected.unsqueeze(1), "inpainted": inpaint(pixels, selected)}
         logits = {kind: judge((images - 0.5) / 0.5) for kind, images in kinds.items()}
     assert 0.02 < selected.float().mean() < 0.98
     return {
@@ -389,12 +390,12 @@ def test_eval_sees_images_and_masks_as_the_files_say(maps, run):
 
 def test_zero_is_the_plain_accuracy_and_one_its_mirror(maps, run, capsys):
     results = evaluated("--casms-path", maps, "--toy", "--limit", 33, "--batch-size", 16, "--classifiers", run)
-    assert [one["name"] for one in results] == ["map", *TOYS]
+    assert [one["name"] for one in results] == ["map", *TOY_EXTRACTORS]
     file = SavedClassifier(run)
     part = load_evaluation("shapes", image_size=64, limit=33)
     model = build_model("resnet20", 10, 64)
     model.load_state_dict(file.weights)
-    logits, labels = predict(model, Batches(part, 33, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
+    logits, labels = predict(model, DeviceLoader(part, 33, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
     plain = 100 * float((logits.argmax(1) == labels).float().mean())
     zero, one = results[1], results[2]
     for row in (zero["clean"], zero["masked_out"], zero["inpainted"], one["masked_in"]):
@@ -421,30 +422,30 @@ def test_the_network_of_the_maps_judges_by_default_with_its_own_statistics(maps)
     content, part = read_file(maps), load_evaluation("shapes", image_size=64, limit=20)
     model = build_model("resnet20", 10, 64)
     model.load_state_dict(content["model"])
-    logits, labels = predict(model, Batches(part, 20, device=CPU, mean=content["mean"], std=content["std"]))
+    logits, labels = predict(model, DeviceLoader(part, 20, device=CPU, mean=content["mean"], std=content["std"]))
     assert own["clean"]["own resnet20"]["l"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-4)
 
 
 def test_images_of_classes_that_a_judge_does_not_know_are_left_out(
     folders, squeezenet, class_list, capsys, monkeypatch
 ):
-    monkeypatch.setattr(common, "LARGE", 30)  # so that these images count as large
+    monkeypatch.setattr(results, "LARGE_SIDE", 30)  # so that these images count as large
     words = [folders, "--toy", "--image-size", 40, "--classifiers", f"squeezenet1_1={squeezenet}", "--batch-size", 5]
-    results = evaluated(*words, "--class-list", class_list)
-    assert {result["images"] for result in results} == {21}
-    assert all(result["left_out"] == {"squeezenet1_1": 7} for result in results)
-    part = load_evaluation("folder", data_dir=str(folders), view=CentreView(40, 46))
-    (judge,) = load_judges([f"squeezenet1_1={squeezenet}"], CPU)
-    logits, labels = predict(judge.network, Batches(part, 21, device=CPU, mean=judge.mean, std=judge.std))
+    found = evaluated(*words, "--class-list", class_list)
+    assert {result["images"] for result in found} == {21}
+    assert all(result["left_out"] == {"squeezenet1_1": 7} for result in found)
+    part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(40, 46))
+    (judge,) = load_panel([f"squeezenet1_1={squeezenet}"], CPU)
+    logits, labels = predict(judge.network, DeviceLoader(part, 21, device=CPU, mean=judge.mean, std=judge.std))
     known, place = labels < 2, torch.tensor([7, 9, -1])[labels]
     loss = float(F.cross_entropy(logits[known], place[known]))
-    assert results[0]["masked_out"]["squeezenet1_1"]["l"] == pytest.approx(loss, abs=1e-4)
+    assert found[0]["masked_out"]["squeezenet1_1"]["l"] == pytest.approx(loss, abs=1e-4)
     assert "does not know the classes of 7" in capsys.readouterr().out
     with pytest.raises(UserError, match="--class_list"):
         evaluated(*words)
     with pytest.raises(UserError, match="classifier squeezenet1_1 knows the class of none of the 21 images"):
         part.labels[:] = part.classes.index("unheard_of")
-        judging.labels_for(judge, part, 50, str(class_list))
+        classifier_eval.map_panel_labels(judge, part, 50, str(class_list))
     class_list.write_text("\n".join(["wnid", *(f"m{index}" for index in range(1000))]))
     with pytest.raises(UserError, match="classifier squeezenet1_1: the network knows none"):
         evaluated(*words, "--class-list", class_list)
@@ -458,8 +459,8 @@ def test_maps_of_other_classes_are_evaluated_all_the_same(maps, folders, squeeze
 
 def test_large_images_are_cut_out_of_larger_ones(folders):
     options = dict.fromkeys(["dataset", "image_size", "limit", "on_bad_image"]) | {"data": str(folders)}
-    parts = Parts(casm_eval.build_parser(), options)
-    for size, view in ((224, CentreView(224, 256)), (64, CentreView(64, 64)), (160, CentreView(160, 183))):
+    parts = ImageSetCache(casm_eval.build_parser(), options)
+    for size, view in ((224, CenterCrop(224, 256)), (64, CenterCrop(64, 64)), (160, CenterCrop(160, 183))):
         assert parts.of(Extractor("x", None, image_size=size), larger=True)[0].pixels.view == view
 
 
@@ -478,10 +479,10 @@ def test_your_own_extractor_gets_normalised_images_and_its_masks_are_used(tmp_pa
         *(folders, "--basics", tmp_path / "mine.py", "--classifiers", f"squeezenet1_1={squeezenet}"),
         *("--class-list", class_list, "--limit", 4),
     )
-    part = load_evaluation("folder", data_dir=str(folders), view=CentreView(40, 40), limit=4)
+    part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(40, 40), limit=4)
     pixels = part.pixels.read_all(0, lambda items, **_: items)[0].permute(0, 3, 1, 2).float() / 255
     pixels[:, :, :, :20] = 0
-    (judge,) = load_judges([f"squeezenet1_1={squeezenet}"], CPU)
+    (judge,) = load_panel([f"squeezenet1_1={squeezenet}"], CPU)
     with torch.no_grad():
         loss = float(F.cross_entropy(judge(pixels), torch.tensor([7] * 4)))
     assert result["name"] == "mine" and result["masked_out"]["squeezenet1_1"]["l"] == pytest.approx(loss, abs=1e-4)
@@ -498,7 +499,7 @@ def test_results_are_kept_and_models_that_are_done_are_skipped(maps, tmp_path, m
     keys = ["name", "path", "images", "left_out", "unreadable", *KINDS, "made_of"]
     assert list(first[0]) == keys and list(first[0]["inpainted"]) == ["own resnet20"]
     capsys.readouterr()
-    monkeypatch.setattr(judging, "evaluate", None)
+    monkeypatch.setattr(classifier_eval, "evaluate", None)
     assert evaluated(*words) == first
     assert "done already" in capsys.readouterr().out
 
@@ -506,7 +507,7 @@ def test_results_are_kept_and_models_that_are_done_are_skipped(maps, tmp_path, m
 def test_a_run_that_breaks_leaves_no_result_behind(maps, tmp_path, monkeypatch):
     words = ["--casms-path", maps, "--limit", 12, "--save-to-file", "--log-path", tmp_path / "logs"]
     with monkeypatch.context() as patched:
-        patched.setattr(judging, "sums", lambda *_: 1 / 0)
+        patched.setattr(classifier_eval, "batch_sums", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             evaluated(*words)
     assert list((tmp_path / "logs").iterdir()) == []
@@ -548,7 +549,7 @@ def test_help_needs_no_torch(command):
 def drawn(monkeypatch) -> list:
     """The rows of every picture, by its path, in the order drawn; nothing is written."""
     seen = []
-    monkeypatch.setattr(draw, "tight_grid", lambda path, rows: seen.append((Path(path), rows)))
+    monkeypatch.setattr(figures, "draw_tight_grid", lambda path, rows: seen.append((Path(path), rows)))
     return seen
 
 
@@ -573,8 +574,8 @@ def test_the_rows_are_the_image_what_is_left_what_is_hidden_and_its_filling(maps
         with torch.no_grad():
             selected = binarize(network.eval()((pixels - mean) / std)[0][:, 0])
         assert 0.02 < selected.float().mean() < 0.98
-        hidden = masked_out(pixels, selected, 0.35)
-        wanted = [pixels, masked_in(pixels, selected, 0.35), hidden, inpainted(hidden, selected, 0.35)]
+        hidden = mask_out(pixels, selected, 0.35)
+        wanted = [pixels, mask_in(pixels, selected, 0.35), hidden, inpaint(hidden, selected, 0.35)]
         for row, one in zip(rows, wanted, strict=True):
             torch.testing.assert_close(torch.from_numpy(row).permute(0, 3, 1, 2), one, atol=1e-6, rtol=0)
         hole = selected.numpy()
@@ -604,10 +605,10 @@ def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps,
     words += ["--plots", 1, "--batch-size", 5, "--columns", 2]
     assert [path.name for path in pictures(*words)] == [f"{batch}.png"] and len(drawn[0][1][0]) == 2
     pictures(*words, "--resize", 80)
-    monkeypatch.setattr(common, "LARGE", 30)  # so that these images count as large
+    monkeypatch.setattr(results, "LARGE_SIDE", 30)  # so that these images count as large
     pictures(*words)
     for (_, rows), resize in zip(drawn, (64, 80, 73), strict=True):
-        part = load_evaluation("folder", data_dir=str(folders), view=CentreView(64, resize))
+        part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(64, resize))
         wanted = part.take(torch.tensor([5 * batch])).pixels.read_all(0, lambda items, **_: items)[0][0] / 255
         assert np.allclose(rows[0][0], wanted.numpy(), atol=1e-6)
     with pytest.raises(SystemExit):

@@ -9,7 +9,7 @@ import torch
 from conftest import GOLDEN
 from torch.nn import functional as F
 
-from saliency.casm.localize import RULES, binarize, centroids, largest_components, rectangles
+from saliency.casm.boxes import RULES, binarize, centroids, largest_components, rectangles
 from saliency.casm.metrics import (
     MaskStatistics,
     box_scores,

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.annotations import find_truths
-from engine.cli import UserError
-from engine.data import load_evaluation
-from saliency.casm import score
-from saliency.casm.extractors import Extractor, Masks, of_nothing
-from saliency.casm.localize import binarize, rectangles
+from engine.data.annotations import find_boxes
+from engine.data.datasets import load_evaluation
+from engine.errors import UserError
+from saliency.casm.boxes import binarize, rectangles
+from saliency.casm.commands import score
+from saliency.casm.extractors import Extractor, Masks, naive_extractor
+from saliency.casm.localization_eval import score as score_one
 from saliency.casm.metrics import box_scores
 from saliency.casm.network import load_casm
-from saliency.casm.scoring import score as score_one
 
 XML = (
     "<annotation><size><width>{width}</width><height>{height}</height></size><object><name>{name}</name><bndbox>"
@@ -150,7 +150,7 @@ def test_other_maps_and_naive_ones_stand_in_the_same_table(casm_file, tmp_path, 
 
 
 def test_naive_masks_have_the_published_size():
-    masks = of_nothing("center", None).masks_of(torch.zeros(2, 3, 224, 224), torch.zeros(2, dtype=torch.long))
+    masks = naive_extractor("center", None).masks_of(torch.zeros(2, 3, 224, 224), torch.zeros(2, dtype=torch.long))
     assert masks.masks.sum((1, 2)).tolist() == [158 * 158] * 2 and masks.masks[0, 33, 33] == 1
     assert masks.masks[0, 32, 33] == 0 and masks.masks[0, 190, 190] == 1 and masks.correct.all()
 
@@ -239,7 +239,7 @@ def test_the_rule_decides_the_box():
     extractor = Extractor("flat", lambda images, labels: Masks(mask, labels >= 0))
     options = {"batch_size": 1, "workers": 0, "class_list": None, "pot": 1, "print_freq": 1, "break_ratio": False}
     found = {
-        rule: score_one(extractor, part, find_truths(part, "shapes"), options | {"rule": rule}, torch.device("cpu"))
+        rule: score_one(extractor, part, find_boxes(part, "shapes"), options | {"rule": rule}, torch.device("cpu"))
         for rule in ("percentile", "mean")
     }
     assert found["percentile"]["LE"] == 1 and found["mean"]["LE"] == 0

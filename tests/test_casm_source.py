@@ -8,11 +8,11 @@ from conftest import same_state, shapes_command
 from torch.nn import functional as F
 
 import train
-from engine.cli import UserError
+from engine.errors import UserError
 from mixing import MIXERS, build_mixer, show
 from mixing.saliencymix import SaliencyMix
 from saliency import build_source
-from saliency.casm.localize import centroids
+from saliency.casm.boxes import centroids
 from saliency.casm.network import load_casm
 from saliency.casm.source import CASM
 
@@ -153,7 +153,7 @@ def test_what_is_missing_is_said(tmp_path, casm_file, capsys):
 
 def test_it_is_shown(tmp_path, casm_file, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr("engine.draw.mixtures", lambda path, **given: drawn.append(given))
+    monkeypatch.setattr("engine.drawing.figures.draw_mixtures", lambda path, **given: drawn.append(given))
     words = ["--dataset", "shapes", "--indices", "1", "2", "3", "--method", "saliencymix", "rmix", "--n", "1"]
     show.main([*words, "--saliency", "casm", "--casm", casm_file])
     assert drawn[0]["guide"] == "casm" and drawn[0]["saliency"].shape == (3, 32, 32)

@@ -10,16 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import (
-    extract_weights,
-    find_checkpoint,
-    load_weights,
-    read_checkpoint,
-    read_file,
-    save_checkpoint,
-)
-from engine.cli import UserError
-from engine.files import interrupt_later, write_atomic
+from engine.errors import UserError
+from engine.runtime.checkpoint import find_checkpoint, read_checkpoint, read_file, save_checkpoint
+from engine.runtime.files import delay_interrupt, write_atomic
+from engine.runtime.foreign_weights import extract_weights, load_weights
 from models import build_model, matching_models
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +75,8 @@ def test_no_other_code_is_imported(tmp_path):
     (tmp_path / "their_code.py").write_text("print('imported')\nclass Logger:\n    pass\n")
     make = "import torch, their_code; torch.save({'model': {'w': torch.ones(2)}, 'log': their_code.Logger()}, 'f.pt')"
     subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
-    read = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import engine.checkpoint as c; print(c.read_file('f.pt'))"
+    read = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    read += "import engine.runtime.checkpoint as c; print(c.read_file('f.pt'))"
     done = subprocess.run([sys.executable, "-c", read], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "imported" not in done.stdout and "tensor" in done.stdout
 
@@ -236,7 +231,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
 def test_ctrl_c_waits_for_a_save(tmp_path):
     import signal
 
-    with pytest.raises(KeyboardInterrupt), interrupt_later():
+    with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)
         (tmp_path / "done").touch()
     assert (tmp_path / "done").exists()

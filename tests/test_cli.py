@@ -8,10 +8,14 @@ import pytest
 
 import evaluate
 import train
-from engine.cli import Parser, UserError, explain, one_of, whole, yes_no
-from engine.configure import check_together, fill_in, translate, without_effect
-from engine.mixing_options import GROUPS
-from engine.recipes import RECIPES, recipe_options
+from engine.config.legacy_options import translate_legacy
+from engine.config.mixing_options import OPTION_GROUPS
+from engine.config.parser import Parser, boolean, choice, int_at_least
+from engine.config.recipes import RECIPES, recipe_options
+from engine.config.resolve import check_combinations, fill_in_options
+from engine.config.unused_options import find_unused_options
+from engine.errors import UserError
+from engine.launch import explain_error
 from mixing import MIXERS, hyper_parameters
 
 ROOT = Path(__file__).parents[1]
@@ -19,9 +23,9 @@ ROOT = Path(__file__).parents[1]
 
 def options_of(*words: str) -> dict:
     parser = train.build_parser()
-    typed, _ = translate(parser.read(list(words)))
-    options = fill_in(typed, {}, parser.defaults)
-    check_together(options, typed)
+    typed, _ = translate_legacy(parser.read(list(words)))
+    options = fill_in_options(typed, {}, parser.defaults)
+    check_combinations(options, typed)
     return options
 
 
@@ -108,16 +112,16 @@ def test_errors_are_explained_in_a_line(tmp_path):
     )
     done = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr
-    assert explain(UserError("what\nhow")) == "what\nhow" and "--debug" in explain(KeyError("x"))
-    assert "--batch_size" in explain(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
+    assert explain_error(UserError("what\nhow")) == "what\nhow" and "--debug" in explain_error(KeyError("x"))
+    assert "--batch_size" in explain_error(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
 
 
 def test_a_parser_keeps_typed_options_apart():
     parser = Parser("test")
     parser.group("one")
-    parser.option("--some_number", "--old_number", type=whole(), default=3)
-    parser.option("--flag", type=yes_no, default=True)
-    parser.option("--kind", type=one_of(["a", "b"], {"x": "a"}))
+    parser.option("--some_number", "--old_number", type=int_at_least(), default=3)
+    parser.option("--flag", type=boolean, default=True)
+    parser.option("--kind", type=choice(["a", "b"], {"x": "a"}))
     assert parser.read(["--old-number", "5", "--flag", "off", "--kind", "X"]) == {
         "some_number": 5,
         "flag": False,
@@ -177,7 +181,7 @@ def test_recipes_set_only_options_that_exist(name):
         for method, own in options["method_options"].items():
             assert own.keys() <= hyper_parameters(method).keys()
     with pytest.raises(KeyError, match="do not exist"):
-        fill_in({"recipe": name}, {}, {key: value for key, value in known.items() if key != "lr"})
+        fill_in_options({"recipe": name}, {}, {key: value for key, value in known.items() if key != "lr"})
 
 
 def test_every_hyper_parameter_has_a_flag():
@@ -187,25 +191,28 @@ def test_every_hyper_parameter_has_a_flag():
 
 
 def test_shorthands_are_translated():
-    assert translate({"saliency_probab": 0.5})[0] == {"method": ["saliencymix"], "mix_prob": 0.5}
-    assert translate({"method": ["cutmix"], "cutmix_probab": 0.3})[0] == {"method": ["cutmix"], "mix_prob": 0.3}
-    assert translate({"saliency_probab": 0.0})[0] == {}
-    assert translate({"train": "mixup", "box": True}) == (
+    assert translate_legacy({"saliency_probab": 0.5})[0] == {"method": ["saliencymix"], "mix_prob": 0.5}
+    assert translate_legacy({"method": ["cutmix"], "cutmix_probab": 0.3})[0] == {"method": ["cutmix"], "mix_prob": 0.3}
+    assert translate_legacy({"saliency_probab": 0.0})[0] == {}
+    assert translate_legacy({"train": "mixup", "box": True}) == (
         {"method": ["cutmix"]},
         ["--train mixup --box is --method cutmix"],
     )
-    assert translate({"train": "mixup_hidden"})[0] == {"method": ["manifold"]}
-    assert translate({"saliency_legacy_float": True})[0] == {"saliency": "float_bytes", "saliency_scope": "batch"}
-    assert translate({"use_fp16": True, "ngpu": 0})[0] == {"amp": "fp16", "device": "cpu"}
-    one_box = translate({"method": ["saliencymix"], "per_sample": False})[0]
+    assert translate_legacy({"train": "mixup_hidden"})[0] == {"method": ["manifold"]}
+    assert translate_legacy({"saliency_legacy_float": True})[0] == {
+        "saliency": "float_bytes",
+        "saliency_scope": "batch",
+    }
+    assert translate_legacy({"use_fp16": True, "ngpu": 0})[0] == {"amp": "fp16", "device": "cpu"}
+    one_box = translate_legacy({"method": ["saliencymix"], "per_sample": False})[0]
     assert one_box == {"method": ["saliencymix"], "saliency_scope": "batch"}
 
 
 def test_options_without_effect_are_named():
     typed = {"mixup_alpha": 1.0, "saliency_scope": "batch", "cutout_length": 8, "epochs": 3}
-    group = train.build_parser().group_of(*GROUPS)
-    assert without_effect(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
-    assert without_effect(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
+    group = train.build_parser().group_of(*OPTION_GROUPS)
+    assert find_unused_options(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
+    assert find_unused_options(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
 
 
 EARLIER_COMMANDS = [  # of the codes this project joins, in their spelling
@@ -248,13 +255,13 @@ def test_the_earlier_evaluation_command_is_taken():
 
 
 def test_shorthands_of_the_gradient_methods():
-    puzzle, lines = translate({"train": "mixup", "graph": True, "mp": 8})
+    puzzle, lines = translate_legacy({"train": "mixup", "graph": True, "mp": 8})
     assert puzzle == {"method": ["puzzlemix"]} and lines[0] == "--train mixup --graph is --method puzzlemix"
     assert lines[1] == "--mp: of an earlier code, without meaning here"
-    assert translate({"comix": True})[0] == {"method": ["comixup"]}
-    assert translate({"comix": False})[0] == {"method": ["none"], "recipe": "puzzle"}
+    assert translate_legacy({"comix": True})[0] == {"method": ["comixup"]}
+    assert translate_legacy({"comix": False})[0] == {"method": ["none"], "recipe": "puzzle"}
     with pytest.raises(ValueError, match="different methods"):
-        translate({"comix": True, "method": ["sage"]})
+        translate_legacy({"comix": True, "method": ["sage"]})
     parser = train.build_parser()
     assert parser.read(["--method", "rmix rlmix", "cutmix"])["method"] == ["rmix", "rlmix", "cutmix"]
     assert parser.read(["--random_patches", "8 16"]) == parser.read(["--random-patches", "8", "16"])

@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixing.binary import binary_ascent, binary_exact
 from mixing.comixup import (
     CoMixup,
     block_cost,
@@ -18,7 +17,8 @@ from mixing.comixup import (
     piece_together,
     solve_in_parallel,
 )
-from mixing.labelling import objective, pick, solve, twins
+from mixing.solvers.binary_grid import binary_ascent, binary_exact
+from mixing.solvers.comixup_labelling import objective, pick, solve, twins
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "comixup.npz")
 CASES = json.loads(str(GOLDEN["meta"]))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.cli import UserError
-from engine.evaluation.corrupted_sets import ALEXNET, EXTRA, find_corrupted, mean_corruption_error
-from engine.image_files import CentreView, Reader
+from engine.data.image_files import Reader
+from engine.data.views import CenterCrop
+from engine.errors import UserError
+from evaluation.corruption_benchmarks import ALEXNET, EXTRA, find_corrupted, mean_corruption_error
 
 CLASSES = ["ape", "bee", "cat"]
-VIEW = CentreView(8, 8)
+VIEW = CenterCrop(8, 8)
 COUNT = 6  # images a severity
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import draws
-from engine.evaluation import corruptions
-from engine.evaluation.corruptions import CORRUPTIONS, DESCRIPTIONS, FAMILIES, SEVERITIES, STRENGTHS, corrupt
+from engine.data import sample_rng
+from evaluation import corruptions, image_ops
+from evaluation.corruptions import CORRUPTIONS, DESCRIPTIONS, FAMILIES, SEVERITIES, STRENGTHS, corrupt
 
 FIXED = {"defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression"}  # no random draw
 # of these a higher severity moves values less at some published step; they have tests of their own
@@ -17,7 +17,7 @@ UNEVEN = {"glass_blur", "snow", "frost", "fog", "elastic_transform"}
 
 def picture(count: int, height: int, width: int) -> torch.Tensor:
     """(B, 3, H, W) of 256 levels: a shaded ground, a bright disk, stripes, all different in colour and place."""
-    shift = draws.uniform(torch.arange(count), (3, 1, 1), seed=1, purpose="picture")
+    shift = sample_rng.uniform(torch.arange(count), (3, 1, 1), seed=1, purpose="picture")
     down, across = torch.linspace(0, 1, height).view(1, 1, -1, 1), torch.linspace(0, 1, width)
     ground = 0.25 + 0.35 * (down * shift + across * (1 - shift))
     disk = torch.sigmoid(40 * (0.25 - ((down - 0.3 - 0.3 * shift[:, :1]) ** 2 + (across - 0.5) ** 2).sqrt()))
@@ -209,7 +209,7 @@ def test_defocus_spreads_a_point_over_a_disk():
 def test_a_trail_goes_one_way(angle, path):
     clean = torch.zeros(1, 1, 9, 9)
     clean[..., 4, 4] = 1
-    trail = corruptions.smeared(clean, 1, 2.0, torch.tensor([[[angle]]]))[0, 0]
+    trail = image_ops.motion_smear(clean, 1, 2.0, torch.tensor([[[angle]]]))[0, 0]
     weights = torch.tensor([math.exp(-(step**2) / 8) for step in range(3)])
     expected = torch.zeros(9, 9)
     for weight, (down, across) in zip(weights / weights.sum(), [(0, 0), *path], strict=True):
@@ -262,7 +262,7 @@ def test_snow_and_fog_only_whiten_the_dark_and_frost_is_bluish():
     assert frozen[:, 2].mean() > frozen[:, 0].mean() > 0.1
     white = corrupt(1 - black, "frost", 5, index)
     assert ((white - frozen - 0.75).abs() < 0.01)[white < 1].all()
-    ice = corruptions.ice(corruptions.Draws(index, 0, "frost/5", index.device), 64, 64)
+    ice = corruptions.ice(image_ops.Draws(index, 0, "frost/5", index.device), 64, 64)
     assert ice.min() < 0.2 and ice.max() > 0.9 and torch.equal(frozen, stored_by_hand(0.45 * ice))
     foggy = corrupt(black + 102 / 255, "fog", 3, index)  # the least fog none, the most 0.75, times 0.4 / 1.15
     assert foggy.min() == pytest.approx(0.16 / 1.15, abs=0.01) and foggy.max() == pytest.approx(0.4, abs=0.01)

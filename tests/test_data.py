@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.batches import Batches, crop_and_flip
-from engine.cli import UserError
-from engine.data import STATISTICS, Part, load_data, split
-from engine.shapes import CLASSES, draw_shapes
+from engine.data.datasets import load_data
+from engine.data.image_set import STATISTICS, ImageSet, split_by_class
+from engine.data.loader import DeviceLoader, crop_and_flip
+from engine.data.shapes import CLASSES, draw_shapes
+from engine.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -134,13 +135,13 @@ def write_folder(root: Path, part: str = "val") -> None:
 def test_folder_is_read_by_workers(tmp_path, part, workers):
     write_folder(tmp_path, part)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
-    batches = Batches(
+    batches = DeviceLoader(
         data.train, 4, device=CPU, mean=data.mean, std=data.std, shuffle=True, augment=True, padding=2, workers=workers
     )
     sizes = [tuple(batch.images.shape) for batch in batches.epoch(0)]
     assert sizes == [(4, 3, 32, 32), (2, 3, 32, 32)] and data.classes == ["cat", "dog"]
     assert torch.cat(
-        [batch.labels for batch in Batches(data.test, 4, device=CPU, mean=data.mean, std=data.std).epoch()]
+        [batch.labels for batch in DeviceLoader(data.test, 4, device=CPU, mean=data.mean, std=data.std).epoch()]
     ).tolist() == [0, 0, 0, 1, 1, 1]
 
 
@@ -163,7 +164,7 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path, workers):
 
     def read(on_bad_image):
         data = load_data("folder", data_dir=str(tmp_path), image_size=32, on_bad_image=on_bad_image)
-        batches = Batches(data.train, 6, device=CPU, mean=data.mean, std=data.std, workers=workers)
+        batches = DeviceLoader(data.train, 6, device=CPU, mean=data.mean, std=data.std, workers=workers)
         return next(iter(batches.epoch())), batches
 
     with pytest.raises(UserError, match=r"cat.2\.png.*\n.*--on_bad_image skip"):
@@ -178,15 +179,15 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path, workers):
 
 
 def test_validation_images_come_out_of_the_training_part():
-    part = Part(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 4, list("abcd"), "here")
-    train, valid = split(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
+    part = ImageSet(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 4, list("abcd"), "here")
+    train, valid = split_by_class(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
     assert torch.bincount(train.labels).tolist() == [5] * 4 and torch.bincount(valid.labels).tolist() == [3] * 4
     assert not set(train.pixels.flatten().tolist()) & set(valid.pixels.flatten().tolist())
-    again, _ = split(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
-    other, _ = split(part, labels_per_class=5, valid_labels_per_class=3, seed=2)
+    again, _ = split_by_class(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
+    other, _ = split_by_class(part, labels_per_class=5, valid_labels_per_class=3, seed=2)
     assert torch.equal(train.pixels, again.pixels) and not torch.equal(train.pixels, other.pixels)
     with pytest.raises(UserError, match="class 'a' has 10 images"):
-        split(part, 8, 3, 1)
+        split_by_class(part, 8, 3, 1)
 
 
 def test_limit_and_class_count(tmp_path):
@@ -227,9 +228,9 @@ def test_drawing_leaves_the_global_generator_alone():
 # batches
 
 
-def numbered(count: int = 10, size: int = 6) -> Part:
+def numbered(count: int = 10, size: int = 6) -> ImageSet:
     pixels = torch.arange(count * size * size * 3).remainder(251).to(torch.uint8).view(count, size, size, 3)
-    return Part(pixels, torch.arange(count), [str(i) for i in range(count)], "here")
+    return ImageSet(pixels, torch.arange(count), [str(i) for i in range(count)], "here")
 
 
 def test_crop_and_flip_shift_and_fill_with_black():
@@ -244,7 +245,7 @@ def test_crop_and_flip_shift_and_fill_with_black():
 def test_batches_depend_on_seed_and_epoch_alone():
     def stream(seed, epoch, draws_before=0):
         torch.rand(draws_before)
-        batches = Batches(
+        batches = DeviceLoader(
             numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, augment=True, padding=1, seed=seed
         )
         return [(batch.images, batch.labels, batch.index) for batch in batches.epoch(epoch)]
@@ -263,7 +264,9 @@ def test_workers_do_not_change_the_stream(tmp_path):
     write_folder(tmp_path)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
     kwargs = {"device": CPU, "mean": data.mean, "std": data.std, "shuffle": True, "augment": True, "padding": 4}
-    streams = [[b.images for b in Batches(data.train, 4, workers=workers, **kwargs).epoch(2)] for workers in (0, 2)]
+    streams = [
+        [b.images for b in DeviceLoader(data.train, 4, workers=workers, **kwargs).epoch(2)] for workers in (0, 2)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
 
 
@@ -271,7 +274,7 @@ def test_normalisation_is_torchvisions():
     from torchvision.transforms.functional import normalize
 
     part, mean, std = numbered(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    batch = next(Batches(part, 3, device=CPU, mean=mean, std=std).epoch())
+    batch = next(DeviceLoader(part, 3, device=CPU, mean=mean, std=std).epoch())
     expected = normalize(part.pixels[:3].permute(0, 3, 1, 2).float() / 255, mean, std)
     torch.testing.assert_close(batch.images, expected)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -279,7 +282,7 @@ def test_normalisation_is_torchvisions():
 
 def test_the_last_short_batch_is_kept_or_dropped():
     for drop_last, sizes in ((False, [4, 4, 2]), (True, [4, 4])):
-        batches = Batches(numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, drop_last=drop_last)
+        batches = DeviceLoader(numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, drop_last=drop_last)
         assert [len(batch.labels) for batch in batches.epoch()] == sizes and len(batches) == len(sizes)
 
 
@@ -302,7 +305,7 @@ def test_real_cifar10(real_data):
 
 @pytest.mark.parametrize(("count", "most"), [(1000, 60), (10, 7), (9, 9), (5, 8), (4, 0)])
 def test_a_few_are_from_all_over_and_of_classes_that_take_turns(count, most):
-    part = Part(torch.arange(count), torch.arange(count) % 2, ["a", "b"], "somewhere")
+    part = ImageSet(torch.arange(count), torch.arange(count) % 2, ["a", "b"], "somewhere")
     few = part.spread(most)
     places, wanted = few.pixels.tolist(), min(count, most)
     assert len(places) == wanted and places == sorted(set(places))

@@ -13,9 +13,11 @@ from torchvision.models.detection import faster_rcnn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 import detect
-from detection.metrics import Found, Truth, voc
-from detection.options import RECIPES, build_parser, schedule_of, settle
-from engine.cli import Terminated, UserError
+from detection.metrics import Detections, Objects, voc_metrics
+from detection.options import build_parser
+from detection.recipes import RECIPES
+from detection.resolve import resolve_options, scale_schedule
+from engine.errors import Terminated, UserError
 from models import build_model
 
 TINY = "--dataset shapes --limit 6 --batch_size 2 --min_size 64 --max_size 128 --rois 8 --proposals 20 10 --amp off"
@@ -123,7 +125,7 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
     import detection.run
 
     whole, _ = run("--iters", "3", "--ema", "0.9", name="whole")
-    original, done = detection.loop.update, []
+    original, done = detection.loop.optimizer_step, []
 
     def counted(*args, **kwargs):
         done.append(1)
@@ -131,7 +133,7 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(detection.loop, "update", counted)
+    monkeypatch.setattr(detection.loop, "optimizer_step", counted)
     with pytest.raises(Terminated, match="2 steps into the epoch; continue with --checkpoint .*last.pt"):
         run("--iters", "3", "--ema", "0.9", "--save_iters", "2", name="stopped")
     monkeypatch.undo()
@@ -141,7 +143,7 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(detection.run, "judge", killed)
+    monkeypatch.setattr(detection.run, "evaluate", killed)
     again = ("--iters", "3", "--checkpoint", "auto")
     with pytest.raises(KeyboardInterrupt):
         run(*again, name="stopped", start=False)
@@ -154,14 +156,14 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
 def test_the_best_epoch_is_that_of_the_figure_papers_compare(run, monkeypatch):
     import detection.run
 
-    original, figures = detection.run.judge, iter([(0.3, 0.4), (0.2, 0.9)])
+    original, figures = detection.run.evaluate, iter([(0.3, 0.4), (0.2, 0.9)])
 
     def told(*args, **kwargs):
         judged = original(*args, **kwargs)
         judged.voc["map07"], judged.voc["map"] = next(figures)
         return judged
 
-    monkeypatch.setattr(detection.run, "judge", told)
+    monkeypatch.setattr(detection.run, "evaluate", told)
     _, result = run("--iters", "4", "--eval_every", "1", "--log_off")
     assert result["best"] == {"value": 30.0, "epoch": 1, "split": "test"}
     assert result["figures"]["VOC07 mAP@0.5 (11-point)"] == 20.0, "of the last epoch"
@@ -184,23 +186,23 @@ def test_evaluate_gives_the_last_row_of_the_log(run, backbone, tmp_path):
 
 
 def test_dumped_detections_give_the_same_numbers(run, tmp_path):
-    from detection.data import load_parts
+    from detection.load import load_image_sets
 
     _, result = run("--iters", "2", "--predictions", str(tmp_path / "all.json"), "--score_thr", "0", "--log_off")
-    _, test = load_parts(dataset="shapes", limit=6)
+    _, test = load_image_sets(dataset="shapes", limit=6)
     found = {name: [] for name in test.names}
     for one in json.loads((tmp_path / "all.json").read_text()):
         x, y, width, height = one["bbox"]
         found[one["image_id"]].append(((x, y, x + width, y + height), one["category_id"], one["score"]))
         assert test.classes[one["category_id"] - 1] == one["category"]
     lists = [
-        Found(*(np.array(column) for column in zip(*some, strict=True)))
+        Detections(*(np.array(column) for column in zip(*some, strict=True)))
         if some
-        else Found(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+        else Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
         for some in found.values()
     ]
-    truths = [Truth(*(target[key].numpy() for key in Truth._fields)) for target in test.targets]
-    again = voc(lists, truths, test.classes)
+    truths = [Objects(*(target[key].numpy() for key in Objects._fields)) for target in test.targets]
+    again = voc_metrics(lists, truths, test.classes)
     assert 100 * again["map"] == pytest.approx(result["figures"]["VOC mAP@0.5 (area)"], abs=1e-9)
     assert sum(len(some) for some in found.values()) > 0
 
@@ -230,9 +232,11 @@ def test_training_starts_from_another_detector(run, detector, tmp_path, capsys):
 
 
 def test_the_baseline_starts_from_torchvisions_weights(run, monkeypatch, capsys):
-    import detection.start
+    import detection.initialize
 
-    monkeypatch.setattr(detection.start, "fetch", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict())
+    monkeypatch.setattr(
+        detection.initialize, "fetch", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict()
+    )
     run("--pretrained", "--model", "resnet18", "--iters", "1", "--log_off", start=False)
     assert (
         "on imagenet_resnet18 from https://download.pytorch.org/models/resnet18-f37072fd.pth" in capsys.readouterr().out
@@ -241,7 +245,7 @@ def test_the_baseline_starts_from_torchvisions_weights(run, monkeypatch, capsys)
     def offline(url):
         raise ValueError("cannot download")
 
-    monkeypatch.setattr(detection.start, "fetch", offline)
+    monkeypatch.setattr(detection.initialize, "fetch", offline)
     with pytest.raises(
         UserError, match="--pretrained: cannot download, or give a classifier with --backbone_checkpoint"
     ):
@@ -276,9 +280,9 @@ def test_a_run_is_not_cut_behind_where_it_stands(detector):
 
 
 def test_objects_marked_difficult_are_trained_on_only_if_asked_for(run, monkeypatch, capsys):
-    import detection.data
+    import detection.load
 
-    original = detection.data.load_parts
+    original = detection.load.load_image_sets
 
     @functools.wraps(original)  # whose parameters say which options it is given
     def with_difficult(**options):
@@ -287,23 +291,23 @@ def test_objects_marked_difficult_are_trained_on_only_if_asked_for(run, monkeypa
             target["difficult"][:1] = True
         return train, test
 
-    monkeypatch.setattr(detection.data, "load_parts", with_difficult)
+    monkeypatch.setattr(detection.load, "load_image_sets", with_difficult)
     for asked, objects in (("true", "10 objects (6 difficult)"), ("false", "4 objects (0 difficult)")):
         run("--iters", "1", "--log_off", "--use_difficult", asked)
         assert f"train: 6 images with {objects}" in capsys.readouterr().out
 
 
 def test_what_is_forced_on_a_run_that_goes_on_counts(run, monkeypatch, capsys):
-    import detection.data
+    import detection.load
 
     folder, _ = run("--iters", "1")
     words = ("--checkpoint", str(folder), "--iters", "2")
     detect.main([*words, "--momentum", "0.5", "--force_config", "--score_thr", "0.2"])
     assert torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"][0]["momentum"] == 0.5
     assert "--score_thr changed: the best epoch is sought anew" in capsys.readouterr().out
-    original = detection.data.load_parts
+    original = detection.load.load_image_sets
     fewer = functools.wraps(original)(lambda **options: [part.take(range(5)) for part in original(**options)])
-    monkeypatch.setattr(detection.data, "load_parts", fewer)
+    monkeypatch.setattr(detection.load, "load_image_sets", fewer)
     with pytest.raises(UserError, match="was trained on 6 images of 10 classes, here are 5 of 10\nname its data"):
         detect.main(["--checkpoint", str(folder), "--iters", "3"])
 
@@ -413,7 +417,7 @@ def test_options_that_would_make_it_another_run_are_refused(detector):
 
 def settled(*words: str) -> dict:
     parser = build_parser()
-    return settle(parser, parser.read([*words, "--pretrained"]), {})
+    return resolve_options(parser, parser.read([*words, "--pretrained"]), {})
 
 
 def test_recipes_are_the_published_ones():
@@ -428,7 +432,7 @@ def test_recipes_are_the_published_ones():
     keys += ("use_difficult", "min_size", "max_size")
     for name, wanted in table.items():
         options = settled("--recipe", name)
-        options |= schedule_of(options, steps[options["batch_size"]])
+        options |= scale_schedule(options, steps[options["batch_size"]])
         multi_scale = list(range(480, 801, 32))
         assert [options[key] for key in keys] == [multi_scale if value is None else value for value in wanted], name
         assert options["augment"] == "flip" and options["momentum"] == 0.9
@@ -437,14 +441,14 @@ def test_recipes_are_the_published_ones():
 
 def test_a_shorter_run_keeps_the_shape_of_its_recipe():
     options = settled("--epochs", "10")
-    assert schedule_of(options, 41) == {"iters": 410, "schedule": [330], "warmup_iters": 41}
-    assert schedule_of(settled("--iters", "82000"), 2069) == {
+    assert scale_schedule(options, 41) == {"iters": 410, "schedule": [330], "warmup_iters": 41}
+    assert scale_schedule(settled("--iters", "82000"), 2069) == {
         "iters": 82_000,
         "schedule": [66_000],
         "warmup_iters": 1000,
     }
     typed = settled("--iters", "100", "--epochs", "3", "--schedule", "90", "--warmup_iters", "7")
-    assert schedule_of(typed, 10) == {"iters": 100, "schedule": [90], "warmup_iters": 7}
+    assert scale_schedule(typed, 10) == {"iters": 100, "schedule": [90], "warmup_iters": 7}
 
 
 def test_lr_follows_the_batch_only_when_asked_to():
@@ -456,11 +460,11 @@ def test_lr_follows_the_batch_only_when_asked_to():
 
 def test_the_rate_rises_from_a_thousandth_and_drops_at_its_iterations():
     from detection.faster_rcnn import build_detector
-    from detection.run import build_parts
+    from detection.run import build_training_state
 
     detector = build_detector("resnet18", 2, mean=(0, 0, 0), std=(1, 1, 1))
     common = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.0, "ema": 0.0, "precision": None, "warmup_iters": 4}
-    parts = build_parts(detector, schedule=[6, 8], gammas=[0.1], **common)
+    parts = build_training_state(detector, schedule=[6, 8], gammas=[0.1], **common)
     rates = []
     for _ in range(9):
         rates.append(parts.scheduler.get_last_lr()[0])
@@ -494,7 +498,7 @@ def in_two(ports) -> dict:
     """Gradients of two processes beside the mean of the local ones; runs whole and in parts, and what they found."""
     import detection.loop as loop
     from detection.faster_rcnn import build_detector, set_learning
-    from engine import distributed
+    from engine.runtime import distributed
 
     faster_rcnn.TwoMLPHead = SmallHead
     folder, weights_file = os.environ["RUNS_OF_THIS_TEST"].split(os.pathsep)
@@ -520,11 +524,11 @@ def in_two(ports) -> dict:
     except Terminated as stopped:
         found["message"] = str(stopped)
     loop.update = update
-    distributed.finish()
+    distributed.shut_down_processes()
     go("parts", "--checkpoint", "auto")
 
     os.environ["MASTER_PORT"] = str(next(ports))
-    distributed.start(torch.device("cpu"), 60)
+    distributed.init_processes(torch.device("cpu"), 60)
     torch.manual_seed(1)
     model = build_detector("resnet18", 3, mean=(0, 0, 0), std=(1, 1, 1), min_size=(64,), rois=8, proposals=20)
     set_learning(model, trainable_layers=2)
@@ -532,17 +536,18 @@ def in_two(ports) -> dict:
     boxes = torch.tensor([[4.0, 8, 40, 50], [10, 2, 30, 30]])[: 2 - distributed.rank()]
     batch = [torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)}]
     gradients = []
-    for network in (model, distributed.wrap(model)):
+    for network in (model, distributed.wrap_ddp(model)):
         model.zero_grad()
         torch.manual_seed(20 + distributed.rank())  # of the proposals that are sampled
         sum(network.train()(*batch).values()).backward()
         gradients.append([one.grad.clone() for one in model.parameters() if one.requires_grad])
     local, shared = gradients
     found["apart"] = max(
-        float((distributed.total(one) / 2 - other).abs().max()) for one, other in zip(local, shared, strict=True)
+        float((distributed.all_reduce_sum(one) / 2 - other).abs().max())
+        for one, other in zip(local, shared, strict=True)
     )
     found["largest"] = max(float(one.abs().max()) for one in shared)
-    distributed.finish()
+    distributed.shut_down_processes()
     return found
 
 

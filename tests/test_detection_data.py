@@ -8,12 +8,13 @@ import torch
 import torchvision
 from PIL import Image
 
-from detection import data, scenes
-from detection.data import Part, load_parts
-from detection.scenes import compose, draw_scenes, export_voc, target_of
+from detection import load, shape_scenes
+from detection.dataset import DetectionSet
+from detection.load import load_image_sets
+from detection.shape_scenes import compose, draw_scenes, export_voc, make_target
 from detection.voc import CLASSES, find_devkit, find_sets, read_part
-from engine.cli import UserError
-from engine.image_files import BadImage
+from engine.data.decode import BadImage
+from engine.errors import UserError
 
 SIZE = (60, 40)  # width, height
 
@@ -50,7 +51,7 @@ class Devkit:
         """A list of images."""
         (self.root / f"VOC{year}" / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(lines) + "\n\n")
 
-    def one(self, *things: str, size: tuple[int, int] | None = SIZE) -> Part:
+    def one(self, *things: str, size: tuple[int, int] | None = SIZE) -> DetectionSet:
         """What is read of an image with these objects."""
         self.add("000001", xml(*things, size=size))
         self.name("own", "000001")
@@ -354,32 +355,34 @@ def test_load_parts_limits_tells_so_and_warns_of_images_in_both_parts(devkit):
     devkit.name("two", "000004")
     devkit.name("both", "000002", "000005", "000004")
     where = {"dataset": "voc", "data_dir": str(devkit.root), "train_sets": ["2007_one", "2007_two"]}
-    train, test = load_parts(**where, test_set="2007_both")
+    train, test = load_image_sets(**where, test_set="2007_both")
     assert (len(train), len(test)) == (4, 3) and not test.warnings
     assert len(train.warnings) == 1
     assert train.warnings[0].startswith("2 images are in the training and in the test part: VOC2007/000002; VOC2007/00")
-    train, test = load_parts(**where, test_set="2007_both", limit=3)
+    train, test = load_image_sets(**where, test_set="2007_both", limit=3)
     assert train.names == ["VOC2007/000001", "VOC2007/000002", "VOC2007/000003"] and len(train.targets) == 3
     assert train.warnings[1:] == ["--limit 3: 3 of 4 training images; results are partial"] and not test.warnings
-    assert len(load_parts(**where | {"train_sets": []}, test_set="2007_both")[0]) == 0, "to evaluate alone"
+    assert len(load_image_sets(**where | {"train_sets": []}, test_set="2007_both")[0]) == 0, "to evaluate alone"
 
 
 def test_load_parts_draws_other_scenes_for_training_than_for_the_test(monkeypatch):
-    train, test = load_parts(dataset="shapes", limit=3, image_size=64)
+    train, test = load_image_sets(dataset="shapes", limit=3, image_size=64)
     assert not set(train.names) & set(test.names) and not torch.equal(
         train.targets[0]["boxes"], test.targets[0]["boxes"]
     )
     assert train.warnings == ["--limit 3: 3 of 1,000 training images; results are partial"]
     assert test.warnings == ["--limit 3: 3 of 200 test images; results are partial"]
     assert all(48 <= side <= 80 for part in (train, test) for size in part.sizes for side in size)
-    monkeypatch.setattr(data, "SCENES", ((2, 2), (1, 3)))
-    train, test = load_parts(dataset="shapes")
-    assert [len(part) for part in load_parts(dataset="shapes", train_sets=[], limit=1)] == [0, 1], "to evaluate alone"
+    monkeypatch.setattr(load, "SCENES", ((2, 2), (1, 3)))
+    train, test = load_image_sets(dataset="shapes")
+    assert [len(part) for part in load_image_sets(dataset="shapes", train_sets=[], limit=1)] == [0, 1], (
+        "to evaluate alone"
+    )
     assert (len(train), len(test)) == (2, 1) and max(train.sizes[0]) >= 120 and not train.warnings
     with pytest.raises(UserError, match="--image_size 16"):
-        load_parts(dataset="shapes", image_size=16)
+        load_image_sets(dataset="shapes", image_size=16)
     with pytest.raises(ValueError, match="'coco'"):
-        load_parts(dataset="coco")
+        load_image_sets(dataset="coco")
 
 
 # scenes
@@ -394,7 +397,7 @@ def test_boxes_are_tight_around_what_remains_visible():
     image, visible = compose(torch.zeros(3, 20, 30, dtype=torch.uint8), objects, [(2, 3), (2, 9), (-1, 28)])
     assert image[0, 2:12, 3:9].eq(1).all() and image[0, 2:12, 9:19].eq(2).all() and image[0, :3, 28:].eq(3).all()
     assert image[0].gt(0).sum() == 60 + 100 + 6
-    target = target_of(visible, torch.tensor([100, 100, 16]), torch.tensor([7, 8, 9]))
+    target = make_target(visible, torch.tensor([100, 100, 16]), torch.tensor([7, 8, 9]))
     assert target["boxes"].tolist() == [[3, 2, 9, 12], [9, 2, 19, 12], [28, 0, 30, 3]]
     assert target["labels"].tolist() == [7, 8, 9]
     assert target["difficult"].tolist() == [False, False, True], "of the last one 6 of 16 pixels are there"
@@ -412,7 +415,7 @@ def test_the_border_cuts_the_side_that_lies_outside():
 
 def test_an_object_has_the_outline_of_its_class():
     labels = torch.tensor([0, 0, 0, 8, 8, 0, 8, 0] * 4)  # discs and bars
-    objects = scenes.draw_objects(labels, 160, torch.Generator().manual_seed(0))
+    objects = shape_scenes.draw_objects(labels, 160, torch.Generator().manual_seed(0))
     for label, (pixels, mask) in zip(labels.tolist(), objects, strict=True):
         assert pixels.shape[1:] == mask.shape and mask[0].any() and mask[-1].any() and mask[:, 0].any()
         height, width = mask.shape
@@ -434,7 +437,7 @@ def test_holes_of_an_object_show_what_is_behind_it():
 def test_an_object_is_difficult_below_a_half_and_not_listed_below_a_fifth(hidden, difficult):
     canvas = torch.zeros(3, 30, 30, dtype=torch.uint8)
     _, visible = compose(canvas, [square(10, 1), square(20, 2)], [(2, 2), (0, 12 - hidden)])
-    target = target_of(visible, torch.tensor([100, 400]), torch.tensor([1, 2]))
+    target = make_target(visible, torch.tensor([100, 400]), torch.tensor([1, 2]))
     assert target["difficult"].tolist() == [*([difficult] if difficult is not None else []), False]
     assert target["labels"].tolist() == ([1, 2] if difficult is not None else [2])
 
@@ -474,15 +477,15 @@ def test_scenes_hold_what_a_detector_expects():
 
 
 def test_what_is_drawn_on_a_background_lies_in_the_boxes_and_reaches_their_edges(monkeypatch):
-    calls, real = [], scenes.compose
+    calls, real = [], shape_scenes.compose
 
     def watched(canvas, objects, corners):
         calls.append((canvas, len(objects), *real(canvas, objects, corners)))
         return calls[-1][2:]
 
-    monkeypatch.setattr(scenes, "compose", watched)
-    part = draw_scenes(scenes.CHUNK, size=96, seed=1)
-    for index, (canvas, count, image, _) in enumerate(calls[-scenes.CHUNK :]):  # before them come the scraps
+    monkeypatch.setattr(shape_scenes, "compose", watched)
+    part = draw_scenes(shape_scenes.CHUNK, size=96, seed=1)
+    for index, (canvas, count, image, _) in enumerate(calls[-shape_scenes.CHUNK :]):  # before them come the scraps
         changed, boxes = (canvas != image).any(0), part.targets[index]["boxes"].int().tolist()
         assert torch.equal(image, part.read(index))
         for x0, y0, x1, y1 in boxes:
@@ -538,7 +541,9 @@ def test_export_refuses_a_folder_with_a_devkit_and_parts_that_share_images(tmp_p
 
 @pytest.mark.data
 def test_the_real_images_are_read_as_their_files_say(real_data):
-    train, test = load_parts(dataset="voc", data_dir=str(real_data), train_sets=["2007_trainval"], test_set="2007_test")
+    train, test = load_image_sets(
+        dataset="voc", data_dir=str(real_data), train_sets=["2007_trainval"], test_set="2007_test"
+    )
     assert train.classes == CLASSES and (len(train), len(test)) == (120, 50)
     targets = train.targets + test.targets
     text = "".join(path.read_text() for path in sorted((real_data / "VOCdevkit/VOC2007/Annotations").glob("*.xml")))

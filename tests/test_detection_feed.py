@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from detection.data import Part
-from detection.feed import AUGMENTATIONS, Feed, Views
-from engine.cli import UserError
+from detection.dataset import DetectionSet
+from detection.loader import AUGMENTATIONS, DetectionLoader, DetectionViews
+from engine.errors import UserError
 
 CPU = torch.device("cpu")
 
 
-def part(count: int = 11) -> Part:
+def part(count: int = 11) -> DetectionSet:
     """Images that hold their own number, every third higher than wide; a box for each class up to the number."""
     sizes = [(24, 16) if number % 3 == 0 else (16, 24) for number in range(count)]
     images = [torch.full((3, *size), number, dtype=torch.uint8) for number, size in enumerate(sizes)]
@@ -22,14 +22,14 @@ def part(count: int = 11) -> Part:
         }
         for number in range(count)
     ]
-    return Part(["a", "b"], [f"image {number}" for number in range(count)], images, targets, sizes, "a test")
+    return DetectionSet(["a", "b"], [f"image {number}" for number in range(count)], images, targets, sizes, "a test")
 
 
-def feed(batch_size: int = 4, **options) -> Feed:
-    return Feed(part(), batch_size, device=CPU, **{"shuffle": True, "augment": "flip", "seed": 5, **options})
+def feed(batch_size: int = 4, **options) -> DetectionLoader:
+    return DetectionLoader(part(), batch_size, device=CPU, **{"shuffle": True, "augment": "flip", "seed": 5, **options})
 
 
-def seen(batches: Feed, epoch: int = 0, start: int = 0) -> list[list[int]]:
+def seen(batches: DetectionLoader, epoch: int = 0, start: int = 0) -> list[list[int]]:
     return [batch.index.tolist() for batch in batches.epoch(epoch, start)]
 
 
@@ -57,7 +57,7 @@ def test_a_started_epoch_goes_on_with_the_same_samples():
 
 
 def test_a_flip_moves_the_boxes_along():
-    views = Views(part(), "flip")
+    views = DetectionViews(part(), "flip")
     for epoch in range(20):
         (image,), (target,), _ = views.read([2], seed=1, epoch=epoch)
         if not torch.equal(target["boxes"], part().targets[2]["boxes"]):
@@ -68,7 +68,7 @@ def test_a_flip_moves_the_boxes_along():
 
 @pytest.mark.parametrize("augment", sorted(AUGMENTATIONS))
 def test_augmentation_depends_on_seed_epoch_and_image_alone(augment):
-    views = Views(part(), augment)
+    views = DetectionViews(part(), augment)
     torch.manual_seed(7)
     before = torch.get_rng_state()
     together, targets, _ = views.read([1, 2, 4], seed=3, epoch=1)
@@ -80,7 +80,7 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(augment):
 
 
 def test_crops_keep_labels_with_their_boxes():
-    views = Views(part(), "ssd")
+    views = DetectionViews(part(), "ssd")
     counts = set()
     for epoch in range(30):
         (image,), (target,), _ = views.read([2], epoch=epoch)
@@ -95,7 +95,7 @@ def test_crops_keep_labels_with_their_boxes():
 
 def test_workers_change_nothing():
     def content(workers: int) -> list:
-        batches = Feed(part(), 4, device=CPU, shuffle=True, augment="ssd", seed=5)
+        batches = DetectionLoader(part(), 4, device=CPU, shuffle=True, augment="ssd", seed=5)
         batches.reader.workers = workers  # images in memory are read without them otherwise
         found = [(batch.index, torch.cat([image.flatten() for image in batch.images])) for batch in batches.epoch(1)]
         batches.close()
@@ -125,13 +125,13 @@ def test_an_epoch_has_as_many_steps_for_any_number_of_processes():
 
 
 def test_an_evaluation_reads_every_image_once_over_all_ranks():
-    parts = [Feed(part(), 2, device=CPU, rank=rank, ranks=2) for rank in (0, 1)]
+    parts = [DetectionLoader(part(), 2, device=CPU, rank=rank, ranks=2) for rank in (0, 1)]
     assert sorted(sum((index for one in parts for index in seen(one)), [])) == list(range(11))
     assert all(len(index) == 1 for index in seen(parts[0]))
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"no image")
-    broken = Part(["a"], ["a"], [tmp_path / "a.jpg"], part(1).targets, [(24, 16)], "a test")
+    broken = DetectionSet(["a"], ["a"], [tmp_path / "a.jpg"], part(1).targets, [(24, 16)], "a test")
     with pytest.raises(UserError, match=r"a.jpg: not an image\nreplace the file or its annotation"):
-        list(Feed(broken, 1, device=CPU).epoch())
+        list(DetectionLoader(broken, 1, device=CPU).epoch())

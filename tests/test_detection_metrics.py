@@ -8,25 +8,25 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from detection.metrics import Found, Truth, coco, voc
+from detection.metrics import Detections, Objects, coco_metrics, voc_metrics
 
 SQUARE, FAR = (10, 10, 50, 50), (200, 200, 240, 240)  # of medium size for COCO
 NAMES = ["cat", "dog"]
 
 
-def found(*rows: tuple) -> Found:
+def found(*rows: tuple) -> Detections:
     """Rows of box, label, score."""
     boxes, labels, scores = zip(*rows, strict=True) if rows else ((), (), ())
-    return Found(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(scores, float))
+    return Detections(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(scores, float))
 
 
-def truth(*rows: tuple) -> Truth:
+def truth(*rows: tuple) -> Objects:
     """Rows of box, label and, if it is, True for difficult."""
     boxes, labels, difficult = zip(*((*row, False)[:3] for row in rows), strict=True) if rows else ((), (), ())
-    return Truth(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(difficult, bool))
+    return Objects(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(difficult, bool))
 
 
-def cats(right: str, objects: int) -> tuple[list[Found], list[Truth]]:
+def cats(right: str, objects: int) -> tuple[list[Detections], list[Objects]]:
     """Detections of one class by falling score, `+` right and `-` wrong, each in an image of its own; then images with
     the rest of the objects.
     """
@@ -36,14 +36,14 @@ def cats(right: str, objects: int) -> tuple[list[Found], list[Truth]]:
     return detections + [found()] * rest, truths + [truth((SQUARE, 1))] * rest
 
 
-def ap(detections: list[Found], truths: list[Truth], name: str = "cat") -> tuple[float, float]:
-    row = voc(detections, truths, NAMES)["classes"][name]
+def ap(detections: list[Detections], truths: list[Objects], name: str = "cat") -> tuple[float, float]:
+    row = voc_metrics(detections, truths, NAMES)["classes"][name]
     return row["ap07"], row["ap"]
 
 
 def random_set(
     seed: int, images: int = 12, classes: int = 3, objects: int = 8, most: int = 30
-) -> tuple[list[Found], list[Truth]]:
+) -> tuple[list[Detections], list[Objects]]:
     """Boxes on whole pixels, of all of COCO's sizes. Most detections are an object of the image, moved a little; there
     are equal scores (of eight), equal overlaps, twins, difficult objects, images without either.
     """
@@ -57,7 +57,7 @@ def random_set(
         if number > 1:
             boxes[0] = boxes[1]
         labels = draw.integers(1, classes + 1, number)
-        truths.append(Truth(boxes, labels, draw.random(number) < 0.3))
+        truths.append(Objects(boxes, labels, draw.random(number) < 0.3))
         count = draw.integers(0, most + 1) * draw.integers(0, 4).clip(0, 1)
         if number:
             source = draw.integers(0, number, count)
@@ -68,7 +68,7 @@ def random_set(
         moved[:, 2:] = np.maximum(moved[:, 2:], moved[:, :2] + 1)
         elsewhere = draw.random(count) < 0.15
         named[elsewhere] = draw.integers(1, classes + 1, elsewhere.sum())
-        detections.append(Found(moved, named, draw.integers(1, 9, count) / 8))
+        detections.append(Detections(moved, named, draw.integers(1, 9, count) / 8))
     return detections, truths
 
 
@@ -78,13 +78,13 @@ def random_set(
 def test_perfect_boxes_are_worth_one():
     truths = [truth((SQUARE, 1), (FAR, 2)), truth((SQUARE, 2))]
     detections = [found((SQUARE, 1, 0.3), (FAR, 2, 0.9)), found((SQUARE, 2, 0.1))]
-    result = voc(detections, truths, NAMES)
+    result = voc_metrics(detections, truths, NAMES)
     assert all(result[key] == 1 for key in ("map07", "map", "ap07_50_95", "ap_50_95", "ap07_75", "ap_75"))
     assert result["classes"]["dog"] == {
         **{"objects": 2, "difficult": 0, "found": 2, "ap07": 1.0, "ap": 1.0, "ap07_50_95": 1.0, "ap_50_95": 1.0}
     }
     assert result["curves"]["dog"] == {"precision": [1.0, 1.0], "recall": [0.5, 1.0]}
-    figures = coco(detections, truths, 2)
+    figures = coco_metrics(detections, truths, 2)
     assert figures["AP"] == figures["AP_medium"] == pytest.approx(1) and figures["AR_1"] == 1
     assert figures["AP_small"] is figures["AP_large"] is figures["AR_small"] is None
 
@@ -92,7 +92,7 @@ def test_perfect_boxes_are_worth_one():
 def test_a_second_detection_of_an_object_is_false():
     truths = [truth((SQUARE, 1), (FAR, 1))]
     detections = [found((SQUARE, 1, 0.9), ((10, 10, 50, 49), 1, 0.8), (FAR, 1, 0.7))]
-    result = voc(detections, truths, NAMES)
+    result = voc_metrics(detections, truths, NAMES)
     assert result["curves"]["cat"]["precision"] == pytest.approx([1, 1 / 2, 2 / 3])
     assert result["classes"]["cat"]["ap"] == pytest.approx((1 + 2 / 3) / 2)
     assert result["classes"]["cat"]["ap07"] == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
@@ -101,7 +101,7 @@ def test_a_second_detection_of_an_object_is_false():
 def test_the_better_box_does_not_win_over_the_better_score():
     """At 0.75 the first claims nothing, so the second is right; at 0.5 the first has the object."""
     truths = [truth((SQUARE, 1))]
-    result = voc([found(((10, 10, 50, 34), 1, 0.9), (SQUARE, 1, 0.8))], truths, NAMES)
+    result = voc_metrics([found(((10, 10, 50, 34), 1, 0.9), (SQUARE, 1, 0.8))], truths, NAMES)
     assert result["curves"]["cat"] == {"precision": [1.0, 0.5], "recall": [1.0, 1.0]}
     assert (result["map"], result["ap_75"]) == (1, 0.5)
 
@@ -111,7 +111,7 @@ def test_an_object_that_is_found_already_is_not_replaced_by_the_next_best():
     truths = [truth(((0, 0, 40, 40), 1), ((0, 4, 40, 44), 1))]
     detections = [found(((0, 0, 40, 40), 1, 0.9), ((0, 1, 40, 41), 1, 0.8))]
     assert ap(detections, truths)[1] == 0.5
-    assert coco(detections, truths, 1)["AP50"] == pytest.approx(1)
+    assert coco_metrics(detections, truths, 1)["AP50"] == pytest.approx(1)
 
 
 def test_of_equal_overlaps_the_first_object_is_meant():
@@ -125,10 +125,10 @@ def test_a_difficult_object_counts_neither_way():
     alone = [found((SQUARE, 1, 0.5))]
     twice = [found((FAR, 1, 0.9), (FAR, 1, 0.8), (SQUARE, 1, 0.5))]
     assert ap(alone, truths) == ap(twice, truths) == (1, 1)
-    row = voc(twice, truths, NAMES)["classes"]["cat"]
+    row = voc_metrics(twice, truths, NAMES)["classes"]["cat"]
     assert (row["objects"], row["difficult"], row["found"]) == (1, 1, 3)
-    assert coco(twice, truths, 1)["AP"] == pytest.approx(1)
-    counted = coco(twice, truths, 1, count_difficult=True)
+    assert coco_metrics(twice, truths, 1)["AP"] == pytest.approx(1)
+    counted = coco_metrics(twice, truths, 1, count_difficult=True)
     assert counted["AR_10"] == 1 and counted["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
@@ -148,7 +148,7 @@ def test_eleven_points_take_a_recall_of_exactly_k_tenths(right):
 def test_area_and_eleven_points_of_a_small_curve():
     """Precision 1, 1/2, 2/3, 1/2, 3/5, 1/2 at recall 1/4, 1/4, 2/4, 2/4, 3/4, 3/4."""
     detections, truths = cats("+-+-+-", 4)
-    result = voc(detections, truths, NAMES)
+    result = voc_metrics(detections, truths, NAMES)
     assert result["curves"]["cat"]["precision"] == pytest.approx([1, 1 / 2, 2 / 3, 1 / 2, 3 / 5, 1 / 2])
     assert result["curves"]["cat"]["recall"] == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
     row = result["classes"]["cat"]
@@ -167,7 +167,7 @@ def test_an_overlap_that_is_exactly_the_threshold_is_enough(percent):
     truths = [truth(((3, 7, 103, 8), 1))]
     passed = (percent - 45) // 5
     for left_out, thresholds in ((100 - percent, passed), (101 - percent, passed - 1)):
-        result = voc([found(((3 + left_out, 7, 103, 8), 1, 0.5))], truths, NAMES)
+        result = voc_metrics([found(((3 + left_out, 7, 103, 8), 1, 0.5))], truths, NAMES)
         assert result["ap_50_95"] == pytest.approx(thresholds / 10), left_out
         assert result["map"] == (thresholds > 0) and result["ap_75"] == (thresholds > 5)
 
@@ -188,18 +188,18 @@ def test_boxes_without_area_overlap_nothing():
 def test_a_class_without_objects_leaves_the_means():
     truths = [truth((SQUARE, 1), (FAR, 2, True))]
     detections = [found((SQUARE, 1, 0.9), (SQUARE, 2, 0.8))]
-    result = voc(detections, truths, [*NAMES, "cow"])
+    result = voc_metrics(detections, truths, [*NAMES, "cow"])
     assert result["map"] == result["map07"] == result["ap_50_95"] == result["ap_75"] == 1
     nothing = {"ap07": None, "ap": None, "ap07_50_95": None, "ap_50_95": None}
     assert result["classes"]["dog"] == {"objects": 0, "difficult": 1, "found": 1, **nothing}
     assert result["classes"]["cow"] == {"objects": 0, "difficult": 0, "found": 0, **nothing}
     assert result["curves"]["cow"] == {"precision": [], "recall": []}
-    assert coco(detections, truths, 3)["AP"] == pytest.approx(1)
+    assert coco_metrics(detections, truths, 3)["AP"] == pytest.approx(1)
 
 
 def test_classes_weigh_the_same_however_many_objects_they_have():
     truths = [truth((SQUARE, 1), (FAR, 1), ((0, 100, 40, 140), 2))]
-    result = voc([found(((0, 100, 40, 140), 2, 0.1))], truths, NAMES)
+    result = voc_metrics([found(((0, 100, 40, 140), 2, 0.1))], truths, NAMES)
     assert result["map"] == result["map07"] == result["ap07_75"] == 0.5
 
 
@@ -214,35 +214,35 @@ def test_an_image_without_the_class_still_has_false_detections_of_it():
     detections = [found((SQUARE, 1, 0.9)), found((SQUARE, 1, 0.8))]
     assert ap(detections, truths)[1] == 0.5
     assert ap(detections, truths, "dog") == (0, 0)
-    assert coco(detections, truths, 2)["AP50"] == pytest.approx(0.25)
+    assert coco_metrics(detections, truths, 2)["AP50"] == pytest.approx(0.25)
 
 
 def test_no_detections_are_worth_nothing():
     truths = [truth((SQUARE, 1)), truth()]
-    result = voc([found(), found()], truths, NAMES)
+    result = voc_metrics([found(), found()], truths, NAMES)
     assert result["map"] == result["map07"] == 0 and result["classes"]["cat"]["found"] == 0
-    figures = coco([found(), found()], truths, 2)
+    figures = coco_metrics([found(), found()], truths, 2)
     assert figures["AP"] == figures["AR_100"] == 0 and figures["AP_large"] is None
 
 
 @pytest.mark.parametrize("images", [0, 2])
 def test_nothing_to_find_is_no_figure(images):
     nothing = [found()] * images, [truth()] * images
-    assert voc(*nothing, NAMES)["map"] is None
-    assert set(coco(*nothing, 2).values()) == {None}
+    assert voc_metrics(*nothing, NAMES)["map"] is None
+    assert set(coco_metrics(*nothing, 2).values()) == {None}
 
 
 def test_equal_scores_go_by_the_order_of_images_and_detections():
     truths = [truth((SQUARE, 1)), truth((SQUARE, 1))]
     wrong, right = (FAR, 1, 0.5), (SQUARE, 1, 0.5)
-    assert voc([found(right, wrong), found(right)], truths, NAMES)["curves"]["cat"]["recall"] == [0.5, 0.5, 1]
-    assert voc([found(wrong, right), found(right)], truths, NAMES)["curves"]["cat"]["recall"] == [0, 0.5, 1]
+    assert voc_metrics([found(right, wrong), found(right)], truths, NAMES)["curves"]["cat"]["recall"] == [0.5, 0.5, 1]
+    assert voc_metrics([found(wrong, right), found(right)], truths, NAMES)["curves"]["cat"]["recall"] == [0, 0.5, 1]
 
 
 def test_a_long_curve_is_cut_and_looks_the_same():
     signs = np.where(np.random.default_rng(0).random(3000) < np.linspace(1, 0.1, 3000), "+", "-")
     hits = np.cumsum(signs == "+")
-    curve = voc(*cats("".join(signs), int(hits[-1])), NAMES)["curves"]["cat"]
+    curve = voc_metrics(*cats("".join(signs), int(hits[-1])), NAMES)["curves"]["cat"]
     whole = hits / hits[-1], hits / np.arange(1, 3001)
     assert len(curve["recall"]) == len(curve["precision"]) <= 200
     assert (curve["recall"][0], curve["precision"][0]) == (whole[0][0], whole[1][0])
@@ -254,16 +254,18 @@ def test_a_long_curve_is_cut_and_looks_the_same():
 
 def test_the_result_is_plain_json():
     detections, truths = random_set(0)
-    detections = [Found(one.boxes.astype("f4"), one.labels.astype("i4"), one.scores.astype("f4")) for one in detections]
-    for result in (voc(detections, truths, ["a", "b", "c", "d"]), coco(detections, truths, 4)):
+    detections = [
+        Detections(one.boxes.astype("f4"), one.labels.astype("i4"), one.scores.astype("f4")) for one in detections
+    ]
+    for result in (voc_metrics(detections, truths, ["a", "b", "c", "d"]), coco_metrics(detections, truths, 4)):
         assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_the_input_is_left_alone():
     detections, truths = random_set(1)
     before = [column.copy() for image in (*detections, *truths) for column in image]
-    voc(detections, truths, ["a", "b", "c"])
-    coco(detections, truths, 3)
+    voc_metrics(detections, truths, ["a", "b", "c"])
+    coco_metrics(detections, truths, 3)
     after = [column for image in (*detections, *truths) for column in image]
     assert all(map(np.array_equal, before, after))
 
@@ -280,7 +282,7 @@ def test_the_input_is_left_alone():
     ],
 )
 def test_what_does_not_fit_together_is_refused(detections, truths, message):
-    for measure, classes in ((voc, NAMES), (coco, 2)):
+    for measure, classes in ((voc_metrics, NAMES), (coco_metrics, 2)):
         with pytest.raises(ValueError, match=message):
             measure(detections, truths, classes)
 
@@ -296,7 +298,7 @@ def exact_overlap(one, other) -> Fraction:
     return Fraction(width * height, (c - a) * (d - b) + (g - e) * (h - f) - width * height)
 
 
-def slow_voc(detections: list[Found], truths: list[Truth], label: int, threshold: Fraction):
+def slow_voc(detections: list[Detections], truths: list[Objects], label: int, threshold: Fraction):
     """None without objects, else the two APs and the curve."""
     rows = [
         (-score, image, place, box)
@@ -330,7 +332,7 @@ def slow_voc(detections: list[Found], truths: list[Truth], label: int, threshold
 @pytest.mark.parametrize("seed", range(6))
 def test_voc_is_what_the_rule_says(seed):
     detections, truths = random_set(seed)
-    result = voc(detections, truths, ["a", "b", "c", "d"])  # of d there is nothing
+    result = voc_metrics(detections, truths, ["a", "b", "c", "d"])  # of d there is nothing
     tables = []
     for label, name in enumerate("abcd", 1):
         slow = [slow_voc(detections, truths, label, Fraction(percent, 100)) for percent in range(50, 100, 5)]
@@ -354,7 +356,7 @@ STATS = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 STATS += ["AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
 
 
-def cocoeval(detections: list[Found], truths: list[Truth], classes: int, count_difficult: bool) -> list[float]:
+def cocoeval(detections: list[Detections], truths: list[Objects], classes: int, count_difficult: bool) -> list[float]:
     pytest.importorskip("pycocotools")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -381,9 +383,11 @@ def cocoeval(detections: list[Found], truths: list[Truth], classes: int, count_d
     return judge.stats.tolist()
 
 
-def same_as_cocoeval(detections: list[Found], truths: list[Truth], classes: int, count_difficult: bool) -> list[float]:
+def same_as_cocoeval(
+    detections: list[Detections], truths: list[Objects], classes: int, count_difficult: bool
+) -> list[float]:
     expected = cocoeval(detections, truths, classes, count_difficult)
-    figures = coco(detections, truths, classes, count_difficult=count_difficult)
+    figures = coco_metrics(detections, truths, classes, count_difficult=count_difficult)
     assert list(figures) == STATS
     assert [-1 if figure is None else figure for figure in figures.values()] == pytest.approx(expected, abs=1e-13)
     return expected
@@ -408,7 +412,7 @@ def test_coco_takes_the_first_hundred_of_a_class_in_an_image():
     truths = [truth((SQUARE, 1), (SQUARE, 2))]
     for more, recall in ((0, 1), (1, 0.5)):
         detections = [found(*wrong, *[(FAR, 1, 0.9)] * more, (SQUARE, 1, 0.8), (SQUARE, 2, 0.1))]
-        assert coco(detections, truths, 2)["AR_100"] == recall
+        assert coco_metrics(detections, truths, 2)["AR_100"] == recall
         same_as_cocoeval(detections, truths, 2, False)
 
 
@@ -418,7 +422,7 @@ def test_coco_takes_the_last_of_equal_overlaps():
     """
     truths = [truth(((0, 0, 40, 40), 1), ((4, 0, 44, 40), 1))]
     detections = [found(((2, 0, 42, 40), 1, 0.9), ((5, 0, 45, 40), 1, 0.8))]
-    assert coco(detections, truths, 1)["AR_10"] == pytest.approx((6 * 2 + 4 * 1) / 20)
+    assert coco_metrics(detections, truths, 1)["AR_10"] == pytest.approx((6 * 2 + 4 * 1) / 20)
     same_as_cocoeval(detections, truths, 1, False)
 
 
@@ -426,7 +430,7 @@ def test_coco_counts_both_ends_of_a_size():
     """32 x 32 is small and medium, 96 x 96 medium and large; a detection of another size that misses is left out."""
     truths = [truth(((0, 0, 32, 32), 1), ((100, 0, 196, 96), 1))]
     detections = [found(((0, 0, 32, 32), 1, 0.5), ((100, 0, 196, 96), 1, 0.4), ((0, 200, 31, 231), 1, 0.9))]
-    figures = coco(detections, truths, 1)
+    figures = coco_metrics(detections, truths, 1)
     assert [figures["AP_medium"], figures["AP_large"]] == pytest.approx([1, 1])
     assert figures["AP_small"] == pytest.approx(0.5)
     same_as_cocoeval(detections, truths, 1, False)
@@ -446,13 +450,13 @@ def test_a_thousand_images_take_seconds():
     for _ in range(1000):
         corner = draw.random((3, 2)) * 300
         boxes, labels = np.concatenate([corner, corner + 20 + draw.random((3, 2)) * 180], 1), draw.integers(1, 21, 3)
-        truths.append(Truth(boxes, labels, draw.random(3) < 0.1))
+        truths.append(Objects(boxes, labels, draw.random(3) < 0.1))
         source = draw.integers(0, 3, 100)
         moved, named = boxes[source] + draw.normal(0, 10, (100, 4)), labels[source]
         detections.append(
-            Found(moved, np.where(draw.random(100) < 0.3, named, draw.integers(1, 21, 100)), draw.random(100))
+            Detections(moved, np.where(draw.random(100) < 0.3, named, draw.integers(1, 21, 100)), draw.random(100))
         )
     start = time.process_time()
-    voc(detections, truths, [str(label) for label in range(20)])
-    coco(detections, truths, 20)
+    voc_metrics(detections, truths, [str(label) for label in range(20)])
+    coco_metrics(detections, truths, 20)
     assert time.process_time() - start < 4

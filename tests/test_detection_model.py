@@ -8,17 +8,17 @@ from torchvision.models.detection import FasterRCNN, fasterrcnn_resnet50_fpn
 
 from detection.faster_rcnn import (
     BODIES,
-    backbone_of,
+    backbone_name,
     build_detector,
-    described,
-    in_todays_names,
+    conv_norm_pairs,
+    convert_legacy_keys,
+    detect_config,
     load_backbone,
     load_detector,
-    pairs,
     set_learning,
 )
-from engine.classifier import SavedClassifier
-from engine.cli import UserError
+from engine.errors import UserError
+from engine.inference.classifier import SavedClassifier
 from models import build_model
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -135,7 +135,7 @@ def test_a_folded_convolution_learns_as_one_before_its_norm_does():
 
 def test_names_in_a_file_do_not_tell_whether_norms_are_folded():
     assert list(detector().state_dict()) == list(build_detector("resnet18", 3, **HALF).state_dict())
-    assert len(pairs(detector("imagenet_resnet50").backbone.body)) == 53
+    assert len(conv_norm_pairs(detector("imagenet_resnet50").backbone.body)) == 53
 
 
 def test_a_detector_is_one_of_torchvisions():
@@ -152,8 +152,8 @@ def test_weights_say_which_detector_they_are_of(neck):
     for body in BODIES:
         with torch.device("meta"):
             state = build_detector(body, 20, neck=neck, **HALF).state_dict()
-        assert described(state) == {"body": body, "neck": neck, "num_classes": 20}
-    assert described(classifier("imagenet_resnet18").state_dict()) is None
+        assert detect_config(state) == {"body": body, "neck": neck, "num_classes": 20}
+    assert detect_config(classifier("imagenet_resnet18").state_dict()) is None
 
 
 def test_the_neck_c5_is_the_last_stage_with_all_anchors():
@@ -171,7 +171,7 @@ def test_old_names_of_torchvision_are_read():
         key = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
         old[key.replace(".0.weight", ".weight").replace(".0.bias", ".bias") if "fpn" in key else key] = value
     assert old.keys() != built.state_dict().keys()
-    assert in_todays_names(old).keys() == built.state_dict().keys()
+    assert convert_legacy_keys(old).keys() == built.state_dict().keys()
 
 
 def test_a_detector_for_other_classes_keeps_all_but_the_predictor():
@@ -200,16 +200,16 @@ def test_a_backbone_is_told_by_its_weights(name, model, answer, tmp_path):
     torch.save(build_model(name, 10, 32).state_dict(), tmp_path / "file.pt")
     saved = SavedClassifier(tmp_path / "file.pt")
     if answer == name:
-        assert backbone_of(saved, model) == answer
+        assert backbone_name(saved, model) == answer
     else:
         with pytest.raises(UserError, match=answer):
-            backbone_of(saved, model)
+            backbone_name(saved, model)
 
 
 def test_what_a_backbone_lacks_is_named(tmp_path):
     state = classifier("imagenet_resnet18").state_dict()
     torch.save({key: value for key, value in state.items() if "layer3" not in key}, tmp_path / "file.pt")
     with pytest.raises(UserError, match="no resnet18; missing: layer3.0.conv1.weight, .* and 20 more"):
-        backbone_of(SavedClassifier(tmp_path / "file.pt"), "resnet18")
+        backbone_name(SavedClassifier(tmp_path / "file.pt"), "resnet18")
     with pytest.raises(UserError, match="it holds none of the networks that can be a backbone"):
-        backbone_of(SavedClassifier(tmp_path / "file.pt"))
+        backbone_name(SavedClassifier(tmp_path / "file.pt"))

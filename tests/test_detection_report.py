@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from detection import metrics, report
-from detection.data import Part
-from detection.metrics import Found, Truth
-from detection.scenes import draw_scenes
+from detection.dataset import DetectionSet
+from detection.metrics import Detections, Objects
+from detection.shape_scenes import draw_scenes
 from detection.voc import CLASSES, read_part
-from engine import draw_boxes
+from engine.drawing import boxes
 
 SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
 HAND = {  # fractions that differ all, as metrics.voc() and metrics.coco() give them
@@ -30,21 +30,21 @@ def result_by_hand(classes: list[str] = CLASSES, images: int = 4952, test_set: s
         empty = {"objects": 0, "difficult": difficult, "found": 0}
         table[name] = empty | dict.fromkeys(("ap07", "ap", "ap07_50_95", "ap_50_95"))
     voc = HAND | {"classes": table, "curves": {name: {"precision": [], "recall": []} for name in classes}}
-    return report.results(voc, COCO, test_set=test_set, images=images, **SETTINGS, **more)
+    return report.summarize(voc, COCO, test_set=test_set, images=images, **SETTINGS, **more)
 
 
-def jittered(part: Part, seed: int = 0) -> tuple[list[Found], list[Truth]]:
+def jittered(part: DetectionSet, seed: int = 0) -> tuple[list[Detections], list[Objects]]:
     """Most of the objects, not quite where they are, some in another class, and a few boxes of nothing."""
     draws, found, truths = np.random.default_rng(seed), [], []
     for target, (height, width) in zip(part.targets, part.sizes, strict=True):
-        truth = Truth(*(target[key].numpy() for key in ("boxes", "labels", "difficult")))
+        truth = Objects(*(target[key].numpy() for key in ("boxes", "labels", "difficult")))
         kept = draws.random(len(truth.boxes)) < 0.8
         corner = draws.random((2, 2)) * (width / 2, height / 2)
         boxes = np.concatenate(
             [truth.boxes[kept] + draws.normal(0, 3, (kept.sum(), 4)), np.hstack([corner, corner + 20])]
         )
         labels = np.concatenate([truth.labels[kept], draws.integers(1, len(part.classes) + 1, 2)])
-        found.append(Found(boxes.astype("f4"), labels, draws.random(len(labels)).astype("f4")))
+        found.append(Detections(boxes.astype("f4"), labels, draws.random(len(labels)).astype("f4")))
         truths.append(truth)
     return found, truths
 
@@ -64,7 +64,7 @@ def framed(monkeypatch) -> list[dict]:
             sides = ([(one.text, one.dashed, one.alarm, one.box) for one in boxes] for boxes in both)
             pictures.append({"text": text, **dict(zip(("left", "right"), sides, strict=True))})
 
-    monkeypatch.setattr(draw_boxes, "framed_pairs", keep)
+    monkeypatch.setattr(boxes, "draw_box_pairs", keep)
     return pictures
 
 
@@ -89,14 +89,18 @@ def test_every_figure_is_in_percent_under_its_own_name():
 def test_results_are_strict_json_without_curves_and_say_how_they_came_about():
     part = draw_scenes(6)
     found, truths = jittered(part)
-    voc, coco = metrics.voc(found, truths, part.classes), metrics.coco(found, truths, 10, count_difficult=True)
-    result = report.results(voc, coco, test_set="shapes", images=6, **SETTINGS, count_difficult=True)
+    voc, coco = (
+        metrics.voc_metrics(found, truths, part.classes),
+        metrics.coco_metrics(found, truths, 10, count_difficult=True),
+    )
+    result = report.summarize(voc, coco, test_set="shapes", images=6, **SETTINGS, count_difficult=True)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert "curves" not in json.dumps(result) and result["unit"] == "percent"
     assert result["settings"] == SETTINGS | {"coco_count_difficult": True}
     assert result["protocol"]["difficult objects in COCO's figures"] == "counted as ordinary ones"
     assert (
-        result["figures"][report.BEST] == 100 * voc["map07"] and result["figures"]["COCO AR@10"] == 100 * coco["AR_10"]
+        result["figures"][report.MAIN_FIGURE] == 100 * voc["map07"]
+        and result["figures"]["COCO AR@10"] == 100 * coco["AR_10"]
     )
     name, row = max(voc["classes"].items(), key=lambda item: item[1]["ap"] or 0)
     assert row["ap"] > 0 and result["classes"][name] == {
@@ -107,7 +111,7 @@ def test_results_are_strict_json_without_curves_and_say_how_they_came_about():
 
 
 def test_lines_come_in_order_with_their_names():
-    lines = report.lines_of(result_by_hand())
+    lines = report.format_result(result_by_hand())
     assert lines[:2] == [
         "VOC07 mAP@0.5 (11-point)  76.71  <- the number to compare with papers",
         "VOC mAP@0.5 (area)        78.20",
@@ -132,7 +136,7 @@ def test_lines_come_in_order_with_their_names():
 
 
 def test_the_words_on_difficult_objects_follow_how_they_were_counted():
-    assert any("COCO: counted" in line for line in report.lines_of(result_by_hand(count_difficult=True)))
+    assert any("COCO: counted" in line for line in report.format_result(result_by_hand(count_difficult=True)))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +150,7 @@ def test_the_words_on_difficult_objects_follow_how_they_were_counted():
     ],
 )
 def test_the_number_to_compare_with_papers_is_that_of_the_rule_of_its_year(given, at, more):
-    marked = [line for line in report.lines_of(result_by_hand(**given)) if "<-" in line]
+    marked = [line for line in report.format_result(result_by_hand(**given)) if "<-" in line]
     if at is None:
         assert not marked
     else:
@@ -155,9 +159,9 @@ def test_the_number_to_compare_with_papers_is_that_of_the_rule_of_its_year(given
 
 
 def test_nothing_to_find_gives_dashes():
-    voc = metrics.voc([], [], CLASSES)
-    result = report.results(voc, metrics.coco([], [], 20), test_set="2007_test", images=0, **SETTINGS)
-    lines = report.lines_of(result)
+    voc = metrics.voc_metrics([], [], CLASSES)
+    result = report.summarize(voc, metrics.coco_metrics([], [], 20), test_set="2007_test", images=0, **SETTINGS)
+    lines = report.format_result(result)
     assert lines[0].split()[2:4] == ["(11-point)", "-"]
     assert json.loads(json.dumps(result, allow_nan=False))["figures"]["COCO AP"] is None
 
@@ -166,8 +170,8 @@ def test_nothing_to_find_gives_dashes():
 
 
 def test_predictions_are_written_in_full():
-    found = Found(np.array([[1.1, 2.0, 11.0, 7.5]], "f4"), np.array([2]), np.array([0.1], "f4"))
-    empty = Found(np.empty((0, 4)), np.empty(0, int), np.empty(0))
+    found = Detections(np.array([[1.1, 2.0, 11.0, 7.5]], "f4"), np.array([2]), np.array([0.1], "f4"))
+    empty = Detections(np.empty((0, 4)), np.empty(0, int), np.empty(0))
     rows = json.loads(json.dumps(report.predictions(["a", "b"], [empty, found], ["cat", "dog"]), allow_nan=False))
     left = float(np.float32(1.1))
     assert rows == [
@@ -190,7 +194,7 @@ def test_pycocotools_reads_predictions():
     found, truths = jittered(part)
     objects = coco.COCO()
     things = [
-        {"image_id": name, "category_id": int(label), "iscrowd": int(hard), "area": metrics.area(box[None])[0]}
+        {"image_id": name, "category_id": int(label), "iscrowd": int(hard), "area": metrics.box_area(box[None])[0]}
         | {"bbox": [*box[:2], *(box[2:] - box[:2])]}
         for name, truth in zip(part.names, truths, strict=True)
         for box, label, hard in zip(truth.boxes.astype(float), truth.labels, truth.difficult, strict=True)
@@ -206,7 +210,7 @@ def test_pycocotools_reads_predictions():
     )
     for step in (measured.evaluate, measured.accumulate, measured.summarize):
         step()
-    ours = metrics.coco(found, truths, 10)
+    ours = metrics.coco_metrics(found, truths, 10)
     assert ours["AP"] > 0.05 and [ours["AP"], ours["AR_100"]] == pytest.approx([measured.stats[0], measured.stats[8]])
 
 
@@ -215,10 +219,10 @@ def test_pycocotools_reads_predictions():
 
 def test_curves_of_what_the_history_has(tmp_path, recwarn):
     history = [{"epoch": epoch, "loss": 2 / epoch, "loss_classifier": 1 / epoch, "lr": 0.1} for epoch in (1, 2, 3)]
-    report.curves(tmp_path / "loss.png", history, "a")
+    report.draw_training_curves(tmp_path / "loss.png", history, "a")
     history[2] |= {"map07": 70.0, "map": 71.0, "coco_ap": 30.0, "ema_map07": None}
-    report.curves(tmp_path / "both.png", history, "a")
-    report.curves(tmp_path / "none.png", [{"epoch": 1, "loss": None}], "a")
+    report.draw_training_curves(tmp_path / "both.png", history, "a")
+    report.draw_training_curves(tmp_path / "none.png", [{"epoch": 1, "loss": None}], "a")
     assert not recwarn.list
     assert colours_in(tmp_path / "both.png") > 100
     with Image.open(tmp_path / "loss.png") as one, Image.open(tmp_path / "both.png") as two:
@@ -229,13 +233,13 @@ def test_curves_of_what_the_history_has(tmp_path, recwarn):
 def test_a_panel_for_each_class_that_has_objects(tmp_path, monkeypatch):
     part = draw_scenes(8)
     found, truths = jittered(part)
-    voc = metrics.voc(found, truths, [*part.classes, "none of $these_"])
-    report.draw_curves(tmp_path / "curves.png", voc)
+    voc = metrics.voc_metrics(found, truths, [*part.classes, "none of $these_"])
+    report.draw_precision_recall_curves(tmp_path / "curves.png", voc)
     assert colours_in(tmp_path / "curves.png") > 100
     drawn = []
-    monkeypatch.setattr(draw_boxes, "precision_recall", lambda path, panels, title: drawn.append((panels, title)))
-    monkeypatch.setattr(report, "MOST_PANELS", 4)
-    report.draw_curves(tmp_path / "few.png", voc)
+    monkeypatch.setattr(boxes, "draw_precision_recall", lambda path, panels, title: drawn.append((panels, title)))
+    monkeypatch.setattr(report, "MAX_PANELS", 4)
+    report.draw_precision_recall_curves(tmp_path / "few.png", voc)
     (panels, title), there = drawn[0], {name: row for name, row in voc["classes"].items() if row["objects"]}
     most = sorted((row["objects"] for row in there.values()), reverse=True)[:4]
     names = [text.split()[0] for text, *_ in panels]
@@ -250,14 +254,14 @@ def test_a_panel_for_each_class_that_has_objects(tmp_path, monkeypatch):
 
 
 def test_no_curves_where_no_class_has_objects(tmp_path):
-    report.draw_curves(tmp_path / "curves.png", metrics.voc([], [], CLASSES))
+    report.draw_precision_recall_curves(tmp_path / "curves.png", metrics.voc_metrics([], [], CLASSES))
     assert not (tmp_path / "curves.png").exists()
 
 
 def test_the_dots_are_the_precision_that_counts(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(draw_boxes, "save", lambda figure, path: figures.append(figure))
-    draw_boxes.precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
+    monkeypatch.setattr(boxes, "save_figure", lambda figure, path: figures.append(figure))
+    boxes.draw_precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
     assert len(figures[0].axes) == 2
     full, empty = (axes.lines[1].get_ydata().tolist() for axes in figures[0].axes[:2])
     assert full == [1.0] * 4 + [0.75] * 3 + [0.0] * 4 and empty == [0.0] * 11
@@ -281,9 +285,9 @@ def test_mistakes_are_told_from_what_is_right(tmp_path, framed):
     """Cats at 0, 40 and (difficult) 80; a dog at 120. The first cat is found twice, the dog as a cat."""
     part = draw_scenes(1).take([0])
     at = [[x, 10.0, x + 30.0, 40.0] for x in (0.0, 40.0, 80.0, 120.0)]
-    truth = Truth(np.array(at), np.array([1, 1, 1, 2]), np.array([False, False, True, False]))
+    truth = Objects(np.array(at), np.array([1, 1, 1, 2]), np.array([False, False, True, False]))
     boxes = np.array([at[0], at[0], at[2], at[3], at[1]])
-    found = Found(boxes, np.array([1, 1, 1, 1, 1]), np.array([0.7, 0.9, 0.6, 0.8, 0.4]))
+    found = Detections(boxes, np.array([1, 1, 1, 1, 1]), np.array([0.7, 0.9, 0.6, 0.8, 0.4]))
     report.draw_detections(tmp_path, part, [found], [truth], count=1, threshold=0.5)
     cat, dog = part.classes[:2]
     assert framed[0]["left"] == [
@@ -303,8 +307,8 @@ def test_mistakes_are_told_from_what_is_right(tmp_path, framed):
 
 def test_the_object_that_was_found_is_the_one_overlapped_most(tmp_path, framed):
     part = draw_scenes(1).take([0])
-    truth = Truth(np.array([[0.0, 0.0, 40.0, 40.0], [0.0, 8.0, 40.0, 48.0]]), np.array([1, 1]), np.zeros(2, bool))
-    found = Found(truth.boxes[1:] + 1, np.array([1]), np.array([0.9]))
+    truth = Objects(np.array([[0.0, 0.0, 40.0, 40.0], [0.0, 8.0, 40.0, 48.0]]), np.array([1, 1]), np.zeros(2, bool))
+    found = Detections(truth.boxes[1:] + 1, np.array([1]), np.array([0.9]))
     report.draw_detections(tmp_path, part, [found], [truth], count=1)
     assert [alarm for _, _, alarm, _ in framed[0]["left"]] == [True, False]
 
@@ -327,8 +331,8 @@ def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shap
     height, width = shape
     picture = np.full((height, width, 3), 255, np.uint8)
     text = "a very long name of a class, $and_ \u5b57"
-    boxes = [draw_boxes.Framed((0, 0, width, height), text, (0.1, 0.2, 0.9), dashed=True)] * 3
-    draw_boxes.framed_pairs(tmp_path / "a.png", [("\u5b57 $_", picture, boxes, [])], ("left", "right"), "one\ntwo")
+    drawn = [boxes.DrawnBox((0, 0, width, height), text, (0.1, 0.2, 0.9), dashed=True)] * 3
+    boxes.draw_box_pairs(tmp_path / "a.png", [("\u5b57 $_", picture, drawn, [])], ("left", "right"), "one\ntwo")
     with Image.open(tmp_path / "a.png") as image:
         assert image.width == 1030 and image.height == pytest.approx(500 * min(1, height / width) + 94, abs=2)
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -339,8 +343,8 @@ def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shap
 
 def test_a_box_is_drawn_where_it_is(tmp_path):
     picture = np.full((100, 250, 3), 255, np.uint8)
-    box = draw_boxes.Framed((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
-    draw_boxes.framed_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
+    box = boxes.DrawnBox((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
+    boxes.draw_box_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     rows, columns = np.nonzero((pixels[..., 2] > 240) & (pixels[..., 0] < 20))
     x0, y0 = 520, 24  # of the picture on the right, twice as large on the page
@@ -350,10 +354,10 @@ def test_a_box_is_drawn_where_it_is(tmp_path):
 
 def test_texts_at_the_same_place_do_not_hide_one_another(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(draw_boxes, "save", lambda figure, path, dpi: figures.append(figure))
+    monkeypatch.setattr(boxes, "save_figure", lambda figure, path, dpi: figures.append(figure))
     picture = np.zeros((100, 100, 3), np.uint8)
-    box = draw_boxes.Framed((20, 30, 80, 90), "person 0.99", (1.0, 0.5, 0.0))
-    draw_boxes.framed_pairs(tmp_path / "a.png", [("", picture, [box] * 5, [])], ("", ""), "")
+    box = boxes.DrawnBox((20, 30, 80, 90), "person 0.99", (1.0, 0.5, 0.0))
+    boxes.draw_box_pairs(tmp_path / "a.png", [("", picture, [box] * 5, [])], ("", ""), "")
     texts = [text.get_window_extent() for text in figures[0].axes[0].texts if text.get_text() == "person 0.99"]
     assert len(texts) == 5
     assert not any(one.overlaps(other) for place, one in enumerate(texts) for other in texts[:place])

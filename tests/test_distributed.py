@@ -17,14 +17,17 @@ from torch import nn
 
 import models
 import train
-from engine import distributed, loop
-from engine.batches import Batches
-from engine.cli import Terminated
-from engine.data import Part
-from engine.device import own_stream
-from engine.distributed import StopSign, every, is_first, rank, ranks
-from engine.loop import predict, train_one_epoch
-from engine.loss import LOSSES
+from engine.data.image_set import ImageSet
+from engine.data.loader import DeviceLoader
+from engine.errors import Terminated
+from engine.inference.predict import predict
+from engine.runtime import distributed
+from engine.runtime.device import seed_rank_generator
+from engine.runtime.distributed import all_gather_object, is_main_process, rank, world_size
+from engine.runtime.preemption import PreemptionGuard
+from engine.training import loop
+from engine.training.loop import train_one_epoch
+from engine.training.loss import LOSSES
 from mixing import MIXERS, build_mixer
 from models import build_model
 from saliency import build_source
@@ -59,10 +62,10 @@ def plain(num_classes: int, stride: int = 1) -> Plain:
     return Plain(num_classes)
 
 
-def noise(count: int = 48, size: int = 32, num_classes: int = 4) -> Part:
+def noise(count: int = 48, size: int = 32, num_classes: int = 4) -> ImageSet:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=generator)
-    return Part(pixels, torch.arange(count) % num_classes, list("abcdefgh")[:num_classes], "noise")
+    return ImageSet(pixels, torch.arange(count) % num_classes, list("abcdefgh")[:num_classes], "noise")
 
 
 def setting(case: str, model: nn.Module, images: int) -> tuple:
@@ -87,9 +90,9 @@ def step_of(case: str, model, batches, network=None, steps: int = 1, lr: float =
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def batches_for(case: str, of: int, count: int) -> Batches:
+def batches_for(case: str, of: int, count: int) -> DeviceLoader:
     pieces = {"rank": of, "ranks": count, "pieces": CASES[case][3]}
-    return Batches(noise(), 16, device=device(), shuffle=True, augment=True, padding=2, **HALF, **pieces)
+    return DeviceLoader(noise(), 16, device=device(), shuffle=True, augment=True, padding=2, **HALF, **pieces)
 
 
 # --- what the two processes of a test do ------------------------------------------------------------------------------
@@ -123,45 +126,45 @@ def in_two_processes(job, folder: Path, meetings: int = 1):
 
 def gradients(ports) -> dict:
     """Of every case: how far DDP's gradients are from the mean of the local ones; and what the processes drew."""
-    distributed.start(device(), 60)
+    distributed.init_processes(device(), 60)
     found = {}
     for case in CASES:
         torch.manual_seed(0)
         model = build_model("resnet20", 4).to(device())
-        network, batches = distributed.wrap(model), batches_for(case, rank(), ranks())
+        network, batches = distributed.wrap_ddp(model), batches_for(case, rank(), world_size())
         before = copy.deepcopy(model.state_dict())
-        own_stream(3, anew=True)
+        seed_rank_generator(3, anew=True)
         local = [gradient.cpu() for gradient in step_of(case, model, batches)]
-        mean = [sum(values) / ranks() for values in zip(*every(local), strict=True)]
+        mean = [sum(values) / world_size() for values in zip(*all_gather_object(local), strict=True)]
         model.load_state_dict(before)
-        own_stream(3, anew=True)
+        seed_rank_generator(3, anew=True)
         reduced = [gradient.cpu() for gradient in step_of(case, model, batches, network=network)]
         gaps = [float((a - b).abs().max()) for a, b in zip(reduced, mean, strict=True)]
         spread = [float((a - b).abs().max()) for a, b in zip(local, mean, strict=True)]
         found[case] = {"gap": max(gaps), "spread": max(spread), "size": max(float(one.abs().max()) for one in mean)}
-    found["draws"] = every(float(torch.rand(())))
-    found["labels"] = every(next(batches_for("none", rank(), ranks()).epoch(0)).index.tolist())
-    distributed.finish()
+    found["draws"] = all_gather_object(float(torch.rand(())))
+    found["labels"] = all_gather_object(next(batches_for("none", rank(), world_size()).epoch(0)).index.tolist())
+    distributed.shut_down_processes()
     return found
 
 
 def weights(ports) -> dict:
     """Of every case: the weights of a network without batch norm after three steps."""
-    distributed.start(CPU, 60)
+    distributed.init_processes(CPU, 60)
     found = {}
     for case in CASES:
         torch.manual_seed(0)
         model = Plain()
-        network = distributed.wrap(model)
-        own_stream(3)
-        step_of(case, model, batches_for(case, rank(), ranks()), network=network, steps=3, lr=0.1)
+        network = distributed.wrap_ddp(model)
+        seed_rank_generator(3)
+        step_of(case, model, batches_for(case, rank(), world_size()), network=network, steps=3, lr=0.1)
         found[case] = model.state_dict()
     part = noise(37)
-    logits, labels = predict(model, Batches(part, 8, device=CPU, rank=rank(), ranks=ranks(), **HALF))
-    found["validation"] = logits, labels, float(distributed.total(torch.tensor(float(len(labels)))))
+    logits, labels = predict(model, DeviceLoader(part, 8, device=CPU, rank=rank(), ranks=world_size(), **HALF))
+    found["validation"] = logits, labels, float(distributed.all_reduce_sum(torch.tensor(float(len(labels)))))
     one = torch.ones(())
-    found["sum"] = float(distributed.total(one)), float(one)
-    distributed.finish()
+    found["sum"] = float(distributed.all_reduce_sum(one)), float(one)
+    distributed.shut_down_processes()
     return found
 
 
@@ -174,13 +177,17 @@ def runs(ports) -> dict:
     def go(name: str, method: str, *words: str, epochs: int = 3):
         os.environ["MASTER_PORT"] = str(next(ports))
         if distributed._group:  # after SIGTERM, where the program would have ended
-            distributed.finish()
+            distributed.shut_down_processes()
         train.main(shapes_command(folder, *words, name=name, method=method, epochs=epochs))
-        return torch.load(folder / "shapes" / "resnet20" / name / "last.pt", weights_only=True) if is_first() else {}
+        return (
+            torch.load(folder / "shapes" / "resnet20" / name / "last.pt", weights_only=True)
+            if is_main_process()
+            else {}
+        )
 
     def stop_after(steps: int):
         """SIGTERM to the second process within the update of this step."""
-        update, done = loop.update, []
+        update, done = loop.optimizer_step, []
 
         def counted(*args, **kwargs):
             update(*args, **kwargs)
@@ -188,7 +195,7 @@ def runs(ports) -> dict:
             if len(done) == steps and rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        loop.update = counted
+        loop.optimizer_step = counted
         return update
 
     ramp = ["--mix_schedule", "scheduled", "--mix_scheduled_epoch", "2"]  # of which no state is saved
@@ -203,7 +210,7 @@ def runs(ports) -> dict:
             found[method]["message"] = "never stopped"
         except Terminated as stopped:
             found[method]["message"] = str(stopped)
-        loop.update = kept
+        loop.optimizer_step = kept
         found[method]["stopped"] = go("stopped" + method, method, *words, "--checkpoint", "auto")
     return found
 
@@ -250,7 +257,7 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole():
     gradients = []
     for pieces in (1, 2, 4):
         torch.manual_seed(0)
-        batches = Batches(noise(), 16, device=CPU, shuffle=True, **HALF, pieces=pieces)
+        batches = DeviceLoader(noise(), 16, device=CPU, shuffle=True, **HALF, pieces=pieces)
         gradients.append(step_of("none", Plain(), batches))
     for other in gradients[1:]:
         for one, two in zip(gradients[0], other, strict=True):
@@ -298,13 +305,13 @@ def stream_of(of: int) -> torch.Tensor:
     Plain()
     environment = dict(os.environ)
     os.environ |= {"RANK": str(of), "WORLD_SIZE": "2"}
-    own_stream(3)
+    seed_rank_generator(3)
     os.environ.clear()
     os.environ |= environment
     return torch.get_rng_state()
 
 
-def one_step(model, mixer, source, batches: Batches, step: int) -> None:
+def one_step(model, mixer, source, batches: DeviceLoader, step: int) -> None:
     """The step number `step` of the epoch, without an update; gradients are left in .grad."""
 
     class Later:
@@ -324,7 +331,7 @@ def test_validation_counts_every_image_once(of_weights):
     logits, labels, counted = of_weights["validation"]
     part, model = noise(37), Plain()
     model.load_state_dict(of_weights["sage in two pieces"])
-    alone, expected = predict(model, Batches(part, 8, device=CPU, **HALF))
+    alone, expected = predict(model, DeviceLoader(part, 8, device=CPU, **HALF))
     assert counted == len(part) and torch.equal(labels, expected)
     assert of_weights["sum"] == (2, 1), "a sum over the processes leaves what it was asked about as it is"
     torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-6)
@@ -355,7 +362,7 @@ def test_sigterm_to_one_process_stops_both_inside_an_epoch_and_loses_nothing(of_
 def test_a_plain_run_stops_well_at_sigterm_and_goes_on_elsewhere(shapes_run, tmp_path, monkeypatch, capsys):
     """The same epoch goes on in the middle; with another number of processes the loss of exactness is stated."""
     whole = torch.load(shapes_run(name="whole", method="sage") / "last.pt", weights_only=True)
-    update, done = loop.update, []
+    update, done = loop.optimizer_step, []
 
     def counted(*args, **kwargs):
         update(*args, **kwargs)
@@ -363,7 +370,7 @@ def test_a_plain_run_stops_well_at_sigterm_and_goes_on_elsewhere(shapes_run, tmp
         if len(done) == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "update", counted)
+    monkeypatch.setattr(loop, "optimizer_step", counted)
     with pytest.raises(Terminated, match="1 steps into the epoch; continue with --checkpoint"):
         shapes_run(name="stopped", method="sage")
     monkeypatch.undo()
@@ -399,10 +406,11 @@ def driver(folder: Path, trouble: str) -> Path:
     path = folder / "driver.py"
     path.write_text(
         "import os, signal, sys\n"
-        "from engine import loop\n"
-        "from engine.cli import UserError, run\n"
+        "from engine.training import loop\n"
+        "from engine.errors import UserError\n"
+        "from engine.launch import run_main\n"
         "import train\n"
-        "update, step = loop.update, 0\n"
+        "update, step = loop.optimizer_step, 0\n"
         "def troubled(*args, **kwargs):\n"
         "    global step\n"
         "    update(*args, **kwargs)\n"
@@ -410,7 +418,7 @@ def driver(folder: Path, trouble: str) -> Path:
         f"    {trouble}\n"
         "loop.update = troubled\n"
         "if __name__ == '__main__':\n"
-        "    run(train.main)\n"
+        "    run_main(train.main)\n"
     )
     return path
 
@@ -461,14 +469,14 @@ def test_a_lost_process_is_replaced_and_the_run_ends_as_if_nothing_had_been(tmp_
     ],
 )
 def test_what_several_processes_cannot_do_is_said_before_they_start(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "environment", lambda: (0, 2, 0))
+    monkeypatch.setattr(distributed, "rank_environment", lambda: (0, 2, 0))
     for name in ("start", "check_same"):
         monkeypatch.setattr(distributed, name, lambda *args: None)
     for module in ("run", "data"):
         monkeypatch.setattr(f"engine.{module}.check_same", lambda *args: None)
-    monkeypatch.setattr("engine.run.recall", lambda key: None)
-    monkeypatch.setattr("engine.device.environment", lambda: (0, 2, 0))
-    monkeypatch.setattr("engine.run.of_first", lambda make: make())
+    monkeypatch.setattr("engine.training.run.load_across_restarts", lambda key: None)
+    monkeypatch.setattr("engine.runtime.device.rank_environment", lambda: (0, 2, 0))
+    monkeypatch.setattr("engine.training.run.broadcast_from_main", lambda make: make())
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
     with pytest.raises(Exception, match=message):
         train.main(shapes_command(tmp_path, *words))
@@ -479,29 +487,29 @@ def test_processes_that_do_not_come_are_named(monkeypatch):
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Exception, match="MASTER_ADDR and MASTER_PORT and RANK not set.*\nstart them with torchrun"):
-        distributed.start(CPU, 1)
+        distributed.init_processes(CPU, 1)
     for name, value in (("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
         monkeypatch.setenv(name, value)
     begin = time.monotonic()
     with pytest.raises(Exception, match=r"process 1 of 2 did not meet the others at 127\.0\.0\.1:\d+ within 1 s"):
-        distributed.start(CPU, 1)
+        distributed.init_processes(CPU, 1)
     assert time.monotonic() - begin < 30 and distributed._group is None
     monkeypatch.setattr(distributed, "_unmet", False)
 
 
 def test_differing_data_and_options_are_named(monkeypatch):
     values = [{"training images": "10", "classes": "a, b"}, {"training images": "9", "classes": "a, b"}]
-    monkeypatch.setattr(distributed, "every", lambda value: values)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda value: values)
     with pytest.raises(
         Exception, match="the data of process 0 and process 1 differ: training images 10 against 9\nmend"
     ):
-        distributed.check_same("data", values[0], "mend it")
+        distributed.check_same_value("data", values[0], "mend it")
     values[1] = values[0]
-    distributed.check_same("data", values[0], "mend it")
+    distributed.check_same_value("data", values[0], "mend it")
 
 
 def test_the_stop_sign_is_plain_alone():
-    sign = StopSign()
+    sign = PreemptionGuard()
     assert not sign.raised()
     sign.ask(signal.SIGTERM, None)
     assert sign.raised()

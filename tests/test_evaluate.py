@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import evaluate
-from engine.cli import UserError
+from engine.errors import UserError
 from models import build_model
 
 

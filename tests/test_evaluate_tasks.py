@@ -18,14 +18,16 @@ from torch.nn import functional as F
 
 import evaluate
 import train
-from engine.classifier import Classifier
-from engine.cli import UserError
-from engine.data import Part, load_evaluation
-from engine.evaluation import card, locating, robustness, tasks
-from engine.evaluation.reports import draw_task
-from engine.evaluation.subject import Subject, check_same_images
-from engine.folders import FileList
-from engine.image_files import CentreView, ImageFiles
+from engine.data.datasets import load_evaluation
+from engine.data.folders import FileList
+from engine.data.image_files import ImageFiles
+from engine.data.image_set import ImageSet
+from engine.data.views import CenterCrop
+from engine.errors import UserError
+from engine.inference.classifier import Classifier
+from evaluation import card, localization_task, robustness, tasks
+from evaluation.context import EvalContext, check_same_evaluation
+from evaluation.reports import draw_task
 from models import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +157,7 @@ def test_a_run_sees_other_data_as_it_was_trained_to(runs, tmp_path):
     assert result["top1"] == 100
 
 
-def write_arrays(root: Path, part: Part, names: list[str]) -> None:
+def write_arrays(root: Path, part: ImageSet, names: list[str]) -> None:
     """A set that is published without any corruption."""
     root.mkdir(exist_ok=True)
     for name in names:
@@ -192,27 +194,27 @@ def test_a_published_set_shows_the_images_that_the_clean_column_is_of(runs, tmp_
 
 
 def test_files_of_a_published_set_are_found_by_class_and_name():
-    def part(names: list[str], labels: list[int]) -> Part:
+    def part(names: list[str], labels: list[int]) -> ImageSet:
         files = FileList("somewhere", names)
-        return Part(ImageFiles(files, CentreView(8, 8)), torch.tensor(labels), ["a", "b"], "somewhere", files=files)
+        return ImageSet(ImageFiles(files, CenterCrop(8, 8)), torch.tensor(labels), ["a", "b"], "somewhere", files=files)
 
     few = part(["images/7.png", "images/1.png"], [0, 1])
     published = part(["a/1.jpg", "a/7.jpg", "b/1.jpg", "b/7.jpg"], [0, 0, 1, 1])
-    found = robustness.corrupted_ones(subject_of(few), published, few, most=2)
+    found = robustness.corrupted_results(subject_of(few), published, few, most=2)
     assert found.files.names() == ["a/7.jpg", "b/1.jpg"] and found.labels.tolist() == [0, 1]
 
 
 def test_labels_of_a_published_array_are_classes_of_the_data(capsys):
     """Which the network may have in another order."""
 
-    def part(labels: list[int]) -> Part:
+    def part(labels: list[int]) -> ImageSet:
         pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
-        return Part(pixels, torch.tensor(labels), ["a", "b"], "somewhere")
+        return ImageSet(pixels, torch.tensor(labels), ["a", "b"], "somewhere")
 
     subject = subject_of(part([1, 0, 0]))
     subject.place = torch.tensor([1, 0])
     few = subject.part.spread(2)
-    found = robustness.corrupted_ones(subject, part([0, 1, 1, 0]), few, most=2)
+    found = robustness.corrupted_results(subject, part([0, 1, 1, 0]), few, most=2)
     assert found.labels.tolist() == few.labels.tolist() == [1, 0]
     assert torch.equal(found.pixels, few.pixels), "the same places of the set"
     assert not capsys.readouterr().out
@@ -226,7 +228,7 @@ def test_published_files_are_shown_whole(tmp_path):
         pixels = np.full((20, 20, 3), 255, np.uint8)
         pixels[[0, -1]] = 0
         Image.fromarray(pixels).save(place)
-    part = Part(ImageFiles(FileList(tmp_path, []), CentreView(20, 24)), torch.arange(2), ["a", "b"], "somewhere")
+    part = ImageSet(ImageFiles(FileList(tmp_path, []), CenterCrop(20, 24)), torch.arange(2), ["a", "b"], "somewhere")
     found = robustness.find_published(subject_of(part), str(tmp_path), "stop").part("fog", 1)
     pixels, _, _ = found.pixels.read([0, 1])
     assert pixels.shape == (2, 20, 20, 3) and not pixels[:, [0, -1]].any() and pixels[:, 1:-1].eq(255).all()
@@ -248,11 +250,11 @@ def test_a_network_of_torchvision_sees_images_of_its_own_size(tmp_path, monkeypa
         seen.update(options)
         raise UserError("enough")
 
-    monkeypatch.setattr("engine.data.load_evaluation", stop)
+    monkeypatch.setattr("engine.data.datasets.load_evaluation", stop)
     classifier = Classifier(
         "net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, torchvision=True, resize=342
     )
-    monkeypatch.setattr("engine.classifier.load_classifier", lambda *args, **known: classifier)
+    monkeypatch.setattr("engine.inference.classifier.load_classifier", lambda *args, **known: classifier)
     (tmp_path / "net.pt").touch()
     for dataset, sizes in (("imagenet", (299, 342)), ("folder", (299, None)), ("cifar10", (None, None))):
         with pytest.raises(UserError, match="enough"):
@@ -271,10 +273,10 @@ def test_what_a_file_does_not_say_is_told(runs, tmp_path, capsys):
     assert "normalised" not in told and ("--limit 0 takes all" in told) == ("--limit" in told)
 
 
-def subject_of(part: Part) -> Subject:
+def subject_of(part: ImageSet) -> EvalContext:
     network = build_model("resnet20", 2, 32)
     classifier = Classifier("some", network, (0.0,) * 3, (1.0,) * 3)
-    return Subject("some", classifier, part, "folder", torch.arange(2), CPU, held_share=0.5)
+    return EvalContext("some", classifier, part, "folder", torch.arange(2), CPU, held_share=0.5)
 
 
 def test_a_file_that_cannot_be_read_takes_no_other_box(tmp_path, capsys):
@@ -287,13 +289,13 @@ def test_a_file_that_cannot_be_read_takes_no_other_box(tmp_path, capsys):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     (tmp_path / "1.png").write_bytes(b"")
     files = FileList(tmp_path, [f"{number}.png" for number in range(6)])
-    pixels = ImageFiles(files, CentreView(32, 32), "skip")
-    part = Part(pixels, torch.zeros(6, dtype=torch.long), ["a", "b"], "there", files=files)
+    pixels = ImageFiles(files, CenterCrop(32, 32), "skip")
+    part = ImageSet(pixels, torch.zeros(6, dtype=torch.long), ["a", "b"], "there", files=files)
 
     def bright(images, labels):
         return images.mean(1), torch.zeros(len(images), 2)
 
-    found = locating.localize(subject_of(part), part, boxes, bright, background="clean", th=0.5, noise_std=0)
+    found = localization_task.localize(subject_of(part), part, boxes, bright, background="clean", th=0.5, noise_std=0)
     assert found["gt_known"] == 100 and "1 files of there cannot be read" in capsys.readouterr().out
 
 
@@ -344,7 +346,7 @@ def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
     ],
 )
 def test_what_is_missing_is_said_before_the_work(runs, monkeypatch, alone, words, message, task):
-    monkeypatch.setattr(Subject, "predict", lambda *args, **kwargs: pytest.fail("it works already"))
+    monkeypatch.setattr(EvalContext, "predict", lambda *args, **kwargs: pytest.fail("it works already"))
     if task == "the task alone":
         task, words = alone, words.replace(" --ece 0", "")
     with pytest.raises(UserError, match=message):
@@ -365,9 +367,9 @@ def test_different_images_are_not_compared(runs):
     with pytest.raises(UserError, match="made for 2 classes"):
         evaluate.main([*words, "--task", "ood", *LIMIT])
     subjects = [subject_of(load_evaluation("shapes", limit=limit)) for limit in (8, 9)]
-    check_same_images(subjects[:1] * 2, "this")
+    check_same_evaluation(subjects[:1] * 2, "this")
     with pytest.raises(UserError, match="the same images: some has 8 images .* some has 9 images"):
-        check_same_images(subjects, "this")
+        check_same_evaluation(subjects, "this")
 
 
 def test_options_without_effect_are_named_in_one_note(runs, capsys):
@@ -426,7 +428,7 @@ def test_bold_marks_the_best_of_several():
         {"name": name, "accuracy": {"top1": top1}, "calibration": {"ece": ece, "temperature": ece}}
         for name, top1, ece in (("a|b", 50.0, 3.0), ("c", 70.0, 2.0), ("d", 70.001, 9.0), ("e", None, None))
     ]
-    lines = card.markdown(results, card.rows_of(results), ["a note"]).splitlines()
+    lines = card.format_markdown(results, card.make_rows(results), ["a note"]).splitlines()
     assert lines == [
         "|  | a\\|b | c | d | e |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -436,7 +438,7 @@ def test_bold_marks_the_best_of_several():
         "",
         "- a note",
     ]
-    assert "**" not in card.markdown(results[:1], card.rows_of(results[:1]), [])
+    assert "**" not in card.format_markdown(results[:1], card.make_rows(results[:1]), [])
 
 
 def test_two_classes_have_no_top_5(runs, tmp_path, capsys):
@@ -463,8 +465,8 @@ def with_numbers(content: dict) -> dict:
 
 
 def test_labels_of_pictures_are_taken_as_they_are():
-    assert card.legible("_a$b$") == r" _a\$b\$"
-    ends = [card.legible(f"{start}/shapes/resnet20/a_long_name/{end}.pt") for start in "ab" for end in "cd"]
+    assert card.readable_size("_a$b$") == r" _a\$b\$"
+    ends = [card.readable_size(f"{start}/shapes/resnet20/a_long_name/{end}.pt") for start in "ab" for end in "cd"]
     assert len(set(ends)) == 4 and max(map(len, ends)) <= 32
 
 

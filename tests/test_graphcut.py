@@ -9,8 +9,9 @@ import torch
 from conftest import GOLDEN
 from test_puzzlemix import recorded_problem
 
-from mixing import build_mixer, masks
-from mixing.graphcut import contrast, half_labels, pulled_apart, solve_labelling, solve_mask
+from mixing import build_mixer
+from mixing.solvers import puzzlemix_mask
+from mixing.solvers.graphcut import contrast, half_labels, pulled_apart, solve_labelling, solve_mask
 
 
 def test_mask_energies_are_those_of_the_published_code():
@@ -18,7 +19,7 @@ def test_mask_energies_are_those_of_the_published_code():
     golden = np.load(GOLDEN / "puzzlemix.npz")
     for number, case in enumerate(json.loads(str(golden["meta"]))):
         problem = recorded_problem(golden, number, case)
-        energy = masks.energy(solve_mask(*problem), *problem)
+        energy = puzzlemix_mask.energy(solve_mask(*problem), *problem)
         torch.testing.assert_close(
             energy.double(), torch.from_numpy(golden[f"c{number}_energy_ref"]), atol=1e-3, rtol=0
         )

@@ -15,12 +15,14 @@ from PIL import Image
 
 import evaluate
 import imagenet_train
-from engine import configure, loop
-from engine.batches import Batches
-from engine.cli import Terminated, UserError
-from engine.data import load_data, with_copies
-from engine.run import Run
-from engine.training import without_decay_of_norms
+from engine.config import legacy_options, resolve, unused_options
+from engine.data.datasets import load_data
+from engine.data.loader import DeviceLoader
+from engine.data.resize_copies import find_copies
+from engine.errors import Terminated, UserError
+from engine.training import loop
+from engine.training.run import Run
+from engine.training.state import param_groups_no_norm_decay
 from models import build_model
 from saliency.casm.source import CASM
 
@@ -96,7 +98,7 @@ def test_evaluation_is_of_the_centre_and_equal_everywhere(whole, place, capsys):
 @pytest.mark.parametrize("steps", [2, 3, 6, 13])
 def test_stopped_in_any_phase_it_ends_with_the_same_weights(whole, place, tmp_path, monkeypatch, steps):
     """In the middle of the first phase, at its end, and in the middle of the second and the third."""
-    update, done = loop.update, []
+    update, done = loop.optimizer_step, []
 
     def counted(*args, **kwargs):
         update(*args, **kwargs)
@@ -104,7 +106,7 @@ def test_stopped_in_any_phase_it_ends_with_the_same_weights(whole, place, tmp_pa
         if len(done) == steps:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop, "update", counted)
+    monkeypatch.setattr(loop, "optimizer_step", counted)
     with pytest.raises(Terminated):
         imagenet_train.main(command(place, tmp_path, "--method", "puzzlemix", "--block_num", "2"))
     assert last(tmp_path)["step"] == steps
@@ -147,7 +149,7 @@ def test_a_phase_has_its_own_crop_batch_and_clean_term(place, tmp_path, monkeypa
         batches.close()
         return train_one_epoch(model, mixer, source, batches, *args, **kwargs)
 
-    monkeypatch.setattr("engine.run.train_one_epoch", looked)
+    monkeypatch.setattr("engine.training.run.train_one_epoch", looked)
     imagenet_train.main(command(place, tmp_path, "--method", "puzzlemix", "--block_num", "2", "--log_off"))
     assert [shape for shape, _, _ in seen] == [(8, 3, 16, 16)] + [(4, 3, 24, 24)] * 3
     assert [weight for _, weight, _ in seen] == [1, 1, 1, 0]
@@ -187,8 +189,8 @@ def test_trained_masks_guide_every_phase(place, tmp_path, casm_file, monkeypatch
 
 def settled(*words: str) -> dict:
     parser = imagenet_train.build_parser()
-    typed, _ = configure.translate(parser.read([str(word) for word in words]))
-    return configure.settle(parser, typed, {})
+    typed, _ = legacy_options.translate_legacy(parser.read([str(word) for word in words]))
+    return resolve.resolve_options(parser, typed, {})
 
 
 def test_recipes_are_the_published_ones():
@@ -203,7 +205,7 @@ def test_recipes_are_the_published_ones():
     wanted = {"epochs": 100, "batch_size": 1024, "no_decay_bn": True, "zero_init": True, "color_jitter": 0.0}
     assert {key: options[key] for key in wanted} == wanted
     assert options["method_options"]["rmix"]["patches_per_side"] == (2, 4)
-    clean = [configure.in_phase(options, n)["method_options"]["puzzlemix"]["clean_lam"] for n in range(3)]
+    clean = [resolve.phase_options(options, n)["method_options"]["puzzlemix"]["clean_lam"] for n in range(3)]
     assert clean == [1, 1, 0]
     assert settled("--recipe", "none", "--epochs", 3, "--batch_size", 8, "--lr", 0.1)["scheduler"] == "constant"
 
@@ -212,16 +214,16 @@ def test_what_follows_from_an_option_is_not_kept_against_a_new_value():
     """--config hands on every option of an earlier run, those that were filled in too."""
     parser = imagenet_train.build_parser()
     saved = settled("--recipe", "fast100", "--image_size", 96)
-    again = configure.settle(parser, {"image_size": 64, "phases": "2:small:64:0.1:32"}, saved)
+    again = resolve.resolve_options(parser, {"image_size": 64, "phases": "2:small:64:0.1:32"}, saved)
     assert (again["crop_size"], again["eval_resize"], again["epochs"], again["batch_size"]) == (64, 73, 2, 32)
-    assert configure.settle(parser, {}, saved) == saved
+    assert resolve.resolve_options(parser, {}, saved) == saved
 
 
 def test_options_that_nothing_reads_are_named():
     typed = {"data_small": "x", "crop_padding": 4, "min_scale": 0.2, "trad_augment": False}
-    notes = configure.notes_on_images(settled("--trad_augment", "false", "--min_scale", 0.2), typed)
+    notes = unused_options.image_notes(settled("--trad_augment", "false", "--min_scale", 0.2), typed)
     assert notes == ["without effect here: --data_small, --crop_padding, --min_scale"]
-    assert configure.notes_on_images(settled(), {}) == []
+    assert unused_options.image_notes(settled(), {}) == []
 
 
 def test_typed_phases_say_how_long_the_run_is():
@@ -293,7 +295,7 @@ def test_images_without_a_copy_are_left_out_or_named(place, tmp_path, capsys):
     imagenet_train.main(command(place, tmp_path, *words, "--on_bad_image", "skip"))
     assert "3 training images have no copy and are left out" in capsys.readouterr().out
     data = load_data("folder", data_dir=str(more), on_bad_image="skip")
-    copies = with_copies(data, {"small": str(place.parent / "copies" / "20"), "large": None})
+    copies = find_copies(data, {"small": str(place.parent / "copies" / "20"), "large": None})
     assert len(copies["small"]) == len(copies["original"]) == 18 and copies["large"] is data.train
     for part in copies.values():
         assert [Path(file).parent.name for file in part.pixels.files] == ["abc"[label] for label in part.labels]
@@ -303,14 +305,14 @@ def test_pictures_and_plain_crops_have_the_size_of_the_phase(place, tmp_path, mo
     """Block methods divide the crop, not the image; without augmentation the centre is trained on."""
     words = ["--method", "puzzlemix", "--block_num", "2", "--image_size", 27, "--vis_epoch", 1]
     words += ["--trad_augment", "false", "--phases", "1:original:16:0.3:8", "--lr_points", "0:0.1,1:0"]
-    seen, read = [], Batches.epoch
+    seen, read = [], DeviceLoader.epoch
 
     def looked(self, *args, **kwargs):
         for batch in read(self, *args, **kwargs):
             seen.append((self.shuffle, batch.images.shape[-1], batch.box))
             yield batch
 
-    monkeypatch.setattr(Batches, "epoch", looked)
+    monkeypatch.setattr(DeviceLoader, "epoch", looked)
     imagenet_train.main(command(place, tmp_path, *words))
     assert {(size, box) for shuffled, size, box in seen if shuffled} == {(16, None)}
     assert list((tmp_path / "folder" / "imagenet_resnet18" / "run" / "vis").glob("*.png"))
@@ -318,7 +320,7 @@ def test_pictures_and_plain_crops_have_the_size_of_the_phase(place, tmp_path, mo
 
 def test_batch_norm_does_not_decay_where_it_shall_not():
     model = build_model("imagenet_resnet18", 3, 64)
-    others, norms = without_decay_of_norms(model)
+    others, norms = param_groups_no_norm_decay(model)
     assert norms["weight_decay"] == 0 and len(norms["params"]) == 40 and all(one.dim() == 1 for one in norms["params"])
     assert len(others["params"]) + 40 == len(list(model.parameters())) and "weight_decay" not in others
 

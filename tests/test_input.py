@@ -12,13 +12,16 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
-from engine import image_files
-from engine.augment import EIGENVALUES, EIGENVECTORS, jitter, lighting, recolour, same_colours
-from engine.batches import Batches
-from engine.cli import UserError
-from engine.data import Part
-from engine.folders import FileList, find_folder, find_imagenet
-from engine.image_files import BadImage, CentreView, ImageFiles, RandomView, decode_into, scramble, uniforms
+from engine.data import decode
+from engine.data.augment import EIGENVALUES, EIGENVECTORS, add_lighting, apply_colors, color_jitter, identity_colors
+from engine.data.decode import BadImage, decode_into
+from engine.data.folders import FileList, find_folder, find_imagenet
+from engine.data.image_files import ImageFiles
+from engine.data.image_set import ImageSet
+from engine.data.loader import DeviceLoader
+from engine.data.sample_rng import crop_draws, mix_bits_numpy
+from engine.data.views import CenterCrop, RandomCrop
+from engine.errors import UserError
 
 CPU = torch.device("cpu")
 HALF = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -31,7 +34,7 @@ def picture(height: int = 90, width: int = 120, seed: int = 0) -> np.ndarray:
 
 
 @pytest.fixture
-def photos(tmp_path) -> Part:
+def photos(tmp_path) -> ImageSet:
     """Ten JPEGs of several shapes in two classes."""
     names = []
     for k in range(10):
@@ -39,13 +42,13 @@ def photos(tmp_path) -> Part:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(picture(60 + 7 * k, 100 - 5 * k, k)).save(tmp_path / name, quality=95)
         names.append(name)
-    files = ImageFiles(FileList(tmp_path, names), CentreView(24, 28))
-    return Part(files, torch.arange(10) // 5, ["cat", "dog"], str(tmp_path))
+    files = ImageFiles(FileList(tmp_path, names), CenterCrop(24, 28))
+    return ImageSet(files, torch.arange(10) // 5, ["cat", "dog"], str(tmp_path))
 
 
-def batches_of(part: Part, batch_size: int = 4, view=RandomView(24, 0.3), **changes) -> Batches:  # noqa: B008
+def batches_of(part: ImageSet, batch_size: int = 4, view=RandomCrop(24, 0.3), **changes) -> DeviceLoader:  # noqa: B008
     kwargs = {"device": CPU, "shuffle": True, "augment": True, "seed": 3, "view": view, **HALF, **changes}
-    return Batches(part, batch_size, **kwargs)
+    return DeviceLoader(part, batch_size, **kwargs)
 
 
 def same(some, others) -> bool:
@@ -111,8 +114,8 @@ def test_an_epoch_given_up_does_not_spill_into_the_next(photos, workers):
 # ranks and pieces
 
 
-def numbered(count: int) -> Part:
-    return Part(torch.arange(count * 3, dtype=torch.uint8).view(count, 1, 1, 3), torch.arange(count), ["a"], "here")
+def numbered(count: int) -> ImageSet:
+    return ImageSet(torch.arange(count * 3, dtype=torch.uint8).view(count, 1, 1, 3), torch.arange(count), ["a"], "here")
 
 
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (1, 3), (3, 2)])
@@ -164,7 +167,7 @@ def test_a_random_view_is_the_crop_resized_as_pillow_does(tmp_path):
     pixels, path = picture(), tmp_path / "a.png"
     Image.fromarray(pixels).save(path)
     out = np.empty((32, 32, 3), np.uint8)
-    box = decode_into(out, path, RandomView(32, 0.0), draws_for(20, 30, 50, 60, 90, 120))
+    box = decode_into(out, path, RandomCrop(32, 0.0), draws_for(20, 30, 50, 60, 90, 120))
     expected = Image.fromarray(pixels[20:70, 30:90]).resize((32, 32), Image.Resampling.BILINEAR)
     assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
     assert box == pytest.approx([20 / 90, 70 / 90, 30 / 120, 90 / 120])
@@ -184,8 +187,8 @@ def test_the_box_of_a_batch_is_what_it_shows(photos):
 
 @pytest.mark.parametrize(("height", "width"), [(100, 130), (200, 60)])
 def test_random_views_are_spread_as_torchvisions(height, width):
-    view, count = RandomView(16, 0.08), 3000
-    ours = [view.plan(height, width, draws)[0] for draws in uniforms(0, 0, list(range(count)))]
+    view, count = RandomCrop(16, 0.08), 3000
+    ours = [view.plan(height, width, draws)[0] for draws in crop_draws(0, 0, list(range(count)))]
     ours = [(y1, x1, y2 - y1, x2 - x1) for y1, y2, x1, x2 in ours]
     blank = torch.empty(3, height, width)
     theirs = [RandomResizedCrop.get_params(blank, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)]
@@ -198,11 +201,11 @@ def test_random_views_are_spread_as_torchvisions(height, width):
 
 
 def test_the_draws_of_a_sample_are_a_hash_of_seed_epoch_and_index():
-    assert int(scramble(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF, "splitmix64 from 0"
-    many = uniforms(1, 2, list(range(5000)))
+    assert int(mix_bits_numpy(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF, "splitmix64 from 0"
+    many = crop_draws(1, 2, list(range(5000)))
     assert abs(many.mean() - 0.5) < 0.003 and 0 <= many.min() and many.max() < 1
-    assert np.array_equal(uniforms(1, 2, [7, 3])[1], many[3])
-    for other in (uniforms(2, 1, list(range(5000))), uniforms(1, 3, list(range(5000))), np.roll(many, 1, 0)):
+    assert np.array_equal(crop_draws(1, 2, [7, 3])[1], many[3])
+    for other in (crop_draws(2, 1, list(range(5000))), crop_draws(1, 3, list(range(5000))), np.roll(many, 1, 0)):
         assert abs(np.corrcoef(many.ravel(), other.ravel())[0, 1]) < 0.01
 
 
@@ -220,12 +223,12 @@ def test_a_large_jpeg_is_decoded_small_but_never_enlarged(tmp_path, monkeypatch,
     Image.fromarray(picture(side + 40, side + 90)).save(path, quality=95)
     used, out, full = flags_used(monkeypatch), np.empty((32, 32, 3), np.uint8), np.empty((32, 32, 3), np.uint8)
     draws = draws_for(16, 64, side, side, side + 40, side + 90)
-    box = decode_into(out, path, RandomView(32, 0.0), draws)
-    assert used == [image_files.FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
+    box = decode_into(out, path, RandomCrop(32, 0.0), draws)
+    assert used == [decode.OPENCV_FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
     assert np.allclose(box, np.array([16, 16 + side, 64, 64 + side]) / np.repeat([side + 40, side + 90], 2), atol=0.03)
-    monkeypatch.setattr(image_files, "FLAGS", dict.fromkeys((1, 2, 4, 8), None) | {1: cv2.IMREAD_COLOR})
-    monkeypatch.setattr(image_files, "load", lambda image, raw, spare, load=image_files.load: load(image, raw, 1))
-    decode_into(full, path, RandomView(32, 0.0), draws)
+    monkeypatch.setattr(decode, "OPENCV_FLAGS", dict.fromkeys((1, 2, 4, 8), None) | {1: cv2.IMREAD_COLOR})
+    monkeypatch.setattr(decode, "load_pixels", lambda image, raw, spare, load=decode.load_pixels: load(image, raw, 1))
+    decode_into(full, path, RandomCrop(32, 0.0), draws)
     assert np.abs(out.astype(int) - full).mean() < 4, "half an output pixel of rounding, and JPEG's own low-pass"
 
 
@@ -233,19 +236,19 @@ def test_a_large_jpeg_is_decoded_small_but_never_enlarged(tmp_path, monkeypatch,
 def test_evaluation_images_are_decoded_at_twice_the_size_or_more(tmp_path, monkeypatch, side, divisor):
     Image.fromarray(picture(side, side + 90)).save(tmp_path / "a.jpg", quality=95)
     used, out = flags_used(monkeypatch), np.empty((24, 24, 3), np.uint8)
-    decode_into(out, tmp_path / "a.jpg", CentreView(24, 32), None)
-    assert used == [image_files.FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
+    decode_into(out, tmp_path / "a.jpg", CenterCrop(24, 32), None)
+    assert used == [decode.OPENCV_FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
 
 
 def test_centre_view_is_resize_and_centre_crop(tmp_path):
     pixels = picture(70, 100)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     out = np.empty((24, 24, 3), np.uint8)
-    decode_into(out, tmp_path / "a.png", CentreView(24, 28), None)
+    decode_into(out, tmp_path / "a.png", CenterCrop(24, 28), None)
     expected = Image.fromarray(pixels).resize((40, 28), Image.Resampling.BILINEAR).crop((8, 2, 32, 26))
     assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
     with pytest.raises(ValueError, match="centre of 24 pixels does not fit"):
-        CentreView(24, 20)
+        CenterCrop(24, 20)
 
 
 # kinds of files
@@ -289,7 +292,7 @@ def save(path: Path, kind: str) -> np.ndarray:
 )
 def test_every_kind_of_file_is_read(tmp_path, monkeypatch, name, kind, by_opencv):
     expected, used, out = save(tmp_path / name, kind), flags_used(monkeypatch), np.empty((64, 64, 3), np.uint8)
-    decode_into(out, tmp_path / name, CentreView(64, 64), None)
+    decode_into(out, tmp_path / name, CenterCrop(64, 64), None)
     assert np.abs(out.astype(int) - expected).max() <= 2 and bool(used) == by_opencv
 
 
@@ -297,11 +300,11 @@ def test_a_jpeg_with_bytes_behind_it_is_read_and_a_short_one_is_not(tmp_path):
     expected = save(tmp_path / "a.jpg", "RGB")
     raw, out = (tmp_path / "a.jpg").read_bytes(), np.empty((64, 64, 3), np.uint8)
     (tmp_path / "long.jpg").write_bytes(raw + b"\0rubbish")
-    decode_into(out, tmp_path / "long.jpg", CentreView(64, 64), None)
+    decode_into(out, tmp_path / "long.jpg", CenterCrop(64, 64), None)
     assert np.array_equal(out, expected)
     (tmp_path / "short.jpg").write_bytes(raw[: len(raw) * 2 // 3])
     with pytest.raises(BadImage, match=r"short\.jpg: .*truncated"):
-        decode_into(out, tmp_path / "short.jpg", CentreView(64, 64), None)
+        decode_into(out, tmp_path / "short.jpg", CenterCrop(64, 64), None)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -340,10 +343,10 @@ def test_a_file_list_is_two_tensors(tmp_path):
 
 
 def test_a_part_of_the_files_and_another_view(photos):
-    some = photos.pixels[torch.tensor([7, 1])].with_view(CentreView(8, 8))
+    some = photos.pixels[torch.tensor([7, 1])].with_view(CenterCrop(8, 8))
     pixels, places, boxes = some.read([0, 1])
     assert (len(some), some.size, photos.pixels.size) == (2, 8, 24) and boxes is None and places.tolist() == [0, 1]
-    assert torch.equal(pixels[1], photos.pixels.with_view(CentreView(8, 8)).read([1])[0][0])
+    assert torch.equal(pixels[1], photos.pixels.with_view(CenterCrop(8, 8)).read([1])[0][0])
 
 
 # ImageNet
@@ -446,7 +449,7 @@ def test_the_names_that_the_other_side_lacks_are_shown(tmp_path):
 def test_jitter_is_torchvisions_in_any_order(order):
     images = 0.35 + 0.25 * torch.rand(6, 3, 5, 7)  # so that nothing leaves 0..1, where torchvision clamps
     factors = torch.tensor([0.9, 1.2, 0.8]).unsqueeze(1) * torch.linspace(0.95, 1.1, 6)
-    out = recolour(images, jitter(images.mean((2, 3)), factors))
+    out = apply_colors(images, color_jitter(images.mean((2, 3)), factors))
     adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for k, image in enumerate(images):
         for kind in order:
@@ -457,7 +460,7 @@ def test_jitter_is_torchvisions_in_any_order(order):
 def test_lighting_shifts_every_pixel_by_the_same_colour():
     images, strength = torch.rand(2, 3, 4, 4), torch.tensor([[0.1, 0.0], [0.0, -0.2], [0.0, 0.3]])
     shift = torch.tensor(EIGENVECTORS) @ (torch.tensor(EIGENVALUES).unsqueeze(1) * strength)  # (3 colours, 2 images)
-    lit = recolour(images, lighting(same_colours(2), strength))
+    lit = apply_colors(images, add_lighting(identity_colors(2), strength))
     torch.testing.assert_close(lit - images, shift.T[:, :, None, None].expand_as(images), atol=1e-6, rtol=0)
     assert lit[0, 0, 0, 0] - images[0, 0, 0, 0] == pytest.approx(-0.5675 * 0.2175 * 0.1, abs=1e-6)
 
@@ -466,7 +469,7 @@ def test_lighting_shifts_every_pixel_by_the_same_colour():
 def test_recolouring_keeps_the_layout_and_its_input(layout):
     images = torch.rand(2, 3, 4, 5).contiguous(memory_format=layout)
     before, affine = images.clone(), torch.randn(2, 3, 4)
-    out = recolour(images, affine)
+    out = apply_colors(images, affine)
     torch.testing.assert_close(
         out, torch.einsum("bij,bjhw->bihw", affine[:, :, :3], images) + affine[:, :, 3, None, None]
     )
@@ -478,8 +481,8 @@ def test_batches_are_coloured_before_they_are_normalised(photos):
     coloured = batches_of(photos, 10, jitter=0.4, lighting=0.1)
     one, other = next(plain.epoch(1)), next(coloured.epoch(1))
     drawn = {name: values[..., other.index] for name, values in coloured.draw(1)[1].items()}
-    affine = jitter(one.images.mean((2, 3)), drawn["factors"])
-    expected = (recolour(one.images, lighting(affine, drawn["strength"])) - 0.5) / 0.5
+    affine = color_jitter(one.images.mean((2, 3)), drawn["factors"])
+    expected = (apply_colors(one.images, add_lighting(affine, drawn["strength"])) - 0.5) / 0.5
     torch.testing.assert_close(other.images, expected, atol=1e-4, rtol=0)
     assert torch.equal(one.box, other.box) and torch.equal(one.flip, other.flip), "colour changes no other draw"
 

@@ -11,25 +11,27 @@ from PIL import Image
 from torchvision.models import mobilenet_v2
 from torchvision.ops import box_iou
 
-from engine.annotations import Truth, find_truths
-from engine.data import STATISTICS, load_evaluation
-from engine.evaluation.localization import (
+from engine.data.annotations import BoxAnnotation, find_boxes
+from engine.data.datasets import load_evaluation
+from engine.data.decode import decode_into
+from engine.data.image_set import STATISTICS
+from engine.data.views import CenterCrop, SquashedView
+from evaluation.localization import (
     baselines,
-    boxes_seen,
+    box_overlaps,
     centre_box,
     classic_map,
-    draw,
+    draw_examples,
     intersection_over_union,
+    list_thresholds,
     measure,
-    overlaps,
+    place_boxes,
     scaled_map,
-    smoothed,
-    thresholds_with,
+    smooth_map,
 )
-from engine.image_files import CentreView, WholeView, decode_into
 
 SIZES = [(80, 48), (48, 80), (500, 375), (333, 501), (64, 64)]  # width, height
-VIEWS = [CentreView(32, 32), CentreView(28, 32), CentreView(224, 256), WholeView(32), WholeView(257)]
+VIEWS = [CenterCrop(32, 32), CenterCrop(28, 32), CenterCrop(224, 256), SquashedView(32), SquashedView(257)]
 
 
 def box_tensor(*boxes: tuple) -> torch.Tensor:
@@ -66,26 +68,26 @@ def test_a_box_lies_where_its_pixels_are_seen(tmp_path, view, size):
 
 
 def test_a_box_is_clipped_and_cut_towards_zero():
-    view = CentreView(224, 256)  # 500 x 375 -> 341 x 256, from which column 58 and row 16 on are seen
+    view = CenterCrop(224, 256)  # 500 x 375 -> 341 x 256, from which column 58 and row 16 on are seen
     assert view.plan(375, 500, None)[1] == (256, 341)
     assert view.placed((0, 0, 500, 375), 500, 375) == (0, 224, 0, 224)
     assert view.placed((150, 100, 250, 200), 500, 375) == (52, 120, 44, 112)  # 68.3, 136.5 - 16; 102.3, 170.5 - 58
-    assert WholeView(10).placed((1, 1, 2, 2), 3, 3) == (3, 6, 3, 6)
+    assert SquashedView(10).placed((1, 1, 2, 2), 3, 3) == (3, 6, 3, 6)
 
 
 def test_boxes_that_the_crop_loses_are_dropped():
     lost, kept = (0, 0, 20, 48), (10, 10, 60, 30)
-    view = CentreView(32, 48)  # shows columns 24 to 56, rows 8 to 40
+    view = CenterCrop(32, 48)  # shows columns 24 to 56, rows 8 to 40
     y1, y2, x1, x2 = view.placed(lost, 80, 48)
     assert x1 == x2 and 0 <= y1 <= y2 <= 32
-    seen = boxes_seen([Truth([lost, kept], 80, 48), None, Truth([lost], 80, 48)], view)
+    seen = place_boxes([BoxAnnotation([lost, kept], 80, 48), None, BoxAnnotation([lost], 80, 48)], view)
     assert seen[0].tolist() == [[2, 22, 0, 32]] and seen[1] is None
     assert seen[2].shape == (0, 4) and seen[2].dtype == torch.long
 
 
 def test_images_without_a_view_have_their_boxes_scaled():
-    truths = [Truth([(1, 2, 3, 5)], 10, 20), Truth([(4, 4, 9, 64)], 64, 64)]
-    assert [boxes.tolist() for boxes in boxes_seen(truths, 40)] == [[[4, 10, 4, 12]], [[2, 40, 2, 5]]]
+    truths = [BoxAnnotation([(1, 2, 3, 5)], 10, 20), BoxAnnotation([(4, 4, 9, 64)], 64, 64)]
+    assert [boxes.tolist() for boxes in place_boxes(truths, 40)] == [[[4, 10, 4, 12]], [[2, 40, 2, 5]]]
 
 
 def test_the_centred_box():
@@ -100,7 +102,7 @@ def test_boxes_apart_in_both_directions_do_not_overlap():
     assert intersection_over_union([(0, 10, 0, 10)], [(19, 29, 19, 29)]) == 0
     assert intersection_over_union([(0, 10, 0, 10)], [(0, 10, 5, 15)]) == 50 / 150
     heat = blobs(30, 30, (0, 10, 0, 10, 1.0))
-    largest, any_ = overlaps(heat, [box_tensor((19, 29, 19, 29))], [0.5])
+    largest, any_ = box_overlaps(heat, [box_tensor((19, 29, 19, 29))], [0.5])
     assert largest.tolist() == any_.tolist() == [[0.0]]
 
 
@@ -116,17 +118,17 @@ def test_two_blobs_and_two_true_boxes():
     """The large weak blob joins the small strong one below its own value only; height and width differ."""
     heat = blobs(20, 30, (0, 10, 0, 10, 0.5), (12, 16, 20, 26, 1.0))
     true = box_tensor((12, 16, 20, 26), (0, 10, 0, 20))
-    largest, any_ = overlaps(heat, [true], [0.25, 0.75])
+    largest, any_ = box_overlaps(heat, [true], [0.25, 0.75])
     torch.testing.assert_close(largest, torch.tensor([[0.5, 1.0]]))  # 100 of 200 pixels, then the strong one alone
     torch.testing.assert_close(any_, torch.tensor([[1.0, 1.0]]))
-    largest, any_ = overlaps(heat, [true[1:]], [0.25, 0.75])
+    largest, any_ = box_overlaps(heat, [true[1:]], [0.25, 0.75])
     torch.testing.assert_close(any_, torch.tensor([[0.5, 0.0]]))
 
 
 def test_the_threshold_is_strict_and_cut_to_a_whole_level():
     heat = blobs(10, 10, (0, 10, 0, 10, 100 / 255), (2, 4, 2, 4, 200 / 255))
     inner = [box_tensor((2, 4, 2, 4))]
-    largest, _ = overlaps(heat, inner, [0.494, 0.4999, 0.5, 0.504, 0.9, 0.999, 1.0])
+    largest, _ = box_overlaps(heat, inner, [0.494, 0.4999, 0.5, 0.504, 0.9, 0.999, 1.0])
     # levels 98, 99, 100, 100, 180, 199, 200 of a maximum of 200
     torch.testing.assert_close(largest, torch.tensor([[0.04, 0.04, 1.0, 1.0, 1.0, 1.0, 0.0]]))
 
@@ -135,9 +137,9 @@ def test_of_outlines_of_one_size_the_first_is_taken_and_area_is_the_outlines_own
     heat = blobs(20, 20, (1, 5, 1, 5, 1.0), (10, 14, 10, 14, 1.0))
     outlines = cv2.findContours((heat[0] > 0).numpy().astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     x, y, width, height = cv2.boundingRect(outlines[0])
-    assert overlaps(heat, [box_tensor((y, y + height, x, x + width))], [0.5])[0] == 1
+    assert box_overlaps(heat, [box_tensor((y, y + height, x, x + width))], [0.5])[0] == 1
     heat = blobs(20, 20, (0, 18, 0, 1, 1.0), (5, 9, 5, 9, 1.0))  # the long line has more pixels, and no area
-    assert overlaps(heat, [box_tensor((5, 9, 5, 9))], [0.5])[0] == 1
+    assert box_overlaps(heat, [box_tensor((5, 9, 5, 9))], [0.5])[0] == 1
 
 
 def by_single_calls(heat: np.ndarray, true: torch.Tensor, th: float) -> tuple[float, float]:
@@ -156,8 +158,8 @@ def test_all_outlines_at_once_are_what_single_calls_find():
     maps = torch.nn.functional.interpolate(coarse, (45, 60), mode="bicubic").squeeze(1).clamp(0, 1)
     maps[3:] *= torch.rand(3, 45, 60)  # thousands of specks
     boxes = [box_tensor((5, 30, 10, 40), (20, 45, 0, 25)), box_tensor((0, 45, 0, 60)), box_tensor((8, 14, 30, 37))] * 2
-    thresholds = thresholds_with(0.333)
-    largest, any_ = overlaps(maps, boxes, thresholds)
+    thresholds = list_thresholds(0.333)
+    largest, any_ = box_overlaps(maps, boxes, thresholds)
     heats = (maps * 255).byte().numpy()
     expected = [[by_single_calls(heat, true, th) for th in thresholds] for heat, true in zip(heats, boxes, strict=True)]
     torch.testing.assert_close(torch.stack([largest, any_], 2), torch.tensor(expected))
@@ -169,12 +171,12 @@ def test_maps_and_boxes_that_say_nothing():
     maps[1:3] = 0.5
     maps[3] = torch.nan
     boxes = [box_tensor((0, 1, 0, 2)), box_tensor((0, 8, 0, 4)), None, box_tensor((0, 2, 0, 2)), box_tensor()]
-    largest, any_ = overlaps(maps, boxes, [0.0, 0.5])
+    largest, any_ = box_overlaps(maps, boxes, [0.0, 0.5])
     assert largest[:, 1].tolist()[:2] == [0.5, 0.5] and largest[3:].tolist() == [[0.25, 0.25], [0.0, 0.0]]
     assert largest[2].isnan().all() and any_[2].isnan().all() and not largest[[0, 1, 3, 4]].isnan().any()
-    assert overlaps(maps[:0], [], [0.5])[0].shape == (0, 1)
+    assert box_overlaps(maps[:0], [], [0.5])[0].shape == (0, 1)
     with pytest.raises(ValueError, match=r"\(5, 8, 8\) and 1"):
-        overlaps(maps, boxes[:1], [0.5])
+        box_overlaps(maps, boxes[:1], [0.5])
 
 
 # maps
@@ -183,7 +185,7 @@ def test_maps_and_boxes_that_say_nothing():
 def test_the_classic_map_sums_neighbours_before_it_is_enlarged():
     maps = torch.zeros(1, 4, 6)
     maps[0, 0, 0], maps[0, 2, 4] = 3.0, 1.0
-    sums = smoothed(maps)
+    sums = smooth_map(maps)
     assert sums[0, :2, :2].eq(3).all() and sums[0, 1:, 3:].eq(1).all() and sums.sum() == 4 * 3 + 9
     wide = classic_map(maps, (20, 30))
     assert wide.shape == (1, 20, 30) and wide.min() == 0 and wide.max() == 1
@@ -256,7 +258,7 @@ def test_without_any_box_every_score_is_none():
     assert (scores.pop("images"), scores.pop("held_images"), scores.pop("th")) == (0, 0, 0.2)
     assert len(scores) == 10 and set(scores.values()) == {None}
     axes = Figure().subplots()
-    draw(axes, [("nothing", scores)])
+    draw_examples(axes, [("nothing", scores)])
     assert not axes.lines
     assert baselines([None], 32) == {"images": 0, "centre": None, "whole": None}
 
@@ -273,7 +275,7 @@ def test_the_picture_has_a_line_for_each_classifier():
     flags = torch.arange(20) % 2 == 0
     scores = measure(largest, largest, flags, flags, [0.1, 0.2, 0.3], 0.1)
     axes = Figure().subplots()
-    draw(axes, [("one", scores), ("two", scores)], centred=61.3)
+    draw_examples(axes, [("one", scores), ("two", scores)], centred=61.3)
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert list(lines) == ["one", "two", "centred box"] and lines["centred box"].get_linestyle() == "--"
     assert list(lines["one"].get_ydata()) == scores["gt_known_at"] and lines["two"].get_ydata()[0] > 0
@@ -288,17 +290,17 @@ def test_the_known_figures_of_mobilenet(real_data):
     pixels of the stored images here, which moves single images.
     """
     root = real_data / "ilsvrc_val_227"
-    part = load_evaluation("folder", data_dir=str(root), view=WholeView(257))
-    boxes = boxes_seen(find_truths(part, "folder", str(root / "boxes_227.csv")).each, part.pixels.view)
+    part = load_evaluation("folder", data_dir=str(root), view=SquashedView(257))
+    boxes = place_boxes(find_boxes(part, "folder", str(root / "boxes_227.csv")).each, part.pixels.view)
     simple = baselines(boxes, 257)
     assert simple["images"] == 300 and abs(simple["centre"] - 61.3) < 0.5 and abs(simple["whole"] - 48.7) < 0.5
     with open(root / "boxes_227.csv", newline="") as file:
         classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
     labels = torch.tensor([classes[name] for name in part.files.names()])
     maps, logits = mobilenet_maps(real_data / "weights" / "mobilenet_v2_imagenet_f16.pt", part, labels)
-    largest, any_ = overlaps(scaled_map(maps, 257), boxes, thresholds_with(0.3))
+    largest, any_ = box_overlaps(scaled_map(maps, 257), boxes, list_thresholds(0.3))
     right = logits.argmax(1) == labels
-    scores = measure(largest, any_, right, torch.arange(300) % 2 == 0, thresholds_with(0.3), 0.3)
+    scores = measure(largest, any_, right, torch.arange(300) % 2 == 0, list_thresholds(0.3), 0.3)
     assert abs(scores["gt_known"] - 66.3) < 1 and abs(100 * float(right.float().mean()) - 78) < 0.5
     assert scores["top1_loc"] < scores["gt_known"] <= scores["best_gt_known"] and scores["max_box_acc_v2"] > 60
 

@@ -3,10 +3,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixing import ALIASES, MIXERS, CutMix, SaliencyMix, build_mixer, compose, hyper_parameters, mixer_class
-from mixing.base import Choice, Mixer, NoMix, Partly, blend, box_mask, boxes_around, draw_lam, paste
+from mixing.base import Mixer
+from mixing.compose import Choice, NoMix, PartialMix
 from mixing.cutmix import boxes_real
 from mixing.cutout import Cutout, erase
 from mixing.manifold import ManifoldMixup
+from mixing.ops import blend, box_mask, center_boxes, draw_lam, paste
 from mixing.saliencymix import peaks
 from models import build_model
 from saliency import build_source
@@ -75,16 +77,16 @@ def test_paste_moves_the_right_rows():
 
 def test_an_odd_side_loses_a_pixel_and_a_side_of_one_is_empty():
     lam = torch.tensor(1 - (5 / 32) ** 2 - 1e-9, dtype=torch.float64)  # side 5
-    assert boxes_around(torch.tensor([10]), torch.tensor([20]), lam, 32, 32).tolist() == [[8, 12, 18, 22]]
+    assert center_boxes(torch.tensor([10]), torch.tensor([20]), lam, 32, 32).tolist() == [[8, 12, 18, 22]]
     lam = torch.tensor(1 - (1 / 32) ** 2 - 1e-9, dtype=torch.float64)  # side 1
-    box = boxes_around(torch.tensor([10]), torch.tensor([20]), lam, 32, 32)
+    box = center_boxes(torch.tensor([10]), torch.tensor([20]), lam, 32, 32)
     assert not box_mask(box, 32, 32).any()
 
 
 def test_integer_boxes_are_those_of_the_published_code(network_golden):
     lam = torch.from_numpy(network_golden["box_lam"])
     recorded = torch.from_numpy(network_golden["box_centre_and_box"]).long()
-    boxes = boxes_around(recorded[:, 0], recorded[:, 1], lam, 32, 32)
+    boxes = center_boxes(recorded[:, 0], recorded[:, 1], lam, 32, 32)
     assert torch.equal(boxes[:, [0, 2, 1, 3]], recorded[:, 2:])
 
 
@@ -173,7 +175,7 @@ def test_saliencymix_as_the_paper_has_it(static_golden):
     partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
     rows, columns = peaks(FineGrained(**NORMALISATION)(images))
     assert torch.stack([rows, columns], 1).tolist() == static_golden["sm_paper_peak"].tolist()
-    boxes = boxes_around(rows[partner], columns[partner], lam, 32, 32)
+    boxes = center_boxes(rows[partner], columns[partner], lam, 32, 32)
     assert boxes[:, [0, 2, 1, 3]].tolist() == static_golden["sm_paper_box"].tolist()
     mixed, soft = paste(images, torch.eye(8), partner, boxes)
     assert torch.equal(mixed, torch.from_numpy(static_golden["sm_paper_mixed"]))
@@ -186,7 +188,7 @@ def test_saliencymix_as_its_code_runs(static_golden):
     images = torch.from_numpy(static_golden["sm_normalised"])
     partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
     rows, columns = peaks(FloatBytes(**NORMALISATION)(images[partner[:1]]))
-    box = boxes_around(rows, columns, lam[0], 32, 32)
+    box = center_boxes(rows, columns, lam[0], 32, 32)
     assert box[:, [0, 2, 1, 3]].tolist() == [static_golden["sm_official_box"].tolist()]
     mixed, soft = paste(images, torch.eye(8), partner, box)
     assert torch.equal(mixed, torch.from_numpy(static_golden["sm_official_mixed"]))
@@ -254,13 +256,13 @@ def test_choice_draws_one_method_a_batch_and_gives_each_its_source():
 
 def test_partly_mixes_the_last_images_among_themselves():
     images, targets = batch((5, 3, 8, 8))
-    mixer = Partly(Recorder(1.0), mix_fraction=0.5)
+    mixer = PartialMix(Recorder(1.0), mix_fraction=0.5)
     mixed, _ = mixer(images, targets)
     assert torch.equal(mixed[:3], images[:3]) and torch.equal(mixed[3:], images[3:] + 1)
 
 
 def test_partly_mixes_part_of_a_hidden_layer():
-    mixer = Partly(ManifoldMixup(), mix_fraction=0.5)
+    mixer = PartialMix(ManifoldMixup(), mix_fraction=0.5)
     inner = mixer.mixers[0]
     inner.depth, inner.partner, inner.lam = 1, torch.tensor([1, 0]), torch.tensor(0.5)
     hidden = torch.tensor([1.0, 2.0, 4.0, 8.0])
@@ -271,7 +273,7 @@ def test_partly_mixes_part_of_a_hidden_layer():
     ("kind", "shares"), [("fixed", [1, 1, 1, 1, 0]), ("scheduled", [0, 0.5, 1, 1, 0]), ("delayed", [0, 0, 1, 1, 0])]
 )
 def test_the_share_follows_the_epochs(kind, shares):
-    mixer = Partly(NoMix(), 1.0, kind, 2, mix_off_epoch=1)
+    mixer = PartialMix(NoMix(), 1.0, kind, 2, mix_off_epoch=1)
     seen = []
     for epoch in range(5):
         mixer.start_epoch(epoch, 5, 10)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from engine.evaluation.occlusion import KINDS, SHARES, area, draw, hide
+from evaluation.occlusion import KINDS, SHARES, area, draw, hide
 
 FILL = (2.0, 3.0, 4.0)  # no colour of an image: what is hidden can be told
 SIZES = [(32, 32), (16, 40), (4, 6), (30, 20), (1, 9)]  # cells of whole pixels, fewer cells, uneven ones

@@ -5,8 +5,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from engine.draw import save
-from engine.evaluation.ood import SCORES, auroc, draw, draw_roc, energy, fpr_at, histogram, max_logit, measure, msp, roc
+from engine.drawing.figures import save_figure
+from evaluation.ood import SCORES, auroc, draw, draw_roc, energy, fpr_at, histogram, max_logit, measure, msp, roc
 
 
 def scores(*values: float) -> torch.Tensor:
@@ -251,5 +251,5 @@ def test_pictures_are_drawn_from_the_json_alone(tmp_path):
     assert left.get_xlabel() == "max logit" and f"{result['scores']['max_logit']['auroc']:.2f}" in left.get_title()
     assert len(right.lines) == 1 + len(SCORES)
     assert list(right.lines[1].get_ydata()) == result["scores"]["msp"]["roc"]["tpr"]
-    save(figure, tmp_path / "ood.png")
+    save_figure(figure, tmp_path / "ood.png")
     assert (tmp_path / "ood.png").stat().st_size > 5000

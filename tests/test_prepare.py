@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine import prepare_imagenet
-from engine.cli import UserError
-from engine.folders import find_folder
-from engine.prepare_imagenet import resize_copies
+import engine.data.resize_copies as copies
+from engine.data.folders import find_folder
+from engine.data.resize_copies import resize_copies
+from engine.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +60,7 @@ def test_copies_have_the_tree_the_size_and_the_looks(tmp_path, workers):
 def test_a_large_jpeg_is_decoded_small_enough(tmp_path, monkeypatch):
     write_set(tmp_path / "set", 1, (800, 640))
     seen = []
-    monkeypatch.setattr(prepare_imagenet, "as_rgb", lambda image: seen.append(image.size) or image.convert("RGB"))
+    monkeypatch.setattr(copies, "convert_to_rgb", lambda image: seen.append(image.size) or image.convert("RGB"))
     resize_copies(tmp_path / "set", [80, 40], tmp_path / "copies", workers=1)
     assert seen == [(200, 160)] * 4, "a quarter: twice the larger copy, and no less"
     assert Image.open(tmp_path / "copies" / "80" / "val" / "n01" / "n01_0.JPEG").size == (100, 80)
@@ -123,11 +123,11 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch, failure):
         assert Path(side).stat().st_size > 0
         raise failure
 
-    monkeypatch.setattr(prepare_imagenet.os, "replace", stop)
+    monkeypatch.setattr(copies.os, "replace", stop)
     full = isinstance(failure, OSError)
     with (
         pytest.raises(UserError if full else KeyboardInterrupt, match="disk is full\nmake room" if full else None),
-        prepare_imagenet.writing(tmp_path / "copies" / "a.JPEG") as side,
+        copies.check_writable(tmp_path / "copies" / "a.JPEG") as side,
     ):
         side.write_bytes(b"half")
     assert files(tmp_path / "copies") == []
@@ -135,9 +135,9 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch, failure):
 
 COMMAND = """
 from pathlib import Path
-from engine.cli import run
-from engine.prepare_imagenet import resize_copies
-run(lambda: resize_copies(Path({source!r}), [300, 400], Path({dest!r}), workers=2))
+from engine.launch import run_main
+from engine.data.resize_copies import resize_copies
+run_main(lambda: resize_copies(Path({source!r}), [300, 400], Path({dest!r}), workers=2))
 """
 
 

@@ -10,10 +10,10 @@ from conftest import GOLDEN
 from torch import nn
 from torch.nn import functional as F
 
-from mixing import masks
-from mixing.base import block_means, unit_sum
+from mixing.ops import block_means, normalize_sum
 from mixing.puzzlemix import PuzzleMix, mask_problem, mix
-from mixing.transport import auction, improvable, squared_distances, transport
+from mixing.solvers import puzzlemix_mask
+from mixing.solvers.puzzlemix_transport import auction, improvable, squared_distances, transport
 from saliency.gradient import Gradient
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ def method(case: dict) -> PuzzleMix:
 
 
 def recorded_problem(golden, number: int, case: dict):
-    """The recorded costs as a problem of mixing.masks."""
+    """The recorded costs as a problem of mixing.solvers.puzzlemix_mask."""
     cost0, cost1 = (tensor(golden[f"c{number}_cost{k}"]) for k in (0, 1))
     labels = case["n_labels"]
     prior = tensor(golden[f"c{number}_prior"]).float()
@@ -61,7 +61,7 @@ def test_the_mask_problem_is_the_recorded_one(golden):
         mixer, n = method(case), case["block_num"]
         images, partner = tensor(golden[case["x"]]), tensor(golden[f"c{number}_perm"]).long()
         cell = min(case["neigh_size"], images.shape[-1] // n)
-        salient = unit_sum(block_means(tensor(golden[case["sal"]]), n, n))
+        salient = normalize_sum(block_means(tensor(golden[case["sal"]]), n, n))
         cells = F.avg_pool2d(images, cell) * mixer.std
         problem = mask_problem(salient, cells, partner, torch.tensor(case["lam"]), **mixer.weights)
         for ours, recorded in zip(problem, recorded_problem(golden, number, case), strict=True):
@@ -75,9 +75,9 @@ def test_energies_reach_the_recorded_optimum(golden):
         mask = tensor(golden[f"c{number}_mask_ref"])
         labels = ((1 - mask) * (case["n_labels"] - 1)).round().long().permute(1, 2, 0)
         reference = tensor(golden[f"c{number}_energy_ref"])
-        torch.testing.assert_close(masks.energy(labels, *problem).double(), reference, rtol=0, atol=1e-6)
-        found, bound = masks.solve(*problem)
-        energy = masks.energy(found, *problem).double()
+        torch.testing.assert_close(puzzlemix_mask.energy(labels, *problem).double(), reference, rtol=0, atol=1e-6)
+        found, bound = puzzlemix_mask.solve(*problem)
+        energy = puzzlemix_mask.energy(found, *problem).double()
         gap = energy - tensor(golden[f"c{number}_energy_opt"])
         assert (gap < (1e-4 if case["block_num"] <= 8 else 1e-3)).all(), case
         assert (energy <= reference + 1e-3).all(), case
@@ -90,8 +90,10 @@ def test_energies_reach_the_recorded_optimum(golden):
 def test_small_grids_are_solved_exactly(labels):
     unary, down, right = random_problem(labels, 2)
     every = torch.tensor(list(itertools.product(range(labels), repeat=4))).view(-1, 2, 2, 1).expand(-1, -1, -1, 6)
-    least = torch.stack([masks.energy(one.contiguous(), unary, down, right) for one in every]).amin(0)
-    torch.testing.assert_close(masks.energy(masks.solve(unary, down, right)[0], unary, down, right), least)
+    least = torch.stack([puzzlemix_mask.energy(one.contiguous(), unary, down, right) for one in every]).amin(0)
+    torch.testing.assert_close(
+        puzzlemix_mask.energy(puzzlemix_mask.solve(unary, down, right)[0], unary, down, right), least
+    )
 
 
 def test_rows_and_levels_agree():
@@ -99,9 +101,9 @@ def test_rows_and_levels_agree():
     slope = torch.rand(1, 4, 4, 20) - 0.5
     unary = slope * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)  # convex in the label, as PuzzleMix's
     down, right = 0.2 * torch.rand(3, 4, 20), 0.2 * torch.rand(4, 3, 20)
-    exact = masks.energy(masks.solve_by_rows(unary, down, right), unary, down, right)
-    labels, bound = masks.solve_by_levels(unary, down, right, iterations=300)
-    torch.testing.assert_close(masks.energy(labels, unary, down, right), exact, atol=1e-5, rtol=0)
+    exact = puzzlemix_mask.energy(puzzlemix_mask.solve_by_rows(unary, down, right), unary, down, right)
+    labels, bound = puzzlemix_mask.solve_by_levels(unary, down, right, iterations=300)
+    torch.testing.assert_close(puzzlemix_mask.energy(labels, unary, down, right), exact, atol=1e-5, rtol=0)
     assert (bound <= exact + 1e-5).all() and (exact - bound).max() < 1e-3
 
 
@@ -109,11 +111,11 @@ def test_the_bound_holds_however_few_steps_are_taken():
     unary = (torch.rand(1, 8, 8, 20) - 0.5) * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)
     down, right = 0.3 * torch.rand(7, 8, 20), 0.3 * torch.rand(8, 7, 20)
     gaps = []
-    best = masks.energy(masks.solve_by_levels(unary, down, right, 500)[0], unary, down, right)
+    best = puzzlemix_mask.energy(puzzlemix_mask.solve_by_levels(unary, down, right, 500)[0], unary, down, right)
     for iterations in (1, 20, 100):
-        labels, bound = masks.solve_by_levels(unary, down, right, iterations)
+        labels, bound = puzzlemix_mask.solve_by_levels(unary, down, right, iterations)
         assert (bound <= best + 1e-5).all()
-        gaps.append(float((masks.energy(labels, unary, down, right) - bound).mean()))
+        gaps.append(float((puzzlemix_mask.energy(labels, unary, down, right) - bound).mean()))
     assert gaps[0] > gaps[1] > gaps[2]
 
 
@@ -134,7 +136,7 @@ def test_transport_is_as_good_as_the_recorded_plans(golden):
         if not side:
             continue
         partner = tensor(golden[f"c{number}_perm"]).long()
-        salient = unit_sum(block_means(tensor(golden[case["sal"]]), side, side))
+        salient = normalize_sum(block_means(tensor(golden[case["sal"]]), side, side))
         for image, values in (("t1", salient), ("t2", salient[partner])):
             needed = tensor(golden[f"c{number}_{image}_need"]).view(-1, side, side)
             block = transport(values, needed, case["t_eps"])
@@ -149,7 +151,7 @@ def test_transport_is_as_good_as_the_recorded_plans(golden):
 @pytest.mark.parametrize("seen", [True, False])
 def test_small_transports_are_optimal(seen):
     """Against all ways to fill the needed places, with the host looking on and not."""
-    salient, needed = unit_sum(torch.rand(12, 2, 3) ** 4), torch.rand(12, 2, 3) < 0.5
+    salient, needed = normalize_sum(torch.rand(12, 2, 3) ** 4), torch.rand(12, 2, 3) < 0.5
     block = auction(salient, needed, 0.05 / 4, seen=seen)
     ours = plan_cost(block, salient, needed, 0.05)
     for image in range(12):
@@ -164,7 +166,7 @@ def test_small_transports_are_optimal(seen):
 
 def test_only_improvable_images_are_moved():
     """The test that spares the auction is exact: elsewhere the auction finds nothing worth more than its slack."""
-    salient, needed = unit_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
+    salient, needed = normalize_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
     moves = improvable(salient, needed, 1.0 / 49)
     assert 30 < moves.sum() < 270
     found = auction(salient, needed, 1.0 / 49, seen=True)
@@ -221,8 +223,8 @@ def test_saliency_and_the_clean_gradient_are_the_recorded_ones(golden):
     targets = F.one_hot(tensor(golden["net_y"]).long(), 10).float()
     model = net(golden)
     running = model[1].running_mean.clone()
-    saliency = unit_sum(Gradient(model, **PuzzleMix().gradient_options)(images, targets))
-    torch.testing.assert_close(saliency, unit_sum(tensor(golden["net_sal_eval"])), rtol=1e-4, atol=1e-8)
+    saliency = normalize_sum(Gradient(model, **PuzzleMix().gradient_options)(images, targets))
+    torch.testing.assert_close(saliency, normalize_sum(tensor(golden["net_sal_eval"])), rtol=1e-4, atol=1e-8)
     assert all(p.grad is None and p.requires_grad for p in model.parameters()), "input only"
     assert model.training and torch.equal(model[1].running_mean, running)
     source = Gradient(model, cross_entropy_scale=2 / 10, **PuzzleMix(clean_lam=1.0).gradient_options)
@@ -262,7 +264,7 @@ def test_each_image_of_a_pair_is_moved_to_where_it_shows():
     images, saliency, partner = torch.randn(6, 3, 32, 32), torch.rand(6, 32, 32) ** 8, torch.arange(5, -1, -1)
     mask, (own, other, rows, columns) = mixer.plan(images, saliency, partner, torch.tensor(0.5), 4)
     assert (rows, columns) == (8, 8)
-    salient, shown = unit_sum(block_means(saliency, 8, 8)), mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    salient, shown = normalize_sum(block_means(saliency, 8, 8)), mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(own, transport(salient, shown > 0, 0.1))
     assert torch.equal(other, transport(salient[partner], shown < 1, 0.1))
     still = torch.arange(64)

@@ -14,11 +14,12 @@ import detect
 import evaluate
 import imagenet_train
 import train
-from detection.options import RECIPES as DETECTION_RECIPES
-from engine.configure import check_together, fill_in, translate
-from engine.evaluation.corruptions import DESCRIPTIONS
-from engine.phases import phases_of, read_phases
-from engine.recipes import IMAGENET_RECIPES, RECIPES
+from detection.recipes import RECIPES as DETECTION_RECIPES
+from engine.config.legacy_options import translate_legacy
+from engine.config.phases import build_phases, parse_phases
+from engine.config.recipes import IMAGENET_RECIPES, RECIPES
+from engine.config.resolve import check_combinations, fill_in_options
+from evaluation.corruptions import DESCRIPTIONS
 from mixing import MIXERS, show
 from saliency.casm.__main__ import COMMANDS as COMMANDS_OF_CASM
 
@@ -54,16 +55,16 @@ def test_every_command_is_accepted(command):
     if words == ["--help"]:
         return
     parser = SCRIPTS[script].build_parser()
-    typed, _ = translate(parser.read(words))
+    typed, _ = translate_legacy(parser.read(words))
     if script not in ("evaluate.py", "cam.py"):
         if script == "detect.py":
             options = detect.settle(parser, typed, {})
         else:
-            options = fill_in(typed, {}, parser.defaults)
-            check_together(options, typed)
+            options = fill_in_options(typed, {}, parser.defaults)
+            check_combinations(options, typed)
         told = command.split(script)[0].replace('"$SLURM_NNODES"', "2").replace("1:2", "2")
         processes = [int(count) for count in re.findall(r"--(?:nproc_per_node|nnodes) (\d+)", told)]
-        phases = phases_of(options) if script == "imagenet_train.py" else []
+        phases = build_phases(options) if script == "imagenet_train.py" else []
         for size in [phase.batch_size for phase in phases] or [options["batch_size"]]:
             assert size % math.prod(processes) == 0, f"{size} images for {processes} processes"
 
@@ -98,7 +99,7 @@ def test_every_method_and_recipe_is_described():
 
 
 def test_the_phases_are_the_recipe_s():
-    phases, begin = read_phases(IMAGENET_RECIPES["fast100"]["phases"]), 0
+    phases, begin = parse_phases(IMAGENET_RECIPES["fast100"]["phases"]), 0
     for phase in phases:
         share = (phase.crop / 224) ** 2
         plain = f"{(phase.end - begin) * share:.1f}".removesuffix(".0")

@@ -9,11 +9,20 @@ import torch
 from conftest import same_state
 from torch import nn
 
-import mixing.policy
-from mixing.base import block_means, unit_sum
-from mixing.policy import ActorCritic, Agent, Features, advantages, draw_actions, initialise, joint_log_prob, ppo_loss
+import mixing.solvers.rlmix_agent
+from mixing.ops import block_means, normalize_sum
 from mixing.rlmix import RLMix, agreement
 from mixing.rmix import percentiles, salient
+from mixing.solvers.rlmix_agent import (
+    ActorCritic,
+    Agent,
+    Features,
+    advantages,
+    draw_actions,
+    initialise,
+    joint_log_prob,
+    ppo_loss,
+)
 
 B, K = 4, 5
 
@@ -128,7 +137,7 @@ def test_the_policy_learns_what_is_rewarded():
     wanted = torch.tensor([2, 0, 1])
     shares = []
     for step in range(8 * 64):  # each step an episode of its own
-        saliency, logits = unit_sum(torch.rand(3, 4, 4)), torch.randn(3, 2)
+        saliency, logits = normalize_sum(torch.rand(3, 4, 4)), torch.randn(3, 2)
         hits = (agent.act(saliency, logits, start=True, remaining=1.0) == wanted).float().mean()
         agent.take(hits, ended=step % 64 == 63, remaining=1.0)
         shares.append(float(hits))
@@ -159,7 +168,7 @@ def test_a_step_is_recorded_as_it_was():
         maps = []
         mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
         rows = mixer.agent.rollout.rows
-        assert torch.equal(rows["saliency"][step], unit_sum(block_means(maps[0], 8, 8)))
+        assert torch.equal(rows["saliency"][step], normalize_sum(block_means(maps[0], 8, 8)))
         assert rows["logits"][step].eq(0).all(), "a source without logits"
         grad = torch.randn_like(mixed)
         mixer.after_backward(grad)
@@ -177,7 +186,7 @@ def test_the_recorded_actions_choose_the_patches():
         maps = []
         mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
         action = mixer.agent.rollout.rows["actions"][0]
-        mask = salient(unit_sum(block_means(maps[0], 4, 4)), percentiles(action, 10))
+        mask = salient(normalize_sum(block_means(maps[0], 4, 4)), percentiles(action, 10))
         alone = (mask & ~mask.flip(0)).repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
         assert torch.equal(mixed.where(alone, 0), images.where(alone, 0)) and alone.any()
 
@@ -185,7 +194,9 @@ def test_the_recorded_actions_choose_the_patches():
 @pytest.mark.parametrize("steps", [3, 5])
 def test_the_value_after_a_rollout_counts_unless_the_episode_ended(steps, monkeypatch):
     seen = []
-    monkeypatch.setattr(mixing.policy, "advantages", lambda *given: seen.append(given) or advantages(*given))
+    monkeypatch.setattr(
+        mixing.solvers.rlmix_agent, "advantages", lambda *given: seen.append(given) or advantages(*given)
+    )
     mixer = build(agent_lr=1e-2)
     mixer.start_epoch(1, 4, steps)
     train(mixer, 3)
@@ -202,7 +213,9 @@ def test_the_value_after_a_rollout_counts_unless_the_episode_ended(steps, monkey
 
 def test_a_rollout_that_waits_at_the_end_of_an_epoch_ends_with_it(monkeypatch):
     seen = []
-    monkeypatch.setattr(mixing.policy, "advantages", lambda *given: seen.append(given) or advantages(*given))
+    monkeypatch.setattr(
+        mixing.solvers.rlmix_agent, "advantages", lambda *given: seen.append(given) or advantages(*given)
+    )
     mixer = build()
     mixer.start_epoch(0, 2, 4)
     train(mixer, 3)
@@ -224,7 +237,7 @@ def test_learning_moves_every_weight_and_leaves_no_gradient():
 
 def test_every_pass_sees_every_step_once(monkeypatch):
     seen = []
-    monkeypatch.setattr(mixing.policy, "ppo_loss", lambda *given: seen.append(given) or ppo_loss(*given))
+    monkeypatch.setattr(mixing.solvers.rlmix_agent, "ppo_loss", lambda *given: seen.append(given) or ppo_loss(*given))
     mixer = build(agent_trajectory_size=7, agent_batch_size=3, agent_epochs=4)
     mixer.start_epoch(0, 2, 7)
     train(mixer, 7)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mixing.rmix
-from mixing.base import block_means, enlarge, unit_sum
+from mixing.ops import block_means, normalize_sum, upsample_blocks
 from mixing.rlmix import agreement
 from mixing.rmix import RMix, block_weights, mix, percentiles, salient
 from saliency.gradient import Gradient
@@ -77,7 +77,7 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
     torch.testing.assert_close(source.logits, recorded("logits_clean"), rtol=1e-5, atol=1e-5)
     patches = [n // side for n in images.shape[-2:]]
     near = {"rtol": 1e-5, "atol": 1e-9}
-    torch.testing.assert_close(unit_sum(block_means(maps[0], *patches)), recorded("saliency_pooled"), **near)
+    torch.testing.assert_close(normalize_sum(block_means(maps[0], *patches)), recorded("saliency_pooled"), **near)
     clean = block_means(maps[0], 8, 8)
     scale = len(images) * classes / 2  # recorded: 2 / K times the mean of the losses; ours: their sum
     torch.testing.assert_close(clean / scale, recorded("agent_saliency_raw"), rtol=1e-5, atol=1e-9)
@@ -135,7 +135,7 @@ def test_a_mix_worked_out_by_hand():
 def test_one_map_of_weights_equals_the_three_cases():
     images, targets = batch((6, 3, 16, 16), 6)
     mask, partner, lam = torch.rand(6, 4, 4) < 0.5, torch.tensor([3, 0, 1, 5, 4, 2]), 0.3
-    own, other = (enlarge(m.float(), 16, 16) for m in (mask, mask[partner]))
+    own, other = (upsample_blocks(m.float(), 16, 16) for m in (mask, mask[partner]))
     first, second, agree = own * (1 - other), (1 - own) * other, own * other + (1 - own) * (1 - other)
     expected = first * images + second * images[partner] + agree * (lam * images + (1 - lam) * images[partner])
     share = (first + lam * agree).mean((1, 2, 3)).unsqueeze(1)

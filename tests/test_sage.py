@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.loss import LOSSES
-from mixing import rearrange, sage
+from engine.training.loss import LOSSES
+from mixing import sage
 from mixing.sage import SAGE, blend_shifted, mix, weighted
+from mixing.solvers import sage_offsets
 from saliency.gradient import Gradient, blur
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 6, 10), (3, 1, 2, 2)]  # one image; odd batches; H != W; the smallest
@@ -57,7 +58,7 @@ def test_the_search_finds_the_recorded_offsets(golden, name):
     recorded = case(golden, f"search_{name}_")
     maps, partner, offsets = recorded["saliency"][:, 0], recorded["index"].long(), recorded["offsets"].long()
     first, second = weighted(maps, partner, recorded["alpha"])
-    scores = rearrange.scores(first, second, offsets)
+    scores = sage_offsets.scores(first, second, offsets)
     close(scores if name != "c" else scores.amax(1), recorded["score"], 1e-6)
     targets = F.one_hot(recorded["y"], 10).float()
     images = recorded.get("x", torch.zeros(len(maps), 3, *maps.shape[1:]))
@@ -74,7 +75,7 @@ def test_the_search_finds_the_recorded_offsets(golden, name):
 def test_all_offsets_at_once_find_the_recorded_ones(golden):
     recorded = case(golden, "search_c_")  # its offsets are all there are
     first, second = weighted(recorded["saliency"][:, 0], recorded["index"].long(), recorded["alpha"])
-    assert torch.equal(rearrange.best_of_all(first, second), recorded["best_offset"].long())
+    assert torch.equal(sage_offsets.best_of_all(first, second), recorded["best_offset"].long())
 
 
 class SmallNet(nn.Sequential):
@@ -149,32 +150,32 @@ def test_a_whole_step_is_the_recorded_one(golden, name, monkeypatch):
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 10), (9, 5)])
-@pytest.mark.parametrize("scorer", [rearrange.loss_by_overlaps, rearrange.loss_by_windows])
+@pytest.mark.parametrize("scorer", [sage_offsets.loss_by_overlaps, sage_offsets.loss_by_windows])
 def test_both_scorers_are_the_definition(height, width, scorer, monkeypatch):
-    monkeypatch.setattr(rearrange, "CACHED", 2 * height * width)  # blocks of two of five images
-    monkeypatch.setattr(rearrange, "TABLE", 2 * 30 * height * width)
+    monkeypatch.setattr(sage_offsets, "CACHED", 2 * height * width)  # blocks of two of five images
+    monkeypatch.setattr(sage_offsets, "TABLE", 2 * 30 * height * width)
     first, second = pairs(5, height, width, 0.4)
     first[0, :3], second[1, :, 2:] = 0, 0  # where nothing is salient
-    offsets = rearrange.random_offsets(height, width, 30)
+    offsets = sage_offsets.random_offsets(height, width, 30)
     expected = torch.stack([score_by_definition(first, second, dy, dx) for dy, dx in offsets.tolist()], 1)
-    kept = first.sum((1, 2)).unsqueeze(1) + rearrange.inside_mass(second, offsets)
+    kept = first.sum((1, 2)).unsqueeze(1) + sage_offsets.inside_mass(second, offsets)
     close(kept - 2 * scorer(first, second, offsets), expected, 1e-6)
-    close(rearrange.scores(first, second, offsets), expected, 1e-6)
+    close(sage_offsets.scores(first, second, offsets), expected, 1e-6)
 
 
 def test_windows_take_other_offsets_for_every_image():
     first, second = pairs(3, 6, 7, 0.4)
-    offsets = torch.stack([rearrange.random_offsets(6, 7, 4) for _ in range(3)])
-    ours = rearrange.inside_mass(second, offsets) - 2 * rearrange.loss_by_windows(first, second, offsets)
+    offsets = torch.stack([sage_offsets.random_offsets(6, 7, 4) for _ in range(3)])
+    ours = sage_offsets.inside_mass(second, offsets) - 2 * sage_offsets.loss_by_windows(first, second, offsets)
     for image in range(3):
         one, two = first[image : image + 1], second[image : image + 1]
-        close(ours[image] + one.sum(), rearrange.scores(one, two, offsets[image])[0], 1e-6)
+        close(ours[image] + one.sum(), sage_offsets.scores(one, two, offsets[image])[0], 1e-6)
 
 
 def test_whole_numbers_count_the_same_mass():
     first, _ = pairs(2, 7, 6, 1.0)
     for whole in (True, False):
-        table, unit = rearrange.integral(first, whole)
+        table, unit = sage_offsets.integral(first, whole)
         assert table.dtype == (torch.int64 if whole else torch.float32)
         close((table[:, 5, 4] - table[:, 2, 4]) * unit, first[:, 2:5, :4].sum((1, 2)), 1e-6)
         close(table[:, -1, -1] * unit, torch.ones(2), 1e-6)
@@ -185,26 +186,26 @@ def test_the_earlier_of_two_equals_wins():
     second[0, 1:3, 1:3] = 1.0  # as good anywhere in the frame, and exactly so in floats
     for order in ([[0, 1], [1, 0], [0, 0]], [[3, 3], [1, 0], [0, 0], [0, 1]]):
         expected = next(offset for offset in order if offset != [3, 3])
-        assert rearrange.best_of(first, second, torch.tensor(order)).tolist() == [expected]
-    assert rearrange.best_of_all(first, second).tolist() == [[-1, -1]]
+        assert sage_offsets.best_of(first, second, torch.tensor(order)).tolist() == [expected]
+    assert sage_offsets.best_of_all(first, second).tolist() == [[-1, -1]]
 
 
 def test_exact_scores_settle_what_the_quadrature_leaves_open(monkeypatch):
-    monkeypatch.setattr(rearrange, "loss_everywhere", lambda first, second: torch.rand(len(first), 63))
-    monkeypatch.setattr(rearrange, "RESCORED", 100)
+    monkeypatch.setattr(sage_offsets, "loss_everywhere", lambda first, second: torch.rand(len(first), 63))
+    monkeypatch.setattr(sage_offsets, "RESCORED", 100)
     first, second = pairs(6, 4, 5, 0.5)
-    expected = rearrange.best_of(first, second, rearrange.all_offsets(4, 5))
-    assert torch.equal(rearrange.best_of_all(first, second), expected)
+    expected = sage_offsets.best_of(first, second, sage_offsets.all_offsets(4, 5))
+    assert torch.equal(sage_offsets.best_of_all(first, second), expected)
 
 
 @pytest.mark.parametrize("lam", [0.05, 0.3, 0.5])
 @pytest.mark.parametrize(("height", "width"), [(12, 12), (7, 10), (3, 4)])
 def test_the_exhaustive_search_finds_the_optimum(height, width, lam):
     first, second = pairs(6, height, width, lam)
-    offsets = rearrange.all_offsets(height, width)
+    offsets = sage_offsets.all_offsets(height, width)
     assert len(offsets) == (2 * height - 1) * (2 * width - 1)
     exact = torch.stack([score_by_definition(first, second, dy, dx) for dy, dx in offsets.tolist()], 1)
-    found = rearrange.best_of_all(first, second)
+    found = sage_offsets.best_of_all(first, second)
     place = (found[:, 1] + width - 1) * (2 * height - 1) + found[:, 0] + height - 1
     close(exact.gather(1, place.unsqueeze(1))[:, 0], exact.amax(1), 1e-7)
 
@@ -212,8 +213,8 @@ def test_the_exhaustive_search_finds_the_optimum(height, width, lam):
 def test_the_quadrature_stays_within_its_error():
     first, second = pairs(8, 16, 12, 0.4)
     about, exact = (
-        rearrange.loss_everywhere(first, second),
-        rearrange.loss_by_overlaps(first, second, rearrange.all_offsets(16, 12)),
+        sage_offsets.loss_everywhere(first, second),
+        sage_offsets.loss_by_overlaps(first, second, sage_offsets.all_offsets(16, 12)),
     )
     assert (about - exact).abs().amax() < 5e-4 and exact.amax() > 0.2
 
@@ -222,17 +223,17 @@ def test_the_quadrature_stays_within_its_error():
 
 
 def test_random_offsets_are_different_and_inside():
-    offsets = rearrange.random_offsets(4, 6, 77)
-    assert sorted(offsets.tolist()) == sorted(rearrange.all_offsets(4, 6).tolist())
-    assert len(rearrange.random_offsets(4, 6, 5)) == 5
-    assert rearrange.all_offsets(4, 6)[:8].tolist() == [[dy, -5] for dy in range(-3, 4)] + [[-3, -4]]
+    offsets = sage_offsets.random_offsets(4, 6, 77)
+    assert sorted(offsets.tolist()) == sorted(sage_offsets.all_offsets(4, 6).tolist())
+    assert len(sage_offsets.random_offsets(4, 6, 5)) == 5
+    assert sage_offsets.all_offsets(4, 6)[:8].tolist() == [[dy, -5] for dy in range(-3, 4)] + [[-3, -4]]
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (6, 10), (64, 48), (2, 9)])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.04, 0.2, 1.0])
 def test_the_grid_is_even_and_holds_the_zero_shift(height, width, share):
     count = max(1, int((2 * height - 1) * (2 * width - 1) * share))
-    offsets = rearrange.grid_offsets(height, width, count)
+    offsets = sage_offsets.grid_offsets(height, width, count)
     rows, columns = (sorted(set(offsets[:, axis].tolist())) for axis in (0, 1))
     assert [0, 0] in offsets.tolist() and 0.5 * count <= len(offsets) <= count
     assert len(offsets) == len(rows) * len(columns) == len(set(map(tuple, offsets.tolist())))
@@ -332,7 +333,7 @@ def test_the_gradient_flows_to_both_images(layout):
 def test_the_layout_and_the_precision_of_the_images_stay():
     images, targets = torch.randn(5, 3, 6, 8), torch.eye(5)
     maps = smooth_maps(5, 6, 8)
-    arguments = maps, torch.randperm(5), torch.tensor(0.4), rearrange.random_offsets(6, 8, 9)
+    arguments = maps, torch.randperm(5), torch.tensor(0.4), sage_offsets.random_offsets(6, 8, 9)
     mixed, soft, _ = mix(images, targets, *arguments)
     other = mix(images.contiguous(memory_format=torch.channels_last), targets, *arguments)[0]
     assert torch.equal(mixed, other) and mixed.is_contiguous()
@@ -423,11 +424,11 @@ def test_wrong_hyper_parameters_are_refused(options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("table", [rearrange.TABLE, 1])  # all windows at once; one offset after the other
+@pytest.mark.parametrize("table", [sage_offsets.TABLE, 1])  # all windows at once; one offset after the other
 def test_the_device_mixes_as_the_host_does_and_is_not_waited_for(table, monkeypatch):
-    monkeypatch.setattr(rearrange, "TABLE", table)
+    monkeypatch.setattr(sage_offsets, "TABLE", table)
     images, targets, maps = torch.randn(6, 3, 16, 12), torch.eye(6), smooth_maps(6, 16, 12)
-    given = torch.randperm(6), torch.tensor(0.4, dtype=torch.float64), rearrange.random_offsets(16, 12, 20)
+    given = torch.randperm(6), torch.tensor(0.4, dtype=torch.float64), sage_offsets.random_offsets(16, 12, 20)
     expected = mix(images, targets, maps, *given)
     images, targets, maps, partner = (tensor.cuda() for tensor in (images, targets, maps, given[0]))
     torch.use_deterministic_algorithms(True)

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.batches import Batch, crop_and_flip
+from engine.data.loader import Batch, crop_and_flip
 from models import build_model
 from saliency import SOURCES, build_source
 from saliency.bank import Bank
-from saliency.cam import CAM
+from saliency.cam.sources import CAM
 from saliency.gradient import Gradient, blur
 from saliency.static import binomial_blur, fine_grained, float_bytes, grey, resize_exact, spectral_residual
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.cli import UserError
+from engine.errors import UserError
 from mixing import build_mixer, show
 from mixing.show import METHODS, collect, weights_of
 from saliency.static import FineGrained
@@ -46,7 +46,7 @@ def test_a_classifier_of_ours_guides_by_its_gradient(shapes_run, tmp_path, monke
     assert torch.equal(first["puzzlemix"], again["puzzlemix"]), "one seed, one picture"
     assert not torch.equal(first["puzzlemix"], static["puzzlemix"])
     drawn = []
-    monkeypatch.setattr("engine.draw.mixtures", lambda path, **given: drawn.append(given))
+    monkeypatch.setattr("engine.drawing.figures.draw_mixtures", lambda path, **given: drawn.append(given))
     show.main([*words, "--method", "saliencymix"])
     assert drawn[0]["guide"] == "pixel gradient" and not torch.equal(
         drawn[0]["saliency"], FineGrained(drawn[0]["mean"], drawn[0]["std"])(drawn[0]["images"])

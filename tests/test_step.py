@@ -9,18 +9,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.batches import Batches
-from engine.cli import UserError
-from engine.data import Part
-from engine.device import choose_device, choose_precision, keep_large_blocks, rng_state, set_rng_state
-from engine.loop import NotFinite, Stopwatch, predict, profile, scores, train_one_epoch
-from engine.loss import LOSSES, smooth
-from engine.metrics import confusion_matrix, topk_correct
-from engine.phases import Calendar, rate_at, read_phases, read_points
-from engine.recipes import IMAGENET_RECIPES
-from engine.schedule import build_scheduler
+from engine.config.phases import parse_lr_points, parse_phases
+from engine.config.recipes import IMAGENET_RECIPES
+from engine.data.image_set import ImageSet
+from engine.data.loader import DeviceLoader
+from engine.errors import UserError
+from engine.inference.metrics import confusion_matrix, topk_correct
+from engine.inference.predict import compute_scores, predict
+from engine.runtime.device import choose_device, choose_precision, get_rng_state, keep_freed_memory, set_rng_state
+from engine.training.loop import profile_steps, train_one_epoch
+from engine.training.loss import LOSSES, smooth_labels
+from engine.training.running_sums import NonFiniteLoss
+from engine.training.schedule import build_scheduler, interpolate_lr
+from engine.training.step_calendar import StepSchedule
+from engine.training.stopwatch import Stopwatch
 from mixing import build_mixer
-from mixing.base import Mixer, NoMix
+from mixing.base import Mixer
+from mixing.compose import NoMix
 from saliency.base import Source
 from saliency.gradient import Gradient
 
@@ -52,7 +57,7 @@ def test_softmax_bce_by_hand_and_its_cut_logarithm():
 
 def test_label_smoothing_is_torchs():
     logits, labels = torch.randn(5, 7), torch.arange(5)
-    ours = LOSSES["ce"](logits, smooth(F.one_hot(labels, 7).float(), 0.2))
+    ours = LOSSES["ce"](logits, smooth_labels(F.one_hot(labels, 7).float(), 0.2))
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=0.2))
 
 
@@ -74,7 +79,7 @@ def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
     options = PLAIN | {"final_div_factor": 1e4} | options
     scheduler = build_scheduler(
-        optimizer, scheduler=name, epochs=epochs, calendar=Calendar([(epochs, steps)]), **options
+        optimizer, scheduler=name, epochs=epochs, calendar=StepSchedule([(epochs, steps)]), **options
     )
     seen = []
     for _ in range(epochs * steps):
@@ -96,17 +101,17 @@ def test_schedules_move_between_epochs():
 def test_the_three_phases_have_the_published_rates(network_golden):
     """Recorded at real-valued epochs, where a boundary belongs to the later phase; in training it is never reached."""
     recipe = IMAGENET_RECIPES["fast100"]
-    points, phases = read_points(recipe["lr_points"]), read_phases(recipe["phases"])
+    points, phases = parse_lr_points(recipe["lr_points"]), parse_phases(recipe["phases"])
     for epoch, rate in zip(network_golden["imagenet_epoch"], network_golden["imagenet_lr"], strict=True):
-        assert rate_at(points, float(epoch)) == pytest.approx(float(rate), rel=1e-6), epoch
-    assert rate_at(points, 15, before=True) == 0.125 and rate_at(points, 15) == 0.2
+        assert interpolate_lr(points, float(epoch)) == pytest.approx(float(rate), rel=1e-6), epoch
+    assert interpolate_lr(points, 15, before=True) == 0.125 and interpolate_lr(points, 15) == 0.2
     assert [phase.end for phase in phases] == [15, 40, 100] and [phase.crop for phase in phases] == [128, 224, 224]
 
 
 def test_rates_move_at_every_step_of_phases_of_different_length():
     """Two steps an epoch up to epoch 1, then four; the rate is that at the end of a step."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
-    calendar = Calendar([(1, 2), (2, 4)])
+    calendar = StepSchedule([(1, 2), (2, 4)])
     options = PLAIN | {"final_div_factor": 1e4, "lr": 2.0, "lr_points": "0:0,1:1,1:10,2:2"}
     scheduler = build_scheduler(optimizer, scheduler="points", epochs=2, calendar=calendar, **options)
     seen = []
@@ -122,7 +127,9 @@ def test_rates_move_at_every_step_of_phases_of_different_length():
 def test_one_cycle_is_the_published_one(network_golden):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
     options = PLAIN | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
-    scheduler = build_scheduler(optimizer, scheduler="onecycle", epochs=300, calendar=Calendar([(300, 500)]), **options)
+    scheduler = build_scheduler(
+        optimizer, scheduler="onecycle", epochs=300, calendar=StepSchedule([(300, 500)]), **options
+    )
     optimizer.step()
     wanted = dict(zip(network_golden["onecycle_step"].tolist(), range(100), strict=False))
     for step in range(150_000):
@@ -142,7 +149,7 @@ def test_one_cycle_is_the_published_one(network_golden):
 def test_topk_counts_labels_among_the_highest():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
     assert topk_correct(logits, torch.tensor([0, 0, 0]), (1, 2, 3)).tolist() == [1, 2, 3]
-    result = scores(logits, torch.tensor([0, 0, 0]), (1, 2, 5))
+    result = compute_scores(logits, torch.tensor([0, 0, 0]), (1, 2, 5))
     assert result["top1"] == pytest.approx(100 / 3) and "top5" not in result
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 0, 0])).item())
 
@@ -175,7 +182,7 @@ def test_devices_and_precisions_that_are_not_there_are_explained():
     assert choose_precision("off", CPU)[0] is None and choose_precision("bf16", CPU)[0] is torch.bfloat16
     dtype, text = choose_precision("auto", CPU)
     assert (dtype is torch.bfloat16) == text.startswith("bfloat16")
-    keep_large_blocks()
+    keep_freed_memory()
 
 
 def test_generators_are_put_back_exactly(tmp_path):
@@ -183,7 +190,7 @@ def test_generators_are_put_back_exactly(tmp_path):
 
     import numpy as np
 
-    torch.save(rng_state(CPU), tmp_path / "rng.pt")
+    torch.save(get_rng_state(CPU), tmp_path / "rng.pt")
     first = torch.rand(3), np.random.rand(3), random.random()
     set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True), CPU)
     assert (
@@ -194,11 +201,11 @@ def test_generators_are_put_back_exactly(tmp_path):
 # the loop
 
 
-def small(count: int = 12) -> tuple[Batches, nn.Module]:
-    part = Part(
+def small(count: int = 12) -> tuple[DeviceLoader, nn.Module]:
+    part = ImageSet(
         torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8), torch.arange(count) % 3, list("abc"), "here"
     )
-    batches = Batches(part, 5, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, seed=1)
+    batches = DeviceLoader(part, 5, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, seed=1)
     return batches, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 
 
@@ -268,7 +275,7 @@ def test_a_loss_that_is_no_number_is_found_with_its_images():
         return logits.mean() * (float("nan") if len(calls) == 2 else 1.0)
 
     calls = []
-    with pytest.raises(NotFinite) as error:
+    with pytest.raises(NonFiniteLoss) as error:
         train_one_epoch(
             model, NoMix(), None, batches, torch.optim.SGD(model.parameters(), 0.1), loss_fn, epoch=2, num_classes=3
         )
@@ -288,10 +295,10 @@ def test_clipping_limits_the_gradient():
 
 
 def test_the_weight_average_follows_by_the_decay():
-    from engine.training import WeightAverage
+    from engine.training.ema import ModelEma
 
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average = WeightAverage(model, 0.75)
+    average = ModelEma(model, 0.75)
     before = average.module[0].weight.clone()
     with torch.no_grad():
         model[0].weight += 4
@@ -319,7 +326,7 @@ def test_prediction_leaves_the_network_as_it_was():
 def test_profile_times_every_part():
     batches, model = small()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    table = profile(4, model, NoMix(), None, batches, optimizer, loss_fn=LOSSES["ce"], num_classes=3)
+    table = profile_steps(4, model, NoMix(), None, batches, optimizer, loss_fn=LOSSES["ce"], num_classes=3)
     assert table["network"] > 0 and table["data"] > 0 and table["saliency"] == 0
 
 
@@ -391,9 +398,11 @@ def test_a_step_never_waits_for_the_gpu(method, precision):
     from saliency import build_source
 
     device = torch.device("cuda")
-    part = Part(torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8), torch.arange(96) % 3, list("abc"), "here")
+    part = ImageSet(
+        torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8), torch.arange(96) % 3, list("abc"), "here"
+    )
     statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    batches = Batches(part, 16, device=device, shuffle=True, augment=True, padding=4, **statistics)
+    batches = DeviceLoader(part, 16, device=device, shuffle=True, augment=True, padding=4, **statistics)
     model = build_model("resnet20", 3).to(device, memory_format=torch.channels_last)
     name, _, wanted = method.partition(" ")
     mixer = build_mixer(name, mix_prob=1.0, **statistics)

@@ -14,11 +14,11 @@ import pytest
 import torch
 from conftest import same_state, shapes_command
 
-import engine.log
-import engine.training
+import engine.config.select
+import engine.training.run_folder
 import evaluate
 import train
-from engine.cli import UserError
+from engine.errors import UserError
 from mixing import MIXERS
 
 ROOT = Path(__file__).parents[1]
@@ -301,7 +301,7 @@ def test_runs_of_the_same_second_keep_apart(tmp_path, monkeypatch):
         def now():
             return datetime.datetime(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr(engine.log, "datetime", Clock)
+    monkeypatch.setattr(engine.training.run_folder, "datetime", Clock)
     command = [word for word in shapes_command(tmp_path, epochs=1) if word not in ("--name", "run")]
     train.main(command)
     train.main(command)
@@ -439,7 +439,7 @@ def test_the_log_is_rewritten_whole(shapes_run, monkeypatch):
     (part / "log.csv").unlink()
     train.main(["--checkpoint", str(part / "epoch_001.pt"), "--no_progress"])
     assert rows(part) == rows(whole)
-    assert engine.training.pick({"a": 1, "b": 2}, ["a", "c"]) == {"a": 1}
+    assert engine.config.select.select_kwargs({"a": 1, "b": 2}, ["a", "c"]) == {"a": 1}
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 import sys
 from importlib import import_module
 
-from engine.cli import closest, run
+from engine.errors import suggest_closest
+from engine.launch import run_main
 
 COMMANDS = {  # name -> (module, what it does)
-    "train": ("saliency.casm.train", "train a mask decoder beside a classifier"),
-    "score": ("saliency.casm.score", "hold maps against true boxes"),
-    "eval": ("saliency.casm.eval", "classify what the masks leave of the images, and what they hide"),
-    "plot": ("saliency.casm.plot", "draw images, masked in, masked out and inpainted"),
+    "train": ("saliency.casm.commands.train", "train a mask decoder beside a classifier"),
+    "score": ("saliency.casm.commands.score", "hold maps against true boxes"),
+    "eval": ("saliency.casm.commands.eval", "classify what the masks leave of the images, and what they hide"),
+    "plot": ("saliency.casm.commands.plot", "draw images, masked in, masked out and inpainted"),
 }
 
 
@@ -23,10 +24,10 @@ def main() -> None:
     elif name in COMMANDS:
         import_module(COMMANDS[name][0]).main(words[1:])
     else:
-        hint = closest(name, COMMANDS)
+        hint = suggest_closest(name, COMMANDS)
         print(f"python -m saliency.casm: {name!r} is none of {', '.join(COMMANDS)}{hint}", file=sys.stderr)
         sys.exit(2)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

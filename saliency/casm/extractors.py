@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine.classifier import Classifier
-from engine.cli import UserError
-from engine.data import STATISTICS
+from engine.data.image_set import STATISTICS
+from engine.errors import UserError
+from engine.inference.classifier import Classifier
 from saliency import build_source
-from saliency.casm.localize import rectangles as rectangles_around
+from saliency.casm.boxes import rectangles as rectangles_around
 from saliency.casm.network import Casm, SavedCasm
 
 BASICS = ("load_model", "get_masks_and_check_predictions")
@@ -52,7 +52,7 @@ class Extractor:
     count: int | None = None  # of its network's classes; None: it takes those of the data, whichever they are
 
 
-def of_casm(saved: SavedCasm, device: torch.device) -> Extractor:
+def casm_extractor(saved: SavedCasm, device: torch.device) -> Extractor:
     """A trained decoder, on the device."""
     network: Casm = saved.network.to(device, memory_format=torch.channels_last)
 
@@ -69,14 +69,14 @@ def of_casm(saved: SavedCasm, device: torch.device) -> Extractor:
     )
 
 
-def of_classifier(known: Classifier, device: torch.device) -> Extractor:
+def classifier_extractor(known: Classifier, device: torch.device) -> Extractor:
     """What a plain classifier knows, for extractors that look through it; it draws no masks itself."""
     network = known.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
     shown = (known.name, None, known.mean, known.std, known.image_size, known.classes, known.options, known.path)
     return Extractor(*shown, network, known.count)
 
 
-def of_source(name: str, classifier: Extractor) -> Extractor:
+def source_extractor(name: str, classifier: Extractor) -> Extractor:
     """A source of saliency, of the true class where it asks for one, each map divided by its largest value."""
     network = classifier.classifier
     source = build_source(name, model=network, mean=classifier.mean, std=classifier.std)
@@ -85,12 +85,12 @@ def of_source(name: str, classifier: Extractor) -> Extractor:
         with torch.no_grad():
             logits = network(images)
         targets = F.one_hot(labels.clamp_min(0), logits.shape[1]).float()
-        return Masks(unit_peak(source(images, targets).float()), logits.argmax(1) == labels)
+        return Masks(scale_to_peak(source(images, targets).float()), logits.argmax(1) == labels)
 
-    return sharing(classifier, f"{name} of {classifier.name}", masks_of)
+    return share_batches(classifier, f"{name} of {classifier.name}", masks_of)
 
 
-def of_nothing(name: str, classifier: Extractor | None) -> Extractor:
+def naive_extractor(name: str, classifier: Extractor | None) -> Extractor:
     """The published naive masks: `max`, all of the image, and `center`, half of its area in the middle. Without a
     classifier its answer counts as right, as published.
     """
@@ -108,20 +108,20 @@ def of_nothing(name: str, classifier: Extractor | None) -> Extractor:
         with torch.no_grad():
             return Masks(masks, classifier.classifier(images).argmax(1) == labels)
 
-    return sharing(classifier, name, masks_of) if classifier else Extractor(name, masks_of)
+    return share_batches(classifier, name, masks_of) if classifier else Extractor(name, masks_of)
 
 
-def sharing(like: Extractor, name: str, masks_of: Callable) -> Extractor:
+def share_batches(like: Extractor, name: str, masks_of: Callable) -> Extractor:
     """An extractor that sees the same images as `like`."""
     return replace(like, name=name, masks_of=masks_of)
 
 
-def unit_peak(maps: torch.Tensor) -> torch.Tensor:
+def scale_to_peak(maps: torch.Tensor) -> torch.Tensor:
     """Maps (B, H, W) >= 0, each divided by its largest value; zero maps stay."""
     return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
-def of_basics(file: str, path: str) -> Extractor:
+def basics_extractor(file: str, path: str) -> Extractor:
     """The extractor of a Python file with load_model(path) and get_masks_and_check_predictions(images, targets, model).
 
     It gets and gives numpy arrays: images (B, 3, H, W) float32, targets (B,), -1 for a class unknown to the network ->
@@ -163,3 +163,25 @@ def of_basics(file: str, path: str) -> Extractor:
 
     own = {key: getattr(module, key) for key in ("mean", "std", "image_size", "classes") if hasattr(module, key)}
     return Extractor(Path(path).stem if path else Path(file).stem, masks_of, **own, path=path or file)
+
+
+TOY_EXTRACTORS = ("zero", "one", "random56", "random224")
+
+
+def toy_extractor(name: str, like: Extractor | None, seed: int) -> Extractor:
+    """The published naive masks: `zero`, `one`, and a fair coin for each block of a 56th of the side (`random56`) or
+    each pixel (`random224`). Sees the images that `like` does.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
+        count, _, height, width = images.shape
+        side = max(1, height // 56) if name == "random56" else 1
+        if name in ("zero", "one"):
+            masks = images.new_full((count, height, width), float(name == "one"))
+        else:
+            coins = torch.rand(count, -(-height // side), -(-width // side), generator=generator) < 0.5
+            masks = coins.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width].float()
+        return Masks(masks.to(images.device), torch.ones_like(labels, dtype=torch.bool))
+
+    return share_batches(like, name, masks_of) if like else Extractor(name, masks_of)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from engine.cli import Parser, number, one_of, whole
-from engine.options import DATASET_ALIASES, DATASETS
+from engine.config.options import DATASET_ALIASES, DATASETS
+from engine.config.parser import Parser, choice, float_in_range, int_at_least
 from models import ALIASES, IMAGENET_ALIASES, MODELS
 
 NEVER = 10_000_000  # iterations between snapshots: there is only the first one
@@ -37,20 +37,22 @@ def where_options(parser: Parser, seed: int = 0) -> None:
     """Which images. seed: its default."""
     parser.option(
         "--dataset",
-        type=one_of(DATASETS, DATASET_ALIASES),
+        type=choice(DATASETS, DATASET_ALIASES),
         metavar="NAME",
         shown="that of the classifier, else folder",
         help=", ".join(DATASETS),
     )
     parser.option("--val_data_dir", metavar="DIR", help="another place for the evaluation images")
     parser.option("--val_labels", metavar="FILE", help="classes of a flat val/ folder: lines `file wnid`")
-    parser.option("--num_classes", type=whole(2), metavar="N", help="of a part of ImageNet, or of shapes")
-    parser.option("--image_size", type=whole(8), shown="the classifier's, else 224", metavar="PIXELS", help="side")
-    parser.option("--limit", type=whole(), default=0, help="use the first N images only; 0: all")
+    parser.option("--num_classes", type=int_at_least(2), metavar="N", help="of a part of ImageNet, or of shapes")
     parser.option(
-        "--on_bad_image", type=one_of(["stop", "skip"]), default="stop", metavar="stop|skip", help="unreadable files"
+        "--image_size", type=int_at_least(8), shown="the classifier's, else 224", metavar="PIXELS", help="side"
     )
-    parser.option("--seed", type=whole(), default=seed)
+    parser.option("--limit", type=int_at_least(), default=0, help="use the first N images only; 0: all")
+    parser.option(
+        "--on_bad_image", type=choice(["stop", "skip"]), default="stop", metavar="stop|skip", help="unreadable files"
+    )
+    parser.option("--seed", type=int_at_least(), default=seed)
 
 
 def classifier_options(parser: Parser, what: str) -> None:
@@ -58,7 +60,7 @@ def classifier_options(parser: Parser, what: str) -> None:
     parser.option(
         "--arch",
         "--model",
-        type=one_of([*MODELS, *IMAGENET_ALIASES], ALIASES),
+        type=choice([*MODELS, *IMAGENET_ALIASES], ALIASES),
         metavar="NAME",
         shown="from the file, else resnet50",
         help="its network; for large images resnet18 to resnet152 have the ImageNet stem",
@@ -74,9 +76,9 @@ def scoring_options(parser: Parser) -> None:
         metavar="FILE.py",
         help="an extractor of your own: load_model(path) and get_masks_and_check_predictions(images, targets, model)",
     )
-    parser.option("--batch_size", "-b", type=whole(1), default=128)
-    parser.option("--pot", type=number(0, 1), default=1.0, help="share of the batches used")
-    parser.option("--print_freq", type=whole(1), default=10, help="batches between lines, where there is no bar")
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=128)
+    parser.option("--pot", type=float_in_range(0, 1), default=1.0, help="share of the batches used")
+    parser.option("--print_freq", type=int_at_least(1), default=10, help="batches between lines, where there is no bar")
     parser.option("--toy", action="store_true", default=False, help="naive masks beside them")
     parser.group("output")
     parser.option("--log_path", metavar="DIR", help="where --save-to-file puts a JSON for each model")
@@ -104,7 +106,7 @@ def train_options(parser: Parser) -> None:
     classifier_options(parser, "the trained classifier to start from; else ImageNet's, from torchvision")
     parser.option(
         "--norm",
-        type=one_of(["own", "imagenet", "half"]),
+        type=choice(["own", "imagenet", "half"]),
         metavar="NAME",
         default="own",
         shown="the classifier's, else own",
@@ -115,47 +117,51 @@ def train_options(parser: Parser) -> None:
     parser.option("--name", "-n", metavar="NAME", shown="date and time")
     parser.option(
         "--reproduce",
-        type=one_of([name.lower() for name in PRESETS]),
+        type=choice([name.lower() for name in PRESETS]),
         metavar="NAME",
         help=f"a published set-up, {', '.join(PRESETS)}: sets the next four where they are not given",
     )
     parser.group("method")
     parser.option("--fixed_classifier", action="store_true", default=False, help="the classifier learns nothing")
-    parser.option("--hp", type=number(0, 1), default=0.5, help="chance that a past classifier judges the masks")
-    parser.option("--smf", type=whole(1), default=1000, help="iterations between snapshots of the classifier")
-    parser.option("--lambda_r", type=number(), default=10.0, help="weight of the masks' area")
-    parser.option("--f_size", type=whole(1), default=30, help="snapshots kept")
+    parser.option("--hp", type=float_in_range(0, 1), default=0.5, help="chance that a past classifier judges the masks")
+    parser.option("--smf", type=int_at_least(1), default=1000, help="iterations between snapshots of the classifier")
+    parser.option("--lambda_r", type=float_in_range(), default=10.0, help="weight of the masks' area")
+    parser.option("--f_size", type=int_at_least(1), default=30, help="snapshots kept")
     parser.option("--adversarial", action="store_true", default=False, help="masks raise the loss, not the entropy")
     parser.option(
-        "--upsample", type=one_of(["nearest", "bilinear"]), default="nearest", metavar="MODE", help="of the masks"
+        "--upsample", type=choice(["nearest", "bilinear"]), default="nearest", metavar="MODE", help="of the masks"
     )
-    parser.option("--width", type=whole(1), default=64, help="channels of the decoder's laterals")
+    parser.option("--width", type=int_at_least(1), default=64, help="channels of the decoder's laterals")
     parser.option(
         "--pool_device",
-        type=one_of(["auto", "device", "host"]),
+        type=choice(["auto", "device", "host"]),
         default="auto",
         metavar="WHERE",
         help="where the snapshots lie: auto, device or host; auto: on the GPU if they take less than half of what is "
         "free there",
     )
     parser.group("schedule")
-    parser.option("--epochs", type=whole(1), default=60)
-    parser.option("--batch_size", "-b", type=whole(1), default=128)
+    parser.option("--epochs", type=int_at_least(1), default=60)
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=128)
     parser.option(
         "--pot",
-        type=number(0, 1),
+        type=float_in_range(0, 1),
         shown=f"0.2, as published; 1 for sets of fewer than {SMALL:,} batches",
         help="share of the training batches in an epoch",
     )
-    parser.option("--lr", "--learning_rate", type=number(), default=0.001, help="of the classifier")
-    parser.option("--lr_casme", "--learning_rate_casme", type=number(), default=0.001, help="of the decoder")
-    parser.option("--lrde", type=whole(1), default=20, help="epochs after which both drop to a tenth")
-    parser.option("--momentum", type=number(0, 1), default=0.9, help="of the classifier")
-    parser.option("--weight_decay", "--wd", type=number(), default=1e-4, help="of both")
-    parser.option("--crop_padding", type=whole(), shown="a sixteenth of the side", help="of small images, in pixels")
+    parser.option("--lr", "--learning_rate", type=float_in_range(), default=0.001, help="of the classifier")
+    parser.option("--lr_casme", "--learning_rate_casme", type=float_in_range(), default=0.001, help="of the decoder")
+    parser.option("--lrde", type=int_at_least(1), default=20, help="epochs after which both drop to a tenth")
+    parser.option("--momentum", type=float_in_range(0, 1), default=0.9, help="of the classifier")
+    parser.option("--weight_decay", "--wd", type=float_in_range(), default=1e-4, help="of both")
+    parser.option(
+        "--crop_padding", type=int_at_least(), shown="a sixteenth of the side", help="of small images, in pixels"
+    )
     parser.group("running")
     parser.option("--resume", metavar="FILE", help="go on from this .chk; auto: from that of --name, if it is there")
     parser.option("--overwrite", action="store_true", default=False, help="start anew over a file of that name")
-    parser.option("--print_freq", type=whole(1), default=100, help="iterations between lines, where there is no bar")
+    parser.option(
+        "--print_freq", type=int_at_least(1), default=100, help="iterations between lines, where there is no bar"
+    )
     parser.option("--no_progress", action="store_true", default=False, help="lines in place of a bar")
     parser.option("--deterministic", action="store_true", default=False, help="bit-exact on CUDA, slower")

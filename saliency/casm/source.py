@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine.cli import UserError
+from engine.errors import UserError
 from saliency.base import Source
-from saliency.casm.localize import centroids
+from saliency.casm.boxes import centroids
 from saliency.casm.network import load_casm
 
 GRID = 56  # cells a side at least, on which the middle of an object is looked for: those of the published decoder

@@ -15,25 +15,60 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.batches import Batches
-from engine.cli import UserError
-from engine.device import rng_state, set_rng_state
-from engine.loop import autocast
-from saliency.casm.losses import masker_loss
+from engine.data.loader import DeviceLoader
+from engine.errors import UserError
+from engine.runtime.device import autocast, get_rng_state, set_rng_state
 from saliency.casm.metrics import MaskStatistics
 from saliency.casm.network import Casm
 from saliency.casm.pool import ClassifierPool
 from saliency.gradient import in_mode
 
+
+def masker_loss(
+    clean_logits: torch.Tensor,
+    masked_logits: torch.Tensor,
+    labels: torch.Tensor,
+    masks: torch.Tensor,
+    *,
+    lambda_r: float,
+    adversarial: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The decoder's loss and what it is made of.
+
+    clean_logits and masked_logits (B, K) of the images and of what the masks leave of them, labels (B,), masks (B, 1,
+    H, W) in 0..1. An image that was right and is now wrong is confused, and earns lambda_r * (1 - area of its mask).
+    The main term is the entropy of the masked prediction where the clean one was right, to be raised; adversarial: the
+    masked cross-entropy instead.
+
+    Returns total, area, main, masked_loss (the masked cross-entropy), each (), and correct, mistaken and confused, each
+    (B,) bool.
+    """
+    correct = clean_logits.argmax(1) == labels
+    mistaken = masked_logits.argmax(1) != labels
+    confused = correct & mistaken
+    shares = masks.flatten(1).mean(1)
+    area = -lambda_r * (confused.to(shares.dtype) - shares).clamp_min(0).mean()
+    masked_loss = F.cross_entropy(masked_logits, labels)
+    if adversarial:
+        main = -masked_loss
+    else:
+        logs = F.log_softmax(masked_logits, 1)
+        main = (correct * (logs.exp() * logs).sum(1)).mean()
+    return {
+        **{"total": area + main, "area": area, "main": main, "masked_loss": masked_loss},
+        **{"correct": correct, "mistaken": mistaken, "confused": confused},
+    }
+
+
 CLIP = 10.0  # of the norm of the decoder's gradient
 
 
-class NotFinite(Exception):
+class NonFiniteLoss(Exception):
     """A loss left the numbers."""
 
 
 @dataclass
-class Parts:
+class CasmState:
     """Everything whose state decides how training goes on. judge: room for a past classifier, where one judges."""
 
     network: Casm
@@ -56,7 +91,7 @@ class Parts:
             "optimizer": self.optimizer.state_dict(),
             "decoder_optimizer": self.decoder_optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "rng": rng_state(self.device),
+            "rng": get_rng_state(self.device),
         }
 
     def load(self, saved: dict, pool: list) -> None:
@@ -69,7 +104,7 @@ class Parts:
         set_rng_state(saved["rng"], self.device)
 
 
-def build_parts(
+def build_casm_state(
     network: Casm,
     pool: ClassifierPool,
     *,
@@ -80,7 +115,7 @@ def build_parts(
     momentum: float,
     weight_decay: float,
     precision: torch.dtype | None,
-) -> Parts:
+) -> CasmState:
     """The optimizers, and the judge where a past classifier judges now and then."""
     device = next(network.parameters()).device
     network.classifier.requires_grad_(not fixed_classifier)
@@ -88,7 +123,7 @@ def build_parts(
     if hp and not fixed_classifier:
         judge = copy.deepcopy(network.classifier).requires_grad_(False).eval()
     fused = device.type in ("cpu", "cuda")
-    return Parts(
+    return CasmState(
         network,
         judge,
         pool,
@@ -99,18 +134,18 @@ def build_parts(
     )
 
 
-def decayed(base: float, epoch: int, lrde: int) -> float:
+def decay_lr(base: float, epoch: int, lrde: int) -> float:
     """The learning rate of an epoch (from 0): a tenth after every `lrde` of them."""
     return base * 0.1 ** (epoch // lrde)
 
 
-def iterations_of(batches: int, pot: float) -> int:
+def count_iterations(batches: int, pot: float) -> int:
     """Iterations of an epoch over a share `pot` of so many batches; one more than the share, as published."""
     return min(batches, int(batches * pot) + 1)
 
 
 def train_step(
-    parts: Parts,
+    parts: CasmState,
     images: torch.Tensor,
     labels: torch.Tensor,
     *,
@@ -145,9 +180,9 @@ def train_step(
     loss = masker_loss(
         logits.detach().float(), masked_logits, labels, masks, lambda_r=lambda_r, adversarial=adversarial
     )
-    into_gradients(parts.scaler.scale(loss["total"]), decoder, keep=follows)
+    backward_into(parts.scaler.scale(loss["total"]), decoder, keep=follows)
     if follows:
-        into_gradients(parts.scaler.scale(loss["masked_loss"]), classifier)
+        backward_into(parts.scaler.scale(loss["masked_loss"]), classifier)
         parts.scaler.step(parts.optimizer)
     parts.scaler.unscale_(parts.decoder_optimizer)
     nn.utils.clip_grad_norm_(decoder.parameters(), CLIP)
@@ -157,14 +192,14 @@ def train_step(
     return {key: value.detach() for key, value in loss.items()}
 
 
-def into_gradients(loss: torch.Tensor, module: nn.Module, keep: bool = False) -> None:
+def backward_into(loss: torch.Tensor, module: nn.Module, keep: bool = False) -> None:
     """Set the gradients of this module's parameters, and of nothing else. keep: the graph is needed again."""
     parameters = list(module.parameters())
     for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=keep), strict=True):
         parameter.grad = gradient
 
 
-class Sums:
+class CasmStats:
     """What an epoch adds up, on the device until it is asked for."""
 
     COUNTED = ("correct", "mistaken", "confused")
@@ -191,7 +226,7 @@ class Sums:
             )
         means = {key: float(value) / self.images for key, value in self.sums.items()}
         if not torch.tensor(list(means.values())).isfinite().all():
-            raise NotFinite("a loss is not finite")
+            raise NonFiniteLoss("a loss is not finite")
         return {
             **{"accuracy": 100 * means["correct"], "masked_accuracy": 100 - 100 * means["mistaken"]},
             **{"confused": 100 * means["confused"], **{key: means[key] for key in self.AVERAGED}},
@@ -200,8 +235,8 @@ class Sums:
 
 
 def train_one_epoch(
-    parts: Parts,
-    batches: Batches,
+    parts: CasmState,
+    batches: DeviceLoader,
     *,
     epoch: int,
     pot: float,
@@ -215,12 +250,12 @@ def train_one_epoch(
     """The first iterations_of(len(batches), pot) batches of the epoch, by train_step, which takes `step`. The means."""
     for optimizer, base in ((parts.optimizer, lr), (parts.decoder_optimizer, lr_casme)):
         for group in optimizer.param_groups:
-            group["lr"] = decayed(base, epoch, lrde)
+            group["lr"] = decay_lr(base, epoch, lrde)
     parts.network.train()
     parts.network.classifier.train(parts.learns)
-    sums, count = Sums(parts.device), iterations_of(len(batches), pot)
+    sums, count = CasmStats(parts.device), count_iterations(len(batches), pot)
     for iteration, batch in enumerate(itertools.islice(batches.epoch(epoch), count)):
-        if len(batch.labels) == 1 and not alone(parts.network.classifier, batch.images):
+        if len(batch.labels) == 1 and not can_train_alone(parts.network.classifier, batch.images):
             continue
         sums.add(train_step(parts, batch.images, batch.labels, iteration=iteration, **step))
         if (iteration + 1) % look_every == 0 or iteration + 1 == count:
@@ -234,7 +269,7 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def alone(classifier: nn.Module, images: torch.Tensor) -> bool:
+def can_train_alone(classifier: nn.Module, images: torch.Tensor) -> bool:
     """Whether one image can be trained on: batch norm needs more than one number a channel."""
     with in_mode(classifier, "eval"):
         return classifier.forward_features(images)[1][-1][0, 0].numel() > 1
@@ -243,7 +278,7 @@ def alone(classifier: nn.Module, images: torch.Tensor) -> bool:
 @torch.no_grad()
 def evaluate(
     network: Casm,
-    batches: Batches,
+    batches: DeviceLoader,
     *,
     lambda_r: float,
     adversarial: bool = False,
@@ -252,7 +287,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The same means over all batches, the classifier itself being the judge; the network in evaluation mode."""
     network.eval()
-    sums = Sums(batches.device)
+    sums = CasmStats(batches.device)
     for step, batch in enumerate(batches.epoch()):
         with autocast(batches.device, precision):
             masks, logits = network(batch.images)

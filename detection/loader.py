@@ -1,0 +1,149 @@
+"""Batches of images and their objects: read ahead, augmented, on the device.
+
+Which images make up a batch and what happens to each depends on (seed, epoch, position in the set) alone: not on the
+workers, and not on where a run was stopped.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from detection.dataset import DetectionSet
+from engine.data.decode import BadImage
+from engine.data.image_files import Reader
+from engine.data.loader import epoch_generator, split_batch
+from engine.data.sample_rng import sample_keys
+
+
+def get_box_labels(sample: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tensors of a target that lose a row where a box is left out."""
+    return sample[1]["labels"], sample[1]["difficult"]
+
+
+AUGMENTATIONS = {  # of training images; multi-scale is --min_size with several sizes
+    "none": lambda: None,
+    "flip": lambda: v2.RandomHorizontalFlip(0.5),
+    "ssd": lambda: v2.Compose(  # Liu et al., "SSD", arXiv 1512.02325, Sec. 2.2 and 3.6
+        [
+            v2.RandomPhotometricDistort(),
+            v2.RandomZoomOut(fill=(123, 117, 104)),  # ImageNet's mean colour
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(0.5),
+            v2.SanitizeBoundingBoxes(labels_getter=get_box_labels),
+        ]
+    ),
+}
+
+
+class DetectionViews:
+    """The images of a part as training sees them, for engine.data.image_files.Reader."""
+
+    remedy = (
+        "replace the file or its annotation; without it in ImageSets/Main it is another run, from --frcnn_checkpoint"
+    )
+
+    def __init__(self, part: DetectionSet, augment: str = "none"):
+        self.part, self.transform = part, AUGMENTATIONS[augment]()
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def read(self, index: list[int], seed: int = 0, epoch: int = 0) -> tuple:
+        """Images uint8 (3, H, W) and their targets, as two lists, and None; or (None, what is wrong, None)."""
+        state = torch.get_rng_state()  # without workers this process trains, and the numbers it draws are its own
+        samples = []
+        try:
+            for place, key in zip(index, sample_keys(seed, epoch, index).tolist(), strict=True):
+                torch.default_generator.manual_seed(key)
+                samples.append(self.read_one(place))
+        except BadImage as error:
+            return None, str(error), None
+        finally:
+            torch.set_rng_state(state)
+        return [image for image, _ in samples], [target for _, target in samples], None
+
+    def read_one(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        image, target = self.part.read(index), self.part.targets[index]
+        if self.transform is None:
+            return image, target
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
+        image, target = self.transform(tv_tensors.Image(image), {**target, "boxes": boxes})
+        plain = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
+        return image.as_subclass(torch.Tensor), plain
+
+
+class Batch(NamedTuple):
+    images: list[torch.Tensor]  # (3, H, W) in 0..1, on the device
+    targets: list[dict[str, torch.Tensor]]  # boxes (N, 4), labels (N,), difficult (N,), on the device
+    index: torch.Tensor  # (B,) long, positions in the part, on the host
+
+
+class DetectionLoader:
+    """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many optimizer steps these are.
+
+    batch_size is the total over `ranks` processes and the `pieces` each of them cuts its share into, as for
+    engine.data.loader.DeviceLoader. With shuffle, images higher than wide make batches of their own, which spares
+    padding; an
+    epoch ends with what is left of both kinds, and, where that cannot be cut, with the epoch's first images again: so
+    it has as many steps for any number of processes.
+    """
+
+    def __init__(
+        self,
+        part: DetectionSet,
+        batch_size: int,
+        *,
+        device: torch.device,
+        shuffle: bool = False,
+        augment: str = "none",
+        seed: int = 0,
+        workers: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        pieces: int = 1,
+    ):
+        self.part, self.batch_size, self.device = part, batch_size, device
+        self.shuffle, self.seed, self.pieces = shuffle, seed, pieces
+        self.cut = {"rank": rank, "ranks": ranks, "pieces": pieces, "even": shuffle}
+        drawn = part.images and isinstance(part.images[0], torch.Tensor)  # nothing to read: workers would only copy
+        self.pinned = device.type == "cuda"
+        self.reader = Reader(DetectionViews(part, augment), seed=seed, workers=0 if drawn else workers, pin=self.pinned)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.part) / self.batch_size)
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        self.reader.close()
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
+        """The batches of this rank, from step `start` on; the pieces of a step one after the other."""
+        steps = self.order(epoch).split(self.batch_size)[start : len(self)]
+        chosen = [part for batch in steps for part in split_batch(batch, **self.cut)]
+        for index, (images, targets, _) in zip(chosen, self.reader.read(chosen, epoch), strict=True):
+            images = [image.to(self.device, non_blocking=self.pinned).float().div_(255) for image in images]
+            targets = [
+                {key: value.to(self.device, non_blocking=self.pinned) for key, value in target.items()}
+                for target in targets
+            ]
+            yield Batch(images, targets, index)
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """The positions of all images, batch after batch."""
+        count, cut = len(self.part), self.cut["ranks"] * self.pieces
+        if not self.shuffle:
+            return torch.arange(count)
+        high = [height > width for height, width in self.part.sizes]
+        batches, waiting = [], {False: [], True: []}
+        for place in torch.randperm(count, generator=epoch_generator(self.seed, epoch)).tolist():
+            waiting[high[place]].append(place)
+            if len(waiting[high[place]]) == self.batch_size:
+                batches += waiting[high[place]]
+                waiting[high[place]] = []
+        order = [*batches, *waiting[False], *waiting[True]]
+        again = (-(count % self.batch_size)) % cut if count % self.batch_size else 0
+        return torch.tensor(order + order[:again], dtype=torch.long)

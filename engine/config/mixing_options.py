@@ -1,0 +1,209 @@
+"""The options of the mixing methods and of what guides them; those of a method stand under its name."""
+
+import argparse
+
+from engine.config.legacy_options import IGNORED_LEGACY_OPTIONS
+from engine.config.parser import Parser, boolean, choice, float_in_range, int_at_least, int_list, positive_or_minus_one
+
+OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix and rlmix"]
+
+
+def add_mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
+    """Everything about mixing that a training run can be told."""
+    parser.group("mixing")
+    parser.option("--mix_prob", type=float_in_range(0, 1), shown="by method", help="chance that a batch is mixed")
+    parser.option(
+        "--saliency_probab",
+        "--salmix_prob",
+        type=float_in_range(0, 1),
+        metavar="P",
+        help="--method saliencymix --mix_prob P",
+    )
+    parser.option(
+        "--cutmix_probab", "--cutmix_prob", type=float_in_range(0, 1), metavar="P", help="--method cutmix --mix_prob P"
+    )
+    parser.option(
+        "--train",
+        type=choice(["vanilla", "mixup", "mixup_hidden"]),
+        metavar="NAME",
+        help="Puzzle Mix's name for --method: vanilla, mixup, mixup_hidden",
+    )
+    parser.option("--box", type=boolean, default=False, help="with --train mixup: cutmix")
+    parser.option("--graph", type=boolean, default=False, help="with --train mixup: puzzlemix")
+    parser.option("--comix", type=boolean, help="--method comixup; false: --method none --loss bce")
+    for name in sorted(IGNORED_LEGACY_OPTIONS):
+        parser.option(f"--{name}", nargs="?", help=argparse.SUPPRESS)
+    parser.option(
+        "--saliency_legacy_float",
+        type=boolean,
+        default=False,
+        help="saliencymix as the published code runs: --saliency float_bytes --saliency_scope batch",
+    )
+    parser.option("--cutout", type=boolean, default=False, help="a hole in every training image, with any method")
+    parser.option(
+        "--mix_fraction", "--prob_mix", type=float_in_range(0, 1), default=1.0, help="share of a batch that is mixed"
+    )
+    parser.option(
+        "--mix_schedule",
+        type=choice(["fixed", "scheduled", "delayed"]),
+        default="fixed",
+        metavar="KIND",
+        help="mix_fraction throughout, on a ramp up to --mix_scheduled_epoch, or only after it",
+    )
+    parser.option("--mix_scheduled_epoch", type=int_at_least(), default=0, metavar="EPOCH")
+    parser.option("--mix_off_epoch", type=int_at_least(), default=0, metavar="N", help="no mixing in the last N epochs")
+    parser.defaults["method_options"] = {}  # set by recipes only
+    add_method_options(parser, sources=sources, source_aliases=source_aliases)
+
+
+def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
+    """The hyper-parameters of the methods and of the sources."""
+    parser.group("methods")
+    parser.option(
+        "--mixup_alpha",
+        "--alpha",
+        type=float_in_range(),
+        shown="by method",
+        help="lam ~ Beta(alpha, alpha); comixup: of a Dirichlet prior",
+    )
+    parser.option("--in_batch", type=boolean, default=False, help="an own lam for each image instead of one a batch")
+    parser.option("--per_sample", type=boolean, help="cutmix, saliencymix: an own box for each image")
+    parser.option(
+        "--cutmix_box",
+        type=choice(["integer", "real"]),
+        shown="integer; recipe puzzle real",
+        metavar="KIND",
+        help="cutmix: how edges are rounded",
+    )
+    parser.option(
+        "--saliency_scope",
+        type=choice(["sample", "batch"]),
+        default="sample",
+        metavar="sample|batch",
+        help="saliencymix: a box for each image, or one for the batch as published",
+    )
+    parser.option("--cutout_length", type=int_at_least(1), default=16, help="side of the hole in pixels")
+    parser.option("--n_holes", type=int_at_least(1), default=1, help="holes an image")
+    parser.option(
+        "--clean_lam",
+        type=float_in_range(),
+        shown="by method",
+        help="puzzlemix, comixup, rmix: weight of the loss of the clean images, trained on too",
+    )
+    parser.option(
+        "--solver",
+        type=choice(["parallel", "gco"]),
+        default="parallel",
+        metavar="parallel|gco",
+        help="puzzlemix, comixup: ours, or graph cuts image by image, to compare (pip install gco-wrapper)",
+    )
+
+    parser.group("saliency")
+    parser.option(
+        "--saliency", type=choice(sources, source_aliases), shown="by method", metavar="SOURCE", help=", ".join(sources)
+    )
+    parser.option(
+        "--saliency_size",
+        type=int_at_least(8),
+        metavar="PIXELS",
+        help="gradient: scale the images to this side for the saliency pass, which is cheaper",
+    )
+    parser.option(
+        "--bank_size", type=int_at_least(1), default=16, help="bank: side of the map kept of each image, in cells"
+    )
+    parser.option(
+        "--bank_momentum",
+        type=float_in_range(0, 1),
+        default=0.5,
+        help="bank: share of the old map when an image is seen again",
+    )
+    parser.option("--casm", metavar="FILE", help="casm: a mask decoder, made by python -m saliency.casm train")
+
+    parser.group("puzzlemix")
+    parser.option("--block_num", type=int_list, nargs="+", metavar="N", shown="2 4 8 16", help="blocks a side, drawn")
+    parser.option("--n_labels", type=int_at_least(2), shown="3", help="values of the mask: 2, 3 or 4")
+    parser.option("--beta", type=float_in_range(), shown="1.2", help="smoothness of the mask")
+    parser.option(
+        "--gamma", type=float_in_range(), shown="0.5", help="differences across block borders, relative to --beta"
+    )
+    parser.option("--eta", type=float_in_range(), shown="0.2", help="weight of the prior")
+    parser.option("--neigh_size", type=int_at_least(1), shown="4", help="cells of the border differences, in pixels")
+    parser.option("--transport", type=boolean, shown="true", help="move salient blocks to where they show")
+    parser.option("--t_eps", type=float_in_range(), shown="0.8", help="price of moving")
+    parser.option(
+        "--t_size",
+        type=positive_or_minus_one,
+        shown="4; tiny-imagenet and folder -1",
+        metavar="PIXELS",
+        help="side of the blocks that move; -1: the mask's",
+    )
+    parser.option("--adv_p", type=float_in_range(0, 1), shown="0", help="chance of adversarial noise")
+    parser.option("--adv_eps", type=float_in_range(), shown="10", help="its size, of 255")
+
+    parser.group("comixup")
+    parser.option("--m_part", type=int_at_least(1), shown="20", help="images mixed with each other")
+    parser.option("--m_block_num", type=positive_or_minus_one, shown="4", metavar="N", help="blocks a side; -1: drawn")
+    parser.option("--m_beta", type=float_in_range(), shown="0.32", help="smoothness")
+    parser.option("--m_gamma", type=float_in_range(), shown="1", help="diversity")
+    parser.option("--m_thres", type=float_in_range(), shown="0.83", help="share of blocks from which likeness costs")
+    parser.option(
+        "--m_thres_type", type=choice(["hard", "soft"]), shown="hard", metavar="hard|soft", help="how it costs"
+    )
+    parser.option("--m_eta", type=float_in_range(), shown="0.05", help="weight of the prior")
+    parser.option(
+        "--m_omega", type=float_in_range(0, 1), shown="0.001", help="weight of the distance of the salient places"
+    )
+    parser.option("--m_niter", type=int_at_least(1), shown="4", help="sweeps")
+    parser.option(
+        "--m_stride", type=int_at_least(1), shown="1", help="pixels between the windows that find salient places"
+    )
+    parser.option("--set_resolve", type=boolean, shown="true", help="part outputs of the same images")
+
+    parser.group("sage")
+    parser.option("--upper_lambda", type=float_in_range(0, 1), shown="recipe", help="lam is at most this")
+    parser.option("--rand_pos", type=float_in_range(0, 1), shown="0.01", help="share of the offsets that is tried")
+    parser.option(
+        "--search",
+        type=choice(["random", "grid", "exhaustive"]),
+        shown="random",
+        metavar="HOW",
+        help="random offsets as published, a grid, or all",
+    )
+    parser.option(
+        "--update_ratio", type=float_in_range(0, 1), shown="recipe", help="weight of the mixed loss; the rest: clean"
+    )
+    parser.option("--blur_sigma", type=float_in_range(), shown="1", help="blur of the saliency, in pixels")
+    parser.option("--kernel_size", type=int_at_least(1), shown="5", help="of the blur, odd")
+    parser.option("--eval_mode", type=boolean, shown="false", help="saliency with batch norm's running statistics")
+
+    parser.group("rmix and rlmix")
+    parser.option(
+        "--dirichlet_alpha", type=float_in_range(), shown="1", help="of the weight where both images are salient"
+    )
+    parser.option(
+        "--random_patches", type=int_list, nargs="+", metavar="PIXELS", shown="8 16", help="sides of patches, drawn"
+    )
+    parser.option("--use_random_patches", type=boolean, shown="true", help="false: --num_patches a side")
+    parser.option("--num_patches", type=int_at_least(1), shown="8", help="patches a side of the agent's state")
+    parser.option(
+        "--patches_per_side", type=int_list, nargs="+", metavar="N", help="in place of --random_patches (ImageNet: 2 4)"
+    )
+    parser.option("--num_action", type=int_at_least(2), shown="10", help="percentiles to draw from")
+    parser.option(
+        "--pairing",
+        type=choice(["random", "reversed"]),
+        shown="random",
+        metavar="HOW",
+        help="random partners, or the batch from its end (ImageNet)",
+    )
+    parser.option("--agent_lr", type=float_in_range(), shown="3e-4", help="rlmix: learning rate of the agent")
+    parser.option("--agent_batch_size", type=int_at_least(1), shown="250", help="rlmix: steps in its minibatch")
+    parser.option(
+        "--agent_trajectory_size", type=int_at_least(2), shown="1000", help="rlmix: steps between its updates"
+    )
+    parser.option("--agent_epochs", type=int_at_least(1), shown="10", help="rlmix: passes over them")
+    parser.option("--reward_step", type=int_at_least(1), shown="1", help="rlmix: steps between rewards")
+    parser.option("--reward_scaling", type=float_in_range(1e-9), shown="1", help="rlmix: what rewards are divided by")
+    parser.option(
+        "--grad_sim", type=boolean, shown="true", help="rlmix: reward likeness of saliency; there is no other"
+    )

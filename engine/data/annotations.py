@@ -1,0 +1,320 @@
+"""True object boxes: of shapes and Tiny-ImageNet, from XML files as ImageNet and VOC have them, from CSV and JSON.
+
+Upper bounds in a file count as exclusive, without the "+1" of inclusive ones: so does the published code of CASM (Zolna
+et al., arXiv 1805.08249), and its figures are of such boxes. Tiny-ImageNet's own files alone are read as inclusive.
+"""
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import torch
+from PIL import Image
+
+from engine.data.datasets import TINY_SIDE
+from engine.data.image_set import ImageSet
+from engine.errors import UserError
+
+Box = tuple[int, int, int, int]  # x0, y0, x1, y1
+FORMS = (
+    "a folder of XML files (<image>.xml or <class>/<image>.xml), a .csv with the columns file,xmin,ymin,xmax,ymax, or "
+    'a .json of {"file": [[x0, y0, x1, y1], ...]}'
+)
+REMEDY = f"--annotation-path takes {FORMS}"
+COLUMNS = (("xmin", "ymin", "xmax", "ymax"), ("x0", "y0", "x1", "y1"))
+
+
+class BoxAnnotation(NamedTuple):
+    """The objects of one image that are of its class."""
+
+    boxes: list[Box]  # in pixels of an image of width x height, x1 and y1 exclusive
+    width: int
+    height: int
+
+
+class AnnotationRow(NamedTuple):
+    """What a list says of one object, None where it says nothing."""
+
+    box: Box | None
+    category: str | None = None
+    size: tuple[int, int] | None = None  # width, height
+
+
+@dataclass
+class BoxAnnotations:
+    """What is known of the images of a part, in their order. Names are relative to the part's root."""
+
+    each: list[BoxAnnotation | None]  # None where nothing usable is known
+    missing: list[str]  # images without an annotation
+    empty: list[str]  # images whose annotation has no usable box of their class
+    masks: torch.Tensor | None = None  # (N, H, W) bool, where the set has true masks
+    broken: list[str] = field(default_factory=list)  # `image: reason`, where the annotation cannot be read
+
+    def notes(self) -> list[str]:
+        """Lines for the user: how many images are left out of the scores, and why."""
+        reasons = {
+            "have no annotation": self.missing,
+            "have no usable box of their class": self.empty,
+            "have an annotation that cannot be read": self.broken,
+        }
+        return [
+            f"{len(names):,} of {len(self.each):,} images {reason} and are left out of the scores: "
+            + "; ".join(names[:3] + ["..."] * (len(names) > 3))
+            for reason, names in reasons.items()
+            if names
+        ]
+
+
+Lookup = Callable[
+    [int, str, str], BoxAnnotation | None
+]  # (index, file, class) -> what is known, None for no annotation
+
+
+def find_boxes(
+    part: ImageSet,
+    dataset: str,
+    annotation_path: str | None = None,
+    *,
+    progress: Callable = lambda items, **kwargs: items,
+) -> BoxAnnotations:
+    """The true boxes of a part's images, from annotation_path if given, else from what the data set brings.
+
+    annotation_path: a folder of XML files, a .csv or a .json, see FORMS. progress: as for load_data(). Raises UserError
+    where there is no annotation at all, and for a list that cannot be read; a single bad XML file is counted instead.
+    """
+    if not annotation_path and dataset == "shapes":
+        return shapes_boxes(part)
+    if part.files is None:
+        own = "leave --annotation-path out: shapes has boxes of its own"
+        raise UserError(
+            f"{dataset} has no image files that boxes could be given for\n"
+            f"{own if dataset == 'shapes' else 'take a data set of image files, or shapes, which has boxes'}"
+        )
+    if not annotation_path and dataset != "tiny-imagenet":
+        raise UserError(f"{dataset} comes without true boxes: give them with --annotation-path\n{REMEDY}")
+    look, sought = open_annotations(part, Path(annotation_path)) if annotation_path else open_tiny_annotations(part)
+    truths = BoxAnnotations([], [], [])
+    names, labels = part.files.names(), part.labels.tolist()
+    for index, name in enumerate(progress(names, total=len(names), desc="reading boxes", unit="image")):
+        truth = None
+        try:
+            truth = look(index, name, part.classes[labels[index]])
+            if truth is None:
+                truths.missing.append(name)
+            elif not truth.boxes:
+                truths.empty.append(name)
+        except (ValueError, OSError) as error:
+            truths.broken.append(f"{name} ({error or type(error).__name__})")
+        truths.each.append(truth if truth and truth.boxes else None)
+    if names and len(truths.missing) == len(names):
+        raise UserError(
+            f"{annotation_path or part.where}: boxes of none of the {len(names):,} images in {part.where}; looked for "
+            f"{sought(names[0], part.classes[labels[0]])}\n{REMEDY}"
+        )
+    return truths
+
+
+def shapes_boxes(part: ImageSet) -> BoxAnnotations:
+    side = part.pixels.shape[1]
+    each = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in part.notes["boxes"].tolist()]
+    return BoxAnnotations(each, [], [], part.notes["masks"])
+
+
+def open_annotations(part: ImageSet, path: Path) -> tuple[Lookup, Callable[[str, str], str]]:
+    """How to look an image up, and what was looked for. Raises UserError for a path that is not one of FORMS."""
+    if path.is_dir():
+        return xml_lookup(path), lambda name, category: " and ".join(map(str, xml_candidates(path, name, category)))
+    if not path.is_file():
+        raise UserError(f"--annotation-path {path}: no such file or folder\n{REMEDY}")
+    reader = {".csv": read_csv, ".json": read_json}.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"--annotation-path {path}: neither a folder nor a .csv or .json\n{REMEDY}")
+    try:
+        rows = reader(path)
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+        raise UserError(f"--annotation-path {path}: it cannot be read ({error})\n{REMEDY}") from error
+    first = next(iter(rows), "nothing")
+    return row_lookup(part, rows), lambda name, category: f"{name}, where its first line is of {first}"
+
+
+def xml_candidates(folder: Path, name: str, category: str) -> list[Path]:
+    stem = PurePosixPath(name).stem  # of the file alone: a dot in a folder's name, as in ../ann, ends nothing
+    return [folder / category / f"{stem}.xml", folder / f"{stem}.xml"]
+
+
+def xml_lookup(folder: Path) -> Lookup:
+    def look(index: int, name: str, category: str) -> BoxAnnotation | None:
+        path = next((path for path in xml_candidates(folder, name, category) if path.is_file()), None)
+        return path and read_xml(path, category)
+
+    return look
+
+
+def read_xml(path: Path, category: str) -> BoxAnnotation:
+    """The objects of this class. Raises ValueError for a broken file."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an encoding Python does not know
+        raise ValueError(f"no XML: {error}") from error
+    width, height = (parse_pixel(read_tag(root, f"size/{side}")) for side in ("width", "height"))
+    check_size(width, height)
+    objects = [thing for thing in root.iter("object") if read_tag(thing, "name") == category]
+    boxes = [tuple(parse_pixel(read_tag(thing, f"bndbox/{side}")) for side in COLUMNS[0]) for thing in objects]
+    return BoxAnnotation(list(filter(is_usable_box, boxes)), width, height)
+
+
+def read_tag(root: ElementTree.Element, tag: str) -> str:
+    text = root.findtext(tag)
+    if text is None:
+        raise ValueError(f"no <{tag}> in <{root.tag}>")
+    return text.strip()
+
+
+def parse_pixel(text: str | float) -> int:
+    """The nearest whole number of pixels. Raises ValueError for what is no number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r} is no number of pixels")
+    return math.floor(number + 0.5)
+
+
+def check_size(width: int, height: int) -> None:
+    if width <= 0 or height <= 0:
+        raise ValueError(f"it says a size of {width} x {height}")
+
+
+def is_usable_box(box: Box) -> bool:
+    return box[2] > box[0] and box[3] > box[1]
+
+
+def read_csv(path: Path) -> dict[str, list[AnnotationRow]]:
+    """File -> its rows. Raises UserError with the line for a row that is no box."""
+    rows: dict[str, list[AnnotationRow]] = {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        lines = csv.reader(file, skipinitialspace=True)
+        header = [name.strip().lower() for name in next(lines, [])]
+        columns = next((names for names in COLUMNS if {"file", *names} <= set(header)), None)
+        if columns is None:
+            raise UserError(f"--annotation-path {path}: the header is {','.join(header) or 'missing'}\n{REMEDY}")
+        for line in lines:
+            cells = {name: cell.strip() for name, cell in zip(header, line, strict=False)}
+            if not any(cells.values()):
+                continue
+            try:
+                category = cells.get("wnid") or cells.get("class") or None
+                row = AnnotationRow(parse_numbers(cells, columns), category, parse_numbers(cells, ("width", "height")))
+            except ValueError as error:
+                raise UserError(
+                    f"--annotation-path {path}, line {lines.line_num}: {','.join(line)!r} is no box ({error})\n"
+                    f"mend that line; {REMEDY}"
+                ) from error
+            rows.setdefault(normalize_name(cells["file"]), []).append(row)
+    return rows
+
+
+def parse_numbers(cells: dict[str, str], columns: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Pixels, or None where all these cells are empty or absent."""
+    found = [cells.get(name, "") for name in columns]
+    return tuple(map(parse_pixel, found)) if any(found) else None
+
+
+def read_json(path: Path) -> dict[str, list[AnnotationRow]]:
+    """File -> its boxes. Raises UserError with the file for what is no list of boxes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise UserError(f"--annotation-path {path}: it holds no {{...}}\n{REMEDY}")
+    rows = {}
+    for name, boxes in content.items():
+        try:
+            rows[normalize_name(name)] = [
+                AnnotationRow(tuple(parse_pixel(number) for number in box)) for box in boxes
+            ] or [AnnotationRow(None)]
+            if any(row.box is not None and len(row.box) != 4 for row in rows[normalize_name(name)]):
+                raise ValueError("a box has four numbers")
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--annotation-path {path}: {name!r} has no list of boxes ({error})\n{REMEDY}") from error
+    return rows
+
+
+def normalize_name(name: str) -> str:
+    return str(PurePosixPath(name.replace("\\", "/")))
+
+
+def row_lookup(part: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
+    """Rows are found by the image's path relative to the part's root, else by its base name where that is the only one
+    of its kind both in the part and in the list.
+    """
+    held = Counter(PurePosixPath(name).name for name in set(part.files.names()))
+    listed = Counter(PurePosixPath(name).name for name in rows)
+    by_base = {PurePosixPath(name).name: found for name, found in rows.items()}
+
+    def look(index: int, name: str, category: str) -> BoxAnnotation | None:
+        base = PurePosixPath(name).name
+        found = rows.get(normalize_name(name)) or (by_base.get(base) if held[base] == listed[base] == 1 else None)
+        if found is None:
+            return None
+        found = [row for row in found if row.category in (None, category)]
+        boxes = [row.box for row in found if row.box and is_usable_box(row.box)]
+        if not boxes:
+            return BoxAnnotation([], 0, 0)
+        width, height = next((row.size for row in found if row.size), None) or read_image_size(part.files[index])
+        check_size(width, height)
+        return BoxAnnotation(boxes, width, height)
+
+    return look
+
+
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Width and height, from the header of an image file."""
+    with Image.open(path) as image:
+        return image.size
+
+
+def open_tiny_annotations(part: ImageSet) -> tuple[Lookup, Callable[[str, str], str]]:
+    """val_annotations.txt in or beside the folder of the images, else <wnid>/<wnid>_boxes.txt in it."""
+    where = Path(part.where)
+    lists = [folder / "val_annotations.txt" for folder in (where, where.parent)]
+    rows: dict[str, list[AnnotationRow]] = {}
+    if path := next(filter(Path.is_file, lists), None):
+        read_tiny(path, rows)
+    else:
+        for wnid in part.classes:
+            path = where / wnid / f"{wnid}_boxes.txt"
+            if path.is_file():
+                read_tiny(path, rows, wnid)
+
+    def look(index: int, name: str, category: str) -> BoxAnnotation | None:
+        found = rows.get(PurePosixPath(name).name)
+        boxes = [row.box for row in found or [] if row.category == category and is_usable_box(row.box)]
+        return None if found is None else BoxAnnotation(boxes, TINY_SIDE, TINY_SIDE)
+
+    return (
+        look,
+        lambda name, category: (
+            f"{PurePosixPath(name).name} in {' and '.join(map(str, lists))} and in "
+            + str(where / category / f"{category}_boxes.txt")
+        ),
+    )
+
+
+def read_tiny(path: Path, rows: dict[str, list[AnnotationRow]], wnid: str | None = None) -> None:
+    """Add the lines `file wnid x0 y0 x1 y1`, without the wnid where it is given. Raises UserError for other ones."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        cells = line.split("\t")
+        if not line.strip():
+            continue
+        try:
+            x0, y0, x1, y1 = map(parse_pixel, cells[1 if wnid else 2 :])
+        except ValueError as error:
+            form = "file x0 y0 x1 y1" if wnid else "file wnid x0 y0 x1 y1"
+            raise UserError(
+                f"{path}, line {number}: {line!r} is not of the form `{form}`, with tabs\nmend that line"
+            ) from error
+        box = (x0, y0, x1 + 1, y1 + 1)  # its upper bounds are the last pixels of the object: 0 to 63 is all of 64
+        rows.setdefault(cells[0], []).append(AnnotationRow(box, wnid or cells[1]))

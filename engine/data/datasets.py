@@ -1,0 +1,185 @@
+"""Data sets and their parts: uint8 images with labels. engine/data/loader.py feeds them to a network."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.config.phases import default_eval_resize
+from engine.data.cifar import LAYOUTS, find_cifar, read_cifar, read_class_names
+from engine.data.folders import find_evaluation, find_folder, find_imagenet, find_tiny_evaluation, find_tiny_imagenet
+from engine.data.image_set import (
+    STATISTICS,
+    STATISTICS_OF,
+    Data,
+    ImageSet,
+    decode_all,
+    image_set_from_files,
+    split_by_class,
+)
+from engine.data.shapes import CLASSES as SHAPE_NAMES
+from engine.data.shapes import draw_shapes
+from engine.data.views import CenterCrop, View
+from engine.errors import UserError
+from engine.runtime.distributed import main_process_first
+
+EXPECTED_COUNTS = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
+EXPECTED_COUNTS["imagenet"] = (1_281_167, 50_000)
+FINDERS = {"imagenet": find_imagenet, "tiny-imagenet": find_tiny_imagenet, "folder": find_folder}
+SHAPES_COUNTS = (5000, 1000)
+TINY_SIDE = 64
+
+
+def load_data(
+    dataset: str,
+    *,
+    data_dir: str = "data",
+    val_data_dir: str | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    eval_resize: int | None = None,
+    val_labels: str | None = None,
+    norm: str = "own",
+    num_classes: int | None = None,
+    limit: int = 0,
+    labels_per_class: int = 0,
+    valid_labels_per_class: int = 0,
+    seed: int = 0,
+    on_bad_image: str = "stop",
+    workers: int = 0,
+    progress: Callable = lambda items, **kwargs: items,
+) -> Data:
+    """Read a data set; the parameters are the flags of the same names.
+
+    progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError with what was looked for and the
+    remedy.
+    """
+    if dataset in LAYOUTS:
+        train, test = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
+    elif dataset == "shapes":
+        train, test = load_shapes(
+            image_size or 32,
+            num_classes or 10,
+            progress,
+            most=0 if labels_per_class or valid_labels_per_class else limit,
+        )
+    else:
+        view = default_view(dataset, image_size, eval_resize)
+        places = [place and Path(place) for place in (data_dir, val_data_dir, val_labels)]
+        if dataset == "tiny-imagenet":
+            del places[2]  # it says its labels itself
+        train, test = (image_set_from_files(part, view, on_bad_image) for part in FINDERS[dataset](*places))
+    warnings = []
+    counts = (len(train), len(test))
+    if counts != EXPECTED_COUNTS.get(dataset, counts):
+        usual = EXPECTED_COUNTS[dataset]
+        warnings.append(
+            f"{dataset} usually has {usual[0]:,} training and {usual[1]:,} test images, here are {counts[0]:,} "
+            f"and {counts[1]:,}"
+        )
+    check_class_count(dataset, train, num_classes)
+    train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
+    if limit:
+        train, test = (part.take(torch.arange(min(limit, len(part)))) for part in (train, test))
+        warnings.append(f"--limit {limit}: results are partial")
+    if dataset == "tiny-imagenet" and view.size == TINY_SIDE and not eval_resize:
+        train, test, valid = (part and decode_all(part, workers, progress, warnings) for part in (train, test, valid))
+    side = check_image_size(dataset, train, image_size)
+    mean, std = STATISTICS[STATISTICS_OF.get(dataset, dataset) if norm == "own" else norm]
+    return Data(train, test, valid, mean, std, side, warnings)
+
+
+def load_evaluation(
+    dataset: str,
+    *,
+    data_dir: str = "data",
+    val_data_dir: str | None = None,
+    download: bool = False,
+    view: View | None = None,
+    val_labels: str | None = None,
+    image_size: int | None = None,
+    eval_resize: int | None = None,
+    num_classes: int | None = None,
+    limit: int = 0,
+    on_bad_image: str = "stop",
+    progress: Callable = lambda items, **kwargs: items,
+) -> ImageSet:
+    """The test part that load_data() gives, where the training images need not be there; image files stay files.
+
+    view: how image files are cut out, in place of what image_size says; shapes and CIFAR have none. Raises UserError
+    with what was looked for and the remedy.
+    """
+    place, val_place, labels = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
+    if dataset in LAYOUTS:
+        part = cifar_image_set(
+            dataset,
+            main_process_first(lambda: find_cifar(dataset, val_place or place, download)),
+            [LAYOUTS[dataset].test],
+        )
+        check_image_size(dataset, part, image_size)
+    elif dataset == "shapes":
+        part = shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
+    else:
+        tiny = dataset == "tiny-imagenet"
+        found = find_tiny_evaluation(place, val_place) if tiny else find_evaluation(dataset, place, val_place, labels)
+        part = image_set_from_files(found, view or default_view(dataset, image_size, eval_resize), on_bad_image)
+    check_class_count(dataset, part, num_classes)
+    return part.take(torch.arange(min(limit, len(part)))) if limit else part
+
+
+def check_class_count(dataset: str, part: ImageSet, num_classes: int | None) -> None:
+    if num_classes and num_classes != len(part.classes):
+        raise UserError(f"--num_classes {num_classes}: the data in {part.where} has {len(part.classes)} classes")
+    if dataset == "imagenet" and len(part.classes) != 1000 and not num_classes:
+        raise UserError(
+            f"imagenet has 1000 classes, {part.where} has {len(part.classes)}\n"
+            f"complete it, or say --num_classes {len(part.classes)} if a part of it is what you want"
+        )
+
+
+def check_image_size(dataset: str, part: ImageSet, image_size: int | None) -> int:
+    """The side of the images. Raises UserError where image_size is another."""
+    side = part.pixels.shape[1] if isinstance(part.pixels, torch.Tensor) else part.pixels.size
+    if image_size not in (None, side):
+        raise UserError(f"--image_size {image_size}: the images of {dataset} have {side} pixels a side")
+    return side
+
+
+def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tuple[ImageSet, ImageSet]:
+    layout = LAYOUTS[name]
+    train_place = main_process_first(lambda: find_cifar(name, train_dir, download))
+    test_place = (
+        train_place if test_dir == train_dir else main_process_first(lambda: find_cifar(name, test_dir, download))
+    )
+    return cifar_image_set(name, train_place, layout.train), cifar_image_set(name, test_place, [layout.test])
+
+
+def cifar_image_set(name: str, place: Path, files: list[str]) -> ImageSet:
+    return ImageSet(*read_cifar(name, place, files), read_class_names(name, place), str(place))
+
+
+def load_shapes(size: int, num_classes: int, progress: Callable, most: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Both parts, with no more than `most` images if it is not 0."""
+    train, test = (shapes_image_set(seed, size, num_classes, progress, most) for seed in (0, 1))
+    return train, test
+
+
+def shapes_image_set(seed: int, size: int, num_classes: int, progress: Callable, most: int = 0) -> ImageSet:
+    """seed: 0 for the training part, 1 for the test part."""
+    if num_classes > len(SHAPE_NAMES):
+        raise UserError(f"--num_classes {num_classes}: shapes has {len(SHAPE_NAMES)} classes")
+    count = min(SHAPES_COUNTS[seed], most or SHAPES_COUNTS[seed])
+    drawn = draw_shapes(count, size, num_classes=num_classes, seed=seed, progress=progress)
+    where = f"the generator of shapes, seed {seed}"
+    return ImageSet(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], where, drawn)
+
+
+def default_view(dataset: str, image_size: int | None, eval_resize: int | None) -> CenterCrop:
+    """How evaluation images of this set are cut out. Raises UserError for a centre that is larger than the image."""
+    size = image_size or (224 if dataset == "imagenet" else TINY_SIDE)
+    resize = eval_resize or (default_eval_resize(size) if dataset == "imagenet" else size)
+    if resize < size:
+        raise UserError(
+            f"--eval_resize {resize}: smaller than the {size} pixels of --image_size that are cut out of it"
+        )
+    return CenterCrop(size, resize)

@@ -1,0 +1,310 @@
+"""Image sets in folders: a folder for each class, and Tiny-ImageNet and ImageNet in every layout they are kept in."""
+
+import os
+from array import array
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from engine.errors import UserError
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGENET_PLACES = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
+NOT_NAMED = Path("data")  # the default of --data_dir: only then a set beside it is taken too
+
+
+class FileList:
+    """Many paths in two tensors. [int] gives a Path, [index tensor] a FileList of these, which shares the text.
+
+    A million Python strings would be copied into every worker process page by page, as their reference counts change.
+    """
+
+    def __init__(self, root: str | os.PathLike, names: Iterable[str]):
+        """names: relative to root."""
+        self.root, text, ends = os.fspath(root), bytearray(), array("q", [0])
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+        edges = torch.frombuffer(ends, dtype=torch.int64)
+        self.spans = torch.stack([edges[:-1], edges[1:]], 1)  # (N, 2): where a name begins and ends
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int | torch.Tensor) -> "Path | FileList":
+        if not isinstance(index, torch.Tensor):
+            return Path(self.path(index))
+        some = FileList(self.root, ())
+        some.text, some.spans = self.text, self.spans[index]
+        return some
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self[index] for index in range(len(self)))
+
+    def names(self) -> list[str]:
+        """Relative to the root."""
+        text = self.text.numpy().tobytes()
+        return [os.fsdecode(text[begin:end]) for begin, end in self.spans.tolist()]
+
+    def path(self, index: int) -> str:
+        begin, end = self.spans[index].tolist()
+        return os.path.join(self.root, os.fsdecode(self.text[begin:end].numpy().tobytes()))
+
+
+class DataFiles(NamedTuple):
+    """The files of one part, before any is read. A label is the position of its class in the sorted names."""
+
+    files: FileList
+    labels: torch.Tensor  # (N,) long
+    classes: list[str]
+    where: Path
+
+
+def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
+    """train/<class>/* and val/ or test/ in the same form, below data_dir; val_dir: the evaluation part itself.
+
+    val_labels: a file of lines `file class`, for an evaluation part whose files lie side by side.
+    """
+    train_dir = data_dir / "train"
+    test_dir = next((data_dir / name for name in ("val", "test") if (data_dir / name).is_dir()), data_dir / "val")
+    test_dir = val_dir or test_dir
+    for place in (train_dir, test_dir):
+        if not place.is_dir():
+            raise UserError(
+                f"no folder {place}; a class-per-folder set has {data_dir}/train/<class>/*.jpg and "
+                f"{data_dir}/val/<class>/*.jpg (or test/)\nname its place with --data_dir{list_directory(data_dir)}"
+            )
+    return check_same_classes(label_files(class_folders(train_dir), train_dir), find_validation(test_dir, val_labels))
+
+
+def find_training(flag: str, place: Path) -> DataFiles:
+    """train/<class>/* in `place` or where it is usually unpacked there. flag: the option that named it."""
+    places = [place / name for name in (*IMAGENET_PLACES, "tiny-imagenet-200", "tiny-imagenet")]
+    root = next((path for path in places if (path / "train").is_dir()), None)
+    if root is None:
+        raise UserError(
+            f"{flag} {place}: no train/<class>/*.jpg there\nmake it with --resize_to{list_directory(place)}"
+        )
+    return label_files(class_folders(root / "train"), root / "train")
+
+
+def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
+    """train/<wnid>/* and val/<wnid>/*, or a flat val/ with val_labels, in data_dir or where it is usually unpacked."""
+    places = [data_dir / name for name in IMAGENET_PLACES]
+    places += [Path("imagenet")] if data_dir == NOT_NAMED else []
+    place = next((path for path in places if (path / "train").is_dir()), None)
+    if place is None:
+        raise UserError(
+            f"imagenet not found: looked for train/<wnid>/*.JPEG and val/ in {', '.join(map(str, places))}\n"
+            f"unpack ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or name its place with "
+            f"--data_dir{list_directory(data_dir)}"
+        )
+    return find_folder(place, val_dir, val_labels)
+
+
+def find_validation(val: Path, val_labels: Path | None) -> DataFiles:
+    """val/<class>/*, or val/* and the file that says their classes. Raises UserError where neither is there."""
+    loose = list_images(val)
+    if val_labels and not loose:
+        raise UserError(
+            f"--val_labels {val_labels}: {val} holds no loose images\nleave it out where there is a folder for each "
+            f"class{list_directory(val)}"
+        )
+    if not val_labels and (not loose or list_folders(val)):
+        return label_files(class_folders(val), val)
+    if not val_labels:
+        raise UserError(
+            f"{val} holds {len(loose):,} loose images, and nothing tells their classes\n"
+            f"move each to {val}/<class>/, or give --val_labels FILE with lines `file wnid`"
+        )
+    return read_val_labels(val, set(loose), val_labels)
+
+
+def read_val_labels(val: Path, there: set[str], val_labels: Path) -> DataFiles:
+    """Lines `file wnid`, or ImageNet's LOC_val_solution.csv: `name,wnid x1 y1 x2 y2 ...` without the ending."""
+    try:
+        lines = val_labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--val_labels {val_labels}: {error}\nit needs lines `file wnid`") from error
+    folders: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line == "ImageId,PredictionString":
+            continue
+        file, wnid = split_label(line)
+        if not wnid:
+            raise UserError(f"{val_labels}, line {number}: {line!r} is not of the form `file wnid`\nmend that line")
+        file = next((name for name in (file, f"{file}.JPEG") if name in there), None)
+        if file is None:
+            raise UserError(
+                f"{val_labels}, line {number}: {line!r} names a file that is not in {val}\n"
+                "mend that line, or name the right folder with --val_data_dir"
+            )
+        folders.setdefault(wnid, []).append(file)
+    return label_files({wnid: sorted(files) for wnid, files in folders.items()}, val)
+
+
+def split_label(line: str) -> tuple[str, str]:
+    """File and class of a line; an empty class where there are not both."""
+    if "," in line:
+        file, _, rest = line.partition(",")
+        return file.strip(), next(iter(rest.split()), "")
+    file, _, wnid = line.strip().replace("\t", " ").rpartition(" ")
+    return file.strip(), wnid if file else ""
+
+
+def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles, DataFiles]:
+    """The unzipped original, or a copy with sorted validation images. wnids.txt has another order and is not read."""
+    places = [data_dir / name for name in ("tiny-imagenet-200", "tiny-imagenet", ".")]
+    places += [Path("tiny-imagenet-200"), Path("tiny-imagenet")] if data_dir == NOT_NAMED else []
+    place = next((path for path in places if (path / "train").is_dir()), None)
+    if place is None:
+        raise UserError(
+            f"tiny-imagenet not found: looked for train/<wnid>/images/*.JPEG and val/ in {', '.join(map(str, places))}"
+            f"\nunpack tiny-imagenet-200.zip there, or name its place with --data_dir{list_directory(data_dir)}"
+        )
+    train = label_files(class_folders(place / "train"), place / "train")
+    test = find_tiny_validation(val_dir or place / "val")
+    if len(test.classes) == 1 < len(train.classes):
+        raise UserError(
+            f"{test.where} shows a single class, {test.classes[0]!r}: this reads images/ as a class\n"
+            "it needs val_annotations.txt beside images/, or a folder for each class"
+        )
+    return check_same_classes(train, test)
+
+
+def find_tiny_validation(val: Path) -> DataFiles:
+    """images/* with val_annotations.txt, images/<wnid>/*, <wnid>/images/* or <wnid>/*."""
+    annotations = val / "val_annotations.txt"
+    loose = list_images(val / "images")
+    if annotations.is_file() and loose:
+        wnid_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if "\t" in line)
+        folders: dict[str, list[str]] = {}
+        for name in loose:
+            if name in wnid_of:
+                folders.setdefault(wnid_of[name], []).append(f"images/{name}")
+        return label_files(folders, val)
+    root = val / "images" if list_folders(val / "images") else val
+    if not list_folders(root):
+        raise UserError(
+            f"{val}: cannot tell the classes of the validation images; it needs val_annotations.txt beside images/, "
+            f"or a folder for each class{list_directory(val)}"
+        )
+    return label_files(class_folders(root), root)
+
+
+def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
+    """The validation part in any layout find_tiny_imagenet() knows, in the same places."""
+    places = [data_dir / name / "val" for name in ("tiny-imagenet-200", "tiny-imagenet", ".")]
+    places += [Path("tiny-imagenet-200/val"), Path("tiny-imagenet/val")] if data_dir == NOT_NAMED else []
+    place = val_dir or next((path for path in places if path.is_dir()), None)
+    if place is None:
+        raise UserError(
+            f"tiny-imagenet not found: looked for {', '.join(map(str, places))}\n"
+            f"unpack tiny-imagenet-200.zip there, or name its place with --data_dir{list_directory(data_dir)}"
+        )
+    found = find_tiny_validation(place)
+    if found.classes == ["images"]:
+        raise UserError(
+            f"{found.where} shows a single class, 'images': the folder images/ was read as a class\n"
+            "it needs val_annotations.txt beside images/, or a folder for each class"
+        )
+    return found
+
+
+def find_evaluation(dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None) -> DataFiles:
+    """val_dir, else the first of val/, test/ and the folder itself that holds class folders, or the loose images of
+    val_labels; for imagenet also where it is usually unpacked below data_dir.
+    """
+    if val_dir:
+        return find_validation(val_dir, val_labels)
+    roots = [data_dir]
+    if dataset == "imagenet":
+        roots = [data_dir / name for name in IMAGENET_PLACES] + ([Path("imagenet")] if data_dir == NOT_NAMED else [])
+    places = [root / name for name in ("val", "test") for root in roots]
+    # a val/ of loose images must not be taken for a class
+    places += [root for root in roots if not (root / "val").is_dir() and not (root / "test").is_dir()]
+    found = next((path for path in places if (val_labels and list_images(path)) or has_class_folders(path)), None)
+    found = found or next(filter(list_images, places), None)  # of loose images find_validation says what they lack
+    if found is None:
+        raise UserError(
+            f"no evaluation images found: looked for <class>/*.jpg (or .png, .JPEG ...) in "
+            f"{', '.join(map(str, places))}\nname their place with --data_dir, or that of the class folders themselves "
+            f"with --val_data_dir{list_directory(data_dir)}"
+        )
+    return find_validation(found, val_labels)
+
+
+def has_class_folders(root: Path) -> bool:
+    return any(list_images(root / name) or list_images(root / name / "images") for name in list_folders(root))
+
+
+def class_folders(root: Path) -> dict[str, list[str]]:
+    """Class name -> its files relative to root, sorted; <class>/images/* counts as <class>/*.
+
+    Empty folders are passed over. Raises UserError where a folder holds other things than images, or none is there.
+    """
+    folders = {}
+    for name in list_folders(root):
+        held = os.listdir(root / name)
+        if not held:
+            continue
+        inner = f"{name}/images" if "images" in held and (root / name / "images").is_dir() else name
+        files = list_images(root / inner) if inner != name else filter_images(held)
+        folders[name] = [f"{inner}/{file}" for file in files]
+    empty = [name for name, files in folders.items() if not files]
+    if not folders or empty:
+        what = f"no images in {', '.join(empty[:5])}" if folders else "no class folders"
+        raise UserError(f"{root}: {what}; expected {root}/<class>/*.jpg (or .png, .JPEG ...){list_directory(root)}")
+    return folders
+
+
+def list_folders(root: Path) -> list[str]:
+    """Names of the folders in it, sorted; none where there is no such folder."""
+    if not root.is_dir():
+        return []
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def list_images(root: Path) -> list[str]:
+    """Names of the image files in it, sorted; none where there is no such folder."""
+    return filter_images(os.listdir(root)) if root.is_dir() else []
+
+
+def filter_images(names: list[str]) -> list[str]:
+    return sorted(name for name in names if os.path.splitext(name)[1].lower() in ENDINGS)
+
+
+def label_files(folders: dict[str, list[str]], where: Path) -> DataFiles:
+    classes = sorted(folders)
+    counts = torch.tensor([len(folders[name]) for name in classes])
+    labels = torch.arange(len(classes)).repeat_interleave(counts)
+    return DataFiles(FileList(where, (file for name in classes for file in folders[name])), labels, classes, where)
+
+
+def check_same_classes(train: DataFiles, test: DataFiles) -> tuple[DataFiles, DataFiles]:
+    if train.classes != test.classes:
+        alone = [check_missing(one, other) for one, other in ((train, test), (test, train))]
+        raise UserError(
+            f"the classes of {train.where} ({len(train.classes)}) and {test.where} ({len(test.classes)}) differ: only "
+            f"the first has {alone[0]}, only the second has {alone[1]}\nboth need the same class folders"
+        )
+    return train, test
+
+
+def check_missing(one: DataFiles, other: DataFiles) -> str:
+    """The classes of `one` that `other` lacks: the first five, and how many they are."""
+    names = sorted(set(one.classes) - set(other.classes))
+    return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" if names else "none"
+
+
+def list_directory(folder: Path) -> str:
+    """What is in a folder, for the end of a message."""
+    if not folder.is_dir():
+        return f"; there is no folder {folder}"
+    names = sorted(os.listdir(folder))
+    shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "") if names else "nothing"
+    return f"; {folder} holds {shown}"

@@ -1,0 +1,148 @@
+"""Image sets: uint8 images with labels, in memory or as files, and the parts of a data set."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from engine.data.folders import DataFiles, FileList
+from engine.data.image_files import ImageFiles
+from engine.data.sample_rng import uniform
+from engine.data.views import View
+from engine.errors import UserError
+from engine.runtime.distributed import check_same_value
+
+STATISTICS = {  # mean and std of pixels in 0..1
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+STATISTICS_OF = {"folder": "imagenet", "shapes": "half"}  # whose they use
+MAX_MEMORY_BYTES = 2**31  # bytes of decoded images that are kept, where they are looked at many times
+
+
+@dataclass
+class ImageSet:
+    """One part of a data set: pixels in a uint8 tensor (N, H, W, 3), or files that are read batch by batch."""
+
+    pixels: torch.Tensor | ImageFiles
+    labels: torch.Tensor  # (N,) long
+    classes: list[str]
+    where: str
+    notes: dict[str, torch.Tensor] = field(default_factory=dict)  # true boxes and masks, where the set has them
+    files: FileList | None = None  # the file of each image, where it came from one
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: torch.Tensor) -> "ImageSet":
+        """The images at these positions, in this order."""
+        notes = {key: value[index] for key, value in self.notes.items()}
+        files = self.files[index] if self.files is not None else None
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], notes=notes, files=files)
+
+    def spread(self, most: int) -> "ImageSet":
+        """At most so many images, from all over the part and always the same ones: one drawn from each of as many
+        stretches. Evenly spaced ones would be of few classes where the classes take turns.
+        """
+        count = min(most, len(self))
+        ends = torch.arange(count + 1) * len(self) // max(count, 1)
+        drawn = uniform(torch.arange(count), (), seed=0, purpose="a few of a part")
+        return self.take(ends[:-1] + (drawn * ends.diff()).long())
+
+    def seen_as(self, view: View) -> "ImageSet":
+        """The same image files, cut out in another way."""
+        return replace(self, pixels=self.pixels.with_view(view))
+
+    def summary(self, name: str) -> str:
+        counts = torch.bincount(self.labels, minlength=len(self.classes))
+        return (
+            f"{name}: {len(self):,} images of {len(self.classes)} classes, {counts.min():,} to {counts.max():,} a "
+            f"class, from {self.where}"
+        )
+
+
+@dataclass
+class Data:
+    """The parts of a data set, and the mean and std to normalise by."""
+
+    train: ImageSet
+    test: ImageSet
+    valid: ImageSet | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    warnings: list[str]
+
+    @property
+    def classes(self) -> list[str]:
+        return self.train.classes
+
+
+def split_by_class(
+    train: ImageSet, labels_per_class: int, valid_labels_per_class: int, seed: int
+) -> tuple[ImageSet, ImageSet | None]:
+    """Keep labels_per_class images of each class (0: all the others), and valid_labels_per_class for validation."""
+    if not labels_per_class and not valid_labels_per_class:
+        return train, None
+    generator = torch.Generator().manual_seed(seed)
+    kept, held = [], []
+    for label, name in enumerate(train.classes):
+        of_class = (train.labels == label).nonzero().flatten()
+        if labels_per_class + valid_labels_per_class > len(of_class):
+            raise UserError(
+                f"class {name!r} has {len(of_class)} images, fewer than --labels_per_class {labels_per_class} and "
+                f"--valid_labels_per_class {valid_labels_per_class} together"
+            )
+        shuffled = of_class[torch.randperm(len(of_class), generator=generator)]
+        rest = shuffled[valid_labels_per_class:]
+        held.append(shuffled[:valid_labels_per_class])
+        kept.append(rest[:labels_per_class] if labels_per_class else rest)
+    valid = train.take(torch.cat(held).sort().values) if valid_labels_per_class else None
+    return train.take(torch.cat(kept).sort().values), valid
+
+
+def image_set_from_files(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
+    pixels = ImageFiles(found.files, view, on_bad_image)
+    return ImageSet(pixels, found.labels, found.classes, str(found.where), files=found.files)
+
+
+def load_into_memory(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
+    """The same part with its image files decoded, unless that would take more than IN_MEMORY bytes."""
+    if isinstance(part.pixels, torch.Tensor) or 3 * len(part) * part.pixels.size**2 > MAX_MEMORY_BYTES:
+        return part
+    return decode_all(part, workers, progress, warnings)
+
+
+def select_classes(part: ImageSet, place: torch.Tensor, classes: list[str]) -> ImageSet:
+    """The images whose class is one of `classes`, with labels among these. place (len(part.classes),): which of them
+    each class of the part is, -1 for none.
+    """
+    labels = place[part.labels]
+    known = (labels >= 0).nonzero().flatten()
+    return replace(part.take(known), labels=labels[known], classes=classes)
+
+
+def decode_all(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
+    """The same part with its images read into one tensor."""
+    pixels, places = part.pixels.read_all(workers, progress)
+    if skipped := int((places != torch.arange(len(part))).sum()):
+        warnings.append(f"{skipped} unreadable files of {part.where} were skipped")
+    return replace(part, pixels=pixels, labels=part.labels[places], files=part.pixels.files[places])
+
+
+def check_same_images(data: Data) -> None:
+    """Raise UserError where the processes found different images."""
+    parts = {"training images": data.train, "test images": data.test, "validation images": data.valid}
+    found = {name: f"{len(part)}" for name, part in parts.items() if part}
+    found["classes"] = ", ".join(data.classes)
+    found |= {f"labels of the {name}": hash_labels(part.labels) for name, part in parts.items() if part}
+    check_same_value("data", found, "every machine needs the same copy of the data set")
+
+
+def hash_labels(labels: torch.Tensor) -> int:
+    """A number that tells two lists of labels apart."""
+    weights = torch.arange(1, len(labels) + 1) % 1_000_003
+    return int((labels.long() * weights).sum())

@@ -1,0 +1,138 @@
+"""Pictures of detections: boxes in images, and precision against recall."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from engine.drawing.figures import save_figure, shorten
+
+
+class DrawnBox(NamedTuple):
+    """A box around something in a picture, and what is written at it."""
+
+    box: Sequence[float]  # x0, y0, x1, y1 in pixels of the picture
+    text: str
+    colour: tuple[float, float, float]  # RGB in 0..1
+    dashed: bool = False
+    alarm: bool = False  # the text has a cross and stands on red
+
+
+@contextmanager
+def allow_missing_glyphs() -> Iterator[None]:
+    """Keep quiet about letters that matplotlib's own font has not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
+
+
+@allow_missing_glyphs()
+def draw_box_pairs(
+    path: Path, rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]], heads: tuple[str, str], legend: str
+) -> None:
+    """A picture a row, twice: with its first boxes under the first head, with its second ones under the second; its
+    text below. Boxes that come later are drawn over earlier ones.
+
+    rows: text, picture uint8 (H, W, 3), boxes, boxes. Pictures are scaled so that their longer side has 500 pixels.
+    """
+    side, gap, above, below, foot, dpi = 500, 10, 24, 24, 20 * (1 + legend.count("\n")) + 6, 100
+    scales = [side / max(picture.shape[:2]) for _, picture, _, _ in rows]
+    heights = [max(1, round(scale * row[1].shape[0])) for scale, row in zip(scales, rows, strict=True)]
+    width, height = 2 * side + 3 * gap, above + sum(heights) + below * len(rows) + foot
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    FigureCanvasAgg(figure)  # with it texts can be measured
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1)  # a unit is a pixel of the page
+    axes.axis("off")
+    look = {"fontsize": 8, "parse_math": False}
+    for column, head in enumerate(heads):
+        axes.text(gap + column * (side + gap) + side / 2, above / 2, head, ha="center", va="center", **look)
+    top = above
+    for scale, tall, (text, picture, *both) in zip(scales, heights, rows, strict=True):
+        wide = max(1, round(scale * picture.shape[1]))
+        shrunk = cv2.resize(picture, (wide, tall), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+        for column, boxes in enumerate(both):
+            left = gap + column * (side + gap) + (side - wide) // 2
+            canvas[top : top + tall, left : left + wide] = shrunk
+            draw_boxes(axes, boxes, (left, top, left + wide, top + tall), scale)
+        axes.text(width / 2, top + tall + 4, shorten(text, 120), ha="center", va="top", **look)
+        top += tall + below
+    axes.text(gap, height - 6, legend, va="bottom", linespacing=1.4, **look)
+    figure.figimage(canvas)
+    save_figure(figure, path, dpi=dpi)
+
+
+def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], scale: float) -> None:
+    """Boxes on a picture that fills the frame x0, y0, x1, y1 of the axes, enlarged by `scale`. Their texts go where
+    they hide least of one another.
+    """
+    left, top, right, bottom = frame
+    pixel = 72 / axes.figure.dpi  # in points
+    edges = [[scale * edge + start for edge, start in zip(one.box, (left, top) * 2, strict=True)] for one in boxes]
+    for one, (x0, y0, x1, y1) in zip(boxes, edges, strict=True):
+        rim = {"edgecolor": "black" if is_bright(one.colour) else "white", "linewidth": 4 * pixel, "alpha": 0.45}
+        line = {"edgecolor": one.colour, "linewidth": 2 * pixel, "linestyle": (0, (4, 2.5)) if one.dashed else "solid"}
+        for look in (rim, line):
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **look))
+    taken = np.empty((0, 4))
+    for number, (one, (x0, y0, x1, y1)) in enumerate(zip(boxes, edges, strict=True)):
+        plate, ink = ("#d00000", "white") if one.alarm else (one.colour, "black" if is_bright(one.colour) else "white")
+        words = f"\u2717 {shorten(one.text)}" if one.alarm else shorten(one.text)
+        text = axes.text(0, 0, words, fontsize=7, va="top", color=ink, parse_math=False)
+        text.set_bbox({"facecolor": plate, "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
+        size = text.get_window_extent()
+        w, h = size.width + 4, size.height + 4
+        corners = np.array([(x, y) for y in (y0 - h, y0, y1 - h, y1, y0 + h, y0 + 2 * h) for x in (x0, x1 - w)])
+        corners = np.clip(corners, (left, top), (max(left, right - w), max(top, bottom - h)))
+        places = np.hstack([corners, corners + (w, h)])
+        place = places[pairwise_intersection(places, taken).sum(1).argmin()]  # of equal ones the first
+        taken = np.vstack([taken, place])
+        text.set(x=place[0] + 2, y=place[1] + 2, zorder=4 + number / 1000)
+
+
+def is_bright(colour: tuple[float, float, float]) -> bool:
+    return float(np.dot(colour, (0.3, 0.59, 0.11))) > 0.5
+
+
+def pairwise_intersection(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Of boxes (n, 4) and (m, 4) as x0, y0, x1, y1 -> (n, m)."""
+    some = some[:, None]
+    return (np.minimum(some[..., 2:], others[:, 2:]) - np.maximum(some[..., :2], others[:, :2])).clip(0).prod(-1)
+
+
+@allow_missing_glyphs()
+def draw_precision_recall(path: Path, panels: list[tuple[str, list[float], list[float]]], title: str) -> None:
+    """A panel a class: precision against recall, with the 11 recalls of VOC2007 and, as dots, the precision each is
+    given: the highest at that recall or beyond it.
+
+    panels: text, recall and precision in 0..1, both empty where nothing was found.
+    """
+    columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(max(2.3 * columns, 6), 2.2 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    eleven = np.arange(11) / 10
+    for axes, (text, recall, precision) in zip(grid.flat, panels, strict=False):
+        highest = [
+            max((p for r, p in zip(recall, precision, strict=True) if r >= least), default=0) for least in eleven
+        ]
+        axes.vlines(eleven, 0, 1, color="0.9", linewidth=0.8, zorder=0)
+        axes.plot(recall, precision, color="tab:blue", linewidth=1.3, zorder=2)
+        axes.plot(eleven, highest, ".", color="tab:orange", markersize=5, zorder=3, clip_on=False)
+        axes.set_title(text, fontsize=9, parse_math=False)
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=7)
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    figure.supxlabel("recall", fontsize=9)
+    figure.supylabel("precision", fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    save_figure(figure, path)

@@ -1,0 +1,253 @@
+"""Pictures: learning curves, mixed batches, confusion. PNG files, drawn without a window."""
+
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from engine.runtime.files import write_atomic
+
+Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
+MAX_PIXELS = 60_000  # of a side of a picture: matplotlib's limit is 65,536
+
+
+def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda side: figure.savefig(side, dpi=dpi, format="png"))
+
+
+def draw_curves(path: Path, history: list[dict], title: str) -> None:
+    """Loss and accuracy against epoch."""
+    loss = {"train_loss": "training (mixed)", "test_loss": "test"}
+    accuracy = {"train_acc": "training (mixed labels)", "test_top1": "test top-1", "valid_top1": "validation top-1"}
+    accuracy["ema_top1"] = "test top-1, averaged weights"
+    draw_epoch_panels(path, history, {"loss": loss, "accuracy (%)": accuracy}, title)
+
+
+def draw_epoch_panels(path: Path, history: list[dict], panels: dict[str, dict[str, str]], title: str) -> None:
+    """A panel for each label of an axis, with the columns of `history` it is to show, column -> name, against epoch."""
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axes, (unit, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for column, label in columns.items():
+            points = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
+        axes.set(xlabel="epoch", ylabel=unit)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def format_label(weights: torch.Tensor, classes: list[str]) -> str:
+    """The classes of a soft label and their weights, largest first, a line each: at most three."""
+    top = weights.sort(descending=True)
+    pairs = [(float(w), classes[int(k)]) for w, k in zip(top.values[:3], top.indices[:3], strict=False) if w > 0.005]
+    return "\n".join(f"{weight:.2f} {name}" if weight < 0.995 else name for weight, name in pairs)
+
+
+def draw_mixed_batch(
+    path: Path,
+    *,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    saliency: torch.Tensor | None,
+    mixed: torch.Tensor,
+    soft: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    classes: list[str],
+    title: str,
+) -> None:
+    """Originals, their saliency if there is one, and the mixed images with their label weights, in columns.
+
+    images, mixed (B, 3, H, W) normalised; targets, soft (B, K); saliency (B, H, W).
+    """
+    texts = [[format_label(one.cpu(), classes) for one in labels] for labels in (targets, soft)]
+    rows = [("images", to_pixels(images, mean, std), texts[0])]
+    if saliency is not None:
+        rows.append(("saliency", saliency.float().cpu().numpy(), None))
+    rows.append(("mixed", to_pixels(mixed, mean, std), texts[1]))
+    draw_image_rows(path, rows, title)
+
+
+def draw_image_rows(path: Path, rows: list[tuple[str, np.ndarray, list[str] | None]], title: str = "") -> None:
+    """Each row: its name, pictures (n, H, W, 3) in 0..1 or maps (n, H, W), and a text above each, or None."""
+    count = max(len(pictures) for _, pictures, _ in rows)
+    heights = [1.4 if texts is None else 1.7 for _, _, texts in rows]
+    figure = Figure(figsize=(1.35 * count + 0.4, sum(heights) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), count, squeeze=False, height_ratios=heights)
+    for axes_of_row, (name, pictures, texts) in zip(grid, rows, strict=True):
+        for column, (axes, picture) in enumerate(zip(axes_of_row, pictures, strict=True)):
+            axes.imshow(picture, cmap="magma" if picture.ndim == 2 else None, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            if texts is not None:
+                axes.set_title(texts[column], fontsize=8)
+        axes_of_row[0].set_ylabel(name)
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_tight_grid(path: Path | str, rows: list[np.ndarray], inches: float = 1.5, dpi: int = 300) -> None:
+    """Rows of pictures, each (n, H, W, 3) in 0..1, with a twentieth of a picture between them and nothing around.
+
+    inches: the width of a picture.
+    """
+    count, height, width, _ = rows[0].shape
+    gap = 0.05
+    wide, tall = (number + gap * (number - 1) for number in (count, len(rows)))
+    figure = Figure(figsize=(inches * wide, inches * tall * height / width))
+    grid = figure.subplots(
+        len(rows), count, squeeze=False, gridspec_kw=dict(left=0, right=1, bottom=0, top=1, wspace=gap, hspace=gap)
+    )
+    for axes, picture in zip(grid.flat, (picture for row in rows for picture in row), strict=True):
+        axes.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
+        axes.axis("off")
+    look = {"dpi": dpi, "format": "png", "bbox_inches": "tight", "pad_inches": 0}
+    write_atomic(path, lambda side: figure.savefig(side, **look))
+
+
+def draw_mixtures(
+    path: Path | str,
+    *,
+    images: torch.Tensor,
+    names: list[str],
+    saliency: torch.Tensor,
+    guide: str,
+    rows: list[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]],
+    colours: torch.Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> None:
+    """The inputs, each in its colour, and their saliency; then for each method its mixed images with their label
+    weights, and whose pixels they show in the colours of the inputs.
+
+    images (B, 3, H, W) normalised; saliency (B, H, W), from `guide`; rows: text, mixed images (n, 3, H, W), colours
+    (n, H, W, 3), label weights (n, B); colours (B, 3).
+    """
+    columns = max(len(images), *(2 * len(mixed) for _, mixed, _, _ in rows))
+    tall = len(rows) + 2
+    figure = Figure(figsize=(1.6 * columns + 0.5, 1.9 * tall + 0.3), layout="constrained")
+    grid = figure.subplots(tall, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for column, (picture, name) in enumerate(zip(to_pixels(images, mean, std), names, strict=True)):
+        axes = grid[0, column]
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=8)
+        axes.spines[:].set(visible=True, color=colours[column].tolist(), linewidth=4)
+        grid[1, column].imshow(saliency[column].float().cpu().numpy(), cmap="magma")
+    grid[0, 0].set_ylabel("images", fontsize=9)
+    grid[1, 0].set_ylabel(f"saliency:\n{guide}", fontsize=9)
+    for line, (text, mixed, shown, soft) in zip(grid[2:], rows, strict=True):
+        line[0].set_ylabel(text, fontsize=9)
+        for number, picture in enumerate(to_pixels(mixed, mean, std)):
+            line[2 * number].imshow(picture)
+            line[2 * number].set_title(format_label(soft[number], names), fontsize=7)
+            line[2 * number + 1].imshow(shown[number].clamp(0, 1).numpy())
+    save_figure(figure, path)
+
+
+def to_pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Normalised (B, 3, H, W) -> (B, H, W, 3) in 0..1."""
+    back = images.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    return back.clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def overlay_heatmap(
+    picture: np.ndarray, heat: np.ndarray, alpha: float = 0.4, colormap: str = "jet", box: Box | None = None
+) -> np.ndarray:
+    """A map in 0..1 in colours over a picture uint8 (H, W, 3), with the weight alpha -> uint8 (H, W, 3).
+
+    box: y1, y2, x1, x2 of what the map is about, and as large as the map; outside of it the picture stays as it is.
+    None: all of the picture.
+    """
+    y1, y2, x1, x2 = box or (0, heat.shape[0], 0, heat.shape[1])
+    colours = (255 * colormaps[colormap](np.arange(256))[:, :3]).round().astype(np.uint8)
+    coloured = colours[cv2.convertScaleAbs(heat, alpha=255)]
+    drawn = picture.copy()
+    drawn[y1:y2, x1:x2] = cv2.addWeighted(picture[y1:y2, x1:x2], 1 - alpha, coloured, alpha, 0, dst=coloured)
+    return drawn
+
+
+def draw_comparison(
+    path: Path | str,
+    *,
+    names: list[str],
+    pictures: list[np.ndarray],
+    columns: list[str],
+    overlays: list[list[np.ndarray]],
+    texts: list[list[str]],
+) -> None:
+    """A row a picture (H, W, 3), of any size: the picture itself, then an overlay for each of the columns, and a text
+    below each.
+    """
+    wide, gap, below = 2.1, 0.08, 0.3  # inches
+    heights = [wide * min(max(picture.shape[0] / picture.shape[1], 0.1), 2.0) for picture in pictures]
+    above = 0.3 + 0.15 * max(column.count("\n") for column in columns)
+    width, height = gap + (wide + gap) * (1 + len(columns)), above + sum(heights) + below * len(heights)
+    dpi = min(110, MAX_PIXELS / max(width, height))
+    canvas = np.full((round(height * dpi), round(width * dpi), 3), 255, np.uint8)  # an axes each would take far longer
+    figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi))
+    look = {"ha": "center", "va": "top", "parse_math": False}  # names of files hold what they like
+    middles = [gap + number * (wide + gap) + wide / 2 for number in range(1 + len(columns))]
+    for middle, column in zip(middles[1:], columns, strict=True):
+        lines = "\n".join(shorten(line, 28) for line in column.split("\n"))
+        figure.text(middle / width, 1 - gap / height, lines, fontsize=9, **look)
+    top = above
+    for tall, name, picture, row, said in zip(heights, names, pictures, overlays, texts, strict=True):
+        for middle, image, text in zip(middles, [picture, *row], [name, *said], strict=True):
+            paste_picture(canvas, image, middle * dpi, (top + tall / 2) * dpi, wide * dpi, tall * dpi)
+            figure.text(middle / width, 1 - (top + tall + 0.04) / height, shorten(text), fontsize=7, **look)
+        top += tall + below
+    figure.figimage(canvas)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that matplotlib's own font has not
+        save_figure(figure, path, dpi=dpi)
+
+
+def paste_picture(canvas: np.ndarray, picture: np.ndarray, x: float, y: float, width: float, height: float) -> None:
+    """A picture uint8 (H, W, 3) into a canvas, around x, y, as large as fits into width and height."""
+    scale = min(width / picture.shape[1], height / picture.shape[0])
+    size = max(1, int(scale * picture.shape[1])), max(1, int(scale * picture.shape[0]))
+    left, top = int(x - size[0] / 2), int(y - size[1] / 2)
+    canvas[top : top + size[1], left : left + size[0]] = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+
+
+def shorten(text: str, most: int = 32) -> str:
+    text = text.encode(errors="replace").decode()  # of a file's name that is no text
+    return text if len(text) <= most else text[: most - 1] + "\u2026"
+
+
+def draw_confusion(path: Path, counts: torch.Tensor, classes: list[str], title: str) -> None:
+    """Rows: the true class; columns: the predicted one; colour and number: percent of the row."""
+    share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    few = len(classes) <= 20
+    side = 0.5 * len(classes) + 2 if few else 9
+    figure = Figure(figsize=(side, side), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=100 if few else float(share.max()))
+    if few:
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                value = float(share[row, column])
+                if value >= 0.5:
+                    axes.text(
+                        column,
+                        row,
+                        f"{value:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="white" if value > 55 else "black",
+                    )
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+        axes.set_yticks(range(len(classes)), classes)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    save_figure(figure, path)

@@ -1,0 +1,1 @@
+"""Trained classifiers: loading, predictions, metrics."""

@@ -1,0 +1,238 @@
+"""A trained classifier out of a file: ours, which says what it is, or another code's, which is told by its shapes."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from engine.data.image_set import STATISTICS, STATISTICS_OF
+from engine.errors import UserError, suggest_closest
+from engine.runtime.checkpoint import is_checkpoint, read_file
+from engine.runtime.foreign_weights import extract_weights, load_weights
+
+
+def find_best(path: Path | str) -> Path:
+    """A file, or the best.pt of a run folder."""
+    place = Path(path)
+    if place.is_dir() and not (place / "best.pt").is_file():
+        last = f"; its last.pt is {place / 'last.pt'}" if (place / "last.pt").is_file() else ", or the folder of a run"
+        raise UserError(f"{place}: this folder holds no best.pt; give a file{last}")
+    return place / "best.pt" if place.is_dir() else place
+
+
+class SavedClassifier:
+    """The content of a model file, or of the best.pt of a run folder. `options`: those it was trained with; classes and
+    image_size: of its images. Empty or None where the file does not say. content: of the file, if it is read already.
+    """
+
+    def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
+        self.path = find_best(path)
+        content = read_file(self.path) if content is None else content
+        self.weights = extract_weights(content, self.path, averaged=averaged)
+        self.options = content["config"] if is_checkpoint(content) else {}
+        ours = content if is_checkpoint(content) else {}
+        self.classes: list[str] = ours.get("classes", [])
+        self.image_size: int | None = ours.get("image_size")
+        self.best: dict | None = ours.get("best")
+        epoch = content.get("epoch") if isinstance(content, dict) else None
+        self.epoch = epoch if isinstance(epoch, int) else None
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std of its images; those of ImageNet where the file does not say."""
+        norm, trained = self.options.get("norm", "own"), self.options.get("dataset") or "imagenet"
+        return STATISTICS[STATISTICS_OF.get(trained, trained) if norm == "own" else norm]
+
+    def build(
+        self, build_model: Callable, matching_models: Callable, *, model: str | None, num_classes: int, image_size: int
+    ) -> torch.nn.Module:
+        """The network with these weights. model None: the one whose shapes fit; `resnet50` also means the one of that
+        name with the other stem. Raises UserError if none fits.
+        """
+        matches = matching_models(self.weights)
+        if model:
+            model = next(iter(matching_models(self.weights, like=model)), model)
+        if not model and not matches:
+            raise UserError(
+                f"{self.path}: the file does not say which network it is and none of ours fits; name it with --model"
+            )
+        try:
+            network = build_model(model or matches[0], num_classes, image_size)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        load_weights(network, self.weights, self.path, num_classes=num_classes, matches=matches)
+        return network
+
+
+def build_torchvision(name: str, weights: dict[str, torch.Tensor], path: Path | str) -> torch.nn.Module:
+    """torchvision's classifier `name` in evaluation mode, with weights of whatever precision and number of classes, in
+    float32. path: theirs. Raises UserError if they are another network's.
+    """
+    from torchvision.models import get_model
+
+    if name.startswith("densenet"):  # torchvision's own files have older names
+        weights = {re.sub(r"(denselayer\d+\.(norm|relu|conv))\.", r"\1", key): value for key, value in weights.items()}
+    extra = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    network = get_model(name, weights=None, num_classes=count_torchvision_classes(name, weights), **extra)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds no {name}: {str(error).splitlines()[1].strip()[:100]} ...") from error
+    return network.eval()
+
+
+@dataclass
+class Classifier:
+    """A trained network and what is known of it. Called with pixels (B, 3, H, W) in 0..1 it gives logits (B, K) in
+    float32.
+
+    classes: in the order of the logits, empty where the file does not say; titles: the same, to be read by people.
+    image_size: side in pixels of the images it was made for, None where that is not known. options: those it was
+    trained with.
+    """
+
+    name: str
+    network: torch.nn.Module  # in evaluation mode
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: list[str] = field(default_factory=list)
+    count: int = 1000  # K
+    image_size: int | None = None
+    titles: list[str] = field(default_factory=list)
+    options: dict = field(default_factory=dict)
+    path: str = ""
+    epoch: int | None = None
+    torchvision: bool = False  # whether the network is one of torchvision's
+    resize: int | None = None  # the shorter side of which its images are the centre, where its weights say so
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.network(normalize(pixels, self.mean, self.std)).float()
+
+    def title(self, index: int) -> str:
+        """How a class is called, its number where it has no name."""
+        return self.titles[index] if index < len(self.titles) else str(index)
+
+
+def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """pixels (B, 3, H, W) in 0..1 -> the same shape, as a network was trained to see it."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    return (pixels - mean) / std
+
+
+def load_classifier(
+    word: str,
+    zoo: ModuleType,
+    *,
+    model: str | None = None,
+    image_size: int | None = None,
+    averaged: bool = False,
+    weights: str = "IMAGENET1K_V1",
+) -> Classifier:
+    """On the CPU, the classifier that a word means: a file or run folder, of ours or of another code; torchvision's
+    NAME, with its own weights; or NAME=FILE.
+
+    zoo: the package models. model: the network of a file that does not say which, one of ours or torchvision's.
+    image_size: where the file does not say. weights: which of torchvision's, where they are its own; later ones than
+    the first were trained with Mixup and CutMix themselves. Raises UserError for anything else, and for weights that
+    cannot be had.
+    """
+    name, equals, file = word.partition("=")
+    if Path(word).exists() or not (equals or is_torchvision(word)):
+        name, file = model, word
+    if not file:
+        return load_torchvision(name, None, zoo, weights)
+    if not Path(file).exists() and not equals and model is None:
+        raise UserError(
+            f"classifier {word!r}: no such file or run folder, and no network of torchvision's"
+            f"{suggest_closest(word, torchvision_names())}\nsay NAME for torchvision's network with its weights for "
+            f"ImageNet, "
+            "NAME=FILE for one with other weights"
+        )
+    saved = SavedClassifier(file, averaged=averaged)
+    fits = zoo.matching_models(saved.weights, like=name)
+    if not fits and name and is_torchvision(name):
+        return load_torchvision(name, saved, zoo, weights)
+    if name and name not in zoo.MODELS and name not in zoo.ALIASES and not fits:
+        names = [*zoo.MODELS, *torchvision_names()]
+        raise UserError(f"--model {name}: neither ours nor torchvision's{suggest_closest(name, names)}")
+    name = name or saved.options.get("model")
+    if not name and not fits:
+        raise UserError(
+            f"{saved.path}: the file does not say which network it is, and none of ours fits\nname it with --model; if "
+            f"it is one of torchvision's, say NAME={file}"
+        )
+    side = image_size or saved.image_size or (224 if fits and fits[0] in zoo.IMAGENET_MODELS else 32)
+    count = zoo.class_count(saved.weights)
+    network = saved.build(zoo.build_model, zoo.matching_models, model=name, num_classes=count, image_size=side)
+    own = Path(file).resolve().name if Path(file).is_dir() else saved.path.stem
+    known = {"image_size": side, "titles": saved.classes, "options": saved.options, "epoch": saved.epoch}
+    mean, std = saved.statistics
+    return Classifier(own, network.eval(), mean, std, saved.classes, count, path=str(saved.path), **known)
+
+
+def make_names_unique(classifiers: list[Classifier]) -> None:
+    """Give those of one name longer ones: as many of the folders they lie in as it takes, at most their whole path. The
+    same file keeps one name.
+    """
+    for count in range(2, max(len(Path(one.path).parts) for one in classifiers) + 1):
+        often = Counter(name for name, _ in {(one.name, one.path) for one in classifiers})
+        for one in classifiers:
+            if often[one.name] > 1:
+                one.name = str(Path(*Path(one.path).parts[-count:]))
+
+
+def torchvision_names() -> list[str]:
+    from torchvision.models import list_models
+
+    return list_models()
+
+
+def is_torchvision(name: str) -> bool:
+    """Whether torchvision has a classifier of this name."""
+    from torchvision import models
+
+    return name in models.list_models(module=models)
+
+
+def load_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, weights: str) -> Classifier:
+    """torchvision's network, with the weights of a file, else with its own. Normalised as its own weights want it."""
+    from torchvision.models import get_model_weights
+
+    own = getattr(get_model_weights(name), weights, None)
+    if saved is None and own is None:
+        there = ", ".join(one.name for one in get_model_weights(name)) or "none"
+        raise UserError(
+            f"classifier {name}: torchvision has no {weights} weights of it (there are: {there})\n"
+            f"give them as {name}=FILE"
+        )
+    try:
+        state = saved.weights if saved else zoo.fetch(own.url)
+    except ValueError as error:
+        raise UserError(f"classifier {name}: {error}, or give it as {name}=FILE") from error
+    path = str(saved.path) if saved else own.url
+    network = build_torchvision(name, state, path)
+    count = count_torchvision_classes(name, state)
+    titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == count else []
+    mean, std = (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"]
+    size, resize = (own.transforms().crop_size[0], own.transforms().resize_size[0]) if own else (224, 256)
+    known = {"titles": titles, "path": path, "torchvision": True, "resize": resize}
+    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, **known)
+
+
+def count_torchvision_classes(name: str, weights: dict[str, torch.Tensor]) -> int:
+    """How many classes weights of torchvision's network `name` are for; 1000 where they lack its last layer."""
+    from torchvision.models import get_model
+
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        linear = [
+            key
+            for key, layer in get_model(name, weights=None, **extra).named_modules()
+            if getattr(layer, "out_features", getattr(layer, "out_channels", 0)) == 1000
+        ]
+    head = weights.get(f"{linear[-1]}.weight") if linear else None
+    return 1000 if head is None else len(head)

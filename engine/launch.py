@@ -1,0 +1,63 @@
+"""Run the main() of a script: exit codes, one line for each error, --debug for the traceback."""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.errors import Terminated, UserError
+
+
+def run_main(main: Callable[[], None]) -> None:
+    """Call a script's main and leave with its exit code: 0 done, 1 an error explained in a line, 2 usage, 130 after
+    Ctrl-C, 143 after SIGTERM. Of several processes the first one speaks for all.
+    """
+    debug = "--debug" in sys.argv
+    if "WORLD_SIZE" in os.environ and not debug:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by torch, which would add a page to each line
+    try:
+        main()
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("\nstopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except Terminated as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by SIGTERM: {stopped}", file=sys.stderr)
+        sys.exit(143)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        script = Path(sys.argv[0])
+        report_error(f"{script.parent.name if script.stem == '__main__' else script.name}: {explain_error(error)}")
+        sys.exit(1)
+
+
+def report_error(text: str) -> None:
+    """Show an error that ends the program."""
+    if "WORLD_SIZE" in os.environ and "engine.runtime.distributed" in sys.modules:
+        sys.modules["engine.runtime.distributed"].tell(text)
+    else:
+        print(text, file=sys.stderr)
+
+
+def explain_error(error: Exception) -> str:
+    """One or two lines for a person."""
+    if isinstance(error, UserError):
+        return str(error)
+    distributed = sys.modules.get("engine.runtime.distributed")
+    if distributed and distributed.is_lost_contact(error):
+        first = distributed.first_line(error)
+        return f"lost contact with another process: {first}\nwhat was saved is intact: continue with --checkpoint auto"
+    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+        remedy = "try a smaller --batch_size or --image_size (detect.py: --min_size)"
+        return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full: {error}"
+    first = (str(error).splitlines() or [""])[0]
+    return f"unexpected {type(error).__name__}: {first}\nrun again with --debug for the traceback"

@@ -1,0 +1,1 @@
+"""Devices, processes, files and checkpoints."""

@@ -1,0 +1,116 @@
+"""Weights of other codes: find them in a file, rename them, load them into our networks."""
+
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+from engine.runtime.checkpoint import list_first_keys
+
+WEIGHT_KEYS = ("model", "model_state_dict", "state_dict", "net", "state_dict_classifier")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = "classifier") -> dict:
+    """The state dict of a classifier in any of the layouts of the earlier codes, with today's names, or of a detector.
+
+    averaged: the weight average (`ema`) of one of our own checkpoints. Raises UserError if there are no weights, or if
+    they are of the other kind.
+    """
+    if averaged:
+        if not isinstance(content, dict) or not content.get("ema"):
+            raise UserError(f"{path}: holds no weight average; it was not trained with --ema")
+        content = {"model": content["ema"]}
+    state = content
+    if isinstance(content, dict):
+        state = next((content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
+    weights = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
+    if not weights or len(weights) < len(state) / 2:
+        raise UserError(
+            f"{path}: no weights found (first keys: {list_first_keys(content)}); expected a state dict, "
+            f"or one under {', '.join(WEIGHT_KEYS)}"
+        )
+    changed = True
+    while changed:
+        changed = False
+        for prefix in PREFIXES:
+            if all(key.startswith(prefix) for key in weights):
+                weights, changed = {key[len(prefix) :]: value for key, value in weights.items()}, True
+    detector = any(key.startswith(("roi_heads.", "rpn.")) for key in weights)
+    if detector and kind == "classifier":
+        raise UserError(
+            f"{path}: holds a detector, and a classifier is wanted here\ndetectors go to detect.py --frcnn-checkpoint"
+        )
+    if not detector and kind == "detector":
+        raise UserError(
+            f"{path}: holds no detector, which is wanted here (first keys: {list_first_keys(weights)})\n"
+            "classifiers go to detect.py --backbone-checkpoint"
+        )
+    return weights if detector else rename_replication_keys(weights)
+
+
+def rename_replication_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The CIFAR ResNets of the SaliencyMix replication in torchvision's names.
+
+    Its projection convolutions have a bias: the batch norm behind them takes it off its running mean, and it is
+    dropped.
+    """
+    if "conv0.weight" not in weights:
+        return weights
+    renamed = {}
+    for key, value in weights.items():
+        parts = key.split(".")
+        if parts[0] in ("conv0", "bn0"):
+            parts[0] = parts[0][:-1] + "1"
+        elif "projection" in parts:
+            at = parts.index("projection")
+            parts[at : at + 2] = ["downsample", "0" if parts[at + 1] == "convP" else "1"]
+        elif len(parts) > 3 and parts[2].startswith("convBn"):
+            parts[2:4] = [parts[3] + parts[2].removeprefix("convBn")]
+        renamed[".".join(parts)] = value
+    for key in [k for k in renamed if k.endswith("downsample.0.bias")]:
+        mean = key.replace("0.bias", "1.running_mean")
+        renamed[mean] = renamed[mean] - renamed.pop(key)
+    return renamed
+
+
+def load_weights(
+    model: torch.nn.Module,
+    weights: dict[str, torch.Tensor],
+    path: Path,
+    *,
+    num_classes: int,
+    new_head: bool = False,
+    matches: list[str] | None = None,
+) -> bool:
+    """Load strictly. new_head: leave the last layer fresh where the number of classes differs; returns whether it was
+    left.
+
+    matches: names of the networks that would fit, for the message. Raises UserError that tells what does not fit.
+    """
+    own = model.state_dict()
+    head = list(own)[-1].rsplit(".", 1)[0]  # the classifier is the last layer of each of our networks
+    shape = tuple(weights[f"{head}.weight"].shape) if f"{head}.weight" in weights else None
+    if shape and shape[0] != num_classes:
+        if not new_head:
+            raise UserError(
+                f"{path}: made for {shape[0]} classes ({head}.weight is {' x '.join(map(str, shape))}), the data has "
+                f"{num_classes}\nto fine-tune it, train with --init_from {path}, which starts with a new last layer"
+            )
+        weights = {**weights, **{key: own[key] for key in own if key.startswith(head + ".")}}
+    missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in own]
+    misshapen = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if missing or unexpected or misshapen:
+        fits = f"\nit fits {' or '.join(matches)}: give --model {matches[0]}" if matches else ""
+        raise UserError(
+            f"{path}: weights of another network; missing: {shorten_list(missing)}; unexpected: "
+            f"{shorten_list(unexpected)}; "
+            f"of another shape: {shorten_list(misshapen)}{fits}"
+        )
+    model.load_state_dict({key: weights.get(key, own[key]) for key in own})
+    return bool(shape and shape[0] != num_classes)
+
+
+def shorten_list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -1,0 +1,174 @@
+"""The run folder: what was asked for, what happened, what came out."""
+
+import csv
+import io
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+from engine.runtime.checkpoint import find_checkpoint, get_versions
+from engine.runtime.files import write_atomic, write_json
+
+LOG_COLUMNS = [
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_acc",
+    "test_loss",
+    "test_top1",
+    "test_top5",
+    "valid_loss",
+    "valid_top1",
+    "ema_top1",
+    "seconds",
+    "images_per_second",
+    "mixing_seconds",
+    "saliency_seconds",
+    "peak_memory_mb",
+]
+SECRET_OPTIONS = {"wandb_key"}
+
+
+def classifier_runs(options: dict) -> tuple[Path, str]:
+    """Where the runs of this data set and model are kept, and how its unnamed runs begin."""
+    return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
+
+
+def find_resume(options: dict, runs_of: Callable = classifier_runs) -> Path | None:
+    """The checkpoint that --checkpoint means, or None. `auto`: of the run of --name, else the newest of the method."""
+    if options["checkpoint"] != "auto":
+        return find_checkpoint(options["checkpoint"]) if options["checkpoint"] else None
+    parent, begins = runs_of(options)
+    dated = sorted(parent.glob(f"{begins}_????????-??????*"), key=lambda path: path.name)
+    folder = parent / options["name"] if options["name"] else dated[-1] if dated else parent
+    return folder / "last.pt" if (folder / "last.pt").exists() else None
+
+
+def choose_run_folder(options: dict, resume: Path | None, runs_of: Callable = classifier_runs) -> Path:
+    """The folder to write to: that of the run that goes on, else root_dir/dataset/model/name.
+
+    Raises UserError rather than write over another run.
+    """
+    if resume and (resume.parent / "config.json").is_file():
+        return resume.parent
+    parent, begins = runs_of(options)
+    if options["name"]:
+        folder = parent / options["name"]
+    else:
+        base = f"{begins}_{datetime.now():%Y%m%d-%H%M%S}"
+        names = (base + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
+        folder = next(parent / name for name in names if not (parent / name).exists())
+    if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
+        raise UserError(
+            f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew "
+            "with --overwrite, or give another --name"
+        )
+    if (folder / "previous.pt").exists() and not options["overwrite"] and not options["log_off"]:
+        raise UserError(
+            f"{folder} holds a run whose last.pt is gone\ncontinue the epoch before with --checkpoint "
+            f"{folder / 'previous.pt'}, or start anew with --overwrite"
+        )
+    return folder
+
+
+class RunFolder:
+    """Where a run writes; nothing at all is written when `off`, as in all processes but the first. `say` shows a line
+    and keeps it in log.txt.
+
+    anew: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run. columns: of
+    log.csv.
+    """
+
+    def __init__(self, path: Path, *, off: bool = False, anew: bool = False, columns: list[str] = LOG_COLUMNS):
+        self.path, self.off, self.columns = Path(path), off, columns
+        self.trackers = []
+        if not off:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                for stale in [*self.path.glob("*.pt"), *self.path.glob(".*.part")] if anew else []:
+                    stale.unlink()
+            except OSError as error:
+                raise UserError(
+                    f"cannot make the run folder {self.path}: {error.strerror}; name another with --root_dir"
+                ) from error
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+        if not self.off:
+            with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def write_config(self, options: dict, device: torch.device, kind: str = "classifier") -> None:
+        if self.off:
+            return
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        write_json(
+            self.path / "config.json",
+            {
+                "kind": kind,
+                "options": {key: value for key, value in options.items() if key not in SECRET_OPTIONS},
+                "versions": {**get_versions(), "opencv": get_opencv_versions()},
+                "device": name,
+                "command": hide_secrets(sys.argv),
+                "commit": get_git_commit(),
+            },
+        )
+
+    def write_log(self, history: list[dict]) -> None:
+        """log.csv anew from all epochs so far: a row is neither lost nor doubled, wherever a run was stopped."""
+        if self.off:
+            return
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: format_value(value) for key, value in row.items()} for row in history)
+        write_atomic(self.path / "log.csv", lambda side: side.write_text(text.getvalue(), encoding="utf-8"))
+
+    def track(self, row: dict) -> None:
+        for tracker in self.trackers:
+            tracker(row)
+
+    def write_result(self, result: dict) -> None:
+        if not self.off:
+            write_json(self.path / "result.json", result)
+
+
+def format_value(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def get_opencv_versions() -> dict[str, str]:
+    """Version of each OpenCV distribution; two of them overwrite each other's files. Imports none: that is slow."""
+    found = {}
+    for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def get_git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def hide_secrets(words: list[str]) -> list[str]:
+    hidden, skip = [], False
+    for word in words:
+        name = word.split("=")[0].lstrip("-").replace("-", "_")
+        hidden.append(
+            "***" if skip else f"{word.split('=')[0]}=***" if name in SECRET_OPTIONS and "=" in word else word
+        )
+        skip = name in SECRET_OPTIONS and "=" not in word
+    return hidden

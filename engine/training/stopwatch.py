@@ -1,0 +1,79 @@
+"""Time by part of the training step: data, saliency, mixing, network."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+class Stopwatch:
+    """Seconds by part of the step. On CUDA the parts are marked by events, which are read only when asked."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.host: dict[str, float] = {}
+        self.marks: list[tuple] = []
+        self.last = None
+
+    def now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self.last = self.now()
+
+    def lap(self, name: str) -> None:
+        """What came since the last start or lap belongs to `name`."""
+        now = self.now()
+        if self.device.type == "cuda":
+            self.marks.append((name, self.last, now))
+        else:
+            self.host[name] = self.host.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Totals by name; waits for the device."""
+        if self.marks:
+            torch.cuda.synchronize(self.device)
+            for name, begin, end in self.marks:
+                self.host[name] = self.host.get(name, 0.0) + begin.elapsed_time(end) / 1000
+            self.marks.clear()
+        return self.host
+
+
+class TimedSource:
+    """The same source; its time is taken out of the mixing and counted as `saliency`."""
+
+    def __init__(self, source: Callable, watch: Stopwatch):
+        self.source, self.watch = source, watch
+
+    def __getattr__(self, name: str):
+        found = getattr(self.source, name)
+        return self.around(found) if name == "gradient" else found
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.around(self.source)(images, targets)
+
+    def around(self, function: Callable) -> Callable:
+        def call(*args):
+            self.watch.lap("mixing")
+            result = function(*args)
+            self.watch.lap("saliency")
+            return result
+
+        return call
+
+
+def flatten_sources(source) -> list:
+    """The sources behind what a mixer takes: none, one, or for a choice of methods a list, each but once."""
+    sources = source if isinstance(source, list) else [source]
+    return list({id(one): one for one in sources if one is not None}.values())
+
+
+def time_source(source, watch: Stopwatch):
+    if isinstance(source, list):  # of a choice of methods
+        return [time_source(one, watch) for one in source]
+    return source and TimedSource(source, watch)

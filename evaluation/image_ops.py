@@ -1,0 +1,135 @@
+"""Image operations that several corruptions share, as batched tensor operations."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from engine.data import sample_rng
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of a batch's images for one corruption at one severity."""
+
+    index: torch.Tensor  # (B,) positions in the data set
+    seed: int
+    purpose: str
+    device: torch.device
+
+    def uniform(self, what: str, *shape: int) -> torch.Tensor:
+        """(B, *shape) in [0, 1)."""
+        return sample_rng.uniform(
+            self.index, shape, seed=self.seed, purpose=f"{self.purpose}/{what}", device=self.device
+        )
+
+    def normal(self, what: str, *shape: int) -> torch.Tensor:
+        """(B, *shape) of mean 0 and deviation 1."""
+        return sample_rng.normal(
+            self.index, shape, seed=self.seed, purpose=f"{self.purpose}/{what}", device=self.device
+        )
+
+
+def round_to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """To the nearest of the levels k / 255 that an 8-bit image has."""
+    return levels(pixels) / 255
+
+
+def levels(pixels: torch.Tensor) -> torch.Tensor:
+    """0..1 -> whole numbers 0..255, still float32."""
+    return (pixels * 255).round().clamp(0, 255)
+
+
+def pad_reflect(images: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
+    """`reach` more values at both ends of `dim`: mirrored, the edge repeated, as often as it takes."""
+    size = images.shape[dim]
+    place = torch.arange(-reach, size + reach, device=images.device).remainder(2 * size)
+    return images.index_select(dim, torch.minimum(place, 2 * size - 1 - place))
+
+
+def weighted_sum(images: torch.Tensor, dim: int, weights: list[float]) -> torch.Tensor:
+    """Correlation along `dim` with an odd number of weights, of the same size."""
+    padded, size = pad_reflect(images, dim, len(weights) // 2), images.shape[dim]
+    out = torch.zeros_like(images)
+    for offset, weight in enumerate(weights):
+        out.add_(padded.narrow(dim, offset, size), alpha=weight)
+    return out
+
+
+def gaussian_kernel(sigma: float, reach: int) -> list[float]:
+    """2 * reach + 1 weights of a Gaussian, of sum 1."""
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-reach, reach + 1)]
+    return [weight / sum(weights) for weight in weights]
+
+
+def gaussian_blur(images: torch.Tensor, sigma: float, truncate: float) -> torch.Tensor:
+    """(B, C, H, W) under a Gaussian of sigma pixels, cut off at `truncate` sigmas."""
+    weights = gaussian_kernel(sigma, int(truncate * sigma + 0.5))
+    return weighted_sum(weighted_sum(images, 2, weights), 3, weights)
+
+
+def motion_smear(images: torch.Tensor, radius: float, sigma: float, angle: torch.Tensor) -> torch.Tensor:
+    """A trail behind every pixel: (B, C, H, W), weights of half a Gaussian of sigma pixels over 2 * radius + 1 pixels.
+
+    angle (B, H, W) or (B, 1, 1): in radians, of the direction in which a pixel looks its trail up, to whole pixels;
+    beyond the border the edge goes on. With one angle it is ImageMagick's motion blur.
+    """
+    height, width = images.shape[-2:]
+    weights = gaussian_kernel(sigma, 2 * math.ceil(radius))
+    weights = weights[len(weights) // 2 :]
+    row, column = torch.arange(height, device=angle.device).unsqueeze(1), torch.arange(width, device=angle.device)
+    down, across = angle.sin(), angle.cos()
+    flat, out = images.flatten(2), torch.zeros_like(images).flatten(2)
+    for step, weight in enumerate(weights):
+        rows = (row + (step * down).round()).clamp(0, height - 1)
+        columns = (column + (step * across).round()).clamp(0, width - 1)
+        place = (rows * width + columns).long().flatten(1)
+        out.add_(gather_pixels(flat, place), alpha=weight / sum(weights))
+    return out.view_as(images)
+
+
+def gather_pixels(flat: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """flat (B, C, N) at place (B, N), the same for all channels."""
+    return flat.gather(2, place.unsqueeze(1).expand_as(flat))
+
+
+def zoom_image(images: torch.Tensor, factor: float, height: int, width: int) -> torch.Tensor:
+    """The middle of (B, C, ...) `factor` times as large, linear between the corners, (B, C, height, width)."""
+    crop = [math.ceil(size / factor) for size in (height, width)]
+    top, left = ((size - part) // 2 for size, part in zip(images.shape[-2:], crop, strict=True))
+    middle = images[..., top : top + crop[0], left : left + crop[1]]
+    size = [round(part * factor) for part in crop]
+    large = F.interpolate(middle, size, mode="bilinear", align_corners=True)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return large[..., top : top + height, left : left + width]
+
+
+def running_sums(whole: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums of the first 0, 1, ... values of int32 along `dim`, exact in any order."""
+    zero = torch.zeros_like(whole.narrow(dim, 0, 1))
+    return torch.cat([zero, whole.cumsum(dim, dtype=torch.int32)], dim)
+
+
+def plasma_fractal(drawn: Draws, height: int, width: int, decay: float) -> torch.Tensor:
+    """Noise (B, 1, H, W) in 0..1 of every scale down to a pixel, by the diamond-square algorithm on a torus whose side
+    is a power of two. Each halving of the scale divides the noise that is added by `decay`.
+    """
+    field = torch.zeros(len(drawn.index), 1, 1, 1, device=drawn.device)
+    for octave in range(math.ceil(math.log2(max(height, width)))):
+        noise = (2 * drawn.uniform(f"octave {octave}", 3, *field.shape[2:]) - 1) * decay**-octave
+        beside, below = field + field.roll(-1, 3), field + field.roll(-1, 2)
+        middle = (beside + beside.roll(-1, 2)) / 4 + noise[:, :1]
+        right = (beside + middle + middle.roll(1, 2)) / 4 + noise[:, 1:2]
+        under = (below + middle + middle.roll(1, 3)) / 4 + noise[:, 2:]
+        upper, lower = torch.stack([field, right], 4).flatten(3), torch.stack([under, middle], 4).flatten(3)
+        field = torch.stack([upper, lower], 3).flatten(2, 3)
+    field = field[..., :height, :width]
+    low, high = field.amin((2, 3), keepdim=True), field.amax((2, 3), keepdim=True)
+    return (field - low) / (high - low)
+
+
+def to_grayscale(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W): the luma of JPEG and television."""
+    red, green, blue = pixels.split(1, 1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue

@@ -1,0 +1,71 @@
+"""JPEG compression as batched tensor operations."""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from evaluation.image_ops import Draws, levels, to_grayscale
+
+LUMA = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)  # ITU-T T.81, table K.1
+CHROMA = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    *((99,) * 8,) * 4,
+)  # table K.2
+
+
+def jpeg_compression(pixels: torch.Tensor, strength: int, scale: float, drawn: Draws) -> torch.Tensor:
+    """strength: quality, 1 to 100, in the sense of libjpeg; chroma has half the rows and columns (4:2:0)."""
+    height, width = pixels.shape[-2:]
+    padded = F.pad(levels(pixels), (0, -width % 16, 0, height % 2), mode="replicate")
+    red, _, blue = padded.split(1, 1)
+    luma = to_grayscale(padded)
+    chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1).round()  # around 0
+    luma = quantize_blocks(luma.round() - 128, LUMA, strength) + 128
+    chroma = quantize_blocks(round_half_up(F.avg_pool2d(chroma, 2)), CHROMA, strength)
+    blue, red = F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False).split(1, 1)
+    blue, red = 1.772 * blue, 1.402 * red
+    green = -(0.114 * blue + 0.299 * red) / 0.587
+    return (luma + torch.cat([red, green, blue], 1))[..., :height, :width] / 255
+
+
+def round_half_up(values: torch.Tensor) -> torch.Tensor:
+    """To whole numbers; the margin makes what is a half but for float's last bits a half everywhere."""
+    return (values + 0.5 + 1e-4).floor()
+
+
+def quantize_blocks(plane: torch.Tensor, table: tuple, quality: int) -> torch.Tensor:
+    """Whole numbers -128..127 (B, C, H, W) after the 8 x 8 cosine transform, quantised and back."""
+    size = plane.shape[2:]
+    plane = F.pad(plane, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
+    count, channels, height, width = plane.shape
+    share = 5000 // quality if quality < 50 else 200 - 2 * quality  # per cent of the table
+    steps = torch.tensor(table, device=plane.device).mul(share).add(50).div(100, rounding_mode="floor").clamp(1, 255)
+    place = torch.arange(8, device=plane.device)
+    cosines = (place.unsqueeze(1) * (2 * place + 1) * (math.pi / 16)).cos() / 2  # (frequency, place)
+    cosines = torch.cat([cosines[:1] / math.sqrt(2), cosines[1:]])
+    blocks = plane.view(count, channels, height // 8, 8, width // 8, 8).permute(3, 5, 0, 1, 2, 4).flatten(2)
+    steps = steps.unsqueeze(2)
+    found = dct_blocks(blocks, cosines) / steps
+    found = round_half_up(found.abs()) * found.sign() * steps
+    blocks = dct_blocks(found, cosines.T).round().clamp(-128, 127)
+    blocks = blocks.view(8, 8, count, channels, height // 8, width // 8).permute(2, 3, 4, 0, 5, 1)
+    return blocks.reshape(plane.shape)[..., : size[0], : size[1]]
+
+
+def dct_blocks(blocks: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """matrix @ block @ matrix.T for blocks (8, 8, N), term by term."""
+    rows = sum(matrix[:, k].view(8, 1, 1) * blocks[k] for k in range(8))
+    return sum(matrix[:, k].view(1, 8, 1) * rows[:, k : k + 1] for k in range(8))

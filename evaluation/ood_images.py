@@ -1,0 +1,108 @@
+"""Images from outside the classes of a network, for out-of-distribution detection: other data sets, pictures, noise."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from engine.data.cifar import LAYOUTS
+from engine.data.datasets import load_evaluation
+from engine.data.folders import FileList, filter_images, find_evaluation, list_directory
+from engine.data.image_files import ImageFiles
+from engine.data.image_set import ImageSet
+from engine.data.sample_rng import normal, uniform
+from engine.data.views import CenterCrop
+from engine.errors import UserError, suggest_closest
+from evaluation.corruption_benchmarks import check_readable
+
+DRAWN = ("noise", "uniform")
+SETS = (*LAYOUTS, "tiny-imagenet", "imagenet", "shapes")
+COUNT = 1000  # pictures of noise
+
+
+def load_outside_set(
+    word: str, *, image_size: int, data_dir: str = "data", limit: int = 0, on_bad_image: str = "stop"
+) -> tuple[str, ImageSet]:
+    """A short name for tables, and the images: square of image_size pixels, every label 0.
+
+    word: the name of a data set (its test part, in data_dir), NAME=DIR for one in another place, a folder of pictures
+    with any folders in it, `noise` (each value normal with mean 0.5 and deviation 0.25, clipped to 0..1) or `uniform`.
+    Pixels of another size are resized, files cut to the centre square. limit: at most so many, from all over; 0: all.
+    Raises UserError for a word that is none of these, and where no image is found or can be decoded.
+    """
+    name, _, place = word.partition("=")
+    place, view = place or data_dir, CenterCrop(image_size, image_size)
+    with check_readable(Path(place)):
+        if word in DRAWN:
+            pixels, where = draw_noise(word, image_size, min(limit or COUNT, COUNT)), f"{word}, drawn"
+        elif name == "imagenet":  # any part of it will do, where load_evaluation() asks for its 1000 classes
+            found = find_evaluation(name, Path(place), None, None)
+            pixels, where = ImageFiles(found.files, view, on_bad_image), str(found.where)
+        elif name in SETS:
+            side = image_size if name == "shapes" else None  # of CIFAR's 32 pixels nothing else can be asked
+            part = load_evaluation(name, data_dir=place, view=view, image_size=side, on_bad_image=on_bad_image)
+            pixels, where = part.pixels, part.where
+        elif os.path.isdir(word):
+            pixels, where = ImageFiles(find_pictures(Path(word)), view, on_bad_image), word
+            name = Path(word).resolve().name
+        else:
+            words = (*SETS, *DRAWN)
+            raise UserError(
+                f"{word}: neither a folder nor one of "
+                f"{', '.join(words)}{suggest_closest(name.lower(), words)}\nname a folder "
+                "of pictures, a data set, or NAME=DIR for a data set that is not in --data_dir"
+            )
+    files = pixels.files if isinstance(pixels, ImageFiles) else None
+    part = ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), [name], where, files=files)
+    part = part.spread(limit or len(part))
+    if files is None:
+        return name, replace(part, pixels=resize_pixels(part.pixels, image_size))
+    first, fault, _ = part.pixels.read([0])  # now, not after hours with the images inside
+    if first is None:
+        remedy = "replace the file, or leave such files out with --on_bad_image skip"
+        raise UserError(f"{where}: {fault}\n{'name other pictures' if on_bad_image == 'skip' else remedy}")
+    return name, part
+
+
+def find_pictures(root: Path) -> FileList:
+    """Every image file below root, sorted; hidden files and folders and links to folders are passed over."""
+    names = []
+
+    def stop(error: OSError):  # os.walk would pass over a folder that must not be read
+        raise error
+
+    for folder, inner, held in os.walk(root, onerror=stop):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        shown = filter_images([name for name in held if not name.startswith(".")])
+        names += [os.path.relpath(os.path.join(folder, name), root) for name in shown]
+    if not names:
+        raise UserError(
+            f"{root}: no images there or in its folders\nname a folder with .jpg, .png or the "
+            f"like{list_directory(root)}"
+        )
+    return FileList(root, sorted(names))
+
+
+def draw_noise(kind: str, side: int, count: int) -> torch.Tensor:
+    """uint8 (count, side, side, 3), the same ones at every call."""
+    pixels = torch.empty(count, side, side, 3, dtype=torch.uint8)
+    for index in torch.arange(count).split(4):  # which stays in the cache: twice as fast as 32 at 224 pixels
+        if kind == "uniform":
+            pixels[index] = (256 * uniform(index, pixels.shape[1:], seed=0, purpose="uniform pictures")).byte()
+        else:
+            drawn = 0.5 + 0.25 * normal(index, pixels.shape[1:], seed=0, purpose="noise pictures")
+            pixels[index] = (255 * drawn.clamp(0, 1)).round().byte()
+    return pixels
+
+
+def resize_pixels(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 (N, H, W, 3) -> (N, side, side, 3), bilinear and anti-aliased."""
+    if pixels.shape[1:3] == (side, side):
+        return pixels
+    result = torch.empty(len(pixels), side, side, 3, dtype=torch.uint8)
+    for some, out in zip(pixels.split(256), result.split(256), strict=True):
+        small = F.interpolate(some.permute(0, 3, 1, 2), (side, side), mode="bilinear", antialias=True)
+        out.copy_(small.permute(0, 2, 3, 1))
+    return result

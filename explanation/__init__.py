@@ -1,0 +1,1 @@
+"""Where a network looks: explanations of single images."""

@@ -1,0 +1,159 @@
+"""Methods put together: none, one after the other, one drawn for each batch, a part of each batch."""
+
+from contextlib import nullcontext
+
+import torch
+
+from mixing.base import Mixer
+
+
+class NoMix(Mixer):
+    """The plain baseline: every batch as it is."""
+
+    def __call__(self, images, targets, source=None):
+        return images, targets
+
+
+class Chain(Mixer):
+    """Several mixers one after the other: a hole cut into every image (Cutout), then a method."""
+
+    def __init__(self, mixers: list[Mixer]):
+        self.mixers = mixers
+        self.default_source = mixers[-1].default_source
+        self.wants_mixed_grad = mixers[-1].wants_mixed_grad
+        self.mixes_hidden = any(mixer.mixes_hidden for mixer in mixers)
+
+    @property
+    def mixed_weight(self) -> float:
+        return self.mixers[-1].mixed_weight
+
+    @property
+    def batch_size(self) -> int | None:
+        return next((mixer.batch_size for mixer in self.mixers if mixer.batch_size), None)
+
+    @property
+    def unusable(self) -> torch.Tensor | int:
+        return sum(mixer.unusable for mixer in self.mixers)
+
+    def build_source(self, make):
+        return self.mixers[-1].build_source(make)
+
+    def check_size(self, height, width):
+        for mixer in self.mixers:
+            mixer.check_size(height, width)
+
+    def __call__(self, images, targets, source=None):
+        for mixer in self.mixers:
+            images, targets = mixer(images, targets, source)
+        return images, targets
+
+    def during(self, model):
+        return self.mixers[-1].during(model)
+
+    def after_backward(self, mixed_grad):
+        self.mixers[-1].after_backward(mixed_grad)
+
+    def start_epoch(self, epoch, epochs, steps):
+        for mixer in self.mixers:
+            mixer.start_epoch(epoch, epochs, steps)
+
+    def state_dict(self):
+        return {"mixers": [mixer.state_dict() for mixer in self.mixers]}
+
+    def load_state_dict(self, state):
+        for mixer, own in zip(self.mixers, state["mixers"], strict=True):
+            mixer.load_state_dict(own)
+
+
+class Choice(Chain):
+    """One of several methods, drawn afresh for every batch. It takes a list of sources, one for each method."""
+
+    def __init__(self, mixers: list[Mixer]):
+        super().__init__(mixers)
+        self.default_source = None
+        self.wants_mixed_grad = any(mixer.wants_mixed_grad for mixer in mixers)
+        self.drawn = 0
+
+    @property
+    def mixed_weight(self) -> float:
+        return self.mixers[self.drawn].mixed_weight
+
+    def build_source(self, make):
+        sources = [mixer.build_source(make) for mixer in self.mixers]
+        return sources if any(sources) else None
+
+    def __call__(self, images, targets, source=None):
+        self.drawn = int(torch.randint(len(self.mixers), ()))
+        return self.mixers[self.drawn](images, targets, source and source[self.drawn])
+
+    def during(self, model):
+        return self.mixers[self.drawn].during(model)
+
+    def after_backward(self, mixed_grad):
+        self.mixers[self.drawn].after_backward(mixed_grad)
+
+
+class PartialMix(Chain):
+    """Only the last floor(B * share) images of a batch are mixed, among themselves; the share can follow the epochs.
+
+    mix_schedule: `fixed` mix_fraction throughout; `scheduled` a straight ramp from 0 that reaches mix_fraction at
+    mix_scheduled_epoch; `delayed` nothing before that epoch. The last mix_off_epoch epochs are never mixed.
+    (The options `--prob_mix`, `--mix_schedule` and `--mix_scheduled_epoch` of the SAGE code.)
+    """
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        mix_fraction: float = 1.0,
+        mix_schedule: str = "fixed",
+        mix_scheduled_epoch: int = 0,
+        mix_off_epoch: int = 0,
+    ):
+        super().__init__([mixer])
+        if not 0.0 <= mix_fraction <= 1.0:
+            raise ValueError(f"mix_fraction must lie between 0 and 1, got {mix_fraction}")
+        self.mix_fraction, self.mix_schedule = mix_fraction, mix_schedule
+        self.mix_scheduled_epoch, self.mix_off_epoch = mix_scheduled_epoch, mix_off_epoch
+        self.share, self.mixed = mix_fraction, 0
+
+    @property
+    def mixed_weight(self) -> float:
+        return self.mixers[0].mixed_weight if self.mixed else 1.0
+
+    def build_source(self, make):
+        source = super().build_source(make)
+        partial = self.mix_fraction < 1 or self.mix_schedule == "scheduled"
+        for one in source if isinstance(source, list) else [source]:
+            if partial and getattr(one, "clean_weight", 0):  # the clean part would weigh less than the rest
+                raise ValueError(
+                    "mixing a part of each batch excludes training on the clean images too: add --clean_lam 0, or with "
+                    "sage --update_ratio 1"
+                )
+        return source
+
+    def start_epoch(self, epoch, epochs, steps):
+        super().start_epoch(epoch, epochs, steps)
+        self.share = self.mix_fraction
+        if epoch >= epochs - self.mix_off_epoch:
+            self.share = 0.0
+        elif epoch < self.mix_scheduled_epoch and self.mix_schedule == "delayed":
+            self.share = 0.0
+        elif epoch < self.mix_scheduled_epoch and self.mix_schedule == "scheduled":
+            self.share *= epoch / self.mix_scheduled_epoch
+
+    def __call__(self, images, targets, source=None):
+        self.mixed = int(len(images) * self.share)
+        if self.mixed == 0:
+            return images, targets
+        clean = len(images) - self.mixed
+        mixed, soft = self.mixers[0](images[clean:], targets[clean:], source)
+        if clean == 0:
+            return mixed, soft
+        return torch.cat([images[:clean], mixed]), torch.cat([targets[:clean], soft])
+
+    def during(self, model):
+        return self.mixers[0].during(model) if self.mixed else nullcontext()
+
+    def after_backward(self, mixed_grad):
+        if self.mixed:
+            self.mixers[0].after_backward(None if mixed_grad is None else mixed_grad[-self.mixed :])

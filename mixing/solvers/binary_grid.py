@@ -1,0 +1,83 @@
+"""Binary problems on a grid, many at once: on which blocks a new label goes. Co-Mixup's moves are made of them.
+
+The batch is the last dimension, along which all arithmetic runs.
+"""
+
+from functools import cache
+
+import torch
+
+from mixing.solvers.puzzlemix_mask import THRESHOLDS, climb
+
+STEPS = (40, 60)  # of the dual ascent, on grids of up to 8 blocks a side and on larger ones
+
+
+@cache
+def bits(count: int, device: torch.device) -> torch.Tensor:
+    """(count, 2^count) of 0.0 and 1.0: the bits of every number, the lowest first."""
+    numbers = torch.arange(2**count, device=device)
+    return torch.stack([(numbers >> place & 1).float() for place in range(count)])
+
+
+def binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x in {0, 1} that minimises sum g x + sum J x x' over neighbours, (h, w, N) for N problems, and the minimum (N,).
+
+    g (h, w, N); J: down (h-1, w, N) and right (h, w-1, N), of any sign. A dynamic programme over the 2^w states of a
+    row; a state of one row turns into one of the next column by column.
+    """
+    h, w, count = g.shape
+    states = 2**w
+    table = g.new_empty(h, states, count)  # what a row costs by itself; bit c of a state is column c
+    table[:, 0] = 0
+    for column in range(w):
+        low, high = 2**column, 2 ** (column + 1)
+        torch.add(table[:, :low], g[:, column : column + 1], out=table[:, low:high])
+        if column:
+            table[:, low + low // 2 : high].add_(right[:, column - 1 : column])
+    for row in range(1, h):
+        reach = table[row - 1]
+        for column in range(w):
+            reach = reach.view(-1, 2, 2**column, count)
+            off, on = reach.unbind(1)
+            moved = torch.empty_like(reach)
+            torch.minimum(off, on, out=moved[:, 0])
+            torch.minimum(off, on + down[row - 1, column], out=moved[:, 1])
+            reach = moved
+        table[row].add_(reach.view(states, count))
+    columns = bits(w, g.device)
+    value, state = table[-1].min(0)
+    found = [columns.index_select(1, state)]
+    for row in range(h - 2, -1, -1):
+        link = down[row] * found[-1]
+        trial = table[row]
+        for column in range(w):
+            trial.view(-1, 2, 2**column, count)[:, 1].add_(link[column])
+        state = trial.min(0).indices
+        found.append(columns.index_select(1, state))
+    return torch.stack(found[::-1]), value
+
+
+def binary_ascent(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As binary_exact() for larger grids, nearly: J > 0 is taken as 0 in the search, not in the value.
+
+    With a = -J / 2 the sum is one of linear terms f_k x_k and of a |x_k - x_k'|: the total-variation problem of
+    mixing.solvers.puzzlemix_mask with a single layer.
+    """
+    side = max(g.shape[:2])
+    scale = 1 / g.abs().mean((0, 1)).clamp_min(1e-12)
+    edges = [(down * -0.5).clamp_min_(0), (right * -0.5).clamp_min_(0)]
+    f = g.clone()
+    f[1:].sub_(edges[0])
+    f[:-1].sub_(edges[0])
+    f[:, 1:].sub_(edges[1])
+    f[:, :-1].sub_(edges[1])
+    f, edges = f.mul_(scale), [edge.mul_(scale) for edge in edges]
+    x = climb(f.unsqueeze(0), *edges, STEPS[0 if side <= 8 else 1])[0]
+    best, best_value = torch.zeros_like(g), torch.zeros_like(scale)
+    for threshold in THRESHOLDS:
+        trial = (x > threshold).to(g.dtype)
+        value = (trial * g).sum((0, 1))
+        value += (trial[1:] * trial[:-1] * down).sum((0, 1)) + (trial[:, 1:] * trial[:, :-1] * right).sum((0, 1))
+        lower = value < best_value
+        best, best_value = torch.where(lower, trial, best), torch.where(lower, value, best_value)
+    return best, best_value

@@ -1,0 +1,121 @@
+"""The same two problems by graph cuts, as the authors of PuzzleMix and Co-Mixup solve them: for comparison.
+
+One image after the other on the host, by alpha-beta swaps of the gco library (Boykov, Veksler and Zabih, PAMI 2001;
+package gco-wrapper). This file alone imports it, and only when asked, because importing it changes numpy.
+"""
+
+import numpy as np
+import torch
+
+from mixing.solvers.comixup_labelling import Labelling, objective
+
+MASK_SCALE = 1000  # times the number of blocks: costs are whole numbers
+LABEL_SCALE = 100_000
+SOFT_BONUS = 5e-4  # of a half-and-half label, a block
+
+
+def import_gco():
+    """The gco module. Raises ValueError with what to install."""
+    try:
+        import gco
+    except ImportError as error:
+        raise ValueError(
+            "solver gco needs a package: pip install gco-wrapper (Python 3.10 or 3.11; the one named pygco cannot be "
+            "built offline). The default, solver parallel, needs nothing"
+        ) from error
+    return gco
+
+
+def whole(values: torch.Tensor | np.ndarray, scale: float) -> np.ndarray:
+    return np.ascontiguousarray(np.rint(np.asarray(values, dtype=np.float64) * scale), dtype=np.int32)
+
+
+def solve_mask(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Labels (n, n, B) long for a problem of mixing.solvers.puzzlemix_mask, image by image, each from all labels 0."""
+    gco = import_gco()
+    count, rows, columns, batch = unary.shape
+    scale = MASK_SCALE * rows * columns
+    labels = np.arange(count)
+    table = np.ascontiguousarray(np.square(labels[:, None] - labels), dtype=np.int32)
+    costs = whole(unary.permute(3, 1, 2, 0).cpu(), scale)
+    edges = [whole(edge.permute(2, 0, 1).cpu(), scale / (count - 1) ** 2) for edge in (down, right)]
+    found = [
+        gco.cut_grid_graph(costs[image], table, edges[0][image], edges[1][image], algorithm="swap")
+        for image in range(batch)
+    ]
+    return torch.from_numpy(np.stack(found, -1).reshape(rows, columns, batch)).long().to(unary.device)
+
+
+def solve_labelling(
+    cost: torch.Tensor,
+    compatibility: torch.Tensor,
+    *,
+    beta: float,
+    gamma: float,
+    thres: float,
+    thres_type: str = "hard",
+    sweeps: int = 4,
+    resolve: bool = True,
+) -> Labelling:
+    """A labelling for problems of mixing.solvers.comixup_labelling (its arguments), output by output with all others
+    held.
+
+    From random labels. Half-and-half labels of the inputs in use are offered from the second sweep on; in the last one
+    outputs that show the same inputs are pulled apart.
+    """
+    gco = import_gco()
+    parts, m, h, w = cost.shape
+    prices, likeness = cost.double().cpu().numpy(), compatibility.double().cpu().numpy()
+    sources = torch.randint(m, (parts, m, h, w, 1)).expand(-1, -1, -1, -1, 2).numpy().copy()
+    edges = [whole(np.full(shape, beta / (h * w)), LABEL_SCALE / 4) for shape in ((h - 1, w), (h, w - 1))]
+    for part in range(parts):
+        counts = np.stack([counts_of(one, m) for one in sources[part]])
+        for sweep in range(sweeps):
+            apart = pulled_apart(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
+            for output in range(m):
+                overlap = likeness[part] @ (counts.sum(0) - counts[output])
+                level = thres * h * w
+                active = np.where(overlap > level, overlap if thres_type == "hard" else overlap - level, 0.0)
+                site = np.moveaxis(prices[part], 0, -1) + 2 * gamma / (h * w) * active + apart[output]
+                labels = [(j, j) for j in range(m)] + (half_labels(counts[output]) if sweep else [])
+                pair = np.array(labels)
+                trial = site[..., pair].mean(-1) - SOFT_BONUS * (pair[:, 0] != pair[:, 1])
+                cut = gco.cut_grid_graph(whole(trial, LABEL_SCALE), contrast(pair, m), *edges, algorithm="swap")
+                sources[part, output] = pair[cut.reshape(h, w)]
+                counts[output] = counts_of(sources[part, output], m)
+    sources = torch.from_numpy(sources).to(cost.device)
+    z = torch.nn.functional.one_hot(sources, m).float().mean(-2)
+    terms = {"beta": beta, "gamma": gamma, "thres": thres, "thres_type": thres_type}
+    return Labelling(sources, z.sum((2, 3)), sum(objective(z, cost, compatibility, **terms)))
+
+
+def counts_of(sources: np.ndarray, m: int) -> np.ndarray:
+    """Blocks of one output, sources (h, w, 2), taken from each of m inputs."""
+    return np.bincount(sources.ravel(), minlength=m) / 2
+
+
+def half_labels(counts: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs of the three inputs that an output shows most."""
+    used = [int(j) for j in np.argsort(-counts, kind="stable")[:3] if counts[j] > 0]
+    return [(a, b) for place, a in enumerate(used) for b in used[place + 1 :]]
+
+
+def contrast(labels: np.ndarray, m: int) -> np.ndarray:
+    """Four times |z - z'|^2 / 2 for all pairs of labels (L, 2): whole numbers."""
+    z = np.zeros((len(labels), m))
+    np.add.at(z, (np.arange(len(labels))[:, None], labels), 0.5)
+    return whole(2 * np.square(z[:, None] - z).sum(-1), 1)
+
+
+def pulled_apart(counts: np.ndarray, price: float) -> np.ndarray:
+    """(m, m) prices for outputs that show the very same inputs, two or more: one pays for the first, the other for the
+    second of them.
+    """
+    extra, used = np.zeros_like(counts, dtype=np.float64), counts > 0
+    for one in range(len(counts)):
+        for other in range(one + 1, len(counts)):
+            if used[one].sum() > 1 and (used[one] == used[other]).all():
+                first, second = np.flatnonzero(used[one])[:2]
+                extra[one, first] += price
+                extra[other, second] += price
+    return extra

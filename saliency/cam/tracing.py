@@ -1,0 +1,232 @@
+"""A forward pass followed, function call by function call: where a network, whichever it is, has its maps and its head.
+
+Nothing need be known of its modules: what averages maps in front of a linear layer is seen by what goes in and out.
+"""
+
+import difflib
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from saliency.gradient import in_mode
+
+AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}  # functions that may average a map as a whole
+POOLINGS = AVERAGES | {"adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "amax"}
+
+
+class TraceResult(NamedTuple):
+    """What a pass showed. Function calls are counted from 0: poolings and linear layers apart."""
+
+    pooling: int | None  # the last that pools maps as a whole
+    average: int | None  # the one that cam takes,
+    linear: int | None  # and the linear layer behind it; None: its averages are the logits
+    layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which modules end
+    default: str | None  # the last of them before that pooling; if nothing is pooled, the last convolution
+
+
+class Call(NamedTuple):
+    """Of a function that pools maps, or of a linear layer."""
+
+    given: torch.Tensor | None  # to a linear layer
+    result: torch.Tensor
+    vector: torch.Tensor  # a copy of what leaves the pooling, or of what the linear layer takes
+    whole: bool = False  # whether a pooling is adaptive, as VGG's to 7x7, or leaves one number a map,
+    average: bool = False  # which is the mean
+
+
+def layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], bool]]:
+    """The modules of `model` that can be named as a layer, in the order in which they end: name, (C, h, w), and whether
+    it is the last before the layer that is taken when none is named (a function such as a ReLU may lie between).
+
+    images (B, 3, H, W), or a side in pixels: then a black image is passed. A module whose maps have their channels last
+    (Swin's blocks) cannot be told from the others: its shape shows it.
+    """
+    model = unwrap(model)
+    with eval_no_grad(model):
+        found = trace_network(model, black_image(model, images) if isinstance(images, int) else images[:1])
+    return [(name, shape, name == found.default) for name, shape in found.layers.items()]
+
+
+def black_image(model: nn.Module, side: int) -> torch.Tensor:
+    like = next(model.parameters(), torch.empty(0))
+    return torch.zeros(1, 3, side, side, dtype=like.dtype, device=like.device)
+
+
+@torch.no_grad()
+def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
+    """Follow one forward pass of images (1, 3, H, W)."""
+    recorder, modules = Recorder(), find_by_name(model)
+    ended: dict[str, tuple[tuple[int, int, int], int]] = {}  # name -> (C, h, w), how many poolings went before
+
+    def note(name):
+        def hook(module, given, result):
+            if is_maps(result, len(images)):
+                ended.pop(name, None)  # a module that is used again stands where it ends last
+                ended[name] = tuple(result.shape[1:]), len(recorder.poolings)
+
+        return hook
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        with recorder, torch.autocast(images.device.type, enabled=False):
+            logits = check_maps(model(images), images)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    last = max((i for i, call in enumerate(recorder.poolings) if call.whole), default=None)
+    if last is None:
+        before = [name for name in ended if isinstance(modules[name], nn.Conv2d)]
+    else:
+        before = [name for name, (_, poolings) in ended.items() if poolings <= last]
+    shapes = {name: shape for name, (shape, _) in ended.items()}
+    return TraceResult(
+        last, *find_head(recorder.poolings, recorder.linears, logits), shapes, before[-1] if before else None
+    )
+
+
+def find_head(poolings: list[Call], linears: list[Call], logits: torch.Tensor) -> tuple[int | None, int | None]:
+    """Numbers of the average and of the linear layer behind it that make the logits; see Found.
+
+    What the one gives must be the very memory that the other takes, and unchanged: a scale that is still 1 may lie
+    between otherwise.
+    """
+    last = max((i for i, call in enumerate(linears) if same_memory(call.result, logits)), default=None)
+    for i, pooling in reversed(list(enumerate(poolings))):
+        if pooling.average and last is None and same_memory(pooling.result, logits):
+            return i, None
+        if pooling.average and last is not None and same_memory(pooling.result, linears[last].given):
+            vectors = pooling.vector.flatten(), linears[last].vector.flatten()
+            return (i, last) if torch.allclose(*vectors, rtol=0, atol=0, equal_nan=True) else (None, None)
+    return None, None
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
+
+
+class Recorder(TorchFunctionMode):
+    """Keeps every pooling and every linear layer of a pass, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.poolings: list[Call] = []
+        self.linears: list[Call] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        maps = is_pooled(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if maps is not None:
+            value, name, count = result[0] if isinstance(result, tuple) else result, func.__name__, maps.shape[:2]
+            single = value.shape[:2] == count and value.numel() == count.numel()
+            average = single and name in AVERAGES and is_close(value.flatten(1), maps.mean((2, 3)))
+            self.poolings.append(Call(None, value, value.clone(), single or name.startswith("adaptive"), average))
+        elif func is F.linear:
+            given = args[0] if args else kwargs["input"]
+            self.linears.append(Call(given, result, given.clone()))
+        return result
+
+
+def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Up to the rounding of half precision."""
+    return torch.allclose(one, other, rtol=1e-2, atol=1e-5, equal_nan=True)
+
+
+class PoolingTap(TorchFunctionMode):
+    """Takes what goes into the pooling call `number` of a pass, as what gradients are asked for: maps (B, C, h, w).
+    Also collects the weights of the linear layers.
+    """
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number, self.count = number, 0
+        self.maps: torch.Tensor | None = None
+        self.weights: list[torch.Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        maps = is_pooled(func, args, kwargs)
+        if maps is not None:
+            if self.count == self.number:
+                self.maps = maps.requires_grad_()
+            self.count += 1
+        elif func is F.linear:
+            self.weights.append(args[1] if len(args) > 1 else kwargs["weight"])
+        return func(*args, **kwargs)
+
+
+def is_pooled(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The maps (B, C, h, w) that `func` pools, if it does. Of a function that calls another only the first is seen."""
+    if getattr(func, "__name__", "") not in POOLINGS:
+        return None
+    given = args[0] if args else kwargs.get("input")
+    return given if isinstance(given, torch.Tensor) and given.dim() == 4 else None
+
+
+class LayerTap:
+    """Takes the output of `module`, as what gradients are asked for; a copy goes on, which a ReLU may overwrite."""
+
+    def __init__(self, module: nn.Module, name: str):
+        self.module, self.name = module, name
+        self.maps: torch.Tensor | None = None
+
+    def __enter__(self):
+        self.handle = self.module.register_forward_hook(self.take)
+        return self
+
+    def __exit__(self, *problem):
+        self.handle.remove()
+
+    def take(self, module, given, output):
+        if not is_maps(output):
+            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+            raise ValueError(f"layer {self.name!r} must give maps (B, C, h, w), it gives {got}")
+        self.maps = output.detach().requires_grad_()
+        return self.maps.clone()
+
+
+def is_maps(output, count: int | None = None) -> bool:
+    return isinstance(output, torch.Tensor) and output.dim() == 4 and count in (None, len(output))
+
+
+def check_maps(logits, images: torch.Tensor) -> torch.Tensor:
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(images):
+        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise ValueError(f"the network must give logits (B, K), it gives {got} for {len(images)} images")
+    return logits
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Without the shell of torch.compile."""
+    return getattr(model, "_orig_mod", model)
+
+
+def find_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules inside `model` by dotted name; shells of torch.compile do not count."""
+    return {name.replace("._orig_mod", ""): unwrap(module) for name, module in model.named_modules() if name}
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """Raises ValueError, with the nearest name, if there is no such module."""
+    modules = find_by_name(model)
+    if name not in modules:
+        nearest = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{type(model).__name__} has no layer {name!r}"
+            + "".join(f"; the nearest is {near!r}" for near in nearest)
+            + " (cam.py --list_layers lists them)"
+        )
+    return modules[name]
+
+
+@contextmanager
+def eval_no_grad(model: nn.Module):
+    """In evaluation mode, able to give gradients, and not compiled: what a compiled graph calls cannot be seen."""
+    with in_mode(model, "eval"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        yield

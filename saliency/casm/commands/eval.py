@@ -1,0 +1,96 @@
+"""Judge masks by what classifiers make of the images without the object, and of the object without the rest:
+python -m saliency.casm eval DATA --casms-path FILE
+"""
+
+from pathlib import Path
+
+from engine.config.options import add_single_device_options
+from engine.config.parser import Parser
+from saliency.casm.options import casm_parser, check_scoring, scoring_options, where_options
+
+COLUMNS = {"l": ("loss", ".4f"), "t1": ("top-1 %", ".2f"), "t5": ("top-5 %", ".2f"), "e": ("entropy", ".4f")}
+
+
+def build_parser() -> Parser:
+    parser = casm_parser(
+        "eval",
+        "Loss, accuracy and entropy of classifiers on images masked in, masked out and inpainted: good masks keep the "
+        "first accuracy high and make the other two low.",
+    )
+    where_options(parser)
+    scoring_options(parser)
+    parser.group("judges")
+    parser.option(
+        "--classifiers",
+        nargs="+",
+        metavar="WORD",
+        shown="17 of torchvision's for 1000 classes, else the one trained with the masks",
+        help="torchvision's NAME, NAME=FILE for it with weights from FILE, or a file or run folder of ours",
+    )
+    parser.option("--resnets_path", metavar="DIR", help="besides: every file of it, a ResNet-50 of the PyTorch example")
+    parser.option("--class_list", metavar="FILE", help="classes of a network that does not say them, in a .txt or .csv")
+    add_single_device_options(parser, amp="off")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Evaluate every extractor; returns what --output holds."""
+    parser = build_parser()
+    options = {**parser.defaults, **parser.read(argv)}
+    check_scoring(parser, options)
+
+    from engine.config.select import select_kwargs
+    from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from engine.runtime.files import write_json
+    from saliency.casm.classifier_eval import ClassifierPanel, evaluate
+    from saliency.casm.results import ImageSetCache, read_finished, save_result
+
+    device = choose_device(options["device"])
+    precision, _ = choose_precision(options["amp"], device)
+    setup_backends(device, seed=options["seed"], deterministic=False)
+    panel = ClassifierPanel(options["classifiers"], options["resnets_path"], device, options["class_list"])
+    settings = {
+        **select_kwargs(options, ["batch_size", "pot", "workers", "print_freq", "class_list"]),
+        "precision": precision,
+    }
+    parts, results = ImageSetCache(parser, options), []
+    for extractor in every_extractor(options, device):
+        result = read_finished(extractor, options, "masked_in")
+        if result is None:
+            part, _ = parts.of(extractor, larger=True)
+            result = evaluate(extractor, part, panel.of(extractor, part), device=device, **settings)
+            save_result(result, extractor, options)
+        results.append(result)
+        print(report(result), flush=True)
+    if options["output"]:
+        write_json(Path(options["output"]), {"results": results})
+    return results
+
+
+def every_extractor(options: dict, device):
+    """Those of the command line, then the naive ones, which see the images as the first of the others does."""
+    from saliency.casm.extractors import TOY_EXTRACTORS, toy_extractor
+    from saliency.casm.results import iter_extractors
+
+    first = None
+    for extractor in iter_extractors(options, device, naive=()):
+        first = first or extractor
+        yield extractor
+    for name in TOY_EXTRACTORS if options["toy"] else ():
+        yield toy_extractor(name, first, options["seed"])
+
+
+def report(result: dict) -> str:
+    """A table with a row for every classifier and kind of image, under the name of the masks."""
+    from engine.drawing import tables
+    from saliency.casm.classifier_eval import KINDS
+
+    lines = [f"\n{result['name']}: {result['images']:,} images"]
+    for name, count in result["left_out"].items():
+        lines.append(f"note: {name} does not know the classes of {count:,} of them, which do not count")
+    if result["unreadable"]:
+        lines.append(f"note: {result['unreadable']} files could not be read; neighbours served in their place")
+    names = list(result["clean"])
+    width = max(map(len, names))
+    rows = [{"name": f"{name:{width}}  {kind}", **result[kind][name]} for name in names for kind in KINDS]
+    return "\n".join([*lines, tables.format_text(rows, COLUMNS)])
