@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-GOLDEN = Path(__file__).parent / "golden"
+from support import GOLDEN, shapes_command
 
 
 def pytest_addoption(parser):
@@ -79,42 +78,3 @@ def casm_file(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("casm") / "random.chk"
     save_checkpoint(path, content)
     return str(path)
-
-
-def shapes_command(root: Path, *words: str, name: str = "run", method: str = "none", epochs: int = 2) -> list[str]:
-    command = [
-        "--dataset",
-        "shapes",
-        "--method",
-        *method.split(),
-        "--epochs",
-        str(epochs),
-        "--limit",
-        "48",
-        "--batch_size",
-        "20",
-    ]
-    return [
-        *command,
-        "--vis_epoch",
-        "0",
-        "--no_progress",
-        "--device",
-        "cpu",
-        "--root_dir",
-        str(root),
-        "--name",
-        name,
-        *words,
-    ]
-
-
-def same_state(a, b) -> bool:
-    """Whether two nested states hold the same numbers, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b

@@ -553,7 +553,7 @@ def in_two(ports) -> dict:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory, backbone):
-    from test_distributed import in_two_processes
+    from support import in_two_processes
 
     folder = tmp_path_factory.mktemp("two")
     os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"

@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("models", "mixing", "saliency", "engine", "evaluation", "explanation", "detection")
 SCRIPTS = {"train", "imagenet_train", "evaluate", "detect", "cam"}
 MAY_IMPORT = {  # package -> which of ours it may import besides itself

@@ -4,10 +4,10 @@ import math
 import re
 import shlex
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 import cam
 import detect
@@ -23,7 +23,7 @@ from evaluation.corruptions import DESCRIPTIONS
 from mixing import MIXERS, show
 from saliency.casm.__main__ import COMMANDS as COMMANDS_OF_CASM
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 COMMANDS = [
     line.split("  #")[0].replace("METHOD", "mixup").strip()
@@ -121,14 +121,14 @@ def test_the_recipe_table_is_true():
 
 
 def test_the_corruptions_are_described():
-    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    page = (ROOT / "docs" / "methods.md").read_text()
     assert all(f"| `{name}` | {text} |" in page for name, text in DESCRIPTIONS.items())
 
 
 def test_links_lead_somewhere():
     headings = {re.sub(r"[^a-z0-9 -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines()}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert target[1:] in headings if target[0] == "#" else (Path(__file__).parents[1] / target).is_file(), target
+        assert target[1:] in headings if target[0] == "#" else (ROOT / target).is_file(), target
     assert not re.findall(r"\b[A-Z]+_[A-Z_]{3,}\b", re.sub(r"```.*?```", "", README, flags=re.S)), (
         "left to be filled in"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_state, shapes_command
+from support import ROOT, same_state, shapes_command, write_folder
 
 import engine.config.select
 import engine.training.run_folder
@@ -21,7 +21,6 @@ import train
 from engine.errors import UserError
 from mixing import MIXERS
 
-ROOT = Path(__file__).parents[1]
 METHODS = [*sorted(MIXERS), "cutmix saliencymix manifold", "mixup --cutout --cutout_length 8"]
 METHODS += ["puzzlemix sage --saliency bank", "puzzlemix --adv_p 0.5 --clean_lam 1 --saliency gradient"]
 METHODS += [
@@ -82,8 +81,6 @@ def test_every_kind_of_state_goes_on_exactly(shapes_run, options):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_folder_run_goes_on_exactly_with_any_number_of_workers(tmp_path, workers):
-    from test_data import write_folder
-
     write_folder(tmp_path / "set")
     command = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--image_size", "32", "--model", "resnet20"]
     command += [

@@ -1,8 +1,7 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from support import GOLDEN
 from torch import nn
 from torch.nn import functional as F
 
@@ -33,7 +32,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def golden():
-    return np.load(Path(__file__).parent / "golden" / "rmix.npz")
+    return np.load(GOLDEN / "rmix.npz")
 
 
 def batch(shape, classes=5):

@@ -10,8 +10,8 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, shapes_command
 from PIL import Image
+from support import GOLDEN, shapes_command
 from torch.nn import functional as F
 from torchvision.models import get_model
 

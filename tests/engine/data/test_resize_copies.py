@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support import ROOT
 
 import engine.data.resize_copies as copies
 from engine.data.folders import find_folder
 from engine.data.resize_copies import resize_copies
 from engine.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 def write_set(root: Path, count: int = 2, size: tuple[int, int] = (90, 60)) -> None:

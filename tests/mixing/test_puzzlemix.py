@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from support import GOLDEN, recorded_problem, tensor
 from torch import nn
 from torch.nn import functional as F
 
@@ -32,24 +32,10 @@ def cases(golden) -> list[dict]:
     return json.loads(str(golden["meta"]))
 
 
-def tensor(array) -> torch.Tensor:
-    return torch.from_numpy(np.asarray(array))
-
-
 def method(case: dict) -> PuzzleMix:
     names = ("n_labels", "beta", "gamma", "eta", "neigh_size", "transport", "t_eps", "t_size")
     statistics = CIFAR100 if case["x"] == "x32" else {}
     return PuzzleMix(block_num=(case["block_num"],), **{name: case[name] for name in names}, **statistics)
-
-
-def recorded_problem(golden, number: int, case: dict):
-    """The recorded costs as a problem of mixing.solvers.puzzlemix_mask."""
-    cost0, cost1 = (tensor(golden[f"c{number}_cost{k}"]) for k in (0, 1))
-    labels = case["n_labels"]
-    prior = tensor(golden[f"c{number}_prior"]).float()
-    unary = torch.stack([torch.lerp(cost0, cost1, k / (labels - 1)) + prior[k] for k in range(labels)])
-    edges = (tensor(golden[f"c{number}_{name}"]).permute(1, 2, 0).contiguous() for name in ("wx", "wy"))
-    return unary.permute(0, 2, 3, 1).contiguous(), *edges
 
 
 def random_problem(labels: int, n: int, batch: int = 6):

@@ -4,7 +4,6 @@ import copy
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import same_state, shapes_command
+from support import ROOT, free_port, in_two_processes, same_state, shapes_command
 from torch import nn
 
 import models
@@ -32,7 +31,6 @@ from mixing import MIXERS, build_mixer
 from models import build_model
 from saliency import build_source
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 CASES = {  # name -> method, its hyper-parameters, the source where it is not the method's own, pieces of a batch
@@ -100,28 +98,6 @@ def batches_for(case: str, of: int, count: int) -> DeviceLoader:
 
 def device() -> torch.device:
     return torch.device("cuda", rank()) if os.environ.get("TEST_ON") == "cuda" else CPU
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def enter(of: int, job, ports: list[int], result: Path) -> None:
-    os.environ |= {"RANK": str(of), "LOCAL_RANK": str(of), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(ports[0])
-    torch.set_num_threads(1)
-    found = job(ports)
-    if of == 0:
-        torch.save(found, result)
-
-
-def in_two_processes(job, folder: Path, meetings: int = 1):
-    """What job(ports) returns in the first of two processes. meetings: how often they meet, each at a port."""
-    ports = [free_port() for _ in range(meetings)]
-    torch.multiprocessing.spawn(enter, (job, ports, folder / "result.pt"), nprocs=2)
-    return torch.load(folder / "result.pt")
 
 
 def gradients(ports) -> dict:

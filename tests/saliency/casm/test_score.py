@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import ROOT
 
 from engine.data.annotations import find_boxes
 from engine.data.datasets import load_evaluation
@@ -263,7 +264,7 @@ def test_cam_of_mobilenet_finds_what_it_is_known_to_find(real_data):
     """66.3 % of the boxes at 257 pixels and 0.3, and 48.7 % for the whole image, as stated with the images."""
     place = real_data / "ilsvrc_val_227"
     words = [str(place), "--annotation-path", str(place / "boxes_227.csv"), "--batch-size", "50", "--toy", *QUIET]
-    words += ["--basics", str(Path(__file__).parents[1] / "benchmarks" / "basics_cam.py")]
+    words += ["--basics", str(ROOT / "benchmarks" / "basics_cam.py")]
     results = score.main([*words, "--casms-path", str(real_data / "weights" / "mobilenet_v2_imagenet_f16.pt")])
     errors = {one["name"]: one["LE"] for one in results}
     assert errors["mobilenet_v2_imagenet_f16"] == pytest.approx(1 - 0.663, abs=0.02)

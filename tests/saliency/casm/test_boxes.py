@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from support import GOLDEN
 from torch.nn import functional as F
 
 from saliency.casm.boxes import RULES, binarize, centroids, largest_components, rectangles

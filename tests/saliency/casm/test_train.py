@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import GOLDEN, same_state
+from support import GOLDEN, same_state
 from torch import nn
 from torch.nn import functional as F
 
@@ -419,7 +419,7 @@ def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> str:
     """A barely trained classifier of shapes."""
-    from conftest import shapes_command
+    from support import shapes_command
 
     root = tmp_path_factory.mktemp("classifier")
     train_script.main(shapes_command(root, name="base", epochs=1))

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support import write_folder, write_image
 
 from engine.data.datasets import load_data
 from engine.data.image_set import STATISTICS, ImageSet, split_by_class
@@ -24,12 +24,6 @@ def write_cifar10(folder: Path, count: int = 4) -> np.ndarray:
         (folder / file).write_bytes(pickle.dumps({"data": pixels[number], "labels": labels}, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}, protocol=2))
     return pixels
-
-
-def write_image(path: Path, value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    colour = value if mode == "L" else (value, 0, 255 - value) if mode == "RGB" else (value, 0, 0, 0)
-    Image.new(mode, size, colour).save(path, "JPEG" if path.suffix == ".JPEG" else None)
 
 
 # CIFAR
@@ -121,13 +115,6 @@ def test_images_read_as_one_class_is_caught(tmp_path):
     (tmp_path / "val" / "images").rename(tmp_path / "val" / "pictures")
     with pytest.raises(UserError, match="reads images/ as a class"):
         load_data("tiny-imagenet", data_dir=str(tmp_path))
-
-
-def write_folder(root: Path, part: str = "val") -> None:
-    for label, name in enumerate(["cat", "dog"]):
-        for k in range(3):
-            write_image(root / "train" / name / f"{k}.png", 60 * label + 10 * k, size=(80, 48))
-            write_image(root / part / name / f"{k}.jpg", 60 * label + 10 * k, "CMYK" if k == 2 else "RGB")
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

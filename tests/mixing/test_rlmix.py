@@ -1,12 +1,11 @@
 import copy
 import io
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import same_state
+from support import GOLDEN, same_state
 from torch import nn
 
 import mixing.solvers.rlmix_agent
@@ -49,7 +48,7 @@ def train(mixer, steps, source=None, batch=B):
 
 
 def test_the_features_are_those_of_the_published_code():
-    golden = np.load(Path(__file__).parent / "golden" / "rmix.npz")
+    golden = np.load(GOLDEN / "rmix.npz")
     features = Features(batch=10, classes=7, grid=8, features=16)
     state = features.state_dict()
     names = ["cnn.0", "cnn.2", "logits_layer.0", "linear.0"]

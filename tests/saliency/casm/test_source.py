@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import same_state, shapes_command
+from support import same_state, shapes_command
 from torch.nn import functional as F
 
 import train

@@ -12,8 +12,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import shapes_command
 from PIL import Image
+from support import ROOT, shapes_command
 from torch.nn import functional as F
 
 import evaluate
@@ -30,7 +30,6 @@ from evaluation.context import EvalContext, check_same_evaluation
 from evaluation.reports import draw_task
 from models import build_model
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 FEW = "--device cpu --limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
 FEW += "--background clean rep noise --examples 2".split()

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import same_state
 from PIL import Image
+from support import ROOT, same_state
 
 import evaluate
 import imagenet_train
@@ -26,7 +26,6 @@ from engine.training.state import param_groups_no_norm_decay
 from models import build_model
 from saliency.casm.source import CASM
 
-ROOT = Path(__file__).parents[1]
 PHASES = "1:small:16:0.3:8,3:large:24:0.5:4,4:large:24:0.5:4"
 POINTS = "0:0.01,1:0.02,1:0.01,4:0.001"
 

@@ -1,10 +1,10 @@
 import json
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import GOLDEN
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,13 +20,13 @@ from mixing.comixup import (
 from mixing.solvers.binary_grid import binary_ascent, binary_exact
 from mixing.solvers.comixup_labelling import objective, pick, solve, twins
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "comixup.npz")
-CASES = json.loads(str(GOLDEN["meta"]))
+RECORDED = np.load(GOLDEN / "comixup.npz")
+CASES = json.loads(str(RECORDED["meta"]))
 
 
 def recorded(case: int | str, name: str) -> torch.Tensor:
     prefix = case if isinstance(case, str) else f"c{case}"
-    return torch.from_numpy(GOLDEN[f"{prefix}_{name}"])
+    return torch.from_numpy(RECORDED[f"{prefix}_{name}"])
 
 
 def problem(case: dict) -> dict:
@@ -87,7 +87,7 @@ def test_objective_of_the_recorded_labellings(number):
     known = problem(case) | {"thres_type": "hard"}
     terms = [term.item() for term in objective(z, cost, a, **known)]
     overlap = objective(z, cost, torch.eye(case["m"]).double()[None], **known | {"thres": -1.0})[2].item()
-    np.testing.assert_allclose([*terms, overlap], GOLDEN[f"c{number}_energy_ref"], atol=1e-6, rtol=0)
+    np.testing.assert_allclose([*terms, overlap], RECORDED[f"c{number}_energy_ref"], atol=1e-6, rtol=0)
 
 
 def test_recorded_labelling_gives_the_recorded_images_and_targets():

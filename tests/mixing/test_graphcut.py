@@ -6,8 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
-from test_puzzlemix import recorded_problem
+from support import GOLDEN, recorded_problem
 
 from mixing import build_mixer
 from mixing.solvers import puzzlemix_mask

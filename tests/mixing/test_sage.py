@@ -1,9 +1,9 @@
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import GOLDEN
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 6, 10), (3, 1, 2, 2)]  # one image;
 
 @pytest.fixture(scope="module")
 def golden():
-    recorded = np.load(Path(__file__).parent / "golden" / "sage.npz")
+    recorded = np.load(GOLDEN / "sage.npz")
     return {name: torch.from_numpy(np.asarray(recorded[name])) for name in recorded.files}
 
 

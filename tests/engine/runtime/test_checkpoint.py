@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
 from engine.errors import UserError
 from engine.runtime.checkpoint import find_checkpoint, read_checkpoint, read_file, save_checkpoint
 from engine.runtime.files import delay_interrupt, write_atomic
 from engine.runtime.foreign_weights import extract_weights, load_weights
 from models import build_model, matching_models
-
-ROOT = Path(__file__).parents[1]
 
 
 class Recorder:

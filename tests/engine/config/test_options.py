@@ -2,9 +2,9 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from support import ROOT
 
 import evaluate
 import train
@@ -17,8 +17,6 @@ from engine.config.unused_options import find_unused_options
 from engine.errors import UserError
 from engine.launch import explain_error
 from mixing import MIXERS, hyper_parameters
-
-ROOT = Path(__file__).parents[1]
 
 
 def options_of(*words: str) -> dict:

@@ -1,0 +1,100 @@
+"""What tests of several wings share."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def shapes_command(root: Path, *words: str, name: str = "run", method: str = "none", epochs: int = 2) -> list[str]:
+    command = [
+        "--dataset",
+        "shapes",
+        "--method",
+        *method.split(),
+        "--epochs",
+        str(epochs),
+        "--limit",
+        "48",
+        "--batch_size",
+        "20",
+    ]
+    return [
+        *command,
+        "--vis_epoch",
+        "0",
+        "--no_progress",
+        "--device",
+        "cpu",
+        "--root_dir",
+        str(root),
+        "--name",
+        name,
+        *words,
+    ]
+
+
+def same_state(a, b) -> bool:
+    """Whether two nested states hold the same numbers, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+def write_image(path: Path, value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    colour = value if mode == "L" else (value, 0, 255 - value) if mode == "RGB" else (value, 0, 0, 0)
+    Image.new(mode, size, colour).save(path, "JPEG" if path.suffix == ".JPEG" else None)
+
+
+def write_folder(root: Path, part: str = "val") -> None:
+    for label, name in enumerate(["cat", "dog"]):
+        for k in range(3):
+            write_image(root / "train" / name / f"{k}.png", 60 * label + 10 * k, size=(80, 48))
+            write_image(root / part / name / f"{k}.jpg", 60 * label + 10 * k, "CMYK" if k == 2 else "RGB")
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array))
+
+
+def recorded_problem(golden, number: int, case: dict):
+    """The recorded costs as a problem of mixing.solvers.puzzlemix_mask."""
+    cost0, cost1 = (tensor(golden[f"c{number}_cost{k}"]) for k in (0, 1))
+    labels = case["n_labels"]
+    prior = tensor(golden[f"c{number}_prior"]).float()
+    unary = torch.stack([torch.lerp(cost0, cost1, k / (labels - 1)) + prior[k] for k in range(labels)])
+    edges = (tensor(golden[f"c{number}_{name}"]).permute(1, 2, 0).contiguous() for name in ("wx", "wy"))
+    return unary.permute(0, 2, 3, 1).contiguous(), *edges
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def enter(of: int, job, ports: list[int], result: Path) -> None:
+    os.environ |= {"RANK": str(of), "LOCAL_RANK": str(of), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(ports[0])
+    torch.set_num_threads(1)
+    found = job(ports)
+    if of == 0:
+        torch.save(found, result)
+
+
+def in_two_processes(job, folder: Path, meetings: int = 1):
+    """What job(ports) returns in the first of two processes. meetings: how often they meet, each at a port."""
+    ports = [free_port() for _ in range(meetings)]
+    torch.multiprocessing.spawn(enter, (job, ports, folder / "result.pt"), nprocs=2)
+    return torch.load(folder / "result.pt")
