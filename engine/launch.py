@@ -41,7 +41,7 @@ def run_main(main: Callable[[], None]) -> None:
 def report_error(text: str) -> None:
     """Show an error that ends the program."""
     if "WORLD_SIZE" in os.environ and "engine.runtime.distributed" in sys.modules:
-        sys.modules["engine.runtime.distributed"].tell(text)
+        sys.modules["engine.runtime.distributed"].report_error(text)
     else:
         print(text, file=sys.stderr)
 
@@ -51,8 +51,8 @@ def explain_error(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     distributed = sys.modules.get("engine.runtime.distributed")
-    if distributed and distributed.is_lost_contact(error):
-        first = distributed.first_line(error)
+    if distributed and distributed.is_connection_error(error):
+        first = distributed.first_error_line(error)
         return f"lost contact with another process: {first}\nwhat was saved is intact: continue with --checkpoint auto"
     if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
         remedy = "try a smaller --batch_size or --image_size (detect.py: --min_size)"
