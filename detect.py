@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     from detection.run import DETECTOR, DataInfo, Run, build_training_state, check_same_data
     from detection.shape_scenes import export_voc
     from engine.config.select import select_kwargs
+    from engine.data.loader import process_shard
     from engine.runtime import distributed
     from engine.runtime.device import choose_device, choose_precision, setup_backends
     from engine.runtime.progress import progress_bar
@@ -53,9 +54,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     train = train if options["use_difficult"] else train.without_difficult()
     check_same_data(saved, train)
     check_batch_size(**select_kwargs(options, ["batch_size", "accumulate"]), images=len(train), drop_last=False)
-    alike = {"rank": distributed.rank(), "ranks": distributed.world_size(), "pieces": options["accumulate"]}
     feed_options = select_kwargs(options, ["batch_size", "augment", "seed", "workers"])
-    feed = DetectionLoader(train, device=device, shuffle=True, **feed_options, **alike)
+    shard = process_shard(options["accumulate"])
+    feed = DetectionLoader(train, device=device, shuffle=True, shard=shard, **feed_options)
     options |= scale_schedule(options, len(feed))
 
     detector, more = build_from_start(start, options, train.classes)

@@ -59,9 +59,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     import torch  # after the options, so that --help answers at once
 
     from engine.config.select import select_kwargs
+    from engine.data.augment import Augmentation
     from engine.data.datasets import load_data
     from engine.data.image_set import check_same_images
-    from engine.data.loader import DeviceLoader
+    from engine.data.loader import DeviceLoader, process_shard
     from engine.data.resize_copies import find_copies
     from engine.data.views import CenterCrop, RandomCrop
     from engine.runtime import distributed
@@ -90,20 +91,21 @@ def main(argv: list[str] | None = None) -> dict | None:
             notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
     check_same_images(data)
     feed = loader_options(options, data, device)
-    shape = {
-        "augment": options["trad_augment"],
-        "pieces": options["accumulate"],
-        **select_kwargs(options, ["drop_last", "seed"]),
-    }
-    colours = {"jitter": options["color_jitter"], "lighting": options["lighting"]} if options["trad_augment"] else {}
+    feed_training = {"shard": process_shard(options["accumulate"]), **select_kwargs(options, ["drop_last", "seed"])}
+    colours = select_kwargs(options, ["color_jitter", "lighting"])
     stages = []
     for phase in phases:
         check_batch_size(phase.batch_size, options["accumulate"], len(data.train), options["drop_last"])
-        part = copies[phase.images].seen_as(CenterCrop(phase.crop, default_eval_resize(phase.crop)))
-        view = RandomCrop(phase.crop, phase.min_scale) if options["trad_augment"] else None
-        stages.append(DeviceLoader(part, phase.batch_size, shuffle=True, view=view, **shape, **colours, **feed))
+        part = copies[phase.images].with_view(CenterCrop(phase.crop, default_eval_resize(phase.crop)))
+        view = RandomCrop(phase.crop, phase.min_scale)
+        augmentation = Augmentation(view=view, **colours) if options["trad_augment"] else None
+        stages.append(
+            DeviceLoader(part, phase.batch_size, shuffle=True, augmentation=augmentation, **feed_training, **feed)
+        )
     held_out = {
-        name: DeviceLoader(part, 256, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part
+        name: DeviceLoader(part, 256, shard=process_shard(), **feed)
+        for name, part in (("test", data.test), ("valid", data.valid))
+        if part
     }
 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format

@@ -43,9 +43,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     import torch  # after the options, so that --help answers at once
 
     from engine.config.select import select_kwargs
+    from engine.data.augment import Augmentation
     from engine.data.datasets import load_data
     from engine.data.image_set import check_same_images
-    from engine.data.loader import DeviceLoader
+    from engine.data.loader import DeviceLoader, process_shard
     from engine.runtime import distributed
     from engine.runtime.device import choose_device, choose_precision, setup_backends
     from engine.runtime.progress import progress_bar
@@ -67,12 +68,18 @@ def main(argv: list[str] | None = None) -> dict | None:
     check_same_images(data)
     check_batch_size(**select_kwargs(options, ["batch_size", "accumulate", "drop_last"]), images=len(data.train))
     feed = loader_options(options, data, device)
-    augment = {"augment": options["trad_augment"], "padding": options["crop_padding"], "pieces": options["accumulate"]}
     train = DeviceLoader(
-        data.train, shuffle=True, **select_kwargs(options, ["batch_size", "drop_last", "seed"]), **augment, **feed
+        data.train,
+        shuffle=True,
+        augmentation=Augmentation(options["crop_padding"]) if options["trad_augment"] else None,
+        shard=process_shard(options["accumulate"]),
+        **select_kwargs(options, ["batch_size", "drop_last", "seed"]),
+        **feed,
     )
     held_out = {
-        name: DeviceLoader(part, 500, **feed) for name, part in (("test", data.test), ("valid", data.valid)) if part
+        name: DeviceLoader(part, 500, shard=process_shard(), **feed)
+        for name, part in (("test", data.test), ("valid", data.valid))
+        if part
     }
 
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format

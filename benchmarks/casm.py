@@ -75,10 +75,11 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def train_batches(data, options: dict, device):
+    from engine.data.augment import Augmentation
     from engine.data.loader import DeviceLoader
 
     feed = {"device": device, "mean": data.mean, "std": data.std, "drop_last": True, "workers": options["workers"]}
-    return DeviceLoader(data.train, options["batch_size"], shuffle=True, augment=True, padding=2, **feed)
+    return DeviceLoader(data.train, options["batch_size"], shuffle=True, augmentation=Augmentation(2), **feed)
 
 
 def in_turns(steps: dict, batches, count: int, device) -> dict[str, float]:
@@ -202,7 +203,7 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
     from mixing.ops import box_mask, center_boxes
     from mixing.saliencymix import peaks
 
-    part = data.test.spread(options["images"])
+    part = data.test.subsample(options["images"])
     truths = find_boxes(part, saved.options["dataset"])
     usable = torch.tensor([index for index, truth in enumerate(truths.each) if truth])
     part = part.take(usable)

@@ -65,6 +65,7 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
     """Median milliseconds of the network alone on a batch that lies ready, and of a plain step of the loop."""
     import torch
 
+    from engine.data.augment import Augmentation
     from engine.data.loader import DeviceLoader
     from engine.training.loop import train_one_epoch
     from engine.training.loss import LOSSES
@@ -72,7 +73,7 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
 
     half = (0.5, 0.5, 0.5)
     feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
-    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
+    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augmentation=Augmentation(4), **feed)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     model = build_model(options["model"], 10, options["image_size"]).to(device, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device.type in ("cpu", "cuda"))
@@ -112,11 +113,12 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
+    from engine.data.augment import Augmentation
     from engine.data.loader import DeviceLoader
 
     half, size = (0.5, 0.5, 0.5), options["image_size"]
     feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
-    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augment=True, padding=4, **feed)
+    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augmentation=Augmentation(4), **feed)
 
     class Usual(Dataset):
         transform = transforms.Compose(

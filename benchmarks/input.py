@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def our_batches(found, options: dict, device):
     """A function that gives the normalised images of an epoch, batch by batch on the device."""
+    from engine.data.augment import Augmentation
     from engine.data.image_files import ImageFiles
     from engine.data.image_set import STATISTICS, ImageSet
     from engine.data.loader import DeviceLoader
@@ -80,17 +81,16 @@ def our_batches(found, options: dict, device):
 
     mean, std = STATISTICS["imagenet"]
     view = RandomCrop(options["crop_size"], options["min_scale"])
+    colours = {"color_jitter": JITTER, "lighting": LIGHTING} if options["colour"] else {}
     batches = DeviceLoader(
-        ImageSet(ImageFiles(found.files, view), found.labels, found.classes, str(found.where)),
+        ImageSet(ImageFiles(found.files, view), found.labels, found.classes, str(found.root)),
         options["batch_size"],
         device=device,
         mean=mean,
         std=std,
         shuffle=True,
-        augment=True,
+        augmentation=Augmentation(view=view, **colours),
         workers=options["workers"],
-        jitter=JITTER if options["colour"] else 0.0,
-        lighting=LIGHTING if options["colour"] else 0.0,
     )
     return lambda epoch: (batch.images for batch in batches.epoch(epoch))
 

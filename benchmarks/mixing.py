@@ -93,6 +93,7 @@ class Bench:
     def __init__(self, options: dict, data, device, precision):
         import torch
 
+        from engine.data.augment import Augmentation
         from engine.data.loader import DeviceLoader
         from engine.training.evaluate import init_from
         from engine.training.loss import LOSSES, cross_entropy_scale
@@ -102,7 +103,7 @@ class Bench:
         self.statistics = {"mean": data.mean, "std": data.std}
         feed = {"device": device, "channels_last": options["channels_last"], "seed": 0, "drop_last": True}
         self.batches = DeviceLoader(
-            data.train, options["batch_size"], shuffle=True, augment=True, padding=2, **feed, **self.statistics
+            data.train, options["batch_size"], shuffle=True, augmentation=Augmentation(2), **feed, **self.statistics
         )
         layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.model = build_model(options["model"], self.classes, data.image_size)

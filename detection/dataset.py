@@ -21,7 +21,7 @@ class DetectionSet:
     images: list[Path] | list[torch.Tensor]  # files, or uint8 (3, H, W)
     targets: list[dict[str, torch.Tensor]]  # boxes (N, 4) float32, labels (N,) int64, difficult (N,) bool
     sizes: list[tuple[int, int]]  # height and width of each image
-    where: str
+    origin: str  # where the images come from, for messages
     warnings: list[str] = field(default_factory=list)  # lines for the user
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class DetectionSet:
         ends = (f"{counts[k]:,} ({self.classes[k]})" for k in (int(counts.argmin()), int(counts.argmax())))
         return (
             f"{name}: {len(self):,} images with {len(labels):,} objects ({difficult:,} difficult) of "
-            f"{len(self.classes)} classes, {' to '.join(ends)} a class, from {self.where}"
+            f"{len(self.classes)} classes, {' to '.join(ends)} a class, from {self.origin}"
         )
 
     def take(self, index: Sequence[int]) -> "DetectionSet":

@@ -18,8 +18,9 @@ from detection.loop import predict
 from detection.metrics import Detections, Objects, coco_metrics, voc_metrics
 from detection.resolve import KIND, detector_runs, option_notes
 from engine.config.select import select_kwargs
+from engine.data.loader import process_shard
 from engine.runtime.device import setup_backends
-from engine.runtime.distributed import broadcast_from_main, is_main_process, rank, shut_down_processes, world_size
+from engine.runtime.distributed import broadcast_from_main, is_main_process, shut_down_processes, world_size
 from engine.runtime.files import write_atomic, write_json
 from engine.runtime.progress import Progress, progress_bar, use_progress_bar
 from engine.training.run_folder import RunFolder, choose_run_folder
@@ -57,9 +58,7 @@ def evaluate(model: FasterRCNN, feed: DetectionLoader, *, count_difficult: bool,
 
 def make_test_loader(part: DetectionSet, options: dict, device: torch.device) -> DetectionLoader:
     """For judge(). One after the other: what neighbours make an image be padded to would change its detections."""
-    return DetectionLoader(
-        part, world_size(), device=device, workers=options["workers"], rank=rank(), ranks=world_size()
-    )
+    return DetectionLoader(part, world_size(), device=device, workers=options["workers"], shard=process_shard())
 
 
 def evaluate_detector(typed: dict, options: dict, device: torch.device) -> dict | None:

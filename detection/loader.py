@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from detection.dataset import DetectionSet
 from engine.data.decode import BadImage
 from engine.data.image_files import Reader
-from engine.data.loader import epoch_generator, split_batch
+from engine.data.loader import WHOLE_BATCH, Shard, epoch_generator
 from engine.data.sample_rng import sample_keys
 
 
@@ -85,11 +85,10 @@ class Batch(NamedTuple):
 class DetectionLoader:
     """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many optimizer steps these are.
 
-    batch_size is the total over `ranks` processes and the `pieces` each of them cuts its share into, as for
-    engine.data.loader.DeviceLoader. With shuffle, images higher than wide make batches of their own, which spares
-    padding; an
-    epoch ends with what is left of both kinds, and, where that cannot be cut, with the epoch's first images again: so
-    it has as many steps for any number of processes.
+    batch_size is the total over all processes and micro-batches, as for engine.data.loader.DeviceLoader. With shuffle,
+    images higher than wide make batches of their own, which spares padding; an epoch ends with what is left of both
+    kinds, and, where the shards do not divide that, with the epoch's first images again: so it has as many steps for
+    any number of processes.
     """
 
     def __init__(
@@ -102,13 +101,10 @@ class DetectionLoader:
         augment: str = "none",
         seed: int = 0,
         workers: int = 0,
-        rank: int = 0,
-        ranks: int = 1,
-        pieces: int = 1,
+        shard: Shard = WHOLE_BATCH,
     ):
         self.part, self.batch_size, self.device = part, batch_size, device
-        self.shuffle, self.seed, self.pieces = shuffle, seed, pieces
-        self.cut = {"rank": rank, "ranks": ranks, "pieces": pieces, "even": shuffle}
+        self.shuffle, self.seed, self.shard, self.micro_batches = shuffle, seed, shard, shard.micro_batches
         drawn = part.images and isinstance(part.images[0], torch.Tensor)  # nothing to read: workers would only copy
         self.pinned = device.type == "cuda"
         self.reader = Reader(DetectionViews(part, augment), seed=seed, workers=0 if drawn else workers, pin=self.pinned)
@@ -121,9 +117,9 @@ class DetectionLoader:
         self.reader.close()
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of this rank, from step `start` on; the pieces of a step one after the other."""
+        """The batches of this rank, from step `start` on; the micro-batches of a step follow one another."""
         steps = self.order(epoch).split(self.batch_size)[start : len(self)]
-        chosen = [part for batch in steps for part in split_batch(batch, **self.cut)]
+        chosen = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
         for index, (images, targets, _) in zip(chosen, self.reader.read(chosen, epoch), strict=True):
             images = [image.to(self.device, non_blocking=self.pinned).float().div_(255) for image in images]
             targets = [
@@ -134,7 +130,7 @@ class DetectionLoader:
 
     def order(self, epoch: int) -> torch.Tensor:
         """The positions of all images, batch after batch."""
-        count, cut = len(self.part), self.cut["ranks"] * self.pieces
+        count, cut = len(self.part), self.shard.parts
         if not self.shuffle:
             return torch.arange(count)
         high = [height > width for height, width in self.part.sizes]

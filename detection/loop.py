@@ -64,10 +64,10 @@ def train_one_epoch(
             raise TrainingInterrupted(tally)
         optimizer.zero_grad(set_to_none=True)
         batches, losses = [], []
-        for piece in range(feed.pieces):
+        for number in range(feed.micro_batches):
             batch = next(stream)
             watch.lap("data")
-            last = piece + 1 == feed.pieces
+            last = number + 1 == feed.micro_batches
             with nullcontext() if last or network is model else network.no_sync():
                 with autocast(feed.device, precision):
                     terms = network(batch.images, batch.targets)
@@ -80,7 +80,7 @@ def train_one_epoch(
             watch.lap("network")
         # torchvision's detectors make the host wait in every step anyway, so looking at the loss costs nothing more
         check_finite(losses, batches, feed.part.names, first_step + step + 1)
-        optimizer_step(model, optimizer, scaler, clip_grad, pieces=feed.pieces)
+        optimizer_step(model, optimizer, scaler, clip_grad, micro_batches=feed.micro_batches)
         if scheduler:
             scheduler.step()
         if ema:

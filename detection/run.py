@@ -169,7 +169,7 @@ class Run:
             self.log.say(f"note: {note}")
         if 0 < self.done < self.options["iters"]:
             self.log.say(f"continuing after step {self.done}")
-        self.sign.watch()
+        self.sign.install()
 
     def train(self, epoch: int, feed: DetectionLoader) -> dict:
         """One epoch; the row of the log."""
@@ -184,7 +184,7 @@ class Run:
                 **{"epoch": epoch, "steps": steps, "first_step": first, "network": self.network},
                 **{"scheduler": self.parts.scheduler, "scaler": self.parts.scaler, "ema": self.parts.ema},
                 **{"precision": self.precision, "clip_grad": self.options["clip_grad"]},
-                **{"tally": self.tally, "watch": watch, "stop": self.sign.raised, "keep": self.keep_inside},
+                **{"tally": self.tally, "watch": watch, "stop": self.sign.requested, "keep": self.keep_inside},
                 **{"look_every": self.options["print_freq"], "progress": shown},
             )
         seconds = time.perf_counter() - self.begun
@@ -204,7 +204,7 @@ class Run:
         """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
 
         def keep(tally: EpochStats) -> None:
-            self.sign.rest()
+            self.sign.restore()
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save()
 
@@ -275,7 +275,7 @@ class Run:
         if self.finished_before:
             self.judged = self.judge(self.parts.model, feed)
             self.log.say("this run was finished already; evaluated again:")
-        self.sign.rest()
+        self.sign.restore()
         if not is_main_process():
             return None
         training = {

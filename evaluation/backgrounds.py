@@ -80,7 +80,7 @@ def read_background_dir(place: Path | str, part: ImageSet, view: View) -> ImageS
     place = Path(place)
     if part.files is None:
         raise UserError(
-            f"--background_dir {place}: {part.where} has no image files that others could stand for\n"
+            f"--background_dir {place}: {part.origin} has no image files that others could stand for\n"
             "leave it out: the images are made from the seed then"
         )
     if not place.is_dir():
@@ -96,7 +96,7 @@ def read_background_dir(place: Path | str, part: ImageSet, view: View) -> ImageS
             f"\n{REMEDY}{list_directory(place)}"
         )
     names = FileList(place, files)
-    return replace(part, pixels=ImageFiles(names, view), where=str(place), files=names)
+    return replace(part, pixels=ImageFiles(names, view), origin=str(place), files=names)
 
 
 class Names:

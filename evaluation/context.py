@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from engine.data.image_set import ImageSet, load_into_memory
-from engine.data.loader import DeviceLoader
+from engine.data.loader import DeviceLoader, process_shard
 from engine.data.sample_rng import uniform
 from engine.data.views import CenterCrop, FixedView
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, normalize
 from engine.inference.predict import predict
-from engine.runtime.distributed import all_reduce_sum, rank, world_size
+from engine.runtime.distributed import all_reduce_sum
 from engine.runtime.progress import LINE_SECONDS, Progress, progress_bar, use_progress_bar
 
 Alter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (pixels, labels, index) -> pixels
@@ -90,7 +90,7 @@ class EvalContext:
     ) -> DeviceLoader:
         """The images of the part that this process looks at: its share of them, or with `alone` all."""
         layout = {"workers": self.workers, "channels_last": self.channels_last}
-        layout |= {} if alone else {"rank": rank(), "ranks": world_size()}
+        layout |= {} if alone else {"shard": process_shard()}
         return DeviceLoader(part, self.batch_size, device=self.device, mean=mean, std=std, **layout)
 
     def predict(
@@ -131,7 +131,7 @@ class EvalContext:
     def tell_skipped(self, part: ImageSet, count: int) -> None:
         """Say how many files of the part could not be read, in all processes. All of them must call it."""
         if not isinstance(part.pixels, torch.Tensor) and (skipped := int(all_reduce_sum(torch.tensor(count)))):
-            self.note(f"{skipped:,} files of {part.where} cannot be read; their neighbours count twice")
+            self.note(f"{skipped:,} files of {part.origin} cannot be read; their neighbours count twice")
 
     def clean(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """predict() of its own images, done once."""
@@ -142,7 +142,7 @@ class EvalContext:
     def some(self, most: int) -> ImageSet:
         """At most so many images (0: all) from all over the part, decoded once where they fit into memory."""
         if ("some", most) not in self.kept:
-            few = self.part.spread(most) if most else self.part
+            few = self.part.subsample(most) if most else self.part
             warnings: list[str] = []
             self.kept["some", most] = load_into_memory(few, self.workers, progress_bar, warnings)
             for line in warnings:
@@ -158,8 +158,8 @@ def check_same_evaluation(subjects: list[EvalContext], what: str) -> None:
     """Raise UserError where classifiers would be compared on different images."""
     first, *others = subjects
     for other in others:
-        if (first.part.where, format_names(first.part)) != (other.part.where, format_names(other.part)):
-            told = [f"{one.name} has {len(one.part):,} images of {one.part.where}" for one in (first, other)]
+        if (first.part.origin, format_names(first.part)) != (other.part.origin, format_names(other.part)):
+            told = [f"{one.name} has {len(one.part):,} images of {one.part.origin}" for one in (first, other)]
             raise UserError(
                 f"{what} compares classifiers on the same images: {', '.join(told)}\n"
                 "name those of all with --dataset, --data_dir, --num_classes and --limit, or make a call for each"

@@ -38,7 +38,7 @@ def select_boxed(subject: EvalContext, truths: list[BoxAnnotation | None]) -> tu
     known = [position for position, one in enumerate(boxes) if one is not None]
     if not known:
         raise UserError(
-            f"none of the {len(boxes):,} images of {subject.part.where} has a usable box of its class\n"
+            f"none of the {len(boxes):,} images of {subject.part.origin} has a usable box of its class\n"
             "give other boxes with --annotation_path"
         )
     return subject.part.take(torch.tensor(known)), [boxes[position] for position in known]
@@ -76,7 +76,7 @@ def localize(
     behind = others.epoch() if others else None
     with Progress(f"{subject.name} {background}", len(seen), bar=use_progress_bar(False), lines=False) as bar:
         for step, batch in enumerate(seen.epoch()):
-            own, pixels = [boxes[position] for position in batch.place.tolist()], batch.images
+            own, pixels = [boxes[position] for position in batch.loaded_index.tolist()], batch.images
             if background in ("rep", "noise"):
                 mask = object_mask(own, *pixels.shape[-2:], pixels.device)
             if background == "rep":

@@ -39,11 +39,11 @@ def load_outside_set(
             pixels, where = draw_noise(word, image_size, min(limit or COUNT, COUNT)), f"{word}, drawn"
         elif name == "imagenet":  # any part of it will do, where load_evaluation() asks for its 1000 classes
             found = find_evaluation(name, Path(place), None, None)
-            pixels, where = ImageFiles(found.files, view, on_bad_image), str(found.where)
+            pixels, where = ImageFiles(found.files, view, on_bad_image), str(found.root)
         elif name in SETS:
             side = image_size if name == "shapes" else None  # of CIFAR's 32 pixels nothing else can be asked
             part = load_evaluation(name, data_dir=place, view=view, image_size=side, on_bad_image=on_bad_image)
-            pixels, where = part.pixels, part.where
+            pixels, where = part.pixels, part.origin
         elif os.path.isdir(word):
             pixels, where = ImageFiles(find_pictures(Path(word)), view, on_bad_image), word
             name = Path(word).resolve().name
@@ -56,7 +56,7 @@ def load_outside_set(
             )
     files = pixels.files if isinstance(pixels, ImageFiles) else None
     part = ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), [name], where, files=files)
-    part = part.spread(limit or len(part))
+    part = part.subsample(limit or len(part))
     if files is None:
         return name, replace(part, pixels=resize_pixels(part.pixels, image_size))
     first, fault, _ = part.pixels.read([0])  # now, not after hours with the images inside

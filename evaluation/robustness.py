@@ -125,7 +125,7 @@ def corrupted_results(subject: EvalContext, part: ImageSet, few: ImageSet, most:
         part = select_classes(part, subject.place, subject.part.classes)
         first = part.take(torch.arange(min(len(part), len(subject.part))))
         if torch.equal(first.labels, subject.part.labels):
-            return first.spread(most or len(first))
+            return first.subsample(most or len(first))
     elif few.files is not None:
         places = {name: place for place, name in enumerate(list_names(part))}
         found = [places.get(name) for name in list_names(few)]
@@ -136,7 +136,7 @@ def corrupted_results(subject: EvalContext, part: ImageSet, few: ImageSet, most:
         f"the corrupted images have other {'labels' if part.files is None else 'names'} than the test images: which is "
         f"which cannot be told, and {count:,} from all over are taken"
     )
-    return part.spread(count)
+    return part.subsample(count)
 
 
 def list_names(part: ImageSet) -> list[tuple[int, str]]:

@@ -106,7 +106,7 @@ def ood(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
     where, outside = select_kwargs(options, ["data_dir", "limit", "on_bad_image"]) | {"image_size": subject.size}, {}
     for word in options["ood"] or ["noise"]:
         name, part = subject.once(f"{word} {where}", partial(load_outside_set, word, **where))
-        if part.where == subject.part.where:
+        if part.origin == subject.part.origin:
             subject.note(f"--ood {word}: the very images that the classifiers are judged on")
         outside[word if name in outside else name] = part
 
@@ -171,7 +171,7 @@ def choose_examples(subject: EvalContext, options: dict, maps_for: MapsFor) -> P
     maps_at = maps_for(subject, options)
 
     def measure() -> dict:
-        few = subject.part.spread(options["examples"])
+        few = subject.part.subsample(options["examples"])
         pixels = torch.cat([batch.images for batch in subject.batches(few, **PLAIN, alone=True).epoch()])
         best = subject.classify(pixels).softmax(1).max(1)
         maps, _ = maps_at(normalize(pixels, subject.classifier.mean, subject.classifier.std), best.indices)

@@ -33,9 +33,9 @@ class Bank(Source):
     @torch.no_grad()
     def __call__(self, images, targets=None):
         batch, count = self.batch, len(images)
-        if batch is None or count > len(batch.place):
+        if batch is None or count > len(batch.loaded_index):
             raise ValueError("the bank only knows training images: hand it each batch with start_batch before it")
-        maps = self.maps[batch.place[-count:]].float()  # a method that mixes a part of the batch mixes its end
+        maps = self.maps[batch.loaded_index[-count:]].float()  # a method that mixes a part of the batch mixes its end
         rows, columns = (
             interpolation((bounds[:-1] + bounds[1:])[:, -count:].T / 2, side)
             for bounds, side in zip(pixel_bounds(batch, images.shape[-2:]), maps.shape[1:], strict=True)
@@ -53,15 +53,15 @@ class Bank(Source):
         )
         strength, share = (rows @ values @ columns.mT for values in (strength, share))  # means over the cells
         seen = share > 0.25  # of the cell
-        old = self.maps[batch.place].float()
+        old = self.maps[batch.loaded_index].float()
         new = strength / share.clamp_min(0.25)
         # on the scale of the old map over the same cells, so that half an image does not outweigh the other half
         scale = (old * seen).sum((1, 2)) / (new * seen).sum((1, 2))
         good = (scale > 0) & scale.isfinite()
         new = torch.lerp(new * scale.view(-1, 1, 1), old, self.momentum)
         new = torch.where(seen & good.view(-1, 1, 1), new, old)
-        self.maps[batch.place] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
-        self.fresh[batch.place] = True
+        self.maps[batch.loaded_index] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
+        self.fresh[batch.loaded_index] = True
 
     def exchange(self, total):
         """Every process trains on images of its own within an epoch, so a map comes from one of them."""
@@ -81,8 +81,8 @@ def pixel_bounds(batch, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tens
     """Where the borders between the rows, and between the columns, of each image lie in its original, whose sides are
     1: (H + 1, B) and (W + 1, B), the latter from right to left in flipped images.
     """
-    device, (height, width) = batch.place.device, size
-    none = torch.zeros(len(batch.place), device=device)
+    device, (height, width) = batch.loaded_index.device, size
+    none = torch.zeros(len(batch.loaded_index), device=device)
     top, bottom, left, right = none, none + 1, none, none + 1
     if batch.box is not None:
         top, bottom, left, right = batch.box.unbind(1)

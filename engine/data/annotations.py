@@ -114,16 +114,16 @@ def find_boxes(
         truths.each.append(truth if truth and truth.boxes else None)
     if names and len(truths.missing) == len(names):
         raise UserError(
-            f"{annotation_path or part.where}: boxes of none of the {len(names):,} images in {part.where}; looked for "
-            f"{sought(names[0], part.classes[labels[0]])}\n{REMEDY}"
+            f"{annotation_path or part.origin}: boxes of none of the {len(names):,} images in {part.origin}; "
+            f"looked for {sought(names[0], part.classes[labels[0]])}\n{REMEDY}"
         )
     return truths
 
 
 def shapes_boxes(part: ImageSet) -> BoxAnnotations:
     side = part.pixels.shape[1]
-    each = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in part.notes["boxes"].tolist()]
-    return BoxAnnotations(each, [], [], part.notes["masks"])
+    each = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in part.annotations["boxes"].tolist()]
+    return BoxAnnotations(each, [], [], part.annotations["masks"])
 
 
 def open_annotations(part: ImageSet, path: Path) -> tuple[Lookup, Callable[[str, str], str]]:
@@ -278,7 +278,7 @@ def read_image_size(path: Path) -> tuple[int, int]:
 
 def open_tiny_annotations(part: ImageSet) -> tuple[Lookup, Callable[[str, str], str]]:
     """val_annotations.txt in or beside the folder of the images, else <wnid>/<wnid>_boxes.txt in it."""
-    where = Path(part.where)
+    where = Path(part.origin)
     lists = [folder / "val_annotations.txt" for folder in (where, where.parent)]
     rows: dict[str, list[AnnotationRow]] = {}
     if path := next(filter(Path.is_file, lists), None):

@@ -1,16 +1,51 @@
-"""Colour augmentation of a batch on the device: jitter of brightness, contrast and saturation, and PCA lighting.
+"""Augmentation of a batch on the device: shifted crops, mirror images, colour jitter and PCA lighting.
 
-Each of them is affine in the colour of a pixel, and none is clamped (as in the published CutMix code for ImageNet). So
-whatever is drawn for an image comes down to one 3x4 matrix, found from its mean colour alone, and the pixels are gone
-through once. Constants stand in the arithmetic as plain numbers: a tensor of them would be a copy to the device.
+Every change of colour is affine in the colour of a pixel, and none is clamped (as in the published CutMix code for
+ImageNet). So whatever is drawn for an image comes down to one 3x4 matrix, computed from its mean colour alone, and the
+pixels are read once. Constants stand in the arithmetic as plain numbers: a tensor of them would have to be copied to
+the device.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from engine.data.views import RandomCrop
+
 GREY = (0.299, 0.587, 0.114)  # adds up to 1
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training images are changed at random: a crop, a mirror image for one in two, and colours."""
+
+    crop_padding: int = 0  # black pixels on each side, out of which a crop of the image's own size is taken
+    view: RandomCrop | None = None  # crop of image files, in place of crop_padding and of their own view
+    color_jitter: float = 0.0  # brightness, contrast and saturation are scaled by 1 - color_jitter to 1 + color_jitter
+    lighting: float = 0.0  # standard deviation along the principal colours of ImageNet
+
+
+def crop_and_flip(
+    pixels: torch.Tensor, index: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor
+) -> torch.Tensor:
+    """Images `index` of pixels uint8 (N, H, W, 3), each shifted and flipped: (B, H, W, 3).
+
+    top, left (B,): first row and column of the crop, from -padding to +padding; what lies outside the image is black.
+    flip (B,) bool: left and right are exchanged.
+    """
+    height, width = pixels.shape[1:3]
+    rows = torch.arange(height, device=pixels.device) + top.unsqueeze(1)  # (B, H)
+    columns = torch.arange(width, device=pixels.device)
+    columns = torch.where(flip.unsqueeze(1), columns.flip(0), columns) + left.unsqueeze(1)  # (B, W)
+    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
+    place = (index.unsqueeze(1) * height + rows.clamp(0, height - 1)).unsqueeze(2) * width + columns.clamp(
+        0, width - 1
+    ).unsqueeze(1)
+    picked = pixels.view(-1, 3).index_select(0, place.flatten()).view(*place.shape, 3)
+    return picked * inside.unsqueeze(3)
 
 
 def identity_colors(count: int, device: torch.device | None = None) -> torch.Tensor:

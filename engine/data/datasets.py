@@ -129,10 +129,10 @@ def load_evaluation(
 
 def check_class_count(dataset: str, part: ImageSet, num_classes: int | None) -> None:
     if num_classes and num_classes != len(part.classes):
-        raise UserError(f"--num_classes {num_classes}: the data in {part.where} has {len(part.classes)} classes")
+        raise UserError(f"--num_classes {num_classes}: the data in {part.origin} has {len(part.classes)} classes")
     if dataset == "imagenet" and len(part.classes) != 1000 and not num_classes:
         raise UserError(
-            f"imagenet has 1000 classes, {part.where} has {len(part.classes)}\n"
+            f"imagenet has 1000 classes, {part.origin} has {len(part.classes)}\n"
             f"complete it, or say --num_classes {len(part.classes)} if a part of it is what you want"
         )
 

@@ -60,7 +60,10 @@ class DataFiles(NamedTuple):
     files: FileList
     labels: torch.Tensor  # (N,) long
     classes: list[str]
-    where: Path
+
+    @property
+    def root(self) -> Path:
+        return Path(self.files.root)
 
 
 def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
@@ -169,7 +172,7 @@ def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles,
     test = find_tiny_validation(val_dir or place / "val")
     if len(test.classes) == 1 < len(train.classes):
         raise UserError(
-            f"{test.where} shows a single class, {test.classes[0]!r}: this reads images/ as a class\n"
+            f"{test.root} shows a single class, {test.classes[0]!r}: this reads images/ as a class\n"
             "it needs val_annotations.txt beside images/, or a folder for each class"
         )
     return check_same_classes(train, test)
@@ -208,7 +211,7 @@ def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
     found = find_tiny_validation(place)
     if found.classes == ["images"]:
         raise UserError(
-            f"{found.where} shows a single class, 'images': the folder images/ was read as a class\n"
+            f"{found.root} shows a single class, 'images': the folder images/ was read as a class\n"
             "it needs val_annotations.txt beside images/, or a folder for each class"
         )
     return found
@@ -278,18 +281,18 @@ def filter_images(names: list[str]) -> list[str]:
     return sorted(name for name in names if os.path.splitext(name)[1].lower() in ENDINGS)
 
 
-def label_files(folders: dict[str, list[str]], where: Path) -> DataFiles:
+def label_files(folders: dict[str, list[str]], root: Path) -> DataFiles:
     classes = sorted(folders)
     counts = torch.tensor([len(folders[name]) for name in classes])
     labels = torch.arange(len(classes)).repeat_interleave(counts)
-    return DataFiles(FileList(where, (file for name in classes for file in folders[name])), labels, classes, where)
+    return DataFiles(FileList(root, (file for name in classes for file in folders[name])), labels, classes)
 
 
 def check_same_classes(train: DataFiles, test: DataFiles) -> tuple[DataFiles, DataFiles]:
     if train.classes != test.classes:
         alone = [check_missing(one, other) for one, other in ((train, test), (test, train))]
         raise UserError(
-            f"the classes of {train.where} ({len(train.classes)}) and {test.where} ({len(test.classes)}) differ: only "
+            f"the classes of {train.root} ({len(train.classes)}) and {test.root} ({len(test.classes)}) differ: only "
             f"the first has {alone[0]}, only the second has {alone[1]}\nboth need the same class folders"
         )
     return train, test

@@ -30,8 +30,8 @@ class ImageSet:
     pixels: torch.Tensor | ImageFiles
     labels: torch.Tensor  # (N,) long
     classes: list[str]
-    where: str
-    notes: dict[str, torch.Tensor] = field(default_factory=dict)  # true boxes and masks, where the set has them
+    origin: str  # where the images come from, for messages
+    annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # true boxes and masks, where the set has them
     files: FileList | None = None  # the file of each image, where it came from one
 
     def __len__(self) -> int:
@@ -39,11 +39,11 @@ class ImageSet:
 
     def take(self, index: torch.Tensor) -> "ImageSet":
         """The images at these positions, in this order."""
-        notes = {key: value[index] for key, value in self.notes.items()}
+        annotations = {key: value[index] for key, value in self.annotations.items()}
         files = self.files[index] if self.files is not None else None
-        return replace(self, pixels=self.pixels[index], labels=self.labels[index], notes=notes, files=files)
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index], annotations=annotations, files=files)
 
-    def spread(self, most: int) -> "ImageSet":
+    def subsample(self, most: int) -> "ImageSet":
         """At most so many images, from all over the part and always the same ones: one drawn from each of as many
         stretches. Evenly spaced ones would be of few classes where the classes take turns.
         """
@@ -52,7 +52,7 @@ class ImageSet:
         drawn = uniform(torch.arange(count), (), seed=0, purpose="a few of a part")
         return self.take(ends[:-1] + (drawn * ends.diff()).long())
 
-    def seen_as(self, view: View) -> "ImageSet":
+    def with_view(self, view: View) -> "ImageSet":
         """The same image files, cut out in another way."""
         return replace(self, pixels=self.pixels.with_view(view))
 
@@ -60,7 +60,7 @@ class ImageSet:
         counts = torch.bincount(self.labels, minlength=len(self.classes))
         return (
             f"{name}: {len(self):,} images of {len(self.classes)} classes, {counts.min():,} to {counts.max():,} a "
-            f"class, from {self.where}"
+            f"class, from {self.origin}"
         )
 
 
@@ -106,7 +106,7 @@ def split_by_class(
 
 def image_set_from_files(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
     pixels = ImageFiles(found.files, view, on_bad_image)
-    return ImageSet(pixels, found.labels, found.classes, str(found.where), files=found.files)
+    return ImageSet(pixels, found.labels, found.classes, str(found.root), files=found.files)
 
 
 def load_into_memory(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
@@ -129,7 +129,7 @@ def decode_all(part: ImageSet, workers: int, progress: Callable, warnings: list[
     """The same part with its images read into one tensor."""
     pixels, places = part.pixels.read_all(workers, progress)
     if skipped := int((places != torch.arange(len(part))).sum()):
-        warnings.append(f"{skipped} unreadable files of {part.where} were skipped")
+        warnings.append(f"{skipped} unreadable files of {part.origin} were skipped")
     return replace(part, pixels=pixels, labels=part.labels[places], files=part.pixels.files[places])
 
 

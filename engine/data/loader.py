@@ -5,73 +5,78 @@ alone: not on workers, not on where a run was stopped, and not on the generators
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from engine.data.augment import add_lighting, apply_colors, color_jitter, identity_colors
+from engine.data.augment import (
+    Augmentation,
+    add_lighting,
+    apply_colors,
+    color_jitter,
+    crop_and_flip,
+    identity_colors,
+)
 from engine.data.image_files import Reader
 from engine.data.image_set import ImageSet
-from engine.data.views import RandomCrop, View
+from engine.runtime.distributed import rank, world_size
 
 
 class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) normalised floats on the device
     labels: torch.Tensor  # (B,) long on the device
-    index: torch.Tensor  # (B,) long, positions in the part, on the host
-    place: torch.Tensor  # on the device: the same, or of the image that served in place of one that cannot be read
+    index: torch.Tensor  # (B,) long, positions in the set, on the host
+    loaded_index: torch.Tensor  # (B,) long on the device: the same but for unreadable files, whose neighbours are shown
     shift: torch.Tensor | None = None  # (2, B) long on the device: first row and column of each crop; None: none
-    flip: torch.Tensor | None = None  # (B,) bool on the device: left and right are exchanged
-    box: torch.Tensor | None = None  # (B, 4) on the device: the part of its file that an image shows before the flip,
+    flip: torch.Tensor | None = None  # (B,) bool on the device: which images are mirrored
+    box: torch.Tensor | None = None  # (B, 4) on the device: y1, y2, x1, x2 of a random crop, in 0..1
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch * 0x85EBCA77 + 0xC2B2AE3D) % 2**63)
 
 
-def crop_and_flip(
-    pixels: torch.Tensor, index: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor
-) -> torch.Tensor:
-    """Images `index` of pixels uint8 (N, H, W, 3), each shifted and flipped: (B, H, W, 3).
+@dataclass(frozen=True)
+class Shard:
+    """The share of every batch that one process reads: `micro_batches` of `world_size * micro_batches` parts."""
 
-    top, left (B,): first row and column of the crop, from -padding to +padding; what lies outside the image is black.
-    flip (B,) bool: left and right are exchanged.
-    """
-    height, width = pixels.shape[1:3]
-    rows = torch.arange(height, device=pixels.device) + top.unsqueeze(1)  # (B, H)
-    columns = torch.arange(width, device=pixels.device)
-    columns = torch.where(flip.unsqueeze(1), columns.flip(0), columns) + left.unsqueeze(1)  # (B, W)
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
-    place = (index.unsqueeze(1) * height + rows.clamp(0, height - 1)).unsqueeze(2) * width + columns.clamp(
-        0, width - 1
-    ).unsqueeze(1)
-    picked = pixels.view(-1, 3).index_select(0, place.flatten()).view(*place.shape, 3)
-    return picked * inside.unsqueeze(3)
+    rank: int = 0
+    world_size: int = 1
+    micro_batches: int = 1  # that the process takes one after the other in an optimizer step, accumulating gradients
+
+    @property
+    def parts(self) -> int:
+        return self.world_size * self.micro_batches
+
+    def split(self, batch: torch.Tensor, *, even: bool) -> list[torch.Tensor]:
+        """The micro-batches that this process reads of a batch of indices. even: all are of one length, and the rest of
+        the batch is left out; otherwise their lengths differ by one at most, and empty ones are missing.
+        """
+        if even:
+            batch = batch[: len(batch) // self.parts * self.parts]
+        first = self.rank * self.micro_batches
+        return [part for part in batch.tensor_split(self.parts)[first : first + self.micro_batches] if len(part)]
 
 
-def split_batch(batch: torch.Tensor, *, rank: int, ranks: int, pieces: int, even: bool) -> list[torch.Tensor]:
-    """The pieces of a global batch of indices that a rank reads. even: all as long, and what is too much is left out;
-    else they differ by one and may be missing.
-    """
-    parts = ranks * pieces
-    if even:
-        batch = batch[: len(batch) // parts * parts]
-    return [part for part in batch.tensor_split(parts)[rank * pieces : (rank + 1) * pieces] if len(part)]
+WHOLE_BATCH = Shard()
+
+
+def process_shard(micro_batches: int = 1) -> Shard:
+    """The shard of this process among those that torchrun started."""
+    return Shard(rank(), world_size(), micro_batches)
 
 
 class DeviceLoader:
-    """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many optimizer steps these are.
+    """Batches of an image set. `epoch(n)` yields those of epoch n; len() is the number of optimizer steps in an epoch.
 
-    augment: crop from `padding` black pixels around, and flip; in a random order if shuffle. Images in a tensor live on
-    the device; files are read by worker processes, some batches ahead, which live until close().
+    Images in a tensor are kept on the device; files are decoded ahead of time by worker processes, which live until
+    close(). augmentation: of training images, see there; None: images as they are.
 
-    view: how files are seen, the part's own way if None; a random view takes the place of padding. jitter, lighting:
-    strengths of the colour augmentation.
-
-    batch_size is the total over `ranks` processes and the `pieces` into which each of them cuts its share of a step to
-    accumulate gradients: of every batch, cut into ranks * pieces equal parts, rank r gets those from r * pieces on, and
-    epoch() yields them one by one. What a last batch has too much for that is left out where the order is random; where
-    it is not, the parts differ by one image and may be missing, so that each image is read once over all ranks.
+    batch_size is the total over all processes and micro-batches of an optimizer step; `shard` tells which of its parts
+    this process reads, and epoch() yields them one by one. With shuffle, the rest of a last batch that the parts do not
+    divide is left out; without, the parts differ by one image and may be missing, so that all processes together read
+    each image once.
     """
 
     def __init__(
@@ -83,37 +88,29 @@ class DeviceLoader:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         shuffle: bool = False,
-        augment: bool = False,
-        padding: int = 0,
         drop_last: bool = False,
+        augmentation: Augmentation | None = None,
+        shard: Shard = WHOLE_BATCH,
         seed: int = 0,
         workers: int = 0,
         channels_last: bool = True,
-        view: View | None = None,
-        jitter: float = 0.0,
-        lighting: float = 0.0,
-        rank: int = 0,
-        ranks: int = 1,
-        pieces: int = 1,
     ):
-        if shuffle and batch_size % (ranks * pieces):
-            raise ValueError(f"a batch of {batch_size} cannot be cut into {ranks} ranks times {pieces} pieces")
+        if shuffle and batch_size % shard.parts:
+            raise ValueError(
+                f"a batch of {batch_size} cannot be cut into {shard.world_size} ranks times "
+                f"{shard.micro_batches} pieces"
+            )
         self.part, self.batch_size, self.device = part, batch_size, device
-        self.shuffle, self.augment, self.padding, self.drop_last = shuffle, augment, padding, drop_last
-        self.seed, self.channels_last = seed, channels_last
-        self.jitter, self.lighting = jitter, lighting
-        self.rank, self.ranks, self.pieces = rank, ranks, pieces
+        self.shuffle, self.drop_last, self.seed, self.channels_last = shuffle, drop_last, seed, channels_last
+        self.augmentation, self.shard, self.micro_batches = augmentation, shard, shard.micro_batches
         self.labels = part.labels.to(device)
         self.resident = part.pixels.to(device) if isinstance(part.pixels, torch.Tensor) else None
-        self.reader = None
+        self.reader, view = None, augmentation and augmentation.view
         if self.resident is None:
             files = part.pixels.with_view(view or part.pixels.view)
-            self.random_view = isinstance(files.view, RandomCrop)
             self.reader = Reader(files, seed=seed, workers=workers, pin=device.type == "cuda")
         elif view is not None:
-            raise ValueError(f"{view} is for image files; the images of {part.where} lie in a tensor")
-        else:
-            self.random_view = False
+            raise ValueError(f"{view} is for image files; the images of {part.origin} lie in a tensor")
         self.copies = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
         self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
@@ -121,7 +118,7 @@ class DeviceLoader:
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.part), self.batch_size)
-        least = self.ranks * self.pieces if self.shuffle else 1
+        least = self.shard.parts if self.shuffle else 1
         return whole + (rest >= least and not self.drop_last)
 
     def close(self) -> None:
@@ -130,9 +127,10 @@ class DeviceLoader:
             self.reader.close()
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of this rank, from step `start` on; the pieces of a step one after the other."""
+        """The batches of this process from step `start` on; the micro-batches of a step follow one another."""
         order, drawn = self.draw(epoch)
-        chosen = [part for batch in order.split(self.batch_size)[start : len(self)] for part in self.share(batch)]
+        steps = order.split(self.batch_size)[start : len(self)]
+        chosen = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
         drawn = {name: values.to(self.device) for name, values in drawn.items()}
         # once an epoch: a copy in every step would hold up the device
         chosen_there = torch.cat([order[:0], *chosen]).to(self.device).split([len(index) for index in chosen])
@@ -154,19 +152,17 @@ class DeviceLoader:
         """The order (N,) of the set in this epoch, and what is drawn for each position in it, (..., N), on the host."""
         count, generator, drawn = len(self.part), epoch_generator(self.seed, epoch), {}
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        if self.augment:
-            if not self.random_view:
-                drawn["shift"] = torch.randint(-self.padding, self.padding + 1, (2, count), generator=generator)
-            drawn["flip"] = torch.rand(count, generator=generator) < 0.5
-        if self.jitter:
-            drawn["factors"] = 1 + self.jitter * (2 * torch.rand(3, count, generator=generator) - 1)
-        if self.lighting:
-            drawn["strength"] = self.lighting * torch.randn(3, count, generator=generator)
+        if self.augmentation is None:
+            return order, drawn
+        if self.augmentation.view is None:
+            reach = self.augmentation.crop_padding
+            drawn["shift"] = torch.randint(-reach, reach + 1, (2, count), generator=generator)
+        drawn["flip"] = torch.rand(count, generator=generator) < 0.5
+        if jitter := self.augmentation.color_jitter:
+            drawn["factors"] = 1 + jitter * (2 * torch.rand(3, count, generator=generator) - 1)
+        if lighting := self.augmentation.lighting:
+            drawn["strength"] = lighting * torch.randn(3, count, generator=generator)
         return order, drawn
-
-    def share(self, batch: torch.Tensor) -> list[torch.Tensor]:
-        """The parts of a global batch of indices that this rank reads."""
-        return split_batch(batch, rank=self.rank, ranks=self.ranks, pieces=self.pieces, even=self.shuffle)
 
     def read(
         self, epoch: int, chosen: list[torch.Tensor]

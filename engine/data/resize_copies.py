@@ -209,14 +209,14 @@ def find_copies(data: Data, places: dict[str, str | None]) -> dict[str, ImageSet
     for name, (copies, index) in found.items():
         files = copies.files[index[kept]]
         pixels = ImageFiles(files, data.train.pixels.view, data.train.pixels.on_bad_image)
-        parts[name] = replace(data.train, pixels=pixels, where=str(copies.where), files=files)
+        parts[name] = replace(data.train, pixels=pixels, origin=str(copies.root), files=files)
     return parts
 
 
 def check_copies(what: str, originals: ImageSet, missing: list[str]) -> None:
     if len(missing) > len(originals) / 2:
         raise UserError(
-            f"{what}: copies of other images than the {len(originals):,} in {originals.where}; no {missing[0]} there"
+            f"{what}: copies of other images than the {len(originals):,} in {originals.origin}; no {missing[0]} there"
             "\nmake them anew with --resize_to"
         )
     if missing and originals.pixels.on_bad_image == "stop":

@@ -10,37 +10,39 @@ from engine.runtime.distributed import host_group, world_size
 
 
 class PreemptionGuard:
-    """SIGTERM, as schedulers send it before they take a machine away, asks for a stop between two steps.
+    """Turns SIGTERM, which schedulers send before they take a machine away, into a request to stop between two steps.
 
-    All processes stop before the same step. The question travels while a step is computed: an answer is one step old.
+    All processes stop before the same step. They exchange requests while a step is computed, so that nobody waits for
+    the answer; it is one step old.
     """
 
     def __init__(self):
-        self.asked, self.usual = False, signal.SIG_DFL
-        self.answer: tuple | None = None
+        self.signalled, self.previous_handler = False, signal.SIG_DFL
+        self.pending: tuple | None = None  # the number of requests, and the reduction that is summing them up
 
-    def watch(self) -> None:
-        """From here on SIGTERM only asks. In a thread beside the main one Python has no signals: then nothing asks."""
+    def install(self) -> None:
+        """Take over SIGTERM. Python has signals in the main thread only; in another one this does nothing."""
         if threading.current_thread() is threading.main_thread():
-            self.usual = signal.signal(signal.SIGTERM, self.ask)
+            self.previous_handler = signal.signal(signal.SIGTERM, self.request)
 
-    def rest(self) -> None:
-        """From here on SIGTERM means what it did before."""
+    def restore(self) -> None:
+        """Give SIGTERM back to its previous handler."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self.usual)
+            signal.signal(signal.SIGTERM, self.previous_handler)
 
-    def ask(self, *signal) -> None:
-        self.asked = True
+    def request(self, *signal) -> None:
+        """The handler of SIGTERM."""
+        self.signalled = True
 
-    def raised(self) -> bool:
-        """Whether to stop here. Every process must call it once a step."""
+    def requested(self) -> bool:
+        """Whether to stop before the next step. A collective operation: every process calls it once a step."""
         if world_size() == 1:
-            return self.asked
+            return self.signalled
         stop = False
-        if self.answer:
-            votes, work = self.answer
+        if self.pending:
+            requests, work = self.pending
             work.wait()
-            stop = bool(votes)
-        votes = torch.tensor(int(self.asked))
-        self.answer = votes, dist.all_reduce(votes, group=host_group(), async_op=True)
+            stop = bool(requests)
+        requests = torch.tensor(int(self.signalled))
+        self.pending = requests, dist.all_reduce(requests, group=host_group(), async_op=True)
         return stop

@@ -134,7 +134,7 @@ def draw_mixed_images(path: Path | None, mixer, source, data: Data, device: torc
     if mixer.batch_size:  # the eight again and again
         spread = spread.repeat(1 + mixer.batch_size // len(spread))[: mixer.batch_size]
     few = DeviceLoader(data.train.take(spread), len(spread), device=device, mean=data.mean, std=data.std)
-    batch = next(few.epoch())._replace(place=spread.to(device))
+    batch = next(few.epoch())._replace(loaded_index=spread.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
     for one in flatten_sources(source):
         one.start_batch(batch)

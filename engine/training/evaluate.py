@@ -11,13 +11,13 @@ from engine.config.resolve import fill_in_options
 from engine.config.select import select_kwargs
 from engine.data.datasets import load_data
 from engine.data.image_set import Data, check_same_images
-from engine.data.loader import DeviceLoader
+from engine.data.loader import DeviceLoader, process_shard
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.inference.metrics import format_accuracy
 from engine.inference.predict import compute_scores, predict
 from engine.runtime.device import choose_device, setup_backends
-from engine.runtime.distributed import init_processes, is_main_process, rank, shut_down_processes, world_size
+from engine.runtime.distributed import init_processes, is_main_process, shut_down_processes
 from engine.runtime.foreign_weights import load_weights
 from engine.runtime.progress import progress_bar
 from engine.training.run_folder import find_resume
@@ -46,7 +46,7 @@ def predict_test(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Logits (N, K) and labels (N,) of the test images, and the seconds it took."""
     feed = {"device": device, "mean": data.mean, "std": data.std, "workers": workers, "channels_last": channels_last}
-    feed |= {"rank": rank(), "ranks": world_size()}
+    feed |= {"shard": process_shard()}
     model = model.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     begin = time.perf_counter()
     logits, labels = predict(model, DeviceLoader(data.test, batch_size, **feed), precision=precision, progress=progress)

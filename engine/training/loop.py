@@ -46,8 +46,8 @@ def train_one_epoch(
     """One pass over the training part. Returns mean loss and accuracy, the latter as the mean label weight of the
     predicted class.
 
-    A step may take several batches (`batches.pieces`), whose gradients are averaged. network: `model` as wrapped for
-    several processes, which averages gradients over them; None: `model` itself. tally: where a stopped epoch goes on.
+    A step takes `batches.micro_batches` batches, whose gradients are averaged. network: `model` as wrapped for several
+    processes, which averages gradients over them; None: `model` itself. tally: where a stopped epoch goes on.
 
     Losses stay on the device and are looked at every `look_every` steps. progress(step) is called after every step, and
     with loss, accuracy, lr and images_per_second after a look. Raises NotFinite at the look after a loss that is none,
@@ -78,7 +78,7 @@ def train_one_epoch(
             raise TrainingInterrupted(tally)
         optimizer.zero_grad(set_to_none=True)
         indices[step] = []
-        for piece in range(batches.pieces):
+        for number in range(batches.micro_batches):
             batch = next(stream)
             targets = F.one_hot(batch.labels, num_classes).float()
             watch.lap("data")
@@ -92,7 +92,7 @@ def train_one_epoch(
                 mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
                 mixed.retain_grad()
             watch.lap("mixing")
-            last = piece + 1 == batches.pieces
+            last = number + 1 == batches.micro_batches
             with mixer.during(model), nullcontext() if last or network is model else network.no_sync():
                 with autocast(device, precision):
                     logits = network(mixed)
@@ -111,7 +111,7 @@ def train_one_epoch(
                 tally.add(len(soft), loss=value * len(soft), hits=hits)
                 first_bad = torch.where((first_bad == NO_BAD_STEP) & ~value.isfinite(), step, first_bad)
             indices[step].append(batch.index)
-        optimizer_step(model, optimizer, scaler, clip_grad, pieces=batches.pieces)
+        optimizer_step(model, optimizer, scaler, clip_grad, micro_batches=batches.micro_batches)
         if scheduler:
             scheduler.step()
         if ema:
@@ -132,12 +132,12 @@ def train_one_epoch(
     return {"train_loss": means["loss"], "train_acc": 100 * means["hits"], "images": means["images"]}
 
 
-def optimizer_step(model: nn.Module, optimizer, scaler, clip_grad: float, pieces: int) -> None:
-    """The optimizer step on the gradients in .grad, which are a sum over `pieces` batches."""
-    if pieces > 1:
+def optimizer_step(model: nn.Module, optimizer, scaler, clip_grad: float, micro_batches: int) -> None:
+    """The optimizer step on the gradients in .grad, which are a sum over `micro_batches` batches."""
+    if micro_batches > 1:
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter.grad.div_(pieces)
+                parameter.grad.div_(micro_batches)
     if clip_grad:
         if scaler:
             scaler.unscale_(optimizer)

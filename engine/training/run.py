@@ -153,7 +153,7 @@ class Run:
         self.log.write_log(self.history)
         where += f", {world_size()} processes" if world_size() > 1 else ""
         log_header(self.log, self.options, self.data, where=where, notes=[*notes, *self.notes], done=len(self.history))
-        self.sign.watch()
+        self.sign.install()
 
     def start_epoch(self, epoch: int) -> None:
         self.parts.mixer.start_epoch(epoch, self.options["epochs"], self.steps_of(epoch))
@@ -178,7 +178,7 @@ class Run:
                 look_every=self.options["print_freq"],
                 progress=shown,
                 tally=self.tally,
-                stop=self.sign.raised,
+                stop=self.sign.requested,
                 steps_before=self.calendar.first_step(epoch),
             )
         self.tally = None
@@ -194,7 +194,7 @@ class Run:
         """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
 
         def keep(tally: EpochStats) -> None:
-            self.sign.rest()
+            self.sign.restore()
             sync_sources(self.parts)
             self.before["seconds"] = time.perf_counter() - self.begun
             self.save(tally=tally)
@@ -264,7 +264,7 @@ class Run:
             if is_main_process():
                 accuracies = f"loss {again['loss']:.4f}, top-1 {again['top1']:.2f}"
                 self.log.say(f"this run was finished already; evaluated again: {accuracies}")
-        self.sign.rest()
+        self.sign.restore()
         if not is_main_process():
             return None
         result = summarize_history(self.history, self.best)

@@ -191,7 +191,7 @@ def make_source_builder(
 
 def loader_options(options: dict, data: Data, device: torch.device) -> dict:
     """What every engine.data.loader.DeviceLoader of a run is told alike."""
-    alike = {"device": device, "mean": data.mean, "std": data.std, "rank": rank(), "ranks": world_size()}
+    alike = {"device": device, "mean": data.mean, "std": data.std}
     return alike | select_kwargs(options, ["workers", "channels_last"])
 
 

@@ -49,7 +49,7 @@ def score(
                 boxes = rectangles(binarize(found.masks, options["rule"]))
             right.append(found.correct.cpu())
             known.append((own >= 0).cpu())
-            places = torch.where(batch.place.cpu() == batch.index, batch.index, -1).tolist()
+            places = torch.where(batch.loaded_index.cpu() == batch.index, batch.index, -1).tolist()
             if judge:
                 metrics.append(score_batch(batch.images, boxes, of_judge[batch.labels], extractor, judge))
             rows += compute_scores_of(found.masks.cpu(), boxes.tolist(), right[-1], known[-1], places, truths, options)

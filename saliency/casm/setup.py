@@ -8,6 +8,7 @@ import torch
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize
 from engine.config.select import select_kwargs
+from engine.data.augment import Augmentation
 from engine.data.image_set import Data
 from engine.data.loader import DeviceLoader
 from engine.data.views import RandomCrop
@@ -133,12 +134,13 @@ def build_loaders(
     if options["crop_padding"] is None:
         options["crop_padding"] = data.image_size // 16
     resident = isinstance(data.train.pixels, torch.Tensor)
-    own = {"padding": options["crop_padding"]} if resident else {"view": RandomCrop(data.image_size)}
+    view = None if resident else RandomCrop(data.image_size)
+    augmentation = Augmentation(options["crop_padding"], view)
     size = options["batch_size"]
-    train = DeviceLoader(data.train, size, shuffle=True, augment=True, seed=options["seed"], **own, **feed)
+    train = DeviceLoader(data.train, size, shuffle=True, augmentation=augmentation, seed=options["seed"], **feed)
     if options["pot"] is None:
         options["pot"] = 1.0 if len(train) < SMALL else 0.2
-    some = [(data.test, size), (data.test.spread(1000), size), (data.test.spread(8), 8)]
+    some = [(data.test, size), (data.test.subsample(1000), size), (data.test.subsample(8), 8)]
     return train, *(DeviceLoader(part, count, **feed) for part, count in some)
 
 

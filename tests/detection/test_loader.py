@@ -5,6 +5,7 @@ import torch
 
 from detection.dataset import DetectionSet
 from detection.loader import AUGMENTATIONS, DetectionLoader, DetectionViews
+from engine.data.loader import Shard
 from engine.errors import UserError
 
 CPU = torch.device("cpu")
@@ -105,27 +106,27 @@ def test_workers_change_nothing():
         assert torch.equal(index, same) and torch.equal(pixels, again)
 
 
-def test_ranks_and_pieces_share_a_batch():
+def test_processes_and_micro_batches_share_a_batch():
     whole = [sorted(batch) for batch in seen(feed(batch_size=4, augment="none"))]
-    for cut in ({"ranks": 2}, {"pieces": 2}):
-        ranks = range(cut.get("ranks", 1))
-        parts = [seen(feed(batch_size=4, augment="none", rank=rank, **cut)) for rank in ranks]
+    for world_size, micro_batches in ((2, 1), (1, 2)):
+        shards = [Shard(rank, world_size, micro_batches) for rank in range(world_size)]
+        parts = [seen(feed(batch_size=4, augment="none", shard=shard)) for shard in shards]
         flat = [sorted(sum(step, [])) for step in zip(*parts, strict=True)]
-        if "pieces" in cut:
+        if micro_batches > 1:
             flat = [sorted(sum(parts[0][i : i + 2], [])) for i in range(0, len(parts[0]), 2)]
         assert flat[:2] == whole[:2]
         assert len(flat[2]) == 4 and set(whole[2]) < set(flat[2]), "three images are left, and an earlier one again"
 
 
 def test_an_epoch_has_as_many_steps_for_any_number_of_processes():
-    for ranks in (1, 2, 4):
-        parts = [feed(batch_size=4, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for count in (1, 2, 4):
+        parts = [feed(batch_size=4, shard=Shard(rank, count)) for rank in range(count)]
         assert {len(one) for one in parts} == {3} and {len(seen(one)) for one in parts} == {3}
         assert set(sum(sum((seen(one) for one in parts), []), [])) == set(range(11))
 
 
 def test_an_evaluation_reads_every_image_once_over_all_ranks():
-    parts = [DetectionLoader(part(), 2, device=CPU, rank=rank, ranks=2) for rank in (0, 1)]
+    parts = [DetectionLoader(part(), 2, device=CPU, shard=Shard(rank, 2)) for rank in (0, 1)]
     assert sorted(sum((index for one in parts for index in seen(one)), [])) == list(range(11))
     assert all(len(index) == 1 for index in seen(parts[0]))
 

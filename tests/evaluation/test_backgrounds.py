@@ -104,7 +104,7 @@ def test_ready_made_images_are_found_by_path_whatever_their_ending(tmp_path, par
     pixels, places, _ = made.pixels.read([0, 1, 2])
     assert pixels.shape == (3, 16, 16, 3) and pixels.amax((1, 2, 3)).tolist() == [100, 150, 200]
     assert torch.equal(made.labels, part.labels) and made.classes == part.classes and places.tolist() == [0, 1, 2]
-    assert made.where == str(tmp_path / "rep") and made.files.names() == ["cat/0.png", "cat/1.JPEG", "dog/0.jpg"]
+    assert made.origin == str(tmp_path / "rep") and made.files.names() == ["cat/0.png", "cat/1.JPEG", "dog/0.jpg"]
     some = part.take(torch.tensor([2, 0]))
     again = read_background_dir(str(tmp_path / "rep"), some, SquashedView(16))
     assert again.pixels.read([0, 1])[0].amax((1, 2, 3)).tolist() == [200, 100]

@@ -60,7 +60,7 @@ def test_a_severity_is_its_fifth_of_the_array(tmp_path, repeats):
         part = found.part("fog", severity)
         assert part.pixels.shape == (COUNT, 4, 4, 3) and values(part) == [10 * severity + i for i in range(COUNT)]
         assert part.labels.tolist() == labels and part.labels.dtype == torch.long
-        assert part.classes == CLASSES and f"severity {severity}" in part.where
+        assert part.classes == CLASSES and f"severity {severity}" in part.origin
 
 
 def test_labels_of_each_severity_are_its_own(tmp_path):
@@ -173,7 +173,7 @@ def test_folders_are_found_with_and_without_groups(tmp_path, below):
     assert (found.kind, found.names) == ("folders", ["gaussian_noise", "shot_noise"])
     part = found.part("shot_noise", 3)
     assert part.labels.tolist() == [0, 0, 1, 1, 2, 2] and values(part) == [30, 31] * 3 and part.pixels.view == VIEW
-    assert part.files.names()[0] == "ape/0.png" and part.where.endswith("shot_noise/3")
+    assert part.files.names()[0] == "ape/0.png" and part.origin.endswith("shot_noise/3")
 
 
 def test_labels_are_those_of_the_network_and_not_of_the_folders(tmp_path):

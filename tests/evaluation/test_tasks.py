@@ -212,7 +212,7 @@ def test_labels_of_a_published_array_are_classes_of_the_data(capsys):
 
     subject = subject_of(part([1, 0, 0]))
     subject.place = torch.tensor([1, 0])
-    few = subject.part.spread(2)
+    few = subject.part.subsample(2)
     found = robustness.corrupted_results(subject, part([0, 1, 1, 0]), few, most=2)
     assert found.labels.tolist() == few.labels.tolist() == [1, 0]
     assert torch.equal(found.pixels, few.pixels), "the same places of the set"

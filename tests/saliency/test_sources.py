@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.data.loader import Batch, crop_and_flip
+from engine.data.augment import crop_and_flip
+from engine.data.loader import Batch
 from models import build_model
 from saliency import SOURCES, build_source
 from saliency.bank import Bank
@@ -202,11 +203,11 @@ def test_the_clean_gradient_is_on_the_scale_of_the_training_step():
 # the bank
 
 
-def a_batch(count=4, size=8, augment=True, place=None) -> Batch:
+def a_batch(count=4, size=8, augment=True, index=None) -> Batch:
     shift = torch.randint(-2, 3, (2, count)) if augment else None
     flip = torch.rand(count) < 0.5 if augment else None
-    place = torch.arange(count) if place is None else place
-    return Batch(torch.randn(count, 3, size, size), None, place, place, shift, flip)
+    index = torch.arange(count) if index is None else index
+    return Batch(torch.randn(count, 3, size, size), None, index, index, shift, flip)
 
 
 def test_the_bank_remembers_where_the_gradient_was_whatever_the_augmentation():
@@ -218,14 +219,14 @@ def test_the_bank_remembers_where_the_gradient_was_whatever_the_augmentation():
     bank = Bank(4, bank_size=16, bank_momentum=0.0)
     for _ in range(3):
         batch = a_batch(4, 16)
-        seen = crop_and_flip(pixels, batch.place, *batch.shift, batch.flip).permute(0, 3, 1, 2).float()
+        seen = crop_and_flip(pixels, batch.loaded_index, *batch.shift, batch.flip).permute(0, 3, 1, 2).float()
         bank.start_batch(batch)
         bank.after_backward(seen, torch.ones(4, 1, 16, 16))
     for image, (row, column) in enumerate(spots):
         assert bank.maps[image].flatten().argmax() == row * 16 + column
     batch = a_batch(4, 16)
     bank.start_batch(batch)
-    shown = crop_and_flip(pixels, batch.place, *batch.shift, batch.flip)[..., 0].float()
+    shown = crop_and_flip(pixels, batch.loaded_index, *batch.shift, batch.flip)[..., 0].float()
     assert torch.equal(bank(batch.images).flatten(1).argmax(1), shown.flatten(1).argmax(1))
     assert torch.equal(bank(batch.images[2:]), bank(batch.images)[2:]), "the end of a batch may be asked about alone"
 
@@ -273,7 +274,7 @@ def test_banks_of_several_processes_learn_from_each_other():
     """As each process calls it: total() adds up what the two of them hand in."""
     banks = [Bank(3, bank_size=2), Bank(3, bank_size=2)]
     for image, bank in enumerate(banks):
-        bank.start_batch(a_batch(1, 8, augment=False)._replace(place=torch.tensor([image])))
+        bank.start_batch(a_batch(1, 8, augment=False)._replace(loaded_index=torch.tensor([image])))
         bank.after_backward(torch.randn(1, 3, 8, 8), torch.ones(1, 1, 8, 8))
     learned = torch.stack([banks[0].maps[0], banks[1].maps[1], torch.ones(2, 2).half()])
     handed = [[bank.fresh.half() for bank in banks], [bank.maps * bank.fresh.view(-1, 1, 1) for bank in banks]]

@@ -71,10 +71,10 @@ def resize_images(parser: Parser, part, resize: int):
     from engine.data.views import CenterCrop
 
     if isinstance(part.pixels, torch.Tensor):
-        parser.error(f"--resize {resize}: is for image files, and {part.where} holds images of one size")
+        parser.error(f"--resize {resize}: is for image files, and {part.origin} holds images of one size")
     if resize < part.pixels.size:
         parser.error(f"--resize {resize}: smaller than the {part.pixels.size} pixels that are cut out of it")
-    return part.seen_as(CenterCrop(part.pixels.size, resize))
+    return part.with_view(CenterCrop(part.pixels.size, resize))
 
 
 def make_folder(place: str) -> None:

@@ -84,15 +84,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
         result = read_finished(extractor, options, "LE")
         if result is None:
             part, dataset = parts.of(extractor, squeezed=options["break_ratio"])
-            if part.where not in truths:
+            if part.origin not in truths:
                 if options["annotation_path"] or dataset in WITH_BOXES:
-                    truths[part.where] = find_boxes(part, dataset, options["annotation_path"], progress=progress_bar)
+                    truths[part.origin] = find_boxes(part, dataset, options["annotation_path"], progress=progress_bar)
                 else:
-                    truths[part.where] = BoxAnnotations([None] * len(part), [], [])
+                    truths[part.origin] = BoxAnnotations([None] * len(part), [], [])
                     print("note: no --annotation-path, so there are only statistics of the masks")
-                for line in truths[part.where].notes():
+                for line in truths[part.origin].notes():
                     print(f"note: {line}")
-            result = score(extractor, part, truths[part.where], options, device, judge, precision)
+            result = score(extractor, part, truths[part.origin], options, device, judge, precision)
             save_result(result, extractor, options)
         results.append(result)
     print(tables.format_text(results, COLUMNS))

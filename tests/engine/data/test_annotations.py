@@ -57,7 +57,7 @@ def write(path: Path, text: str) -> str:
 
 
 def same_part(one: ImageSet, other: ImageSet) -> None:
-    assert (one.classes, one.labels.tolist(), one.where) == (other.classes, other.labels.tolist(), other.where)
+    assert (one.classes, one.labels.tolist(), one.origin) == (other.classes, other.labels.tolist(), other.origin)
     assert one.files.names() == other.files.names()
 
 
@@ -153,8 +153,8 @@ def test_the_evaluation_part_of_shapes_is_the_same_and_drawn_alone():
     alone = load_evaluation("shapes", image_size=8, num_classes=3, limit=120, progress=progress)
     whole = load_data("shapes", image_size=8, num_classes=3, limit=120).test
     assert torch.equal(alone.pixels, whole.pixels) and torch.equal(alone.labels, whole.labels)
-    assert all(torch.equal(alone.notes[key], whole.notes[key]) for key in ("boxes", "masks"))
-    assert (alone.classes, alone.where, drawn) == (whole.classes, whole.where, [2]) and alone.files is None
+    assert all(torch.equal(alone.annotations[key], whole.annotations[key]) for key in ("boxes", "masks"))
+    assert (alone.classes, alone.origin, drawn) == (whole.classes, whole.origin, [2]) and alone.files is None
 
 
 def test_the_evaluation_part_of_cifar_reads_no_training_batch(tmp_path):
@@ -180,7 +180,7 @@ def test_a_part_keeps_the_file_of_each_image(tmp_path):
     part = load_evaluation("tiny-imagenet", data_dir=str(tmp_path))
     assert part.files.names() == ["images/val_1.JPEG", "images/val_0.JPEG", "images/val_2.JPEG"]
     assert part.take(torch.tensor([2, 0])).files.names() == ["images/val_2.JPEG", "images/val_1.JPEG"]
-    assert part.seen_as(SquashedView(8)).files.names() == part.files.names()
+    assert part.with_view(SquashedView(8)).files.names() == part.files.names()
     decoded = load_data("tiny-imagenet", data_dir=str(tmp_path), on_bad_image="skip").test
     assert isinstance(decoded.pixels, torch.Tensor)
     assert decoded.files.names() == ["images/val_0.JPEG", "images/val_0.JPEG", "images/val_2.JPEG"], "what served"
@@ -376,7 +376,7 @@ def test_paths_that_are_no_annotations_are_named(tmp_path, pets):
 def test_shapes_bring_boxes_and_masks(tmp_path):
     part = load_evaluation("shapes", image_size=24, limit=5)
     truths = find_boxes(part, "shapes")
-    assert torch.equal(truths.masks, part.notes["masks"]) and not truths.notes()
+    assert torch.equal(truths.masks, part.annotations["masks"]) and not truths.notes()
     for mask, (boxes, width, height) in zip(truths.masks, truths.each, strict=True):
         ((x0, y0, x1, y1),) = boxes
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0 and (width, height) == (24, 24)

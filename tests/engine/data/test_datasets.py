@@ -6,13 +6,15 @@ import pytest
 import torch
 from support import write_folder, write_image
 
+from engine.data.augment import Augmentation, crop_and_flip
 from engine.data.datasets import load_data
 from engine.data.image_set import STATISTICS, ImageSet, split_by_class
-from engine.data.loader import DeviceLoader, crop_and_flip
+from engine.data.loader import DeviceLoader
 from engine.data.shapes import CLASSES, draw_shapes
 from engine.errors import UserError
 
 CPU = torch.device("cpu")
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 def write_cifar10(folder: Path, count: int = 4) -> np.ndarray:
@@ -123,7 +125,7 @@ def test_folder_is_read_by_workers(tmp_path, part, workers):
     write_folder(tmp_path, part)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
     batches = DeviceLoader(
-        data.train, 4, device=CPU, mean=data.mean, std=data.std, shuffle=True, augment=True, padding=2, workers=workers
+        data.train, 4, device=CPU, shuffle=True, augmentation=Augmentation(2), workers=workers, **HALF
     )
     sizes = [tuple(batch.images.shape) for batch in batches.epoch(0)]
     assert sizes == [(4, 3, 32, 32), (2, 3, 32, 32)] and data.classes == ["cat", "dog"]
@@ -232,9 +234,7 @@ def test_crop_and_flip_shift_and_fill_with_black():
 def test_batches_depend_on_seed_and_epoch_alone():
     def stream(seed, epoch, draws_before=0):
         torch.rand(draws_before)
-        batches = DeviceLoader(
-            numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, augment=True, padding=1, seed=seed
-        )
+        batches = DeviceLoader(numbered(), 4, device=CPU, shuffle=True, augmentation=Augmentation(1), seed=seed, **HALF)
         return [(batch.images, batch.labels, batch.index) for batch in batches.epoch(epoch)]
 
     def equal(a, b):
@@ -250,7 +250,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
 def test_workers_do_not_change_the_stream(tmp_path):
     write_folder(tmp_path)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
-    kwargs = {"device": CPU, "mean": data.mean, "std": data.std, "shuffle": True, "augment": True, "padding": 4}
+    kwargs = {"device": CPU, "mean": data.mean, "std": data.std, "shuffle": True, "augmentation": Augmentation(4)}
     streams = [
         [b.images for b in DeviceLoader(data.train, 4, workers=workers, **kwargs).epoch(2)] for workers in (0, 2)
     ]
@@ -293,7 +293,7 @@ def test_real_cifar10(real_data):
 @pytest.mark.parametrize(("count", "most"), [(1000, 60), (10, 7), (9, 9), (5, 8), (4, 0)])
 def test_a_few_are_from_all_over_and_of_classes_that_take_turns(count, most):
     part = ImageSet(torch.arange(count), torch.arange(count) % 2, ["a", "b"], "somewhere")
-    few = part.spread(most)
+    few = part.subsample(most)
     places, wanted = few.pixels.tolist(), min(count, most)
     assert len(places) == wanted and places == sorted(set(places))
     assert all(n * count // wanted <= place < (n + 1) * count // wanted for n, place in enumerate(places))

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -13,12 +14,20 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional as tv
 
 from engine.data import decode
-from engine.data.augment import EIGENVALUES, EIGENVECTORS, add_lighting, apply_colors, color_jitter, identity_colors
+from engine.data.augment import (
+    EIGENVALUES,
+    EIGENVECTORS,
+    Augmentation,
+    add_lighting,
+    apply_colors,
+    color_jitter,
+    identity_colors,
+)
 from engine.data.decode import BadImage, decode_into
 from engine.data.folders import FileList, find_folder, find_imagenet
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
-from engine.data.loader import DeviceLoader
+from engine.data.loader import DeviceLoader, Shard
 from engine.data.sample_rng import crop_draws, mix_bits_numpy
 from engine.data.views import CenterCrop, RandomCrop
 from engine.errors import UserError
@@ -46,8 +55,13 @@ def photos(tmp_path) -> ImageSet:
     return ImageSet(files, torch.arange(10) // 5, ["cat", "dog"], str(tmp_path))
 
 
-def batches_of(part: ImageSet, batch_size: int = 4, view=RandomCrop(24, 0.3), **changes) -> DeviceLoader:  # noqa: B008
-    kwargs = {"device": CPU, "shuffle": True, "augment": True, "seed": 3, "view": view, **HALF, **changes}
+CROPS = Augmentation(view=RandomCrop(24, 0.3))
+COLOURS = {"color_jitter": 0.4, "lighting": 0.1}
+COLOURED_CROPS = replace(CROPS, **COLOURS)
+
+
+def batches_of(part: ImageSet, batch_size: int = 4, augmentation=CROPS, **changes) -> DeviceLoader:
+    kwargs = {"device": CPU, "shuffle": True, "augmentation": augmentation, "seed": 3, **HALF, **changes}
     return DeviceLoader(part, batch_size, **kwargs)
 
 
@@ -63,12 +77,12 @@ def same(some, others) -> bool:
 
 
 def test_workers_and_epochs_before_do_not_change_what_is_seen(photos):
-    alone = batches_of(photos, jitter=0.4, lighting=0.1)
-    many = batches_of(photos, jitter=0.4, lighting=0.1, workers=2)
+    alone = batches_of(photos, augmentation=COLOURED_CROPS)
+    many = batches_of(photos, augmentation=COLOURED_CROPS, workers=2)
     state = torch.get_rng_state()
     assert same(alone.epoch(0), many.epoch(0)) and same(alone.epoch(5), many.epoch(5)), "the same workers go on"
     assert same(many.epoch(5, start=1), list(alone.epoch(5))[1:])
-    assert same(batches_of(photos, jitter=0.4, lighting=0.1).epoch(5, start=2), list(many.epoch(5))[2:])
+    assert same(batches_of(photos, augmentation=COLOURED_CROPS).epoch(5, start=2), list(many.epoch(5))[2:])
     assert not same(alone.epoch(0), alone.epoch(1)) and not same(alone.epoch(0), batches_of(photos, seed=4).epoch(0))
     assert torch.equal(state, torch.get_rng_state()), "the run's own generator is left alone"
     many.close()
@@ -121,8 +135,9 @@ def numbered(count: int) -> ImageSet:
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (1, 3), (3, 2)])
 @pytest.mark.parametrize("count", [24, 31, 26])
 def test_training_is_cut_into_equal_parts_of_the_same_batches(count, ranks, pieces):
-    one = [batch.index for batch in batches_of(numbered(count), 12, None).epoch(1)]
-    parts = [batches_of(numbered(count), 12, None, rank=r, ranks=ranks, pieces=pieces) for r in range(ranks)]
+    one = [batch.index for batch in batches_of(numbered(count), 12, Augmentation()).epoch(1)]
+    shards = [Shard(rank, ranks, pieces) for rank in range(ranks)]
+    parts = [batches_of(numbered(count), 12, Augmentation(), shard=shard) for shard in shards]
     streams = [list(part.epoch(1)) for part in parts]
     assert {len(stream) for stream in streams} == {len(parts[0]) * pieces}
     for step in range(len(parts[0])):
@@ -137,8 +152,8 @@ def test_training_is_cut_into_equal_parts_of_the_same_batches(count, ranks, piec
 @pytest.mark.parametrize(("ranks", "pieces"), [(1, 1), (2, 1), (4, 1), (3, 2)])
 @pytest.mark.parametrize("count", [1, 7, 25])
 def test_evaluation_reads_each_image_once(count, ranks, pieces):
-    kwargs = {"shuffle": False, "augment": False, "ranks": ranks, "pieces": pieces}
-    parts = [batches_of(numbered(count), 6, None, rank=rank, **kwargs) for rank in range(ranks)]
+    shards = [Shard(rank, ranks, pieces) for rank in range(ranks)]
+    parts = [batches_of(numbered(count), 6, None, shuffle=False, shard=shard) for shard in shards]
     streams = [[batch.index for batch in part.epoch()] for part in parts]
     assert sorted(i for stream in streams for index in stream for i in index.tolist()) == list(range(count))
     assert all(len(index) for stream in streams for index in stream), "an empty part is not yielded"
@@ -148,7 +163,7 @@ def test_evaluation_reads_each_image_once(count, ranks, pieces):
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="batch of 10 .* 4 ranks times 1"):
-        batches_of(numbered(20), 10, None, ranks=4)
+        batches_of(numbered(20), 10, None, shard=Shard(0, 4))
     with pytest.raises(ValueError, match="is for image files"):
         batches_of(numbered(20), 10)
 
@@ -478,7 +493,7 @@ def test_recolouring_keeps_the_layout_and_its_input(layout):
 
 def test_batches_are_coloured_before_they_are_normalised(photos):
     plain = batches_of(photos, 10, mean=(0.0,) * 3, std=(1.0,) * 3)
-    coloured = batches_of(photos, 10, jitter=0.4, lighting=0.1)
+    coloured = batches_of(photos, 10, COLOURED_CROPS)
     one, other = next(plain.epoch(1)), next(coloured.epoch(1))
     drawn = {name: values[..., other.index] for name, values in coloured.draw(1)[1].items()}
     affine = color_jitter(one.images.mean((2, 3)), drawn["factors"])
@@ -488,7 +503,7 @@ def test_batches_are_coloured_before_they_are_normalised(photos):
 
 
 def test_colour_draws_are_spread_as_they_should_be():
-    batches = batches_of(numbered(85), 5, None, jitter=0.4, lighting=0.1)
+    batches = batches_of(numbered(85), 5, Augmentation(**COLOURS))
     drawn = [batches.draw(epoch)[1] for epoch in range(40)]
     factors, strength = (torch.cat([d[name] for d in drawn], 1) for name in ("factors", "strength"))
     assert 0.6 <= factors.min() < 0.61 and 1.39 < factors.max() <= 1.4 and (factors.mean(1) - 1).abs().max() < 0.02
@@ -500,7 +515,7 @@ def test_colour_draws_are_spread_as_they_should_be():
 
 @pytest.mark.gpu
 def test_batches_on_cuda_are_those_of_the_cpu(photos):
-    device, kwargs = torch.device("cuda", 0), {"jitter": 0.4, "lighting": 0.1, "workers": 2}
+    device, kwargs = torch.device("cuda", 0), {"augmentation": COLOURED_CROPS, "workers": 2}
     there, here = batches_of(photos, 2, device=device, **kwargs), batches_of(photos, 2, **kwargs)
     busy = torch.rand(2048, 2048, device=device)
     for epoch in (0, 1):
@@ -517,7 +532,7 @@ def test_batches_on_cuda_are_those_of_the_cpu(photos):
 
 @pytest.mark.gpu
 def test_a_batch_waits_for_nothing_on_the_host(photos):
-    batches = batches_of(photos, 2, device=torch.device("cuda", 0), jitter=0.4, lighting=0.1, workers=2)
+    batches = batches_of(photos, 2, device=torch.device("cuda", 0), augmentation=COLOURED_CROPS, workers=2)
     stream = batches.epoch(0)
     next(stream)
     torch.cuda.set_sync_debug_mode("error")

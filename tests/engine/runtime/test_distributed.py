@@ -16,9 +16,10 @@ from torch import nn
 
 import models
 import train
+from engine.data.augment import Augmentation
 from engine.data.image_set import ImageSet
-from engine.data.loader import DeviceLoader
-from engine.errors import Terminated
+from engine.data.loader import DeviceLoader, Shard, process_shard
+from engine.errors import Terminated, UserError
 from engine.inference.predict import predict
 from engine.runtime import distributed
 from engine.runtime.device import seed_rank_generator
@@ -39,6 +40,12 @@ CASES = {  # name -> method, its hyper-parameters, the source where it is not th
     "rmix, clean images too": ("rmix", {"clean_lam": 1.0}, None, 1),
     "puzzlemix by the bank": ("puzzlemix", {}, "bank", 1),
     "sage in two pieces": ("sage", {}, None, 2),
+}
+REFUSED = {  # options -> message
+    ("--batch_size", "7"): r"--batch_size 7: the total, which 2 processes = 2 do not divide\ntake 6 or 8",
+    ("--batch_size", "6", "--accumulate", "2"): r"2 processes x --accumulate 2 = 4 do not divide\ntake 4 or 8",
+    ("--sync_bn",): "batch norm over all processes: torch has it for GPUs alone; on a CPU leave --sync_bn out",
+    ("--device", "mps"): "several processes take --device auto, cuda or cpu",
 }
 
 
@@ -89,8 +96,8 @@ def step_of(case: str, model, batches, network=None, steps: int = 1, lr: float =
 
 
 def batches_for(case: str, of: int, count: int) -> DeviceLoader:
-    pieces = {"rank": of, "ranks": count, "pieces": CASES[case][3]}
-    return DeviceLoader(noise(), 16, device=device(), shuffle=True, augment=True, padding=2, **HALF, **pieces)
+    shard = Shard(of, count, CASES[case][3])
+    return DeviceLoader(noise(), 16, device=device(), shuffle=True, augmentation=Augmentation(2), shard=shard, **HALF)
 
 
 # --- what the two processes of a test do ------------------------------------------------------------------------------
@@ -136,7 +143,7 @@ def weights(ports) -> dict:
         step_of(case, model, batches_for(case, rank(), world_size()), network=network, steps=3, lr=0.1)
         found[case] = model.state_dict()
     part = noise(37)
-    logits, labels = predict(model, DeviceLoader(part, 8, device=CPU, rank=rank(), ranks=world_size(), **HALF))
+    logits, labels = predict(model, DeviceLoader(part, 8, device=CPU, shard=process_shard(), **HALF))
     found["validation"] = logits, labels, float(distributed.all_reduce_sum(torch.tensor(float(len(labels)))))
     one = torch.ones(())
     found["sum"] = float(distributed.all_reduce_sum(one)), float(one)
@@ -188,6 +195,12 @@ def runs(ports) -> dict:
             found[method]["message"] = str(stopped)
         loop.optimizer_step = kept
         found[method]["stopped"] = go("stopped" + method, method, *words, "--checkpoint", "auto")
+    found["refused"] = {}
+    for words in REFUSED:
+        try:
+            go("refused", "none", *words)
+        except UserError as error:
+            found["refused"][words] = str(error)
     return found
 
 
@@ -205,7 +218,7 @@ def of_weights(tmp_path_factory):
 def of_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     os.environ["RUNS_OF_THIS_TEST"] = str(folder)
-    return in_two_processes(runs, folder, meetings=15)
+    return in_two_processes(runs, folder, meetings=15 + len(REFUSED))
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
@@ -231,9 +244,9 @@ def test_gradients_are_the_mean_of_the_local_ones_on_two_gpus(tmp_path, monkeypa
 def test_a_batch_in_pieces_has_the_gradient_of_the_whole():
     """Without batch norm, and of equal pieces: --accumulate changes nothing but the memory."""
     gradients = []
-    for pieces in (1, 2, 4):
+    for count in (1, 2, 4):
         torch.manual_seed(0)
-        batches = DeviceLoader(noise(), 16, device=CPU, shuffle=True, **HALF, pieces=pieces)
+        batches = DeviceLoader(noise(), 16, device=CPU, shuffle=True, shard=Shard(micro_batches=count), **HALF)
         gradients.append(step_of("none", Plain(), batches))
     for other in gradients[1:]:
         for one, two in zip(gradients[0], other, strict=True):
@@ -276,7 +289,7 @@ def test_two_processes_do_what_one_does_that_mixes_the_same_parts(of_weights, ca
 
 
 def stream_of(of: int) -> torch.Tensor:
-    """The state of the generator that own_stream() gives a process, which has drawn its network before."""
+    """The state of the generator that seed_rank_generator() gives a process, which has drawn its network before."""
     torch.manual_seed(0)
     Plain()
     environment = dict(os.environ)
@@ -291,7 +304,7 @@ def one_step(model, mixer, source, batches: DeviceLoader, step: int) -> None:
     """The step number `step` of the epoch, without an update; gradients are left in .grad."""
 
     class Later:
-        part, pieces, device = batches.part, batches.pieces, batches.device
+        part, micro_batches, device = batches.part, batches.micro_batches, batches.device
 
         def __len__(self):
             return 1
@@ -392,7 +405,7 @@ def driver(folder: Path, trouble: str) -> Path:
         "    update(*args, **kwargs)\n"
         "    step, rank, attempt = step + 1, int(os.environ['RANK']), os.environ.get('TORCHELASTIC_RESTART_COUNT')\n"
         f"    {trouble}\n"
-        "loop.update = troubled\n"
+        "loop.optimizer_step = troubled\n"
         "if __name__ == '__main__':\n"
         "    run_main(train.main)\n"
     )
@@ -435,27 +448,9 @@ def test_a_lost_process_is_replaced_and_the_run_ends_as_if_nothing_had_been(tmp_
     assert len(once) == 1, "only the first process prints"
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--batch_size", "7"], r"--batch_size 7: the total, which 2 processes = 2 do not divide\ntake 6 or 8"),
-        (["--batch_size", "6", "--accumulate", "2"], r"2 processes x --accumulate 2 = 4 do not divide\ntake 4 or 8"),
-        (["--sync_bn"], r"batch norm over all processes: torch has it for GPUs alone; on a CPU leave --sync_bn out"),
-        (["--device", "mps"], "several processes take --device auto, cuda or cpu"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_said_before_they_start(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "rank_environment", lambda: (0, 2, 0))
-    for name in ("start", "check_same"):
-        monkeypatch.setattr(distributed, name, lambda *args: None)
-    for module in ("run", "data"):
-        monkeypatch.setattr(f"engine.{module}.check_same", lambda *args: None)
-    monkeypatch.setattr("engine.training.run.load_across_restarts", lambda key: None)
-    monkeypatch.setattr("engine.runtime.device.rank_environment", lambda: (0, 2, 0))
-    monkeypatch.setattr("engine.training.run.broadcast_from_main", lambda make: make())
-    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
-    with pytest.raises(Exception, match=message):
-        train.main(shapes_command(tmp_path, *words))
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_several_processes_cannot_do_is_said_before_they_start(of_runs, words):
+    assert re.search(REFUSED[words], of_runs["refused"][words])
 
 
 def test_processes_that_do_not_come_are_named(monkeypatch):
@@ -486,9 +481,9 @@ def test_differing_data_and_options_are_named(monkeypatch):
 
 def test_the_stop_sign_is_plain_alone():
     sign = PreemptionGuard()
-    assert not sign.raised()
-    sign.ask(signal.SIGTERM, None)
-    assert sign.raised()
+    assert not sign.requested()
+    sign.request(signal.SIGTERM, None)
+    assert sign.requested()
 
 
 def test_a_first_process_alone_prints_the_usage(monkeypatch, capsys):

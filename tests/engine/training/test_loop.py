@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from engine.config.phases import parse_lr_points, parse_phases
 from engine.config.recipes import IMAGENET_RECIPES
+from engine.data.augment import Augmentation
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
 from engine.errors import UserError
@@ -360,7 +361,7 @@ def test_a_source_that_learns_sees_the_gradient_of_the_unmixed_images():
     )
     assert learner.coverage[:, 0, 0, 0].tolist() == [0.0, 2.0, 0.25, 0.25, 0.25]
     assert learner.grad[0].eq(0).all() and learner.grad[1:].flatten(1).abs().sum(1).gt(0).all()
-    assert len(learner.batch.place) == 5
+    assert len(learner.batch.loaded_index) == 5
 
 
 def test_the_clean_gradient_stays_in_the_step():
@@ -402,7 +403,7 @@ def test_a_step_never_waits_for_the_gpu(method, precision):
         torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8), torch.arange(96) % 3, list("abc"), "here"
     )
     statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    batches = DeviceLoader(part, 16, device=device, shuffle=True, augment=True, padding=4, **statistics)
+    batches = DeviceLoader(part, 16, device=device, shuffle=True, augmentation=Augmentation(4), **statistics)
     model = build_model("resnet20", 3).to(device, memory_format=torch.channels_last)
     name, _, wanted = method.partition(" ")
     mixer = build_mixer(name, mix_prob=1.0, **statistics)

@@ -120,7 +120,7 @@ def test_masks_of_a_file_are_scored_by_hand_alike(casm_file, tmp_path):
     masks, logits = saved.network(images)
     boxes = rectangles(binarize(masks[:, 0]))
     hits = []
-    for mask, box, (y1, y2, x1, x2) in zip(masks[:, 0], boxes, part.notes["boxes"].tolist(), strict=True):
+    for mask, box, (y1, y2, x1, x2) in zip(masks[:, 0], boxes, part.annotations["boxes"].tolist(), strict=True):
         hits.append(box_scores(mask, box, (x1, y1, x2, y2)))
     assert result["F1"] == pytest.approx(np.mean([one["f1"] for one in hits]), abs=1e-5)
     assert result["LE"] == pytest.approx(1 - np.mean([one["hit"] for one in hits]))
@@ -234,7 +234,7 @@ def test_the_module_runs_and_names_its_commands():
 def test_the_rule_decides_the_box():
     """A flat top below 1 that is larger than the mask's mass is lost under the percentile rule alone."""
     part = load_evaluation("shapes", limit=1)
-    y1, y2, x1, x2 = part.notes["boxes"][0].tolist()
+    y1, y2, x1, x2 = part.annotations["boxes"][0].tolist()
     mask = torch.zeros(1, 32, 32)
     mask[:, y1:y2, x1:x2] = 0.8
     extractor = Extractor("flat", lambda images, labels: Masks(mask, labels >= 0))
