@@ -17,7 +17,7 @@ from engine.config.recipes import IMAGENET_RECIPES
 from engine.launch import run_main as run_script
 from engine.training.step_calendar import StepSchedule
 from mixing import ALIASES as METHOD_ALIASES
-from mixing import MIXERS, compose, hyper_parameters
+from mixing import MIXERS, compose_options, hyper_parameters
 from models import ALIASES as MODEL_ALIASES
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models, parameter_counts
 from saliency import ALIASES as SOURCE_ALIASES
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.training.run import Run, resume_or_start
     from engine.training.state import build_training_state, check_batch_size, loader_options, make_source_builder
     from engine.training.stopwatch import flatten_sources
+    from mixing import compose_mixer
     from models.imagenet_resnet import load_pretrained, zero_init
 
     if options["evaluate"]:
@@ -127,9 +128,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     def mixing_of(number: int):
         """The mixer of a phase; a method may have hyper-parameters of its own in each."""
-        mixer = compose(
-            options["method"], resolve.phase_options(options, number) | {"mean": data.mean, "std": data.std}
-        )
+        told = select_kwargs(resolve.phase_options(options, number), compose_options(options["method"]))
+        mixer = compose_mixer(options["method"], mean=data.mean, std=data.std, **told)
         mixer.check_size(phases[number].crop, phases[number].crop)
         return mixer
 

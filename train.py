@@ -7,7 +7,7 @@ from engine.config.parser import Parser, read_config
 from engine.config.recipes import RECIPES
 from engine.launch import run_main as run_script
 from mixing import ALIASES as METHOD_ALIASES
-from mixing import MIXERS, compose, hyper_parameters
+from mixing import MIXERS, compose_options, hyper_parameters
 from models import ALIASES as MODEL_ALIASES
 from models import MODELS, build_model, matching_models, parameter_counts
 from saliency import ALIASES as SOURCE_ALIASES
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     from engine.training.state import build_training_state, check_batch_size, loader_options, make_source_builder
     from engine.training.step_calendar import StepSchedule
     from engine.training.stopwatch import flatten_sources
+    from mixing import compose_mixer
 
     if options["evaluate"]:
         return evaluate_checkpoint(parser, typed, build_model, matching_models)
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     calendar = StepSchedule([(options["epochs"], len(train))])
     try:
-        mixer = compose(options["method"], options | {"mean": data.mean, "std": data.std})
+        told = select_kwargs(options, compose_options(options["method"]))
+        mixer = compose_mixer(options["method"], mean=data.mean, std=data.std, **told)
         mixer.check_size(data.image_size, data.image_size)
         parts = build_training_state(model, mixer, options, calendar=calendar, precision=precision)
         source = mixer.build_source(make_source_builder(build_source, parts, data, options, precision, banks={}))

@@ -1,5 +1,6 @@
-"""Mixing methods: `mixer(images, targets, source) -> mixed images, soft targets`. Importing this package does not
-import torch.
+"""Mixing methods: `mixer(images, targets, source) -> mixed images, soft targets`.
+
+The public names are loaded when they are first used: importing this package does not import torch.
 """
 
 import inspect
@@ -26,14 +27,16 @@ ALIASES = {
     "puzzle": "puzzlemix",
     "comix": "comixup",
 }
+_HOMES = {cls: module for module, cls in MIXERS.values()}  # public name -> its module
+_HOMES |= {"Mixer": "mixing.base"}
+_HOMES |= dict.fromkeys(("Chain", "Choice", "PartialMix", "compose_mixer"), "mixing.compose")
 
 
 def __getattr__(name: str):
     """`from mixing import SaliencyMix` without importing every method."""
-    for module, cls in MIXERS.values():
-        if cls == name:
-            return getattr(import_module(module), name)
-    raise AttributeError(f"module 'mixing' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mixing' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def mixer_class(name: str):
@@ -46,7 +49,9 @@ def mixer_class(name: str):
 
 
 def hyper_parameters(name: str) -> dict:
-    """Name -> default of everything the method `name` can be told; what a constructor hands on to its base included."""
+    """Every hyper-parameter of the method `name` with its default, including those that its constructor passes on to
+    its base class.
+    """
     found = {}
     for cls in mixer_class(name).__mro__:
         own = inspect.signature(cls.__init__).parameters
@@ -57,25 +62,13 @@ def hyper_parameters(name: str) -> dict:
 
 
 def build_mixer(name: str, /, **options):
-    """The method `name` with those of `options` that it knows and that are not None; the others are left alone."""
+    """The method `name` with those of `options` that are hyper-parameters of it and not None; others are ignored."""
     known = hyper_parameters(name)
     return mixer_class(name)(**{k: v for k, v in options.items() if k in known and v is not None})
 
 
-def compose(names: list[str], options: dict):
-    """The mixer for `--method names` with all its options around it.
-
-    Several names: one of them is drawn for every batch. options: by flag name; `method_options` holds what a recipe
-    sets for single methods. Raises ValueError for a hyper-parameter out of range.
-    """
-    from mixing.compose import Chain, Choice, PartialMix
-
-    given = {key: value for key, value in options.items() if value is not None}
-    mixers = [build_mixer(name, **{**options["method_options"].get(name, {}), **given}) for name in names]
-    mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
-    schedule = {key: options[key] for key in ("mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch")}
-    if schedule["mix_fraction"] < 1 or schedule["mix_off_epoch"] or schedule["mix_schedule"] != "fixed":
-        mixer = PartialMix(mixer, **schedule)
-    if options["cutout"] and names != ["cutout"]:
-        mixer = Chain([build_mixer("cutout", **options), mixer])
-    return mixer
+def compose_options(names: list[str]) -> list[str]:
+    """The keyword arguments of compose_mixer() that have an effect with these methods."""
+    compose_mixer = import_module("mixing.compose").compose_mixer
+    own = [key for key, p in inspect.signature(compose_mixer).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    return list(dict.fromkeys(own + [key for name in [*names, "cutout"] for key in hyper_parameters(name)]))

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import torch
 
+from mixing import build_mixer
 from mixing.base import Mixer
 
 
@@ -157,3 +158,30 @@ class PartialMix(Chain):
     def after_backward(self, mixed_grad):
         if self.mixed:
             self.mixers[0].after_backward(None if mixed_grad is None else mixed_grad[-self.mixed :])
+
+
+def compose_mixer(
+    names: list[str],
+    *,
+    method_options: dict[str, dict] | None = None,
+    cutout: bool = False,
+    mix_fraction: float = 1.0,
+    mix_schedule: str = "fixed",
+    mix_scheduled_epoch: int = 0,
+    mix_off_epoch: int = 0,
+    **hyper_parameters,
+) -> Mixer:
+    """One mixer for the methods `names`: of several, one is drawn for every batch.
+
+    method_options: method -> hyper-parameters of that method alone. hyper_parameters: for every method that has them;
+    they come before method_options, and None means not given. cutout: cut holes into the images first. mix_*: see
+    PartialMix. Raises ValueError for an unknown method and for a hyper-parameter out of range.
+    """
+    given = {key: value for key, value in hyper_parameters.items() if value is not None}
+    mixers = [build_mixer(name, **{**(method_options or {}).get(name, {}), **given}) for name in names]
+    mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
+    if mix_fraction < 1 or mix_off_epoch or mix_schedule != "fixed":
+        mixer = PartialMix(mixer, mix_fraction, mix_schedule, mix_scheduled_epoch, mix_off_epoch)
+    if cutout and names != ["cutout"]:
+        mixer = Chain([build_mixer("cutout", **given), mixer])
+    return mixer

@@ -1,4 +1,7 @@
-"""Saliency sources: `source(images, targets) -> (B, H, W) >= 0`. Importing this package does not import torch."""
+"""Saliency sources: `source(images, targets) -> (B, H, W) >= 0`.
+
+The public names are loaded when they are first used: importing this package does not import torch.
+"""
 
 import inspect
 from importlib import import_module
@@ -20,24 +23,41 @@ CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # of sali
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
 
 
-def build_source(name: str, **given):
-    """The source `name` with those of `given` that it knows and that are not None; the others are left alone.
+_HOMES = {cls: module for module, cls in SOURCES.values()}  # public name -> its module
+_HOMES |= {"Source": "saliency.base", "ActivationMaps": "saliency.cam.maps"}
 
-    Static sources take mean and std, the normalisation of the images (one number a channel, of pixels in 0..1);
-    `gradient` takes the model and what saliency.gradient.Gradient says; `cam` the model; `bank` the number of training
-    images; `casm` its file. Raises ValueError for an unknown name, and for an option out of range.
-    """
+
+def __getattr__(name: str):
+    """`from saliency import Gradient` without importing every source."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'saliency' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def source_class(name: str):
+    """The class of the source `name`. Raises ValueError for an unknown name."""
     name = ALIASES.get(name, name)
     if name not in SOURCES:
         raise ValueError(f"unknown saliency source {name!r}; there are {', '.join(SOURCES)}")
     module, cls = SOURCES[name]
-    source = getattr(import_module(module), cls)
-    known = inspect.signature(source.__init__).parameters
-    missing = [key for key, p in known.items() if p.default is p.empty and key not in ("self", *given)]
-    missing = [key for key in missing if known[key].kind not in (known[key].VAR_POSITIONAL, known[key].VAR_KEYWORD)]
-    if missing:
-        raise ValueError(f"the source {name} needs {' and '.join(missing)}")
-    return source(**{key: value for key, value in given.items() if key in known and value is not None})
+    return getattr(import_module(module), cls)
+
+
+def build_source(name: str, /, **options):
+    """The source `name` with those of `options` that its constructor takes and that are not None; others are ignored.
+
+    Static sources take mean and std, the normalisation of the images (one number per channel, of pixels in 0..1);
+    `gradient` takes the model and the options of saliency.gradient.Gradient; `cam` the model; `bank` the number of
+    training images; `casm` its file. Raises ValueError for an unknown name, and for an option missing or out of range.
+    """
+    source = source_class(name)
+    known = {key: p for key, p in inspect.signature(source.__init__).parameters.items() if key != "self"}
+    needed = [
+        key for key, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if missing := [key for key in needed if key not in options]:
+        raise ValueError(f"the source {ALIASES.get(name, name)} needs {' and '.join(missing)}")
+    return source(**{key: value for key, value in options.items() if key in known and value is not None})
 
 
 def source_parameters(source) -> set[str]:

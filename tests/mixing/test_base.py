@@ -2,7 +2,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixing import ALIASES, MIXERS, CutMix, SaliencyMix, build_mixer, compose, hyper_parameters, mixer_class
+from mixing import (
+    ALIASES,
+    MIXERS,
+    CutMix,
+    SaliencyMix,
+    build_mixer,
+    compose_mixer,
+    compose_options,
+    hyper_parameters,
+    mixer_class,
+)
 from mixing.base import Mixer
 from mixing.compose import Choice, NoMix, PartialMix
 from mixing.cutmix import boxes_real
@@ -15,8 +25,6 @@ from saliency import build_source
 from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
-OPTIONS = {"mix_fraction": 1.0, "mix_schedule": "fixed", "mix_scheduled_epoch": 0, "mix_off_epoch": 0}
-OPTIONS |= {"cutout": False, "method_options": {}}
 LABEL_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 SMALL = {"block_num": (2,), "m_block_num": 2, "random_patches": (2,), "num_patches": 4, "patches_per_side": (2,)}
 
@@ -285,20 +293,22 @@ def test_compose_builds_what_the_flags_say():
     def source_of(mixer):
         return mixer.build_source(lambda one: one.default_source)
 
-    mixer = compose(["cutmix"], OPTIONS | {"mix_prob": 0.25, "mixup_alpha": None})
+    mixer = compose_mixer(["cutmix"], mix_prob=0.25, mixup_alpha=None)
     assert isinstance(mixer, CutMix) and mixer.mix_prob == 0.25 and mixer.mixup_alpha == 1.0 and not source_of(mixer)
-    mixer = compose(["none", "saliencymix"], OPTIONS)
+    mixer = compose_mixer(["none", "saliencymix"])
     assert isinstance(mixer, Choice) and source_of(mixer) == [None, "fine_grained"]
     by_method = {"cutmix": {"mix_prob": 1.0, "cutmix_box": "real"}}
-    mixer = compose(["none", "cutmix"], OPTIONS | {"method_options": by_method})
+    mixer = compose_mixer(["none", "cutmix"], method_options=by_method)
     assert (mixer.mixers[1].mix_prob, mixer.mixers[1].cutmix_box, source_of(mixer)) == (1.0, "real", None)
-    mixer = compose(["cutmix"], OPTIONS | {"method_options": by_method, "mix_prob": 0.1})
+    mixer = compose_mixer(["cutmix"], method_options=by_method, mix_prob=0.1)
     assert mixer.mix_prob == 0.1, "a typed option wins"
-    mixer = compose(["mixup"], OPTIONS | {"cutout": True, "cutout_length": 4, "mix_off_epoch": 2})
+    mixer = compose_mixer(["mixup"], cutout=True, cutout_length=4, mix_off_epoch=2)
     images, targets = torch.ones(4, 3, 16, 16), torch.eye(4)
     mixer.start_epoch(9, 10, 3)
     mixed, soft = mixer(images, targets)
     assert mixed.eq(0).any() and torch.equal(soft, targets), "holes stay when mixing is off"
+    known = compose_options(["none", "cutmix"])
+    assert {"mix_off_epoch", "method_options", "cutmix_box", "n_holes"} <= set(known) and "rand_pos" not in known
 
 
 class Waits(TorchDispatchMode):
@@ -361,9 +371,9 @@ def test_a_part_of_a_batch_and_a_clean_term_exclude_each_other():
 
     for options in ({"mix_fraction": 0.5}, {"mix_schedule": "scheduled", "mix_scheduled_epoch": 2}):
         with pytest.raises(ValueError, match="update_ratio 1"):
-            compose(["sage"], OPTIONS | options).build_source(lambda one: Clean())
-    assert compose(["sage"], OPTIONS | {"mix_off_epoch": 1}).build_source(lambda one: Clean())
-    assert compose(["sage"], OPTIONS | {"mix_fraction": 0.5}).build_source(lambda one: centre)
+            compose_mixer(["sage"], **options).build_source(lambda one: Clean())
+    assert compose_mixer(["sage"], mix_off_epoch=1).build_source(lambda one: Clean())
+    assert compose_mixer(["sage"], mix_fraction=0.5).build_source(lambda one: centre)
 
 
 SALIENT = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
