@@ -1,86 +1,118 @@
 """Faster R-CNN on PASCAL VOC with a trained classifier as backbone: python detect.py --backbone-checkpoint FILE"""
 
+import math
 from pathlib import Path
 
 from detection.options import build_parser
 from detection.resolve import KIND, check_start_options, option_notes, resolve_options, scale_schedule
-from engine.config import resolve
+from engine import runtime, training
 from engine.config.parser import check_output_path, read_config
-from engine.launch import run_main as run_script
+from engine.config.resolve import read_options
+from engine.config.select import select_kwargs
+from engine.launch import run_main
 
 
 def main(argv: list[str] | None = None) -> dict | None:
     """Train, or evaluate; returns what results.json holds."""
     parser = build_parser()
-    typed, notes = resolve.read_options(parser, argv)
+    typed, notes = read_options(parser, argv)
     options = resolve_options(parser, typed, read_config(typed["config"], KIND) if "config" in typed else {})
 
-    import torch  # after the options, so that --help answers at once
-
-    from detection.evaluate import evaluate_detector, make_test_loader
+    from detection.evaluate import evaluate_detector, make_test_loader  # torch: after the options, for a quick --help
     from detection.initialize import build_from_start, find_start
     from detection.load import load_image_sets
     from detection.loader import DetectionLoader
-    from detection.run import DETECTOR, DataInfo, Run, build_training_state, check_same_data
+    from detection.loop import train_one_epoch
+    from detection.run import (
+        DETECTOR,
+        DataInfo,
+        build_scheduler,
+        check_same_data,
+        describe_run,
+        draw_epoch,
+        evaluate_epoch,
+        finish_run,
+        reopen_last_epoch,
+    )
     from detection.shape_scenes import export_voc
-    from engine.config.select import select_kwargs
-    from engine.data.loader import process_shard
-    from engine.runtime import distributed
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
-    from engine.runtime.progress import progress_bar
-    from engine.training.run import resume_or_start
-    from engine.training.state import check_batch_size
+    from engine.data import check_batch_size, process_shard
 
     if options["predictions"]:
         check_output_path(parser, "--predictions", Path(options["predictions"]))
     if options["export_shapes"]:
-        parts = load_image_sets(dataset="shapes", progress=progress_bar, **select_kwargs(options, ["limit"]))
+        parts = load_image_sets(dataset="shapes", progress=runtime.progress_bar, **select_kwargs(options, ["limit"]))
         export_voc(Path(options["export_shapes"]), dict(zip(("trainval", "test"), parts, strict=True)))
         return print(f"drawn scenes written: --data_dir {options['export_shapes']} --train_sets 2007_trainval")
-    device = choose_device(options["device"])
-    distributed.init_processes(device, options["timeout"])
     if options["evaluate"]:
-        return evaluate_detector(typed, options, device)
-    options, saved, folder = resume_or_start(parser, typed, options, DETECTOR)
-    setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
-    precision, precision_text = choose_precision(options["amp"], device)
-    if not saved:
+        return evaluate_detector(typed, options, training.start_processes(options["device"], options["timeout"]))
+    start = training.start_run(parser, typed, options, notes, DETECTOR)
+    options, device, precision = start.options, start.device, start.precision
+    if not start.saved:
         check_start_options(parser, options)
-    start = find_start(options, saved)
-    options |= {"model": start.body, "neck": typed.get("neck", start.options.get("neck", options["neck"]))}
-    notes += option_notes(options, typed, going_on=bool(saved))
+    initial = find_start(options, start.saved)
+    options |= {"model": initial.body, "neck": typed.get("neck", initial.options.get("neck", options["neck"]))}
+    notes += option_notes(options, typed, going_on=bool(start.saved))
 
-    train, test = load_image_sets(progress=progress_bar, **select_kwargs(options, load_image_sets))
-    train = train if options["use_difficult"] else train.without_difficult()
-    check_same_data(saved, train)
-    check_batch_size(**select_kwargs(options, ["batch_size", "accumulate"]), images=len(train), drop_last=False)
-    feed_options = select_kwargs(options, ["batch_size", "augment", "seed", "workers"])
-    shard = process_shard(options["accumulate"])
-    feed = DetectionLoader(train, device=device, shuffle=True, shard=shard, **feed_options)
-    options |= scale_schedule(options, len(feed))
+    # ---- Data ----
+    train_set, test_set = load_image_sets(progress=runtime.progress_bar, **select_kwargs(options, load_image_sets))
+    train_set = train_set if options["use_difficult"] else train_set.without_difficult()
+    check_same_data(start.saved, train_set)
+    check_batch_size(options["batch_size"], options["accumulate"], len(train_set), drop_last=False)
+    train = DetectionLoader(
+        train_set,
+        device=device,
+        shuffle=True,
+        shard=process_shard(options["accumulate"]),
+        **select_kwargs(options, ["batch_size", "augment", "seed", "workers"]),
+    )
+    test = make_test_loader(test_set, options, device)
 
-    detector, more = build_from_start(start, options, train.classes)
-    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
-    detector = distributed.convert_sync_batchnorm(detector, options["norm"] == "syncbn", "take --norm bn")
-    detector = detector.to(device, memory_format=layout)
-    parts = build_training_state(detector, precision=precision, **select_kwargs(options, build_training_state))
+    # ---- Network ----
+    detector, more = build_from_start(initial, options, train_set.classes)
+    sync_bn = options["norm"] == "syncbn"
+    detector = training.place_network(detector, device, options["channels_last"], sync_bn, remedy="take --norm bn")
 
-    known = DataInfo(train.classes, start.mean, start.std, len(train))
-    judged_on = make_test_loader(test, options, device)
-    common = {"steps": len(feed), "precision": precision, "backbone": start.backbone, "saved": saved}
-    run = Run(folder, parts, options, known, **common)
-    run.begin(train, test, notes + more, where=f"{device}, {precision_text}")
+    # ---- Optimizer, schedule ----
+    options |= scale_schedule(options, len(train))
+    steps, epochs = training.StepSchedule([(1, len(train))]), math.ceil(options["iters"] / len(train))
+    optimizer = training.build_optimizer(
+        detector, nesterov=False, **select_kwargs(options, ["lr", "momentum", "weight_decay"])
+    )
+    scheduler = build_scheduler(optimizer, **select_kwargs(options, build_scheduler))
+    state = training.build_training_state(detector, optimizer, scheduler, precision, ema=options["ema"])
+
+    reopen_last_epoch(start, len(train))
+    data = DataInfo(train_set.classes, initial.mean, initial.std)
+    extra = {"backbone": initial.backbone, "images": len(train_set)}
+    run = training.Run(start, state, data, steps, epochs=epochs, total_steps=options["iters"], extra=extra)
+    lines = describe_run(train_set, test_set, initial.backbone, len(train), **select_kwargs(options, describe_run))
+    run.log_header(lines, [*notes, *more, *train_set.warnings, *test_set.warnings])
+
+    # ---- Epochs ----
+    result = None
     for epoch in run.epochs:
-        with run.ending_well():
-            row = run.train(epoch, feed)
-            row |= run.evaluate(judged_on)
-            run.keep(row)
-    result = run.finish(judged_on)
-    feed.close()
-    judged_on.close()
-    distributed.shut_down_processes()
-    return result
+        with run.save_on_interrupt():
+            with run.monitor(epoch) as monitor:
+                row = train_one_epoch(
+                    state,
+                    train,
+                    epoch=epoch,
+                    steps=run.steps_in(epoch),
+                    precision=precision,
+                    clip_grad=options["clip_grad"],
+                    monitor=monitor,
+                )
+            if run.is_evaluated(epoch):
+                result, columns = evaluate_epoch(run, test)
+                row |= columns
+            run.end_epoch(row)
+            draw_epoch(run)
+    content = finish_run(run, result, test)
+    train.close()
+    test.close()
+    runtime.shut_down_processes()
+    return content
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.config import resolve, unused_options
+from engine import runtime, training
 from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
 from engine.config.options import (
     LARGE_DATASETS,
@@ -14,8 +14,10 @@ from engine.config.options import (
 from engine.config.parser import Parser, read_config
 from engine.config.phases import build_phases, default_eval_resize, find_phase
 from engine.config.recipes import IMAGENET_RECIPES
-from engine.launch import run_main as run_script
-from engine.training.step_calendar import StepSchedule
+from engine.config.resolve import phase_options, read_options, resolve_options, use_copies_as_data_dir
+from engine.config.select import select_kwargs
+from engine.config.unused_options import image_notes, mixing_notes
+from engine.launch import run_main
 from mixing import ALIASES as METHOD_ALIASES
 from mixing import MIXERS, compose_options, hyper_parameters
 from models import ALIASES as MODEL_ALIASES
@@ -47,141 +49,146 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict | None:
     """Train; returns what result.json holds."""
     parser = build_parser()
-    typed, notes = resolve.read_options(parser, argv)
-    typed = resolve.use_copies_as_data_dir(typed)
+    typed, notes = read_options(parser, argv)
+    typed = use_copies_as_data_dir(typed)
     if "resize_to" in typed:
         return resize(typed, parser)
-    options = resolve.resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
         counts = parameter_counts(IMAGENET_MODELS, num_classes=1000)
         return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
 
-    import torch  # after the options, so that --help answers at once
-
-    from engine.config.select import select_kwargs
-    from engine.data.augment import Augmentation
-    from engine.data.datasets import load_data
-    from engine.data.image_set import check_same_images
-    from engine.data.loader import DeviceLoader, process_shard
-    from engine.data.resize_copies import find_copies
-    from engine.data.views import CenterCrop, RandomCrop
-    from engine.runtime import distributed
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
-    from engine.runtime.progress import progress_bar
-    from engine.training.console import announce_phases
-    from engine.training.evaluate import evaluate_checkpoint, init_from
-    from engine.training.run import Run, resume_or_start
-    from engine.training.state import build_training_state, check_batch_size, loader_options, make_source_builder
-    from engine.training.stopwatch import flatten_sources
+    import models  # and torch: after the options, so that --help answers at once
+    from engine.data import (
+        Augmentation,
+        CenterCrop,
+        DeviceLoader,
+        RandomCrop,
+        check_batch_size,
+        check_same_images,
+        find_copies,
+        load_data,
+        process_shard,
+    )
     from mixing import compose_mixer
     from models.imagenet_resnet import load_pretrained, zero_init
 
     if options["evaluate"]:
-        return evaluate_checkpoint(parser, typed, build_model, matching_models)
-    device = choose_device(options["device"])
-    distributed.init_processes(device, options["timeout"])
-    options, saved, folder = resume_or_start(parser, typed, options)
-    setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
-    precision, precision_text = choose_precision(options["amp"], device)
+        return training.evaluate_checkpoint(parser, typed, models)
+    start = training.start_run(parser, typed, options, notes, training.CLASSIFIER)
+    options, device, notes, precision = start.options, start.device, start.notes, start.precision
 
+    # ---- Data: in each phase other copies of the images, crops and batches ----
     phases = build_phases(options)
-    data = load_data(progress=progress_bar, **select_kwargs(options, load_data))
+    data = load_data(progress=runtime.progress_bar, **select_kwargs(options, load_data))
     copies = find_copies(data, {name: options[f"data_{name}"] for name in ("small", "large")})
     for name in {phase.images for phase in phases} - {"original"}:
         if not options[f"data_{name}"]:
             notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
     check_same_images(data)
-    feed = loader_options(options, data, device)
-    feed_training = {"shard": process_shard(options["accumulate"]), **select_kwargs(options, ["drop_last", "seed"])}
-    colours = select_kwargs(options, ["color_jitter", "lighting"])
-    stages = []
+    common = {"device": device, "mean": data.mean, "std": data.std}
+    common |= select_kwargs(options, ["workers", "channels_last"])
+    colors = select_kwargs(options, ["color_jitter", "lighting"])
+    loaders = []
     for phase in phases:
         check_batch_size(phase.batch_size, options["accumulate"], len(data.train), options["drop_last"])
-        part = copies[phase.images].with_view(CenterCrop(phase.crop, default_eval_resize(phase.crop)))
-        view = RandomCrop(phase.crop, phase.min_scale)
-        augmentation = Augmentation(view=view, **colours) if options["trad_augment"] else None
-        stages.append(
-            DeviceLoader(part, phase.batch_size, shuffle=True, augmentation=augmentation, **feed_training, **feed)
+        augmentation = Augmentation(view=RandomCrop(phase.crop, phase.min_scale), **colors)
+        loader = DeviceLoader(
+            copies[phase.images].with_view(CenterCrop(phase.crop, default_eval_resize(phase.crop))),
+            phase.batch_size,
+            shuffle=True,
+            augmentation=augmentation if options["trad_augment"] else None,
+            shard=process_shard(options["accumulate"]),
+            **select_kwargs(options, ["drop_last", "seed"]),
+            **common,
         )
-    held_out = {
-        name: DeviceLoader(part, 256, shard=process_shard(), **feed)
-        for name, part in (("test", data.test), ("valid", data.valid))
-        if part
-    }
+        loaders.append(loader)
+    held_out = {name: DeviceLoader(part, 256, shard=process_shard(), **common) for name, part in data.held_out.items()}
 
-    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+    # ---- Network: random weights, or torchvision's (--pretrained), or those of a file (--training.init_from) ----
     model = build_model(options["model"], len(data.classes), data.image_size)
-    try:
+    with parser.usage_errors():
         if options["zero_init"]:
             zero_init(model)
-        if options["pretrained"] and not saved:
-            fresh = distributed.main_process_first(lambda: load_pretrained(model, options["model"]))
+        if options["pretrained"] and not start.saved:
+            fresh = runtime.main_process_first(lambda: load_pretrained(model, options["model"]))
             notes.append("--pretrained: torchvision's weights" + (", but for a new last layer" if fresh else ""))
-    except ValueError as error:
-        parser.error(str(error))
-    if options["init_from"] and not saved:
-        notes.append(init_from(model, options["init_from"], len(data.classes), matching_models))
-    model = distributed.convert_sync_batchnorm(model, options["sync_bn"]).to(device, memory_format=layout)
+    if options["init_from"] and not start.saved:
+        notes.append(training.init_from(model, options["init_from"], len(data.classes), matching_models))
+    model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
-    calendar = StepSchedule([(phase.end, len(batches)) for phase, batches in zip(phases, stages, strict=True)])
-    banks = {}
+    # ---- Loss, optimizer, schedule ----
+    loss_fn = training.LOSSES[options["loss"]]
+    config = training.StepConfig(
+        loss_fn, len(data.classes), precision, options["label_smoothing"], options["clip_grad"]
+    )
+    steps = training.StepSchedule([(phase.end, len(loader)) for phase, loader in zip(phases, loaders, strict=True)])
+    with parser.usage_errors():
+        optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
+        scheduler = training.build_scheduler(
+            optimizer, calendar=steps, **select_kwargs(options, training.build_scheduler)
+        )
+    state = training.build_training_state(
+        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile"])
+    )
 
-    def mixing_of(number: int):
-        """The mixer of a phase; a method may have hyper-parameters of its own in each."""
-        told = select_kwargs(resolve.phase_options(options, number), compose_options(options["method"]))
-        mixer = compose_mixer(options["method"], mean=data.mean, std=data.std, **told)
-        mixer.check_size(phases[number].crop, phases[number].crop)
-        return mixer
+    # ---- Mixing: a method may have hyper-parameters of its own in each phase ----
+    sources = training.SourceBuilder(
+        build_source, state, data, precision, **select_kwargs(options, training.SourceBuilder)
+    )
+    with parser.usage_errors():
+        mixers = []
+        for number, phase in enumerate(phases):
+            given = select_kwargs(phase_options(options, number), compose_options(options["method"]))
+            mixers.append(compose_mixer(options["method"], mean=data.mean, std=data.std, **given))
+            mixers[number].check_size(phase.crop, phase.crop)
+        here = find_phase(phases, start.saved_epoch)
+        state.mix_with(mixers[here], sources)
+        runtime.check_sync_bn(options, state.sources)
+    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, state.sources))
+    notes += mixing_notes(options, typed, parser, OPTION_GROUPS, read, state.sources)
+    notes += image_notes(options, typed)
 
-    def guide(mixer):
-        source = mixer.build_source(make_source_builder(build_source, parts, data, options, precision, banks))
-        parts.mixer, parts.sources = mixer, flatten_sources(source)
-        distributed.check_sync_bn(options, parts.sources)
-        return source
-
-    try:
-        mixers = [mixing_of(number) for number in range(len(phases))]
-        here = find_phase(phases, len(saved["history"]) - (not saved["inside"]) if saved else 0)
-        parts = build_training_state(model, mixers[here], options, calendar=calendar, precision=precision)
-        source = guide(mixers[here])
-    except ValueError as error:
-        parser.error(str(error))
-
-    run = Run(folder, parts, options, data, calendar=calendar, precision=precision, saved=saved)
     if options["profile"]:
-        return run.profile(stages[here], source)
-    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
-    notes += unused_options.mixing_notes(options, typed, parser, OPTION_GROUPS, read, parts.sources)
-    notes += unused_options.image_notes(options, typed)
-    run.begin(notes, where=f"{device}, {precision_text}")
-    announce_phases(run.log, phases)
+        return training.print_profile(state, loaders[here], config, options["profile"])
+    run = training.Run(start, state, data, steps, epochs=options["epochs"], split="valid" if data.valid else "test")
+    lines, more = training.describe_run(data, phases, **select_kwargs(options, training.describe_run))
+    run.log_header(lines, [*notes, *more])
+
+    # ---- Epochs ----
     for epoch in run.epochs:
-        if (now := find_phase(phases, epoch)) != here:
-            stages[here].close()
-            if phases[now].batch_size == phases[here].batch_size:
-                mixers[now].load_state_dict(mixers[here].state_dict())
-            source, here = guide(mixers[now]), now
+        if (phase := find_phase(phases, epoch)) != here:
+            loaders[here].close()
+            if phases[phase].batch_size == phases[here].batch_size:
+                mixers[phase].load_state_dict(mixers[here].state_dict())
+            state.mix_with(mixers[phase], sources)
+            here = phase
         ends = [f"phase_{here + 1}.pt"] if epoch + 1 == phases[here].end and len(phases) > 1 else []
-        with run.ending_well():
-            row = run.train(epoch, stages[here], source)
-            row |= run.evaluate(held_out)
-            run.keep(row, source, stages[here], also=ends)
-    result = run.finish(held_out["test"])
-    distributed.shut_down_processes()
+        train = loaders[here]
+        with run.save_on_interrupt():
+            with run.monitor(epoch) as monitor:
+                row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
+            if run.is_evaluated(epoch):
+                row |= training.evaluate_held_out(state, held_out, run.bar)
+            run.end_epoch(row, also=ends, remark=training.count_skipped(train))
+            training.draw_epoch(run, data, train.part)
+    result = training.finish_run(run, held_out["test"])
+    runtime.shut_down_processes()
     return result
 
 
 def resize(typed: dict, parser: Parser) -> None:
     """--resize_to: smaller copies of the images, which are quicker to read."""
     from engine.data.resize_copies import resize_copies
-    from engine.runtime.progress import progress_bar
 
     if "resize_dest" not in typed:
         parser.error("--resize_to needs --resize_dest DIR: where shall the copies go?")
     source, destination = Path({**parser.defaults, **typed}["data_dir"]), Path(typed["resize_dest"])
-    report = resize_copies(source, typed["resize_to"], destination, workers=typed.get("workers"), progress=progress_bar)
+    report = resize_copies(
+        source, typed["resize_to"], destination, workers=typed.get("workers"), progress=runtime.progress_bar
+    )
     print("\n".join(report.lines()))
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

@@ -1,11 +1,14 @@
 """Train a classifier on small images with a mixing method: python train.py --method saliencymix --dataset cifar10"""
 
-from engine.config import resolve, unused_options
+from engine import runtime, training
 from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
 from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options, add_training_options
 from engine.config.parser import Parser, read_config
 from engine.config.recipes import RECIPES
-from engine.launch import run_main as run_script
+from engine.config.resolve import read_options, resolve_options
+from engine.config.select import select_kwargs
+from engine.config.unused_options import mixing_notes
+from engine.launch import run_main
 from mixing import ALIASES as METHOD_ALIASES
 from mixing import MIXERS, compose_options, hyper_parameters
 from models import ALIASES as MODEL_ALIASES
@@ -34,91 +37,91 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict | None:
     """Train; returns what result.json holds."""
     parser = build_parser()
-    typed, notes = resolve.read_options(parser, argv)
-    options = resolve.resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    typed, notes = read_options(parser, argv)
+    options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
         counts = parameter_counts(MODELS)
         return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
 
-    import torch  # after the options, so that --help answers at once
-
-    from engine.config.select import select_kwargs
-    from engine.data.augment import Augmentation
-    from engine.data.datasets import load_data
-    from engine.data.image_set import check_same_images
-    from engine.data.loader import DeviceLoader, process_shard
-    from engine.runtime import distributed
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
-    from engine.runtime.progress import progress_bar
-    from engine.training.evaluate import evaluate_checkpoint, init_from
-    from engine.training.run import Run, resume_or_start
-    from engine.training.state import build_training_state, check_batch_size, loader_options, make_source_builder
-    from engine.training.step_calendar import StepSchedule
-    from engine.training.stopwatch import flatten_sources
+    import models  # and torch: after the options, so that --help answers at once
+    from engine.data import Augmentation, DeviceLoader, check_batch_size, check_same_images, load_data, process_shard
     from mixing import compose_mixer
 
     if options["evaluate"]:
-        return evaluate_checkpoint(parser, typed, build_model, matching_models)
-    device = choose_device(options["device"])
-    distributed.init_processes(device, options["timeout"])
-    options, saved, folder = resume_or_start(parser, typed, options)
-    setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
-    precision, precision_text = choose_precision(options["amp"], device)
+        return training.evaluate_checkpoint(parser, typed, models)
+    start = training.start_run(parser, typed, options, notes, training.CLASSIFIER)
+    options, device, notes, precision = start.options, start.device, start.notes, start.precision
 
-    data = load_data(progress=progress_bar, **select_kwargs(options, load_data))
+    # ---- Data ----
+    data = load_data(progress=runtime.progress_bar, **select_kwargs(options, load_data))
     check_same_images(data)
-    check_batch_size(**select_kwargs(options, ["batch_size", "accumulate", "drop_last"]), images=len(data.train))
-    feed = loader_options(options, data, device)
+    check_batch_size(options["batch_size"], options["accumulate"], len(data.train), options["drop_last"])
+    common = {"device": device, "mean": data.mean, "std": data.std}
+    common |= select_kwargs(options, ["workers", "channels_last"])
     train = DeviceLoader(
         data.train,
         shuffle=True,
         augmentation=Augmentation(options["crop_padding"]) if options["trad_augment"] else None,
         shard=process_shard(options["accumulate"]),
         **select_kwargs(options, ["batch_size", "drop_last", "seed"]),
-        **feed,
+        **common,
     )
-    held_out = {
-        name: DeviceLoader(part, 500, shard=process_shard(), **feed)
-        for name, part in (("test", data.test), ("valid", data.valid))
-        if part
-    }
+    held_out = {name: DeviceLoader(part, 500, shard=process_shard(), **common) for name, part in data.held_out.items()}
 
-    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
-    try:
+    # ---- Network ----
+    with parser.usage_errors("--model"):
         model = build_model(options["model"], len(data.classes), data.image_size, options["dropout"])
-    except ValueError as error:
-        parser.error(f"--model: {error}")
-    model = distributed.convert_sync_batchnorm(model, options["sync_bn"]).to(device, memory_format=layout)
-    if options["init_from"] and not saved:
-        notes.append(init_from(model, options["init_from"], len(data.classes), matching_models))
+    if options["init_from"] and not start.saved:
+        notes.append(training.init_from(model, options["init_from"], len(data.classes), matching_models))
+    model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
-    calendar = StepSchedule([(options["epochs"], len(train))])
-    try:
-        told = select_kwargs(options, compose_options(options["method"]))
-        mixer = compose_mixer(options["method"], mean=data.mean, std=data.std, **told)
+    # ---- Loss, optimizer, schedule ----
+    loss_fn = training.LOSSES[options["loss"]]
+    config = training.StepConfig(
+        loss_fn, len(data.classes), precision, options["label_smoothing"], options["clip_grad"]
+    )
+    steps = training.StepSchedule([(options["epochs"], len(train))])
+    with parser.usage_errors():
+        optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
+        scheduler = training.build_scheduler(
+            optimizer, calendar=steps, **select_kwargs(options, training.build_scheduler)
+        )
+    state = training.build_training_state(
+        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile"])
+    )
+
+    # ---- Mixing ----
+    with parser.usage_errors():
+        given = select_kwargs(options, compose_options(options["method"]))
+        mixer = compose_mixer(options["method"], mean=data.mean, std=data.std, **given)
         mixer.check_size(data.image_size, data.image_size)
-        parts = build_training_state(model, mixer, options, calendar=calendar, precision=precision)
-        source = mixer.build_source(make_source_builder(build_source, parts, data, options, precision, banks={}))
-        parts.sources = flatten_sources(source)
-        distributed.check_sync_bn(options, parts.sources)
-    except ValueError as error:
-        parser.error(str(error))
+        sources = training.SourceBuilder(
+            build_source, state, data, precision, **select_kwargs(options, training.SourceBuilder)
+        )
+        state.mix_with(mixer, sources)
+        runtime.check_sync_bn(options, state.sources)
+    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, state.sources))
+    notes += mixing_notes(options, typed, parser, OPTION_GROUPS, read, state.sources)
 
-    run = Run(folder, parts, options, data, calendar=calendar, precision=precision, saved=saved)
     if options["profile"]:
-        return run.profile(train, source)
-    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, parts.sources))
-    notes += unused_options.mixing_notes(options, typed, parser, OPTION_GROUPS, read, parts.sources)
-    run.begin(notes, where=f"{device}, {precision_text}")
+        return training.print_profile(state, train, config, options["profile"])
+    run = training.Run(start, state, data, steps, epochs=options["epochs"], split="valid" if data.valid else "test")
+    lines, more = training.describe_run(data, **select_kwargs(options, training.describe_run))
+    run.log_header(lines, [*notes, *more])
+
+    # ---- Epochs ----
     for epoch in run.epochs:
-        with run.ending_well():
-            row = run.train(epoch, train, source)
-            row |= run.evaluate(held_out)
-            run.keep(row, source, train)
-    result = run.finish(held_out["test"])
-    distributed.shut_down_processes()
+        with run.save_on_interrupt():
+            with run.monitor(epoch) as monitor:
+                row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
+            if run.is_evaluated(epoch):
+                row |= training.evaluate_held_out(state, held_out, run.bar)
+            run.end_epoch(row, remark=training.count_skipped(train))
+            training.draw_epoch(run, data, train.part)
+    result = training.finish_run(run, held_out["test"])
+    runtime.shut_down_processes()
     return result
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_main(main)

@@ -67,9 +67,7 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
 
     from engine.data.augment import Augmentation
     from engine.data.loader import DeviceLoader
-    from engine.training.loop import train_one_epoch
-    from engine.training.loss import LOSSES
-    from engine.training.stopwatch import Stopwatch
+    from engine.training import LOSSES, EpochMonitor, StepConfig, TrainingState, train_one_epoch
 
     half = (0.5, 0.5, 0.5)
     feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
@@ -78,14 +76,14 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
     model = build_model(options["model"], 10, options["image_size"]).to(device, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device.type in ("cpu", "cuda"))
     fixed, laps = next(batches.epoch()), ([], [])
-    step = {"num_classes": 10, "precision": precision, "max_steps": 1}
+    state, config = TrainingState(model, optimizer, mixer=NoMix()), StepConfig(LOSSES["ce"], 10, precision)
     for turn in range(-2, options["steps"]):
-        watch = Stopwatch(device)
+        monitor = EpochMonitor(device)
         bare = time_bare(model, optimizer, fixed, precision)
-        train_one_epoch(model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=max(turn, 0), watch=watch, **step)
+        train_one_epoch(state, batches, config, epoch=max(turn, 0), monitor=monitor, max_steps=1)
         if turn >= 0:
             laps[0].append(bare)
-            laps[1].append(sum(watch.seconds().values()))
+            laps[1].append(sum(monitor.watch.seconds().values()))
     return median(laps[0]), median(laps[1])
 
 

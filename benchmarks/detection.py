@@ -108,17 +108,15 @@ def own(detector, feed, turn: int, steps: int, precision) -> tuple[float, float]
     import torch
 
     from detection.loop import train_one_epoch
-    from engine.training.stopwatch import Stopwatch
+    from engine.training import EpochMonitor, TrainingState
 
     optimizer = torch.optim.SGD(learning(detector), 1e-4, momentum=MOMENTUM, weight_decay=DECAY, fused=True)
-    watch, begin = Stopwatch(feed.device), time.perf_counter()
-    numbers = train_one_epoch(
-        *(detector, feed, optimizer),
-        **{"epoch": turn, "steps": steps, "first_step": 0, "precision": precision, "watch": watch},
-    )
+    monitor, begin = EpochMonitor(feed.device), time.perf_counter()
+    state = TrainingState(detector, optimizer)
+    numbers = train_one_epoch(state, feed, epoch=turn, steps=steps, precision=precision, monitor=monitor)
     wait_for(feed.device)
     seconds = time.perf_counter() - begin
-    return numbers["images"] / seconds, watch.seconds()["data"] / seconds
+    return numbers["images"] / seconds, monitor.watch.seconds()["data"] / seconds
 
 
 def reference(detector, feed, part, turn: int, steps: int, options: dict, precision) -> tuple[float, float]:

@@ -101,7 +101,7 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
     import torch
 
     from engine.data.image_set import STATISTICS
-    from engine.training.loop import train_one_epoch
+    from engine.training import EpochMonitor, StepConfig, TrainingState, train_one_epoch
     from engine.training.loss import LOSSES, cross_entropy_scale
 
     gc.collect()  # what the method before has left would be freed under the eyes of the meter
@@ -120,12 +120,12 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
         source = mixer.build_source(
             lambda one: build_source(options["saliency"] or one.default_source, **share | one.gradient_options)
         )
-        step = {"num_classes": classes, "precision": precision}
-        together = (model, mixer, source, batches, optimizer, loss_fn)
-        train_one_epoch(*together, epoch=0, max_steps=1, **step)
+        state = TrainingState(model, optimizer, mixer=mixer, source=source)
+        config = StepConfig(loss_fn, classes, precision)
+        train_one_epoch(state, batches, config, epoch=0, max_steps=1)
         if name == "rlmix":  # let its agent learn now, and not in the thousandth step only
             mixer.agent.rollout.filled = mixer.agent.rollout.steps - 1
-        train_one_epoch(*together, epoch=1, watch=meter, **step)
+        train_one_epoch(state, batches, config, epoch=1, monitor=EpochMonitor(device, watch=meter))
     found = meter.highest()
     return {part: found[part] for part in PARTS if part in found}
 

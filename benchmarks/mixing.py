@@ -139,13 +139,13 @@ class Bench:
 
     def step(self, name: str, epoch: int):
         """Seconds of one training step, by part."""
-        from engine.training.loop import train_one_epoch
-        from engine.training.stopwatch import Stopwatch
+        from engine.training import EpochMonitor, StepConfig, TrainingState, train_one_epoch
 
-        watch, (mixer, source) = Stopwatch(self.device), self.parts[name]
-        step = {"num_classes": self.classes, "precision": self.precision, "watch": watch, "max_steps": 1}
-        train_one_epoch(self.model, mixer, source, self.batches, self.optimizer, self.loss_fn, epoch=epoch, **step)
-        return watch.seconds()
+        monitor, (mixer, source) = EpochMonitor(self.device), self.parts[name]
+        state = TrainingState(self.model, self.optimizer, mixer=mixer, source=source)
+        config = StepConfig(self.loss_fn, self.classes, self.precision)
+        train_one_epoch(state, self.batches, config, epoch=epoch, monitor=monitor, max_steps=1)
+        return monitor.watch.seconds()
 
     def bound(self, name: str) -> float:
         source = self.parts[name][1]

@@ -1,7 +1,6 @@
 """The training step of a detector, and its detections on a whole part."""
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -12,10 +11,11 @@ from torch import nn
 from detection.loader import Batch, DetectionLoader
 from detection.metrics import Detections
 from engine.runtime.device import autocast, exact_float32
-from engine.runtime.distributed import all_gather_object, gather_object, move_to_host, world_size
+from engine.runtime.distributed import all_gather_object, gather_object, move_to_host
 from engine.training.loop import optimizer_step
-from engine.training.running_sums import EpochStats, NonFiniteLoss, TrainingInterrupted
-from engine.training.stopwatch import Stopwatch
+from engine.training.monitor import EpochMonitor
+from engine.training.running_sums import EpochStats, NonFiniteLoss
+from engine.training.state import TrainingState
 
 LOSS_NAMES = {  # of the loss terms, for the progress bar
     "loss_classifier": "class",
@@ -26,78 +26,56 @@ LOSS_NAMES = {  # of the loss terms, for the progress bar
 
 
 def train_one_epoch(
-    model: nn.Module,
-    feed: DetectionLoader,
-    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    loader: DetectionLoader,
     *,
     epoch: int,
     steps: int,
-    first_step: int,
-    network: nn.Module | None = None,
-    scheduler=None,
-    scaler=None,
-    ema=None,
     precision: torch.dtype | None = None,
     clip_grad: float = 0.0,
-    tally: EpochStats | None = None,
-    watch: Stopwatch | None = None,
-    stop: Callable[[], bool] | None = None,
-    keep: Callable[[EpochStats], None] | None = None,
-    look_every: int = 50,
-    progress: Callable | None = None,
+    monitor: EpochMonitor | None = None,
 ) -> dict[str, float]:
-    """`steps` optimizer steps of an epoch, which may be fewer than it has; the means of the loss and of its terms.
+    """Train for `steps` optimizer steps of an epoch, which may be fewer than it has. Returns the means of the loss and
+    of its terms, and the number of images.
 
-    first_step: the number of the epoch's first step in the run. network: `model` as wrapped for several processes.
-    tally: where a stopped epoch goes on. keep(tally) is called after every step, and may save. progress: as for
-    engine.training.loop.train_one_epoch. Raises NotFinite, before the weights are touched, for a loss that is no
-    number, and Stopped before a step where stop() says so.
+    Raises NonFiniteLoss, before the weights are touched, for a loss that is NaN or infinite, and TrainingInterrupted
+    before a step where the monitor is asked to stop.
     """
-    network, tally = network or model, tally or EpochStats()
-    watch = watch or Stopwatch(feed.device)
-    model.train()
-    begin, seen_before = time.perf_counter(), tally.seen
-    watch.start()
-    stream = feed.epoch(epoch, start=tally.step)
-    for step in range(tally.step, steps):
-        if stop and stop():
-            raise TrainingInterrupted(tally)
-        optimizer.zero_grad(set_to_none=True)
+    monitor = monitor or EpochMonitor(loader.device)
+    stats, watch = monitor.stats, monitor.watch
+    first_step = epoch * len(loader) if monitor.first_step is None else monitor.first_step
+    state.model.train()
+    monitor.start()
+    stream = loader.epoch(epoch, start=stats.step)
+    for step in range(stats.step, steps):
+        monitor.raise_if_stopped()
+        state.optimizer.zero_grad(set_to_none=True)
         batches, losses = [], []
-        for number in range(feed.micro_batches):
+        for number in range(loader.micro_batches):
             batch = next(stream)
             watch.lap("data")
-            last = number + 1 == feed.micro_batches
-            with nullcontext() if last or network is model else network.no_sync():
-                with autocast(feed.device, precision):
-                    terms = network(batch.images, batch.targets)
+            sync = number + 1 == loader.micro_batches or state.network is state.model
+            with nullcontext() if sync else state.network.no_sync():
+                with autocast(loader.device, precision):
+                    terms = state.network(batch.images, batch.targets)
                 loss = sum(terms.values())
-                (scaler.scale(loss) if scaler else loss).backward()
+                (state.scaler.scale(loss) if state.scaler else loss).backward()
             losses.append(terms)
             batches.append(batch)
             count = len(batch.images)
-            tally.add(count, loss=loss.detach() * count, **{key: term.detach() * count for key, term in terms.items()})
+            stats.add(count, loss=loss.detach() * count, **{key: term.detach() * count for key, term in terms.items()})
             watch.lap("network")
-        # torchvision's detectors make the host wait in every step anyway, so looking at the loss costs nothing more
-        check_finite(losses, batches, feed.part.names, first_step + step + 1)
-        optimizer_step(model, optimizer, scaler, clip_grad, micro_batches=feed.micro_batches)
-        if scheduler:
-            scheduler.step()
-        if ema:
-            ema.update(model)
-        tally.step = step + 1
-        watch.lap("network")
-        if keep:
-            keep(tally)
-        if progress and (tally.step % look_every == 0 or tally.step == steps):
-            means = tally.means()
-            rate = (tally.seen - seen_before) * world_size() / (time.perf_counter() - begin)
-            shown = {name: means[key] for key, name in LOSS_NAMES.items()}
-            lr = optimizer.param_groups[0]["lr"]
-            progress(tally.step, loss=means["loss"], **shown, lr=lr, images_per_second=rate)
-        elif progress:
-            progress(tally.step)
-    return tally.means()
+        # torchvision's detectors make the host wait in every step anyway, so checking the loss costs nothing more
+        check_finite(losses, batches, loader.part.names, first_step + step + 1)
+        optimizer_step(state, clip_grad, loader.micro_batches)
+        monitor.end_step(steps, state.optimizer, lambda: shown_means(stats))
+    return stats.means()
+
+
+def shown_means(stats: EpochStats) -> dict[str, float]:
+    """The means of the loss and its terms, under their short names."""
+    means = stats.means()
+    return {"loss": means["loss"], **{name: means[key] for key, name in LOSS_NAMES.items()}}
 
 
 def check_finite(losses: list[dict[str, torch.Tensor]], batches: list[Batch], names: list[str], step: int) -> None:

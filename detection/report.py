@@ -274,12 +274,12 @@ def draw_batches(path: Path, batches: list[dict], classes: Sequence[str]) -> Non
     rows = []
     for batch in batches:
         for name, image, target in zip(batch["names"], batch["images"], batch["targets"], strict=True):
-            boxes = [
+            drawn = [
                 boxes.DrawnBox(box, classes[label - 1], colours[label - 1], difficult)
                 for box, label, difficult in make_rows(*(target[key] for key in ("boxes", "labels", "difficult")))
             ]
             picture = (255 * image.nan_to_num(0, 1, 0).clamp(0, 1)).byte().permute(1, 2, 0).contiguous().numpy()
-            rows.append((name, picture, boxes, []))
+            rows.append((name, picture, drawn, []))
     boxes.draw_box_pairs(path, rows, ("as the step saw it, with its objects", "without them"), "Dashed: difficult")
 
 

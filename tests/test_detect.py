@@ -17,6 +17,7 @@ from detection.metrics import Detections, Objects, voc_metrics
 from detection.options import build_parser
 from detection.recipes import RECIPES
 from detection.resolve import resolve_options, scale_schedule
+from detection.run import build_scheduler
 from engine.errors import Terminated, UserError
 from models import build_model
 
@@ -459,17 +460,13 @@ def test_lr_follows_the_batch_only_when_asked_to():
 
 
 def test_the_rate_rises_from_a_thousandth_and_drops_at_its_iterations():
-    from detection.faster_rcnn import build_detector
-    from detection.run import build_training_state
-
-    detector = build_detector("resnet18", 2, mean=(0, 0, 0), std=(1, 1, 1))
-    common = {"lr": 2.0, "momentum": 0.9, "weight_decay": 0.0, "ema": 0.0, "precision": None, "warmup_iters": 4}
-    parts = build_training_state(detector, schedule=[6, 8], gammas=[0.1], **common)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 2.0)
+    scheduler = build_scheduler(optimizer, schedule=[6, 8], gammas=[0.1], warmup_iters=4)
     rates = []
     for _ in range(9):
-        rates.append(parts.scheduler.get_last_lr()[0])
-        parts.optimizer.step()
-        parts.scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
     rising = [2 * (1e-3 + (1 - 1e-3) * step / 4) for step in range(4)]
     assert rates == pytest.approx([*rising, 2, 2, 0.2, 0.2, 0.02])
 
@@ -510,20 +507,20 @@ def in_two(ports) -> dict:
         return detect.main([*place, *TINY.split(), "--norm", "bn", "--iters", "6", "--name", name, *words])
 
     found["result"] = go("whole")
-    update, done = loop.update, []
+    update, done = loop.optimizer_step, []
 
     def counted(*args, **kwargs):  # SIGTERM to the second process within its fourth step, which both see a step later
         done.append(update(*args, **kwargs))
         if len(done) == 4 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.update = counted
+    loop.optimizer_step = counted
     try:
         go("parts")
         found["message"] = "never stopped"
     except Terminated as stopped:
         found["message"] = str(stopped)
-    loop.update = update
+    loop.optimizer_step = update
     distributed.shut_down_processes()
     go("parts", "--checkpoint", "auto")
 

@@ -21,8 +21,8 @@ from engine.data.loader import DeviceLoader
 from engine.data.resize_copies import find_copies
 from engine.errors import Terminated, UserError
 from engine.training import loop
+from engine.training.optimizer import split_norm_parameters
 from engine.training.run import Run
-from engine.training.state import param_groups_no_norm_decay
 from models import build_model
 from saliency.casm.source import CASM
 
@@ -142,13 +142,13 @@ def test_a_phase_has_its_own_crop_batch_and_clean_term(place, tmp_path, monkeypa
     seen = []
     train_one_epoch = loop.train_one_epoch
 
-    def looked(model, mixer, source, batches, *args, **kwargs):
+    def looked(state, batches, *args, **kwargs):
         batch = next(batches.epoch(0))
-        seen.append((tuple(batch.images.shape), source.clean_weight, str(batches.part.origin)))
+        seen.append((tuple(batch.images.shape), state.source.clean_weight, str(batches.part.origin)))
         batches.close()
-        return train_one_epoch(model, mixer, source, batches, *args, **kwargs)
+        return train_one_epoch(state, batches, *args, **kwargs)
 
-    monkeypatch.setattr("engine.training.run.train_one_epoch", looked)
+    monkeypatch.setattr("engine.training.loop.train_one_epoch", looked)
     imagenet_train.main(command(place, tmp_path, "--method", "puzzlemix", "--block_num", "2", "--log_off"))
     assert [shape for shape, _, _ in seen] == [(8, 3, 16, 16)] + [(4, 3, 24, 24)] * 3
     assert [weight for _, weight, _ in seen] == [1, 1, 1, 0]
@@ -160,11 +160,11 @@ def test_rlmix_keeps_its_agent_as_long_as_the_batch_stays(place, tmp_path, monke
     agents = []
 
     def looked(self, row, *args, **kwargs):
-        agents.append(self.parts.mixer.agent)
+        agents.append(self.state.mixer.agent)
         return kept(self, row, *args, **kwargs)
 
-    kept = Run.keep
-    monkeypatch.setattr(Run, "keep", looked)
+    kept = Run.end_epoch
+    monkeypatch.setattr(Run, "end_epoch", looked)
     words = ["--method", "rlmix", "--num_patches", "4", "--agent_trajectory_size", "50"]
     imagenet_train.main(command(place, tmp_path, *words))
     sizes = [agent.sizes["batch"] for agent in agents]
@@ -319,7 +319,7 @@ def test_pictures_and_plain_crops_have_the_size_of_the_phase(place, tmp_path, mo
 
 def test_batch_norm_does_not_decay_where_it_shall_not():
     model = build_model("imagenet_resnet18", 3, 64)
-    others, norms = param_groups_no_norm_decay(model)
+    others, norms = split_norm_parameters(model)
     assert norms["weight_decay"] == 0 and len(norms["params"]) == 40 and all(one.dim() == 1 for one in norms["params"])
     assert len(others["params"]) + 40 == len(list(model.parameters())) and "weight_decay" not in others
 

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import UserError, suggest_closest
@@ -156,6 +157,14 @@ class Parser(argparse.ArgumentParser):
             hint = suggest_closest(unknown[0].partition("=")[0], names)
             self.error(f"unknown option {unknown[0]}{hint or '; --help lists them all'}")
         return {key: join_values(value) for key, value in vars(typed).items()}
+
+    @contextmanager
+    def usage_errors(self, option: str = "") -> Iterator[None]:
+        """Around code that raises ValueError for bad values: it becomes a usage error. option: named before it."""
+        try:
+            yield
+        except ValueError as error:
+            self.error(f"{option}: {error}" if option else str(error))
 
     def error(self, message: str):
         """End with one line and exit code 2; of several processes, started alike, the first of each machine says it."""

@@ -1,1 +1,15 @@
 """Data sets: from files to batches on the device."""
+
+from engine import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "datasets": "load_data load_evaluation",
+        "image_set": "Data ImageSet STATISTICS check_same_images",
+        "augment": "Augmentation",
+        "loader": "Batch DeviceLoader Shard check_batch_size process_shard",
+        "resize_copies": "find_copies resize_copies",
+        "views": "CenterCrop RandomCrop SquashedView",
+    },
+)

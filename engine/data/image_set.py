@@ -80,6 +80,11 @@ class Data:
     def classes(self) -> list[str]:
         return self.train.classes
 
+    @property
+    def held_out(self) -> dict[str, ImageSet]:
+        """The parts that are evaluated after each epoch, by name."""
+        return {"test": self.test, **({"valid": self.valid} if self.valid else {})}
+
 
 def split_by_class(
     train: ImageSet, labels_per_class: int, valid_labels_per_class: int, seed: int

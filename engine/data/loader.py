@@ -20,6 +20,7 @@ from engine.data.augment import (
 )
 from engine.data.image_files import Reader
 from engine.data.image_set import ImageSet
+from engine.errors import UserError
 from engine.runtime.distributed import rank, world_size
 
 
@@ -208,3 +209,17 @@ class DeviceLoader:
         else:
             torch.addcmul(self.shift, images, self.scale, out=images)
         return images if self.channels_last else images.contiguous()
+
+
+def check_batch_size(batch_size: int, accumulate: int, images: int, drop_last: bool) -> None:
+    """Raise UserError where a batch cannot be cut into equal parts for all processes, or is larger than the data."""
+    cut = world_size() * accumulate
+    if batch_size % cut:
+        by = f"{world_size()} processes" + (f" x --accumulate {accumulate}" if accumulate > 1 else "")
+        below, above = batch_size // cut * cut, (batch_size // cut + 1) * cut
+        raise UserError(
+            f"--batch_size {batch_size}: the total, which {by} = {cut} do not divide\n"
+            f"take {f'{below} or ' if below else ''}{above}"
+        )
+    if images < (batch_size if drop_last else cut):
+        raise UserError(f"--batch_size {batch_size}: only {images} training images; take a smaller one")

@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypedDict
 
 import torch
 
@@ -18,6 +19,39 @@ from engine.runtime.files import delay_interrupt, write_atomic
 from engine.runtime.safe_unpickle import PLACEHOLDER_PICKLE
 
 FORMAT = 2
+
+
+class Checkpoint(TypedDict, total=False):
+    """The content of a checkpoint, of whatever kind of run. make_checkpoint() writes it, read_checkpoint() reads it."""
+
+    format: int  # FORMAT
+    kind: str  # of KINDS; a classifier where it is missing
+    epoch: int  # finished epochs
+    step: int  # finished optimizer steps
+    precision: str  # what the network computed in: "None" (float32), "torch.bfloat16", "torch.float16"
+    config: dict  # every option of the run
+    history: list[dict]  # a row of the log for each finished epoch
+    best: dict  # value, epoch and split of the best epoch so far
+    before: dict | None  # of the epoch under way: seconds it took so far, lr at its start
+    inside: list[dict] | None  # where the epoch under way was stopped: sums and batch statistics of each process
+    model: dict  # state dicts
+    optimizer: dict
+    scheduler: dict
+    scaler: dict | None
+    ema: dict | None
+    method: list[dict | None]  # of the mixer, for each process
+    saliency: list[dict]  # of each source
+    rng: list[dict]  # random generators of each process
+    classes: list[str]  # of the data
+    num_classes: int
+    image_size: int | None  # side in pixels; None where images are of any size
+    mean: list[float]
+    std: list[float]
+    versions: dict[str, str]
+    backbone: dict  # detectors: where the backbone came from
+    images: int  # detectors: number of training images
+    decoder: dict  # saliency maps: state dict of the mask decoder
+    pool: str | None  # saliency maps: name of the file of past classifiers
 
 
 def get_versions() -> dict[str, str]:
@@ -30,6 +64,30 @@ def get_versions() -> dict[str, str]:
         "torchvision": str(torchvision.__version__),
         "numpy": numpy.__version__,
     }
+
+
+class DataInfo(Protocol):
+    """What a checkpoint says of the data; engine.data.image_set.Data is one."""
+
+    classes: list[str]
+    image_size: int | None  # side in pixels
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def make_checkpoint(*, data: DataInfo, state: dict, **values) -> Checkpoint:
+    """A checkpoint of these values. state: what the training state says of itself; the other names are Checkpoint's."""
+    return Checkpoint(
+        format=FORMAT,
+        classes=list(data.classes),
+        num_classes=len(data.classes),
+        image_size=data.image_size,
+        mean=list(data.mean),
+        std=list(data.std),
+        versions=get_versions(),
+        **state,
+        **values,
+    )
 
 
 def save_checkpoint(path: Path, content: dict, *, keep_previous: bool = False) -> None:
@@ -72,7 +130,7 @@ OTHER_USES = {  # of weights that are no checkpoint of ours
 }
 
 
-def read_checkpoint(path: Path, kind: str = "classifier") -> dict:
+def read_checkpoint(path: Path, kind: str = "classifier") -> Checkpoint:
     """A checkpoint of our own format, on the CPU. kind: of what. Raises UserError that names the file and what is wrong
     with it.
     """

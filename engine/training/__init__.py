@@ -1,1 +1,21 @@
 """Training: the step, the run from epoch to epoch, its folder and its log."""
+
+from engine import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "console": "CLASSIFIER count_skipped describe_run draw_epoch finish_run print_profile",
+        "evaluate": "evaluate_checkpoint evaluate_held_out init_from",
+        "loop": "StepConfig profile_steps train_one_epoch",
+        "loss": "LOSSES",
+        "monitor": "EpochMonitor",
+        "run": "Run",
+        "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
+        "schedule": "build_scheduler",
+        "start": "RunKind Start start_processes start_run",
+        "optimizer": "build_optimizer",
+        "state": "SourceBuilder TrainingState build_training_state place_network",
+        "step_calendar": "StepSchedule",
+    },
+)

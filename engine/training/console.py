@@ -1,6 +1,7 @@
-"""What a person reads and looks at while a classifier trains and when it is done."""
+"""Training a classifier: what its run prints, draws and keeps."""
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,54 +9,83 @@ import torch
 from torch.nn import functional as F
 
 from engine.config.phases import Phase
+from engine.config.resolve import resolve_options
+from engine.config.resume_rules import check_resume_options
 from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures
-from engine.training.run_folder import RunFolder, get_opencv_versions
-from engine.training.state import TrainingState, preserve_state
-from engine.training.stopwatch import flatten_sources
+from engine.runtime.distributed import all_reduce_sum, is_main_process
+from engine.training.evaluate import evaluate_held_out
+from engine.training.loop import StepConfig, profile_steps
+from engine.training.run import Run
+from engine.training.run_folder import RunFolder, classifier_runs
+from engine.training.start import RunKind
+from engine.training.state import TrainingState
+
+LOG_COLUMNS = [
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_acc",
+    "test_loss",
+    "test_top1",
+    "test_top5",
+    "valid_loss",
+    "valid_top1",
+    "ema_top1",
+    "seconds",
+    "images_per_second",
+    "mixing_seconds",
+    "saliency_seconds",
+    "peak_memory_mb",
+]
 
 
-def log_header(log: RunFolder, options: dict, data: Data, *, where: str, notes: list[str], done: int) -> None:
-    """What is about to run, on what, and everything the user may want to know before waiting for it."""
-    for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
-        if part:
-            log.say(part.summary(name))
-    one_cycle = options["scheduler"] == "onecycle"
-    if options["scheduler"] == "multistep" and min(options["schedule"]) >= options["epochs"]:
-        milestones = " ".join(map(str, options["schedule"]))
-        notes = [*notes, f"--schedule {milestones}: in {options['epochs']} epochs the lr never drops"]
-    rate = f"{(one_cycle and options['max_lr']) or options['lr']:g}"
-    rate = options["lr_points"] if options["scheduler"] == "points" else rate
-    method, model = " ".join(options["method"]), options["model"]
-    wide = model.startswith("wrn")
-    dropout = f", dropout {options['dropout']:g}" if options["dropout"] and wide else ""
-    log.say(
-        f"{method}: {model}{dropout}, recipe "
-        f"{options['recipe']}: {options['epochs']} epochs, batch {options['batch_size']}, {options['scheduler']}, lr "
-        f"{rate}, weight decay {options['weight_decay']:g}, loss "
-        f"{options['loss']}, {'crop and flip' if options['trad_augment'] else 'not augmented'}, seed {options['seed']}"
+def describe_run(
+    data: Data,
+    plan: Sequence[Phase] = (),
+    *,
+    method: list[str],
+    model: str,
+    dropout: float,
+    recipe: str,
+    epochs: int,
+    batch_size: int,
+    scheduler: str,
+    schedule: list[int],
+    lr: float,
+    max_lr: float | None,
+    lr_points: str | None,
+    weight_decay: float,
+    loss: str,
+    trad_augment: bool,
+    seed: int,
+) -> tuple[list[str], list[str]]:
+    """Lines on the data and on how the classifier is trained, and notes on what may be unexpected. The parameters by
+    name are options.
+    """
+    notes, wide = list(data.warnings), model.startswith("wrn")
+    parts = {"train": data.train, "valid": data.valid, "test": data.test}
+    lines = [part.summary(name) for name, part in parts.items() if part]
+    rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
+    if scheduler == "multistep" and min(schedule) >= epochs:
+        notes.append(f"--schedule {' '.join(map(str, schedule))}: in {epochs} epochs the lr never drops")
+    if dropout and not wide:
+        notes.append(f"--dropout {dropout:g}: {model} has none; only the wide networks have")
+    lines.append(
+        f"{' '.join(method)}: {model}{f', dropout {dropout:g}' if dropout and wide else ''}, recipe {recipe}: {epochs} "
+        f"epochs, batch {batch_size}, {scheduler}, lr {rate}, weight decay {weight_decay:g}, loss {loss}, "
+        f"{'crop and flip' if trad_augment else 'not augmented'}, seed {seed}"
     )
-    log.say(f"on {where}" + ("" if log.off else f"; writing to {log.path}"))
-    if options["dropout"] and not wide:
-        notes = [*notes, f"--dropout {options['dropout']:g}: {model} has none; only the wide networks have"]
-    if len(both := get_opencv_versions()) > 1:
-        notes = [*notes, f"{' and '.join(both)} overwrite each other's files: uninstall all but one"]
-    for note in [*notes, *data.warnings]:
-        log.say(f"note: {note}")
-    if 0 < done < options["epochs"]:
-        log.say(f"continuing after epoch {done}")
-
-
-def announce_phases(log: RunFolder, phases: list[Phase]) -> None:
-    for number, phase in enumerate(phases if len(phases) > 1 else [], 1):
-        log.say(
+    for number, phase in enumerate(plan if len(plan) > 1 else [], 1):
+        lines.append(
             f"phase {number}: to epoch {phase.end}, {phase.images} images, crops of {phase.crop} pixels from "
             f"{100 * phase.min_scale:g} % of the area on, batch {phase.batch_size}"
         )
+    return lines, notes
 
 
-def format_epoch(row: dict, epochs: int, skipped: int = 0) -> str:
+def format_epoch(row: dict, epochs: int) -> str:
     """One epoch in a line."""
     text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}"
     text += f"  acc of mixed labels {row['train_acc']:.2f}"
@@ -67,8 +97,7 @@ def format_epoch(row: dict, epochs: int, skipped: int = 0) -> str:
         ("ema_top1", "averaged top-1", 2),
     ):
         text += f"  {name} {row[key]:.{digits}f}" if key in row else ""
-    text += f"  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
-    return text + (f"  {skipped} unreadable files skipped" if skipped else "")
+    return f"{text}  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
 
 
 def summarize_history(history: list[dict], best: dict) -> dict:
@@ -85,65 +114,97 @@ def summarize_history(history: list[dict], best: dict) -> dict:
     }
 
 
-def log_result(log: RunFolder, result: dict) -> None:
-    """The last lines of a run."""
-    best = result["best"]
-    top5 = f", top-5 accuracy {result['last_top5']:.2f} %" if result["last_top5"] is not None else ""
+CLASSIFIER = RunKind(
+    name="classifier",
+    resolve=resolve_options,
+    check_resume=check_resume_options,
+    runs_of=classifier_runs,
+    format_epoch=format_epoch,
+    columns=LOG_COLUMNS,
+    metric="{split}_top1",
+    best_columns=["test_top1"],
+    timed_parts=["mixing", "saliency"],
+)
+
+
+def finish_run(run: Run, test: DeviceLoader) -> dict | None:
+    """The last lines of a run; returns what result.json holds, in the main process."""
+    if run.finished_before:
+        again = evaluate_held_out(run.state, {"test": test}, run.bar)
+        if again:
+            accuracies = f"loss {again['test_loss']:.4f}, top-1 {again['test_top1']:.2f}"
+            run.log.say(f"this run was finished already; evaluated again: {accuracies}")
+    run.guard.restore()
+    if is_main_process():
+        return log_result(run.log, summarize_history(run.history, run.best))
+    return None
+
+
+def log_result(log: RunFolder, result: dict) -> dict:
+    """Print the last lines and write result.json."""
+    best, top5 = result["best"], result["last_top5"]
     log.say(
-        f"last epoch: top-1 accuracy {result['last_top1']:.2f} % (error {100 - result['last_top1']:.2f} %){top5}; best "
-        f"top-1 {best['test_top1']:.2f} % (epoch {best['epoch']}, chosen on the {best['split']} images), median of the "
-        f"last ten {result['median_of_last_ten_top1']:.2f} %"
+        f"last epoch: top-1 accuracy {result['last_top1']:.2f} % (error {100 - result['last_top1']:.2f} %)"
+        f"{f', top-5 accuracy {top5:.2f} %' if top5 is not None else ''}; best top-1 {best['test_top1']:.2f} % (epoch "
+        f"{best['epoch']}, chosen on the {best['split']} images), median of the last ten "
+        f"{result['median_of_last_ten_top1']:.2f} %"
     )
     if not log.off:
         log.write_result(result)
         log.say(f"in {log.path}: {', '.join(sorted(path.name for path in log.path.iterdir() if path.name[0] != '.'))}")
+    return result
 
 
-def print_profile(table: dict[str, float], batch_size: int) -> None:
+def count_skipped(loader: DeviceLoader) -> str:
+    """The end of an epoch's line, where files could not be read."""
+    skipped = int(all_reduce_sum(torch.tensor(loader.skipped)))
+    return f"  {skipped} unreadable files skipped" if skipped else ""
+
+
+def print_profile(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> None:
+    """--profile: time some steps, and print where the time went."""
+    table = profile_steps(state, loader, config, steps)
     total = sum(table.values())
-    print(f"{total:.2f} ms a step of {batch_size} images")
+    print(f"{total:.2f} ms a step of {loader.batch_size} images")
     for part, milliseconds in table.items():
         print(f"  {part:9} {milliseconds:9.2f} ms  {100 * milliseconds / total:5.1f} %")
 
 
-def draw_epoch(
-    log: RunFolder, options: dict, history: list[dict], parts: TrainingState, source, data: Data, trained: ImageSet
-) -> None:
-    """curves.png every ten epochs and at the end; a picture of a mixed batch of the images `trained` on when
-    --vis_epoch says so.
+def draw_epoch(run: Run, data: Data, trained: ImageSet) -> None:
+    """curves.png every ten epochs and at the end; every --vis_epoch epochs a mixed batch of the images `trained` on.
 
-    Every process mixes it, since batch norm may be over the images of all, and the first one draws it.
+    Every process mixes it, since batch norm may be over the images of all, and the main process draws it.
     """
+    options, epoch, log = run.options, len(run.history), run.log
     if options["log_off"]:
         return
-    epoch, methods = len(history), "+".join(options["method"])
+    methods = "+".join(options["method"])
     title = f"{methods}, {options['model']}, {options['dataset']}"
-    if not log.off and (epoch % 10 == 0 or epoch == options["epochs"]):
-        figures.draw_curves(log.path / "curves.png", history, title)
+    if not log.off and (epoch % 10 == 0 or epoch == run.last_epoch):
+        figures.draw_curves(log.path / "curves.png", run.history, title)
     if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
         path = None if log.off else log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
-        with preserve_state(parts):
-            draw_mixed_images(
-                path, parts.mixer, source, replace(data, train=trained), parts.device, f"{title}, epoch {epoch}"
-            )
+        with run.state.preserved():
+            draw_mixed_images(path, run.state, replace(data, train=trained), f"{title}, epoch {epoch}")
 
 
-def draw_mixed_images(path: Path | None, mixer, source, data: Data, device: torch.device, title: str) -> None:
+def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title: str) -> None:
     """Eight training images, mixed among themselves; without a path they are only mixed."""
+    mixer, source, device = state.mixer, state.source, state.device
     spread = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()  # folders come sorted by class
     if mixer.batch_size:  # the eight again and again
         spread = spread.repeat(1 + mixer.batch_size // len(spread))[: mixer.batch_size]
     few = DeviceLoader(data.train.take(spread), len(spread), device=device, mean=data.mean, std=data.std)
     batch = next(few.epoch())._replace(loaded_index=spread.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
-    for one in flatten_sources(source):
+    for one in state.sources:
         one.start_batch(batch)
     torch.manual_seed(1)
     for _ in range(20):  # a method that mixes every other batch should show a mixed one
         mixed, soft = mixer(batch.images, targets, source)
         if not torch.equal(mixed, batch.images):
             break
-    maps = [one(batch.images, targets) for one in flatten_sources(source)[:1]]
+    maps = [one(batch.images, targets) for one in state.sources[:1]]
     if path is None:
         return
     figures.draw_mixed_batch(

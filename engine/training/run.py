@@ -1,272 +1,264 @@
-"""A run from epoch to epoch: taken up where it stopped, measured, kept, and ended well before its time."""
+"""One training run: resume, evaluate each epoch, save checkpoints, shut down cleanly on signals."""
 
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from engine.config import resolve, resume_rules
-from engine.config.parser import Parser
-from engine.data.image_set import Data
-from engine.data.loader import DeviceLoader
-from engine.inference.predict import compute_scores, predict
-from engine.runtime.checkpoint import read_checkpoint
+from engine.errors import Terminated, UserError
+from engine.runtime.checkpoint import Checkpoint, DataInfo, make_checkpoint, save_checkpoint
 from engine.runtime.device import seed_rank_generator
-from engine.runtime.distributed import (
-    all_reduce_sum,
-    average_buffers,
-    broadcast_from_main,
-    check_same_value,
-    is_main_process,
-    load_across_restarts,
-    restart_count,
-    store_across_restarts,
-    world_size,
-    wrap_ddp,
-)
+from engine.runtime.distributed import all_reduce_sum, average_buffers, barrier, is_main_process, world_size
 from engine.runtime.memory import peak_memory_mb
 from engine.runtime.preemption import PreemptionGuard
 from engine.runtime.progress import Progress, use_progress_bar
-from engine.training.console import draw_epoch, format_epoch, log_header, log_result, print_profile, summarize_history
-from engine.training.loop import profile_steps, train_one_epoch
-from engine.training.run_folder import RunFolder, choose_run_folder, classifier_runs, find_resume
-from engine.training.running_sums import EpochStats
-from engine.training.shutdown import graceful_shutdown
-from engine.training.state import TrainingState, save, step_options, sync_sources
+from engine.training.monitor import EpochMonitor
+from engine.training.run_folder import get_opencv_versions, public_options
+from engine.training.running_sums import EpochStats, NonFiniteLoss, TrainingInterrupted
+from engine.training.start import Start
 from engine.training.step_calendar import StepSchedule
-from engine.training.stopwatch import Stopwatch
 from engine.training.trackers import add_trackers
-
-MACHINE_OPTIONS = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
-
-
-class RunKind(NamedTuple):
-    """What a kind of run has of its own where it is taken up again."""
-
-    kind: str  # of its checkpoints
-    settle: Callable  # (parser, typed, saved options) -> every option
-    check_resume: Callable  # raises UserError where typed options are not those of the saved run
-    runs_of: Callable  # options -> the folder of such runs, and how unnamed ones begin
-
-
-CLASSIFIER = RunKind("classifier", resolve.resolve_options, resume_rules.check_resume_options, classifier_runs)
-
-
-def resume_or_start(
-    parser: Parser, typed: dict, options: dict, task: RunKind = CLASSIFIER
-) -> tuple[dict, dict | None, Path]:
-    """What --checkpoint says: the options (of the run that goes on), its checkpoint or None, and the run folder.
-
-    After torchrun has started the processes anew, the run goes on by itself. Raises UserError.
-    """
-    if before := load_across_restarts("run folder"):
-        last = broadcast_from_main(
-            lambda: str(Path(before) / "last.pt") if (Path(before) / "last.pt").exists() else None
-        )
-        options = {**options, "checkpoint": last, "overwrite": last is None}
-    elif restart_count() and options["name"]:  # started anew by other means than those that remember
-        options = {**options, "checkpoint": options["checkpoint"] or "auto"}
-    alike = {key: value for key, value in options.items() if key not in MACHINE_OPTIONS}
-    check_same_value("options", alike, "start every process with the same command")
-    resume = broadcast_from_main(lambda: find_resume(options, task.runs_of))
-    saved = broadcast_from_main(lambda: read_checkpoint(resume, task.kind)) if resume else None
-    if saved:
-        task.check_resume(typed, saved["config"], force=options["force_config"])
-        options = task.settle(parser, typed, saved["config"])
-    folder = Path(before) if before else broadcast_from_main(lambda: choose_run_folder(options, resume, task.runs_of))
-    store_across_restarts("run folder", str(folder))
-    return options, saved, folder
-
-
-def resume_notes(saved: dict, precision: torch.dtype | None) -> list[str]:
-    """What makes the run that goes on from this checkpoint another one than it would have been."""
-    notes = []
-    if saved["precision"] != str(precision):
-        notes.append(f"before it computed in {saved['precision']}: from here on it is not the run it would have been")
-    if (before := len(saved["rng"])) != world_size():
-        notes.append(
-            f"{before} processes saved this run and {world_size()} continue it: the images of each step are the same, "
-            "random draws, batch statistics and what a method learns are not; it is not the run it would have been"
-        )
-    return notes
 
 
 class Run:
-    """What a run has measured so far, and where it is kept. parts: what learns; saved: a checkpoint to go on from."""
+    """The progress of a run, and the folder where it is kept; for classifiers, detectors and saliency maps.
+
+    start: the options, and the checkpoint to resume. state: what learns; engine.training.state.TrainingState is one.
+    data: what a checkpoint says of the data. schedule: steps of each epoch. total_steps: where the last epoch is cut
+    short. split: the images on which the best epoch is chosen. extra: further entries of its checkpoints.
+    """
 
     def __init__(
         self,
-        folder: Path,
-        parts: TrainingState,
-        options: dict,
-        data: Data,
+        start: Start,
+        state,
+        data: DataInfo,
+        schedule: StepSchedule,
         *,
-        calendar: StepSchedule,
-        precision: torch.dtype | None,
-        saved: dict | None = None,
+        epochs: int,
+        total_steps: int | None = None,
+        split: str = "test",
+        extra: dict | None = None,
     ):
-        self.folder, self.parts, self.options, self.data = folder, parts, options, data
-        self.calendar, self.precision = calendar, precision
-        if options["compile"]:
-            parts.model.compile()
-        self.network = wrap_ddp(parts.model)  # what forward is called on in training
-        seed_rank_generator(options["seed"])
-        self.step = step_options(parts, options, data, precision) | {"network": self.network}
+        self.kind, self.options, self.where = start.kind, start.options, start.where
+        self.state, self.data, self.schedule, self.precision = state, data, schedule, start.precision
+        self.last_epoch, self.total_steps = epochs, total_steps or schedule.first_step(epochs)
+        self.extra = extra or {}
         self.history: list[dict] = []
-        self.best = {"value": -1.0, "epoch": 0, "split": "valid" if data.valid else "test"}
-        self.tally: EpochStats | None = None  # of the epoch under way when the run was stopped
-        self.before = {"seconds": 0.0, "lr": None}  # of that epoch
-        self.begun = 0.0
-        self.notes: list[str] = []
-        self.finished_before = bool(saved) and saved["epoch"] >= options["epochs"]
-        if saved:
-            self.go_on_from(saved)
-        self.told_of_maps, self.anew = False, options["overwrite"] and not saved
-        self.bar = use_progress_bar(options["no_progress"]) and is_main_process()
-        self.sign = PreemptionGuard()
+        self.best = {"value": -1.0, "epoch": 0, "split": split}
+        self.stats: EpochStats | None = None  # of the epoch under way
+        self.epoch_start: dict = {"seconds": 0.0, "lr": None}  # of that epoch
+        self.notes: list[str] = []  # on how a resumed run differs
+        self.warned_maps = False
+        self.bar = use_progress_bar(self.options["no_progress"]) and is_main_process()
+        self.guard = PreemptionGuard()
+        seed_rank_generator(self.options["seed"])
+        if start.saved:
+            self.load_checkpoint(start.saved)
+        self.finished_before = bool(start.saved) and not self.epochs
+        off, fresh = self.options["log_off"] or not is_main_process(), self.options["overwrite"] and not start.saved
+        self.log = self.kind.folder_type(start.folder, off=off, fresh=fresh, columns=self.kind.columns)
 
     @property
     def epochs(self) -> range:
-        """Those that are still to come."""
-        return range(len(self.history), self.options["epochs"])
+        """The epochs that are still to come, counted from 0."""
+        return range(len(self.history), self.last_epoch)
 
-    def steps_of(self, epoch: int) -> int:
-        return self.calendar.place(self.calendar.first_step(epoch))[2]
+    def steps_in(self, epoch: int) -> int:
+        """Optimizer steps of an epoch; the last one may be cut short."""
+        first = self.schedule.first_step(epoch)
+        return min(self.schedule.first_step(epoch + 1), self.total_steps) - first
 
-    def go_on_from(self, saved: dict) -> None:
-        """Take up a checkpoint, and note what will not be as it would have been."""
-        self.history, self.best, self.before = saved["history"], saved["best"], saved["before"]
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.schedule.first_step(len(self.history)) + (self.stats.step if self.stats else 0)
+
+    def load_checkpoint(self, saved: Checkpoint) -> None:
+        """Restore a checkpoint, and note in which way the run will differ from one that was never interrupted."""
+        self.history, self.best, self.epoch_start = saved["history"], saved["best"], saved["before"]
         if saved["inside"]:  # the state of the method says where in the epoch it is
             self.start_epoch(len(self.history))
-        self.tally = self.parts.load(saved)
-        if self.tally:
-            self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.tally.step} of its steps")
-        self.notes += resume_notes(saved, self.precision)
+        self.stats = self.state.load_state_dict(saved)
+        if self.stats:
+            self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.stats.step} of its steps")
+        if saved["precision"] != str(self.precision):
+            self.notes.append(
+                f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
+            )
+        if (processes := len(saved["rng"])) != world_size():
+            self.notes.append(
+                f"{processes} processes saved this run and {world_size()} continue it: the images of each step are the "
+                "same, random draws, batch statistics and what a method learns are not; it is not the run it would "
+                "have been"
+            )
 
-    def begin(self, notes: list[str], where: str) -> None:
-        """Start the files of the run and say what is about to happen."""
-        self.log = RunFolder(self.folder, off=self.options["log_off"] or not is_main_process(), anew=self.anew)
+    def log_header(self, lines: list[str], notes: list[str]) -> None:
+        """Begin the files of the run, say what is about to run, and listen to SIGTERM from here on."""
         add_trackers(self.log, self.options)
-        self.log.write_config(self.options, self.parts.device)
+        self.log.write_config(self.options, self.state.device, kind=self.kind.name)
         self.log.write_log(self.history)
-        where += f", {world_size()} processes" if world_size() > 1 else ""
-        log_header(self.log, self.options, self.data, where=where, notes=[*notes, *self.notes], done=len(self.history))
-        self.sign.install()
+        processes = f", {world_size()} processes" if world_size() > 1 else ""
+        place = "" if self.log.off else f"; writing to {self.log.path}"
+        if len(both := get_opencv_versions()) > 1:
+            notes = [*notes, f"{' and '.join(both)} overwrite each other's files: uninstall all but one"]
+        for line in [*lines, f"on {self.where}{processes}{place}", *(f"note: {one}" for one in [*self.notes, *notes])]:
+            self.log.say(line)
+        done = len(self.history) if self.kind.progress_unit == "epoch" else self.step
+        if done and self.epochs:
+            self.log.say(f"continuing after {self.kind.progress_unit} {done}")
+        self.guard.install()
 
     def start_epoch(self, epoch: int) -> None:
-        self.parts.mixer.start_epoch(epoch, self.options["epochs"], self.steps_of(epoch))
+        if self.state.mixer:
+            self.state.mixer.start_epoch(epoch, self.last_epoch, self.steps_in(epoch))
 
-    def profile(self, batches: DeviceLoader, source) -> None:
-        """--profile: time some steps, and print where the time went."""
-        common = (self.parts.model, self.parts.mixer, source, batches, self.parts.optimizer)
-        print_profile(profile_steps(self.options["profile"], *common, **self.step), batches.batch_size)
-
-    def train(self, epoch: int, batches: DeviceLoader, source) -> dict:
-        """One epoch by engine.training.loop.train_one_epoch; the row of the log."""
-        if self.tally is None:
+    @contextmanager
+    def monitor(self, epoch: int) -> Iterator[EpochMonitor]:
+        """Around the training of an epoch: what watches it."""
+        if self.stats is None:
             self.start_epoch(epoch)
-            self.before = {"seconds": 0.0, "lr": self.parts.optimizer.param_groups[0]["lr"]}
-        watch, self.begun = Stopwatch(self.parts.device), time.perf_counter() - self.before["seconds"]
-        with Progress(f"epoch {epoch + 1}/{self.options['epochs']}", len(batches), bar=self.bar) as shown:
-            row = train_one_epoch(
-                *(self.parts.model, self.parts.mixer, source, batches, self.parts.optimizer),
-                **self.step,
-                epoch=epoch,
-                watch=watch,
-                look_every=self.options["print_freq"],
-                progress=shown,
-                tally=self.tally,
-                stop=self.sign.requested,
-                steps_before=self.calendar.first_step(epoch),
+            self.stats = EpochStats()
+            self.epoch_start = {"seconds": 0.0, "lr": self.state.optimizer.param_groups[0]["lr"]}
+        self.begun = time.perf_counter() - self.epoch_start["seconds"]
+        steps = self.steps_in(epoch)
+        with Progress(f"epoch {epoch + 1}/{self.last_epoch}", steps, bar=self.bar) as progress:
+            monitor = EpochMonitor(
+                self.state.device,
+                self.stats,
+                progress=progress,
+                stop_requested=self.guard.requested,
+                after_step=self.save_within_epoch,
+                log_every=self.options["print_freq"],
+                first_step=self.schedule.first_step(epoch),
             )
-        self.tally = None
-        for network in self.parts.networks:
+            yield monitor
+        for network in self.state.networks:
             average_buffers(network)
-        sync_sources(self.parts)
-        row |= {"epoch": epoch + 1, "lr": self.before["lr"], "seconds": time.perf_counter() - self.begun}
-        row |= {f"{part}_seconds": watch.seconds().get(part, 0.0) for part in ("mixing", "saliency")}
-        row |= {"images_per_second": row.pop("images") / row["seconds"]}
-        return row | {"peak_memory_mb": peak_memory_mb(self.parts.device)}
+        self.state.sync_sources()
+        self.epoch_start["seconds"] = time.perf_counter() - self.begun
+        self.part_seconds = monitor.watch.seconds()
 
-    def ending_well(self):
-        """Around an epoch: however it ends, what was done is kept and the way to go on is told."""
+    def save_within_epoch(self) -> None:
+        """Save every --save_iters steps, where a kind of run has this option."""
+        every = self.options.get("save_iters")
+        if every and self.step % every == 0 and self.stats.step < self.steps_in(len(self.history)):
+            self.epoch_start["seconds"] = time.perf_counter() - self.begun
+            self.save()
 
-        def keep(tally: EpochStats) -> None:
-            self.sign.restore()
-            sync_sources(self.parts)
-            self.before["seconds"] = time.perf_counter() - self.begun
-            self.save(tally=tally)
+    def is_evaluated(self, epoch: int) -> bool:
+        """Whether --eval_every names this epoch; the last one is always evaluated."""
+        every = self.options["eval_every"]
+        return epoch + 1 == self.last_epoch or bool(every) and (epoch + 1) % every == 0
 
-        return graceful_shutdown(self.log, self.parts, keep)
+    def end_epoch(self, row: dict, *, also: list[str] | tuple = (), remark: str = "") -> dict:
+        """The epoch of this row of the log is done: save, log. Returns the whole row.
 
-    def test(self, network: torch.nn.Module, batches: DeviceLoader) -> dict[str, float]:
-        """Loss and accuracies in percent; all processes share the work, and only the first one gets the numbers."""
-        with Progress("evaluating", len(batches), bar=self.bar, lines=False) as shown:
-            logits, labels = predict(network, batches, progress=shown)
-        return compute_scores(logits, labels) if is_main_process() else {}
-
-    def evaluate(self, held_out: dict[str, DeviceLoader]) -> dict[str, float]:
-        """The columns of the log for the held-out parts, in the epochs that --eval_every names and in the last one."""
-        epoch = len(self.history) + 1
-        if epoch % self.options["eval_every"] and epoch != self.options["epochs"]:
-            return {}
-        columns = {
-            f"{name}_{key}": value
-            for name, batches in held_out.items()
-            for key, value in self.test(self.parts.model, batches).items()
-        }
-        if self.parts.ema and (averaged := self.test(self.parts.ema.module, held_out["test"])):
-            columns["ema_top1"] = averaged["top1"]
-        return columns
-
-    def keep(self, row: dict, source, batches: DeviceLoader, also: list[str] | None = None) -> None:
-        """The epoch of this row, trained on `batches`, is done: checkpoints, log, pictures. also: further checkpoints
-        to write.
+        also: names of further checkpoints to write. remark: the end of the printed line.
         """
-        self.history.append(row)
-        epoch, split, also = row["epoch"], self.best["split"], list(also or [])
-        if row.get(f"{split}_top1", -1.0) > self.best["value"]:
-            self.best |= {"value": row[f"{split}_top1"], "epoch": epoch, "test_top1": row["test_top1"]}
-            also.append("best.pt")
+        epoch, seconds = len(self.history) + 1, self.epoch_start["seconds"]
+        row |= {"epoch": epoch, "lr": self.epoch_start["lr"], "seconds": seconds}
+        row |= {"images_per_second": row.pop("images") / seconds, "peak_memory_mb": peak_memory_mb(self.state.device)}
+        row |= {f"{part}_seconds": self.part_seconds.get(part, 0.0) for part in self.kind.timed_parts}
+        step = self.step
+        complete = step == self.schedule.first_step(epoch)
+        if self.kind.progress_unit == "step":
+            row["iteration"] = step
+        metric = self.kind.metric and self.kind.metric.format(split=self.best["split"])
+        if row.get(metric, -1.0) > self.best["value"]:
+            self.best |= {"value": row[metric], "epoch": epoch} | {key: row[key] for key in self.kind.best_columns}
+            also = [*also, "best.pt"]
         if self.options["save_every"] and epoch % self.options["save_every"] == 0:
-            also.append(f"epoch_{epoch:03d}.pt")
-        self.save(also=also)
+            also = [*also, f"epoch_{epoch:03d}.pt"]
+        self.history.append(row)
+        self.stats = None if complete else self.stats
+        self.save(also=also, step=step)
+        self.stats = None
         self.log.write_log(self.history)
         self.log.track(row)
-        self.log.say(format_epoch(row, self.options["epochs"], int(all_reduce_sum(torch.tensor(batches.skipped)))))
-        if not self.told_of_maps and (unusable := int(all_reduce_sum(torch.as_tensor(self.parts.mixer.unusable)))):
-            self.told_of_maps = True
+        self.log.say(self.kind.format_epoch(row, self.last_epoch) + remark)
+        self.warn_unusable_maps()
+
+    def warn_unusable_maps(self) -> None:
+        """Say once that maps of the saliency source could not be used. Every process calls it."""
+        unusable = 0
+        if self.state.mixer and not self.warned_maps:
+            unusable = int(all_reduce_sum(torch.as_tensor(self.state.mixer.unusable)))
+        if unusable:
+            self.warned_maps = True
             self.log.say(f"note: {unusable} saliency maps were all zero or no numbers, and were taken as uniform")
-        draw_epoch(self.log, self.options, self.history, self.parts, source, self.data, batches.part)
 
-    def save(self, also: list[str] | tuple = (), tally: EpochStats | None = None) -> None:
-        steps = self.calendar.first_step(len(self.history)) + (tally.step if tally else 0)
-        save(
-            self.log,
-            self.parts,
-            self.options,
-            self.data,
-            self.history,
-            self.best,
-            steps=steps,
+    def save(self, also: list[str] | tuple = (), step: int | None = None) -> None:
+        """Write the checkpoints `also`, and last.pt last of all: only then the epoch counts as done. Every process
+        calls it. step: optimizer steps so far, where the history already counts an epoch that was cut short.
+        """
+        if self.options["log_off"]:
+            return
+        state = self.state.state_dict(self.stats)
+        if self.log.off:
+            return
+        content = make_checkpoint(
+            data=self.data,
+            state=state,
+            kind=self.kind.name,
+            epoch=len(self.history),
+            step=self.step if step is None else step,
             precision=str(self.precision),
-            also=also,
-            tally=tally,
-            before=self.before,
+            config=public_options(self.options),
+            history=self.history,
+            best=self.best,
+            before=self.epoch_start,
+            **self.extra,
         )
+        self.log.save(content, also)
 
-    def finish(self, test_batches: DeviceLoader) -> dict | None:
-        """The last lines; returns what result.json holds."""
-        if self.finished_before:
-            again = self.test(self.parts.model, test_batches)
+    @contextmanager
+    def save_on_interrupt(self) -> Iterator[None]:
+        """Around an epoch: after SIGTERM, Ctrl-C or a loss that is not finite, what is worth saving is saved, and the
+        message says how to resume.
+        """
+        try:
+            yield
+        except NonFiniteLoss as error:
+            raise self.explain_nonfinite(error) from error
+        except TrainingInterrupted as stopped:
+            self.guard.restore()
+            self.state.sync_sources()
+            self.epoch_start["seconds"] = time.perf_counter() - self.begun
+            self.save()
+            barrier()
+            saved = self.log.last.exists()
+            remedy = f"continue with {self.log.resume_flag} {self.log.last}" if saved else self.how_to_resume()
+            raise Terminated(f"{stopped.stats.step} steps into the epoch; {remedy}") from None
+        except UserError as error:  # such as a file that cannot be read
+            saved = not self.log.off and self.log.last.exists()
+            raise UserError(f"{error}; then {self.how_to_resume()}" if saved else str(error)) from error
+        except KeyboardInterrupt:
             if is_main_process():
-                accuracies = f"loss {again['loss']:.4f}, top-1 {again['top1']:.2f}"
-                self.log.say(f"this run was finished already; evaluated again: {accuracies}")
-        self.sign.restore()
-        if not is_main_process():
-            return None
-        result = summarize_history(self.history, self.best)
-        log_result(self.log, result)
-        return result
+                print(f"\n{self.how_to_resume()}", file=sys.stderr)
+            raise
+
+    def how_to_resume(self) -> str:
+        if self.log.off or not self.log.last.exists():
+            return "no epoch was finished, so nothing is kept"
+        return f"what was saved last is kept: continue with {self.log.resume_flag} {self.log.last}"
+
+    def explain_nonfinite(self, error: NonFiniteLoss) -> UserError:
+        """Save the evidence of a NaN or infinite loss; the error that ends the run."""
+        saved = ""
+        if not self.log.off:
+            evidence = {"model": self.state.model.state_dict(), "step": error.step, "index": error.index}
+            evidence |= {"weights_of_step": error.now, **error.evidence}
+            save_checkpoint(self.log.path / "nonfinite.pt", evidence)
+            saved = f"; weights and the batch's image numbers are in {self.log.path / 'nonfinite.pt'}"
+            if self.kind.draw_nonfinite:
+                self.kind.draw_nonfinite(self.log.path / "nonfinite.png", error.evidence, self.data.classes)
+        barrier()  # the process that ends first ends the others, and so would the one that saves
+        state = self.state
+        scale = f", loss scale {state.scaler.get_scale():g}" if state.scaler else ""
+        return UserError(
+            f"{error}, lr by now {state.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
+            f"try a lower --lr, --clip_grad 1, or --amp bf16 or off; {self.how_to_resume()}"
+        )

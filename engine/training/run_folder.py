@@ -5,7 +5,7 @@ import io
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from importlib import metadata
@@ -14,26 +14,9 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
-from engine.runtime.checkpoint import find_checkpoint, get_versions
+from engine.runtime.checkpoint import Checkpoint, find_checkpoint, get_versions, save_checkpoint
 from engine.runtime.files import write_atomic, write_json
 
-LOG_COLUMNS = [
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_acc",
-    "test_loss",
-    "test_top1",
-    "test_top5",
-    "valid_loss",
-    "valid_top1",
-    "ema_top1",
-    "seconds",
-    "images_per_second",
-    "mixing_seconds",
-    "saliency_seconds",
-    "peak_memory_mb",
-]
 SECRET_OPTIONS = {"wandb_key"}
 
 
@@ -42,7 +25,7 @@ def classifier_runs(options: dict) -> tuple[Path, str]:
     return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
 
 
-def find_resume(options: dict, runs_of: Callable = classifier_runs) -> Path | None:
+def find_resume(options: dict, runs_of: Callable) -> Path | None:
     """The checkpoint that --checkpoint means, or None. `auto`: of the run of --name, else the newest of the method."""
     if options["checkpoint"] != "auto":
         return find_checkpoint(options["checkpoint"]) if options["checkpoint"] else None
@@ -52,7 +35,7 @@ def find_resume(options: dict, runs_of: Callable = classifier_runs) -> Path | No
     return folder / "last.pt" if (folder / "last.pt").exists() else None
 
 
-def choose_run_folder(options: dict, resume: Path | None, runs_of: Callable = classifier_runs) -> Path:
+def choose_run_folder(options: dict, resume: Path | None, runs_of: Callable) -> Path:
     """The folder to write to: that of the run that goes on, else root_dir/dataset/model/name.
 
     Raises UserError rather than write over another run.
@@ -83,22 +66,35 @@ class RunFolder:
     """Where a run writes; nothing at all is written when `off`, as in all processes but the first. `say` shows a line
     and keeps it in log.txt.
 
-    anew: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run. columns: of
+    fresh: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run. columns: of
     log.csv.
     """
 
-    def __init__(self, path: Path, *, off: bool = False, anew: bool = False, columns: list[str] = LOG_COLUMNS):
+    resume_flag = "--checkpoint"
+
+    def __init__(self, path: Path, *, off: bool = False, fresh: bool = False, columns: Sequence[str] = ()):
         self.path, self.off, self.columns = Path(path), off, columns
         self.trackers = []
         if not off:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                for stale in [*self.path.glob("*.pt"), *self.path.glob(".*.part")] if anew else []:
+                for stale in [*self.path.glob("*.pt"), *self.path.glob(".*.part")] if fresh else []:
                     stale.unlink()
             except OSError as error:
                 raise UserError(
                     f"cannot make the run folder {self.path}: {error.strerror}; name another with --root_dir"
                 ) from error
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint from which the run resumes."""
+        return self.path / "last.pt"
+
+    def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
+        """Write the checkpoints named in `also`, and the last one, beside which the one before is kept."""
+        for name in also:
+            save_checkpoint(self.path / name, content)
+        save_checkpoint(self.last, content, keep_previous=True)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -106,7 +102,7 @@ class RunFolder:
             with open(self.path / "log.txt", "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def write_config(self, options: dict, device: torch.device, kind: str = "classifier") -> None:
+    def write_config(self, options: dict, device: torch.device, kind: str) -> None:
         if self.off:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -114,7 +110,7 @@ class RunFolder:
             self.path / "config.json",
             {
                 "kind": kind,
-                "options": {key: value for key, value in options.items() if key not in SECRET_OPTIONS},
+                "options": public_options(options),
                 "versions": {**get_versions(), "opencv": get_opencv_versions()},
                 "device": name,
                 "command": hide_secrets(sys.argv),
@@ -139,6 +135,11 @@ class RunFolder:
     def write_result(self, result: dict) -> None:
         if not self.off:
             write_json(self.path / "result.json", result)
+
+
+def public_options(options: dict) -> dict:
+    """Those that may be written to a file."""
+    return {key: value for key, value in options.items() if key not in SECRET_OPTIONS}
 
 
 def format_value(value):

@@ -8,8 +8,9 @@ from engine.runtime.distributed import all_reduce_sum
 
 
 class NonFiniteLoss(Exception):
-    """The loss left the numbers at `step`, which was seen at step `now`. index: the images of that batch. what, and
-    evidence to be kept: where more is known.
+    """The loss became NaN or infinite at `step`; it was detected at step `now`.
+
+    index: positions of the images of that step. what: which loss. evidence: further values worth saving, by name.
     """
 
     def __init__(self, step: int, index: torch.Tensor, now: int, what: str = "the loss", evidence: dict | None = None):
@@ -19,37 +20,42 @@ class NonFiniteLoss(Exception):
 
 
 class TrainingInterrupted(Exception):
-    """Training was asked to stop inside an epoch, where `tally` stands."""
+    """Training was asked to stop within an epoch, after the steps that `stats` counts."""
 
-    def __init__(self, tally: "EpochStats"):
-        super().__init__(f"stopped after {tally.step} steps of the epoch")
-        self.tally = tally
+    def __init__(self, stats: "EpochStats"):
+        super().__init__(f"stopped after {stats.step} steps of the epoch")
+        self.stats = stats
 
 
 @dataclass
 class EpochStats:
-    """What an epoch adds up, in this process: sums over its images so far, on the device until they are asked for."""
+    """Sums over the images of an epoch so far, in this process; they stay on the device until they are read."""
 
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    seen: int = 0
-    step: int = 0  # optimizer steps done
+    seen: int = 0  # images
+    step: int = 0  # optimizer steps
 
     def add(self, count: int, **sums: torch.Tensor) -> None:
-        """What `count` more images bring."""
+        """Add the sums over `count` more images, each ()."""
         for name, value in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float()
         self.seen += count
 
-    def state(self) -> dict:
+    def state_dict(self) -> dict:
         return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "seen": self.seen, "step": self.step}
 
-    @classmethod
-    def load(cls, state: dict, device: torch.device) -> "EpochStats":
-        sums = {name: value.to(device) for name, value in state["sums"].items()}
-        return cls(sums, state["seen"], state["step"])
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.seen, self.step = state["seen"], state["step"]
+
+    @staticmethod
+    def merge(states: list[dict]) -> dict:
+        """One state with the sums of all these."""
+        sums = {name: sum(one["sums"][name] for one in states) for name in states[0]["sums"]}
+        return {"sums": sums, "seen": sum(one["seen"] for one in states), "step": states[0]["step"]}
 
     def means(self) -> dict[str, float]:
-        """Of all processes, and how many `images` they are of; waits for the device."""
+        """Means over the images of all processes, and the number of these `images`; waits for the device."""
         seen = next(iter(self.sums.values())).new_tensor(self.seen)
         *sums, seen = all_reduce_sum(torch.stack([*self.sums.values(), seen]).double()).tolist()
         return {**{name: value / seen for name, value in zip(self.sums, sums, strict=True)}, "images": int(seen)}

@@ -3,7 +3,7 @@
 import os
 
 from engine.errors import UserError
-from engine.training.run_folder import SECRET_OPTIONS, RunFolder
+from engine.training.run_folder import RunFolder, public_options
 
 
 def add_trackers(run: RunFolder, options: dict) -> None:
@@ -46,7 +46,7 @@ def add_wandb(run: RunFolder, options: dict) -> None:
         name=options["wandb_name"] or run.path.name,
         mode="offline" if options["wandb_offline"] else "online",
         dir=str(run.path),
-        config={key: value for key, value in options.items() if key not in SECRET_OPTIONS},
+        config=public_options(options),
     )
     run.trackers.append(
         lambda row: session.log({key: value for key, value in row.items() if value is not None}, step=row["epoch"])

@@ -26,8 +26,10 @@ from engine.runtime.device import seed_rank_generator
 from engine.runtime.distributed import all_gather_object, is_main_process, rank, world_size
 from engine.runtime.preemption import PreemptionGuard
 from engine.training import loop
-from engine.training.loop import train_one_epoch
+from engine.training.loop import StepConfig, train_one_epoch
 from engine.training.loss import LOSSES
+from engine.training.monitor import EpochMonitor
+from engine.training.state import TrainingState
 from mixing import MIXERS, build_mixer
 from models import build_model
 from saliency import build_source
@@ -90,8 +92,9 @@ def step_of(case: str, model, batches, network=None, steps: int = 1, lr: float =
     mixer, source = setting(case, model, len(batches.part))
     mixer.start_epoch(0, 1, len(batches))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    options = {"epoch": 0, "num_classes": len(batches.part.classes), "max_steps": steps, "look_every": 1}
-    train_one_epoch(model, mixer, source, batches, optimizer, LOSSES["ce"], network=network, **options)
+    state = TrainingState(model, optimizer, mixer=mixer, source=source, network=network)
+    config, monitor = StepConfig(LOSSES["ce"], len(batches.part.classes)), EpochMonitor(device(), log_every=1)
+    train_one_epoch(state, batches, config, epoch=0, monitor=monitor, max_steps=steps)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -312,8 +315,8 @@ def one_step(model, mixer, source, batches: DeviceLoader, step: int) -> None:
         def epoch(self, epoch, start=0):
             return batches.epoch(epoch, start=step)
 
-    options = {"epoch": 0, "num_classes": 4, "look_every": 1}
-    train_one_epoch(model, mixer, source, Later(), torch.optim.SGD(model.parameters(), 0.0), LOSSES["ce"], **options)
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), 0.0), mixer=mixer, source=source)
+    train_one_epoch(state, Later(), StepConfig(LOSSES["ce"], 4), epoch=0)
 
 
 def test_validation_counts_every_image_once(of_weights):

@@ -18,12 +18,13 @@ from engine.errors import UserError
 from engine.inference.metrics import confusion_matrix, topk_correct
 from engine.inference.predict import compute_scores, predict
 from engine.runtime.device import choose_device, choose_precision, get_rng_state, keep_freed_memory, set_rng_state
-from engine.training.loop import profile_steps, train_one_epoch
+from engine.training.loop import StepConfig, profile_steps, train_one_epoch
 from engine.training.loss import LOSSES, smooth_labels
+from engine.training.monitor import EpochMonitor
 from engine.training.running_sums import NonFiniteLoss
 from engine.training.schedule import build_scheduler, interpolate_lr
+from engine.training.state import TrainingState
 from engine.training.step_calendar import StepSchedule
-from engine.training.stopwatch import Stopwatch
 from mixing import build_mixer
 from mixing.base import Mixer
 from mixing.compose import NoMix
@@ -210,23 +211,34 @@ def small(count: int = 12) -> tuple[DeviceLoader, nn.Module]:
     return batches, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 
 
+def train(model, batches, mixer=None, source=None, *, lr=0.0, epoch=0, loss_fn=LOSSES["ce"], watched=None, **more):
+    """One epoch, or max_steps of it, by plain SGD."""
+    steps = {"max_steps": more.pop("max_steps", None), "monitor": watched}
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=more.pop("momentum", 0.0))
+    state = TrainingState(model, optimizer, mixer=mixer or NoMix(), source=source)
+    return train_one_epoch(state, batches, StepConfig(loss_fn, 3, **more), epoch=epoch, **steps)
+
+
+class Brightness(Source):
+    def __call__(self, images, targets):
+        return images.abs().mean(1)
+
+
 def test_an_epoch_is_plain_sgd_on_the_mixed_batches():
     batches, model = small()
     twin = small()[1]
     twin.load_state_dict(model.state_dict())
-    optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, twin)]
+    optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
     torch.manual_seed(4)
-    result = train_one_epoch(
-        model, build_mixer("mixup"), None, batches, optimizers[0], LOSSES["ce"], epoch=0, num_classes=3
-    )
+    result = train(model, batches, build_mixer("mixup"), lr=0.1, momentum=0.9)
     torch.manual_seed(4)
     mixer, losses = build_mixer("mixup"), []
     for batch in batches.epoch(0):
         mixed, soft = mixer(batch.images, F.one_hot(batch.labels, 3).float())
         loss = F.cross_entropy(twin(mixed), soft)
-        optimizers[1].zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimizers[1].step()
+        optimizer.step()
         losses.append(loss.item() * len(soft))
     for key, value in model.state_dict().items():
         assert torch.equal(value, twin.state_dict()[key]), key
@@ -249,23 +261,16 @@ class Spy(Mixer):
 
 def test_the_loop_serves_methods_with_gradients_and_weights():
     batches, model = small()
-    spy, watch = Spy(), Stopwatch(CPU)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    result = train_one_epoch(
-        *(model, spy, lambda images, targets: images.abs().mean(1), batches, optimizer, LOSSES["ce"]),
-        **{"epoch": 0, "num_classes": 3, "watch": watch, "max_steps": 1},
-    )
+    spy, monitor = Spy(), EpochMonitor(CPU)
+    result = train(model, batches, spy, Brightness(), max_steps=1, watched=monitor)
     assert spy.grad.shape == (5, 3, 8, 8) and spy.grad.abs().sum() > 0 and spy.saliency.shape == (5, 8, 8)
-    plain = train_one_epoch(model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=0, num_classes=3, max_steps=1)
+    plain = train(model, batches, max_steps=1)
     assert result["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), "shown without its weight"
     halves = spy.grad
     spy.mixed_weight = 1.0
-    train_one_epoch(
-        *(model, spy, lambda images, targets: images.abs().mean(1), batches, optimizer, LOSSES["ce"]),
-        **{"epoch": 0, "num_classes": 3, "max_steps": 1},
-    )
+    train(model, batches, spy, Brightness(), max_steps=1)
     torch.testing.assert_close(spy.grad, 2 * halves)
-    assert {"data", "mixing", "saliency", "network"} == watch.seconds().keys()
+    assert {"data", "mixing", "saliency", "network"} == monitor.watch.seconds().keys()
 
 
 def test_a_loss_that_is_no_number_is_found_with_its_images():
@@ -277,9 +282,7 @@ def test_a_loss_that_is_no_number_is_found_with_its_images():
 
     calls = []
     with pytest.raises(NonFiniteLoss) as error:
-        train_one_epoch(
-            model, NoMix(), None, batches, torch.optim.SGD(model.parameters(), 0.1), loss_fn, epoch=2, num_classes=3
-        )
+        train(model, batches, lr=0.1, epoch=2, loss_fn=loss_fn)
     assert error.value.step == 2 * 3 + 1
     assert torch.equal(error.value.index, list(batches.epoch(2))[1].index)
 
@@ -287,10 +290,7 @@ def test_a_loss_that_is_no_number_is_found_with_its_images():
 def test_clipping_limits_the_gradient():
     batches, model = small()
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    train_one_epoch(
-        model, NoMix(), None, batches, optimizer, LOSSES["ce"], epoch=0, num_classes=3, max_steps=1, clip_grad=0.01
-    )
+    train(model, batches, lr=1.0, max_steps=1, clip_grad=0.01)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]).norm().item()
     assert moved == pytest.approx(0.01, rel=1e-3)
 
@@ -326,8 +326,8 @@ def test_prediction_leaves_the_network_as_it_was():
 
 def test_profile_times_every_part():
     batches, model = small()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    table = profile_steps(4, model, NoMix(), None, batches, optimizer, loss_fn=LOSSES["ce"], num_classes=3)
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), 0.1), mixer=NoMix())
+    table = profile_steps(state, batches, StepConfig(LOSSES["ce"], 3), steps=4)
     assert table["network"] > 0 and table["data"] > 0 and table["saliency"] == 0
 
 
@@ -355,10 +355,7 @@ def test_a_source_that_learns_sees_the_gradient_of_the_unmixed_images():
             return torch.cat([images[1:2], images[1:2], 0.25 * images[2:]]), targets
 
     learner = Learner()
-    train_one_epoch(
-        *(model, Swap(), learner, batches, torch.optim.SGD(model.parameters(), 0.0), LOSSES["ce"]),
-        **{"epoch": 0, "num_classes": 3, "max_steps": 1},
-    )
+    train(model, batches, Swap(), learner, max_steps=1)
     assert learner.coverage[:, 0, 0, 0].tolist() == [0.0, 2.0, 0.25, 0.25, 0.25]
     assert learner.grad[0].eq(0).all() and learner.grad[1:].flatten(1).abs().sum(1).gt(0).all()
     assert len(learner.batch.loaded_index) == 5
@@ -371,9 +368,8 @@ def test_the_clean_gradient_stays_in_the_step():
     twin.load_state_dict(model.state_dict())
     mixer = build_mixer("sage", update_ratio=0.6)
     source = Gradient(model, **mixer.gradient_options, training_loss=LOSSES["bce"])
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     torch.manual_seed(3)
-    train_one_epoch(model, mixer, source, batches, optimizer, LOSSES["bce"], epoch=0, num_classes=3, max_steps=1)
+    train(model, batches, mixer, source, lr=0.1, loss_fn=LOSSES["bce"], max_steps=1)
     batch = next(batches.epoch(0))
     targets = F.one_hot(batch.labels, 3).float()
     torch.manual_seed(3)
@@ -416,16 +412,17 @@ def test_a_step_never_waits_for_the_gpu(method, precision):
         )
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
-    step = {"loss_fn": LOSSES["ce"], "num_classes": 3, "precision": precision, "scaler": scaler}
+    state = TrainingState(model, optimizer, mixer=mixer, source=source, scaler=scaler)
+    config = StepConfig(LOSSES["ce"], 3, precision)
     for epoch in range(3):  # what is drawn for a batch, as the number of blocks, has come up by then
-        train_one_epoch(model, mixer, source, batches, optimizer, epoch=epoch, **step)
+        train_one_epoch(state, batches, config, epoch=epoch)
 
     def waits(steps: int) -> int:
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
-                train_one_epoch(model, mixer, source, batches, optimizer, epoch=1, max_steps=steps, **step)
+                train_one_epoch(state, batches, config, epoch=1, max_steps=steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return len(seen)
