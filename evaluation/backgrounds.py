@@ -21,7 +21,7 @@ from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.views import View
 from engine.errors import UserError
-from engine.runtime.safe_unpickle import PlaceholderUnpickler
+from engine.runtime.safe_unpickle import load_arrays
 from evaluation.localization import Boxes
 
 PICKLES = ("input.pkl", "label.pkl", "bbox.pkl")
@@ -160,16 +160,4 @@ def read_pickles(place: Path | str, classes: list[str], size: int) -> tuple[Imag
 
 def read_pickle(path: Path):
     with open(path, "rb") as file:
-        return ArrayUnpickler(file).load()
-
-
-class ArrayUnpickler(PlaceholderUnpickler):
-    """Rebuilds numpy's arrays and numbers too; they are read from plain bytes."""
-
-    def find_class(self, module: str, name: str):
-        makers = {"_reconstruct": np.zeros(0), "scalar": np.int64()}  # numpy keeps the functions to itself
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in makers:
-            return makers[name].__reduce__()[0]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        return super().find_class(module, name)
+        return load_arrays(file)

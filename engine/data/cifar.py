@@ -1,6 +1,5 @@
 """CIFAR-10 and CIFAR-100 from their python pickles, without letting a pickle run anything."""
 
-import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +7,7 @@ import numpy as np
 import torch
 
 from engine.errors import UserError
+from engine.runtime.safe_unpickle import load_arrays
 
 
 class Layout(NamedTuple):
@@ -43,19 +43,6 @@ LAYOUTS = {
         {"train": 155249918, "test": 31049707, "meta": 1473},
     ),
 }
-_PLAIN = {("_codecs", "encode"), ("numpy", "ndarray"), ("numpy", "dtype")}
-_ARRAY = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct")}
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """The CIFAR files hold numpy arrays, text and numbers; anything else is refused."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) in _ARRAY:
-            return np.ndarray.__reduce__(np.empty(0))[0]  # the same function under the name of the numpy that is here
-        if (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which no CIFAR file does")
 
 
 def find_cifar(name: str, data_dir: Path, download: bool) -> Path:
@@ -105,7 +92,7 @@ def read_pickle(path: Path, size: int) -> dict:
     """One file, whole. Raises UserError with the expected and the found size when it is damaged."""
     try:
         with open(path, "rb") as file:
-            content = ArrayUnpickler(file, encoding="latin1").load()
+            content = load_arrays(file, encoding="latin1")
         if "data" in content and content["data"].shape[1:] != (3072,):
             raise ValueError(f"an image has {content['data'].shape[1:]} numbers")
         return content

@@ -41,7 +41,7 @@ def decode_center(path: str | os.PathLike, size: int) -> np.ndarray:
     return out
 
 
-def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: np.ndarray | None) -> list[float]:
+def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: torch.Tensor | None) -> list[float]:
     """Fill out, RGB uint8 (size, size, 3), and return the box that is seen: y1, y2, x1, x2 in shares of the image."""
     try:
         with open(path, "rb", buffering=0) as file:

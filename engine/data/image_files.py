@@ -59,7 +59,7 @@ class ImageFiles:
             boxes.append(box)
         return pixels, torch.tensor(places), torch.tensor(boxes) if random else None
 
-    def read_one(self, index: int, draws: np.ndarray | None, out: np.ndarray) -> tuple[int, list[float]]:
+    def read_one(self, index: int, draws: torch.Tensor | None, out: np.ndarray) -> tuple[int, list[float]]:
         """Fill `out` with the image at `index` or, where allowed, the next one that can be read; its index and box."""
         for step in range(len(self)):
             place = (index + step) % len(self)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
+import torch
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
 LARGE_SIDE = 128  # side in pixels above which a network sees the centre of a larger image, not all of a smaller one
@@ -44,7 +44,7 @@ class CenterCrop(FixedView):
         if self.resize < self.size:
             raise ValueError(f"a centre of {self.size} pixels does not fit into a side of {self.resize}")
 
-    def plan(self, height: int, width: int, draws: np.ndarray | None) -> tuple[Box, tuple[int, int]]:
+    def plan(self, height: int, width: int, draws: torch.Tensor | None) -> tuple[Box, tuple[int, int]]:
         """The part of the image that is needed, and the rows and columns it is resized to."""
         scale = self.resize / min(height, width)
         return (0, height, 0, width), (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
@@ -59,8 +59,8 @@ class RandomCrop:
     max_scale: float = 1.0
     margin: ClassVar[int] = 1  # never to be enlarged again
 
-    def plan(self, height: int, width: int, draws: np.ndarray | None) -> tuple[Box, tuple[int, int]]:
-        """draws (TRIES, NUMBERS) in [0, 1). The part of the image, and the rows and columns it is resized to."""
+    def plan(self, height: int, width: int, draws: torch.Tensor | None) -> tuple[Box, tuple[int, int]]:
+        """As CenterCrop.plan(). draws: one sample's of engine.data.sample_rng.crop_draws()."""
         for share, shape, down, across in draws.tolist():
             area = height * width * (self.min_scale + (self.max_scale - self.min_scale) * share)
             ratio = (4 / 3) ** (2 * shape - 1)  # uniform in its logarithm
@@ -84,7 +84,7 @@ class SquashedView(FixedView):
     resize: int | None = None
     margin: ClassVar[int] = 2  # as for CentreView
 
-    def plan(self, height: int, width: int, draws: np.ndarray | None) -> tuple[Box, tuple[int, int]]:
+    def plan(self, height: int, width: int, draws: torch.Tensor | None) -> tuple[Box, tuple[int, int]]:
         """The whole image, and the rows and columns it is resized to."""
         side = self.resize or self.size
         return (0, height, 0, width), (side, side)

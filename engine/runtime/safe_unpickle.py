@@ -1,15 +1,17 @@
-"""Unpickle without running code: tensors and plain containers are rebuilt, everything else becomes a placeholder."""
+"""Unpickle without running code: only known types are rebuilt, and nothing is imported."""
 
 import argparse
+import codecs
 import collections
 import pickle
 import types
 
+import numpy as np
 import torch
 
 
 class Placeholder:
-    """Stands for every foreign object in a pickle. It takes whatever is done to it and does nothing."""
+    """Takes the place of a foreign object in a pickle: it accepts every operation and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -36,20 +38,12 @@ class Placeholder:
         return 0
 
 
-class PlaceholderUnpickler(pickle.Unpickler):
-    """Rebuilds tensors, storages and plain containers; every other class or function becomes Inert and is never
-    imported.
-    """
-
-    def find_class(self, module: str, name: str):
-        if (module, name) in ALLOWED:
-            return ALLOWED[module, name]
-        if module == "torch" and (name.endswith("Storage") or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        return Placeholder
-
-
-ALLOWED = {
+TORCH_OBJECTS = {  # (module, name) in a pickle -> what rebuilds it: tensors, and what holds them in checkpoints
+    **{
+        ("torch", name): value
+        for name, value in vars(torch).items()
+        if isinstance(value, torch.dtype) or name.endswith("Storage")
+    },
     ("argparse", "Namespace"): argparse.Namespace,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): lambda *factory: {},
@@ -62,9 +56,37 @@ ALLOWED = {
     ("torch.storage", "TypedStorage"): torch.storage.TypedStorage,
     ("torch.storage", "UntypedStorage"): torch.storage.UntypedStorage,
 }
+NUMPY_OBJECTS = {("_codecs", "encode"): codecs.encode, ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before numpy 2 and since; both are private
+    NUMPY_OBJECTS[_module, "_reconstruct"] = np.empty(0).__reduce__()[0]
+    NUMPY_OBJECTS[_module, "scalar"] = np.int64().__reduce__()[0]
+
+
+class SafeUnpickler(pickle.Unpickler):
+    """Rebuilds what `allowed` lists. Any other class or function is refused with an UnpicklingError if strict, and
+    replaced by a Placeholder otherwise.
+    """
+
+    def __init__(self, file, *, allowed: dict = TORCH_OBJECTS, strict: bool = False, **kwargs):
+        super().__init__(file, **kwargs)
+        self.allowed, self.strict = allowed, strict
+
+    def find_class(self, module: str, name: str):
+        if self.strict and (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not rebuilt")
+        return self.allowed.get((module, name), Placeholder)
+
+
+def load_arrays(file, **kwargs):
+    """The content of a pickle of numpy's arrays and numbers, text, and plain containers. Raises UnpicklingError for one
+    that holds anything else.
+    """
+    return SafeUnpickler(file, allowed=NUMPY_OBJECTS, strict=True, **kwargs).load()
+
+
 PLACEHOLDER_PICKLE = types.SimpleNamespace(  # what torch.load asks of a pickle module
-    __name__="inert_pickle",
-    Unpickler=PlaceholderUnpickler,
-    load=lambda file, **kwargs: PlaceholderUnpickler(file, **kwargs).load(),
+    __name__="placeholder_pickle",
+    Unpickler=SafeUnpickler,
+    load=lambda file, **kwargs: SafeUnpickler(file, **kwargs).load(),
     UnpicklingError=pickle.UnpicklingError,
 )

@@ -28,7 +28,7 @@ from engine.data.folders import FileList, find_folder, find_imagenet
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader, Shard
-from engine.data.sample_rng import crop_draws, mix_bits_numpy
+from engine.data.sample_rng import GOLDEN, crop_draws, mix_bits
 from engine.data.views import CenterCrop, RandomCrop
 from engine.errors import UserError
 
@@ -171,11 +171,11 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 # views
 
 
-def draws_for(y1, x1, h, w, height, width) -> np.ndarray:
-    """The draws that lead RandomView(size, 0, 1) to this box."""
+def draws_for(y1, x1, h, w, height, width) -> torch.Tensor:
+    """The draws that lead RandomCrop(size, 0, 1) to this box."""
     share, ratio = h * w / (height * width), w / h
     shape = (np.log(ratio) / np.log(4 / 3) + 1) / 2
-    return np.array([[share, shape, (y1 + 0.5) / (height - h + 1), (x1 + 0.5) / (width - w + 1)]])
+    return torch.tensor([[share, shape, (y1 + 0.5) / (height - h + 1), (x1 + 0.5) / (width - w + 1)]])
 
 
 def test_a_random_view_is_the_crop_resized_as_pillow_does(tmp_path):
@@ -216,11 +216,11 @@ def test_random_views_are_spread_as_torchvisions(height, width):
 
 
 def test_the_draws_of_a_sample_are_a_hash_of_seed_epoch_and_index():
-    assert int(mix_bits_numpy(np.array([0x9E3779B97F4A7C15], np.uint64))[0]) == 0xE220A8397B1DCDAF, "splitmix64 from 0"
+    assert int(mix_bits(torch.tensor(GOLDEN))) % 2**64 == 0xE220A8397B1DCDAF, "splitmix64 from 0"
     many = crop_draws(1, 2, list(range(5000)))
     assert abs(many.mean() - 0.5) < 0.003 and 0 <= many.min() and many.max() < 1
-    assert np.array_equal(crop_draws(1, 2, [7, 3])[1], many[3])
-    for other in (crop_draws(2, 1, list(range(5000))), crop_draws(1, 3, list(range(5000))), np.roll(many, 1, 0)):
+    assert torch.equal(crop_draws(1, 2, [7, 3])[1], many[3])
+    for other in (crop_draws(2, 1, list(range(5000))), crop_draws(1, 3, list(range(5000))), many.roll(1, 0)):
         assert abs(np.corrcoef(many.ravel(), other.ravel())[0, 1]) < 0.01
 
 

@@ -214,12 +214,12 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     code = f"""
         import resource, signal, sys, torch
         sys.path.insert(0, {str(ROOT)!r})
-        from engine.checkpoint import save_checkpoint
-        from engine.cli import run
+        from engine.runtime.checkpoint import save_checkpoint
+        from engine.launch import run_main
         save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(10)}})
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond: writing fails half-way
-        run(lambda: save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(1_000_000)}}))
+        run_main(lambda: save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(1_000_000)}}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "the old file is intact" in done.stderr and "Traceback" not in done.stderr
