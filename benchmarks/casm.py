@@ -6,11 +6,9 @@ and how well its point and its map find the object, on the true masks of shapes 
 steps are timed in turns, in one process.
 """
 
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import read_options, setup_device, wait_for
 
 from engine.config.options import add_device_options
 from engine.config.parser import Parser, float_in_range, int_at_least
@@ -40,28 +38,19 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
     if not options["casm"]:
         parser.error("--casm FILE: which masks?")
 
-    import torch
-
     from engine.data.datasets import load_data
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
     from saliency.casm.network import load_casm
 
-    device = choose_device(options["device"])
-    setup_backends(device, seed=0, deterministic=False)
-    precision, text = choose_precision(options["amp"], device)
+    device, precision, where = setup_device(options)
     saved = load_casm(options["casm"])
     own = saved.options
     place = {"data_dir": options["data_dir"] or own["data_dir"], "norm": own["norm"]}
     data = load_data(own["dataset"], image_size=saved.image_size, **place)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(
-        f"{own['model']}, {own['dataset']}, {data.image_size} pixels, batch {options['batch_size']}, {device}{threads}"
-        f", {text}, torch {torch.__version__}"
-    )
+    print(f"{own['model']}, {own['dataset']}, {data.image_size} pixels, batch {options['batch_size']}, {where}")
     result = {}
     if options["steps"]:
         result["training"] = time_training(saved, data, options, device, precision)
@@ -84,11 +73,9 @@ def train_batches(data, options: dict, device):
 
 def in_turns(steps: dict, batches, count: int, device) -> dict[str, float]:
     """Median over `count` turns of the time of each step over that of the first one, all on the same batch."""
-    import torch
 
     def clock() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         return time.perf_counter()
 
     times, stream = {name: [] for name in steps}, (batch for epoch in range(1000) for batch in batches.epoch(epoch))

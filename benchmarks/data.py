@@ -5,11 +5,9 @@ to reading, cropping, flipping and normalising the images, with the usual loader
 maps of a batch.
 """
 
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import median_ms, read_options, setup_device, wait_for
 
 from engine.config.options import add_device_options
 from engine.config.parser import Parser, boolean, choice, int_at_least
@@ -33,32 +31,22 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
 
     import torch
 
     from engine.data.image_set import ImageSet
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
 
-    device = choose_device(options["device"])
-    if options["keep_blocks"]:
-        setup_backends(device, seed=0, deterministic=False)
-    precision, text = choose_precision(options["amp"], device)
+    device, precision, where = setup_device(options, backends=options["keep_blocks"])
     size = options["image_size"]
     pixels = torch.randint(0, 256, (50 * options["batch_size"], size, size, 3), dtype=torch.uint8)
     part = ImageSet(pixels, torch.arange(len(pixels)) % 10, list("abcdefghij"), "noise")
-    print(
-        f"{options['model']}, batch {options['batch_size']}, {size} pixels, {device}, {text}, torch {torch.__version__}"
-    )
+    print(f"{options['model']}, batch {options['batch_size']}, {size} pixels, {where}")
     bare, plain = time_plain(part, options, device, precision)
     print(f"a plain step {plain:.2f} ms, {plain / bare:.3f} of the network alone on a batch that lies ready")
     table = {"bare": bare, "plain": plain, "data": time_data(part, options, device, plain)}
     table["maps"] = time_maps(pixels[: options["batch_size"]].permute(0, 3, 1, 2).contiguous(), device)
     return table
-
-
-def median(values: list[float]) -> float:
-    return 1000 * sorted(values)[len(values) // 2]
 
 
 def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
@@ -84,7 +72,7 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
         if turn >= 0:
             laps[0].append(bare)
             laps[1].append(sum(monitor.watch.seconds().values()))
-    return median(laps[0]), median(laps[1])
+    return median_ms(laps[0]), median_ms(laps[1])
 
 
 def time_bare(model, optimizer, batch, precision) -> float:
@@ -107,7 +95,6 @@ def time_bare(model, optimizer, batch, precision) -> float:
 
 def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
     """Milliseconds a batch of the device-resident pipeline, and of torchvision transforms in a DataLoader."""
-    import torch
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
@@ -140,8 +127,7 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
         for images, *_ in stream:
             images.to(device)
             count += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return 1000 * (time.perf_counter() - begin) / count
 
     per_batch(batches.epoch(0))
@@ -159,7 +145,6 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
 
 def time_maps(images, device, repeats: int = 20) -> dict[str, float]:
     """Milliseconds of the fine-grained and spectral-residual maps of one batch."""
-    import torch
 
     from saliency.static import fine_grained, spectral_residual
 
@@ -169,10 +154,9 @@ def time_maps(images, device, repeats: int = 20) -> dict[str, float]:
         for _ in range(repeats + 3):
             begin = time.perf_counter()
             function(images)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             laps.append(time.perf_counter() - begin)
-        result[name] = median(laps[3:])
+        result[name] = median_ms(laps[3:])
     result["opencv"] = time_opencv(images)
     beside = f" (OpenCV contrib, image by image: {result['opencv']:.2f} ms)" if result["opencv"] else ""
     print(
@@ -195,7 +179,7 @@ def time_opencv(images, repeats: int = 20) -> float | None:
         for picture in pictures:
             detector.computeSaliency(picture)
         laps.append(time.perf_counter() - begin)
-    return median(laps)
+    return median_ms(laps)
 
 
 if __name__ == "__main__":

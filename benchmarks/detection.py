@@ -7,11 +7,10 @@ transforms.v2 and trains fasterrcnn_resnet50_fpn (or another depth) as torchvisi
 
 import copy
 import statistics
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import read_options, setup_device, wait_for
 
 from engine.config.options import add_single_device_options
 from engine.config.parser import Parser, choice, int_at_least
@@ -37,7 +36,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
 
     import torch
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -46,12 +45,9 @@ def main(argv: list[str] | None = None) -> dict:
     from detection.faster_rcnn import build_detector, load_detector, set_learning
     from detection.load import load_image_sets
     from detection.loader import DetectionLoader
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
     from engine.runtime.progress import progress_bar
 
-    device = choose_device(options["device"])
-    setup_backends(device, seed=0, deterministic=False)
-    precision, text = choose_precision(options["amp"], device)
+    device, precision, where = setup_device(options)
     where = {"data_dir": options["data_dir"], "train_sets": options["train_sets"], "test_set": options["train_sets"][0]}
     part, _ = load_image_sets(dataset="voc", progress=progress_bar, **where)
     sizes = {"min_size": options["min_size"], "max_size": options["max_size"]}
@@ -76,14 +72,13 @@ def main(argv: list[str] | None = None) -> dict:
     }
     if precision:
         again, mine = copy.deepcopy(theirs), copy.deepcopy(ours)
-        loops[f"torchvision's loop, {text}"] = lambda turn: reference(
+        loops[f"torchvision's loop, {str(precision)[6:]}"] = lambda turn: reference(
             again, feed, part, turn, steps, options, precision
         )
-        loops[f"ours, {text}"] = lambda turn: own(mine, feed, turn, steps, precision)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        loops[f"ours, {str(precision)[6:]}"] = lambda turn: own(mine, feed, turn, steps, precision)
     print(
         f"{options['model']}, fpn, batch {options['batch_size']}, shorter side {options['min_size']}, {len(part)} "
-        f"images, {options['workers']} workers, {device}{threads}, torch {torch.__version__}",
+        f"images, {options['workers']} workers, {where}",
         flush=True,
     )
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
@@ -167,13 +162,6 @@ def columns(samples: list) -> tuple:
 
 def learning(detector) -> list:
     return [parameter for parameter in detector.parameters() if parameter.requires_grad]
-
-
-def wait_for(device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

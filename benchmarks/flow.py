@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT, read_options
 
 from engine.config.options import LARGE_DATASETS
 from engine.config.parser import Parser, choice, float_in_range, int_at_least
@@ -49,7 +48,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
     flow = Flow(options)
     flow.resize()
     return {count: flow.with_processes(count) for count in options["processes"]}

@@ -5,11 +5,10 @@ the same files, batch, crop and number of workers, the two taking turns. DIR hol
 with these; the first epoch of each, in which workers start and files come into memory, is not counted.
 """
 
-import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import read_options, wait_for
 
 from engine.config.options import add_device_options
 from engine.config.parser import Parser, boolean, float_in_range, int_at_least
@@ -37,7 +36,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
 
     import torch
 
@@ -60,8 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
         for name, epoch_of in pipelines.items():
             begin = time.perf_counter()
             count = sum(len(images) for images in epoch_of(epoch))
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             if epoch:
                 seconds[name].append((time.perf_counter() - begin) / count)
     rates = {name: 1 / sorted(values)[len(values) // 2] for name, values in seconds.items()}

@@ -14,8 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from common import ROOT, read_options
 
 from engine.config.parser import Parser, int_at_least
 from engine.errors import UserError
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.option("--method", nargs="+", default=["none", "mixup", "manifold", "cutmix", "saliencymix"], metavar="NAME")
     parser.option("--epochs", type=int_at_least(2), default=8)
     parser.option("--seed", type=int_at_least(), default=0, help="of the moments")
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
     moments, done = random.Random(options["seed"]), 0
     unknown = set(options["method"]) - MIXERS.keys()
     if unknown:

@@ -5,11 +5,9 @@ the memory that Score-CAM takes, whose masked images go through the network in c
 change the cost.
 """
 
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import read_options, setup_device
 
 from engine.config.options import add_single_device_options
 from engine.config.parser import Parser, choices, int_at_least
@@ -37,23 +35,19 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
 
     import torch
     from torchvision.models import get_model
 
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
     from saliency.cam.maps import ActivationMaps
 
-    device = choose_device(options["device"])
-    setup_backends(device, seed=0, deterministic=False)
-    precision, text = choose_precision(options["amp"], device)
+    device, precision, where = setup_device(options)
     network = get_model(options["model"], weights=None).to(device).eval().requires_grad_(False)
     side, count = options["image_size"], options["images"]
     images = torch.randn(count, 3, side, side, device=device)
     targets = torch.randint(0, 1000, (count,), device=device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(f"{options['model']}, {count} images of {side} pixels, {device}{threads}, {text}, torch {torch.__version__}")
+    print(f"{options['model']}, {count} images of {side} pixels, {where}")
 
     def forward(some, classes):
         with torch.no_grad(), torch.autocast(device.type, precision, bool(precision)):

@@ -9,10 +9,8 @@ is mixed, with the settings of the ImageNet recipe and, where a method can, a cl
 
 import gc
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import read_options, setup_device
 
 from engine.config.options import add_device_options
 from engine.config.parser import Parser, choice, int_at_least
@@ -48,24 +46,19 @@ def build_parser() -> Parser:
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Measure; returns bytes by method and part."""
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
 
     import torch
 
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
-
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    device = choose_device(options["device"])
+    device, precision, where = setup_device(options)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: memory is measured on cpu and cuda only")
-    setup_backends(device, seed=0, deterministic=False)
-    precision, text = choose_precision(options["amp"], device)
     print(
-        f"{options['model']}, batch {options['batch_size']}, {options['image_size']} pixels, {device}, {text}, "
-        f"torch {torch.__version__}\n{'method':12} {'peak MiB':>9} {'x vanilla':>9} {'saliency':>9} {'mixing':>9} "
-        f"{'network':>9}  highest in"
+        f"{options['model']}, batch {options['batch_size']}, {options['image_size']} pixels, {where}\n{'method':12} "
+        f"{'peak MiB':>9} {'x vanilla':>9} {'saliency':>9} {'mixing':>9} {'network':>9}  highest in"
     )
     batches = random_batches(options, device)
     result = {}

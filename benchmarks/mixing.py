@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import median_ms, read_options, setup_device, wait_for
 
 from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
 from engine.config.parser import Parser, boolean, choice, float_in_range, int_at_least
@@ -54,18 +54,15 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
+    options = read_options(parser, argv)
 
     import torch
 
     from engine.data.datasets import load_data
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    device = choose_device(options["device"])
-    setup_backends(device, seed=0, deterministic=False)
-    precision, text = choose_precision(options["amp"], device)
+    device, precision, where = setup_device(options)
     place = {key: options[key] for key in ("data_dir", "image_size", "norm")}
     data = load_data(options["dataset"], limit=4 * options["batch_size"], **place)
     bench = Bench(options, data, device, precision)
@@ -73,11 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
         bench.step(options["peak_of"], 0)
         bench.step(options["peak_of"], 1)
         return print(f"peak {bench.peak_mb():.1f}") or {}
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    print(
-        f"{options['model']}, batch {options['batch_size']}, {data.image_size} pixels, {device}{threads}, {text}, "
-        f"torch {torch.__version__}"
-    )
+    print(f"{options['model']}, batch {options['batch_size']}, {data.image_size} pixels, {where}")
     result = {}
     if options["steps"]:
         result["steps"] = bench.time_steps(argv if argv is not None else sys.argv[1:])
@@ -191,8 +184,8 @@ class Bench:
             f"{'method':12} {'step ms':>9} {'x vanilla':>9} {'bound':>6} {'saliency ms':>11} {'mixing ms':>9} {'MB':>7}"
         )
         for name, parts in laps.items():
-            row = {key: median(parts.get(key, [0.0])) for key in ("step", "saliency", "mixing", "data", "network")}
-            row["ratio"] = median([a / b for a, b in zip(parts["step"], laps["none"]["step"], strict=True)]) / 1000
+            row = {key: median_ms(parts.get(key, [0.0])) for key in ("step", "saliency", "mixing", "data", "network")}
+            row["ratio"] = median_ms([a / b for a, b in zip(parts["step"], laps["none"]["step"], strict=True)]) / 1000
             row |= {"bound": self.bound(name), "peak": self.peak_of(name, argv)}
             print(
                 f"{name:12} {row['step']:9.2f} {row['ratio']:9.3f} {row['bound']:6.2f} {row['saliency']:11.2f} "
@@ -241,16 +234,14 @@ class Bench:
         return table
 
     def time(self, call, *args, repeats: int | None = None) -> float:
-        import torch
 
         laps = []
         for _ in range(3 + (repeats or self.options["repeats"])):
             begin = time.perf_counter()
             call(*args)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(self.device)
             laps.append(time.perf_counter() - begin)
-        return median(laps[3:])
+        return median_ms(laps[3:])
 
     def quality(self) -> dict:
         """Energies of PuzzleMix's masks and Co-Mixup's objective over a few batches, ours and by graph cuts."""
@@ -326,10 +317,6 @@ def has_gco() -> bool:
     except ValueError:
         return False
     return True
-
-
-def median(values: list[float]) -> float:
-    return 1000 * sorted(values)[len(values) // 2]
 
 
 if __name__ == "__main__":

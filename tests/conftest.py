@@ -1,6 +1,10 @@
+"""Options, markers and fixtures of all tests."""
+
 import os
 import signal
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: the processes of pytest-xdist share the cores
 
 import numpy as np
 import pytest

@@ -58,7 +58,7 @@ def test_every_command_is_accepted(command):
     typed, _ = translate_legacy(parser.read(words))
     if script not in ("evaluate.py", "cam.py"):
         if script == "detect.py":
-            options = detect.settle(parser, typed, {})
+            options = detect.resolve_options(parser, typed, {})
         else:
             options = fill_in_options(typed, {}, parser.defaults)
             check_combinations(options, typed)
