@@ -125,9 +125,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     steps = training.StepSchedule([(phase.end, len(loader)) for phase, loader in zip(phases, loaders, strict=True)])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
-        scheduler = training.build_scheduler(
-            optimizer, calendar=steps, **select_kwargs(options, training.build_scheduler)
-        )
+        scheduler = training.build_scheduler(optimizer, steps, **select_kwargs(options, training.build_scheduler))
     state = training.build_training_state(
         model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile"])
     )

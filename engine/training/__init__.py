@@ -12,10 +12,9 @@ __getattr__ = lazy_attributes(
         "monitor": "EpochMonitor",
         "run": "Run",
         "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
-        "schedule": "build_scheduler",
+        "schedule": "StepSchedule build_scheduler",
         "start": "RunKind Start start_processes start_run",
         "optimizer": "build_optimizer",
         "state": "SourceBuilder TrainingState build_training_state place_network",
-        "step_calendar": "StepSchedule",
     },
 )

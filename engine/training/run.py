@@ -17,8 +17,8 @@ from engine.runtime.progress import Progress, use_progress_bar
 from engine.training.monitor import EpochMonitor
 from engine.training.run_folder import get_opencv_versions, public_options
 from engine.training.running_sums import EpochStats, NonFiniteLoss, TrainingInterrupted
+from engine.training.schedule import StepSchedule
 from engine.training.start import Start
-from engine.training.step_calendar import StepSchedule
 from engine.training.trackers import add_trackers
 
 

@@ -1,21 +1,50 @@
-"""Learning-rate schedules, all stepped once an iteration, so that there is one rule for when to step."""
+"""Where an optimizer step falls in a run, and the learning rate there. Schedules are stepped once an iteration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from engine.config.phases import parse_lr_points
-from engine.training.step_calendar import StepSchedule
+
+
+class StepSchedule:
+    """Where an optimizer step falls, in a run whose phases may have different numbers of steps an epoch.
+
+    phases: (last epoch, steps an epoch) of each, in order. After its end the last phase goes on.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, int]]):
+        self.phases = list(phases)
+
+    def first_step(self, epoch: int) -> int:
+        """How many steps come before `epoch`."""
+        before, begin = 0, 0
+        for end, steps in self.phases[:-1]:
+            before += (min(epoch, end) - min(epoch, begin)) * steps
+            begin = end
+        return before + max(0, epoch - begin) * self.phases[-1][1]
+
+    def locate(self, step: int) -> tuple[int, int, int]:
+        """The epoch of a step, its number in the epoch, and how many steps that epoch has."""
+        begin = 0
+        for end, steps in self.phases[:-1]:
+            if step < (end - begin) * steps:
+                break
+            step -= (end - begin) * steps
+            begin = end
+        else:
+            steps = self.phases[-1][1]
+        return begin + step // steps, step % steps, steps
 
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer,
+    steps: StepSchedule,
     *,
     scheduler: str,
     epochs: int,
-    calendar: StepSchedule,
     schedule: list[int],
     gammas: list[float],
     warmup_epochs: float,
@@ -26,33 +55,29 @@ def build_scheduler(
     pct_start: float,
     final_div_factor: float,
 ) -> LRScheduler:
-    """scheduler: multistep, cosine, linear or constant, which change the lr between epochs, or onecycle or points at
-    every iteration.
+    """The learning-rate schedule. The parameters by name are the options of these names.
 
-    Warm-up moves at every iteration too. max_lr None: the optimizer's lr is the peak. lr_points: text for read_points;
-    in step s of S of an epoch the rate is that at epoch + (s + 1) / S, as in the published three-phase ImageNet code.
-
+    scheduler: multistep, cosine, linear or constant, which change the rate between epochs, or onecycle or points, which
+    change it at every iteration; warm-up does so too. max_lr None: lr is the peak.
     One-cycle is torch's: it moves the momentum too, between 0.95 at both ends and 0.85 at the peak.
     """
     if scheduler == "onecycle":
         return OneCycleLR(
             optimizer,
-            max_lr or optimizer.param_groups[0]["lr"],
-            total_steps=calendar.first_step(epochs),
+            max_lr or lr,
+            total_steps=steps.first_step(epochs),
             div_factor=div_factor,
             pct_start=pct_start,
             final_div_factor=final_div_factor,
             cycle_momentum=optimizer.param_groups[0]["momentum"] > 0,
         )
-    if scheduler == "multistep" and len(gammas) == 1:
-        gammas = gammas * len(schedule)
-    points = parse_lr_points(lr_points) if scheduler == "points" else None
-    warmup_steps = warmup_epochs * calendar.place(0)[2]
+    if scheduler == "points":
+        return LambdaLR(optimizer, points_factor(steps, parse_lr_points(lr_points), lr))
+    warmup_steps = warmup_epochs * steps.locate(0)[2]
+    gammas = gammas * len(schedule) if len(gammas) == 1 else gammas
 
     def factor(step: int) -> float:
-        epoch, inside, steps = calendar.place(step)
-        if points:
-            return interpolate_lr(points, epoch + (inside + 1) / steps, before=True) / lr
+        epoch = steps.locate(step)[0]
         warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         if scheduler == "multistep":
             return warm * math.prod(gamma for start, gamma in zip(schedule, gammas, strict=True) if epoch >= start)
@@ -63,6 +88,18 @@ def build_scheduler(
         return warm
 
     return LambdaLR(optimizer, factor)
+
+
+def points_factor(steps: StepSchedule, points: Sequence[tuple[float, float]], lr: float) -> Callable[[int], float]:
+    """Of each step, the rate on the points relative to lr: in step s of S of an epoch the rate is that at
+    epoch + (s + 1) / S, as in the published three-phase ImageNet code.
+    """
+
+    def factor(step: int) -> float:
+        epoch, within, count = steps.locate(step)
+        return interpolate_lr(points, epoch + (within + 1) / count, before=True) / lr
+
+    return factor
 
 
 def interpolate_lr(points: Sequence[tuple[float, float]], epoch: float, *, before: bool = False) -> float:

@@ -22,9 +22,8 @@ from engine.training.loop import StepConfig, profile_steps, train_one_epoch
 from engine.training.loss import LOSSES, smooth_labels
 from engine.training.monitor import EpochMonitor
 from engine.training.running_sums import NonFiniteLoss
-from engine.training.schedule import build_scheduler, interpolate_lr
+from engine.training.schedule import StepSchedule, build_scheduler, interpolate_lr
 from engine.training.state import TrainingState
-from engine.training.step_calendar import StepSchedule
 from mixing import build_mixer
 from mixing.base import Mixer
 from mixing.compose import NoMix
@@ -81,7 +80,7 @@ def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
     options = PLAIN | {"final_div_factor": 1e4} | options
     scheduler = build_scheduler(
-        optimizer, scheduler=name, epochs=epochs, calendar=StepSchedule([(epochs, steps)]), **options
+        optimizer, scheduler=name, epochs=epochs, steps=StepSchedule([(epochs, steps)]), **options
     )
     seen = []
     for _ in range(epochs * steps):
@@ -115,7 +114,7 @@ def test_rates_move_at_every_step_of_phases_of_different_length():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
     calendar = StepSchedule([(1, 2), (2, 4)])
     options = PLAIN | {"final_div_factor": 1e4, "lr": 2.0, "lr_points": "0:0,1:1,1:10,2:2"}
-    scheduler = build_scheduler(optimizer, scheduler="points", epochs=2, calendar=calendar, **options)
+    scheduler = build_scheduler(optimizer, scheduler="points", epochs=2, steps=calendar, **options)
     seen = []
     for _ in range(6):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -123,14 +122,21 @@ def test_rates_move_at_every_step_of_phases_of_different_length():
         scheduler.step()
     assert seen == pytest.approx([0.5, 1, 8, 6, 4, 2])
     assert [calendar.first_step(epoch) for epoch in range(4)] == [0, 2, 6, 10]
-    assert [calendar.place(step) for step in (0, 1, 2, 5, 6)] == [(0, 0, 2), (0, 1, 2), (1, 0, 4), (1, 3, 4), (2, 0, 4)]
+    places = [calendar.locate(step) for step in (0, 1, 2, 5, 6)]
+    assert places == [
+        (0, 0, 2),
+        (0, 1, 2),
+        (1, 0, 4),
+        (1, 3, 4),
+        (2, 0, 4),
+    ]
 
 
 def test_one_cycle_is_the_published_one(network_golden):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
     options = PLAIN | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
     scheduler = build_scheduler(
-        optimizer, scheduler="onecycle", epochs=300, calendar=StepSchedule([(300, 500)]), **options
+        optimizer, scheduler="onecycle", epochs=300, steps=StepSchedule([(300, 500)]), **options
     )
     optimizer.step()
     wanted = dict(zip(network_golden["onecycle_step"].tolist(), range(100), strict=False))
