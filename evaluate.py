@@ -9,8 +9,9 @@ from pathlib import Path
 
 import models
 from engine.config import resolve
+from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.options import DATASETS, add_data_options, add_device_options
-from engine.config.parser import Parser, boolean, check_output_path, choice, int_at_least
+from engine.config.parser import Parser, check_output_path
 from engine.errors import UserError
 from engine.launch import run_main
 from evaluation import options as of_tasks

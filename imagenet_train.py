@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import mixing
+import models
+import saliency
 from engine import runtime, training
 from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
 from engine.config.options import (
@@ -18,30 +21,19 @@ from engine.config.resolve import phase_options, read_options, resolve_options, 
 from engine.config.select import select_kwargs
 from engine.config.unused_options import image_notes, mixing_notes
 from engine.launch import run_main
-from mixing import ALIASES as METHOD_ALIASES
-from mixing import MIXERS, compose_options, hyper_parameters
-from models import ALIASES as MODEL_ALIASES
-from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models, parameter_counts
-from saliency import ALIASES as SOURCE_ALIASES
-from saliency import SOURCES, build_source, source_parameters
+from mixing import compose_options, hyper_parameters
+from models import IMAGENET_MODELS, build_model, matching_models, parameter_counts
+from saliency import build_source, source_parameters
 
 SIDE = 224  # of the images in pixels, unless --image_size says otherwise
 
 
 def build_parser() -> Parser:
     parser = Parser("Train a classifier on ImageNet, Tiny-ImageNet at 224 pixels, or any folders of large images.")
-    add_training_options(
-        parser,
-        models=IMAGENET_MODELS,
-        model_aliases=MODEL_ALIASES | IMAGENET_ALIASES,
-        methods=MIXERS,
-        method_aliases=METHOD_ALIASES,
-        recipes=list(IMAGENET_RECIPES),
-        recipe="cutmix300",
-    )
+    add_training_options(parser, methods=mixing, models=models, recipes=list(IMAGENET_RECIPES), large_images=True)
     add_imagenet_options(parser)
     add_data_options(parser, LARGE_DATASETS, image_size=SIDE, norm="imagenet")
-    add_mixing_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    add_mixing_options(parser, sources=saliency)
     add_device_options(parser)
     return parser
 

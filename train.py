@@ -1,5 +1,8 @@
 """Train a classifier on small images with a mixing method: python train.py --method saliencymix --dataset cifar10"""
 
+import mixing
+import models
+import saliency
 from engine import runtime, training
 from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
 from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options, add_training_options
@@ -9,27 +12,16 @@ from engine.config.resolve import read_options, resolve_options
 from engine.config.select import select_kwargs
 from engine.config.unused_options import mixing_notes
 from engine.launch import run_main
-from mixing import ALIASES as METHOD_ALIASES
-from mixing import MIXERS, compose_options, hyper_parameters
-from models import ALIASES as MODEL_ALIASES
+from mixing import compose_options, hyper_parameters
 from models import MODELS, build_model, matching_models, parameter_counts
-from saliency import ALIASES as SOURCE_ALIASES
-from saliency import SOURCES, build_source, source_parameters
+from saliency import build_source, source_parameters
 
 
 def build_parser() -> Parser:
     parser = Parser("Train a classifier on small images with a mixing method. With no option at all: a demonstration.")
-    add_training_options(
-        parser,
-        models=MODELS,
-        model_aliases=MODEL_ALIASES,
-        methods=MIXERS,
-        method_aliases=METHOD_ALIASES,
-        recipes=["auto", *RECIPES],
-        recipe="auto",
-    )
+    add_training_options(parser, methods=mixing, models=models, recipes=["auto", *RECIPES])
     add_data_options(parser, SMALL_DATASETS)
-    add_mixing_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    add_mixing_options(parser, sources=saliency)
     add_device_options(parser)
     return parser
 

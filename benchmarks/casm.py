@@ -10,8 +10,9 @@ import time
 
 from common import read_options, setup_device, wait_for
 
+from engine.config.option_types import float_in_range, int_at_least
 from engine.config.options import add_device_options
-from engine.config.parser import Parser, float_in_range, int_at_least
+from engine.config.parser import Parser
 from engine.launch import run_main
 
 SOURCES = ["uniform", "fine_grained", "spectral_residual", "gradient", "cam", "casm"]

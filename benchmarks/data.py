@@ -9,8 +9,9 @@ import time
 
 from common import median_ms, read_options, setup_device, wait_for
 
+from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.options import add_device_options
-from engine.config.parser import Parser, boolean, choice, int_at_least
+from engine.config.parser import Parser
 from engine.launch import run_main
 from mixing import NoMix
 from models import ALIASES, MODELS, build_model

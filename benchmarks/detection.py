@@ -12,8 +12,9 @@ from pathlib import Path
 
 from common import read_options, setup_device, wait_for
 
+from engine.config.option_types import choice, int_at_least
 from engine.config.options import add_single_device_options
-from engine.config.parser import Parser, choice, int_at_least
+from engine.config.parser import Parser
 from engine.launch import run_main
 
 MOMENTUM, DECAY = 0.9, 5e-4

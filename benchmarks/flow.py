@@ -14,8 +14,9 @@ from pathlib import Path
 
 from common import ROOT, read_options
 
+from engine.config.option_types import choice, float_in_range, int_at_least
 from engine.config.options import LARGE_DATASETS
-from engine.config.parser import Parser, choice, float_in_range, int_at_least
+from engine.config.parser import Parser
 from engine.config.phases import parse_phases
 from engine.errors import UserError
 from engine.launch import run_main

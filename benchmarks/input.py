@@ -10,8 +10,9 @@ from pathlib import Path
 
 from common import read_options, wait_for
 
+from engine.config.option_types import boolean, float_in_range, int_at_least
 from engine.config.options import add_device_options
-from engine.config.parser import Parser, boolean, float_in_range, int_at_least
+from engine.config.parser import Parser
 from engine.launch import run_main
 
 JITTER, LIGHTING = 0.4, 0.1

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from common import ROOT, read_options
 
-from engine.config.parser import Parser, int_at_least
+from engine.config.option_types import int_at_least
+from engine.config.parser import Parser
 from engine.errors import UserError
 from engine.launch import run_main
 from mixing import MIXERS

@@ -9,8 +9,9 @@ import time
 
 from common import read_options, setup_device
 
+from engine.config.option_types import choices, int_at_least
 from engine.config.options import add_single_device_options
-from engine.config.parser import Parser, choices, int_at_least
+from engine.config.parser import Parser
 from engine.launch import run_main
 from saliency import CAM_METHODS
 

@@ -12,8 +12,9 @@ import os
 
 from common import read_options, setup_device
 
+from engine.config.option_types import choice, int_at_least
 from engine.config.options import add_device_options
-from engine.config.parser import Parser, choice, int_at_least
+from engine.config.parser import Parser
 from engine.config.recipes import recipe_options
 from engine.errors import UserError
 from engine.launch import run_main

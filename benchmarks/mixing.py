@@ -15,8 +15,9 @@ from pathlib import Path
 
 from common import median_ms, read_options, setup_device, wait_for
 
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least
 from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
-from engine.config.parser import Parser, boolean, choice, float_in_range, int_at_least
+from engine.config.parser import Parser
 from engine.config.recipes import recipe_options
 from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer

@@ -1,8 +1,17 @@
-"""The options of detect.py, its recipes, and what follows from several of them."""
+"""The options of detect.py."""
 
 from detection.recipes import RECIPES
-from engine.config.options import add_device_options, add_output_options, add_resume_options
-from engine.config.parser import Parser, boolean, choice, float_in_range, int_at_least
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least
+from engine.config.options import (
+    add_common_options,
+    add_dataset_option,
+    add_device_options,
+    add_optimizer_options,
+    add_output_options,
+    add_resume_options,
+    add_step_options,
+)
+from engine.config.parser import Parser
 
 
 def build_parser() -> Parser:
@@ -10,10 +19,23 @@ def build_parser() -> Parser:
         "Train Faster R-CNN on PASCAL VOC with a classifier of this project as its backbone, and evaluate it by every "
         "protocol in use."
     )
+    add_start_options(parser)
+    add_resume_options(parser)
+    add_network_options(parser)
+    add_image_options(parser)
+    add_optimizer_options(parser, momentum=0.9)
+    add_step_options(parser)
+    add_schedule_options(parser)
+    add_detection_options(parser)
+    add_output_options(parser, print_freq=20, named_by="RECIPE")
+    add_device_options(parser)
+    return parser
+
+
+def add_start_options(parser: Parser) -> None:
+    """What is run, and from which weights it starts."""
     parser.group("run")
-    parser.option(
-        "--backbone_checkpoint", "--backbone", metavar="FILE", help="classifier whose ResNet becomes the backbone"
-    )
+    parser.option("--backbone_checkpoint", metavar="FILE", help="classifier whose ResNet becomes the backbone")
     parser.option(
         "--pretrained", type=boolean, default=False, help="torchvision's ImageNet weights instead: the baseline"
     )
@@ -27,13 +49,19 @@ def build_parser() -> Parser:
         default=False,
         help="the weight average in the file to start from, of a run with --ema",
     )
-    parser.option("--recipe", type=choice(["auto", *RECIPES]), default="auto", metavar="NAME", help=describe_recipes())
     parser.option(
-        "--model",
-        "--arch",
+        "--recipe",
+        type=choice(["auto", *RECIPES]),
+        default="auto",
         metavar="NAME",
-        shown="from the file",
-        help="resnet18, 34, 50, 101 or 152; --pretrained: 50",
+        help=f"{', '.join(RECIPES)}: fills in what is not given; auto: paper, or shapes for the drawn scenes",
+    )
+
+
+def add_network_options(parser: Parser) -> None:
+    parser.group("network")
+    parser.option(
+        "--model", metavar="NAME", shown="from the file", help="resnet18, 34, 50, 101 or 152; --pretrained: 50"
     )
     parser.option(
         "--neck",
@@ -61,13 +89,25 @@ def build_parser() -> Parser:
         type=choice(["embed", "random"]),
         default="embed",
         metavar="embed|random",
-        help="of the backbone: its own, where 3x3 lying within 7x7, or a new one that learns",
+        help="of the backbone: its own, a 3x3 one inside 7x7, or a new one that learns",
     )
-    add_resume_options(parser)
+    parser.option(
+        "--rois", type=int_at_least(1), shown="recipe", help="proposals of an image that the head learns from"
+    )
+    parser.option(
+        "--proposals",
+        type=int_at_least(1),
+        nargs=2,
+        shown="recipe",
+        metavar=("TRAIN", "TEST"),
+        help="proposals kept of a feature map, and of an image",
+    )
 
+
+def add_image_options(parser: Parser) -> None:
     parser.group("data")
-    parser.option("--dataset", type=choice(["voc", "shapes"], {"fake": "shapes"}), default="voc", metavar="voc|shapes")
-    parser.option("--data_dir", "--data", default="data", help="the folder that holds VOCdevkit, or VOCdevkit itself")
+    add_dataset_option(parser, ["voc", "shapes"], aliases={"fake": "shapes"}, dataset="voc")
+    add_common_options(parser, "data_dir", "limit", download=False)
     parser.option(
         "--train_sets",
         nargs="+",
@@ -76,7 +116,6 @@ def build_parser() -> Parser:
         help="lists in VOC<YEAR>/ImageSets/Main",
     )
     parser.option("--test_set", default="2007_test", metavar="YEAR_LIST")
-    parser.option("--download", type=boolean, default=False, help="fetch VOC by torchvision where it is missing")
     parser.option("--use_difficult", type=boolean, shown="recipe", help="train on objects marked difficult too")
     parser.option(
         "--augment",
@@ -94,26 +133,21 @@ def build_parser() -> Parser:
         help="shorter side; of several one is drawn for each training image, and the last is for evaluation",
     )
     parser.option("--max_size", type=int_at_least(8), shown="recipe", metavar="PIXELS", help="of the longer side")
-    parser.option("--limit", type=int_at_least(), default=0, help="use the first N images of each part only; 0: all")
     parser.option(
         "--export_shapes", metavar="DIR", help="write the drawn scenes in the layout of VOC into DIR, and exit"
     )
 
-    parser.group("training")
-    parser.option(
-        "--iters", "--iterations", type=int_at_least(1), shown="recipe", help="optimizer steps; wins over --epochs"
-    )
+
+def add_schedule_options(parser: Parser) -> None:
+    """The length of a run and its learning rate, in optimizer steps, and when it is evaluated and saved."""
+    parser.group("schedule")
+    parser.option("--iters", type=int_at_least(1), shown="recipe", help="optimizer steps; wins over --epochs")
     parser.option("--epochs", type=int_at_least(1), help="the same as so many passes over the images")
-    parser.option("--batch_size", "-b", type=int_at_least(1), shown="recipe", help="in total, over all processes")
-    parser.option("--lr", "--learning_rate", type=float_in_range(), shown="recipe")
     parser.option(
         "--scale_lr", type=boolean, default=False, help="the recipe's lr times --batch_size over the recipe's batch"
     )
-    parser.option("--momentum", type=float_in_range(0, 1), default=0.9)
-    parser.option("--weight_decay", "--wd", type=float_in_range(), shown="recipe")
     parser.option(
         "--schedule",
-        "--milestones",
         type=int_at_least(1),
         nargs="*",
         metavar="ITERATION",
@@ -129,23 +163,7 @@ def build_parser() -> Parser:
         help="one factor for all drops, or one each",
     )
     parser.option(
-        "--warmup_iters", type=int_at_least(), shown="recipe", help="straight rise of the lr from a thousandth of it"
-    )
-    parser.option("--accumulate", type=int_at_least(1), default=1, metavar="N", help="run each batch in N pieces")
-    parser.option("--clip_grad", type=float_in_range(), default=0.0, help="largest gradient norm; 0: no limit")
-    parser.option(
-        "--ema", type=float_in_range(0, 1), default=0.0, help="decay of an average of the weights, evaluated too"
-    )
-    parser.option(
-        "--rois", type=int_at_least(1), shown="recipe", help="proposals of an image that the head learns from"
-    )
-    parser.option(
-        "--proposals",
-        type=int_at_least(1),
-        nargs=2,
-        shown="recipe",
-        metavar=("TRAIN", "TEST"),
-        help="proposals kept of a feature map, and of an image",
+        "--warmup_iters", type=int_at_least(), shown="recipe", help="linear rise of the lr from a thousandth of it"
     )
     parser.option(
         "--eval_every",
@@ -158,9 +176,12 @@ def build_parser() -> Parser:
         "--save_iters", type=int_at_least(), default=0, metavar="N", help="save last.pt every N steps too; 0: never"
     )
 
+
+def add_detection_options(parser: Parser) -> None:
+    """What counts as a detection, and what is kept of them."""
     parser.group("detections")
     parser.option(
-        "--score_thr", type=float_in_range(0, 1), default=0.05, help="detections below this score are not given"
+        "--score_thr", type=float_in_range(0, 1), default=0.05, help="detections below this score are left out"
     )
     parser.option(
         "--nms_thr", type=float_in_range(0, 1), default=0.5, help="overlap at which the weaker detection goes"
@@ -174,10 +195,3 @@ def build_parser() -> Parser:
     )
     parser.option("--vis", type=int_at_least(), default=0, metavar="N", help="draw N test images with boxes")
     parser.option("--predictions", metavar="FILE.json", help="all detections, as COCO's tools read them")
-    add_output_options(parser, print_freq=20, named_by="RECIPE")
-    add_device_options(parser)
-    return parser
-
-
-def describe_recipes() -> str:
-    return f"{', '.join(RECIPES)}: fills in what is not given; auto: paper, or shapes for the drawn scenes"

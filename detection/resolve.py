@@ -4,63 +4,57 @@ from pathlib import Path
 
 from detection.recipes import RECIPES
 from engine.config.parser import Parser
-from engine.config.resume_rules import PER_CALL_OPTIONS as ONE_CALL_EVERYWHERE
-from engine.config.resume_rules import RESUME_CHANGEABLE as MAY_DIFFER_EVERYWHERE
-from engine.config.resume_rules import check_changed_options
+from engine.config.resume_rules import (
+    PER_CALL_OPTIONS,
+    RESUME_CHANGEABLE,
+    OptionRules,
+    check_changed_options,
+    merge_options,
+)
 
 KIND = "detector"  # of checkpoints and runs
-RESUME_CHANGEABLE = {  # options that may change when a run is continued
-    *MAY_DIFFER_EVERYWHERE,
-    *("iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "coco_count_difficult"),
-    *("vis", "predictions", "backbone_checkpoint", "frcnn_checkpoint", "pretrained", "scale_lr"),
-}
-ARCHITECTURE_OPTIONS = {
-    "model",
-    "neck",
-    "stem",
-    "dataset",
-    "norm",
-    "trainable_layers",
-    "ema",
-    "batch_size",
-    "train_sets",
-    "limit",
-}
 START_OPTIONS = {"backbone_checkpoint", "pretrained", "frcnn_checkpoint"}  # what a new detector starts from
 TRAINING_OPTIONS = {  # what an evaluation does not read
     *("recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"),
     *("batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"),
     *("clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"),
 }
-PER_CALL_OPTIONS = {*ONE_CALL_EVERYWHERE, "vis", "predictions", "export_shapes"}
+RULES = OptionRules(
+    changeable={"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
+    | {"coco_count_difficult", "vis", "predictions"}
+    | START_OPTIONS
+    | RESUME_CHANGEABLE,
+    architecture={"model", "neck", "stem", "norm", "trainable_layers", "ema", "dataset", "train_sets", "limit"}
+    | {"batch_size"},
+    per_call=PER_CALL_OPTIONS | {"vis", "predictions", "export_shapes"},
+    replaces=dict.fromkeys(START_OPTIONS, START_OPTIONS),  # one of them takes the place of all
+)
 
 
 def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
-    """Every option: what was typed, else saved, else the recipe's, else the default; a contradiction ends with a usage
-    error. Lengths are still open where --epochs gives them: see schedule_of().
+    """Every option, filled in and checked. A contradiction is a usage error.
+
+    Of a new run iters, schedule and warmup_iters are None unless they are typed: scale_schedule() fills them in.
     """
-    told = {key: value for key, value in saved.items() if key in parser.defaults.keys() - PER_CALL_OPTIONS}
-    if START_OPTIONS & typed.keys():  # one of them takes the place of all
-        told = {key: value for key, value in told.items() if key not in START_OPTIONS}
-    given = {**told, **typed}
-    name = given.get("recipe", "auto")
-    if name == "auto":
-        name = saved.get("recipe") or ("shapes" if given.get("dataset") == "shapes" else "paper")
-    recipe = RECIPES[name]
-    options = {**parser.defaults, **recipe, **given, "recipe": name}
-    if options["scale_lr"] and "lr" not in given:
-        options["lr"] = recipe["lr"] * options["batch_size"] / recipe["batch_size"]
-    try:
+    options = merge_options(typed, saved, parser.defaults, rules=RULES, recipe=get_recipe)
+    with parser.usage_errors():
         check_combinations(options, typed)
-    except ValueError as error:
-        parser.error(str(error))
     if not (saved or options["evaluate"] or options["checkpoint"] or options["export_shapes"]):
         check_start_options(parser, options)
-    if not saved:  # of a run that goes on all is settled
+    if not saved:
         options |= {key: None for key in ("iters", "schedule", "warmup_iters") if key not in typed}
     elif "epochs" in typed and "iters" not in typed:
         options["iters"] = None
     return options
+
+
+def get_recipe(given: dict) -> dict[str, object]:
+    """What the recipe of a run sets, which the given options may name."""
+    name = given.get("recipe") or ("shapes" if given.get("dataset") == "shapes" else "paper")
+    recipe = {**RECIPES[name], "recipe": name}
+    if given.get("scale_lr"):
+        recipe["lr"] = recipe["lr"] * given.get("batch_size", recipe["batch_size"]) / recipe["batch_size"]
+    return recipe
 
 
 def resolve_resumed(parser: Parser, typed: dict, saved: dict) -> dict:
@@ -139,11 +133,8 @@ def option_notes(options: dict, typed: dict, going_on: bool = False) -> list[str
 
 
 def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
-    """Raise UserError, with both values of each, where typed options differ from those a run was started with."""
-    differ = {key for key in typed.keys() & saved.keys() if saved[key] != typed[key] and typed[key] != "auto"}
-    check_changed_options(
-        differ, typed, saved, may_differ=RESUME_CHANGEABLE, built_in=ARCHITECTURE_OPTIONS, force=force
-    )
+    """check_changed_options() for a detector."""
+    check_changed_options(typed, saved, rules=RULES, force=force)
 
 
 def detector_runs(options: dict) -> tuple[Path, str]:

@@ -1,6 +1,7 @@
 """What evaluate.py is told beyond the files and the data, a group of options for each task."""
 
-from engine.config.parser import Parser, boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
+from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
+from engine.config.parser import Parser
 from evaluation import ATTACKS
 
 TASKS = {  # name -> the options that it reads, besides those that all read: groups, and single ones of other groups

@@ -3,8 +3,9 @@
 import os
 from pathlib import Path
 
-from engine.config.options import add_single_device_options
-from engine.config.parser import Parser, boolean, choice, choices, float_in_range, int_at_least
+from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least
+from engine.config.options import add_common_options, add_single_device_options
+from engine.config.parser import Parser
 from engine.errors import UserError, suggest_closest
 from saliency import CAM_METHODS
 
@@ -16,16 +17,15 @@ NORMS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "half")  # of engin
 def build_parser() -> Parser:
     parser = Parser("Draw class activation maps of one or more images, by one or more classifiers.")
     parser.group("what")
-    parser.option("--image_path", "--image", nargs="+", metavar="PATH", help="files, folders, patterns")
+    parser.option("--image_path", nargs="+", metavar="PATH", help="files, folders, patterns")
     parser.option(
         "--model_path",
-        "--checkpoint",
         nargs="+",
         metavar="PATH",
         shown=f"torchvision's {PRETRAINED}",
         help="files of weights, run folders (best.pt), torchvision's NAME, or NAME=FILE",
     )
-    parser.option("--model", "--arch", metavar="NAME", shown="from the file", help="its network, ours or torchvision's")
+    parser.option("--model", metavar="NAME", shown="from the file", help="its network, ours or torchvision's")
     parser.option("--weights", default="IMAGENET1K_V1", metavar="NAME", help="of torchvision's, where no file is named")
     parser.option(
         "--method",
@@ -38,7 +38,6 @@ def build_parser() -> Parser:
     parser.option("--casm", metavar="FILE", help="trained maps, for --method casm")
     parser.option(
         "--target_class",
-        "--class",
         nargs="+",
         default=["predicted"],
         metavar="CLASS",
@@ -46,9 +45,7 @@ def build_parser() -> Parser:
     )
     parser.option("--layer", metavar="NAME", shown="what is averaged", help="whose maps are taken, but by cam")
     parser.option("--list_layers", type=boolean, default=False, help="names and shapes of the layers, then exit")
-    parser.option(
-        "--labels", "--class_list", metavar="FILE", shown="from the file or the weights", help="class names, one a line"
-    )
+    parser.option("--labels", metavar="FILE", shown="from the file or the weights", help="class names, one a line")
     parser.option(
         "--resize",
         type=choice(["keep", "square", "whole"]),
@@ -68,9 +65,7 @@ def build_parser() -> Parser:
         help=f"whose mean and std: {', '.join(NORMS)}",
     )
     parser.option("--batch_size", type=int_at_least(1), default=32, help="scorecam: masked images at a time")
-    parser.option(
-        "--on_bad_image", type=choice(["stop", "skip"]), default="stop", metavar="NAME", help="stop, or skip the file"
-    )
+    add_common_options(parser, "on_bad_image")
     parser.group("pictures")
     parser.option("--alpha", type=float_in_range(0, 1), default=0.4, help="weight of the map over the picture")
     parser.option("--colormap", default="jet", metavar="NAME", help="of matplotlib's")

@@ -4,14 +4,15 @@ import time
 import warnings
 from pathlib import Path
 
+import saliency
 from engine.config.mixing_options import add_method_options
-from engine.config.options import DATASET_ALIASES, DATASETS
-from engine.config.parser import Parser, choice, choices, int_at_least
+from engine.config.option_types import choices, int_at_least
+from engine.config.options import DATASETS, add_common_options, add_dataset_option
+from engine.config.parser import Parser
 from engine.errors import UserError
 from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
-from saliency import ALIASES as SOURCE_ALIASES
-from saliency import SOURCES, build_source
+from saliency import build_source
 
 METHODS = [name for name in MIXERS if name != "none"]
 TRIES = 60  # draws, of which those that mix are shown
@@ -23,8 +24,8 @@ def build_parser() -> Parser:
     parser = Parser("Mix a few pictures with one or several methods and draw what becomes of them.")
     parser.group("what")
     parser.option("--images", nargs="+", metavar="FILE", help="two or more pictures; the middle square is taken")
-    parser.option("--dataset", type=choice(DATASETS, DATASET_ALIASES), metavar="NAME", help="or images of a data set")
-    parser.option("--data_dir", "--data", default="data", help="the folder that holds it")
+    add_dataset_option(parser, DATASETS)
+    add_common_options(parser, "data_dir", "seed")
     parser.option(
         "--indices", type=int_at_least(), nargs="+", metavar="N", default=[0, 1, 2, 3], help="which training images"
     )
@@ -33,18 +34,14 @@ def build_parser() -> Parser:
     )
     parser.option(
         "--model_path",
-        "--checkpoint",
         metavar="FILE",
         help="a trained classifier, whose gradient guides the methods that take one; without: a static map",
     )
-    parser.option(
-        "--model", "--arch", metavar="NAME", help="its network, ours or torchvision's, if the file does not say"
-    )
+    parser.option("--model", metavar="NAME", help="its network, ours or torchvision's, if the file does not say")
     parser.option("--image_size", type=int_at_least(8), shown="the classifier's, else 224", metavar="PIXELS")
     parser.option("--n", type=int_at_least(1), default=4, help="mixed images of each method")
     parser.option("--output", "-o", default="mix.png", metavar="FILE", help="the picture to write")
-    parser.option("--seed", type=int_at_least(), default=0)
-    add_method_options(parser, sources=SOURCES, source_aliases=SOURCE_ALIASES)
+    add_method_options(parser, sources=saliency)
     return parser
 
 

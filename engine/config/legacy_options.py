@@ -1,16 +1,85 @@
-"""Options of the five earlier codes, translated into today's."""
+"""Option names of the earlier codes: other spellings of our options, shorthands, and names without effect.
 
-IGNORED_LEGACY_OPTIONS = {  # accepted without effect: graph-cut processes, unused flags, file names
-    *("mp", "parallel", "mixing_workers", "initial_channels", "job_id", "env", "shuffle_data", "use_scheduler"),
-    *("cnn_save_path", "scheduler_save_path", "rl_save_path"),
+Every command in the READMEs of those codes keeps working. `--help` shows none of these names.
+"""
+
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least
+
+OTHER_SPELLINGS = {  # our option -> other names for it, where a command has no option of that name itself
+    "arch": ["model"],
+    "backbone_checkpoint": ["backbone"],
+    "batch_size": ["cnn_batch_size"],
+    "checkpoint": ["resume"],
+    "cutmix_probab": ["cutmix_prob"],
+    "data_dir": ["data"],
+    "epochs": ["cnn_epoch"],
+    "gammas": ["lr_step_gamma"],
+    "image_path": ["image"],
+    "iters": ["iterations"],
+    "labels": ["class_list"],
+    "lr": ["learning_rate"],
+    "lr_casme": ["learning_rate_casme"],
+    "mix_fraction": ["prob_mix"],
+    "mixup_alpha": ["alpha"],
+    "model": ["arch", "model_name"],
+    "model_path": ["checkpoint", "resume"],
+    "name": ["tag", "add_name", "expname"],
+    "root_dir": ["output_dir"],
+    "saliency_probab": ["salmix_prob"],
+    "save_every": ["save_epoch"],
+    "schedule": ["milestones"],
+    "target_class": ["class"],
+    "trad_augment": ["data_augmentation"],
+    "weight_decay": ["decay", "wd"],
+    "workers": ["num_workers"],
+}
+IGNORED_LEGACY_OPTIONS = sorted(  # accepted without effect: graph-cut processes, unused flags, file names
+    "mp parallel mixing_workers initial_channels job_id env shuffle_data use_scheduler".split()
+    + "cnn_save_path scheduler_save_path rl_save_path".split()
+)
+# hidden options by group: name -> how Parser.option declares it
+LEGACY_DEVICE_OPTIONS = {
+    "ngpu": {"type": int_at_least()},  # 0: --device cpu, 1: --device cuda
+    "use_fp16": {"type": boolean, "default": False},  # --amp fp16
+}
+LEGACY_TRACKER_OPTIONS = {"wandb_key": {}}  # others can read it; better: the environment variable WANDB_API_KEY
+LEGACY_METHOD_OPTIONS = {"grad_sim": {"type": boolean}}  # rlmix: reward the similarity of saliency; there is no other
+LEGACY_MIXING_OPTIONS = {
+    "saliency_probab": {"type": float_in_range(0, 1)},  # --method saliencymix --mix_prob P
+    "cutmix_probab": {"type": float_in_range(0, 1)},  # --method cutmix --mix_prob P
+    "train": {"type": choice(["vanilla", "mixup", "mixup_hidden"])},  # Puzzle Mix's name for --method
+    "box": {"type": boolean, "default": False},  # with --train mixup: cutmix
+    "graph": {"type": boolean, "default": False},  # with --train mixup: puzzlemix
+    "comix": {"type": boolean},  # --method comixup; false: --method none --recipe puzzle
+    "saliency_legacy_float": {"type": boolean, "default": False},  # SaliencyMix as its published code runs
+    **{name: {"nargs": "?"} for name in IGNORED_LEGACY_OPTIONS},
 }
 
 
 def translate_legacy(typed: dict) -> tuple[dict, list[str]]:
-    """Shorthands and older names in today's terms: the options, and a line for each translation worth showing.
+    """The typed options in today's terms, and a line for each translation worth showing.
 
     Raises ValueError where two methods are asked for at once, or several GPUs.
     """
+    typed, lines = translate_methods(typed)
+    if typed.pop("use_fp16", False):
+        typed["amp"] = "fp16"
+    if (gpus := typed.pop("ngpu", None)) is not None:
+        if gpus > 1:
+            raise ValueError(f"--ngpu {gpus}: several GPUs are used by torchrun --nproc_per_node {gpus} in front")
+        typed["device"] = "cuda" if gpus else "cpu"
+    if typed.pop("saliency_legacy_float", False):
+        typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
+        lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
+    if "per_sample" in typed and "saliencymix" in typed.get("method", []):
+        typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
+        if "cutmix" not in typed["method"]:
+            del typed["per_sample"]
+    return typed, lines
+
+
+def translate_methods(typed: dict) -> tuple[dict, list[str]]:
+    """The same for the shorthands that name a method. The ignored options go too."""
     typed, lines = dict(typed), []
     named = {"--method " + " ".join(typed["method"]): typed["method"]} if "method" in typed else {}
     for option, method in (("saliency_probab", "saliencymix"), ("cutmix_probab", "cutmix")):
@@ -29,23 +98,10 @@ def translate_legacy(typed: dict) -> tuple[dict, list[str]]:
         named[old] = [today]
         typed = typed if comix else {"recipe": "puzzle", **typed}
         lines.append(f"{old} is --method {today}" + ("" if comix else " --recipe puzzle"))
-    if ignored := [f"--{key}" for key in sorted(IGNORED_LEGACY_OPTIONS) if typed.pop(key, None) is not None]:
+    if ignored := [f"--{key}" for key in IGNORED_LEGACY_OPTIONS if typed.pop(key, None) is not None]:
         lines.append(f"{' '.join(ignored)}: of an earlier code, without meaning here")
     if len({tuple(methods) for methods in named.values()}) > 1:
         raise ValueError(f"{' and '.join(named)} name different methods; several drawn per batch are --method A B")
     if named:
         typed["method"] = next(iter(named.values()))
-    if typed.pop("use_fp16", False):
-        typed["amp"] = "fp16"
-    if (gpus := typed.pop("ngpu", None)) is not None:
-        if gpus > 1:
-            raise ValueError(f"--ngpu {gpus}: several GPUs are used by torchrun --nproc_per_node {gpus} in front")
-        typed["device"] = "cuda" if gpus else "cpu"
-    if typed.pop("saliency_legacy_float", False):
-        typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
-        lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
-    if "per_sample" in typed and "saliencymix" in typed.get("method", []):
-        typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
-        if "cutmix" not in typed["method"]:
-            del typed["per_sample"]
     return typed, lines

@@ -1,48 +1,20 @@
 """The options of the mixing methods and of what guides them; those of a method stand under its name."""
 
-import argparse
+from types import ModuleType
 
-from engine.config.legacy_options import IGNORED_LEGACY_OPTIONS
-from engine.config.parser import Parser, boolean, choice, float_in_range, int_at_least, int_list, positive_or_minus_one
+from engine.config.legacy_options import LEGACY_METHOD_OPTIONS, LEGACY_MIXING_OPTIONS
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least, int_list, positive_or_minus_one
+from engine.config.parser import Parser
 
-OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix and rlmix"]
+OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix, rlmix"]
 
 
-def add_mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
-    """Everything about mixing that a training run can be told."""
+def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
+    """Everything about mixing that a training run can be told. sources: the package `saliency`."""
     parser.group("mixing")
     parser.option("--mix_prob", type=float_in_range(0, 1), shown="by method", help="chance that a batch is mixed")
-    parser.option(
-        "--saliency_probab",
-        "--salmix_prob",
-        type=float_in_range(0, 1),
-        metavar="P",
-        help="--method saliencymix --mix_prob P",
-    )
-    parser.option(
-        "--cutmix_probab", "--cutmix_prob", type=float_in_range(0, 1), metavar="P", help="--method cutmix --mix_prob P"
-    )
-    parser.option(
-        "--train",
-        type=choice(["vanilla", "mixup", "mixup_hidden"]),
-        metavar="NAME",
-        help="Puzzle Mix's name for --method: vanilla, mixup, mixup_hidden",
-    )
-    parser.option("--box", type=boolean, default=False, help="with --train mixup: cutmix")
-    parser.option("--graph", type=boolean, default=False, help="with --train mixup: puzzlemix")
-    parser.option("--comix", type=boolean, help="--method comixup; false: --method none --loss bce")
-    for name in sorted(IGNORED_LEGACY_OPTIONS):
-        parser.option(f"--{name}", nargs="?", help=argparse.SUPPRESS)
-    parser.option(
-        "--saliency_legacy_float",
-        type=boolean,
-        default=False,
-        help="saliencymix as the published code runs: --saliency float_bytes --saliency_scope batch",
-    )
     parser.option("--cutout", type=boolean, default=False, help="a hole in every training image, with any method")
-    parser.option(
-        "--mix_fraction", "--prob_mix", type=float_in_range(0, 1), default=1.0, help="share of a batch that is mixed"
-    )
+    parser.option("--mix_fraction", type=float_in_range(0, 1), default=1.0, help="share of a batch that is mixed")
     parser.option(
         "--mix_schedule",
         type=choice(["fixed", "scheduled", "delayed"]),
@@ -52,16 +24,26 @@ def add_mixing_options(parser: Parser, *, sources: dict, source_aliases: dict) -
     )
     parser.option("--mix_scheduled_epoch", type=int_at_least(), default=0, metavar="EPOCH")
     parser.option("--mix_off_epoch", type=int_at_least(), default=0, metavar="N", help="no mixing in the last N epochs")
+    parser.hidden_options(LEGACY_MIXING_OPTIONS)
     parser.defaults["method_options"] = {}  # set by recipes only
-    add_method_options(parser, sources=sources, source_aliases=source_aliases)
+    add_method_options(parser, sources=sources)
 
 
-def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -> None:
+def add_method_options(parser: Parser, *, sources: ModuleType) -> None:
     """The hyper-parameters of the methods and of the sources."""
+    add_common_method_options(parser)
+    add_saliency_options(parser, sources)
+    add_puzzlemix_options(parser)
+    add_comixup_options(parser)
+    add_sage_options(parser)
+    add_rmix_options(parser)
+
+
+def add_common_method_options(parser: Parser) -> None:
+    """Of methods that have few of their own, or share them."""
     parser.group("methods")
     parser.option(
         "--mixup_alpha",
-        "--alpha",
         type=float_in_range(),
         shown="by method",
         help="lam ~ Beta(alpha, alpha); comixup: of a Dirichlet prior",
@@ -98,9 +80,15 @@ def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -
         help="puzzlemix, comixup: ours, or graph cuts image by image, to compare (pip install gco-wrapper)",
     )
 
+
+def add_saliency_options(parser: Parser, sources: ModuleType) -> None:
     parser.group("saliency")
     parser.option(
-        "--saliency", type=choice(sources, source_aliases), shown="by method", metavar="SOURCE", help=", ".join(sources)
+        "--saliency",
+        type=choice(sources.SOURCES, sources.ALIASES),
+        shown="by method",
+        metavar="SOURCE",
+        help=", ".join(sources.SOURCES),
     )
     parser.option(
         "--saliency_size",
@@ -119,7 +107,9 @@ def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -
     )
     parser.option("--casm", metavar="FILE", help="casm: a mask decoder, made by python -m saliency.casm train")
 
-    parser.group("puzzlemix")
+
+def add_puzzlemix_options(parser: Parser) -> None:
+    parser.group("puzzlemix", folded=True)
     parser.option("--block_num", type=int_list, nargs="+", metavar="N", shown="2 4 8 16", help="blocks a side, drawn")
     parser.option("--n_labels", type=int_at_least(2), shown="3", help="values of the mask: 2, 3 or 4")
     parser.option("--beta", type=float_in_range(), shown="1.2", help="smoothness of the mask")
@@ -140,7 +130,9 @@ def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -
     parser.option("--adv_p", type=float_in_range(0, 1), shown="0", help="chance of adversarial noise")
     parser.option("--adv_eps", type=float_in_range(), shown="10", help="its size, of 255")
 
-    parser.group("comixup")
+
+def add_comixup_options(parser: Parser) -> None:
+    parser.group("comixup", folded=True)
     parser.option("--m_part", type=int_at_least(1), shown="20", help="images mixed with each other")
     parser.option("--m_block_num", type=positive_or_minus_one, shown="4", metavar="N", help="blocks a side; -1: drawn")
     parser.option("--m_beta", type=float_in_range(), shown="0.32", help="smoothness")
@@ -159,7 +151,9 @@ def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -
     )
     parser.option("--set_resolve", type=boolean, shown="true", help="part outputs of the same images")
 
-    parser.group("sage")
+
+def add_sage_options(parser: Parser) -> None:
+    parser.group("sage", folded=True)
     parser.option("--upper_lambda", type=float_in_range(0, 1), shown="recipe", help="lam is at most this")
     parser.option("--rand_pos", type=float_in_range(0, 1), shown="0.01", help="share of the offsets that is tried")
     parser.option(
@@ -176,7 +170,9 @@ def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -
     parser.option("--kernel_size", type=int_at_least(1), shown="5", help="of the blur, odd")
     parser.option("--eval_mode", type=boolean, shown="false", help="saliency with batch norm's running statistics")
 
-    parser.group("rmix and rlmix")
+
+def add_rmix_options(parser: Parser) -> None:
+    parser.group("rmix, rlmix", folded=True)
     parser.option(
         "--dirichlet_alpha", type=float_in_range(), shown="1", help="of the weight where both images are salient"
     )
@@ -204,6 +200,4 @@ def add_method_options(parser: Parser, *, sources: dict, source_aliases: dict) -
     parser.option("--agent_epochs", type=int_at_least(1), shown="10", help="rlmix: passes over them")
     parser.option("--reward_step", type=int_at_least(1), shown="1", help="rlmix: steps between rewards")
     parser.option("--reward_scaling", type=float_in_range(1e-9), shown="1", help="rlmix: what rewards are divided by")
-    parser.option(
-        "--grad_sim", type=boolean, shown="true", help="rlmix: reward likeness of saliency; there is no other"
-    )
+    parser.hidden_options(LEGACY_METHOD_OPTIONS)

@@ -1,108 +1,327 @@
-"""The options that the scripts share, by group. engine/config/resolve.py says what follows from several of them."""
+"""The options that several commands share, in groups. A parameter named after an option is its default; where that is
+None, a recipe or a file says the value. engine/config/resolve.py says what follows from several options together.
+"""
 
-from engine.config.parser import (
-    Parser,
-    boolean,
-    choice,
-    choices,
-    float_in_range,
-    fraction_or_off,
-    int_at_least,
-    int_list,
-)
+from types import ModuleType
+
+from engine.config.legacy_options import LEGACY_DEVICE_OPTIONS, LEGACY_TRACKER_OPTIONS
+from engine.config.option_types import boolean, choice, choices, float_in_range, fraction_or_off, int_at_least, int_list
+from engine.config.parser import Parser
 
 SMALL_DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
 LARGE_DATASETS = ["imagenet", "tiny-imagenet", "folder"]
 DATASETS = ["imagenet", *SMALL_DATASETS]
 DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-imagenet", "fake": "shapes"}
-SCHEDULERS = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
+SCHEDULERS = ["multistep", "onecycle", "points", "cosine", "linear", "constant"]
+SCHEDULER_ALIASES = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
 
 
-def add_single_device_options(parser: Parser, amp: str = "auto", workers: bool = True) -> None:
-    """What every program has. amp: the default precision. workers: whether it reads many files."""
-    parser.group("device")
-    parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+COMMON_OPTIONS = {  # single ones that commands of all kinds have: name -> how Parser.option declares them
+    "data_dir": {"default": "data", "help": "the folder that holds the data set, or the data set's own folder"},
+    "val_data_dir": {"metavar": "DIR", "help": "another place for the evaluation images"},
+    "val_labels": {"metavar": "FILE", "help": "classes of a flat val/ folder: lines `file wnid`"},
+    "download": {"type": boolean, "default": True, "help": "fetch the data set (CIFAR, VOC) where it is missing"},
+    "num_classes": {
+        "type": int_at_least(2),
+        "metavar": "N",
+        "help": "shapes: how many of its ten classes; elsewhere it must agree with the data",
+    },
+    "limit": {"type": int_at_least(), "default": 0, "help": "use the first N images of each part only; 0: all"},
+    "on_bad_image": {
+        "type": choice(["stop", "skip"]),
+        "default": "stop",
+        "metavar": "stop|skip",
+        "help": "what to do with a file that is no image",
+    },
+    "norm": {
+        "type": choice(["own", "imagenet", "half"]),
+        "metavar": "NAME",
+        "help": "mean and std of the data set (own), of ImageNet, or 0.5",
+    },
+    "seed": {"type": int_at_least(), "default": 0, "help": "of everything random"},
+    "deterministic": {"type": boolean, "default": False, "help": "bit-exact kernels on CUDA; slower"},
+    "overwrite": {"type": boolean, "default": False, "help": "start afresh over an earlier run of this name"},
+    "print_freq": {"type": int_at_least(1), "default": 100, "metavar": "N", "help": "log the loss every N steps"},
+    "no_progress": {"type": boolean, "default": False, "help": "plain lines instead of progress bars"},
+}
+
+
+def add_common_options(parser: Parser, *names: str, **defaults) -> None:
+    """Those of COMMON_OPTIONS that are named, and those of `defaults`, with another default."""
+    for name in names:
+        parser.option(f"--{name}", **COMMON_OPTIONS[name])
+    for name, default in defaults.items():
+        parser.option(f"--{name}", **COMMON_OPTIONS[name] | {"default": default})
+
+
+def add_training_options(
+    parser: Parser,
+    *,
+    methods: ModuleType,
+    models: ModuleType,
+    recipes: list[str],
+    large_images: bool = False,
+) -> None:
+    """Everything about the training of a classifier but its data, its mixing and the device. methods, models: the
+    packages `mixing` and `models`. recipes: their names; the first is the default. large_images: take only the networks
+    for these, without the prefix of their names too.
+    """
+    add_run_options(parser, methods=methods, models=models, recipes=recipes, large_images=large_images)
+    add_resume_options(parser)
+    add_optimizer_options(parser)
+    add_step_options(parser)
+    add_schedule_options(parser)
+    add_regularization_options(parser)
+    add_output_options(parser)
     parser.option(
-        "--amp",
-        type=choice(["auto", "off", "bf16", "fp16"]),
-        default=amp,
-        metavar="MODE",
-        help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
+        "--vis_epoch", type=int_at_least(), default=0, metavar="N", help="draw a mixed batch every N epochs; 0: never"
     )
-    if workers:
-        parser.option(
-            "--workers",
-            "-j",
-            "--num_workers",
-            type=int_at_least(),
-            default=4,
-            help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
-        )
-    parser.option("--debug", type=boolean, default=False, help="show the traceback of an error")
 
 
-def add_device_options(parser: Parser, amp: str = "auto") -> None:
-    """What the scripts have that also run under torchrun. amp: the default precision."""
-    add_single_device_options(parser, amp)
-    parser.option("--ngpu", type=int_at_least(), help="0 means --device cpu, 1 one GPU")
-    parser.option("--use_fp16", type=boolean, default=False, help="same as --amp fp16")
-    parser.option("--channels_last", type=boolean, default=True, help="keep images and weights channels last")
+def add_run_options(
+    parser: Parser, *, methods: ModuleType, models: ModuleType, recipes: list[str], large_images: bool
+) -> None:
+    """What is run, and how."""
+    names = models.IMAGENET_MODELS if large_images else models.MODELS
+    aliases = models.ALIASES | (models.IMAGENET_ALIASES if large_images else {})
+    auto = "; auto goes by data set and method" if "auto" in recipes else ""
+    parser.group("run")
     parser.option(
-        "--timeout",
-        type=float_in_range(1),
-        default=600.0,
-        metavar="SECONDS",
-        help="under torchrun: how long a process waits for the others before the run ends with an error",
+        "--method",
+        type=choices(methods.MIXERS, methods.ALIASES),
+        nargs="+",
+        default=["none"],
+        metavar="NAME",
+        help=", ".join(methods.MIXERS) + "; several: one drawn at random for each batch",
     )
+    parser.option(
+        "--recipe",
+        type=choice(recipes),
+        default=recipes[0],
+        metavar="NAME",
+        help=f"{', '.join(recipes)}: fills in what is not given{auto}",
+    )
+    parser.option(
+        "--model", type=choice(names, aliases), metavar="NAME", shown="recipe", help="--list_models names them"
+    )
+    parser.option("--list_models", type=boolean, default=False, help="names and parameter counts, then exit")
+    parser.option(
+        "--init_from", metavar="FILE", help="start from these weights; another number of classes gets a new last layer"
+    )
+    parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --checkpoint once and exit")
+    parser.option("--compile", type=boolean, default=False, help="torch.compile the network")
+    parser.option(
+        "--profile",
+        type=int_at_least(),
+        default=0,
+        metavar="N",
+        help="time N steps, split into data, saliency, mixing and network, and exit",
+    )
+
+
+def add_resume_options(parser: Parser) -> None:
+    """What makes a run the continuation of another one, or the same again."""
+    parser.option("--config", metavar="FILE", help="options from the config.json of an earlier run; what is typed wins")
+    parser.option(
+        "--checkpoint",
+        metavar="PATH",
+        help="resume: a file, a run folder, or auto: the run of --name, or else the newest of this kind",
+    )
+    parser.option("--force_config", type=boolean, default=False, help="resume even with other options")
+    add_common_options(parser, "seed", "deterministic")
+
+
+def add_optimizer_options(
+    parser: Parser,
+    *,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+) -> None:
+    """SGD."""
+    parser.group("optimizer")
+    parser.option(
+        "--batch_size",
+        "-b",
+        type=int_at_least(1),
+        default=batch_size,
+        shown="recipe",
+        help="images in a step, in total over all processes",
+    )
+    parser.option("--lr", type=float_in_range(), default=lr, shown="recipe", help="learning rate")
+    parser.option("--momentum", type=float_in_range(0, 1), default=momentum, shown="recipe")
+    parser.option("--weight_decay", type=float_in_range(), default=weight_decay, shown="recipe")
+
+
+def add_step_options(parser: Parser) -> None:
+    """What an optimizer step does besides."""
+    parser.option(
+        "--accumulate",
+        type=int_at_least(1),
+        default=1,
+        metavar="N",
+        help="run each batch in N parts, one after the other, and step on their mean gradient: saves memory",
+    )
+    parser.option("--clip_grad", type=float_in_range(), default=0.0, help="largest gradient norm; 0: no limit")
+    parser.option(
+        "--ema",
+        type=float_in_range(0, 1),
+        default=0.0,
+        help="decay of a moving average of the weights, evaluated and saved beside them",
+    )
+
+
+def add_schedule_options(parser: Parser) -> None:
+    """The length of a run, its learning rate, and when it is evaluated."""
+    parser.group("schedule")
+    parser.option("--epochs", type=int_at_least(1), shown="recipe")
+    parser.option(
+        "--scheduler",
+        type=choice(SCHEDULERS, SCHEDULER_ALIASES),
+        shown="recipe",
+        metavar="NAME",
+        help="multistep, onecycle, points (--lr_points), cosine, linear or constant",
+    )
+    parser.option(
+        "--schedule",
+        type=int_at_least(1),
+        nargs="+",
+        metavar="EPOCH",
+        shown="recipe",
+        help="multistep: epochs after which the lr is multiplied",
+    )
+    parser.option(
+        "--gammas",
+        type=float_in_range(),
+        nargs="+",
+        metavar="G",
+        shown="recipe",
+        help="one factor for all milestones, or one each",
+    )
+    parser.option("--max_lr", type=float_in_range(), shown="recipe, else --lr", help="peak of one-cycle")
+    parser.option(
+        "--div_factor", type=float_in_range(1e-9), shown="recipe", help="one-cycle starts at max_lr / div_factor"
+    )
+    parser.option(
+        "--pct_start", type=float_in_range(0, 1), shown="recipe", help="one-cycle: share of the run that rises"
+    )
+    parser.option(
+        "--final_div_factor",
+        type=float_in_range(1e-9),
+        shown="recipe",
+        help="one-cycle ends at start / final_div_factor",
+    )
+    parser.option(
+        "--lr_points",
+        metavar="EPOCH:LR,...",
+        help="scheduler points: rates at real-valued epochs, joined by straight lines; two at one epoch make a jump",
+    )
+    parser.option(
+        "--warmup_epochs",
+        type=float_in_range(),
+        default=0.0,
+        help="linear rise of the lr before any scheduler but one-cycle",
+    )
+    parser.option(
+        "--eval_every", type=int_at_least(1), default=1, help="epochs between evaluations; the last is always evaluated"
+    )
+
+
+def add_regularization_options(parser: Parser) -> None:
+    """The loss, and what keeps a classifier from overfitting besides mixing."""
+    parser.group("training")
+    parser.option("--nesterov", type=boolean, shown="recipe", help="Nesterov momentum")
+    parser.option("--no_decay_bn", type=boolean, default=False, help="no weight decay on the parameters of batch norm")
+    parser.option("--sync_bn", type=boolean, default=False, help="batch norm over the images of all GPUs")
+    parser.option(
+        "--loss",
+        type=choice(["ce", "bce"]),
+        shown="recipe",
+        metavar="ce|bce",
+        help="cross-entropy, or binary cross-entropy of the softmax",
+    )
+    parser.option("--label_smoothing", type=float_in_range(0, 1), default=0.0, help="of the mixed target")
+    parser.option(
+        "--dropout",
+        type=fraction_or_off,
+        default=0.0,
+        help="in the wide networks; the recipe saliencymix sets 0.3 there",
+    )
+    parser.option("--trad_augment", type=boolean, shown="recipe", help="random crop and horizontal flip")
+    parser.option(
+        "--crop_padding", type=int_at_least(), shown="recipe", help="black pixels around the image before the crop"
+    )
+    parser.option("--drop_last", type=boolean, shown="recipe", help="leave out the last, short batch")
+    parser.option(
+        "--labels_per_class", type=int_at_least(), default=0, help="keep N training images of each class; 0: all"
+    )
+    parser.option(
+        "--valid_labels_per_class",
+        type=int_at_least(),
+        default=0,
+        help="N other training images of each class become a validation part, on which the best epoch is chosen",
+    )
+
+
+def add_output_options(parser: Parser, print_freq: int = 100, named_by: str = "METHOD") -> None:
+    """Where a training run writes, and what it shows. named_by: what the names of unnamed runs begin with."""
+    parser.group("output")
+    parser.option("--root_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
+    parser.option("--name", shown=f"{named_by}_date-time", help="name of the run")
+    parser.option("--log_off", type=boolean, default=False, help="keep no run folder")
+    parser.option(
+        "--save_every", type=int_at_least(), default=0, metavar="N", help="keep epoch_NNN.pt every N epochs; 0: never"
+    )
+    add_common_options(parser, "overwrite", "no_progress", print_freq=print_freq)
+    parser.option(
+        "--use_tensorboard", type=boolean, default=False, help="log to TensorBoard too (pip install tensorboard)"
+    )
+    parser.option("--use_wandb", type=boolean, default=False, help="log to Weights & Biases too (pip install wandb)")
+    parser.option("--wandb_project", default="saliency-mixing")
+    parser.option("--wandb_entity")
+    parser.option("--wandb_name", shown="the run's")
+    parser.option("--wandb_offline", type=boolean, default=False)
+    parser.hidden_options(LEGACY_TRACKER_OPTIONS)
 
 
 def add_data_options(
     parser: Parser, datasets: list[str], image_size: int | None = None, norm: str = "own", named_by: str = "recipe"
 ) -> None:
-    """image_size, norm: the defaults. named_by: what names the data set where nobody does."""
+    """named_by: what says the data set where --dataset does not."""
     parser.group("data")
-    parser.option(
-        "--dataset", type=choice(datasets, DATASET_ALIASES), shown=named_by, metavar="NAME", help=", ".join(datasets)
-    )
-    parser.option(
-        "--data_dir", "--data", default="data", help="the folder that holds the data set, or the data set's own folder"
-    )
-    parser.option("--val_data_dir", help="another place for the evaluation images")
-    parser.option("--download", type=boolean, default=True, help="fetch CIFAR when it is missing")
-    parser.option(
-        "--image_size",
-        type=int_at_least(8),
-        default=image_size,
-        shown=str(image_size or "32; tiny-imagenet and folder 64; imagenet 224"),
-        help="side in pixels",
-    )
+    add_dataset_option(parser, datasets, shown=named_by)
+    add_common_options(parser, "data_dir", "download")
+    add_image_set_options(parser, image_size, shown="32; tiny-imagenet and folder 64; imagenet 224")
     parser.option(
         "--eval_resize",
         type=int_at_least(8),
         shown="image_size; 256 on ImageNet",
         help="scale evaluation images to this shorter side, then cut out the centre",
     )
-    parser.option("--val_labels", metavar="FILE", help="classes of a flat val/ folder: lines `file wnid`")
+    add_common_options(parser, norm=norm)
+
+
+def add_dataset_option(
+    parser: Parser,
+    datasets: list[str],
+    *,
+    aliases: dict[str, str] = DATASET_ALIASES,
+    dataset: str | None = None,
+    shown: str | None = None,
+) -> None:
+    """shown: what --help says of the default where that is None."""
+    names = ", ".join(datasets)
+    parser.option("--dataset", type=choice(datasets, aliases), default=dataset, shown=shown, metavar="NAME", help=names)
+
+
+def add_image_set_options(parser: Parser, image_size: int | None = None, *, shown: str) -> None:
+    """Which images of a data set are read, and at which size. shown: the size where the default is None."""
+    add_common_options(parser, "val_data_dir", "val_labels", "num_classes")
     parser.option(
-        "--norm",
-        type=choice(["own", "imagenet", "half"]),
-        metavar="NAME",
-        default=norm,
-        help="mean and std of the data set (own), of ImageNet, or 0.5",
+        "--image_size", type=int_at_least(8), default=image_size, shown=shown, metavar="PIXELS", help="side in pixels"
     )
-    parser.option(
-        "--num_classes",
-        type=int_at_least(2),
-        help="shapes: how many of its ten classes; elsewhere it must agree with the data",
-    )
-    parser.option("--limit", type=int_at_least(), default=0, help="use the first N images of each part only; 0: all")
-    parser.option(
-        "--on_bad_image",
-        type=choice(["stop", "skip"]),
-        default="stop",
-        metavar="stop|skip",
-        help="what to do with a file that is no image",
-    )
+    add_common_options(parser, "limit", "on_bad_image")
 
 
 def add_imagenet_options(parser: Parser) -> None:
@@ -144,224 +363,37 @@ def add_imagenet_options(parser: Parser) -> None:
     parser.defaults["phase_options"] = []  # set by recipes only
 
 
-def add_training_options(
-    parser: Parser,
-    *,
-    models: dict,
-    model_aliases: dict,
-    methods: dict,
-    method_aliases: dict,
-    recipes: list[str],
-    recipe: str,
-) -> None:
-    """recipes: names to choose from; recipe: the default."""
-    parser.group("run")
+def add_single_device_options(parser: Parser, amp: str = "auto", workers: bool = True) -> None:
+    """What every command has. amp: the default precision. workers: whether it reads many files."""
+    parser.group("device")
+    parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.option(
-        "--method",
-        type=choices(methods, method_aliases),
-        nargs="+",
-        default=["none"],
-        metavar="NAME",
-        help=", ".join(methods) + "; several: one drawn at random for each batch",
+        "--amp",
+        type=choice(["auto", "off", "bf16", "fp16"]),
+        default=amp,
+        metavar="MODE",
+        help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
     )
-    parser.option(
-        "--recipe",
-        type=choice(recipes),
-        default=recipe,
-        metavar="NAME",
-        help=f"{', '.join(recipes)}: fills in what is not given"
-        + ("; auto goes by data set and method" if "auto" in recipes else ""),
-    )
-    parser.option(
-        "--model",
-        "--arch",
-        "--model_name",
-        type=choice(models, model_aliases),
-        metavar="NAME",
-        shown="recipe",
-        help="--list_models names them",
-    )
-    parser.option("--list_models", type=boolean, default=False, help="names and parameter counts, then exit")
-    add_resume_options(parser)
-    parser.option(
-        "--init_from", metavar="FILE", help="start from these weights; another number of classes gets a new last layer"
-    )
-    parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --checkpoint once and exit")
-    parser.option("--compile", type=boolean, default=False, help="torch.compile the network")
-    parser.option(
-        "--profile",
-        type=int_at_least(),
-        default=0,
-        metavar="N",
-        help="time N steps, split into data, saliency, mixing and network, and exit",
-    )
-
-    parser.group("training")
-    parser.option("--epochs", "--cnn_epoch", type=int_at_least(1), shown="recipe")
-    parser.option(
-        "--batch_size",
-        "--cnn_batch_size",
-        "-b",
-        type=int_at_least(1),
-        shown="recipe",
-        help="in total, over all processes",
-    )
-    parser.option(
-        "--lr",
-        "--learning_rate",
-        type=float_in_range(),
-        shown="recipe",
-        help="with one-cycle: its peak unless --max_lr says so",
-    )
-    parser.option(
-        "--accumulate",
-        type=int_at_least(1),
-        default=1,
-        metavar="N",
-        help="run each batch in N pieces, one after the other, and step on the mean of their gradients: saves memory",
-    )
-    parser.option("--momentum", type=float_in_range(0, 1), shown="recipe")
-    parser.option("--nesterov", type=boolean, shown="recipe")
-    parser.option("--weight_decay", "--decay", "--wd", type=float_in_range(), shown="recipe")
-    parser.option(
-        "--scheduler",
-        type=choice(["multistep", "onecycle", "points", "cosine", "linear", "constant"], SCHEDULERS),
-        shown="recipe",
-        metavar="NAME",
-        help="multistep, onecycle, points (--lr_points), cosine, linear or constant",
-    )
-    parser.option(
-        "--schedule",
-        "--milestones",
-        type=int_at_least(1),
-        nargs="+",
-        metavar="EPOCH",
-        shown="recipe",
-        help="multistep: epochs after which the lr is multiplied",
-    )
-    parser.option(
-        "--gammas",
-        "--lr_step_gamma",
-        type=float_in_range(),
-        nargs="+",
-        metavar="G",
-        shown="recipe",
-        help="one factor for all milestones, or one each",
-    )
-    parser.option("--max_lr", type=float_in_range(), shown="recipe, else --lr", help="peak of one-cycle")
-    parser.option(
-        "--div_factor", type=float_in_range(1e-9), shown="recipe", help="one-cycle starts at max_lr / div_factor"
-    )
-    parser.option(
-        "--pct_start", type=float_in_range(0, 1), shown="recipe", help="one-cycle: share of the run that rises"
-    )
-    parser.option(
-        "--final_div_factor",
-        type=float_in_range(1e-9),
-        shown="recipe",
-        help="one-cycle ends at start / final_div_factor",
-    )
-    parser.option(
-        "--lr_points",
-        metavar="EPOCH:LR,...",
-        help="scheduler points: rates at real-valued epochs, joined by straight lines; two at one epoch make a jump",
-    )
-    parser.option(
-        "--warmup_epochs",
-        type=float_in_range(),
-        default=0.0,
-        help="straight rise of the lr before any scheduler but one-cycle",
-    )
-    parser.option(
-        "--loss",
-        type=choice(["ce", "bce"]),
-        shown="recipe",
-        metavar="ce|bce",
-        help="cross-entropy, or binary cross-entropy of the softmax",
-    )
-    parser.option("--sync_bn", type=boolean, default=False, help="batch norm over the images of all GPUs")
-    parser.option("--no_decay_bn", type=boolean, default=False, help="no weight decay on the parameters of batch norm")
-    parser.option("--label_smoothing", type=float_in_range(0, 1), default=0.0, help="of the mixed target")
-    parser.option("--clip_grad", type=float_in_range(), default=0.0, help="largest gradient norm; 0: no limit")
-    parser.option(
-        "--ema",
-        type=float_in_range(0, 1),
-        default=0.0,
-        help="decay of an average of the weights, evaluated and saved beside them",
-    )
-    parser.option(
-        "--dropout",
-        type=fraction_or_off,
-        default=0.0,
-        help="in the wide networks; the recipe saliencymix sets 0.3 there",
-    )
-    parser.option(
-        "--trad_augment", "--data_augmentation", type=boolean, shown="recipe", help="random crop and horizontal flip"
-    )
-    parser.option(
-        "--crop_padding", type=int_at_least(), shown="recipe", help="black pixels around the image before the crop"
-    )
-    parser.option("--drop_last", type=boolean, shown="recipe", help="leave out the last, short batch")
-    parser.option(
-        "--labels_per_class", type=int_at_least(), default=0, help="keep N training images of each class; 0: all"
-    )
-    parser.option(
-        "--valid_labels_per_class",
-        type=int_at_least(),
-        default=0,
-        help="N other training images of each class become a validation part, on which the best epoch is chosen",
-    )
-    parser.option(
-        "--eval_every", type=int_at_least(1), default=1, help="epochs between evaluations; the last is always evaluated"
-    )
-
-    add_output_options(parser)
-    parser.option(
-        "--vis_epoch",
-        type=int_at_least(),
-        default=0,
-        metavar="N",
-        help="a picture of a mixed batch every N epochs; 0: never",
-    )
+    if workers:
+        parser.option(
+            "--workers",
+            "-j",
+            type=int_at_least(),
+            default=4,
+            help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
+        )
+    parser.option("--debug", type=boolean, default=False, help="show the traceback of an error")
 
 
-def add_resume_options(parser: Parser) -> None:
-    """What makes a run the same as another one, or its continuation."""
-    parser.option("--config", metavar="FILE", help="options from the config.json of an earlier run; what is typed wins")
+def add_device_options(parser: Parser, amp: str = "auto") -> None:
+    """What the commands have that also run under torchrun. amp: the default precision."""
+    add_single_device_options(parser, amp)
+    parser.option("--channels_last", type=boolean, default=True, help="keep images and weights channels last")
     parser.option(
-        "--checkpoint",
-        "--resume",
-        metavar="PATH",
-        help="continue: a file, a run folder, or auto: the run of --name, or else the newest of this kind",
+        "--timeout",
+        type=float_in_range(1),
+        default=600.0,
+        metavar="SECONDS",
+        help="under torchrun: how long a process waits for the others before the run ends with an error",
     )
-    parser.option("--force_config", type=boolean, default=False, help="continue even with other options")
-    parser.option("--seed", type=int_at_least(), default=0, help="of everything random")
-    parser.option("--deterministic", type=boolean, default=False, help="bit-exact kernels on CUDA; slower")
-
-
-def add_output_options(parser: Parser, print_freq: int = 100, named_by: str = "METHOD") -> None:
-    """Where a training run writes, and what it shows. named_by: what the names of unnamed runs begin with."""
-    parser.group("output")
-    parser.option("--root_dir", "--output_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
-    parser.option("--name", "--tag", "--add_name", "--expname", shown=f"{named_by}_date-time", help="name of the run")
-    parser.option("--overwrite", type=boolean, default=False, help="start anew in a folder that holds a run")
-    parser.option("--log_off", type=boolean, default=False, help="keep no run folder")
-    parser.option(
-        "--save_every",
-        "--save_epoch",
-        type=int_at_least(),
-        default=0,
-        metavar="N",
-        help="keep epoch_NNN.pt every N epochs; 0: never",
-    )
-    parser.option("--print_freq", type=int_at_least(1), default=print_freq, help="steps between looks at the loss")
-    parser.option("--no_progress", type=boolean, default=False, help="plain lines instead of progress bars")
-    parser.option(
-        "--use_tensorboard", type=boolean, default=False, help="log to TensorBoard too (pip install tensorboard)"
-    )
-    parser.option("--use_wandb", type=boolean, default=False, help="log to Weights & Biases too (pip install wandb)")
-    parser.option("--wandb_project", default="saliency-mixing")
-    parser.option("--wandb_entity")
-    parser.option("--wandb_name", shown="the run's")
-    parser.option("--wandb_offline", type=boolean, default=False)
-    parser.option("--wandb_key", help="better: the environment variable WANDB_API_KEY")
+    parser.hidden_options(LEGACY_DEVICE_OPTIONS)

@@ -1,78 +1,100 @@
-"""From what was typed to what is run: shorthands, recipes, saved options, and what does not go together."""
+"""From what was typed to every option of a classifier: shorthands, recipes, saved options, and what excludes what."""
+
+from functools import partial
 
 from engine.config.legacy_options import translate_legacy
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize, parse_lr_points, parse_phases
 from engine.config.recipes import choose_recipe, recipe_options
-from engine.config.resume_rules import PER_CALL_OPTIONS
+from engine.config.resume_rules import (
+    PER_CALL_OPTIONS,
+    RESUME_CHANGEABLE,
+    OptionRules,
+    check_changed_options,
+    find_changes,
+    flag_names,
+    merge_options,
+)
+from engine.errors import UserError
 
-DERIVED_OPTIONS = {
-    "image_size": ("crop_size", "eval_resize"),
-    "phases": ("epochs", "batch_size"),
-}  # unless they are typed
+RULES = OptionRules(
+    changeable={"profile", "vis_epoch", "list_models", "data_small", "data_large", "resize_to", "resize_dest"}
+    | RESUME_CHANGEABLE,
+    architecture={"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}
+    | {"bank_size", "num_action", "num_patches"},
+    per_call=PER_CALL_OPTIONS | {"profile", "list_models", "resize_to", "resize_dest"},
+    replaces={"image_size": {"crop_size", "eval_resize"}, "phases": {"epochs", "batch_size"}},
+)
+ONE_CYCLE_OPTIONS = {"epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum"}  # they determine the schedule
+ONE_CYCLE_OPTIONS |= {"div_factor", "pct_start", "final_div_factor"}
 
 
 def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, list[str]]:
-    """The typed options in today's terms, and notes on what was translated; a contradiction ends with a usage error."""
-    try:
+    """The typed options in today's terms, and notes on what was translated. A contradiction is a usage error."""
+    with parser.usage_errors():
         return translate_legacy(parser.read(argv))
-    except ValueError as error:
-        parser.error(str(error))
 
 
-def use_copies_as_data_dir(typed: dict) -> dict:
-    """What follows on large images: where the data set is not named, its copies serve as it."""
-    typed = dict(typed)
-    if "data_dir" not in typed and typed.get("data_large"):
-        typed["data_dir"] = typed["data_large"]
-    return typed
-
-
-def phase_options(options: dict, number: int) -> dict:
-    """The options of a phase: those that a recipe sets for single methods, and what it adds to them there."""
-    added = options["phase_options"][min(number, len(options["phase_options"]) - 1)] if options["phase_options"] else {}
-    by_method = dict(options["method_options"])
-    for method, own in added.items():
-        by_method[method] = {**by_method.get(method, {}), **own}
-    return {**options, "method_options": by_method}
+def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
+    """Every option, filled in and checked. A contradiction is a usage error."""
+    with parser.usage_errors():
+        options = fill_in_options(typed, saved, parser.defaults)
+        check_combinations(options, typed)
+    return options
 
 
 def fill_in_options(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
-    """Every option: what was typed, else saved (--config, a checkpoint), else the recipe's, else the default."""
-    stale = {key for told, derived in DERIVED_OPTIONS.items() if told in typed for key in derived}
-    given = {
-        **{key: value for key, value in saved.items() if key in defaults.keys() - PER_CALL_OPTIONS - stale},
-        **typed,
-    }
+    """Every option by merge_options(). Raises ValueError for malformed --phases."""
+    options = merge_options(typed, saved, defaults, rules=RULES, recipe=partial(get_recipe, defaults=defaults))
+    if "crop_size" in options:  # large images: evaluated on the centre of 7/8 of the shorter side, as on ImageNet
+        options["crop_size"] = options["crop_size"] or options["image_size"]
+        options["eval_resize"] = options["eval_resize"] or default_eval_resize(options["image_size"])
+    return options
+
+
+def get_recipe(given: dict, defaults: dict) -> dict[str, object]:
+    """What the recipe of a run sets, which the given options may name."""
     name = given.get("recipe", defaults["recipe"])
-    if saved.get("recipe") and name == "auto":
-        name = saved["recipe"]
     if name == "auto":
         named = bool({"method", "model", "dataset"} & given.keys())
         name = choose_recipe(given.get("method", defaults["method"]), given.get("dataset"), named)
     recipe = recipe_options(name, dataset=given.get("dataset"), model=given.get("model"))
     if "lr" in given and "max_lr" not in given:
-        recipe.pop("max_lr", None)  # the peak of one-cycle is then the given lr
-    if unknown := recipe.keys() - defaults.keys():
-        raise KeyError(f"recipe {name} sets options that do not exist: {sorted(unknown)}")
+        recipe.pop("max_lr", None)  # the given lr is then the peak of one-cycle
     if phases := given.get("phases", recipe.get("phases")):
         first, *_, last = [*parse_phases(phases)] * 2
         recipe |= {"epochs": last.end, "batch_size": first.batch_size}
-    filled = {**defaults, **recipe, **given, "recipe": name}
-    if "crop_size" in filled:  # large images: evaluated on the centre of 7/8 of the shorter side, as on ImageNet
-        filled["crop_size"] = filled["crop_size"] or filled["image_size"]
-        filled["eval_resize"] = filled["eval_resize"] or default_eval_resize(filled["image_size"])
-    return filled
+    if unknown := recipe.keys() - defaults.keys():
+        raise KeyError(f"recipe {name} sets options that do not exist: {sorted(unknown)}")
+    return recipe | {"recipe": name}
 
 
-def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
-    """Every option, filled in and checked; a contradiction ends with a usage error."""
-    try:
-        options = fill_in_options(typed, saved, parser.defaults)
-        check_combinations(options, typed)
-    except ValueError as error:
-        parser.error(str(error))
-    return options
+def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
+    """check_changed_options() for a classifier, whose one-cycle schedule cannot even change where other ones can."""
+    changes = find_changes(typed, saved)
+    laid_out = changes & ONE_CYCLE_OPTIONS if saved["scheduler"] == "onecycle" else set()
+    if laid_out and (force or changes <= RULES.changeable):
+        raise UserError(
+            f"{flag_names(laid_out)}: the one-cycle schedule of this run is laid out for {saved['epochs']} epochs "
+            "and other values\nstart a new run; --init_from takes the weights of this one"
+        )
+    check_changed_options(typed, saved, rules=RULES, force=force)
+
+
+def use_copies_as_data_dir(typed: dict) -> dict:
+    """The typed options; where they name no data set folder, its large copies serve as it."""
+    if "data_dir" in typed or not typed.get("data_large"):
+        return typed
+    return {**typed, "data_dir": typed["data_large"]}
+
+
+def phase_options(options: dict, number: int) -> dict:
+    """The options of a phase: a recipe may add hyper-parameters of single methods there."""
+    added = options["phase_options"][min(number, len(options["phase_options"]) - 1)] if options["phase_options"] else {}
+    by_method = dict(options["method_options"])
+    for method, own in added.items():
+        by_method[method] = {**by_method.get(method, {}), **own}
+    return {**options, "method_options": by_method}
 
 
 def check_combinations(options: dict, typed: dict) -> None:
@@ -101,6 +123,11 @@ def check_combinations(options: dict, typed: dict) -> None:
             f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of "
             "--schedule; give one for all, or one each"
         )
+    check_mixing_combinations(options)
+
+
+def check_mixing_combinations(options: dict) -> None:
+    """The same for the options of mixing."""
     if options["saliency_scope"] == "batch" and options["in_batch"] and "saliencymix" in options["method"]:
         raise ValueError("--in_batch draws a lam for each image and so excludes --saliency_scope batch")
     if "comixup" in options["method"] and options["batch_size"] == 1:

@@ -1,70 +1,74 @@
-"""Which options may change when a run is resumed."""
+"""Where the value of an option comes from, and which options may change when a run is resumed.
+
+This is one mechanism for every kind of run (classifier, detector, saliency maps); a kind hands in its OptionRules.
+"""
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
 
 from engine.errors import UserError
 
-RESUME_CHANGEABLE = {  # options that may change when a run is continued
-    *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "profile", "debug", "timeout"),
-    *("data_small", "data_large"),
-    *("root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "vis_epoch"),
+RESUME_CHANGEABLE = {  # of every kind: where a run computes, reads and writes, what it shows, and how long it is
+    *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "debug", "timeout"),
+    *("root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress"),
     *("use_tensorboard", "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"),
-    *("checkpoint", "evaluate", "force_config", "config", "list_models", "resize_to", "resize_dest"),
+    *("checkpoint", "evaluate", "force_config", "config"),
 }
-ONE_CYCLE_OPTIONS = {  # what a one-cycle schedule is laid out by
-    *("epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum", "div_factor", "pct_start", "final_div_factor"),
-}
-ARCHITECTURE_OPTIONS = {
-    "bank_size",
-    "num_action",
-    "num_patches",
-    "model",
-    "dataset",
-    "num_classes",
-    "image_size",
-    "scheduler",
-    "ema",
-}  # no state would fit after a change
-PER_CALL_OPTIONS = {  # what is said to one call of a script and not kept with the run
-    *("checkpoint", "config", "evaluate", "force_config", "overwrite", "profile", "list_models", "debug", "name"),
-    *("resize_to", "resize_dest"),
-}
+PER_CALL_OPTIONS = {"checkpoint", "config", "evaluate", "force_config", "overwrite", "debug", "name"}
 
 
-def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
-    """Raise UserError, with both values of each, where typed options differ from those a run was started with.
+@dataclass(frozen=True)
+class OptionRules:
+    """Sets of option names.
 
-    force: all may differ but those that no saved state would fit.
+    changeable: they may change when a run is resumed. architecture: no saved state fits after they change, so that not
+    even force allows it. per_call: they are given to one call of a command and never taken from a saved run. replaces:
+    an option -> the saved ones that no longer count once it is typed. remedy: what a user can do about other changes.
     """
-    differ = {key for key in typed.keys() & saved.keys() if saved[key] != typed[key] and typed[key] != "auto"}
-    if saved["scheduler"] == "onecycle" and differ & ONE_CYCLE_OPTIONS and (force or differ <= RESUME_CHANGEABLE):
-        raise UserError(
-            f"{flag_names(differ & ONE_CYCLE_OPTIONS)}: the one-cycle schedule of this run is laid out for "
-            f"{saved['epochs']} epochs "
-            "and other values\nstart a new run; --init_from takes the weights of this one"
-        )
-    check_changed_options(
-        differ, typed, saved, may_differ=RESUME_CHANGEABLE, built_in=ARCHITECTURE_OPTIONS, force=force
-    )
+
+    changeable: Set[str] = frozenset(RESUME_CHANGEABLE)
+    architecture: Set[str] = frozenset()
+    per_call: Set[str] = frozenset(PER_CALL_OPTIONS)
+    replaces: Mapping[str, Set[str]] = field(default_factory=dict)
+    remedy: str = "leave them out to continue it, or say --force_config"
 
 
-def check_changed_options(
-    differ: set[str], typed: dict, saved: dict, *, may_differ: set[str], built_in: set[str], force: bool
-):
-    """Raise UserError for options that differ from the saved ones and must not. force: only those of `built_in`, which
-    no saved state would fit, must not.
+def merge_options(
+    typed: dict, saved: dict, defaults: dict, *, rules: OptionRules, recipe: Callable[[dict], dict]
+) -> dict[str, object]:
+    """Every option: what was typed, else saved (in a checkpoint or the file of --config), else the recipe's, else the
+    default. A typed `--recipe auto` is that of the saved run.
+
+    recipe: a function of the options that were typed or saved; it returns what the recipe sets, its name included.
     """
-    if force and differ & built_in:
+    typed = {key: value for key, value in typed.items() if (key, value) != ("recipe", "auto")}
+    replaced = set().union(*(keys for option, keys in rules.replaces.items() if option in typed))
+    kept = defaults.keys() - rules.per_call - replaced
+    given = {**{key: value for key, value in saved.items() if key in kept}, **typed}
+    return {**defaults, **recipe(given), **given}
+
+
+def find_changes(typed: dict, saved: dict) -> set[str]:
+    """The options that were typed with another value than the saved one; `auto` is never another one."""
+    return {key for key in typed.keys() & saved.keys() if saved[key] != typed[key] and typed[key] != "auto"}
+
+
+def check_changed_options(typed: dict, saved: dict, *, rules: OptionRules, force: bool = False) -> None:
+    """Raise UserError, with both values of each, where typed options are not those that the run was started with.
+
+    force: all may change but rules.architecture.
+    """
+    changes = find_changes(typed, saved)
+    if force and changes & rules.architecture:
         raise UserError(
-            f"{flag_names(differ & built_in)}: the saved state would not fit\nstart a new run from the weights of "
-            f"this one"
+            f"{flag_names(changes & rules.architecture)}: the saved state would not fit\nstart a new run from the "
+            "weights of this one"
         )
-    if not force and (refused := differ - may_differ):
+    if not force and (refused := changes - rules.changeable):
         width = max(map(len, refused))
         rows = "\n".join(f"  --{key:<{width}}  {saved[key]}  ->  {typed[key]}" for key in sorted(refused))
-        raise UserError(
-            f"the run to continue has other options (saved -> given):\n{rows}\nleave them out to continue it, or say "
-            "--force_config"
-        )
+        raise UserError(f"the run to continue has other options (saved -> given):\n{rows}\n{rules.remedy}")
 
 
-def flag_names(keys: set[str]) -> str:
+def flag_names(keys: Set[str]) -> str:
     return " ".join(f"--{key}" for key in sorted(keys))

@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from engine.config.phases import Phase
-from engine.config.resolve import resolve_options
-from engine.config.resume_rules import check_resume_options
+from engine.config.resolve import check_resume_options, resolve_options
 from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures

@@ -2,8 +2,15 @@
 
 from pathlib import Path
 
-from engine.config.options import DATASET_ALIASES, DATASETS
-from engine.config.parser import Parser, choice, float_in_range, int_at_least
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least
+from engine.config.options import (
+    DATASETS,
+    add_common_options,
+    add_dataset_option,
+    add_image_set_options,
+    add_optimizer_options,
+)
+from engine.config.parser import Parser
 from models import ALIASES, IMAGENET_ALIASES, MODELS
 
 NEVER = 10_000_000  # iterations between snapshots: there is only the first one
@@ -35,31 +42,15 @@ def casm_parser(command: str, description: str) -> Parser:
 
 def where_options(parser: Parser, seed: int = 0) -> None:
     """Which images. seed: its default."""
-    parser.option(
-        "--dataset",
-        type=choice(DATASETS, DATASET_ALIASES),
-        metavar="NAME",
-        shown="that of the classifier, else folder",
-        help=", ".join(DATASETS),
-    )
-    parser.option("--val_data_dir", metavar="DIR", help="another place for the evaluation images")
-    parser.option("--val_labels", metavar="FILE", help="classes of a flat val/ folder: lines `file wnid`")
-    parser.option("--num_classes", type=int_at_least(2), metavar="N", help="of a part of ImageNet, or of shapes")
-    parser.option(
-        "--image_size", type=int_at_least(8), shown="the classifier's, else 224", metavar="PIXELS", help="side"
-    )
-    parser.option("--limit", type=int_at_least(), default=0, help="use the first N images only; 0: all")
-    parser.option(
-        "--on_bad_image", type=choice(["stop", "skip"]), default="stop", metavar="stop|skip", help="unreadable files"
-    )
-    parser.option("--seed", type=int_at_least(), default=seed)
+    add_dataset_option(parser, DATASETS, shown="that of the classifier, else folder")
+    add_image_set_options(parser, shown="the classifier's, else 224")
+    add_common_options(parser, seed=seed)
 
 
 def classifier_options(parser: Parser, what: str) -> None:
     parser.option("--classifier", metavar="FILE", help=what)
     parser.option(
         "--arch",
-        "--model",
         type=choice([*MODELS, *IMAGENET_ALIASES], ALIASES),
         metavar="NAME",
         shown="from the file, else resnet50",
@@ -79,10 +70,10 @@ def scoring_options(parser: Parser) -> None:
     parser.option("--batch_size", "-b", type=int_at_least(1), default=128)
     parser.option("--pot", type=float_in_range(0, 1), default=1.0, help="share of the batches used")
     parser.option("--print_freq", type=int_at_least(1), default=10, help="batches between lines, where there is no bar")
-    parser.option("--toy", action="store_true", default=False, help="naive masks beside them")
+    parser.option("--toy", type=boolean, default=False, help="naive masks beside them")
     parser.group("output")
     parser.option("--log_path", metavar="DIR", help="where --save-to-file puts a JSON for each model")
-    parser.option("--save_to_file", action="store_true", default=False, help="write them; done models are skipped")
+    parser.option("--save_to_file", type=boolean, default=False, help="write them; done models are skipped")
     parser.option("--output", metavar="FILE.json", help="everything in one file")
 
 
@@ -102,32 +93,35 @@ def check_scoring(parser: Parser, options: dict, others: list | None = None) -> 
 
 
 def train_options(parser: Parser) -> None:
+    """Everything about the training of maps but its images and the device."""
     parser.group("models")
     classifier_options(parser, "the trained classifier to start from; else ImageNet's, from torchvision")
-    parser.option(
-        "--norm",
-        type=choice(["own", "imagenet", "half"]),
-        metavar="NAME",
-        default="own",
-        shown="the classifier's, else own",
-        help="mean and std of the data set (own), of ImageNet, or 0.5",
-    )
+    add_common_options(parser, "norm")
     parser.option("--casms_path", default="casms", metavar="DIR", help="where NAME.chk and its pool are written")
     parser.option("--log_path", metavar="DIR", shown="casms_path", help="where NAME.log and its curves are written")
     parser.option("--name", "-n", metavar="NAME", shown="date and time")
+    method_options(parser)
+    add_optimizer_options(parser, batch_size=128, lr=0.001, momentum=0.9, weight_decay=1e-4)
+    schedule_options(parser)
+    parser.group("running")
+    parser.option("--resume", metavar="FILE", help="resume from this .chk; auto: from that of --name, if it is there")
+    add_common_options(parser, "overwrite", "print_freq", "no_progress", "deterministic")
+
+
+def method_options(parser: Parser) -> None:
+    parser.group("method")
     parser.option(
         "--reproduce",
         type=choice([name.lower() for name in PRESETS]),
         metavar="NAME",
         help=f"a published set-up, {', '.join(PRESETS)}: sets the next four where they are not given",
     )
-    parser.group("method")
-    parser.option("--fixed_classifier", action="store_true", default=False, help="the classifier learns nothing")
+    parser.option("--fixed_classifier", type=boolean, default=False, help="the classifier learns nothing")
     parser.option("--hp", type=float_in_range(0, 1), default=0.5, help="chance that a past classifier judges the masks")
     parser.option("--smf", type=int_at_least(1), default=1000, help="iterations between snapshots of the classifier")
     parser.option("--lambda_r", type=float_in_range(), default=10.0, help="weight of the masks' area")
     parser.option("--f_size", type=int_at_least(1), default=30, help="snapshots kept")
-    parser.option("--adversarial", action="store_true", default=False, help="masks raise the loss, not the entropy")
+    parser.option("--adversarial", type=boolean, default=False, help="masks raise the loss, not the entropy")
     parser.option(
         "--upsample", type=choice(["nearest", "bilinear"]), default="nearest", metavar="MODE", help="of the masks"
     )
@@ -140,28 +134,19 @@ def train_options(parser: Parser) -> None:
         help="where the snapshots lie: auto, device or host; auto: on the GPU if they take less than half of what is "
         "free there",
     )
+
+
+def schedule_options(parser: Parser) -> None:
     parser.group("schedule")
     parser.option("--epochs", type=int_at_least(1), default=60)
-    parser.option("--batch_size", "-b", type=int_at_least(1), default=128)
     parser.option(
         "--pot",
         type=float_in_range(0, 1),
         shown=f"0.2, as published; 1 for sets of fewer than {SMALL:,} batches",
         help="share of the training batches in an epoch",
     )
-    parser.option("--lr", "--learning_rate", type=float_in_range(), default=0.001, help="of the classifier")
-    parser.option("--lr_casme", "--learning_rate_casme", type=float_in_range(), default=0.001, help="of the decoder")
+    parser.option("--lr_casme", type=float_in_range(), default=0.001, help="of the decoder; --lr is the classifier's")
     parser.option("--lrde", type=int_at_least(1), default=20, help="epochs after which both drop to a tenth")
-    parser.option("--momentum", type=float_in_range(0, 1), default=0.9, help="of the classifier")
-    parser.option("--weight_decay", "--wd", type=float_in_range(), default=1e-4, help="of both")
     parser.option(
         "--crop_padding", type=int_at_least(), shown="a sixteenth of the side", help="of small images, in pixels"
     )
-    parser.group("running")
-    parser.option("--resume", metavar="FILE", help="go on from this .chk; auto: from that of --name, if it is there")
-    parser.option("--overwrite", action="store_true", default=False, help="start anew over a file of that name")
-    parser.option(
-        "--print_freq", type=int_at_least(1), default=100, help="iterations between lines, where there is no bar"
-    )
-    parser.option("--no_progress", action="store_true", default=False, help="lines in place of a bar")
-    parser.option("--deterministic", action="store_true", default=False, help="bit-exact on CUDA, slower")

@@ -65,6 +65,7 @@ def resolve_casm_options(parser: Parser, typed: dict) -> dict:
     if "data" in typed and "dataset" not in typed and options["dataset"] == "shapes":  # which has no place
         options["dataset"] = None
     options["dataset"] = options["dataset"] or "folder"
+    options["norm"] = options["norm"] or "own"
     if "data" in typed:
         options["data_dir"] = typed["data"]
     if "data_dir" not in options and options["dataset"] in FOLDER_DATASETS:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import models
-from engine.config.parser import pixel_fraction
+from engine.config.option_types import pixel_fraction
 from engine.data.datasets import load_evaluation
 from engine.errors import UserError
 from engine.inference.classifier import load_classifier

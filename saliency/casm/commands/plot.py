@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from engine.config.option_types import int_at_least
 from engine.config.options import add_single_device_options
-from engine.config.parser import Parser, int_at_least
+from engine.config.parser import Parser
 from engine.errors import UserError
 from saliency.casm.options import casm_parser, where_options
 

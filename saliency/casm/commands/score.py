@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from engine.config.option_types import boolean, choice, choices
 from engine.config.options import add_single_device_options
-from engine.config.parser import Parser, choice, choices
+from engine.config.parser import Parser
 from saliency import ALIASES, SOURCES
 from saliency.casm.options import casm_parser, check_scoring, classifier_options, scoring_options, where_options
 
@@ -33,8 +34,8 @@ def build_parser() -> Parser:
         help="a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet and shapes have "
         "their own",
     )
-    parser.option("--break_ratio", action="store_true", default=False, help="squeeze images into a square; no crop")
-    parser.option("--not_normalize", action="store_true", default=False, help="feed pixels in 0..1")
+    parser.option("--break_ratio", type=boolean, default=False, help="squeeze images into a square; no crop")
+    parser.option("--not_normalize", type=boolean, default=False, help="feed pixels in 0..1")
     parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
     scoring_options(parser)
     parser.group("models")

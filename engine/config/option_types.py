@@ -1,0 +1,88 @@
+"""Option types: each converts the text of a command line, or raises ArgumentTypeError with what is allowed."""
+
+import argparse
+from collections.abc import Callable, Iterable
+
+from engine.errors import suggest_closest
+
+YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
+
+
+def boolean(text: str) -> bool:
+    if text.lower() in YES | NO:
+        return text.lower() in YES
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def int_at_least(minimum: int = 0) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.lstrip("+-").isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def positive_or_minus_one(text: str) -> int:
+    return -1 if text == "-1" else int_at_least(1)(text)
+
+
+def fraction_or_off(text: str) -> float:
+    return 0.0 if text.lower() in NO else float_in_range(0, 1)(text)
+
+
+class ValueList(list):
+    """The values of one word, such as "8 16"; Parser.read joins them with those of the next word."""
+
+
+def int_list(text: str) -> ValueList:
+    """Positive integers, separated by spaces or commas."""
+    return ValueList(int_at_least(1)(word) for word in text.replace(",", " ").split())
+
+
+def choices(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], ValueList]:
+    """As choice(), but a word may hold several names."""
+    convert = choice(names, aliases)
+    return lambda text: ValueList(convert(word) for word in text.split())
+
+
+def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        if not minimum <= value <= maximum:
+            limits = f"at least {minimum:g}" if maximum == float("inf") else f"between {minimum:g} and {maximum:g}"
+            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+        return value
+
+    return convert
+
+
+def pixel_fraction(text: str) -> float:
+    """A pixel difference in 0..1, as --eps takes it: `8/255`, `0.03`, `0`."""
+    above, slash, below = text.partition("/")
+    try:
+        value = float(above) / (float(below) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+    if not 0 <= value <= 1:
+        remedy = f"; write {text.strip()}/255" if not slash and 1 < value <= 255 else ""
+        raise argparse.ArgumentTypeError(f"pixels are in 0..1, got {text!r}{remedy}")
+    return value
+
+
+def choice(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], str]:
+    """One of `names`, ignoring case; an alias stands for its name. The error lists the names and the closest one."""
+    names, aliases = list(names), aliases or {}
+
+    def convert(text: str) -> str:
+        word = text.lower()
+        if word in names or word in aliases:
+            return aliases.get(word, word)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(names)}{suggest_closest(word, [*names, *aliases])}"
+        )
+
+    return convert
