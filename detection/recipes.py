@@ -1,7 +1,7 @@
 """Training recipes for detectors."""
 
 SCALES = list(range(480, 801, 32))  # of multi-scale training
-PAPER = {  # Uddin et al., arXiv 2006.01791; length and drop of the rate as remembered, see spec
+PAPER = {  # Uddin et al., arXiv 2006.01791; length and drop of the rate from memory
     "batch_size": 8,
     "lr": 0.004,
     "weight_decay": 5e-4,
@@ -31,20 +31,26 @@ RECIPES = {
     "paper": PAPER,
     "replication": {**PAPER, "iters": 28_966, "schedule": [20_690], "neck": "c5", "use_difficult": True},
     "moco24k": {  # the schedule of He et al., "Momentum Contrast", arXiv 1911.05722, Sec. 4.2.1, whose neck is C4
-        **{**PAPER, **LARGE_BATCH},
-        **{"iters": 24_000, "schedule": [18_000, 22_000], "trainable_layers": 5, "norm": "syncbn"},
+        **PAPER,
+        **LARGE_BATCH,
+        "iters": 24_000,
+        "schedule": [18_000, 22_000],
+        "trainable_layers": 5,
+        "norm": "syncbn",
     },
     "fpn18k": {**PAPER, **LARGE_BATCH, "iters": 18_000, "schedule": [12_000, 16_000]},
     "shapes": {  # ours, for a CPU
         **PAPER,
-        **{"lr": 0.02, "iters": 500, "schedule": [350, 450], "warmup_iters": 50, "use_difficult": True},
-        **{
-            "eval_every": 1,
-            "min_size": [160],
-            "max_size": 320,
-            "rois": 64,
-            "proposals": [200, 100],
-            "trainable_layers": 5,
-        },
+        "lr": 0.02,
+        "iters": 500,
+        "schedule": [350, 450],
+        "warmup_iters": 50,
+        "use_difficult": True,
+        "eval_every": 1,
+        "min_size": [160],
+        "max_size": 320,
+        "rois": 64,
+        "proposals": [200, 100],
+        "trainable_layers": 5,
     },
 }

@@ -14,11 +14,11 @@ from engine.config.resume_rules import (
 
 KIND = "detector"  # of checkpoints and runs
 START_OPTIONS = {"backbone_checkpoint", "pretrained", "frcnn_checkpoint"}  # what a new detector starts from
-TRAINING_OPTIONS = {  # what an evaluation does not read
-    *("recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"),
-    *("batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"),
-    *("clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"),
-}
+TRAINING_OPTIONS = (  # what an evaluation does not read
+    {"recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"}
+    | {"batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"}
+    | {"clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"}
+)
 RULES = OptionRules(
     changeable={"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
     | {"coco_count_difficult", "vis", "predictions"}

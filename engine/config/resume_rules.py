@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from engine.errors import UserError
 
-RESUME_CHANGEABLE = {  # of every kind: where a run computes, reads and writes, what it shows, and how long it is
-    *("epochs", "workers", "device", "data_dir", "val_data_dir", "download", "amp", "debug", "timeout"),
-    *("root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress"),
-    *("use_tensorboard", "use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"),
-    *("checkpoint", "evaluate", "force_config", "config"),
-}
+RESUME_CHANGEABLE = (  # of every kind of run
+    {"epochs", "checkpoint", "evaluate", "force_config", "config"}
+    | {"device", "workers", "amp", "timeout", "debug", "data_dir", "val_data_dir", "download"}
+    | {"root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "use_tensorboard"}
+    | {"use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"}
+)
 PER_CALL_OPTIONS = {"checkpoint", "config", "evaluate", "force_config", "overwrite", "debug", "name"}
 
 

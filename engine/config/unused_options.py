@@ -3,13 +3,7 @@
 from engine.config.parser import Parser
 from engine.config.phases import build_phases
 
-GRADIENT_SOURCE_OPTIONS = {
-    "clean_lam",
-    "update_ratio",
-    "blur_sigma",
-    "kernel_size",
-    "eval_mode",
-}  # read by that source alone
+GRADIENT_SOURCE_OPTIONS = {"clean_lam", "update_ratio", "blur_sigma", "kernel_size", "eval_mode"}  # no other reads them
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
