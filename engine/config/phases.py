@@ -1,4 +1,4 @@
-"""What a run does when: phases with images, crops and batches of their own, its steps, and its learning rates."""
+"""Phases of a run, each with its own images, crops and batch size, and learning rates at points in time."""
 
 from typing import NamedTuple
 
@@ -16,18 +16,17 @@ class Phase(NamedTuple):
 
 
 def parse_phases(text: str) -> list[Phase]:
-    """`end:folder:crop:min_scale:batch,...` as phases. Raises ValueError where it is none, or ends do not rise."""
+    """`end:folder:crop:min_scale:batch,...` as phases. Raises ValueError for other text, and where the ends do not rise."""
     phases = []
     for entry in text.replace(" ", "").split(","):
         try:
             end, images, crop, scale, batch = entry.split(":")
             phase = Phase(int(end), images, int(crop), float(scale), int(batch))
-            right = (
-                images in IMAGE_COPIES and min(phase.end, phase.crop, phase.batch_size) > 0 and 0 < phase.min_scale <= 1
-            )
+            positive = min(phase.end, phase.crop, phase.batch_size, phase.min_scale) > 0
+            valid = positive and images in IMAGE_COPIES and phase.min_scale <= 1
         except ValueError:
-            right = False
-        if not right:
+            valid = False
+        if not valid:
             raise ValueError(
                 f"--phases {entry!r}: expected end:folder:crop:min_scale:batch with a folder of "
                 f"{', '.join(IMAGE_COPIES)}, such as 15:small:128:0.08:1024"
@@ -43,7 +42,7 @@ def build_phases(options: dict) -> list[Phase]:
     if options["phases"]:
         return parse_phases(options["phases"])
     images = "large" if options["data_large"] else "original"
-    return [Phase(options["epochs"], images, *(options[key] for key in ("crop_size", "min_scale", "batch_size")))]
+    return [Phase(options["epochs"], images, options["crop_size"], options["min_scale"], options["batch_size"])]
 
 
 def default_eval_resize(size: int) -> int:
@@ -57,13 +56,13 @@ def find_phase(phases: list[Phase], epoch: int) -> int:
 
 
 def parse_lr_points(text: str) -> list[tuple[float, float]]:
-    """`epoch:lr,epoch:lr` as pairs. Raises ValueError where it is none, or where the epochs are out of order."""
+    """`epoch:lr,epoch:lr` as pairs. Raises ValueError for other text, and for epochs out of order."""
     try:
         points = [tuple(map(float, pair.split(":"))) for pair in text.replace(" ", "").split(",")]
-        wrong = any(len(point) != 2 or min(point) < 0 for point in points)
+        valid = all(len(point) == 2 and min(point) >= 0 for point in points)
     except ValueError:
-        wrong = True
-    if wrong:
+        valid = False
+    if not valid:
         raise ValueError(f"--lr_points {text}: expected epoch:lr,epoch:lr, such as 0:0.5,8:1.0,15:0.125")
     for (earlier, _), (later, _) in zip(points, points[1:], strict=False):
         if later < earlier:
