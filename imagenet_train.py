@@ -1,12 +1,10 @@
 """Train a classifier on ImageNet or another set of large images, on one GPU or, under torchrun, on many."""
 
-from pathlib import Path
-
 import mixing
 import models
 import saliency
-from engine import runtime, training
-from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
+from engine import data, runtime, training
+from engine.config.mixing_options import add_mixing_options
 from engine.config.options import (
     LARGE_DATASETS,
     add_data_options,
@@ -21,9 +19,6 @@ from engine.config.resolve import phase_options, read_options, resolve_options, 
 from engine.config.select import select_kwargs
 from engine.config.unused_options import image_notes, mixing_notes
 from engine.launch import run_main
-from mixing import compose_options, hyper_parameters
-from models import IMAGENET_MODELS, build_model, matching_models, parameter_counts
-from saliency import build_source, source_parameters
 
 SIDE = 224  # of the images in pixels, unless --image_size says otherwise
 
@@ -44,27 +39,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     typed, notes = read_options(parser, argv)
     typed = use_copies_as_data_dir(typed)
     if "resize_to" in typed:
-        return resize(typed, parser)
+        return data.resize_data_set(parser, typed)
     options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
-        counts = parameter_counts(IMAGENET_MODELS, num_classes=1000)
-        return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
-
-    import models  # and torch: after the options, so that --help answers at once
-    from engine.data import (
-        Augmentation,
-        CenterCrop,
-        DeviceLoader,
-        RandomCrop,
-        check_batch_size,
-        check_same_images,
-        find_copies,
-        load_data,
-        process_shard,
-    )
-    from mixing import compose_mixer
-    from models.imagenet_resnet import load_pretrained, zero_init
-
+        return print(models.list_models(models.IMAGENET_MODELS, num_classes=1000))
     if options["evaluate"]:
         return training.evaluate_checkpoint(parser, typed, models)
     start = training.start_run(parser, typed, options, notes, training.CLASSIFIER)
@@ -72,48 +50,48 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     # ---- Data: in each phase other copies of the images, crops and batches ----
     phases = build_phases(options)
-    data = load_data(progress=runtime.progress_bar, **select_kwargs(options, load_data))
-    copies = find_copies(data, {name: options[f"data_{name}"] for name in ("small", "large")})
+    sets = data.load_data(progress=runtime.progress_bar, **select_kwargs(options, data.load_data))
+    copies = data.find_copies(sets, {name: options[f"data_{name}"] for name in ("small", "large")})
     for name in {phase.images for phase in phases} - {"original"}:
         if not options[f"data_{name}"]:
             notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
-    check_same_images(data)
-    common = {"device": device, "mean": data.mean, "std": data.std}
+    data.check_same_images(sets)
+    common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
     colors = select_kwargs(options, ["color_jitter", "lighting"])
     loaders = []
     for phase in phases:
-        check_batch_size(phase.batch_size, options["accumulate"], len(data.train), options["drop_last"])
-        augmentation = Augmentation(view=RandomCrop(phase.crop, phase.min_scale), **colors)
-        loader = DeviceLoader(
-            copies[phase.images].with_view(CenterCrop(phase.crop, default_eval_resize(phase.crop))),
+        data.check_batch_size(phase.batch_size, options["accumulate"], len(sets.train), options["drop_last"])
+        augmentation = data.Augmentation(view=data.RandomCrop(phase.crop, phase.min_scale), **colors)
+        loader = data.DeviceLoader(
+            copies[phase.images].with_view(data.CenterCrop(phase.crop, default_eval_resize(phase.crop))),
             phase.batch_size,
             shuffle=True,
             augmentation=augmentation if options["trad_augment"] else None,
-            shard=process_shard(options["accumulate"]),
+            shard=data.process_shard(options["accumulate"]),
             **select_kwargs(options, ["drop_last", "seed"]),
             **common,
         )
         loaders.append(loader)
-    held_out = {name: DeviceLoader(part, 256, shard=process_shard(), **common) for name, part in data.held_out.items()}
+    held_out = {
+        name: data.DeviceLoader(part, 256, shard=data.process_shard(), **common) for name, part in sets.held_out.items()
+    }
 
-    # ---- Network: random weights, or torchvision's (--pretrained), or those of a file (--training.init_from) ----
-    model = build_model(options["model"], len(data.classes), data.image_size)
+    # ---- Network: random weights, or torchvision's (--pretrained), or those of a file (--init_from) ----
+    model = models.build_model(options["model"], len(sets.classes), sets.image_size)
     with parser.usage_errors():
         if options["zero_init"]:
-            zero_init(model)
+            models.zero_init(model)
         if options["pretrained"] and not start.saved:
-            fresh = runtime.main_process_first(lambda: load_pretrained(model, options["model"]))
+            fresh = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
             notes.append("--pretrained: torchvision's weights" + (", but for a new last layer" if fresh else ""))
     if options["init_from"] and not start.saved:
-        notes.append(training.init_from(model, options["init_from"], len(data.classes), matching_models))
+        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.matching_models))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
-    loss_fn = training.LOSSES[options["loss"]]
-    config = training.StepConfig(
-        loss_fn, len(data.classes), precision, options["label_smoothing"], options["clip_grad"]
-    )
+    loss_fn, classes = training.LOSSES[options["loss"]], len(sets.classes)
+    config = training.StepConfig(loss_fn, classes, precision, options["label_smoothing"], options["clip_grad"])
     steps = training.StepSchedule([(phase.end, len(loader)) for phase, loader in zip(phases, loaders, strict=True)])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
@@ -124,25 +102,24 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     # ---- Mixing: a method may have hyper-parameters of its own in each phase ----
     sources = training.SourceBuilder(
-        build_source, state, data, precision, **select_kwargs(options, training.SourceBuilder)
+        saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
     )
     with parser.usage_errors():
         mixers = []
         for number, phase in enumerate(phases):
-            given = select_kwargs(phase_options(options, number), compose_options(options["method"]))
-            mixers.append(compose_mixer(options["method"], mean=data.mean, std=data.std, **given))
+            given = select_kwargs(phase_options(options, number), mixing.compose_options(options["method"]))
+            mixers.append(mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **given))
             mixers[number].check_size(phase.crop, phase.crop)
         here = find_phase(phases, start.saved_epoch)
         state.mix_with(mixers[here], sources)
         runtime.check_sync_bn(options, state.sources)
-    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, state.sources))
-    notes += mixing_notes(options, typed, parser, OPTION_GROUPS, read, state.sources)
+    notes += mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += image_notes(options, typed)
 
     if options["profile"]:
         return training.print_profile(state, loaders[here], config, options["profile"])
-    run = training.Run(start, state, data, steps, epochs=options["epochs"], split="valid" if data.valid else "test")
-    lines, more = training.describe_run(data, phases, **select_kwargs(options, training.describe_run))
+    run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
+    lines, more = training.describe_run(sets, phases, **select_kwargs(options, training.describe_run))
     run.log_header(lines, [*notes, *more])
 
     # ---- Epochs ----
@@ -161,23 +138,10 @@ def main(argv: list[str] | None = None) -> dict | None:
             if run.is_evaluated(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, also=ends, remark=training.count_skipped(train))
-            training.draw_epoch(run, data, train.part)
+            training.draw_epoch(run, sets, train.part)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()
     return result
-
-
-def resize(typed: dict, parser: Parser) -> None:
-    """--resize_to: smaller copies of the images, which are quicker to read."""
-    from engine.data.resize_copies import resize_copies
-
-    if "resize_dest" not in typed:
-        parser.error("--resize_to needs --resize_dest DIR: where shall the copies go?")
-    source, destination = Path({**parser.defaults, **typed}["data_dir"]), Path(typed["resize_dest"])
-    report = resize_copies(
-        source, typed["resize_to"], destination, workers=typed.get("workers"), progress=runtime.progress_bar
-    )
-    print("\n".join(report.lines()))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 import mixing
 import models
 import saliency
-from engine import runtime, training
-from engine.config.mixing_options import OPTION_GROUPS, add_mixing_options
+from engine import data, runtime, training
+from engine.config.mixing_options import add_mixing_options
 from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options, add_training_options
 from engine.config.parser import Parser, read_config
 from engine.config.recipes import RECIPES
@@ -12,9 +12,6 @@ from engine.config.resolve import read_options, resolve_options
 from engine.config.select import select_kwargs
 from engine.config.unused_options import mixing_notes
 from engine.launch import run_main
-from mixing import compose_options, hyper_parameters
-from models import MODELS, build_model, matching_models, parameter_counts
-from saliency import build_source, source_parameters
 
 
 def build_parser() -> Parser:
@@ -32,46 +29,40 @@ def main(argv: list[str] | None = None) -> dict | None:
     typed, notes = read_options(parser, argv)
     options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
     if options["list_models"]:
-        counts = parameter_counts(MODELS)
-        return print("\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items()))
-
-    import models  # and torch: after the options, so that --help answers at once
-    from engine.data import Augmentation, DeviceLoader, check_batch_size, check_same_images, load_data, process_shard
-    from mixing import compose_mixer
-
+        return print(models.list_models(models.MODELS))
     if options["evaluate"]:
         return training.evaluate_checkpoint(parser, typed, models)
     start = training.start_run(parser, typed, options, notes, training.CLASSIFIER)
     options, device, notes, precision = start.options, start.device, start.notes, start.precision
 
     # ---- Data ----
-    data = load_data(progress=runtime.progress_bar, **select_kwargs(options, load_data))
-    check_same_images(data)
-    check_batch_size(options["batch_size"], options["accumulate"], len(data.train), options["drop_last"])
-    common = {"device": device, "mean": data.mean, "std": data.std}
+    sets = data.load_data(progress=runtime.progress_bar, **select_kwargs(options, data.load_data))
+    data.check_same_images(sets)
+    data.check_batch_size(options["batch_size"], options["accumulate"], len(sets.train), options["drop_last"])
+    common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
-    train = DeviceLoader(
-        data.train,
+    train = data.DeviceLoader(
+        sets.train,
         shuffle=True,
-        augmentation=Augmentation(options["crop_padding"]) if options["trad_augment"] else None,
-        shard=process_shard(options["accumulate"]),
+        augmentation=data.Augmentation(options["crop_padding"]) if options["trad_augment"] else None,
+        shard=data.process_shard(options["accumulate"]),
         **select_kwargs(options, ["batch_size", "drop_last", "seed"]),
         **common,
     )
-    held_out = {name: DeviceLoader(part, 500, shard=process_shard(), **common) for name, part in data.held_out.items()}
+    held_out = {
+        name: data.DeviceLoader(part, 500, shard=data.process_shard(), **common) for name, part in sets.held_out.items()
+    }
 
     # ---- Network ----
     with parser.usage_errors("--model"):
-        model = build_model(options["model"], len(data.classes), data.image_size, options["dropout"])
+        model = models.build_model(options["model"], len(sets.classes), sets.image_size, options["dropout"])
     if options["init_from"] and not start.saved:
-        notes.append(training.init_from(model, options["init_from"], len(data.classes), matching_models))
+        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.matching_models))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
-    loss_fn = training.LOSSES[options["loss"]]
-    config = training.StepConfig(
-        loss_fn, len(data.classes), precision, options["label_smoothing"], options["clip_grad"]
-    )
+    loss_fn, classes = training.LOSSES[options["loss"]], len(sets.classes)
+    config = training.StepConfig(loss_fn, classes, precision, options["label_smoothing"], options["clip_grad"])
     steps = training.StepSchedule([(options["epochs"], len(train))])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
@@ -82,21 +73,20 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     # ---- Mixing ----
     with parser.usage_errors():
-        given = select_kwargs(options, compose_options(options["method"]))
-        mixer = compose_mixer(options["method"], mean=data.mean, std=data.std, **given)
-        mixer.check_size(data.image_size, data.image_size)
+        given = select_kwargs(options, mixing.compose_options(options["method"]))
+        mixer = mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **given)
+        mixer.check_size(sets.image_size, sets.image_size)
         sources = training.SourceBuilder(
-            build_source, state, data, precision, **select_kwargs(options, training.SourceBuilder)
+            saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
         )
         state.mix_with(mixer, sources)
         runtime.check_sync_bn(options, state.sources)
-    read = set().union(*map(hyper_parameters, options["method"]), *map(source_parameters, state.sources))
-    notes += mixing_notes(options, typed, parser, OPTION_GROUPS, read, state.sources)
+    notes += mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
 
     if options["profile"]:
         return training.print_profile(state, train, config, options["profile"])
-    run = training.Run(start, state, data, steps, epochs=options["epochs"], split="valid" if data.valid else "test")
-    lines, more = training.describe_run(data, **select_kwargs(options, training.describe_run))
+    run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
+    lines, more = training.describe_run(sets, **select_kwargs(options, training.describe_run))
     run.log_header(lines, [*notes, *more])
 
     # ---- Epochs ----
@@ -107,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             if run.is_evaluated(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, remark=training.count_skipped(train))
-            training.draw_epoch(run, data, train.part)
+            training.draw_epoch(run, sets, train.part)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()
     return result

@@ -21,6 +21,13 @@ DROPOUT_MODELS = {"wrn28_10", "wrn16_8"}
 LARGEST = 128  # side in pixels of images that the other networks, which are for small ones, take
 
 
+def __getattr__(name: str):
+    """What only training on large images needs, without importing torch before it is used."""
+    if name in ("load_pretrained", "zero_init"):
+        return getattr(import_module("models.imagenet_resnet"), name)
+    raise AttributeError(f"module 'models' has no attribute {name!r}")
+
+
 def stem_stride(image_size: int) -> int:
     """1 up to 63 pixels, 2 from 64 on (Tiny-ImageNet), as the Puzzle Mix family of codes has it."""
     return 1 if image_size < 64 else 2
@@ -93,6 +100,12 @@ def parameter_counts(names: Iterable[str], num_classes: int = 10) -> dict[str, i
 
     with torch.device("meta"):
         return {name: sum(p.numel() for p in build_model(name, num_classes).parameters()) for name in names}
+
+
+def list_models(names: Iterable[str], num_classes: int = 10) -> str:
+    """A line for each network: its name and number of parameters."""
+    counts = parameter_counts(names, num_classes)
+    return "\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items())
 
 
 def fetch(url: str) -> dict:

@@ -1,5 +1,8 @@
 """Notes on options that have no effect on a run, or another one than expected."""
 
+from types import ModuleType
+
+from engine.config.mixing_options import OPTION_GROUPS
 from engine.config.parser import Parser
 from engine.config.phases import build_phases
 
@@ -7,17 +10,21 @@ GRADIENT_SOURCE_OPTIONS = {"clean_lam", "update_ratio", "blur_sigma", "kernel_si
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
-def mixing_notes(options: dict, typed: dict, parser: Parser, groups: list[str], read: set[str], sources: list):
-    """What the user should know of how the options of mixing meet the method. read: the parameters of its methods and
-    their sources.
+def mixing_notes(
+    options: dict, typed: dict, parser: Parser, *, methods: ModuleType, saliency: ModuleType, sources: list
+) -> list[str]:
+    """What the user should know of how the options of mixing meet the method and its sources.
+
+    methods, saliency: the packages of these names. sources: those that the run uses.
     """
-    notes = []
+    notes, names = [], options["method"]
+    read = set().union(*map(methods.hyper_parameters, names), *map(saliency.source_parameters, sources))
     if sources and not any(hasattr(one, "gradient") for one in sources):
         read = read - GRADIENT_SOURCE_OPTIONS
-        if options["clean_lam"] or {"comixup", "sage"} & set(options["method"]):
+        if options["clean_lam"] or {"comixup", "sage"} & set(names):
             notes.append("only --saliency gradient trains on the clean images too; here the mixed ones are all")
-    if unread := find_unused_options(typed, parser.group_of(*groups), read):
-        notes.append(f"without effect with --method {' '.join(options['method'])}: {', '.join(unread)}")
+    if unread := find_unused_options(typed, parser.group_of(*OPTION_GROUPS), read):
+        notes.append(f"without effect with --method {' '.join(names)}: {', '.join(unread)}")
     return notes
 
 

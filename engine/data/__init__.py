@@ -9,7 +9,7 @@ __getattr__ = lazy_attributes(
         "image_set": "Data ImageSet STATISTICS check_same_images",
         "augment": "Augmentation",
         "loader": "Batch DeviceLoader Shard check_batch_size process_shard",
-        "resize_copies": "find_copies resize_copies",
+        "resize_copies": "find_copies resize_copies resize_data_set",
         "views": "CenterCrop RandomCrop SquashedView",
     },
 )
