@@ -16,7 +16,8 @@ class Phase(NamedTuple):
 
 
 def parse_phases(text: str) -> list[Phase]:
-    """`end:folder:crop:min_scale:batch,...` as phases. Raises ValueError for other text, and where the ends do not rise."""
+    """`end:folder:crop:min_scale:batch,...` as phases. Raises ValueError for other text, and where the ends do not
+    rise."""
     phases = []
     for entry in text.replace(" ", "").split(","):
         try:
