@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import models
-from engine.config.phases import default_eval_resize
+from engine.config.phases import LARGE_SIDE, default_eval_resize
 from engine.data.class_names import find_class, read_titles
 from engine.data.image_set import STATISTICS
-from engine.data.views import LARGE_SIDE, Box, CenterCrop, FixedView, SquashedView, center_offset
+from engine.data.views import Box, CenterCrop, FixedView, SquashedView, center_offset
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, load_classifier, make_names_unique, normalize
 from engine.runtime.device import autocast

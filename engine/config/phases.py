@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 IMAGE_COPIES = ("small", "large", "original")
+LARGE_SIDE = 128  # side in pixels above which a network sees the centre of a larger image, not all of a smaller one
 
 
 class Phase(NamedTuple):

@@ -7,7 +7,6 @@ from typing import ClassVar
 import torch
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
-LARGE_SIDE = 128  # side in pixels above which a network sees the centre of a larger image, not all of a smaller one
 
 
 class FixedView:
