@@ -119,19 +119,19 @@ def plain_step(network, precision, count: int, mixer=None, source=None):
 
 def time_training(saved, data, options: dict, device, precision) -> dict[str, float]:
     from saliency.casm.pool import ClassifierPool
-    from saliency.casm.training import build_casm_state, train_step
+    from saliency.casm.training import StepConfig, build_casm_state, train_step
 
     settings = {"lr": 1e-5, "lr_casme": 1e-5, "momentum": 0.9, "weight_decay": 1e-4, "precision": precision}
     steps, count = {}, len(data.classes)
     steps["plain"] = plain_step(fresh(saved, device).classifier, precision, count)
     for name, (own, _) in JUDGES.items():
-        parts = build_casm_state(fresh(saved, device), ClassifierPool(30, 100, device), **own, **settings)
-        parts.network.train()
-        parts.network.classifier.train(parts.learns)
-        turn = iter(range(10**9))
+        state = build_casm_state(fresh(saved, device), ClassifierPool(30, 100, device), **own, **settings)
+        state.network.train()
+        state.network.classifier.train(state.train_classifier)
+        config, turn = StepConfig(own["hp"], lambda_r=10.0, precision=precision), iter(range(10**9))
 
-        def step(images, labels, parts=parts, own=own, turn=turn):
-            train_step(parts, images, labels, iteration=next(turn), hp=own["hp"], lambda_r=10.0, precision=precision)
+        def step(images, labels, state=state, config=config, turn=turn):
+            train_step(state, images, labels, config, iteration=next(turn))
 
         steps[name] = step
     ratios = in_turns(steps, train_batches(data, options, device), options["steps"], device)

@@ -35,47 +35,21 @@ def binarize(masks: torch.Tensor, rule: str = "percentile") -> torch.Tensor:
     return masks > threshold.clamp(1e-6, 1 - 1e-6)
 
 
-def largest_components(binary: torch.Tensor) -> torch.Tensor:
+def find_largest_components(binary: torch.Tensor) -> torch.Tensor:
     """bool (B, H, W) -> bool (B, H, W): the largest 4-connected component of each image, the one whose first pixel
     comes first in row-major order among equals; all false where nothing is selected. Raises ValueError for other input.
-
-    The components are told apart by their contours. A maximal horizontal run of pixels is numbered r = 1, 2, ... in
-    row-major order; its left edge is node 2r, its right edge 2r + 1. Walking along a contour, object on the right hand,
-    each edge has one next edge (`following`), so the edges form cycles, and the least node of every cycle is known
-    after log2(length) doublings, whatever the shape, where labels that spread from pixel to pixel would need as many
-    rounds as the longest path. Then holes are tied to what surrounds them, by doubling again.
     """
     check_maps("binary", binary)
     if binary.dtype != torch.bool:
         raise ValueError(f"binary must be bool, got {binary.dtype}: binarize(masks) makes it of masks")
     batch, height, width = binary.shape
     # All images as one tall picture, an empty row above each and at the end, an empty column at the right: from here
-    # on a place is an index into its pixels, and none lies outside.
+    # on a position is an index into its pixels, and none lies outside.
     wide = width + 1
     pixels = F.pad(F.pad(binary, (0, 1, 1, 0)).flatten(), (0, wide))
-    place = torch.arange(len(pixels), device=binary.device)
-    before, after = F.pad(pixels[:-1], (1, 0)), F.pad(pixels[1:], (0, 1))
-    run = (pixels & ~before).cumsum(0)  # of a pixel; of an empty place the last run before it, or 0
-    most = height * ((width + 1) // 2)  # runs an image can have
-    spare = batch * most + 1
-    first = torch.full((spare + 1,), len(pixels), device=binary.device)
-    first.scatter_(0, torch.where(pixels & ~before, run, spare), place)
-    end = torch.zeros_like(first).scatter_(0, torch.where(pixels & ~after, run, spare), place + 1)
-    first[-1:].fill_(len(pixels))  # every run that does not exist begins behind the picture and ends before it,
-    end[-1:].fill_(0)  # and is a contour of its own
-
-    following = next_edges(pixels, run, first, end, wide)
-    least = torch.arange(len(following), device=binary.device)
-    for _ in range((2 * most - 1).bit_length()):  # an image has no more than 2 * most edges
-        least = torch.minimum(least, least.index_select(0, following))
-        following = following.index_select(0, following)
-
-    # The least edge of an outer contour is the left one of its component's first run. That of a hole is the right one
-    # of the run before the hole's first pixel, whose left edge lies on another contour of this component, with a lesser
-    # least edge. So each of these links leads to a run of the same component and of a lower number, until its first.
-    component = least[::2] >> 1  # of a run, by its left edge
-    for _ in range((most - 1).bit_length()):
-        component = component.index_select(0, component)
+    max_runs = height * ((width + 1) // 2)  # of an image
+    run, first, end = number_runs(pixels, batch * max_runs)
+    component = label_runs(pixels, run, first, end, wide, max_runs)
 
     length = (end - first).clamp_min(0)
     size = torch.zeros_like(length).scatter_add_(0, component, length)  # integers, so in any order
@@ -87,13 +61,57 @@ def largest_components(binary: torch.Tensor) -> torch.Tensor:
     return binary & chosen.view(batch, height + 1, wide)[:, 1:, :-1]
 
 
+def number_runs(pixels: torch.Tensor, max_runs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Number the maximal horizontal runs of pixels r = 1, 2, ... in row-major order.
+
+    pixels (N,) bool, a picture of at most max_runs runs whose rows end in an empty pixel -> run (N,): the number of the
+    run of each pixel, of an empty one that of the last run before it, or 0; first, end (max_runs + 2,): where each run
+    begins and ends, half-open. A run that does not exist begins behind the picture and ends before it.
+    """
+    position = torch.arange(len(pixels), device=pixels.device)
+    before, after = F.pad(pixels[:-1], (1, 0)), F.pad(pixels[1:], (0, 1))
+    run = (pixels & ~before).cumsum(0)
+    unused = max_runs + 1
+    first = torch.full((unused + 1,), len(pixels), device=pixels.device)
+    first.scatter_(0, torch.where(pixels & ~before, run, unused), position)
+    end = torch.zeros_like(first).scatter_(0, torch.where(pixels & ~after, run, unused), position + 1)
+    first[-1:].fill_(len(pixels))
+    end[-1:].fill_(0)
+    return run, first, end
+
+
+def label_runs(
+    pixels: torch.Tensor, run: torch.Tensor, first: torch.Tensor, end: torch.Tensor, wide: int, max_runs: int
+) -> torch.Tensor:
+    """The first run of the 4-connected component of each run, (R,). Arguments as in next_edges; max_runs: of an image.
+
+    Components are told apart by their contours. The left edge of run r is node 2r, its right edge 2r + 1. Walking along
+    a contour, object on the right hand, each edge has one next edge, so the edges form cycles, and the least node of
+    every cycle is known after log2(length) doublings, whatever the shape, where labels that spread from pixel to pixel
+    would need as many rounds as the longest path. Then holes are tied to what surrounds them, by doubling again. A run
+    that does not exist is a contour of its own.
+    """
+    following = next_edges(pixels, run, first, end, wide)
+    least = torch.arange(len(following), device=pixels.device)
+    for _ in range((2 * max_runs - 1).bit_length()):  # an image has no more than 2 * max_runs edges
+        least = torch.minimum(least, least.index_select(0, following))
+        following = following.index_select(0, following)
+    # The least edge of an outer contour is the left one of its component's first run. That of a hole is the right one
+    # of the run before the hole's first pixel, whose left edge lies on another contour of this component, with a lesser
+    # least edge. So each of these links leads to a run of the same component and of a lower number, until its first.
+    component = least[::2] >> 1  # by the left edge of each run
+    for _ in range((max_runs - 1).bit_length()):
+        component = component.index_select(0, component)
+    return component
+
+
 def next_edges(
     pixels: torch.Tensor, run: torch.Tensor, first: torch.Tensor, end: torch.Tensor, wide: int
 ) -> torch.Tensor:
     """The edge that follows each edge of a run on the contour, object on the right hand, background 8-connected.
 
-    pixels (N,) bool, a picture with rows of `wide` pixels; run (N,): the number of the run of a place or of the last
-    before it; first, end (R,): where the runs begin and end, half-open -> (2R,) nodes: 2r left, 2r + 1 right of run r.
+    pixels (N,) bool, a picture with rows of `wide` pixels; run (N,), first and end (R,) as number_runs gives them ->
+    (2R,) nodes: 2r is the left edge, 2r + 1 the right edge of run r.
     """
     number = torch.arange(len(first), device=first.device)
     # From a left edge it goes up. Over a pixel it turns left, and meets the right edge of the run before it or the
@@ -123,31 +141,31 @@ def next_edges(
     return torch.stack([left_next, right_next], 1).flatten()
 
 
-def rectangles(binary: torch.Tensor) -> torch.Tensor:
+def find_rectangles(binary: torch.Tensor) -> torch.Tensor:
     """bool (B, H, W) -> long (B, 4): the tight box y1, y2, x1, x2, half-open, around the largest component of each
     image; zeros where nothing is selected.
     """
-    component = largest_components(binary)
-    y1, y2 = box_extent(component.any(2))
-    x1, x2 = box_extent(component.any(1))
+    component = find_largest_components(binary)
+    y1, y2 = find_extent(component.any(2))
+    x1, x2 = find_extent(component.any(1))
     return torch.stack([y1, y2, x1, x2], 1)
 
 
-def box_extent(used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def find_extent(used: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bool (B, N) -> the first true index and one past the last, (B,) each; 0 and 0 where there is none."""
     size = used.shape[1]
-    place = torch.arange(size, device=used.device)
-    stop = torch.where(used, place + 1, 0).amax(1)
-    return torch.where(used, place, size).amin(1).minimum(stop), stop
+    position = torch.arange(size, device=used.device)
+    stop = torch.where(used, position + 1, 0).amax(1)
+    return torch.where(used, position, size).amin(1).minimum(stop), stop
 
 
-def centroids(maps: torch.Tensor) -> torch.Tensor:
+def find_centroids(maps: torch.Tensor) -> torch.Tensor:
     """Maps (B, H, W) of any scale -> float32 (B, 2), row and column in pixels: the unweighted centroid of the largest
     component above the mean; NaN where nothing is, which is a constant map.
 
-    Our rule for the place of a patch. The masks have flat tops, so their first maximum is a corner of the object.
+    Our rule for where a patch is centred. The masks have flat tops, so their first maximum is a corner of the object.
     """
-    component = largest_components(binarize(maps, "mean"))
+    component = find_largest_components(binarize(maps, "mean"))
     per_row, per_column = component.sum(2), component.sum(1)
     rows = torch.arange(maps.shape[1], device=maps.device)
     columns = torch.arange(maps.shape[2], device=maps.device)

@@ -1,4 +1,4 @@
-"""What classifiers make of images once the masks of an extractor have altered them."""
+"""How well classifiers do on images that the masks of an extractor have altered."""
 
 import itertools
 from collections import Counter
@@ -17,43 +17,15 @@ from engine.runtime.progress import Progress, use_progress_bar
 from saliency.casm.boxes import binarize
 from saliency.casm.extractors import Extractor
 from saliency.casm.masking import inpaint, mask_in, mask_out
+from saliency.casm.results import ScoringConfig
 from saliency.casm.training import count_iterations
 
-PUBLISHED = (  # torchvision's names of the 17 networks of the published program
+PUBLISHED_CLASSIFIERS = [  # torchvision's names of the 17 networks of the published program
     *(f"densenet{depth}" for depth in (121, 161, 169, 201)),
     *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"vgg{depth}{norm}" for norm in ("", "_bn") for depth in (11, 13, 16, 19)),
-)
+]
 IMAGENET_CLASSES = 1000
-
-
-def load_panel(words: list[str], device: torch.device) -> list[Classifier]:
-    """A word is torchvision's NAME, with its ImageNet weights, NAME=FILE, with those of a file, or a file or run folder
-    of ours. No two have one name. Raises UserError for anything else, and for weights that cannot be had.
-    """
-    words = list(dict.fromkeys(words))
-    judges = [load_classifier(word, models) for word in words]
-    often = Counter(judge.name for judge in judges)
-    for word, judge in zip(words, judges, strict=True):
-        judge.name = word if often[judge.name] > 1 else judge.name
-        judge.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    return judges
-
-
-def load_resnets(folder: str, device: torch.device) -> list[Classifier]:
-    """Every file of a folder as a ResNet-50 of the PyTorch ImageNet example, called after its file. Raises UserError
-    for a folder without files, and for a file of anything else.
-    """
-    files = [one for one in sorted(Path(folder).iterdir()) if one.is_file()] if Path(folder).is_dir() else []
-    if not files:
-        raise UserError(f"--resnets-path {folder}: no such folder, or no file in it")
-    judges = [load_classifier(str(file), models, model="resnet50") for file in files]
-    for file, judge in zip(files, judges, strict=True):
-        judge.name = file.name
-        judge.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    return judges
-
-
 KINDS = {  # of image -> how it is made of pixels and of what is selected; the published program has no clean ones
     "clean": lambda pixels, selected: pixels,
     "masked_in": mask_in,
@@ -62,35 +34,64 @@ KINDS = {  # of image -> how it is made of pixels and of what is selected; the p
 }
 
 
+def load_classifiers(words: list[str], device: torch.device) -> list[Classifier]:
+    """The classifiers that words name: torchvision's NAME, with its ImageNet weights, NAME=FILE, with those of a file,
+    or a file or run folder of ours. No two have one name. Raises UserError for anything else, and for weights that
+    cannot be had.
+    """
+    words = list(dict.fromkeys(words))
+    classifiers = [load_classifier(word, models) for word in words]
+    counts = Counter(classifier.name for classifier in classifiers)
+    for word, classifier in zip(words, classifiers, strict=True):
+        classifier.name = word if counts[classifier.name] > 1 else classifier.name
+        classifier.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    return classifiers
+
+
+def load_resnets(folder: str, device: torch.device) -> list[Classifier]:
+    """Every file of a folder as a ResNet-50 of the PyTorch ImageNet example, named after its file. Raises UserError
+    for a folder without files, and for a file of anything else.
+    """
+    files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()] if Path(folder).is_dir() else []
+    if not files:
+        raise UserError(f"--resnets-path {folder}: no such folder, or no file in it")
+    classifiers = [load_classifier(str(file), models, model="resnet50") for file in files]
+    for file, classifier in zip(files, classifiers, strict=True):
+        classifier.name = file.name
+        classifier.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    return classifiers
+
+
 class ClassifierPanel:
-    """Who judges: the classifiers that words name and those of a folder of ResNets; without words the published ones
-    for a network of 1000 classes, for any other the classifier that the masks were trained beside.
+    """The classifiers that images are shown to: those that words name and those of a folder of ResNets; without words
+    the published ones for a network of 1000 classes, for any other the classifier that the masks were trained with.
     """
 
     def __init__(
         self, words: list[str] | None, resnets: str | None, device: torch.device, class_list: str | None = None
     ):
         self.device, self.class_list, self.published = device, class_list, None
-        self.named = load_panel(words, device) if words else None
+        self.named = load_classifiers(words, device) if words else None
         self.resnets = load_resnets(resnets, device) if resnets else []
 
-    def of(self, extractor: Extractor, part: ImageSet) -> list[Classifier]:
-        """Raises UserError where nobody is left, or two have one name."""
-        judges = (self.usual(extractor, part) if self.named is None else self.named) + self.resnets
-        names = [judge.name for judge in judges]
+    def select(self, extractor: Extractor, part: ImageSet) -> list[Classifier]:
+        """Those for the masks of an extractor. Raises UserError where there are none, or two of one name."""
+        named = self.select_default(extractor, part) if self.named is None else self.named
+        classifiers = named + self.resnets
+        names = [classifier.name for classifier in classifiers]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two classifiers are called {twice[0]}\nrename the file of one of them")
-        return judges
+        return classifiers
 
-    def usual(self, extractor: Extractor, part: ImageSet) -> list[Classifier]:
-        own = extractor.classifier
-        if (extractor.count or len(part.classes)) == IMAGENET_CLASSES:
-            map_labels(part.classes, [], self.class_list)  # an error comes before 3 GB are fetched
-            self.published = self.published or load_panel(list(PUBLISHED), self.device)
+    def select_default(self, extractor: Extractor, part: ImageSet) -> list[Classifier]:
+        if (extractor.num_classes or len(part.classes)) == IMAGENET_CLASSES:
+            map_labels(part.classes, [], self.class_list)  # raises before 3 GB are fetched
+            self.published = self.published or load_classifiers(PUBLISHED_CLASSIFIERS, self.device)
             return self.published
-        if own is not None:
+        if extractor.classifier is not None:
             name = f"own {extractor.options.get('model') or 'classifier'}"
-            return [Classifier(name, own, extractor.mean, extractor.std, extractor.classes, extractor.count)]
+            mean, std, count = extractor.mean, extractor.std, extractor.num_classes
+            return [Classifier(name, extractor.classifier, mean, std, extractor.classes, count)]
         if self.resnets:
             return []
         raise UserError(
@@ -99,98 +100,105 @@ class ClassifierPanel:
         )
 
 
-def batch_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """logits (B, K), labels (B,), -1 where an image does not count -> (5,): over those that do, cross-entropy, right at
-    first, right among the first five, entropy of the prediction in nats, and one each. On the device.
+def sum_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """logits (B, K), labels (B,), -1 where an image does not count -> (5,) on the device: sums over those that do of
+    cross-entropy, top-1 and top-5 hits, entropy of the prediction in nats, and their number.
     """
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     logs = logits.to(exact).log_softmax(1)
-    counts = labels >= 0
     loss = -logs.gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
     hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels.unsqueeze(1)
     entropy = -(logs.exp() * logs).sum(1)
     rows = torch.stack([loss, hits[:, 0], hits.any(1), entropy, torch.ones_like(loss)])
-    return torch.where(counts, rows, 0).sum(1)
+    return torch.where(labels >= 0, rows, 0).sum(1)
 
 
 @torch.no_grad()
 def evaluate(
     extractor: Extractor,
     part: ImageSet,
-    judges: list[Classifier],
+    classifiers: list[Classifier],
+    config: ScoringConfig,
     *,
     device: torch.device,
-    batch_size: int = 128,
-    pot: float = 1.0,
-    workers: int = 0,
-    print_freq: int = 10,
-    class_list: str | None = None,
     precision: torch.dtype | None = None,
 ) -> dict:
-    """The numbers of every judge for every kind of image, over the first iterations_of(batches, pot) batches. Raises
-    UserError where a judge knows none of the images.
+    """The numbers of every classifier for every kind of image. Raises UserError where a classifier knows the class of
+    none of the images.
     """
-    batches = DeviceLoader(
-        part, batch_size, device=device, mean=(0, 0, 0), std=(1, 1, 1), workers=workers
-    )  # plain pixels
-    count = count_iterations(len(batches), pot)
-    place = {name: position for position, name in enumerate(extractor.classes or part.classes)}
-    own = torch.tensor([place.get(name, -1) for name in part.classes], device=device)  # maps need not know any class
-    known = [map_panel_labels(judge, part, count * batch_size, class_list).to(device) for judge in judges]
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}  # pixels in 0..1
+    batches = DeviceLoader(part, config.batch_size, device=device, workers=config.workers, **plain)
+    iterations = count_iterations(len(batches), config.pot)
+    positions = {name: position for position, name in enumerate(extractor.classes or part.classes)}
+    mask_labels = torch.tensor([positions.get(name, -1) for name in part.classes], device=device)  # none need be known
+    read, class_list = iterations * config.batch_size, config.class_list
+    maps = [map_classifier_labels(one, part, read, class_list).to(device) for one in classifiers]
     totals, images = torch.zeros((), device=device), 0
     try:
-        with Progress(extractor.name, count, bar=use_progress_bar(False)) as shown, exact_float32():
-            for step, batch in enumerate(itertools.islice(batches.epoch(), count)):
+        with Progress(extractor.name, iterations, bar=use_progress_bar(False)) as progress, exact_float32():
+            for step, batch in enumerate(itertools.islice(batches.epoch(), iterations)):
                 images += len(batch.labels)
                 with autocast(device, precision):
-                    seen = normalize(batch.images, extractor.mean, extractor.std)
-                    selected = binarize(extractor.masks_of(seen, own[batch.labels]).masks)
-                    of_judges = [labels[batch.labels] for labels in known]
-                    totals = totals + evaluate_masks(batch.images, selected, judges, of_judges)
-                shown(step + 1, **(top1_by_kind(totals) if (step + 1) % print_freq == 0 else {}))
+                    normalized = normalize(batch.images, extractor.mean, extractor.std)
+                    selected = binarize(extractor.extract(normalized, mask_labels[batch.labels]).masks)
+                    labels = [label_map[batch.labels] for label_map in maps]
+                    totals = totals + sum_altered(batch.images, selected, classifiers, labels)
+                progress(step + 1, **(top1_by_kind(totals) if (step + 1) % config.print_freq == 0 else {}))
     finally:
         batches.close()
-    left_out = {judge.name: images - int(row[4]) for judge, row in zip(judges, totals[0], strict=True)}
     return {
-        **{"name": extractor.name, "path": extractor.path, "images": images},
-        **{"left_out": {name: number for name, number in left_out.items() if number}, "unreadable": batches.skipped},
-        **{kind: name_results(judges, table) for kind, table in zip(KINDS, totals, strict=True)},
+        "name": extractor.name,
+        "path": extractor.path,
+        "images": images,
+        "left_out": count_left_out(images, classifiers, totals),
+        "unreadable": batches.skipped,
+        **{kind: average_by_classifier(classifiers, table) for kind, table in zip(KINDS, totals, strict=True)},
     }
 
 
-def evaluate_masks(
-    pixels: torch.Tensor, selected: torch.Tensor, judges: list[Classifier], labels: list[torch.Tensor]
+def sum_altered(
+    pixels: torch.Tensor, selected: torch.Tensor, classifiers: list[Classifier], labels: list[torch.Tensor]
 ) -> torch.Tensor:
-    """pixels (B, 3, H, W) in 0..1, selected bool (B, H, W), labels (B,) of each judge -> (kinds, judges, 5): sums."""
-    rows = []
+    """sum_batch for every kind of image and classifier: (kinds, classifiers, 5).
+
+    pixels (B, 3, H, W) in 0..1, selected bool (B, H, W), labels (B,) in the classes of each classifier.
+    """
+    tables = []
     for alter in KINDS.values():
         altered = alter(pixels, selected)
-        rows.append(torch.stack([batch_sums(judge(altered), own) for judge, own in zip(judges, labels, strict=True)]))
-    return torch.stack(rows)
+        rows = [sum_batch(classifier(altered), own) for classifier, own in zip(classifiers, labels, strict=True)]
+        tables.append(torch.stack(rows))
+    return torch.stack(tables)
 
 
-def map_panel_labels(judge: Classifier, part: ImageSet, images: int, class_list: str | None) -> torch.Tensor:
-    """label_map() of a judge. Raises UserError if it knows the class of none of the first so many images."""
+def map_classifier_labels(classifier: Classifier, part: ImageSet, images: int, class_list: str | None) -> torch.Tensor:
+    """map_labels() of a classifier. Raises UserError if it knows the class of none of the first so many images."""
     try:
-        place = map_labels(part.classes, judge.classes, class_list, judge.count)
+        label_map = map_labels(part.classes, classifier.classes, class_list, classifier.count)
     except UserError as error:
-        raise UserError(f"classifier {judge.name}: {error}") from error
-    if (place[part.labels[:images]] < 0).all():
+        raise UserError(f"classifier {classifier.name}: {error}") from error
+    if (label_map[part.labels[:images]] < 0).all():
         raise UserError(
-            f"classifier {judge.name} knows the class of none of the {min(images, len(part)):,} images used"
+            f"classifier {classifier.name} knows the class of none of the {min(images, len(part)):,} images used"
         )
-    return place
+    return label_map
 
 
-def name_results(judges: list[Classifier], table: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Rows of sums(), (judges, 5), as means: l, cross-entropy; t1 and t5, percent; e, entropy in nats."""
+def count_left_out(images: int, classifiers: list[Classifier], totals: torch.Tensor) -> dict[str, int]:
+    """Images of classes that a classifier does not know, where there are any. totals (kinds, classifiers, 5)."""
+    counts = {one.name: images - int(row[4]) for one, row in zip(classifiers, totals[0], strict=True)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def average_by_classifier(classifiers: list[Classifier], table: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Rows of sum_batch(), (classifiers, 5), as means: l, cross-entropy; t1 and t5, percent; e, entropy in nats."""
     scale = table.new_tensor([1, 100, 100, 1])
     rows = (table[:, :4] * scale / table[:, 4:]).tolist()
     means = [dict(zip(("l", "t1", "t5", "e"), row, strict=True)) for row in rows]
-    return {judge.name: row for judge, row in zip(judges, means, strict=True)}
+    return {classifier.name: row for classifier, row in zip(classifiers, means, strict=True)}
 
 
 def top1_by_kind(totals: torch.Tensor) -> dict[str, float]:
-    """totals (kinds, judges, 5) -> percent right at first for each kind, over all judges. Waits for the device."""
-    right, images = totals.sum(1)[:, [1, 4]].unbind(1)
-    return dict(zip(KINDS, (100 * right / images.clamp_min(1)).tolist(), strict=True))
+    """totals (kinds, classifiers, 5) -> top-1 percent of each kind over all classifiers. Waits for the device."""
+    hits, images = totals.sum(1)[:, [1, 4]].unbind(1)
+    return dict(zip(KINDS, (100 * hits / images.clamp_min(1)).tolist(), strict=True))

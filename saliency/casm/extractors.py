@@ -13,17 +13,19 @@ from engine.data.image_set import STATISTICS
 from engine.errors import UserError
 from engine.inference.classifier import Classifier
 from saliency import build_source
-from saliency.casm.boxes import rectangles as rectangles_around
-from saliency.casm.network import Casm, SavedCasm
+from saliency.casm.boxes import find_rectangles
+from saliency.casm.network import SavedCasm
 
-BASICS = ("load_model", "get_masks_and_check_predictions")
-CENTRE = 158 / 224  # of the side: the published naive box, half of the area
+REQUIRED_FUNCTIONS = ("load_model", "get_masks_and_check_predictions")
+CENTER_BOX_SIDE = 158 / 224  # of the image's: the published naive box, half of the area
+NAIVE_MASKS = ("max", "center")  # of score
+TOY_MASKS = ("zero", "one", "random56", "random224")  # of eval
 
 
 @dataclass
-class Masks:
-    """What is said of a batch: masks (B, H, W) float in 0..1 on the device; whether the classifier is right about the
-    images, (B,) bool; rectangles (B, 4) as y1, y2, x1, x2, where the extractor draws its own.
+class MaskBatch:
+    """masks (B, H, W) float in 0..1 on the device; correct (B,) bool: whether the classifier is right about the images;
+    rectangles (B, 4) as y1, y2, x1, x2 where the extractor draws its own.
     """
 
     masks: torch.Tensor
@@ -31,17 +33,20 @@ class Masks:
     rectangles: torch.Tensor | None = None
 
 
+Extract = Callable[[torch.Tensor, torch.Tensor], MaskBatch]
+
+
 @dataclass
 class Extractor:
     """A name, and a function of normalised images (B, 3, H, W) and labels (B,) on the device, -1 for a class it does
-    not know, to Masks.
+    not know, to MaskBatch.
 
-    classes: in the order of its labels, empty where they are not known. options: what it was trained with, as far as
-    that is known: where its data lie. path: the file it came from.
+    classes: in the order of its labels, empty where they are not known. options: those it was trained with, as far as
+    they are known. path: the file it came from. num_classes: of its network; None where it takes any.
     """
 
     name: str
-    masks_of: Callable[[torch.Tensor, torch.Tensor], Masks]
+    extract: Extract | None
     mean: tuple[float, ...] = STATISTICS["imagenet"][0]
     std: tuple[float, ...] = STATISTICS["imagenet"][1]
     image_size: int | None = None
@@ -49,84 +54,105 @@ class Extractor:
     options: dict = field(default_factory=dict)
     path: str = ""
     classifier: torch.nn.Module | None = None
-    count: int | None = None  # of its network's classes; None: it takes those of the data, whichever they are
+    num_classes: int | None = None
 
 
-def casm_extractor(saved: SavedCasm, device: torch.device) -> Extractor:
+def build_casm_extractor(saved: SavedCasm, device: torch.device) -> Extractor:
     """A trained decoder, on the device."""
-    network: Casm = saved.network.to(device, memory_format=torch.channels_last)
+    network = saved.network.to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
+    def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
         masks, logits = network(images)
-        return Masks(masks[:, 0], logits.argmax(1) == labels)
+        return MaskBatch(masks[:, 0], logits.argmax(1) == labels)
 
     return Extractor(
-        *(saved.name, masks_of, saved.mean, saved.std, saved.image_size, saved.classes, saved.options),
+        name=saved.name,
+        extract=extract,
+        mean=saved.mean,
+        std=saved.std,
+        image_size=saved.image_size,
+        classes=saved.classes,
+        options=saved.options,
         path=str(saved.path),
         classifier=network.classifier,
-        count=len(saved.classes) or 1000,
+        num_classes=len(saved.classes) or 1000,
     )
 
 
-def classifier_extractor(known: Classifier, device: torch.device) -> Extractor:
-    """What a plain classifier knows, for extractors that look through it; it draws no masks itself."""
-    network = known.network.to(device, memory_format=torch.channels_last).requires_grad_(False)
-    shown = (known.name, None, known.mean, known.std, known.image_size, known.classes, known.options, known.path)
-    return Extractor(*shown, network, known.count)
+def wrap_classifier(classifier: Classifier, device: torch.device) -> Extractor:
+    """A plain classifier, on the device, for extractors that are built on one. It draws no masks itself."""
+    return Extractor(
+        name=classifier.name,
+        extract=None,
+        mean=classifier.mean,
+        std=classifier.std,
+        image_size=classifier.image_size,
+        classes=classifier.classes,
+        options=classifier.options,
+        path=classifier.path,
+        classifier=classifier.network.to(device, memory_format=torch.channels_last).requires_grad_(False),
+        num_classes=classifier.count,
+    )
 
 
-def source_extractor(name: str, classifier: Extractor) -> Extractor:
-    """A source of saliency, of the true class where it asks for one, each map divided by its largest value."""
-    network = classifier.classifier
-    source = build_source(name, model=network, mean=classifier.mean, std=classifier.std)
+def build_source_extractor(name: str, like: Extractor) -> Extractor:
+    """A source of saliency that reads the classifier of `like`; it gets the true class where it asks for one. Each map
+    is divided by its largest value.
+    """
+    network = like.classifier
+    source = build_source(name, model=network, mean=like.mean, std=like.std)
 
-    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
+    def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
         with torch.no_grad():
             logits = network(images)
         targets = F.one_hot(labels.clamp_min(0), logits.shape[1]).float()
-        return Masks(scale_to_peak(source(images, targets).float()), logits.argmax(1) == labels)
+        maps = source(images, targets).float()
+        peaks = maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # an all-zero map stays
+        return MaskBatch(maps / peaks, logits.argmax(1) == labels)
 
-    return share_batches(classifier, f"{name} of {classifier.name}", masks_of)
+    return replace(like, name=f"{name} of {like.name}", extract=extract)
 
 
-def naive_extractor(name: str, classifier: Extractor | None) -> Extractor:
-    """The published naive masks: `max`, all of the image, and `center`, half of its area in the middle. Without a
-    classifier its answer counts as right, as published.
+def build_naive_extractor(name: str, like: Extractor | None = None, *, seed: int = 0) -> Extractor:
+    """The published naive masks, of images as `like` sees them.
+
+    `max` and `one`: all of the image; `center`: half of its area in the middle; `zero`: nothing; a fair coin for each
+    block of a 56th of the side (`random56`) or for each pixel (`random224`). For `max` and `center` the classifier of
+    `like` says what is correct; without one, and for the others, everything counts as correct, as published.
     """
+    generator = torch.Generator().manual_seed(seed)
+    classifier = like.classifier if like and name in NAIVE_MASKS else None
 
-    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
-        count, _, height, width = images.shape
-        masks = images.new_zeros(count, height, width)
-        if name == "max":
-            masks += 1
-        else:
-            top, left = ((round(side * (1 - CENTRE) / 2)) for side in (height, width))
+    def draw(count: int, height: int, width: int) -> torch.Tensor:
+        if name in ("max", "one"):
+            return torch.ones(count, height, width)
+        masks = torch.zeros(count, height, width)
+        if name == "center":
+            top, left = (round(side * (1 - CENTER_BOX_SIDE) / 2) for side in (height, width))
             masks[:, top : height - top, left : width - left] = 1
-        if classifier is None:
-            return Masks(masks, torch.ones_like(labels, dtype=torch.bool))
-        with torch.no_grad():
-            return Masks(masks, classifier.classifier(images).argmax(1) == labels)
+        elif name != "zero":
+            side = max(1, height // 56) if name == "random56" else 1
+            coins = torch.rand(count, -(-height // side), -(-width // side), generator=generator) < 0.5
+            masks = coins.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width].float()
+        return masks
 
-    return share_batches(classifier, name, masks_of) if classifier else Extractor(name, masks_of)
+    @torch.no_grad()
+    def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
+        masks = draw(len(images), *images.shape[-2:]).to(images.device)
+        correct = classifier(images).argmax(1) == labels if classifier else torch.ones_like(labels, dtype=torch.bool)
+        return MaskBatch(masks, correct)
 
-
-def share_batches(like: Extractor, name: str, masks_of: Callable) -> Extractor:
-    """An extractor that sees the same images as `like`."""
-    return replace(like, name=name, masks_of=masks_of)
-
-
-def scale_to_peak(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (B, H, W) >= 0, each divided by its largest value; zero maps stay."""
-    return maps / maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    return replace(like, name=name, extract=extract) if like else Extractor(name, extract)
 
 
-def basics_extractor(file: str, path: str) -> Extractor:
+def load_basics_extractor(file: str, path: str) -> Extractor:
     """The extractor of a Python file with load_model(path) and get_masks_and_check_predictions(images, targets, model).
 
-    It gets and gives numpy arrays: images (B, 3, H, W) float32, targets (B,), -1 for a class unknown to the network ->
-    masks (B, H, W) in 0..1, rectangles (B, H, W) of 0 and 1, and whether the prediction is right, (B,). The file may
-    also say image_size, mean, std (of pixels in 0..1) and classes. Raises UserError for a file without the two.
+    The latter takes and returns numpy arrays: images (B, 3, H, W) float32, targets (B,), -1 for a class unknown to the
+    network -> masks (B, H, W) in 0..1, rectangles (B, H, W) of 0 and 1, and whether the prediction is right, (B,). The
+    file may also define image_size, mean, std (of pixels in 0..1) and classes. Raises UserError for a file that cannot
+    be run or lacks one of the two.
     """
     if not Path(file).is_file():
         raise UserError(f"--basics {file}: no such file")
@@ -136,8 +162,11 @@ def basics_extractor(file: str, path: str) -> Extractor:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"--basics {file}: cannot be run ({type(error).__name__}: {error})") from error
-    if missing := [name for name in BASICS if not callable(getattr(module, name, None))]:
-        raise UserError(f"--basics {file}: no function {' and no '.join(missing)}; {' and '.join(BASICS)} are wanted")
+    defined = vars(module)
+    if missing := [name for name in REQUIRED_FUNCTIONS if not callable(defined.get(name))]:
+        raise UserError(
+            f"--basics {file}: no function {' and no '.join(missing)}; {' and '.join(REQUIRED_FUNCTIONS)} are wanted"
+        )
     try:
         model = module.load_model(path)
     except Exception as error:
@@ -146,42 +175,26 @@ def basics_extractor(file: str, path: str) -> Extractor:
             "--casms-path"
         ) from error
 
-    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
+    def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
         try:
             answer = module.get_masks_and_check_predictions(images.cpu().numpy(), labels.cpu().numpy(), model)
         except Exception as error:
-            raise UserError(f"--basics {file}: {BASICS[1]} failed ({type(error).__name__}: {error})") from error
-        masks, rectangles, correct = (torch.as_tensor(one, device=images.device) for one in answer)
-        shape = (len(images), *images.shape[-2:])
-        got = [tuple(one.shape) for one in (masks, rectangles, correct)]
-        if got != [shape, shape, shape[:1]]:
-            raise UserError(
-                f"--basics {file}: for images {tuple(images.shape)} masks and rectangles must be {shape} and "
-                f"correctness {shape[:1]}, got {', '.join(map(str, got))}"
-            )
-        return Masks(masks.float(), correct.bool(), rectangles_around(rectangles > 0.5))
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"--basics {file}: {REQUIRED_FUNCTIONS[1]} failed ({reason})") from error
+        return check_basics_answer(file, images, answer)
 
-    own = {key: getattr(module, key) for key in ("mean", "std", "image_size", "classes") if hasattr(module, key)}
-    return Extractor(Path(path).stem if path else Path(file).stem, masks_of, **own, path=path or file)
+    known = {key: defined[key] for key in ("mean", "std", "image_size", "classes") if key in defined}
+    return Extractor(Path(path).stem if path else Path(file).stem, extract, path=path or file, **known)
 
 
-TOY_EXTRACTORS = ("zero", "one", "random56", "random224")
-
-
-def toy_extractor(name: str, like: Extractor | None, seed: int) -> Extractor:
-    """The published naive masks: `zero`, `one`, and a fair coin for each block of a 56th of the side (`random56`) or
-    each pixel (`random224`). Sees the images that `like` does.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def masks_of(images: torch.Tensor, labels: torch.Tensor) -> Masks:
-        count, _, height, width = images.shape
-        side = max(1, height // 56) if name == "random56" else 1
-        if name in ("zero", "one"):
-            masks = images.new_full((count, height, width), float(name == "one"))
-        else:
-            coins = torch.rand(count, -(-height // side), -(-width // side), generator=generator) < 0.5
-            masks = coins.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, :height, :width].float()
-        return Masks(masks.to(images.device), torch.ones_like(labels, dtype=torch.bool))
-
-    return share_batches(like, name, masks_of) if like else Extractor(name, masks_of)
+def check_basics_answer(file: str, images: torch.Tensor, answer: tuple) -> MaskBatch:
+    """The arrays of get_masks_and_check_predictions on the device. Raises UserError where their shapes are wrong."""
+    masks, rectangles, correct = (torch.as_tensor(one, device=images.device) for one in answer)
+    shape = (len(images), *images.shape[-2:])
+    got = [tuple(one.shape) for one in (masks, rectangles, correct)]
+    if got != [shape, shape, shape[:1]]:
+        raise UserError(
+            f"--basics {file}: for images {tuple(images.shape)} masks and rectangles must be {shape} and correctness "
+            f"{shape[:1]}, got {', '.join(map(str, got))}"
+        )
+    return MaskBatch(masks.float(), correct.bool(), find_rectangles(rectangles > 0.5))

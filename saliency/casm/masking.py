@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 
-RADIUS = 3  # pixels around a missing one that OpenCV looks at
+INPAINT_RADIUS = 3  # pixels around a missing one that OpenCV reads
 
 
 def mask_in(pixels: torch.Tensor, selected: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
@@ -24,22 +24,22 @@ def mask_out(pixels: torch.Tensor, selected: torch.Tensor, fill: float = 0.0) ->
 
 
 def inpaint(pixels: torch.Tensor, selected: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-    """masked_out() in 8 bit, the selected pixels filled in from around them, by Telea's method: pixels (B, 3, H, W) in
+    """mask_out() in 8 bit, the selected pixels filled in from around them by Telea's method: pixels (B, 3, H, W) in
     0..1, selected bool (B, H, W) -> the same shape, on the same device.
 
-    The 8 bits are of 255 * pixels without the fraction, so what is not selected becomes floor(255 * pixels) / 255. An
-    image that is selected whole has nothing to fill it from and stays `fill`, which also weighs a little in the rest:
-    OpenCV takes gradients across the edge. One thread for each of torch's.
+    255 * pixels is cut to 8 bit, so what is not selected becomes floor(255 * pixels) / 255. An image that is selected
+    as a whole has nothing to fill it from and stays `fill`, which also has a small effect on the others: OpenCV takes
+    gradients across the edge of a hole. Uses as many threads as torch does.
     """
-    eight = (255 * mask_out(pixels, selected, fill)).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    hidden = (255 * mask_out(pixels, selected, fill)).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     holes = selected.to(torch.uint8).cpu().numpy()
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        filled = np.stack(list(threads.map(fill_in, eight, holes)))
+        filled = np.stack(list(threads.map(inpaint_image, hidden, holes)))
     return torch.from_numpy(filled).to(pixels.device).permute(0, 3, 1, 2).to(pixels.dtype) / 255
 
 
-def fill_in(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) and (H, W), not 0 where it is to be filled -> uint8 (H, W, 3)."""
+def inpaint_image(image: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """image uint8 (H, W, 3), hole uint8 (H, W), not 0 where it is to be filled -> uint8 (H, W, 3)."""
     if hole.all() or not hole.any():
         return image
-    return cv2.inpaint(image, hole, RADIUS, cv2.INPAINT_TELEA)
+    return cv2.inpaint(image, hole, INPAINT_RADIUS, cv2.INPAINT_TELEA)

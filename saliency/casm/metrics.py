@@ -1,9 +1,9 @@
-"""How well masks find the object: boxes, F1, localisation error, mask statistics and the saliency metric.
+"""How well masks find the object: F1, localisation error, mask statistics and the saliency metric.
 
-Zolna, Geras and Cho, "Classifier-agnostic saliency map extraction", arXiv 1805.08249, localisation: F1 is of the
-soft mask, LE and OM are of the box, and details are as in the authors' code. The saliency metric is of Dabkowski and
-Gal, "Real time image saliency for black box classifiers", arXiv 1705.07857. We add precision and recall, and take any H
-and W.
+Zolna, Geras and Cho, "Classifier-agnostic saliency map extraction", arXiv 1805.08249, localisation: F1 is computed from
+the soft mask, LE and OM from the box, and details follow the authors' code. The saliency metric is that of Dabkowski
+and Gal, "Real time image saliency for black box classifiers", arXiv 1705.07857. We add precision and recall, and take
+any H and W.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 
-def map_box(
+def map_box_to_crop(
     box: Sequence[float], width: int, height: int, size: int = 224, break_ratio: bool = False
 ) -> tuple[int, int, int, int]:
     """A box x0, y0, x1, y1 of an image of width x height pixels, in the central square crop of side `size` that is left
@@ -27,12 +27,12 @@ def map_box(
     if break_ratio:
         return int(size * x0 / width), int(size * y0 / height), int(size * x1 / width), int(size * y1 / height)
     scale = size / min(width, height)
-    left = (scale * width - size) / 2 if width > height else 0  # not computed on the short side: a rounding crumb
+    left = (scale * width - size) / 2 if width > height else 0  # not computed on the short side: a rounding error
     top = 0 if width > height else (scale * height - size) / 2  # would change the cut
     return int(scale * x0 - left), int(scale * y0 - top), int(scale * x1 - left), int(scale * y1 - top)
 
 
-def box_scores(mask: torch.Tensor, rectangle: Sequence[int], box: Sequence[int]) -> dict[str, float]:
+def score_box(mask: torch.Tensor, rectangle: Sequence[int], box: Sequence[int]) -> dict[str, float]:
     """One annotated box against the soft mask (precision, recall, f1) and the predicted rectangle (iou; hit: 1 if that
     exceeds 0.5, else 0).
 
@@ -64,17 +64,17 @@ def box_scores(mask: torch.Tensor, rectangle: Sequence[int], box: Sequence[int])
     }
 
 
-def image_scores(
+def score_image(
     mask: torch.Tensor, rectangle: Sequence[int], boxes: Sequence[Sequence[int]], correct: bool
 ) -> dict[str, float]:
     """Scores of one image: F1 of the best box, F1a the mean over its boxes, LE 0 if a box is hit else 1, OM 0 if
     besides the classifier is right (`correct`), precision and recall of the box of the best F1.
 
-    mask, rectangle and boxes as in box_scores. Raises ValueError where there is no box.
+    mask, rectangle and boxes as in score_box. Raises ValueError where there is no box.
     """
     if len(boxes) == 0:
         raise ValueError("an image without boxes has no scores: leave it out and count it")
-    scores = [box_scores(mask, rectangle, box) for box in boxes]
+    scores = [score_box(mask, rectangle, box) for box in boxes]
     best = max(scores, key=lambda score: score["f1"])
     hit = max(score["hit"] for score in scores)
     return {
@@ -87,11 +87,12 @@ def image_scores(
     }
 
 
-def summarise(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The plain mean over images of what image_scores gave. Raises ValueError where there is none."""
+def average_scores(rows: Sequence[dict[str, float | None]]) -> dict[str, float | None]:
+    """The mean over images of each score of score_image, None where every value is. Raises ValueError for no images."""
     if len(rows) == 0:
         raise ValueError("there are no scores to average: no image had a box")
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
+    return {name: sum(values) / len(values) if values else None for name, values in columns.items()}
 
 
 class MaskStatistics:
@@ -137,28 +138,28 @@ class MaskStatistics:
 
 def total_variation(masks: torch.Tensor) -> torch.Tensor:
     """(B, H, W) -> (): mean squared difference of horizontal plus of vertical neighbours; 0 where there are none."""
-    parts = [masks.diff(dim=dim).square() for dim in (1, 2)]
-    return sum((part.mean() for part in parts if part.numel()), masks.new_zeros(()))
+    squares = [masks.diff(dim=dim).square() for dim in (1, 2)]
+    return sum((one.mean() for one in squares if one.numel()), masks.new_zeros(()))
 
 
-def saliency_metric(areas: torch.Tensor, probabilities: torch.Tensor) -> dict[str, torch.Tensor]:
+def compute_saliency_metric(areas: torch.Tensor, probabilities: torch.Tensor) -> dict[str, torch.Tensor]:
     """Of Dabkowski and Gal, per image: SM = SM1 - SM2, low where a small rectangle is enough for the classifier.
 
-    areas (B,): share of the image that the rectangle covers, taken to lie in 0.05..1; probabilities (B,): of the true
-    class, of `crops` of the rectangles -> SM, SM1 = ln area, SM2 = ln probability, (B,) each. A probability of 0 counts
-    as the smallest number above it, so that no image makes the mean infinite.
+    areas (B,): share of the image that the rectangle covers, clipped to 0.05..1; probabilities (B,): of the true class,
+    given crop_rectangles alone -> SM, SM1 = ln area, SM2 = ln probability, (B,) each. A probability of 0 counts as the
+    smallest positive number, so that no image makes the mean infinite.
     """
     area = areas.clamp(0.05, 1).log()
     probability = probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()
     return {"SM": area - probability, "SM1": area, "SM2": probability}
 
 
-def crops(images: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
+def crop_rectangles(images: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
     """Every rectangle alone, enlarged to the size of the image: images (B, C, H, W) floats, rectangles (B, 4) as y1,
     y2, x1, x2 -> (B, C, H, W); zeros where a rectangle is empty.
 
-    Bicubic as F.interpolate has it (pixel centres, a = -0.75, the edge repeated), for all at once: it takes one size
-    only. Raises ValueError for other shapes.
+    Bicubic as in F.interpolate (pixel centres, a = -0.75, the edge repeated), which takes one size only, for all at
+    once. Raises ValueError for other shapes.
     """
     if images.dim() != 4 or rectangles.shape != (len(images), 4):
         raise ValueError(
@@ -166,22 +167,22 @@ def crops(images: torch.Tensor, rectangles: torch.Tensor) -> torch.Tensor:
             f"got {tuple(images.shape)} and {tuple(rectangles.shape)}"
         )
     y1, y2, x1, x2 = rectangles.unbind(1)
-    result = stretch(stretch(images, 2, y1, y2), 3, x1, x2)
+    result = enlarge_span(enlarge_span(images, 2, y1, y2), 3, x1, x2)
     return result.masked_fill(((y2 <= y1) | (x2 <= x1)).view(-1, 1, 1, 1), 0)
 
 
-def stretch(images: torch.Tensor, dim: int, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W): the part from start to stop, (B,) each, of dimension `dim` (2 or 3), enlarged to all of it."""
+def enlarge_span(images: torch.Tensor, dim: int, start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W): the span from start to stop, (B,) each, of dimension `dim` (2 or 3), enlarged to all of it."""
     size = images.shape[dim]
     start, stop = start.unsqueeze(1), stop.unsqueeze(1)
     last = torch.maximum(stop - 1, start)
-    place = (torch.arange(size, device=images.device) + 0.5) * ((stop - start) / size) - 0.5  # (B, size)
-    whole = place.floor()
-    part = place - whole
+    position = (torch.arange(size, device=images.device) + 0.5) * ((stop - start) / size) - 0.5  # (B, size)
+    whole = position.floor()
+    fraction = position - whole
     result = torch.zeros_like(images)
     shape = [len(images), 1, -1, 1] if dim == 2 else [len(images), 1, 1, -1]
     for tap in (-1, 0, 1, 2):
-        distance = (part - tap).abs()
+        distance = (fraction - tap).abs()
         near = (1.25 * distance - 2.25) * distance * distance + 1
         far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
         weight = torch.where(distance <= 1, near, far).to(images.dtype)
@@ -190,10 +191,10 @@ def stretch(images: torch.Tensor, dim: int, start: torch.Tensor, stop: torch.Ten
     return result
 
 
-def plot_order(batches: int, plots: int, seed: int = 931001) -> list[int]:
+def choose_plot_batches(batches: int, plots: int, seed: int = 931001) -> list[int]:
     """Which of so many batches to draw, in this order; all of them where plots <= 0.
 
-    The authors' order is NumPy's legacy permutation. The generator is its own, and moves no other.
+    The authors' order is NumPy's legacy permutation. No other random generator advances.
     """
     order = np.random.RandomState(seed).permutation(batches).tolist()
     return order[:plots] if plots > 0 else order

@@ -1,4 +1,7 @@
-"""A classifier and the decoder that reads its maps, together and out of a file."""
+"""The mask decoder, the network it forms with a classifier, and how both are read from a file.
+
+Zolna, Geras and Cho, "Classifier-agnostic saliency map extraction", arXiv 1805.08249, in the form of their program.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,9 @@ from engine.inference.classifier import SavedClassifier
 from engine.runtime.checkpoint import is_checkpoint, list_first_keys, read_file
 from models import build_model, matching_models
 
-UPSAMPLE = ("nearest", "bilinear")
+UPSAMPLE_MODES = ("nearest", "bilinear")
+SUFFIX = ".chk"  # of the files that hold trained masks
+PUBLISHED_MODEL = "imagenet_resnet50"  # the only network of the published program
 
 
 class Lateral(nn.Module):
@@ -24,23 +29,23 @@ class Lateral(nn.Module):
         self.conv = nn.Conv2d(channels, width, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.bn(self.conv(maps)))
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.bn(self.conv(features)))
 
 
 class MaskDecoder(nn.Module):
-    """Maps of a classifier, shallow to deep, to masks in 0..1.
+    """Feature maps of a classifier, shallow to deep, to masks in 0..1.
 
-    The first maps enter as they are, or through a lateral of their own (lateral_zero), which they need where they are
+    The first feature map enters as it is, or through a lateral of its own (lateral_zero), which it needs where it is
     neither normalised nor rectified. All others pass a lateral and are enlarged to the grid of the first. A 3x3
     convolution and a sigmoid make the mask on that grid, which `upsample` (`nearest` or `bilinear`) then enlarges.
 
-    channels: of the maps. width: of the laterals.
+    channels: of each feature map. width: channels of the laterals.
     """
 
     def __init__(self, channels: list[int], width: int = 64, upsample: str = "nearest", lateral_zero: bool = False):
         super().__init__()
-        if upsample not in UPSAMPLE:
+        if upsample not in UPSAMPLE_MODES:
             raise ValueError(f"upsample must be nearest or bilinear, got {upsample!r}")
         self.upsample, self.lateral_zero = upsample, lateral_zero
         first, *deeper = channels
@@ -53,39 +58,34 @@ class MaskDecoder(nn.Module):
 
     def forward(self, features: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """features: one (B, C, h, w) for each of `channels` -> (B, 1, *size)."""
-        mask = self.on_grid(features)
+        mask = self.predict_on_grid(features)
         if mask.shape[-2:] == tuple(size):
             return mask
         corners = {"align_corners": False} if self.upsample == "bilinear" else {}
         return F.interpolate(mask, tuple(size), mode=self.upsample, **corners)
 
-    def on_grid(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """The masks (B, 1, h, w) float32 on the grid of the first maps.
+    def predict_on_grid(self, features: list[torch.Tensor]) -> torch.Tensor:
+        """The masks (B, 1, h, w) float32 on the grid of the first feature map.
 
         The published program enlarges every lateral and convolves all of them at once. Mixing channels and enlarging
         commute, so here each level is reduced to the nine taps of the convolution on its own small grid, nine maps are
         enlarged in place of 64, and the taps are shifted and summed last: the same numbers at a fraction of the work.
         """
-        maps = features if self.lateral_zero else features[1:]
-        levels = ([] if self.lateral_zero else [features[0]]) + [
-            lateral(one) for lateral, one in zip(self.laterals, maps, strict=True)
-        ]
+        levels = [] if self.lateral_zero else [features[0]]
+        rest = features if self.lateral_zero else features[1:]
+        levels += [lateral(one) for lateral, one in zip(self.laterals, rest, strict=True)]
         grid = features[0].shape[-2:]
         weights = self.final.weight[0].split(self.widths)  # each (width, 3, 3)
         taps = 0
         for level, weight in zip(levels, weights, strict=True):
-            one = F.conv2d(level, weight.flatten(1).t()[:, :, None, None])  # (B, 9, h, w)
-            one = one.to(torch.promote_types(one.dtype, torch.float32))
-            if one.shape[-2:] != grid:
-                one = F.interpolate(one, grid, mode="bilinear", align_corners=False)
-            taps = taps + one
-        # folding adds what lies at (u, v) of a window, a tap takes it from there: the order is turned round
+            level_taps = F.conv2d(level, weight.flatten(1).t()[:, :, None, None])  # (B, 9, h, w)
+            level_taps = level_taps.to(torch.promote_types(level_taps.dtype, torch.float32))
+            if level_taps.shape[-2:] != grid:
+                level_taps = F.interpolate(level_taps, grid, mode="bilinear", align_corners=False)
+            taps = taps + level_taps
+        # fold adds the value at (u, v) of a window, a convolution reads it from there: reverse the order of the taps
         folded = F.fold(taps.flip(1).flatten(2), grid, 3, padding=1)
         return torch.sigmoid(folded + self.final.bias.to(folded.dtype).view(1, 1, 1, 1))
-
-
-ENDING = ".chk"
-PUBLISHED = "imagenet_resnet50"  # the only network of the published program
 
 
 class Casm(nn.Module):
@@ -104,24 +104,24 @@ class Casm(nn.Module):
 
 
 def build_decoder(classifier: nn.Module, width: int = 64, upsample: str = "nearest") -> MaskDecoder:
-    """A fresh decoder for the maps of one of our networks."""
-    return MaskDecoder(feature_channels(classifier), width, upsample, lateral_zero=classifier.raw_stem)
+    """A fresh decoder for the feature maps of one of our networks."""
+    return MaskDecoder(get_feature_channels(classifier), width, upsample, lateral_zero=classifier.raw_stem)
 
 
 @torch.no_grad()
-def feature_channels(classifier: nn.Module) -> list[int]:
-    """Channels of the maps behind the stem and behind each stage."""
+def get_feature_channels(classifier: nn.Module) -> list[int]:
+    """Channels of the feature maps behind the stem and behind each stage."""
     training = classifier.training
     weight = next(classifier.parameters())
     features = classifier.eval().forward_features(torch.zeros(1, 3, 32, 32, device=weight.device))[1]
     classifier.train(training)
-    return [maps.shape[1] for maps in features]
+    return [one.shape[1] for one in features]
 
 
 @dataclass
 class SavedCasm:
-    """What a file of saliency.casm train holds, or one of the published program. `network` is on the CPU, in evaluation
-    mode, without gradients.
+    """The content of a file of saliency.casm train, or of one of the published program. `network` is on the CPU, in
+    evaluation mode, without gradients.
     """
 
     path: Path
@@ -135,14 +135,14 @@ class SavedCasm:
 
     @property
     def name(self) -> str:
-        return self.path.name.removesuffix(ENDING)
+        return self.path.name.removesuffix(SUFFIX)
 
 
 def load_casm(path: Path | str) -> SavedCasm:
-    """Raises UserError for anything that is no such file; nothing in it can run."""
+    """Read a file of trained masks; no code in it can run. Raises UserError for any other file."""
     content = read_file(Path(path))
     try:
-        return describe_decoder(Path(path), content)
+        return build_saved_casm(Path(path), content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: no mask decoder of ours or of the published program ({type(error).__name__}: {error})\n"
@@ -150,13 +150,13 @@ def load_casm(path: Path | str) -> SavedCasm:
         ) from error
 
 
-def describe_decoder(path: Path, content) -> SavedCasm:
-    """What load_casm makes of the content of a file."""
+def build_saved_casm(path: Path, content) -> SavedCasm:
+    """load_casm of a file that has this content."""
     if is_checkpoint(content) and "decoder" in content:
         options = content["config"]
         decoder, width, upsample = content["decoder"], options["width"], options["upsample"]
     elif isinstance(content, dict) and "state_dict_decoder" in content:
-        options = {"model": PUBLISHED}
+        options = {"model": PUBLISHED_MODEL}
         decoder, width = rename_published_keys(content["state_dict_decoder"]), 64
         upsample = getattr(content.get("args"), "upsample", "nearest")
     else:
@@ -164,57 +164,57 @@ def describe_decoder(path: Path, content) -> SavedCasm:
             f"{path}: holds no mask decoder (found: {list_first_keys(content)})\n"
             "make one with python -m saliency.casm train; a plain classifier goes to --classifier"
         )
-    size = content.get("image_size", 224)
+    classes, image_size = list(content.get("classes", [])), content.get("image_size", 224)
     classifier = SavedClassifier(path, content=content).build(
         build_model,
         matching_models,
         model=options["model"],
-        num_classes=len(content.get("classes", [])) or 1000,
-        image_size=size,
+        num_classes=len(classes) or 1000,
+        image_size=image_size,
     )
     network = Casm(classifier, build_decoder(classifier, width, upsample))
     try:
         network.decoder.load_state_dict(decoder)
     except RuntimeError as error:
         raise UserError(f"{path}: its decoder does not fit {options['model']}: {str(error).splitlines()[1]}") from error
-    mean, std = content.get("mean"), content.get("std")
-    mean, std = (mean, std) if mean else STATISTICS["imagenet"]
+    mean, std = (content["mean"], content["std"]) if content.get("mean") else STATISTICS["imagenet"]
     return SavedCasm(
-        path,
-        network.eval().requires_grad_(False),
-        list(content.get("classes", [])),
-        tuple(mean),
-        tuple(std),
-        size,
-        options,
-        content.get("epoch"),
+        path=path,
+        network=network.eval().requires_grad_(False),
+        classes=classes,
+        mean=tuple(mean),
+        std=tuple(std),
+        image_size=image_size,
+        options=options,
+        epoch=content.get("epoch"),
     )
 
 
 def rename_published_keys(decoder: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The published program's names of the decoder's weights in ours."""
-    names = {}
+    """The published program's weights of the decoder, under the names of ours."""
+    renamed = {}
     for key, value in decoder.items():
-        part, _, rest = key.removeprefix("module.").partition(".")
+        module, _, rest = key.removeprefix("module.").partition(".")
         layer, _, leaf = rest.partition(".")
-        if part == "final":
-            names[f"final.{leaf}"] = value
+        if module == "final":
+            renamed[f"final.{leaf}"] = value
         else:  # conv1x1_2.1.bias: of the second lateral, its batch norm
-            names[f"laterals.{int(part.removeprefix('conv1x1_')) - 1}.{('conv', 'bn')[int(layer)]}.{leaf}"] = value
-    return names
+            number = int(module.removeprefix("conv1x1_")) - 1
+            renamed[f"laterals.{number}.{('conv', 'bn')[int(layer)]}.{leaf}"] = value
+    return renamed
 
 
-def casm_files(places: list[str]) -> list[Path]:
-    """The files that --casms-path means: files, and of folders every .chk in them. UserError if there is none."""
+def find_casm_files(places: list[str]) -> list[Path]:
+    """The files that --casms-path means: files, and every .chk of folders. Raises UserError where there is none."""
     found = []
     for place in map(Path, places):
         if place.is_dir():
-            held = sorted(place.glob(f"*{ENDING}"))
-            if not held:
+            files = sorted(place.glob(f"*{SUFFIX}"))
+            if not files:
                 raise UserError(
-                    f"--casms-path {place}: no file ending in {ENDING} there; make one with train. DATA goes first"
+                    f"--casms-path {place}: no file ending in {SUFFIX} there; make one with train. DATA goes first"
                 )
-            found += held
+            found += files
         elif place.is_file():
             found.append(place)
         else:

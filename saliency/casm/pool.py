@@ -1,4 +1,4 @@
-"""Past states of a classifier, of which one judges the masks now and then.
+"""Past states of a classifier, one of which classifies the masked images now and then.
 
 Zolna, Geras and Cho, arXiv 1805.08249, Sec. 3: what hides the object from all of them cannot be a trick on one.
 """
@@ -8,9 +8,10 @@ from torch import nn
 
 
 class ClassifierPool:
-    """Up to f_size snapshots, one every smf iterations; once full, each new one takes a random place.
+    """Up to f_size snapshots, one every smf iterations; once full, each new one replaces a random one.
 
-    device: where the snapshots lie. Pinned memory is used on the host of a GPU, so that loading one does not wait.
+    device: where the snapshots are kept. pinned: in pinned memory of the host, so that loading one to a GPU does not
+    make the host wait.
     """
 
     def __init__(self, f_size: int = 30, smf: int = 1000, device: torch.device | str = "cpu", pinned: bool = False):
@@ -22,27 +23,27 @@ class ClassifierPool:
     def __len__(self) -> int:
         return len(self.snapshots)
 
-    def due(self, iteration: int) -> bool:
+    def is_due(self, iteration: int) -> bool:
         """Whether a snapshot is taken after this iteration of an epoch (from 0)."""
         return iteration % self.smf == self.smf - 1 or not self.snapshots
 
     def add(self, classifier: nn.Module) -> None:
-        """Take a snapshot: a copy, whatever becomes of the classifier."""
-        place = len(self.snapshots) if len(self) < self.f_size else int(torch.randint(self.f_size, ()))
-        if place == len(self.snapshots):
-            self.snapshots.append([self.room_for(one) for one in state_of(classifier)])
-        for room, one in zip(self.snapshots[place], state_of(classifier), strict=True):
-            room.copy_(one, non_blocking=True)
+        """Take a snapshot: a copy, which later steps do not change."""
+        position = len(self.snapshots) if len(self) < self.f_size else int(torch.randint(self.f_size, ()))
+        if position == len(self.snapshots):
+            self.snapshots.append([self.allocate_like(tensor) for tensor in get_tensors(classifier)])
+        for stored, tensor in zip(self.snapshots[position], get_tensors(classifier), strict=True):
+            stored.copy_(tensor, non_blocking=True)
 
-    def room_for(self, tensor: torch.Tensor) -> torch.Tensor:
+    def allocate_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device=self.device, pin_memory=self.pinned, requires_grad=False)
 
     @torch.no_grad()
-    def load_random(self, judge: nn.Module) -> None:
-        """Put a uniformly drawn snapshot into `judge`, a copy of the classifier."""
+    def load_random(self, classifier: nn.Module) -> None:
+        """Load a uniformly drawn snapshot into `classifier`."""
         snapshot = self.snapshots[int(torch.randint(len(self), ()))]
-        for own, one in zip(state_of(judge), snapshot, strict=True):
-            own.copy_(one, non_blocking=True)
+        for tensor, stored in zip(get_tensors(classifier), snapshot, strict=True):
+            tensor.copy_(stored, non_blocking=True)
 
     def state_dict(self) -> list[list[torch.Tensor]]:
         if self.pinned:  # copies into it may still be under way
@@ -50,18 +51,14 @@ class ClassifierPool:
         return self.snapshots
 
     def load_state_dict(self, snapshots: list[list[torch.Tensor]]) -> None:
-        self.snapshots = []
-        for snapshot in snapshots:
-            self.snapshots.append([self.room_for(one) for one in snapshot])
-            for room, one in zip(self.snapshots[-1], snapshot, strict=True):
-                room.copy_(one)
+        self.snapshots = [[self.allocate_like(tensor).copy_(tensor) for tensor in snapshot] for snapshot in snapshots]
 
 
-def state_of(model: nn.Module) -> list[torch.Tensor]:
+def get_tensors(model: nn.Module) -> list[torch.Tensor]:
     """Parameters and buffers, in the order of the state dict."""
-    return [one.detach() for one in model.state_dict().values()]
+    return [tensor.detach() for tensor in model.state_dict().values()]
 
 
-def megabytes(model: nn.Module) -> float:
+def snapshot_megabytes(model: nn.Module) -> float:
     """Memory of one snapshot, in MB."""
-    return sum(one.numel() * one.element_size() for one in state_of(model)) / 1e6
+    return sum(tensor.numel() * tensor.element_size() for tensor in get_tensors(model)) / 1e6

@@ -1,8 +1,8 @@
 """What the scoring commands share: which extractors, on which images, and where results are kept."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,151 +12,176 @@ from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize
 from engine.data.datasets import load_evaluation
 from engine.data.image_set import ImageSet
-from engine.data.loader import DeviceLoader
 from engine.data.views import CenterCrop, SquashedView
 from engine.errors import UserError
 from engine.inference.classifier import load_classifier
 from engine.runtime.files import write_json
 from engine.runtime.progress import progress_bar
 from saliency.casm.extractors import (
+    NAIVE_MASKS,
     Extractor,
-    basics_extractor,
-    casm_extractor,
-    classifier_extractor,
-    naive_extractor,
-    source_extractor,
+    build_casm_extractor,
+    build_naive_extractor,
+    build_source_extractor,
+    load_basics_extractor,
+    wrap_classifier,
 )
-from saliency.casm.network import casm_files, load_casm
+from saliency.casm.network import find_casm_files, load_casm
 
-RESULT_OPTIONS = (  # options that decide a result
-    *("data", "dataset", "val_data_dir", "val_labels", "num_classes", "image_size", "limit", "on_bad_image", "seed"),
-    *("annotation_path", "break_ratio", "not_normalize", "class_list", "rule", "judge", "basics", "pot"),
-    *("batch_size", "classifiers", "resnets_path", "classifier", "amp"),
-)
-DATA_PLACE_OPTIONS = ("val_data_dir", "val_labels", "num_classes")  # options that a trained file may know
+EXTRACTOR_OPTIONS = ("casms_path", "basics", "sources", "classifier", "arch", "image_size", "seed")
+DATA_OPTIONS = ("data", "dataset", "val_data_dir", "val_labels", "num_classes", "image_size", "limit", "on_bad_image")
+SCORE_OPTIONS = ("annotation_path", "break_ratio", "not_normalize", "class_list", "rule", "judge", "basics", "pot")
+EVAL_OPTIONS = ("batch_size", "classifiers", "resnets_path", "classifier", "amp")
+RESULT_OPTIONS = (*DATA_OPTIONS, "seed", *SCORE_OPTIONS, *EVAL_OPTIONS)  # options that decide a result
+PLACE_OPTIONS = ("val_data_dir", "val_labels", "num_classes")  # options of images that a trained file may know
 LARGE_SIDE = 128  # side in pixels above which evaluation images are cut out of larger ones
 
 
-def iter_extractors(
-    options: dict, device: torch.device, naive: tuple[str, ...] = ("max", "center")
-) -> Iterator[Extractor]:
-    """Those that the command line names, one after the other, so that one network at a time is in memory.
+@dataclass(frozen=True)
+class ScoringConfig:
+    """The options of these names; the last three are of score alone."""
 
-    naive: what --toy means. Raises UserError for files that are not what they should be.
+    batch_size: int = 128
+    workers: int = 0
+    pot: float = 1.0
+    print_freq: int = 10
+    class_list: str | None = None
+    rule: str = "percentile"
+    break_ratio: bool = False
+    not_normalize: bool = False
+
+
+def iter_extractors(
+    device: torch.device,
+    *,
+    naive: Sequence[str] = (),
+    casms_path: list[str] | None = None,
+    basics: str | None = None,
+    sources: list[str] | None = None,
+    classifier: str | None = None,
+    arch: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> Iterator[Extractor]:
+    """The extractors of the command line, one after the other, so that one network at a time is in memory: trained
+    masks or those of `basics`; `sources` and naive masks that read `classifier`, else the first of casms_path; other
+    naive masks of images as the first extractor sees them. Raises UserError for files that cannot be used.
     """
-    files = casm_files(options["casms_path"] or []) if not options["basics"] else []
+    files, first = find_casm_files(casms_path or []) if not basics else [], None
     names = [path.stem for path in files]
     for path in files:
-        extractor = casm_extractor(load_casm(path), device)
-        twice = names.count(path.stem) > 1
-        yield replace(extractor, name=f"{path.parent.name}/{extractor.name}") if twice else extractor
-    if options["basics"]:
-        for path in options["casms_path"] or [""]:
-            yield basics_extractor(options["basics"], path)
-    classifier = None
-    if options.get("classifier"):
-        classifier = classifier_extractor(
-            load_classifier(options["classifier"], models, model=options["arch"], image_size=options["image_size"]),
-            device,
-        )
-    elif files and (options.get("sources") or (options["toy"] and naive)):
-        classifier = casm_extractor(load_casm(files[0]), device)
-    for name in options.get("sources") or []:
-        yield source_extractor(name, classifier)
-    for name in naive if options["toy"] else ():
-        yield naive_extractor(name, classifier)
+        extractor = build_casm_extractor(load_casm(path), device)
+        if names.count(path.stem) > 1:
+            extractor = replace(extractor, name=f"{path.parent.name}/{extractor.name}")
+        first = first or extractor
+        yield extractor
+    for path in (casms_path or [""]) if basics else []:
+        extractor = load_basics_extractor(basics, path)
+        first = first or extractor
+        yield extractor
+    seen = None
+    if classifier:
+        seen = wrap_classifier(load_classifier(classifier, models, model=arch, image_size=image_size), device)
+    elif files and (sources or set(naive) & set(NAIVE_MASKS)):
+        seen = build_casm_extractor(load_casm(files[0]), device)
+    for name in sources or []:
+        yield build_source_extractor(name, seen)
+    for name in naive:
+        yield build_naive_extractor(name, seen if name in NAIVE_MASKS else first, seed=seed)
 
 
+@dataclass
 class ImageSetCache:
-    """The evaluation images as the extractors want to see them, each kind read once."""
+    """The evaluation images as the extractors want to see them, each kind read once. What the options of these names
+    give goes before what a trained file says.
+    """
 
-    def __init__(self, parser: Parser, options: dict):
-        self.parser, self.options, self.loaded = parser, options, {}
+    parser: Parser
+    data: str | None = None
+    dataset: str | None = None
+    val_data_dir: str | None = None
+    val_labels: str | None = None
+    num_classes: int | None = None
+    image_size: int | None = None
+    limit: int = 0
+    on_bad_image: str = "stop"
+    loaded: dict[tuple, ImageSet] = field(default_factory=dict)
 
-    def of(self, extractor: Extractor, *, larger: bool = False, squeezed: bool = False) -> tuple[ImageSet, str]:
-        """The part, and the name of its data set. larger: cut out of a larger image, as classifiers are evaluated,
-        where images are large; else out of one whose shorter side is all of it. squeezed: the whole, out of shape.
+    def load(self, extractor: Extractor, *, larger: bool = False, squeezed: bool = False) -> tuple[ImageSet, str]:
+        """The images, and the name of their data set. larger: cut out of a larger image, as classifiers are evaluated,
+        where images are large; otherwise the shorter side is kept whole. squeezed: the whole image, out of proportion.
         """
-        options, own = self.options, extractor.options
-        known = own.get("dataset") or "folder"
-        drawn = known == "shapes" and options.get("data")  # a place was named, and shapes has none
-        dataset = options["dataset"] or ("folder" if drawn else known)
-        place = options.get("data") or own.get("data_dir")
-        if place is None and dataset in ("folder", "imagenet"):
+        trained = extractor.options
+        dataset = trained.get("dataset") or "folder"
+        if dataset == "shapes" and self.data:  # a folder was named, and shapes has none
+            dataset = "folder"
+        dataset = self.dataset or dataset
+        data_dir = self.data or trained.get("data_dir")
+        if data_dir is None and dataset in ("folder", "imagenet"):
             self.parser.error("DATA is missing: the folder that holds val/ with class folders; or name a --dataset")
-        size = options["image_size"] or extractor.image_size
-        known = {key: own[key] for key in DATA_PLACE_OPTIONS if own.get(key)} if not options.get("data") else {}
+        place = {key: trained[key] for key in PLACE_OPTIONS if trained.get(key)} if not self.data else {}
         if dataset not in ("shapes", "imagenet"):
-            known.pop("num_classes", None)
-        known |= {key: options[key] for key in (*DATA_PLACE_OPTIONS, "limit", "on_bad_image") if options.get(key)}
-        view = None
+            place.pop("num_classes", None)
+        given = vars(self)
+        place |= {key: given[key] for key in (*PLACE_OPTIONS, "limit", "on_bad_image") if given[key]}
+        size, view = self.image_size or extractor.image_size, None
         if dataset in ("folder", "imagenet", "tiny-imagenet"):
             size = size or 224
             resize = default_eval_resize(size) if larger and size > LARGE_SIDE else size
             view = SquashedView(size) if squeezed else CenterCrop(size, resize)
-        key = (dataset, place, size, view, tuple(known.items()))
+        key = (dataset, data_dir, size, view, tuple(place.items()))
         if key not in self.loaded:
-            chosen = {"view": view} if view else {"image_size": size}
-            self.loaded[key] = load_evaluation(
-                dataset, data_dir=place or "data", **chosen, **known, progress=progress_bar
-            )
+            place |= {"view": view} if view else {"image_size": size}
+            self.loaded[key] = load_evaluation(dataset, data_dir=data_dir or "data", **place, progress=progress_bar)
             print(self.loaded[key].summary("val"), flush=True)
         return self.loaded[key], dataset
 
 
-def make_loader(part: ImageSet, extractor: Extractor, options: dict, device: torch.device) -> DeviceLoader:
-    """Normalised as the extractor wants it, or not at all with --not-normalize."""
-    mean, std = extractor.mean, extractor.std
-    if options.get("not_normalize"):
-        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return DeviceLoader(part, options["batch_size"], device=device, mean=mean, std=std, workers=options["workers"])
+class ResultFolder:
+    """Where --save-to-file keeps a JSON file for each extractor, with those of the options that decide a result."""
 
+    def __init__(self, options: dict):
+        self.folder = Path(options["log_path"]) if options["save_to_file"] else None
+        self.settings = {key: options[key] for key in RESULT_OPTIONS if options.get(key) is not None}
 
-def result_file(name: str, options: dict) -> Path:
-    return Path(options["log_path"]) / f"{name.replace('/', '_')}.json"
+    def get_path(self, name: str) -> Path:
+        return self.folder / f"{name.replace('/', '_')}.json"
 
+    def describe(self, extractor: Extractor) -> dict:
+        """What the result of an extractor depends on: its file and the settings, files with their size and time."""
+        return {key: add_file_state(value) for key, value in {"file": extractor.path, **self.settings}.items()}
 
-def read_finished(extractor: Extractor, options: dict, holds: str) -> dict | None:
-    """What --save-to-file has kept of this extractor under these options, if it has. Raises UserError for a file
-    without `holds`, which is of another command.
-    """
-    if not options["save_to_file"]:
-        return None
-    path = result_file(extractor.name, options)
-    if not path.is_file():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if holds not in result:
-            raise ValueError(f"it holds no {holds}")
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"
-        ) from error
-    if result.get("made_of") != result_key(extractor, options):
-        print(f"{extractor.name}: {path} is of another file or other options, and is made anew")
-        return None
-    print(f"{extractor.name}: done already, read from {path}")
-    return result
+    def read(self, extractor: Extractor, expected_key: str) -> dict | None:
+        """The kept result of this extractor under these settings, None where there is none. Raises UserError for a file
+        without `expected_key`, which belongs to another command.
+        """
+        if not self.folder or not (path := self.get_path(extractor.name)).is_file():
+            return None
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if expected_key not in result:
+                raise ValueError(f"it holds no {expected_key}")
+        except ValueError as error:
+            raise UserError(
+                f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"
+            ) from error
+        if result.get("made_of") != self.describe(extractor):
+            print(f"{extractor.name}: {path} is of another file or other options, and is made anew")
+            return None
+        print(f"{extractor.name}: done already, read from {path}")
+        return result
 
-
-def result_key(extractor: Extractor, options: dict) -> dict:
-    """What a result depends on: the file it is of and the options that say how and on what, files with their state."""
-    chosen = {key: options[key] for key in RESULT_OPTIONS if options.get(key) is not None}
-    return {key: add_file_state(value) for key, value in {"file": extractor.path, **chosen}.items()}
+    def write(self, result: dict, extractor: Extractor) -> None:
+        if self.folder:
+            result["made_of"] = self.describe(extractor)
+            path = self.get_path(result["name"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, result)
 
 
 def add_file_state(value):
-    """The path of a file with its size and time, so that another of that name is told apart; anything else as it is."""
+    """The path of a file with its size and time, which tell it from another of that name; anything else as it is."""
     if not isinstance(value, str) or not Path(value).is_file():
         return value
     stat = Path(value).stat()
     return {"path": str(Path(value).resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
-
-
-def save_result(result: dict, extractor: Extractor, options: dict) -> None:
-    if options["save_to_file"]:
-        result["made_of"] = result_key(extractor, options)
-        path = result_file(result["name"], options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, result)

@@ -16,19 +16,25 @@ from engine.drawing import figures
 from engine.errors import Terminated, UserError
 from engine.runtime.checkpoint import FORMAT, get_versions, read_file, save_checkpoint
 from engine.runtime.files import write_atomic
-from saliency.casm.network import ENDING, Casm
-from saliency.casm.pool import megabytes
+from saliency.casm.network import SUFFIX, Casm
+from saliency.casm.pool import snapshot_megabytes
 from saliency.casm.setup import pool_notes
 from saliency.casm.training import CasmState
 
-COLUMNS = {  # of the log, as published: title -> column of the history, in training and (val_) on evaluation images
-    **{"accuracy": "accuracy", "masked_accuracy": "masked_accuracy"},
-    **{"mask_mean": "avg_mask", "mask_std": "std_mask", "mask_entropy": "entropy", "mask_tv": "tv"},
+LOG_COLUMNS = {  # as published: title -> column of the history, in training and (val_) on evaluation images
+    "accuracy": "accuracy",
+    "masked_accuracy": "masked_accuracy",
+    "mask_mean": "avg_mask",
+    "mask_std": "std_mask",
+    "mask_entropy": "entropy",
+    "mask_tv": "tv",
 }
-LAYOUT = {  # of the curves: axis -> column -> name
+CURVES = {  # axis -> column of the history -> name
     "accuracy (%)": {
-        **{"accuracy": "training", "val_accuracy": "evaluation"},
-        **{"masked_accuracy": "training, masked out", "val_masked_accuracy": "evaluation, masked out"},
+        "accuracy": "training",
+        "val_accuracy": "evaluation",
+        "masked_accuracy": "training, masked out",
+        "val_masked_accuracy": "evaluation, masked out",
     },
     "area of the masks": {"avg_mask": "training", "val_avg_mask": "evaluation"},
 }
@@ -63,25 +69,34 @@ class CasmRun:
 
     @property
     def name(self) -> str:
-        return self.place.name.removesuffix(ENDING)
+        return self.place.name.removesuffix(SUFFIX)
 
     def pools(self) -> list[Path]:
         return sorted(self.place.parent.glob(f"{glob.escape(self.name)}.pool_*.pt"))
 
-    def save(self, parts: CasmState, data: Data, history: list[dict], precision: str) -> None:
+    def save(self, state: CasmState, data: Data, history: list[dict], precision: str) -> None:
         """The checkpoint of the finished epochs. The pool goes first, into a file of its own for each epoch, and the
         last one goes away last: whenever the run is killed, the checkpoint and its own pool are there.
         """
         epoch, pool = len(history), None
-        if len(parts.pool):
+        if len(state.pool):
             pool = self.place.with_name(f"{self.name}.pool_{epoch:03d}.pt")
-            save_checkpoint(pool, parts.pool.state_dict())
+            save_checkpoint(pool, state.pool.state_dict())
         content = {
-            **{"format": FORMAT, "kind": "casm", "epoch": epoch, "precision": precision},
-            **parts.state(),
-            **{"pool": pool and pool.name, "config": self.options},
-            **{"classes": list(data.classes), "num_classes": len(data.classes), "image_size": data.image_size},
-            **{"mean": list(data.mean), "std": list(data.std), "history": history, "versions": get_versions()},
+            "format": FORMAT,
+            "kind": "casm",
+            "epoch": epoch,
+            "precision": precision,
+            **state.state(),
+            "pool": pool and pool.name,
+            "config": self.options,
+            "classes": list(data.classes),
+            "num_classes": len(data.classes),
+            "image_size": data.image_size,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "history": history,
+            "versions": get_versions(),
         }
         save_checkpoint(self.place, content)
         for stale in self.pools():
@@ -101,29 +116,31 @@ class CasmRun:
 
     def write_log(self, history: list[dict]) -> None:
         """Every option, the columns, and a line an epoch, as the published program has them, and the curves."""
-        titles = [f"{title}_{part}" for title in COLUMNS for part in ("train", "val")]
+        titles = [f"{title}_{part}" for title in LOG_COLUMNS for part in ("train", "val")]
         lines = [", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))]
         lines += [" ".join(["epoch", "seconds", *titles])]
         for row in history:
-            numbers = [row[f"{part}{key}"] for key in COLUMNS.values() for part in ("", "val_")]
+            numbers = [row[f"{part}{key}"] for key in LOG_COLUMNS.values() for part in ("", "val_")]
             texts = ["nan" if number is None else f"{number:.6g}" for number in [row["seconds"], *numbers]]
             lines.append(" ".join([str(row["epoch"]), *texts]))
         text = "\n".join(lines) + "\n"
         write_atomic(self.logs / f"{self.name}.log", lambda side: side.write_text(text, encoding="utf-8"))
-        figures.draw_epoch_panels(self.logs / f"{self.name}.png", history, LAYOUT, self.name)
+        figures.draw_epoch_panels(self.logs / f"{self.name}.png", history, CURVES, self.name)
 
     @torch.no_grad()
-    def draw_masks(self, network: Casm, batches: DeviceLoader, data: Data) -> Path:
-        """NAME_masks.png: the images of the first batch, their masks, and what these hide."""
-        images = next(batches.epoch()).images
-        masks = network.eval()(images)[0]
-        names = [data.classes[label] for label in batches.part.labels[: len(images)]]
-        shown = {"images": images, "masked out": images * (1 - masks)}
-        rows = [(name, figures.to_pixels(some, data.mean, data.std), None) for name, some in shown.items()]
-        path = self.logs / f"{self.name}_masks.png"
-        figures.draw_image_rows(
-            path, [(*rows[0][:2], names), ("mask", masks[:, 0].cpu().numpy(), None), rows[1]], self.name
+    def draw_masks(self, network: Casm, data: Data) -> Path:
+        """NAME_masks.png: eight evaluation images, their masks, and what the masks leave of them."""
+        first = data.test.subsample(8)
+        device = next(network.parameters()).device
+        (batch,) = DeviceLoader(first, len(first), device=device, mean=data.mean, std=data.std).epoch()
+        masks = network.eval()(batch.images)[0]
+        shown, hidden = (
+            figures.to_pixels(images, data.mean, data.std) for images in (batch.images, batch.images * (1 - masks))
         )
+        names = [data.classes[label] for label in first.labels]
+        rows = [("images", shown, names), ("mask", masks[:, 0].cpu().numpy(), None), ("masked out", hidden, None)]
+        path = self.logs / f"{self.name}_masks.png"
+        figures.draw_image_rows(path, rows, self.name)
         return path
 
     @contextmanager
@@ -150,17 +167,18 @@ class CasmRun:
         return f"the last finished epoch is kept: continue with --resume {self.place}"
 
 
-def log_header(record: CasmRun, data: Data, parts: CasmState, iterations: int, *, where: str, notes: list[str]) -> None:
+def log_header(record: CasmRun, data: Data, state: CasmState, iterations: int, *, where: str, notes: list[str]) -> None:
     """What is about to run, on what, and what the user may want to know before waiting for it."""
-    options, classifier = record.options, parts.network.classifier
+    options = record.options
     print(data.train.summary("train") + "\n" + data.test.summary("val"))
     print(
         f"{options['model']}: {options['epochs']} epochs of {iterations} iterations of {options['batch_size']} images, "
         f"{'adversarial' if options['adversarial'] else 'entropy'} form, lambda_r {options['lambda_r']:g}, classifier "
-        f"{'trained along' if parts.learns else 'fixed'}, on {where}; writing {record.place}"
+        f"{'trained along' if state.train_classifier else 'fixed'}, on {where}; writing {record.place}"
     )
-    if parts.judge:
-        print("\n".join(pool_notes(options, iterations, parts.pool, megabytes(classifier))))
+    if state.past_classifier:
+        size, epochs = snapshot_megabytes(state.network.classifier), options["epochs"]
+        print("\n".join(pool_notes(state.pool, size, epochs=epochs, iterations=iterations)))
     for note in [*notes, *data.warnings]:
         print(f"note: {note}", flush=True)
 

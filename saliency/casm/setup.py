@@ -7,7 +7,6 @@ import torch
 
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize
-from engine.config.select import select_kwargs
 from engine.data.augment import Augmentation
 from engine.data.image_set import Data
 from engine.data.loader import DeviceLoader
@@ -16,10 +15,9 @@ from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models
 from models.imagenet_resnet import load_pretrained
-from saliency.casm.network import ENDING, PUBLISHED, Casm, build_decoder
+from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import NEVER, SMALL, preset
-from saliency.casm.pool import ClassifierPool, megabytes
-from saliency.casm.training import CasmState, build_casm_state
+from saliency.casm.pool import ClassifierPool, snapshot_megabytes
 
 FOLDER_DATASETS = ("folder", "imagenet")  # data sets that have no place or size of their own
 DATA_OPTIONS = ("dataset", "data_dir", "val_data_dir", "image_size", "eval_resize", "norm", "num_classes", "val_labels")
@@ -36,10 +34,10 @@ def find_resume(parser: Parser, typed: dict) -> Path | None:
     if typed["resume"] == "auto":
         if "name" not in typed:
             parser.error("--resume auto needs --name, the run to go on with")
-        place = Path(typed.get("casms_path", parser.defaults["casms_path"])) / (typed["name"] + ENDING)
+        place = Path(typed.get("casms_path", parser.defaults["casms_path"])) / (typed["name"] + SUFFIX)
         return place if place.exists() else None
     if not Path(typed["resume"]).is_file():
-        parser.error(f"--resume {typed['resume']}: no such file; it ends in {ENDING}")
+        parser.error(f"--resume {typed['resume']}: no such file; it ends in {SUFFIX}")
     return Path(typed["resume"])
 
 
@@ -81,89 +79,76 @@ def resolve_casm_options(parser: Parser, typed: dict) -> dict:
     return options
 
 
-def choose_classifier(parser: Parser, options: dict, data: Data) -> tuple[str, torch.nn.Module, list[str]]:
-    """The network of --classifier, or torchvision's for ImageNet: its name, itself, and what to tell. Raises UserError
-    where it does not fit the data.
+def fill_from_data(options: dict, data: Data) -> None:
+    """Fill in the options whose defaults depend on the size and number of the images."""
+    if options["crop_padding"] is None:
+        options["crop_padding"] = data.image_size // 16
+    if options["pot"] is None:
+        options["pot"] = 1.0 if -(-len(data.train) // options["batch_size"]) < SMALL else 0.2
+
+
+def choose_classifier(
+    parser: Parser, data: Data, *, classifier: str | None, arch: str | None
+) -> tuple[str, torch.nn.Module, list[str]]:
+    """The network of the file `classifier`, or torchvision's for ImageNet: its name, itself, and notes for the user.
+    Raises UserError where it does not fit the data.
     """
-    name, count = options["arch"], len(data.classes)
-    if not options["classifier"]:
-        name = IMAGENET_ALIASES.get(name, name) or PUBLISHED
+    if not classifier:
+        name = IMAGENET_ALIASES.get(arch, arch) or PUBLISHED_MODEL
         if name not in IMAGENET_MODELS:
             parser.error(f"--arch {name}: there are no ready weights of it; name a trained file with --classifier")
-        network = build_model(name, count, data.image_size)
+        network = build_model(name, len(data.classes), data.image_size)
         try:
             fresh = load_pretrained(network, name)
         except ValueError as error:
             raise UserError(f"{error}\nor start from a classifier of your own, with --classifier") from error
         return name, network, ["torchvision's weights for ImageNet, with a new last layer"] if fresh else []
-    file = SavedClassifier(options["classifier"])
+    file = SavedClassifier(classifier)
     if file.classes and file.classes != data.classes:
         raise UserError(
             f"{file.path}: its classes ({', '.join(file.classes[:5])} ...) are not those of the data "
             f"({', '.join(data.classes[:5])} ...)\nboth must be the same, in the same order"
         )
-    network = file.build(build_model, matching_models, model=name, num_classes=count, image_size=data.image_size)
-    return matching_models(file.weights, like=name)[0], network, []
+    shape = {"num_classes": len(data.classes), "image_size": data.image_size}
+    network = file.build(build_model, matching_models, model=arch, **shape)
+    return matching_models(file.weights, like=arch)[0], network, []
 
 
-def build_casm(
-    parser: Parser, options: dict, data: Data, device: torch.device, precision: torch.dtype | None, *, anew: bool
-) -> tuple[CasmState, list[str]]:
-    """Everything that learns, on the device, and what to tell. anew: from the weights of --classifier; else their place
-    is left for those of the run that goes on. Fills in what the options leave to the network.
+def build_pool(network: torch.nn.Module, *, f_size: int, smf: int, pool_device: str) -> ClassifierPool:
+    """An empty pool for snapshots of a network. pool_device: device, that of the network; host; or auto: on a GPU
+    unless the snapshots would take more than half of its free memory.
     """
-    notes = []
-    if anew:
-        options["model"], classifier, notes = choose_classifier(parser, options, data)
-    else:
-        classifier = build_model(options["model"], len(data.classes), data.image_size)
-    network = Casm(classifier, build_decoder(classifier, options["width"], options["upsample"]))
-    network = network.to(device, memory_format=torch.channels_last)
-    host = keep_pool_on_host(options["pool_device"], options["f_size"] * megabytes(classifier), device)
-    room = {"device": "cpu" if host else device, "pinned": host and device.type == "cuda"}
-    pool = ClassifierPool(options["f_size"], options["smf"], **room)
-    return build_casm_state(network, pool, precision=precision, **select_kwargs(options, build_casm_state)), notes
+    device = next(network.parameters()).device
+    host = device.type != "cuda" or pool_device == "host"
+    if not host and pool_device == "auto":
+        host = 1e6 * f_size * snapshot_megabytes(network) > torch.cuda.mem_get_info(device)[0] / 2
+    return ClassifierPool(f_size, smf, device="cpu" if host else device, pinned=host and device.type == "cuda")
 
 
 def build_loaders(
-    options: dict, data: Data, device: torch.device
-) -> tuple[DeviceLoader, DeviceLoader, DeviceLoader, DeviceLoader]:
-    """Training batches; those of all evaluation images, of about a thousand of them, and of eight. Fills in the options
-    that depend on their number and size.
-    """
-    feed = {"device": device, "mean": data.mean, "std": data.std, "workers": options["workers"]}
-    if options["crop_padding"] is None:
-        options["crop_padding"] = data.image_size // 16
-    resident = isinstance(data.train.pixels, torch.Tensor)
-    view = None if resident else RandomCrop(data.image_size)
-    augmentation = Augmentation(options["crop_padding"], view)
-    size = options["batch_size"]
-    train = DeviceLoader(data.train, size, shuffle=True, augmentation=augmentation, seed=options["seed"], **feed)
-    if options["pot"] is None:
-        options["pot"] = 1.0 if len(train) < SMALL else 0.2
-    some = [(data.test, size), (data.test.subsample(1000), size), (data.test.subsample(8), 8)]
-    return train, *(DeviceLoader(part, count, **feed) for part, count in some)
+    data: Data, device: torch.device, *, batch_size: int, crop_padding: int, seed: int, workers: int
+) -> tuple[DeviceLoader, DeviceLoader, DeviceLoader]:
+    """Training batches; those of all evaluation images, and of about a thousand of them."""
+    common = {"device": device, "mean": data.mean, "std": data.std, "workers": workers}
+    view = None if isinstance(data.train.pixels, torch.Tensor) else RandomCrop(data.image_size)
+    augmentation = Augmentation(crop_padding, view)
+    train = DeviceLoader(data.train, batch_size, shuffle=True, augmentation=augmentation, seed=seed, **common)
+    return train, *(DeviceLoader(part, batch_size, **common) for part in (data.test, data.test.subsample(1000)))
 
 
-def keep_pool_on_host(where: str, size: float, device: torch.device) -> bool:
-    """Whether snapshots that take `size` MB in all lie on the host. where: device, host or auto."""
-    if device.type != "cuda" or where != "auto":
-        return device.type != "cuda" or where == "host"
-    return 1e6 * size > torch.cuda.mem_get_info(device)[0] / 2
-
-
-def pool_notes(options: dict, iterations: int, pool: ClassifierPool, size: float) -> list[str]:
-    """What the pool takes, in MB a snapshot, and what to change where a run of so many iterations an epoch leaves it
-    nearly empty.
+def pool_notes(pool: ClassifierPool, megabytes: float, *, epochs: int, iterations: int) -> list[str]:
+    """What the pool takes with snapshots of so many megabytes, and what to change where a run of so many iterations an
+    epoch leaves it nearly empty.
     """
     count, every = pool.f_size, pool.smf
-    taken = min(count, 1 + options["epochs"] * (iterations // every))
+    taken = min(count, 1 + epochs * (iterations // every))
     lines = [
-        f"pool: {taken} of {count} past classifiers of {size:.1f} MB each, {taken * size:,.0f} MB in all, in the "
-        f"memory of the {'host' if pool.device.type == 'cpu' else 'GPU'}, and as much in a file beside the checkpoint"
+        f"pool: {taken} of {count} past classifiers of {megabytes:.1f} MB each, {taken * megabytes:,.0f} MB in all, in "
+        f"the memory of the {'host' if pool.device.type == 'cpu' else 'GPU'}, and as much in a file beside the "
+        "checkpoint"
     ]
     if every < NEVER and taken < count:
-        better = min(iterations, max(1, options["epochs"] * iterations // (2 * count)))
+        better = min(iterations, max(1, epochs * iterations // (2 * count)))
         lines.append(f"note: --smf {every} leaves places of the pool empty; --smf {better} would fill them")
     return lines
 

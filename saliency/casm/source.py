@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from engine.errors import UserError
 from saliency.base import Source
-from saliency.casm.boxes import centroids
+from saliency.casm.boxes import find_centroids
 from saliency.casm.network import load_casm
 
 GRID = 56  # cells a side at least, on which the middle of an object is looked for: those of the published decoder
@@ -56,12 +56,8 @@ class CASM(Source):
         with torch.autocast(images.device.type, self.precision, bool(self.precision)):
             masks = self.network.masks(seen)
         if not near:
-            smaller = max(size) < self.size
-            masks = (
-                F.interpolate(masks, size, mode="area")
-                if smaller
-                else F.interpolate(masks, size, mode="bilinear", align_corners=False)
-            )
+            how = {"mode": "area"} if max(size) < self.size else {"mode": "bilinear", "align_corners": False}
+            masks = F.interpolate(masks, size, **how)
         constant = masks.amax((2, 3), keepdim=True) - masks.amin((2, 3), keepdim=True) < 1e-4
         return masks.masked_fill(constant, 0.0)[:, 0]
 
@@ -73,7 +69,7 @@ class CASM(Source):
         # the masks of large images have cells of several pixels: on these the middle is the same, and found sooner
         finest = max(1, min(height, width) // GRID)
         cell = next(side for side in range(finest, 0, -1) if height % side == 0 and width % side == 0)
-        middle = (centroids(F.avg_pool2d(saliency, cell)) + 0.5) * cell - 0.5
+        middle = (find_centroids(F.avg_pool2d(saliency, cell)) + 0.5) * cell - 0.5
         size = torch.tensor([height, width], device=saliency.device)
         anywhere = torch.rand(count, 2, device=saliency.device) * size
         rows, columns = torch.where(middle.isnan(), anywhere, (middle + 0.5)).floor().long().unbind(1)

@@ -43,44 +43,32 @@ def main(argv: list[str] | None = None) -> list[dict]:
     from engine.runtime.device import choose_device, choose_precision, setup_backends
     from engine.runtime.files import write_json
     from saliency.casm.classifier_eval import ClassifierPanel, evaluate
-    from saliency.casm.results import ImageSetCache, read_finished, save_result
+    from saliency.casm.extractors import TOY_MASKS
+    from saliency.casm.results import EXTRACTOR_OPTIONS, ImageSetCache, ResultFolder, ScoringConfig, iter_extractors
 
     device = choose_device(options["device"])
     precision, _ = choose_precision(options["amp"], device)
     setup_backends(device, seed=options["seed"], deterministic=False)
     panel = ClassifierPanel(options["classifiers"], options["resnets_path"], device, options["class_list"])
-    settings = {
-        **select_kwargs(options, ["batch_size", "pot", "workers", "print_freq", "class_list"]),
-        "precision": precision,
-    }
-    parts, results = ImageSetCache(parser, options), []
-    for extractor in every_extractor(options, device):
-        result = read_finished(extractor, options, "masked_in")
+    images = ImageSetCache(parser, **select_kwargs(options, ImageSetCache))
+    folder = ResultFolder(options)
+    config = ScoringConfig(**select_kwargs(options, ScoringConfig))
+    naive, results = TOY_MASKS if options["toy"] else (), []
+    for extractor in iter_extractors(device, naive=naive, **select_kwargs(options, EXTRACTOR_OPTIONS)):
+        result = folder.read(extractor, "masked_in")
         if result is None:
-            part, _ = parts.of(extractor, larger=True)
-            result = evaluate(extractor, part, panel.of(extractor, part), device=device, **settings)
-            save_result(result, extractor, options)
+            part, _ = images.load(extractor, larger=True)
+            classifiers = panel.select(extractor, part)
+            result = evaluate(extractor, part, classifiers, config, device=device, precision=precision)
+            folder.write(result, extractor)
         results.append(result)
-        print(report(result), flush=True)
+        print(format_result(result), flush=True)
     if options["output"]:
         write_json(Path(options["output"]), {"results": results})
     return results
 
 
-def every_extractor(options: dict, device):
-    """Those of the command line, then the naive ones, which see the images as the first of the others does."""
-    from saliency.casm.extractors import TOY_EXTRACTORS, toy_extractor
-    from saliency.casm.results import iter_extractors
-
-    first = None
-    for extractor in iter_extractors(options, device, naive=()):
-        first = first or extractor
-        yield extractor
-    for name in TOY_EXTRACTORS if options["toy"] else ():
-        yield toy_extractor(name, first, options["seed"])
-
-
-def report(result: dict) -> str:
+def format_result(result: dict) -> str:
     """A table with a row for every classifier and kind of image, under the name of the masks."""
     from engine.drawing import tables
     from saliency.casm.classifier_eval import KINDS

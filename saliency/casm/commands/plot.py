@@ -40,23 +40,24 @@ def main(argv: list[str] | None = None) -> list[Path]:
     if not options["casm_path"]:
         parser.error("--casm-path FILE: which trained maps?")
 
+    from engine.config.select import select_kwargs
     from engine.drawing.figures import draw_tight_grid
     from engine.runtime.device import choose_device, choose_precision, setup_backends
-    from saliency.casm.extractors import casm_extractor
-    from saliency.casm.metrics import plot_order
+    from saliency.casm.extractors import build_casm_extractor
+    from saliency.casm.metrics import choose_plot_batches
     from saliency.casm.network import load_casm
     from saliency.casm.results import ImageSetCache
 
     device = choose_device(options["device"])
     precision, _ = choose_precision(options["amp"], device)
     setup_backends(device, seed=options["seed"], deterministic=False)
-    extractor = casm_extractor(load_casm(options["casm_path"]), device)
-    part, _ = ImageSetCache(parser, options).of(extractor, larger=True)
+    extractor = build_casm_extractor(load_casm(options["casm_path"]), device)
+    part, _ = ImageSetCache(parser, **select_kwargs(options, ImageSetCache)).load(extractor, larger=True)
     if options["resize"]:
         part = resize_images(parser, part, options["resize"])
     make_folder(options["plots_path"])
     size, written = options["batch_size"], []
-    for batch in plot_order(-(-len(part) // size), options["plots"], options["seed"]):
+    for batch in choose_plot_batches(-(-len(part) // size), options["plots"], options["seed"]):
         last = min(batch * size + min(options["columns"], size), len(part))
         rows = make_rows(extractor, part, range(batch * size, last), device, precision)
         written.append(Path(options["plots_path"]) / f"{batch}.png")
@@ -78,16 +79,16 @@ def resize_images(parser: Parser, part, resize: int):
     return part.with_view(CenterCrop(part.pixels.size, resize))
 
 
-def make_folder(place: str) -> None:
+def make_folder(path: str) -> None:
     try:
-        Path(place).mkdir(parents=True, exist_ok=True)
+        Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--plots-path {place}: cannot be made ({error.strerror})") from error
+        raise UserError(f"--plots-path {path}: cannot be made ({error.strerror})") from error
 
 
-def make_rows(extractor, part, places: range, device, precision=None) -> list:
-    """Four rows of pictures, each (n, H, W, 3) in 0..1, of the images at these places: as they are, masked in, masked
-    out, and the last one inpainted.
+def make_rows(extractor, part, positions: range, device, precision=None) -> list:
+    """Four rows of pictures, each (n, H, W, 3) in 0..1, of the images at these positions: as they are, masked in,
+    masked out, and masked out with the hole inpainted.
     """
     import torch
 
@@ -97,10 +98,10 @@ def make_rows(extractor, part, places: range, device, precision=None) -> list:
     from saliency.casm.boxes import binarize
     from saliency.casm.masking import inpaint, mask_in, mask_out
 
-    few = part.take(torch.tensor(places))
-    (batch,) = DeviceLoader(few, len(few), device=device, mean=(0, 0, 0), std=(1, 1, 1)).epoch()  # plain pixels
+    shown = part.take(torch.tensor(positions))
+    (batch,) = DeviceLoader(shown, len(shown), device=device, mean=(0, 0, 0), std=(1, 1, 1)).epoch()  # plain pixels
     with exact_float32(), autocast(device, precision):
         images = normalize(batch.images, extractor.mean, extractor.std)
-        selected = binarize(extractor.masks_of(images, batch.labels).masks)
-    changed = [alter(batch.images, selected, GREY) for alter in (mask_in, mask_out, inpaint)]
-    return [one.permute(0, 2, 3, 1).cpu().numpy() for one in (batch.images, *changed)]
+        selected = binarize(extractor.extract(images, batch.labels).masks)
+    altered = [alter(batch.images, selected, GREY) for alter in (mask_in, mask_out, inpaint)]
+    return [row.permute(0, 2, 3, 1).cpu().numpy() for row in (batch.images, *altered)]

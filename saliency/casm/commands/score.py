@@ -9,16 +9,19 @@ from saliency import ALIASES, SOURCES
 from saliency.casm.options import casm_parser, check_scoring, classifier_options, scoring_options, where_options
 
 SCORED = [name for name in SOURCES if name not in ("bank", "casm")]
-WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own
 COLUMNS = {  # of the table: key -> title and format
-    **{"F1": ("F1", ".3f"), "F1a": ("F1a", ".3f"), "LE": ("LE", ".3f"), "OM": ("OM", ".3f")},
-    **{
-        "precision": ("prec.", ".3f"),
-        "recall": ("recall", ".3f"),
-        "avg_mask": ("mask", ".3f"),
-        "std_mask": ("std", ".3f"),
-    },
-    **{"entropy": ("entropy", ".4f"), "tv": ("TV", ".5f"), "SM": ("SM", ".3f"), "accuracy": ("right %", ".1f")},
+    "F1": ("F1", ".3f"),
+    "F1a": ("F1a", ".3f"),
+    "LE": ("LE", ".3f"),
+    "OM": ("OM", ".3f"),
+    "precision": ("prec.", ".3f"),
+    "recall": ("recall", ".3f"),
+    "avg_mask": ("mask", ".3f"),
+    "std_mask": ("std", ".3f"),
+    "entropy": ("entropy", ".4f"),
+    "tv": ("TV", ".5f"),
+    "SM": ("SM", ".3f"),
+    "accuracy": ("right %", ".1f"),
 }
 
 
@@ -67,34 +70,34 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options["sources"] and not (options["classifier"] or options["casms_path"]):
         parser.error("--sources look through a network: give --classifier FILE")
 
-    from engine.data.annotations import BoxAnnotations, find_boxes
+    from engine.config.select import select_kwargs
     from engine.drawing import tables
     from engine.runtime.device import choose_device, choose_precision, setup_backends
     from engine.runtime.files import write_json
-    from engine.runtime.progress import progress_bar
-    from saliency.casm.classifier_eval import load_panel
-    from saliency.casm.localization_eval import score
-    from saliency.casm.results import ImageSetCache, iter_extractors, read_finished, save_result
+    from saliency.casm.classifier_eval import load_classifiers
+    from saliency.casm.extractors import NAIVE_MASKS
+    from saliency.casm.localization_eval import find_annotations, list_notes, score
+    from saliency.casm.results import EXTRACTOR_OPTIONS, ImageSetCache, ResultFolder, ScoringConfig, iter_extractors
 
     device = choose_device(options["device"])
     setup_backends(device, seed=options["seed"], deterministic=False)
     precision, _ = choose_precision(options["amp"], device)
-    judge = load_panel([options["judge"]], device)[0] if options["judge"] else None
-    parts, truths, results = ImageSetCache(parser, options), {}, []
-    for extractor in iter_extractors(options, device):
-        result = read_finished(extractor, options, "LE")
+    judge = load_classifiers([options["judge"]], device)[0] if options["judge"] else None
+    config = ScoringConfig(**select_kwargs(options, ScoringConfig))
+    images = ImageSetCache(parser, **select_kwargs(options, ImageSetCache))
+    folder = ResultFolder(options)
+    naive, annotations, results = NAIVE_MASKS if options["toy"] else (), {}, []
+    for extractor in iter_extractors(device, naive=naive, **select_kwargs(options, EXTRACTOR_OPTIONS)):
+        result = folder.read(extractor, "LE")
         if result is None:
-            part, dataset = parts.of(extractor, squeezed=options["break_ratio"])
-            if part.origin not in truths:
-                if options["annotation_path"] or dataset in WITH_BOXES:
-                    truths[part.origin] = find_boxes(part, dataset, options["annotation_path"], progress=progress_bar)
-                else:
-                    truths[part.origin] = BoxAnnotations([None] * len(part), [], [])
-                    print("note: no --annotation-path, so there are only statistics of the masks")
-                for line in truths[part.origin].notes():
-                    print(f"note: {line}")
-            result = score(extractor, part, truths[part.origin], options, device, judge, precision)
-            save_result(result, extractor, options)
+            part, dataset = images.load(extractor, squeezed=config.break_ratio)
+            if part.origin not in annotations:
+                annotations[part.origin] = find_annotations(part, dataset, options["annotation_path"])
+            true = annotations[part.origin]
+            result = score(extractor, part, true, config, device=device, judge=judge, precision=precision)
+            for note in list_notes(result):
+                print(f"note: {note}")
+            folder.write(result, extractor)
         results.append(result)
     print(tables.format_text(results, COLUMNS))
     if options["output"]:

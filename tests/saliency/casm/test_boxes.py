@@ -9,16 +9,16 @@ import torch
 from support import GOLDEN
 from torch.nn import functional as F
 
-from saliency.casm.boxes import RULES, binarize, centroids, largest_components, rectangles
+from saliency.casm.boxes import RULES, binarize, find_centroids, find_largest_components, find_rectangles
 from saliency.casm.metrics import (
     MaskStatistics,
-    box_scores,
-    crops,
-    image_scores,
-    map_box,
-    plot_order,
-    saliency_metric,
-    summarise,
+    average_scores,
+    choose_plot_batches,
+    compute_saliency_metric,
+    crop_rectangles,
+    map_box_to_crop,
+    score_box,
+    score_image,
 )
 
 RECORDED = json.loads((GOLDEN / "casm.json").read_text())
@@ -57,7 +57,7 @@ def golden_results() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor
     """name -> selected pixels, their largest component, its rectangle, the point: all masks in one batch."""
     masks = torch.stack([golden_mask(name) for name in RECORDED["masks"]])
     binary = binarize(masks)
-    parts = zip(binary, largest_components(binary), rectangles(binary), centroids(masks), strict=True)
+    parts = zip(binary, find_largest_components(binary), find_rectangles(binary), find_centroids(masks), strict=True)
     return dict(zip(RECORDED["masks"], parts, strict=True))
 
 
@@ -66,7 +66,7 @@ def rectangle_of(name: str) -> list[int]:
 
 
 def by_opencv(binary: torch.Tensor) -> torch.Tensor:
-    """What largest_components has to give, image by image."""
+    """What find_largest_components has to give, image by image."""
     expected = torch.zeros_like(binary)
     for image, result in zip(binary.numpy(), expected, strict=True):
         count, labels, stats, _ = cv2.connectedComponentsWithStats(image.astype(np.uint8), connectivity=4)
@@ -77,7 +77,7 @@ def by_opencv(binary: torch.Tensor) -> torch.Tensor:
 
 
 def agree(binary: torch.Tensor) -> bool:
-    return torch.equal(largest_components(binary), by_opencv(binary))
+    return torch.equal(find_largest_components(binary), by_opencv(binary))
 
 
 def spiral(height: int, width: int) -> torch.Tensor:
@@ -178,14 +178,16 @@ def test_the_point_of_a_mask_is_the_recorded_one(name):
 @pytest.mark.parametrize("index", range(len(RECORDED["score"])))
 def test_the_scores_of_an_image_are_those_of_the_authors_code(index):
     case, expected = RECORDED["score"][index]["case"], RECORDED["score"][index]["expect"]
-    boxes = [map_box(box, case["width"], case["height"], break_ratio=case["break_ratio"]) for box in case["boxes"]]
+    boxes = [
+        map_box_to_crop(box, case["width"], case["height"], break_ratio=case["break_ratio"]) for box in case["boxes"]
+    ]
     assert [list(box) for box in boxes] == expected["resized_boxes"]
     mask, rectangle = golden_mask(case["mask"]), rectangle_of(case["mask"])
-    single = [box_scores(mask, rectangle, box) for box in boxes]
+    single = [score_box(mask, rectangle, box) for box in boxes]
     assert [score["f1"] for score in single] == pytest.approx(expected["f1_per_box"], abs=2e-5)
     assert [score["iou"] for score in single] == pytest.approx(expected["iou_per_box"], abs=1e-6)
     assert [score["hit"] for score in single] == expected["hit_per_box"]
-    scores = image_scores(mask, rectangle, boxes, case["correct"])
+    scores = score_image(mask, rectangle, boxes, case["correct"])
     assert [scores["F1"], scores["F1a"]] == pytest.approx([expected["F1"], expected["F1a"]], abs=2e-5)
     assert [scores["LE"], scores["OM"]] == [expected["LE"], expected["OM"]]
     best = max(single, key=lambda score: score["f1"])
@@ -195,9 +197,12 @@ def test_the_scores_of_an_image_are_those_of_the_authors_code(index):
 def test_the_scores_of_a_dataset_are_plain_means():
     rows = []
     for case in (entry["case"] for entry in RECORDED["score"]):
-        boxes = [map_box(box, case["width"], case["height"], break_ratio=case["break_ratio"]) for box in case["boxes"]]
-        rows.append(image_scores(golden_mask(case["mask"]), rectangle_of(case["mask"]), boxes, case["correct"]))
-    means = summarise(rows)
+        boxes = [
+            map_box_to_crop(box, case["width"], case["height"], break_ratio=case["break_ratio"])
+            for box in case["boxes"]
+        ]
+        rows.append(score_image(golden_mask(case["mask"]), rectangle_of(case["mask"]), boxes, case["correct"]))
+    means = average_scores(rows)
     assert {name: means[name] for name in RECORDED["score_aggregate"]} == pytest.approx(
         RECORDED["score_aggregate"], abs=2e-5
     )
@@ -217,43 +222,43 @@ def test_the_statistics_of_a_batch_are_those_of_the_authors_code(index):
 @pytest.mark.parametrize("index", range(len(RECORDED["resize_box"])))
 def test_a_box_is_cut_towards_zero_in_the_crop(index):
     case = RECORDED["resize_box"][index]
-    box = map_box(case["box"], case["width"], case["height"], 224, case["break_ratio"])
+    box = map_box_to_crop(case["box"], case["width"], case["height"], 224, case["break_ratio"])
     assert list(box) == case["expect"] and all(type(side) is int for side in box)
 
 
 def test_the_short_side_is_not_shifted_by_a_rounding_crumb():
-    assert map_box((25, 0, 400, 0), 400, 500)[0] == 14  # (scale * 400 - 224) / 2 is 1e-14, and would make it 13
-    assert map_box((0, 25, 0, 400), 500, 400)[1] == 14
+    assert map_box_to_crop((25, 0, 400, 0), 400, 500)[0] == 14  # (scale * 400 - 224) / 2 is 1e-14, and would make it 13
+    assert map_box_to_crop((0, 25, 0, 400), 500, 400)[1] == 14
 
 
 def test_a_box_can_be_mapped_to_a_crop_of_another_size():
-    assert map_box((0, 0, 100, 50), 100, 50, size=32) == (-16, 0, 48, 32)
-    assert map_box((0, 0, 50, 100), 50, 100, size=32) == (0, -16, 32, 48)
-    assert map_box((25, 10, 50, 20), 100, 50, size=32, break_ratio=True) == (8, 6, 16, 12)
+    assert map_box_to_crop((0, 0, 100, 50), 100, 50, size=32) == (-16, 0, 48, 32)
+    assert map_box_to_crop((0, 0, 50, 100), 50, 100, size=32) == (0, -16, 32, 48)
+    assert map_box_to_crop((25, 10, 50, 20), 100, 50, size=32, break_ratio=True) == (8, 6, 16, 12)
 
 
 def test_the_saliency_metric_is_the_recorded_one():
     cases = [entry["case"] for entry in RECORDED["saliency_metric"]]
     areas = torch.tensor([case["rect_area"] for case in cases], dtype=torch.float64) / SIDE**2
-    result = saliency_metric(areas, torch.tensor([case["p_target"] for case in cases], dtype=torch.float64))
+    result = compute_saliency_metric(areas, torch.tensor([case["p_target"] for case in cases], dtype=torch.float64))
     for name, recorded in (("SM", "SM"), ("SM1", "area_term"), ("SM2", "probability_term")):
         expected = [entry["expect"][recorded] for entry in RECORDED["saliency_metric"]]
         assert result[name].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_an_impossible_class_keeps_the_saliency_metric_finite():
-    assert saliency_metric(torch.ones(1), torch.zeros(1))["SM"].isfinite().all()
-    assert saliency_metric(torch.tensor([1.5]), torch.ones(1))["SM1"] == 0  # no more than the image
+    assert compute_saliency_metric(torch.ones(1), torch.zeros(1))["SM"].isfinite().all()
+    assert compute_saliency_metric(torch.tensor([1.5]), torch.ones(1))["SM1"] == 0  # no more than the image
 
 
 @pytest.mark.parametrize("index", range(len(RECORDED["plot_batches"])))
 def test_the_batches_to_plot_are_those_of_the_authors_code(index):
     case = RECORDED["plot_batches"][index]
     np.random.seed(1)
-    assert plot_order(case["batches"], case["plots"], case["seed"]) == case["expect"]
+    assert choose_plot_batches(case["batches"], case["plots"], case["seed"]) == case["expect"]
     assert np.random.randint(1 << 30) == np.random.RandomState(1).randint(1 << 30)  # the global draws stay put
-    assert sorted(plot_order(case["batches"], 0)) == list(range(case["batches"]))
-    assert plot_order(3, 16, 5) == plot_order(3, -1, 5)
+    assert sorted(choose_plot_batches(case["batches"], 0)) == list(range(case["batches"]))
+    assert choose_plot_batches(3, 16, 5) == choose_plot_batches(3, -1, 5)
 
 
 @pytest.mark.parametrize("height, width", [(4, 4), (2, 8), (8, 2), (3, 5), (5, 3), (1, 12), (12, 1)])
@@ -278,25 +283,27 @@ def test_the_longest_contours_and_holes_are_followed_to_their_ends(picture, heig
 
 
 def test_the_pictures_are_what_they_are_named():
-    assert largest_components(spiral(32, 32).unsqueeze(0)).sum() == spiral(32, 32).sum() > 500
-    assert largest_components(snake(32, 32).unsqueeze(0)).sum() == snake(32, 32).sum() > 500
-    assert largest_components(checkerboard(32, 32).unsqueeze(0)).sum() == 1
+    assert find_largest_components(spiral(32, 32).unsqueeze(0)).sum() == spiral(32, 32).sum() > 500
+    assert find_largest_components(snake(32, 32).unsqueeze(0)).sum() == snake(32, 32).sum() > 500
+    assert find_largest_components(checkerboard(32, 32).unsqueeze(0)).sum() == 1
     assert (~sieve(33, 33)).sum() == 256
 
 
 def test_images_of_a_batch_do_not_touch_each_other():
     binary = torch.ones(3, 4, 5, dtype=torch.bool)
     binary[1] = False
-    assert torch.equal(largest_components(binary), binary)
+    assert torch.equal(find_largest_components(binary), binary)
     noise = torch.rand(20, 6, 9) < 0.6
-    assert torch.equal(largest_components(noise), torch.cat([largest_components(image[None]) for image in noise]))
+    assert torch.equal(
+        find_largest_components(noise), torch.cat([find_largest_components(image[None]) for image in noise])
+    )
 
 
 def test_diagonal_contact_does_not_join_and_the_first_of_equals_wins():
     binary = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 0, 1], [0, 0, 1, 1]]).bool().unsqueeze(0)
-    assert rectangles(binary).tolist() == [[1, 3, 0, 2]]  # of three pixels each, the one that begins higher
+    assert find_rectangles(binary).tolist() == [[1, 3, 0, 2]]  # of three pixels each, the one that begins higher
     binary[0, 2, 0] = False
-    assert rectangles(binary).tolist() == [[2, 4, 2, 4]]
+    assert find_rectangles(binary).tolist() == [[2, 4, 2, 4]]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (5, 6, 10), (2, 1, 7), (2, 7, 1), (3, 1, 1), (0, 4, 4)])
@@ -307,15 +314,15 @@ def test_contract(shape, dtype):
     for rule in RULES:
         binary = binarize(masks, rule)
         assert binary.dtype == torch.bool and binary.shape == shape
-        component = largest_components(binary)
+        component = find_largest_components(binary)
         assert component.dtype == torch.bool and component.shape == shape and not (component & ~binary).any()
-        boxes = rectangles(binary)
+        boxes = find_rectangles(binary)
         assert boxes.dtype == torch.long and boxes.shape == (shape[0], 4)
         for part, (y1, y2, x1, x2) in zip(component, boxes.tolist(), strict=True):
             assert part.sum() == part[y1:y2, x1:x2].sum()
             edges = part[y1:y2, x1:x2]
             assert not part.any() or all(edge.any() for edge in (edges[0], edges[-1], edges[:, 0], edges[:, -1]))
-    points = centroids(masks)
+    points = find_centroids(masks)
     assert points.dtype == torch.float32 and points.shape == (shape[0], 2)
     assert torch.equal(masks, kept)
 
@@ -324,12 +331,12 @@ def test_masks_without_an_object():
     zeros, ones = torch.zeros(2, 6, 9), torch.ones(2, 6, 9)
     assert not binarize(zeros).any() and binarize(ones).all()
     assert not binarize(zeros, "mean").any() and not binarize(ones, "mean").any()
-    assert rectangles(binarize(zeros)).tolist() == [[0, 0, 0, 0]] * 2
-    assert rectangles(binarize(ones)).tolist() == [[0, 6, 0, 9]] * 2
-    assert not largest_components(binarize(zeros)).any()
-    assert centroids(zeros).isnan().all() and centroids(ones).isnan().all()
+    assert find_rectangles(binarize(zeros)).tolist() == [[0, 0, 0, 0]] * 2
+    assert find_rectangles(binarize(ones)).tolist() == [[0, 6, 0, 9]] * 2
+    assert not find_largest_components(binarize(zeros)).any()
+    assert find_centroids(zeros).isnan().all() and find_centroids(ones).isnan().all()
     ones[:, 2, 3] += 5e-5
-    assert centroids(ones).isnan().all()  # a rounding crumb is no object
+    assert find_centroids(ones).isnan().all()  # a rounding crumb is no object
     broken = torch.rand(1, 6, 9)
     broken[0, 2, 3] = math.nan
     assert not any(binarize(broken, rule).any() for rule in RULES)
@@ -346,27 +353,27 @@ def test_a_float64_and_a_negative_map_have_centroids():
     maps = torch.full((1, 10, 20), -3.0, dtype=torch.float64)
     maps[0, 2:5, 8:16] = 40.0
     maps[0, 8:, :2] = 90.0
-    torch.testing.assert_close(centroids(maps), torch.tensor([[3.0, 11.5]]))
+    torch.testing.assert_close(find_centroids(maps), torch.tensor([[3.0, 11.5]]))
 
 
 def test_nothing_asks_the_device(monkeypatch):
     masks = torch.rand(3, 9, 14)
-    expected = centroids(masks), rectangles(binarize(masks))
+    expected = find_centroids(masks), find_rectangles(binarize(masks))
 
     def asked(*args, **kwargs):
         raise AssertionError("the host waited for the device")
 
     for name in ("item", "tolist", "nonzero", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, asked)
-    found = centroids(masks), rectangles(binarize(masks))
+    found = find_centroids(masks), find_rectangles(binarize(masks))
     statistics = MaskStatistics()
     statistics.add(masks)
-    crops(masks.unsqueeze(1), found[1])
+    crop_rectangles(masks.unsqueeze(1), found[1])
     for rule in RULES:  # a tensor without numbers cannot be asked at all
-        shapes = rectangles(binarize(masks.to("meta"), rule)).shape, centroids(masks.to("meta")).shape
+        shapes = find_rectangles(binarize(masks.to("meta"), rule)).shape, find_centroids(masks.to("meta")).shape
         assert shapes == ((3, 4), (3, 2))
     MaskStatistics().add(masks.to("meta"))
-    assert crops(masks.unsqueeze(1).to("meta"), found[1].to("meta")).shape == (3, 1, 9, 14)
+    assert crop_rectangles(masks.unsqueeze(1).to("meta"), found[1].to("meta")).shape == (3, 1, 9, 14)
     monkeypatch.undo()
     assert all(map(torch.equal, found, expected))
 
@@ -379,16 +386,26 @@ def test_boxes_and_points_on_the_gpu_are_those_of_the_cpu():
     for deterministic in (False, True):
         torch.use_deterministic_algorithms(deterministic)
         try:
-            there, boxes = masks.to(device), rectangles(binarize(masks)).to(device)
+            there, boxes = masks.to(device), find_rectangles(binarize(masks)).to(device)
             images_there = images.to(device)
             torch.cuda.set_sync_debug_mode("error")
             MaskStatistics().add(there)
-            found = [binarize(there), rectangles(binarize(there)), centroids(there), crops(images_there, boxes)]
+            found = [
+                binarize(there),
+                find_rectangles(binarize(there)),
+                find_centroids(there),
+                crop_rectangles(images_there, boxes),
+            ]
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.use_deterministic_algorithms(False)
         binary = binarize(masks)
-        expected = [binary, rectangles(binary), centroids(masks), crops(images, rectangles(binary))]
+        expected = [
+            binary,
+            find_rectangles(binary),
+            find_centroids(masks),
+            crop_rectangles(images, find_rectangles(binary)),
+        ]
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.cpu(), other)
 
@@ -396,45 +413,45 @@ def test_boxes_and_points_on_the_gpu_are_those_of_the_cpu():
 def test_wrong_calls_say_what_came():
     with pytest.raises(ValueError, match="percentile, mean, got 'median'"):
         binarize(torch.rand(1, 4, 4), "median")
-    for function in (binarize, centroids):
+    for function in (binarize, find_centroids):
         with pytest.raises(ValueError, match=r"\(4, 4\)"):
             function(torch.rand(4, 4))
     with pytest.raises(ValueError, match=r"\(2, 0, 4\)"):
         binarize(torch.rand(2, 0, 4))
-    for function in (largest_components, rectangles):
+    for function in (find_largest_components, find_rectangles):
         with pytest.raises(ValueError, match="float32"):
             function(torch.rand(1, 4, 4))
         with pytest.raises(ValueError, match=r"\(1, 1, 4, 4\)"):
             function(torch.ones(1, 1, 4, 4).bool())
     with pytest.raises(ValueError, match="leave it out"):
-        image_scores(torch.rand(4, 4), (0, 1, 0, 1), [], True)
+        score_image(torch.rand(4, 4), (0, 1, 0, 1), [], True)
     with pytest.raises(ValueError, match=r"\(1, 4, 4\)"):
-        box_scores(torch.rand(1, 4, 4), (0, 1, 0, 1), (0, 0, 1, 1))
+        score_box(torch.rand(1, 4, 4), (0, 1, 0, 1), (0, 0, 1, 1))
     with pytest.raises(ValueError, match="0x5"):
-        map_box((0, 0, 1, 1), 0, 5)
+        map_box_to_crop((0, 0, 1, 1), 0, 5)
     with pytest.raises(ValueError, match="no scores"):
-        summarise([])
+        average_scores([])
     with pytest.raises(ValueError, match=r"\(4, 4\)"):
         MaskStatistics().add(torch.rand(4, 4))
     with pytest.raises(ValueError, match="add"):
         MaskStatistics().means()
     with pytest.raises(ValueError, match=r"\(3, 4\)"):
-        crops(torch.rand(2, 3, 4, 4), torch.zeros(3, 4, dtype=torch.long))
+        crop_rectangles(torch.rand(2, 3, 4, 4), torch.zeros(3, 4, dtype=torch.long))
 
 
 def test_scores_of_a_wide_mask_by_hand():
     mask = torch.zeros(4, 10)
     mask[1:3, 6:10] = 0.5  # 4 in all, 2 of them inside the box
-    scores = box_scores(mask, (1, 3, 6, 10), (8, 0, 12, 4))  # half of the box lies outside
+    scores = score_box(mask, (1, 3, 6, 10), (8, 0, 12, 4))  # half of the box lies outside
     expected = {"precision": 2 / 4, "recall": 2 / 16, "f1": 0.2, "iou": 4 / (8 + 16 - 4), "hit": 0}
     assert scores == pytest.approx(expected, abs=1e-6)
-    assert box_scores(mask, torch.tensor([1, 3, 6, 10]), (6, 1, 10, 2)) == pytest.approx(
+    assert score_box(mask, torch.tensor([1, 3, 6, 10]), (6, 1, 10, 2)) == pytest.approx(
         {"precision": 0.5, "recall": 0.5, "f1": 0.5, "iou": 0.5, "hit": 0}, abs=1e-6
     )  # exactly one half is no hit
-    assert not any(box_scores(mask, (0, 4, 0, 10), (10, 0, 14, 4)).values())  # beside the image
-    assert not any(box_scores(mask, (0, 4, 0, 10), (3, 1, 3, 4)).values())  # a box without width
-    right = image_scores(mask, (1, 3, 6, 10), [(0, 0, 2, 2), (6, 1, 10, 3)], correct=True)
-    wrong = image_scores(mask, (1, 3, 6, 10), [(0, 0, 2, 2), (6, 1, 10, 3)], correct=False)
+    assert not any(score_box(mask, (0, 4, 0, 10), (10, 0, 14, 4)).values())  # beside the image
+    assert not any(score_box(mask, (0, 4, 0, 10), (3, 1, 3, 4)).values())  # a box without width
+    right = score_image(mask, (1, 3, 6, 10), [(0, 0, 2, 2), (6, 1, 10, 3)], correct=True)
+    wrong = score_image(mask, (1, 3, 6, 10), [(0, 0, 2, 2), (6, 1, 10, 3)], correct=False)
     assert (right["LE"], right["OM"], wrong["LE"], wrong["OM"]) == (0, 0, 0, 1)
     assert right["F1"] == pytest.approx(2 / 3, abs=1e-6) and right["F1a"] == pytest.approx(1 / 3, abs=1e-6)
     assert (right["precision"], right["recall"]) == pytest.approx((1.0, 0.5), abs=1e-6)
@@ -472,7 +489,7 @@ def test_statistics_of_a_mask_by_hand():
 def test_crops_are_those_of_a_bicubic_resize(height, width):
     boxes = [[0, height, 0, width], [2, 7, 3, 4], [4, 5, 0, 8], [3, 9, 1, 6], [0, 0, 0, 0], [height - 1, height, 2, 5]]
     images = torch.randn(len(boxes), 3, height, width)
-    found = crops(images, torch.tensor(boxes))
+    found = crop_rectangles(images, torch.tensor(boxes))
     for image, (y1, y2, x1, x2), result in zip(images, boxes, found, strict=True):
         if y2 == 0:
             assert not result.any()

@@ -27,15 +27,23 @@ from engine.inference.predict import predict
 from engine.runtime.checkpoint import read_file
 from engine.runtime.foreign_weights import extract_weights
 from models import build_model
-from saliency.casm import classifier_eval, results
+from saliency.casm import classifier_eval
 from saliency.casm.boxes import binarize
-from saliency.casm.classifier_eval import KINDS, PUBLISHED, ClassifierPanel, batch_sums, load_panel, load_resnets
+from saliency.casm.classifier_eval import (
+    KINDS,
+    PUBLISHED_CLASSIFIERS,
+    ClassifierPanel,
+    load_classifiers,
+    load_resnets,
+    map_classifier_labels,
+    sum_batch,
+)
 from saliency.casm.commands import eval as casm_eval
 from saliency.casm.commands import plot
 from saliency.casm.commands import train as casm_train
-from saliency.casm.extractors import TOY_EXTRACTORS, Extractor, toy_extractor
+from saliency.casm.extractors import TOY_MASKS, Extractor, build_naive_extractor
 from saliency.casm.masking import inpaint, mask_in, mask_out
-from saliency.casm.metrics import plot_order
+from saliency.casm.metrics import choose_plot_batches
 from saliency.casm.network import Casm, build_decoder
 from saliency.casm.results import ImageSetCache
 
@@ -140,7 +148,7 @@ def test_holes_are_filled_from_around_them_each_image_by_itself():
 
 def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
     images, labels = torch.zeros(3, 3, 224, 230), torch.zeros(3, dtype=torch.long)
-    masks = {name: toy_extractor(name, None, 5).masks_of(images, labels).masks for name in TOY_EXTRACTORS}
+    masks = {name: build_naive_extractor(name, seed=5).extract(images, labels).masks for name in TOY_MASKS}
     assert all(mask.shape == (3, 224, 230) for mask in masks.values())
     assert masks["zero"].eq(0).all() and masks["one"].eq(1).all()
     blocks = masks["random56"][:, ::4, ::4]
@@ -149,11 +157,11 @@ def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
         assert abs(mask.mean() - 0.5) < 0.02 and set(mask.unique().tolist()) == {0, 1}
         assert not torch.equal(mask[0], mask[1])
     assert 0.45 < (masks["random224"][:, :, 1:] == masks["random224"][:, :, :-1]).float().mean() < 0.55
-    again = toy_extractor("random56", None, 5)
-    assert torch.equal(again.masks_of(images, labels).masks, masks["random56"])
-    assert not torch.equal(again.masks_of(images, labels).masks, masks["random56"]), "the next batch has other coins"
-    assert not torch.equal(toy_extractor("random56", None, 6).masks_of(images, labels).masks, masks["random56"])
-    for name in TOY_EXTRACTORS:  # what is selected is the mask itself
+    again = build_naive_extractor("random56", seed=5)
+    assert torch.equal(again.extract(images, labels).masks, masks["random56"])
+    assert not torch.equal(again.extract(images, labels).masks, masks["random56"]), "the next batch has other coins"
+    assert not torch.equal(build_naive_extractor("random56", seed=6).extract(images, labels).masks, masks["random56"])
+    for name in TOY_MASKS:  # what is selected is the mask itself
         assert torch.equal(binarize(masks[name]), masks[name] > 0)
 
 
@@ -161,7 +169,7 @@ def test_toy_masks_are_fair_coins_by_block_and_by_pixel():
 
 
 def test_a_network_of_torchvision_is_read_from_a_file_of_half_precision(squeezenet):
-    (judge,) = load_panel([f"squeezenet1_1={squeezenet}"], CPU)
+    (judge,) = load_classifiers([f"squeezenet1_1={squeezenet}"], CPU)
     network = get_model("squeezenet1_1", weights=None)
     network.load_state_dict(torch.load(squeezenet, weights_only=True))
     pixels = torch.rand(2, 3, 64, 64)
@@ -183,7 +191,7 @@ def test_torchvisions_own_files_of_densenets_have_older_names(tmp_path):
         old[key] = value
     assert old.keys() != network.state_dict().keys()
     torch.save(old, tmp_path / "dense.pth")
-    (judge,) = load_panel([f"densenet121={tmp_path / 'dense.pth'}"], CPU)
+    (judge,) = load_classifiers([f"densenet121={tmp_path / 'dense.pth'}"], CPU)
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
         assert judge.count == 3 and not torch.equal(judge(pixels), network(pixels)), "the judge normalises"
@@ -191,10 +199,10 @@ def test_torchvisions_own_files_of_densenets_have_older_names(tmp_path):
 
 
 def test_our_own_files_and_run_folders_judge_under_their_names(run, maps):
-    folder, file, chk = load_panel([str(run), str(run / "last.pt"), str(maps)], CPU)
+    folder, file, chk = load_classifiers([str(run), str(run / "last.pt"), str(maps)], CPU)
     assert [folder.name, file.name, chk.name] == ["base", "last", "map"]
     assert folder.mean == (0.5, 0.5, 0.5) and folder.classes[0] == "disc" and folder.count == 10
-    again = load_panel([str(run / "best.pt"), str(run), str(run.parent / "base" / "best.pt")], CPU)
+    again = load_classifiers([str(run / "best.pt"), str(run), str(run.parent / "base" / "best.pt")], CPU)
     assert [judge.name for judge in again] == ["best", "base"], "one word is one judge"
     part = load_evaluation("shapes", image_size=64, limit=20)
     wanted, _ = predict(folder.network, DeviceLoader(part, 20, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3))
@@ -206,7 +214,7 @@ def test_our_own_files_and_run_folders_judge_under_their_names(run, maps):
 def test_judges_of_one_name_are_told_apart_by_their_words(tmp_path, squeezenet):
     (tmp_path / "other.pt").write_bytes(squeezenet.read_bytes())
     words = [f"squeezenet1_1={squeezenet}", f"squeezenet1_1={tmp_path / 'other.pt'}"]
-    assert [judge.name for judge in load_panel(words, CPU)] == words
+    assert [judge.name for judge in load_classifiers(words, CPU)] == words
 
 
 def test_published_weights_come_from_the_cache_or_the_error_says_where_to_put_them(monkeypatch, tmp_path):
@@ -217,12 +225,12 @@ def test_published_weights_come_from_the_cache_or_the_error_says_where_to_put_th
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(UserError) as told:
-        load_panel(["resnet18"], CPU)
+        load_classifiers(["resnet18"], CPU)
     assert "put the file resnet18-f37072fd.pth into" in str(told.value) and str(tmp_path) in str(told.value)
     assert "resnet18=FILE" in str(told.value) and len(str(told.value).splitlines()) == 2
     state, asked = get_model("resnet18", weights=None).state_dict(), []
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: asked.append(url) or state)
-    (judge,) = load_panel(["resnet18"], CPU)
+    (judge,) = load_classifiers(["resnet18"], CPU)
     assert judge.name == "resnet18" and asked[0].endswith("resnet18-f37072fd.pth")
     assert torch.equal(judge.network.conv1.weight, state["conv1.weight"])
 
@@ -245,7 +253,7 @@ class Harmful:
 
 def test_a_file_of_weights_runs_nothing(tmp_path, capsys):
     torch.save({"state_dict": get_model("squeezenet1_1").state_dict(), "args": Harmful()}, tmp_path / "bad.pt")
-    assert load_panel([f"squeezenet1_1={tmp_path / 'bad.pt'}"], CPU)[0].count == 1000
+    assert load_classifiers([f"squeezenet1_1={tmp_path / 'bad.pt'}"], CPU)[0].count == 1000
     assert "harm was done" not in capsys.readouterr().out
 
 
@@ -259,37 +267,37 @@ def test_words_that_mean_nothing_are_explained(tmp_path, squeezenet):
         "vit_h_14": "give them as vit_h_14=FILE",
     }.items():
         with pytest.raises(UserError, match=told):
-            load_panel([word], CPU)
+            load_classifiers([word], CPU)
 
 
 def test_networks_of_other_classes_are_judged_by_themselves_and_nothing_is_fetched_in_vain(monkeypatch):
-    monkeypatch.setattr(classifier_eval, "load_panel", None)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
     few, network = argparse.Namespace(classes=["a", "b"]), torch.nn.Identity()
-    own = Extractor("m", None, (0.1,) * 3, (0.2,) * 3, classes=["a", "b"], options={"model": "r"}, count=2)
+    own = Extractor("m", None, (0.1,) * 3, (0.2,) * 3, classes=["a", "b"], options={"model": "r"}, num_classes=2)
     own.classifier = network
     panel = ClassifierPanel(None, None, CPU)
-    assert panel.of(own, few) == [Classifier("own r", network, (0.1,) * 3, (0.2,) * 3, ["a", "b"], 2)]
+    assert panel.select(own, few) == [Classifier("own r", network, (0.1,) * 3, (0.2,) * 3, ["a", "b"], 2)]
     with pytest.raises(UserError, match="--class_list"):
-        panel.of(Extractor("published", None, classifier=network, count=1000), few)
+        panel.select(Extractor("published", None, classifier=network, num_classes=1000), few)
 
 
 def test_the_published_judges_are_loaded_once(monkeypatch):
     asked, network = [], torch.nn.Identity()
 
     def load(words, device):
-        asked.append(tuple(words))
+        asked.append(words)
         return [Classifier(word, network, (0,) * 3, (1,) * 3) for word in words]
 
-    monkeypatch.setattr(classifier_eval, "load_panel", load)
+    monkeypatch.setattr(classifier_eval, "load_classifiers", load)
     part = argparse.Namespace(classes=[f"n{index:08d}" for index in range(1000)])
     panel = ClassifierPanel(None, None, CPU)
-    for extractor in (Extractor("published", None, classifier=network, count=1000), Extractor("toy", None)):
-        assert [judge.name for judge in panel.of(extractor, part)] == list(PUBLISHED)
-    assert asked == [PUBLISHED] and len(PUBLISHED) == 17
+    for extractor in (Extractor("published", None, classifier=network, num_classes=1000), Extractor("toy", None)):
+        assert [judge.name for judge in panel.select(extractor, part)] == PUBLISHED_CLASSIFIERS
+    assert asked == [PUBLISHED_CLASSIFIERS] and len(PUBLISHED_CLASSIFIERS) == 17
     named = ClassifierPanel(["one", "two"], None, CPU)
-    assert [judge.name for judge in named.of(Extractor("toy", None), part)] == ["one", "two"]
+    assert [judge.name for judge in named.select(Extractor("toy", None), part)] == ["one", "two"]
     with pytest.raises(UserError, match="which classifiers"):
-        panel.of(Extractor("toy", None), argparse.Namespace(classes=["a", "b"]))
+        panel.select(Extractor("toy", None), argparse.Namespace(classes=["a", "b"]))
 
 
 # classes
@@ -342,14 +350,14 @@ def test_faults_of_class_lists_are_explained(tmp_path, name, content, told):
 
 def test_the_numbers_by_hand():
     chances = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]])
-    found = batch_sums(chances.log(), torch.tensor([0, 0, 2, -1]))
+    found = sum_batch(chances.log(), torch.tensor([0, 0, 2, -1]))
     entropy = -sum(float(p * p.log()) for p in chances[:3].flatten())
     loss = -float(chances[[0, 1, 2], [0, 0, 2]].log().sum())
     assert found.tolist() == pytest.approx([loss, 2, 3, entropy, 3])
     logits, labels = torch.randn(50, 9), torch.randint(9, (50,))
     ranks = (logits > logits.gather(1, labels.unsqueeze(1))).sum(1)
     wanted = [float(F.cross_entropy(logits, labels)) * 50, int((ranks < 1).sum()), int((ranks < 5).sum())]
-    assert batch_sums(logits, labels)[:3].tolist() == pytest.approx(wanted)
+    assert sum_batch(logits, labels)[:3].tolist() == pytest.approx(wanted)
 
 
 def by_hand(maps: Path, run: Path, count: int) -> dict[str, dict[str, float]]:
@@ -390,7 +398,7 @@ def test_eval_sees_images_and_masks_as_the_files_say(maps, run):
 
 def test_zero_is_the_plain_accuracy_and_one_its_mirror(maps, run, capsys):
     results = evaluated("--casms-path", maps, "--toy", "--limit", 33, "--batch-size", 16, "--classifiers", run)
-    assert [one["name"] for one in results] == ["map", *TOY_EXTRACTORS]
+    assert [one["name"] for one in results] == ["map", *TOY_MASKS]
     file = SavedClassifier(run)
     part = load_evaluation("shapes", image_size=64, limit=33)
     model = build_model("resnet20", 10, 64)
@@ -426,16 +434,13 @@ def test_the_network_of_the_maps_judges_by_default_with_its_own_statistics(maps)
     assert own["clean"]["own resnet20"]["l"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-4)
 
 
-def test_images_of_classes_that_a_judge_does_not_know_are_left_out(
-    folders, squeezenet, class_list, capsys, monkeypatch
-):
-    monkeypatch.setattr(results, "LARGE_SIDE", 30)  # so that these images count as large
-    words = [folders, "--toy", "--image-size", 40, "--classifiers", f"squeezenet1_1={squeezenet}", "--batch-size", 5]
+def test_images_of_classes_that_a_judge_does_not_know_are_left_out(folders, squeezenet, class_list, capsys):
+    words = [folders, "--toy", "--image-size", 140, "--classifiers", f"squeezenet1_1={squeezenet}", "--batch-size", 5]
     found = evaluated(*words, "--class-list", class_list)
     assert {result["images"] for result in found} == {21}
     assert all(result["left_out"] == {"squeezenet1_1": 7} for result in found)
-    part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(40, 46))
-    (judge,) = load_panel([f"squeezenet1_1={squeezenet}"], CPU)
+    part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(140, 160))
+    (judge,) = load_classifiers([f"squeezenet1_1={squeezenet}"], CPU)
     logits, labels = predict(judge.network, DeviceLoader(part, 21, device=CPU, mean=judge.mean, std=judge.std))
     known, place = labels < 2, torch.tensor([7, 9, -1])[labels]
     loss = float(F.cross_entropy(logits[known], place[known]))
@@ -445,7 +450,7 @@ def test_images_of_classes_that_a_judge_does_not_know_are_left_out(
         evaluated(*words)
     with pytest.raises(UserError, match="classifier squeezenet1_1 knows the class of none of the 21 images"):
         part.labels[:] = part.classes.index("unheard_of")
-        classifier_eval.map_panel_labels(judge, part, 50, str(class_list))
+        map_classifier_labels(judge, part, 50, str(class_list))
     class_list.write_text("\n".join(["wnid", *(f"m{index}" for index in range(1000))]))
     with pytest.raises(UserError, match="classifier squeezenet1_1: the network knows none"):
         evaluated(*words, "--class-list", class_list)
@@ -459,9 +464,9 @@ def test_maps_of_other_classes_are_evaluated_all_the_same(maps, folders, squeeze
 
 def test_large_images_are_cut_out_of_larger_ones(folders):
     options = dict.fromkeys(["dataset", "image_size", "limit", "on_bad_image"]) | {"data": str(folders)}
-    parts = ImageSetCache(casm_eval.build_parser(), options)
+    cache = ImageSetCache(casm_eval.build_parser(), **options)
     for size, view in ((224, CenterCrop(224, 256)), (64, CenterCrop(64, 64)), (160, CenterCrop(160, 183))):
-        assert parts.of(Extractor("x", None, image_size=size), larger=True)[0].pixels.view == view
+        assert cache.load(Extractor("x", None, image_size=size), larger=True)[0].pixels.view == view
 
 
 def test_your_own_extractor_gets_normalised_images_and_its_masks_are_used(tmp_path, folders, squeezenet, class_list):
@@ -482,7 +487,7 @@ def test_your_own_extractor_gets_normalised_images_and_its_masks_are_used(tmp_pa
     part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(40, 40), limit=4)
     pixels = part.pixels.read_all(0, lambda items, **_: items)[0].permute(0, 3, 1, 2).float() / 255
     pixels[:, :, :, :20] = 0
-    (judge,) = load_panel([f"squeezenet1_1={squeezenet}"], CPU)
+    (judge,) = load_classifiers([f"squeezenet1_1={squeezenet}"], CPU)
     with torch.no_grad():
         loss = float(F.cross_entropy(judge(pixels), torch.tensor([7] * 4)))
     assert result["name"] == "mine" and result["masked_out"]["squeezenet1_1"]["l"] == pytest.approx(loss, abs=1e-4)
@@ -491,7 +496,7 @@ def test_your_own_extractor_gets_normalised_images_and_its_masks_are_used(tmp_pa
 # what is written
 
 
-def test_results_are_kept_and_models_that_are_done_are_skipped(maps, tmp_path, monkeypatch, capsys):
+def test_results_are_kept_and_models_that_are_done_are_skipped(maps, tmp_path, capsys):
     words = ["--casms-path", maps, "--limit", 12, "--save-to-file", "--log-path", tmp_path / "logs"]
     first = evaluated(*words, "--output", tmp_path / "all.json")
     assert json.loads((tmp_path / "logs" / "map.json").read_text()) == first[0]
@@ -499,19 +504,26 @@ def test_results_are_kept_and_models_that_are_done_are_skipped(maps, tmp_path, m
     keys = ["name", "path", "images", "left_out", "unreadable", *KINDS, "made_of"]
     assert list(first[0]) == keys and list(first[0]["inpainted"]) == ["own resnet20"]
     capsys.readouterr()
-    monkeypatch.setattr(classifier_eval, "evaluate", None)
+    first[0]["images"] = 0  # no evaluation gives this
+    (tmp_path / "logs" / "map.json").write_text(json.dumps(first[0]))
     assert evaluated(*words) == first
     assert "done already" in capsys.readouterr().out
 
 
-def test_a_run_that_breaks_leaves_no_result_behind(maps, tmp_path, monkeypatch):
-    words = ["--casms-path", maps, "--limit", 12, "--save-to-file", "--log-path", tmp_path / "logs"]
-    with monkeypatch.context() as patched:
-        patched.setattr(classifier_eval, "batch_sums", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            evaluated(*words)
+def test_a_run_that_breaks_leaves_no_result_behind(run, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "image_size = 64\n"
+        "def load_model(path): return iter([True])\n"
+        "def get_masks_and_check_predictions(images, targets, model):\n"
+        "    next(model)  # the second batch breaks\n"
+        "    return images[:, 0] * 0, images[:, 0] * 0, targets == 0\n"
+    )
+    words = ["--basics", tmp_path / "mine.py", "--dataset", "shapes", "--classifiers", run, "--limit", 12]
+    words += ["--save-to-file", "--log-path", tmp_path / "logs"]
+    with pytest.raises(UserError, match="StopIteration"):
+        evaluated(*words, "--batch-size", 8)
     assert list((tmp_path / "logs").iterdir()) == []
-    assert evaluated(*words)[0]["images"] == 12
+    assert evaluated(*words, "--batch-size", 12)[0]["images"] == 12
 
 
 def test_results_of_another_command_are_not_taken_for_done(maps, tmp_path):
@@ -537,8 +549,9 @@ def test_calls_that_lack_something_are_usage_errors(words, told, capsys):
 
 @pytest.mark.parametrize("command", ["eval", "plot"])
 def test_help_needs_no_torch(command):
-    program = f"import sys; sys.modules['torch'] = sys.modules['cv2'] = None; import saliency.casm.{command} as c; "
-    done = subprocess.run([sys.executable, "-c", program + "c.main(['--help'])"], capture_output=True, text=True)
+    program = "import sys; sys.modules['torch'] = sys.modules['cv2'] = None; "
+    program += f"from saliency.casm.commands import {command} as c; c.main(['--help'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and f"saliency.casm {command}" in done.stdout, done.stderr
 
 
@@ -559,7 +572,7 @@ def pictures(*words) -> list[Path]:
 
 def test_the_rows_are_the_image_what_is_left_what_is_hidden_and_its_filling(maps, tmp_path, drawn):
     written = pictures("--casm-path", maps, "--plots-path", tmp_path, "--limit", 30, "--batch-size", 8, "--columns", 5)
-    assert [path.name for path in written] == [f"{batch}.png" for batch in plot_order(4, 16)]
+    assert [path.name for path in written] == [f"{batch}.png" for batch in choose_plot_batches(4, 16)]
     part = load_evaluation("shapes", image_size=64, limit=30)
     content = read_file(maps)
     network = Casm(build_model("resnet20", 10, 64), None)
@@ -591,13 +604,13 @@ def test_one_column_all_batches_and_a_last_one_of_one_image(maps, tmp_path, draw
     assert {path.stem: len(rows[0]) for path, rows in drawn} == {"0": 4, "1": 4, "2": 1}
     drawn.clear()
     pictures(*words, "--plots", 2, "--seed", 3)
-    assert [int(path.stem) for path, _ in drawn] == plot_order(3, 2, 3)
+    assert [int(path.stem) for path, _ in drawn] == choose_plot_batches(3, 2, 3)
     assert plot.build_parser().defaults["seed"] == 931001 and "931001" in plot.build_parser().format_help()
 
 
-def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps, tmp_path, folders, drawn, monkeypatch):
+def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps, tmp_path, folders, drawn):
     files = sorted((folders / "val").rglob("*.png"))
-    (batch,) = plot_order(5, 1)
+    (batch,) = choose_plot_batches(5, 1)
     for number, file in enumerate(files):
         if number not in (5 * batch, 5 * batch + 1):
             file.write_bytes(b"no image")
@@ -605,10 +618,9 @@ def test_only_what_is_drawn_is_read_and_resize_is_the_side_before_the_crop(maps,
     words += ["--plots", 1, "--batch-size", 5, "--columns", 2]
     assert [path.name for path in pictures(*words)] == [f"{batch}.png"] and len(drawn[0][1][0]) == 2
     pictures(*words, "--resize", 80)
-    monkeypatch.setattr(results, "LARGE_SIDE", 30)  # so that these images count as large
-    pictures(*words)
-    for (_, rows), resize in zip(drawn, (64, 80, 73), strict=True):
-        part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(64, resize))
+    pictures(*words, "--image-size", 140)
+    for (_, rows), view in zip(drawn, ((64, 64), (64, 80), (140, 160)), strict=True):
+        part = load_evaluation("folder", data_dir=str(folders), view=CenterCrop(*view))
         wanted = part.take(torch.tensor([5 * batch])).pixels.read_all(0, lambda items, **_: items)[0][0] / 255
         assert np.allclose(rows[0][0], wanted.numpy(), atol=1e-6)
     with pytest.raises(SystemExit):

@@ -14,12 +14,13 @@ from support import ROOT
 from engine.data.annotations import find_boxes
 from engine.data.datasets import load_evaluation
 from engine.errors import UserError
-from saliency.casm.boxes import binarize, rectangles
+from saliency.casm.boxes import binarize, find_rectangles
 from saliency.casm.commands import score
-from saliency.casm.extractors import Extractor, Masks, naive_extractor
+from saliency.casm.extractors import Extractor, MaskBatch, build_naive_extractor
 from saliency.casm.localization_eval import score as score_one
-from saliency.casm.metrics import box_scores
+from saliency.casm.metrics import score_box
 from saliency.casm.network import load_casm
+from saliency.casm.results import ScoringConfig
 
 XML = (
     "<annotation><size><width>{width}</width><height>{height}</height></size><object><name>{name}</name><bndbox>"
@@ -118,10 +119,10 @@ def test_masks_of_a_file_are_scored_by_hand_alike(casm_file, tmp_path):
     part, saved = load_evaluation("shapes", limit=30), load_casm(casm_file)
     images = (part.pixels.permute(0, 3, 1, 2) / 255 - 0.5) / 0.25
     masks, logits = saved.network(images)
-    boxes = rectangles(binarize(masks[:, 0]))
+    boxes = find_rectangles(binarize(masks[:, 0]))
     hits = []
     for mask, box, (y1, y2, x1, x2) in zip(masks[:, 0], boxes, part.annotations["boxes"].tolist(), strict=True):
-        hits.append(box_scores(mask, box, (x1, y1, x2, y2)))
+        hits.append(score_box(mask, box, (x1, y1, x2, y2)))
     assert result["F1"] == pytest.approx(np.mean([one["f1"] for one in hits]), abs=1e-5)
     assert result["LE"] == pytest.approx(1 - np.mean([one["hit"] for one in hits]))
     right = (logits.argmax(1) == part.labels).float()
@@ -151,7 +152,7 @@ def test_other_maps_and_naive_ones_stand_in_the_same_table(casm_file, tmp_path, 
 
 
 def test_naive_masks_have_the_published_size():
-    masks = naive_extractor("center", None).masks_of(torch.zeros(2, 3, 224, 224), torch.zeros(2, dtype=torch.long))
+    masks = build_naive_extractor("center").extract(torch.zeros(2, 3, 224, 224), torch.zeros(2, dtype=torch.long))
     assert masks.masks.sum((1, 2)).tolist() == [158 * 158] * 2 and masks.masks[0, 33, 33] == 1
     assert masks.masks[0, 32, 33] == 0 and masks.masks[0, 190, 190] == 1 and masks.correct.all()
 
@@ -237,13 +238,11 @@ def test_the_rule_decides_the_box():
     y1, y2, x1, x2 = part.annotations["boxes"][0].tolist()
     mask = torch.zeros(1, 32, 32)
     mask[:, y1:y2, x1:x2] = 0.8
-    extractor = Extractor("flat", lambda images, labels: Masks(mask, labels >= 0))
-    options = {"batch_size": 1, "workers": 0, "class_list": None, "pot": 1, "print_freq": 1, "break_ratio": False}
-    found = {
-        rule: score_one(extractor, part, find_boxes(part, "shapes"), options | {"rule": rule}, torch.device("cpu"))
-        for rule in ("percentile", "mean")
-    }
-    assert found["percentile"]["LE"] == 1 and found["mean"]["LE"] == 0
+    extractor = Extractor("flat", lambda images, labels: MaskBatch(mask, labels >= 0))
+    for rule, error in (("percentile", 1), ("mean", 0)):
+        config = ScoringConfig(batch_size=1, rule=rule)
+        found = score_one(extractor, part, find_boxes(part, "shapes"), config, device=torch.device("cpu"))
+        assert found["LE"] == error
 
 
 def test_images_none_of_which_can_be_judged_have_no_numbers_rather_than_nan(pictures, tmp_path):

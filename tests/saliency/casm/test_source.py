@@ -12,7 +12,7 @@ from engine.errors import UserError
 from mixing import MIXERS, build_mixer, show
 from mixing.saliencymix import SaliencyMix
 from saliency import build_source
-from saliency.casm.boxes import centroids
+from saliency.casm.boxes import find_centroids
 from saliency.casm.network import load_casm
 from saliency.casm.source import CASM
 
@@ -83,7 +83,7 @@ def test_the_point_in_a_mask_of_cells_is_that_of_its_pixels(casm_file):
     smooth = F.interpolate(coarse, (56, 56), mode="bicubic", align_corners=False).clamp(0, 1)[:, 0]
     maps = smooth.repeat_interleave(4, 1).repeat_interleave(4, 2)
     rows, columns = CASM(casm_file, **STATISTICS).points(maps)
-    wanted = (centroids(maps) + 0.5).floor().long()
+    wanted = (find_centroids(maps) + 0.5).floor().long()
     assert rows.tolist() == wanted[:, 0].tolist() and columns.tolist() == wanted[:, 1].tolist()
 
 

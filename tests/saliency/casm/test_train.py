@@ -22,18 +22,20 @@ from engine.errors import Terminated, UserError
 from engine.runtime.checkpoint import read_checkpoint
 from models import MODELS, build_model
 from saliency.casm.commands import train as casm_train
-from saliency.casm.network import Casm, MaskDecoder, build_decoder, casm_files, feature_channels, load_casm
+from saliency.casm.network import Casm, MaskDecoder, build_decoder, find_casm_files, get_feature_channels, load_casm
 from saliency.casm.options import PRESETS, preset
-from saliency.casm.pool import ClassifierPool, megabytes
+from saliency.casm.pool import ClassifierPool, snapshot_megabytes
 from saliency.casm.run_files import CasmRun
-from saliency.casm.setup import build_loaders, mask_notes, pool_notes, skill_notes
+from saliency.casm.setup import build_loaders, fill_from_data, mask_notes, pool_notes, skill_notes
 from saliency.casm.training import (
-    CLIP,
+    MAX_DECODER_GRAD_NORM,
     NonFiniteLoss,
+    StepConfig,
     build_casm_state,
     count_iterations,
     decay_lr,
     masker_loss,
+    set_learning_rates,
     train_one_epoch,
     train_step,
 )
@@ -88,7 +90,7 @@ def test_the_decoder_equals_one_convolution_over_all_enlarged_maps(lateral_zero)
     for lateral, maps in zip(decoder.laterals, deeper, strict=True):
         levels.append(F.interpolate(lateral(maps), (9, 11), mode="bilinear", align_corners=False))
     wanted = torch.sigmoid(decoder.final(torch.cat(levels, 1)))
-    torch.testing.assert_close(decoder.on_grid(features), wanted)
+    torch.testing.assert_close(decoder.predict_on_grid(features), wanted)
     enlarged = decoder(features, (18, 22))
     assert (
         torch.equal(enlarged, wanted.to(enlarged.dtype).repeat_interleave(2, 2).repeat_interleave(2, 3))
@@ -121,7 +123,7 @@ def test_every_kind_of_network_shows_its_stages_and_takes_a_decoder(name):
     images = torch.randn(2, 3, 32, 32)
     logits, features = network.forward_features(images)
     assert torch.equal(logits, network(images)) and len(features) == len(network.stages) + 1
-    assert [maps.shape[1] for maps in features] == feature_channels(network)
+    assert [maps.shape[1] for maps in features] == get_feature_channels(network)
     masks, again = Casm(network, build_decoder(network)).eval()(images)
     assert masks.shape == (2, 1, 32, 32) and masks.min() >= 0 and masks.max() <= 1 and torch.equal(again, logits)
     stem = features[0]
@@ -132,7 +134,7 @@ def test_every_kind_of_network_shows_its_stages_and_takes_a_decoder(name):
 def test_finding_the_channels_leaves_the_network_alone():
     network = build_model("resnet20", 5, 32).train()
     before = copy.deepcopy(network.state_dict())
-    feature_channels(network)
+    get_feature_channels(network)
     assert network.training and same_state(before, network.state_dict())
 
 
@@ -195,7 +197,7 @@ def test_snapshots_are_taken_when_the_published_program_takes_them(number):
     classifier = nn.Linear(1, 1)
     for epoch in range(case["epochs"]):
         for iteration in range(case["iterations_per_epoch"]):
-            if case["hp"] > 0 and pool.due(iteration):
+            if case["hp"] > 0 and pool.is_due(iteration):
                 pool.add(classifier)
                 events.append([epoch, iteration])
     assert events == expect["events"] and len(pool) == expect["final_size"]
@@ -217,21 +219,21 @@ def test_a_snapshot_is_a_copy_and_a_full_pool_replaces_at_random():
         seen.add(float(judge.weight[0]))
     assert seen == values
     assert classifier.weight.data[0] == 19
-    assert megabytes(classifier) == pytest.approx((4 * 4 * 2 + 8) / 1e6)
+    assert snapshot_megabytes(classifier) == pytest.approx((4 * 4 * 2 + 8) / 1e6)
 
 
 # the step
 
 
 def tiny_casm(**options) -> tuple:
-    """A network for 8x8 images with its parts, images and labels."""
+    """The training state of a network for 8x8 images, images and labels."""
     network = Casm(TinyNet(), MaskDecoder([4, 6], width=5))
     settings = {"fixed_classifier": False, "hp": 0.5, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
     settings |= {"weight_decay": 1e-4, "precision": None} | options
-    parts = build_casm_state(network, ClassifierPool(30, 5), **settings)
+    state = build_casm_state(network, ClassifierPool(30, 5), **settings)
     network.train()
-    network.classifier.train(parts.learns)
-    return parts, torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+    network.classifier.train(state.train_classifier)
+    return state, torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 class TinyNet(nn.Module):
@@ -254,20 +256,20 @@ class TinyNet(nn.Module):
         return self.forward_features(images)[0]
 
 
-def counted(parts, images, labels, **step) -> dict:
+def counted(state, images, labels, hp: float) -> dict:
     """What one step moves: how often the classifier stepped, its statistics, and whether the rest changed."""
     steps = {"classifier": 0, "decoder": 0}
-    parts.optimizer.register_step_post_hook(lambda *_: steps.update(classifier=steps["classifier"] + 1))
-    parts.decoder_optimizer.register_step_post_hook(lambda *_: steps.update(decoder=steps["decoder"] + 1))
-    before = copy.deepcopy(parts.network.state_dict())
-    train_step(parts, images, labels, **{"iteration": 0, "lambda_r": 10.0, **step})
-    after = parts.network.state_dict()
+    state.optimizer.register_step_post_hook(lambda *_: steps.update(classifier=steps["classifier"] + 1))
+    state.decoder_optimizer.register_step_post_hook(lambda *_: steps.update(decoder=steps["decoder"] + 1))
+    before = copy.deepcopy(state.network.state_dict())
+    train_step(state, images, labels, StepConfig(hp, lambda_r=10.0), iteration=0)
+    after = state.network.state_dict()
     seen = after["classifier.bn1.num_batches_tracked"] - before["classifier.bn1.num_batches_tracked"]
     changed = {key.split(".")[0] for key in after if not torch.equal(after[key], before[key])}
     return steps | {"statistics": int(seen), "changed": changed}
 
 
-def test_the_classifier_steps_twice_where_it_judges_itself_and_once_where_a_snapshot_does():
+def test_the_classifier_steps_twice_unless_a_snapshot_sees_the_masked_images():
     both = {"classifier", "decoder"}
     found = counted(*tiny_casm(hp=0.0), hp=0.0)
     assert found == {"classifier": 2, "decoder": 1, "statistics": 2, "changed": both}
@@ -281,20 +283,20 @@ def test_a_fixed_classifier_neither_steps_nor_moves_its_statistics():
 
 
 def test_a_stored_snapshot_is_the_classifier_after_its_clean_step_and_stays():
-    parts, images, labels = tiny_casm(hp=1.0)
-    train_step(parts, images, labels, iteration=0, hp=1.0, lambda_r=10.0)
-    kept = [one.clone() for one in parts.pool.snapshots[0]]
-    assert all(map(torch.equal, kept, parts.network.classifier.state_dict().values()))
-    train_step(parts, images, labels, iteration=1, hp=1.0, lambda_r=10.0)
-    assert all(map(torch.equal, kept, parts.pool.snapshots[0])) and len(parts.pool) == 1
+    state, images, labels = tiny_casm(hp=1.0)
+    train_step(state, images, labels, StepConfig(1.0, 10.0), iteration=0)
+    kept = [one.clone() for one in state.pool.snapshots[0]]
+    assert all(map(torch.equal, kept, state.network.classifier.state_dict().values()))
+    train_step(state, images, labels, StepConfig(1.0, 10.0), iteration=1)
+    assert all(map(torch.equal, kept, state.pool.snapshots[0])) and len(state.pool) == 1
 
 
 @pytest.mark.parametrize("hp", [0.0, 1.0])
 @pytest.mark.parametrize("adversarial", [False, True])
 def test_the_step_is_the_published_one_with_both_gradients_taken_first(hp, adversarial):
-    parts, images, labels = tiny_casm(hp=hp)
-    plain = copy.deepcopy(parts.network)
-    train_step(parts, images, labels, iteration=0, hp=hp, lambda_r=10.0, adversarial=adversarial)
+    state, images, labels = tiny_casm(hp=hp)
+    plain = copy.deepcopy(state.network)
+    train_step(state, images, labels, StepConfig(hp, 10.0, adversarial=adversarial), iteration=0)
 
     classifier, decoder = plain.classifier, plain.decoder
     sgd = torch.optim.SGD(classifier.parameters(), 0.1, 0.9, weight_decay=1e-4)
@@ -316,20 +318,20 @@ def test_the_step_is_the_published_one_with_both_gradients_taken_first(hp, adver
     nn.utils.clip_grad_norm_(decoder.parameters(), 10.0)
     adam.step()
     for key, value in plain.state_dict().items():
-        torch.testing.assert_close(parts.network.state_dict()[key], value, msg=key)
+        torch.testing.assert_close(state.network.state_dict()[key], value, msg=key)
 
 
 def test_a_batch_of_one_image_trains():
-    parts, images, labels = tiny_casm()
-    found = train_step(parts, images[:1], labels[:1], iteration=0, hp=0.5, lambda_r=10.0)
+    state, images, labels = tiny_casm()
+    found = train_step(state, images[:1], labels[:1], StepConfig(0.5, 10.0), iteration=0)
     assert found["masks"].shape == (1, 1, 8, 8) and all(value.isfinite().all() for value in found.values())
 
 
 def test_the_gradient_of_the_decoder_is_clipped():
-    parts, images, labels = tiny_casm(hp=0.0)
-    train_step(parts, images, labels, iteration=0, hp=0.0, lambda_r=1e7)
-    norm = torch.stack([parameter.grad.norm() for parameter in parts.network.decoder.parameters()]).norm()
-    assert norm.item() == pytest.approx(CLIP, rel=1e-3)
+    state, images, labels = tiny_casm(hp=0.0)
+    train_step(state, images, labels, StepConfig(0.0, 1e7), iteration=0)
+    norm = torch.stack([parameter.grad.norm() for parameter in state.network.decoder.parameters()]).norm()
+    assert norm.item() == pytest.approx(MAX_DECODER_GRAD_NORM, rel=1e-3)
 
 
 class Fed:
@@ -349,37 +351,39 @@ class Fed:
 
 
 def test_an_epoch_takes_its_share_of_its_own_batches_at_its_own_rates():
-    parts, images, labels = tiny_casm()
+    state, images, labels = tiny_casm()
     batches = Fed(images, labels)
-    settings = {"lr": 0.5, "lr_casme": 0.25, "lrde": 2, "hp": 0.5, "lambda_r": 10.0}
-    train_one_epoch(parts, batches, epoch=5, pot=0.4, **settings)
+    set_learning_rates(state, 5, lr=0.5, lr_casme=0.25, lrde=2)
+    train_one_epoch(state, batches, StepConfig(hp=0.5, lambda_r=10.0), epoch=5, iterations=3)
     assert batches.asked == [5]
-    assert parts.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
-    assert parts.decoder_optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
-    assert {int(state["step"]) for state in parts.decoder_optimizer.state.values()} == {3}
-    assert parts.decoder_optimizer.param_groups[0]["weight_decay"] == 1e-4
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    assert state.decoder_optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
+    assert {int(one["step"]) for one in state.decoder_optimizer.state.values()} == {3}
+    assert state.decoder_optimizer.param_groups[0]["weight_decay"] == 1e-4
 
 
 def test_a_loss_that_is_no_number_ends_training():
-    parts, images, labels = tiny_casm()
-    parts.network.decoder.final.bias.data.fill_(float("nan"))
+    state, images, labels = tiny_casm()
+    state.network.decoder.final.bias.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss):
-        train_one_epoch(parts, Fed(images, labels), epoch=0, pot=1, lr=0.1, lr_casme=0.1, lrde=9, hp=0.5, lambda_r=1.0)
+        train_one_epoch(state, Fed(images, labels), StepConfig(hp=0.5, lambda_r=1.0), epoch=0, iterations=5)
 
 
 def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_folders):
-    options = {"crop_padding": None, "batch_size": 8, "seed": 0, "pot": None, "workers": 0}
+    options = {"crop_padding": None, "pot": None, "batch_size": 8}
     shapes = load_data("shapes", limit=40)
-    train, test, few, eight = build_loaders(options, shapes, torch.device("cpu"))
+    fill_from_data(options, shapes)
     assert options["crop_padding"] == 2 and options["pot"] == 1.0
+    settings = {"batch_size": 8, "crop_padding": 2, "seed": 0, "workers": 0}
+    train, test, few = build_loaders(shapes, torch.device("cpu"), **settings)
     first, second = (next(train.epoch(number)) for number in (0, 1))
     assert first.index.tolist() != second.index.tolist() and first.index.tolist() != list(range(8))
     assert first.flip.any() and first.shift.abs().sum() > 0
     plain = next(test.epoch())
     assert plain.index.tolist() == list(range(8)) and plain.flip is None
-    assert len(few.part) == 40 and len(eight.part) == 8
+    assert len(few.part) == 40
     folders = load_data("folder", data_dir=str(class_folders), image_size=32)
-    batch = next(build_loaders({**options, "crop_padding": None}, folders, torch.device("cpu"))[0].epoch())
+    batch = next(build_loaders(folders, torch.device("cpu"), **settings)[0].epoch())
     assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "files are seen through random crops"
 
 
@@ -408,9 +412,9 @@ def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
     assert "no image was right and then wrong" in mask_notes(usual | {"confused": 0.0}, 10.0)[0]
     assert len(skill_notes(80.0, 10)) == 1 and "warning: chance is 10.0 %" in skill_notes(20.0, 10)[1]
     assert len(skill_notes(90.0, 2)) == 1 and len(skill_notes(51.0, 2)) == 2
-    (told,) = pool_notes({"epochs": 60}, 2003, ClassifierPool(30, 100), 102.4)
+    (told,) = pool_notes(ClassifierPool(30, 100), 102.4, epochs=60, iterations=2003)
     assert "30 of 30" in told and "3,072 MB" in told and "memory of the host" in told
-    assert "--smf 10 would fill" in pool_notes({"epochs": 60}, 10, ClassifierPool(30, 100), 1.0)[1]
+    assert "--smf 10 would fill" in pool_notes(ClassifierPool(30, 100), 1.0, epochs=60, iterations=10)[1]
 
 
 # the command
@@ -531,7 +535,7 @@ def test_folders_of_images_are_trained_on(tmp_path, class_folders):
     assert saved.network.decoder.upsample == "bilinear"
     assert saved.options["model"] == "imagenet_resnet18" and saved.classes == ["cat", "dog"] and saved.image_size == 64
     assert saved.name == "m" and saved.mean == (0.485, 0.456, 0.406)
-    assert casm_files([str(tmp_path)]) == [tmp_path / "m.chk"]
+    assert find_casm_files([str(tmp_path)]) == [tmp_path / "m.chk"]
 
 
 def test_files_of_the_published_program_load_and_run_nothing(tmp_path):
@@ -552,7 +556,7 @@ def test_files_of_the_published_program_load_and_run_nothing(tmp_path):
     saved = load_casm(tmp_path / "old.chk")
     assert saved.network.decoder.upsample == "bilinear", "the mode comes from the file"
     images = torch.randn(1, 3, 64, 64)
-    wanted = MaskDecoder(feature_channels(network), upsample="bilinear")
+    wanted = MaskDecoder(get_feature_channels(network), upsample="bilinear")
     wanted.load_state_dict(decoder.state_dict())
     masks = Casm(network, wanted).eval()(images)[0]
     torch.testing.assert_close(saved.network(images)[0], masks)
@@ -645,16 +649,16 @@ def test_a_step_never_waits_for_the_gpu(hp, pinned):
     network = Casm(TinyNet(), MaskDecoder([4, 6], width=5)).to(device)
     pool = ClassifierPool(3, 2, "cpu" if pinned else device, pinned=pinned)
     settings = {"fixed_classifier": False, "hp": hp, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
-    parts = build_casm_state(network, pool, **settings, weight_decay=1e-4, precision=torch.bfloat16)
+    state = build_casm_state(network, pool, **settings, weight_decay=1e-4, precision=torch.bfloat16)
     images, labels = torch.randn(6, 3, 8, 8, device=device), torch.arange(6, device=device) % 3
-    step = {"hp": hp, "lambda_r": 10.0, "precision": torch.bfloat16}
+    config = StepConfig(hp, lambda_r=10.0, precision=torch.bfloat16)
     for iteration in range(3):  # buffers of the optimizers are made
-        train_step(parts, images, labels, iteration=iteration, **step)
+        train_step(state, images, labels, config, iteration=iteration)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for iteration in range(6):
-            train_step(parts, images, labels, iteration=iteration, **step)
+            train_step(state, images, labels, config, iteration=iteration)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for snapshot in pool.state_dict():
