@@ -13,20 +13,20 @@ from torch.nn import functional as F
 from engine.data.sample_rng import uniform
 from engine.errors import UserError
 from evaluation import ATTACKS
-from evaluation.context import Alter
+from evaluation.context import Transform
 
 FGSM_EPS = (4 / 255, 8 / 255)
-AT_ONCE = 2**21  # pixels of the images that are attacked at a time: 41 of 224 a side
+CHUNK_PIXELS = 2**21  # pixels of the images that are attacked at a time: 41 images of 224 pixels a side
 PGD_EPS, PGD_STEPS, PGD_STEP_SIZE = 4 / 255, 20, 2 / 255
 
 LogitsFn = Callable[[torch.Tensor], torch.Tensor]  # pixels (B, 3, H, W) in 0..1 -> logits (B, K)
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(B, K), (B,) -> (B,): the usual one, log(1 + exp(other classes - true class)), with an exact gradient.
+    """(B, K), (B,) -> (B,): the cross-entropy as log(1 + exp(other classes - true class)), with an exact gradient.
 
     Its gradient at the true logit is p - 1. As usually computed that is 0 in float32 once 1 - p is below 3e-8, as it is
-    for a third of what a CIFAR network is shown, and the step goes a wrong way: an attack looks weaker than it is.
+    for a third of what a CIFAR network is shown; then steps go a wrong way, and an attack looks weaker than it is.
     """
     true = labels.unsqueeze(1) == torch.arange(logits.shape[1], device=logits.device)
     others = logits.masked_fill(true, -torch.inf).logsumexp(1)
@@ -93,30 +93,31 @@ class Attack:
         text = f"{self.name.upper()} {format_eps(self.eps)}"
         return text if self.name == "fgsm" else f"{text}, {self.steps} step{'s' if self.steps > 1 else ''}"
 
-    def alter(self, classify: LogitsFn, seed: int) -> Alter:
-        """The attack on this classifier, as what a test does to a batch: (pixels, labels, index) -> pixels.
+    def make_transform(self, classify: LogitsFn, seed: int) -> Transform:
+        """The attack on this classifier as a function of pixels (B, 3, H, W) in 0..1, labels (B,) and index (B,).
 
-        PGD begins at a place in the ball that depends on the seed and the image, not on its batch or the classifier;
-        of attacks with different eps, at the same place of each ball.
+        PGD starts at a point of the ball that depends on the seed and the image, not on its batch or the classifier;
+        attacks of different eps start at the same relative point.
         """
 
-        def alter(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-            count = max(1, AT_ONCE // (pixels.shape[2] * pixels.shape[3]))  # a gradient keeps all layers of each image
-            parts = zip(pixels.split(count), labels.split(count), index.split(count), strict=True)
-            return torch.cat([attacked(*part) for part in parts])
-
-        def attacked(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        def attack_chunk(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
             if self.name == "fgsm":
                 return fgsm(classify, pixels, labels, self.eps)
             drawn = uniform(index, tuple(pixels.shape[1:]), seed=seed, purpose="pgd start", device=pixels.device)
-            start = 2 * drawn - 1
-            return pgd(classify, pixels, labels, self.eps, self.steps, self.step_size, start)
+            return pgd(classify, pixels, labels, self.eps, self.steps, self.step_size, 2 * drawn - 1)
 
-        return alter
+        def attack(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            size = max(
+                1, CHUNK_PIXELS // pixels[0, 0].numel()
+            )  # the graph of a gradient keeps all layers of all images
+            chunks = zip(pixels.split(size), labels.split(size), index.split(size), strict=True)
+            return torch.cat([attack_chunk(*chunk) for chunk in chunks])
+
+        return attack
 
 
 def format_eps(eps: float) -> str:
-    """`8/255` for what is a whole number of 255, else the number."""
+    """`8/255` for a multiple of 1/255, else the number."""
     levels = round(eps * 255)
     return f"{levels}/255" if 0 < levels < 255 and abs(levels - eps * 255) < 1e-6 else f"{eps:g}"
 
@@ -127,21 +128,21 @@ def build_attacks(
     steps: Iterable[int] | None = None,
     step_size: float | None = None,
 ) -> list[Attack]:
-    """The attacks asked for, each once: by name, then by eps, then by steps.
+    """Each attack once: by name, then by eps, then by steps.
 
     eps None: 4/255 and 8/255 for fgsm, 4/255 for pgd; given: for both. steps None: 20. step_size None: 2/255, or eps
     where that is smaller. Raises UserError for a step size of 0, ValueError for an unknown name.
     """
     if step_size == 0:
         raise UserError("--step_size 0: PGD would stay where it begins; give more than 0")
-    given = None if eps is None else tuple(eps)
+    fgsm_eps, pgd_eps = (FGSM_EPS, (PGD_EPS,)) if eps is None else [tuple(eps)] * 2
     steps = (PGD_STEPS,) if steps is None else tuple(steps)
     found = []
     for name in names:
         if name == "pgd":
-            for one in (PGD_EPS,) if given is None else given:
-                size = min(PGD_STEP_SIZE, one) if step_size is None else step_size
-                found += [Attack(name, one, number, size) for number in steps]
+            for bound in pgd_eps:
+                size = min(PGD_STEP_SIZE, bound) if step_size is None else step_size
+                found += [Attack(name, bound, count, size) for count in steps]
         else:
-            found += [Attack(name, one) for one in (FGSM_EPS if given is None else given)]
+            found += [Attack(name, bound) for bound in fgsm_eps]
     return list(dict.fromkeys(found))

@@ -28,10 +28,10 @@ PICKLES = ("input.pkl", "label.pkl", "bbox.pkl")
 REMEDY = "--background_dir needs a file of the same name for every image, or " + ", ".join(PICKLES)
 
 
-def object_mask(boxes: Boxes, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
+def build_object_mask(boxes: Boxes, height: int, width: int, device: torch.device | str | None = None) -> torch.Tensor:
     """The union of the true boxes (n, 4) of each image -> (B, 1, H, W) bool on the device.
 
-    An image whose boxes are not known (None) is all object, and so stays as it is.
+    An image whose boxes are not known (None) counts as all object, and so stays as it is.
     """
     whole = torch.tensor([[0, height, 0, width]])
     known = [whole if each is None else each.cpu() for each in boxes]
@@ -47,21 +47,20 @@ def replace_background(pixels: torch.Tensor, mask: torch.Tensor, others: torch.T
     return torch.where(mask, pixels, others)
 
 
-def noise_background(
+def add_background_noise(
     pixels: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, seed: int, std: float
 ) -> torch.Tensor:
     """pixels (B, 3, H, W) in 0..1, with Gaussian noise outside the mask (B, 1, H, W) bool, clipped to 0..1.
 
-    index (B,): positions in the set, which with the seed decide about the noise. std: in units of the pixels.
+    index (B,): positions in the set, which determine the noise together with the seed. std: in units of the pixels.
     """
     noise = sample_rng.normal(index, pixels.shape[1:], seed=seed, purpose="background noise", device=pixels.device)
     return torch.where(mask, pixels, (pixels + std * noise).clamp(0, 1))
 
 
 def draw_partner(index: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """index (B,): positions in a set of `count` images -> (B,) long: of those that serve as their backgrounds.
-
-    Never an image itself; every other one is as likely.
+    """index (B,): positions in a set of `count` images -> (B,) long: positions of the images that serve as their
+    backgrounds. Never the image itself; all others are equally likely.
     """
     if count < 2:
         raise ValueError(f"a background comes from another image, and there are {count} in all")
@@ -70,75 +69,72 @@ def draw_partner(index: torch.Tensor, count: int, seed: int) -> torch.Tensor:
     return (index + step) % count
 
 
-def read_background_dir(place: Path | str, part: ImageSet, view: View) -> ImageSet:
-    """The images of the part as a folder holds them ready-made, in the order and with the labels of the part.
+def read_background_dir(place: Path | str, image_set: ImageSet, view: View) -> ImageSet:
+    """Versions of the images of a set that a folder holds, in the same order and with the same labels.
 
-    A file is found by its path below the folder, whatever its ending; else by its name where no other file has it. The
-    true boxes stay those of the originals: the images must show the same, at any size. Raises UserError that names what
-    is missing.
+    A file is found by its path below the folder without its extension; else by its name where that is unique. The true
+    boxes stay those of the originals: the images must show the same, at any size. Raises UserError that names what is
+    missing.
     """
     place = Path(place)
-    if part.files is None:
+    if image_set.files is None:
         raise UserError(
-            f"--background_dir {place}: {part.origin} has no image files that others could stand for\n"
+            f"--background_dir {place}: {image_set.origin} has no image files that others could stand for\n"
             "leave it out: the images are made from the seed then"
         )
     if not place.is_dir():
         raise UserError(f"--background_dir {place}: no such folder\n{REMEDY}")
-    wanted = part.files.names()
-    found, asked = Names(list_files(place)), Names(wanted)
-    files = [found.like(name, asked) for name in wanted]
+    wanted = image_set.files.names()
+    found, originals = FileNames(list_images(place)), FileNames(wanted)
+    files = [found.match(name, originals) for name in wanted]
     missing = [name for name, file in zip(wanted, files, strict=True) if file is None]
     if missing:
         more = " ..." if len(missing) > 3 else ""
         raise UserError(
-            f"--background_dir {place}: no image for {len(missing):,} of {len(part):,}: {', '.join(missing[:3])}{more}"
-            f"\n{REMEDY}{list_directory(place)}"
+            f"--background_dir {place}: no image for {len(missing):,} of {len(image_set):,}: "
+            f"{', '.join(missing[:3])}{more}\n{REMEDY}{list_directory(place)}"
         )
     names = FileList(place, files)
-    return replace(part, pixels=ImageFiles(names, view), origin=str(place), files=names)
+    return replace(image_set, pixels=ImageFiles(names, view), origin=str(place), files=names)
 
 
-class Names:
-    """Paths of files, looked up without their endings."""
+class FileNames:
+    """Paths of files, looked up without their extensions."""
 
     def __init__(self, names: list[str]):
-        self.paths = {plain_name(name): name for name in names}
-        self.counts = Counter(PurePosixPath(name).name for name in self.paths)
-        self.alone = {PurePosixPath(plain_name(name)).name: name for name in names}
+        self.by_path = {os.path.splitext(name)[0]: name for name in names}
+        self.by_stem = {PurePosixPath(path).name: name for path, name in self.by_path.items()}
+        self.counts = Counter(PurePosixPath(path).name for path in self.by_path)
 
-    def like(self, name: str, others: "Names") -> str | None:
-        """The file of that path; else the one of that name, where it is the only one here and among the others."""
-        stem = PurePosixPath(plain_name(name)).name
-        by_name = self.alone.get(stem) if self.counts[stem] == others.counts[stem] == 1 else None
-        return self.paths.get(plain_name(name)) or by_name
-
-
-def plain_name(name: str) -> str:
-    return os.path.splitext(name)[0]
+    def match(self, name: str, others: "FileNames") -> str | None:
+        """The file of that path; else the one of that name, if it is unique both here and among the others."""
+        path = os.path.splitext(name)[0]
+        stem = PurePosixPath(path).name
+        unique = self.counts[stem] == others.counts[stem] == 1
+        return self.by_path.get(path) or (self.by_stem[stem] if unique else None)
 
 
-def list_files(place: Path) -> list[str]:
-    """The images in a folder and in those within it, relative to it, sorted."""
+def list_images(place: Path) -> list[str]:
+    """The images in a folder and its subfolders, relative to it, sorted."""
     found = []
     for folder, _, names in os.walk(place):
         found += [(Path(folder) / name).relative_to(place).as_posix() for name in filter_images(names)]
     return sorted(found)
 
 
-def holds_pickles(place: Path | str) -> bool:
+def has_pickles(place: Path | str) -> bool:
     return all((Path(place) / name).is_file() for name in PICKLES)
 
 
 def read_pickles(place: Path | str, classes: list[str], size: int) -> tuple[ImageSet, Boxes]:
-    """A set as it was published with Co-Mixup: the centres of size x size of its images, and their true boxes.
+    """A set as it was published with Co-Mixup: the centre crops, size x size, of its images, and their true boxes.
 
     input.pkl: images (H, W, 3) uint8, each of its own shape; label.pkl: their classes; bbox.pkl: their boxes (n, 4) as
-    x0, y0, x1, y1 in 0..1. Nothing in the files can run. They are held in memory whole (10 GB a published set). Raises
+    x0, y0, x1, y1 in 0..1. Unpickling runs no code. The whole set is held in memory (10 GB a published one). Raises
     UserError for other content.
     """
     try:
-        images, labels, shares = (read_pickle(Path(place) / name) for name in PICKLES)
+        images, labels, shares = (load_pickle(Path(place) / name) for name in PICKLES)
         labels = torch.tensor([int(label) for label in labels])
         if not 0 <= int(labels.min()) <= int(labels.max()) < len(classes):
             raise ValueError(f"labels from {labels.min()} to {labels.max()}, and {len(classes)} classes")
@@ -158,6 +154,6 @@ def read_pickles(place: Path | str, classes: list[str], size: int) -> tuple[Imag
     return ImageSet(pixels, labels, classes, str(place)), boxes
 
 
-def read_pickle(path: Path):
+def load_pickle(path: Path):
     with open(path, "rb") as file:
         return load_arrays(file)

@@ -1,9 +1,9 @@
-"""Calibration: whether a classifier is right as often as it is confident, and what a temperature mends of it.
+"""Calibration: whether a classifier is right as often as it is confident, before and after temperature scaling.
 
 Guo et al., "On calibration of modern neural networks", ICML 2017, arXiv 1706.04599; Nixon et al., "Measuring
 calibration in deep learning", 2019, arXiv 1904.01685. The confidence is the probability of the predicted class, the
-first of the highest logits. Everywhere logits are (N, K), labels (N,) long on the same device, and all is computed in
-float64; functions raise ValueError for no images, for logits that are not finite and for labels that are no class.
+first of the highest logits. Everywhere logits are (N, K) and labels (N,) long on the same device, and all is computed
+in float64; functions raise ValueError for no images, for logits that are not finite and for labels that are no class.
 """
 
 import math
@@ -13,10 +13,9 @@ from torch.nn import functional as F
 
 from engine.inference.metrics import validate_logits
 
-TEMPERATURES = (0.05, 20.0)  # within them a temperature is looked for
-COLUMNS = ("edges", "accuracy", "confidence", "count")  # of a reliability table
-FEW = 10  # images, of which an accuracy says little
-CHUNK = 2**22  # probabilities of images x classes that are binned at a time: 32 MB
+TEMPERATURES = (0.05, 20.0)  # bounds of the temperature
+MIN_COUNT = 10  # images below which the accuracy of a bin says little
+CHUNK_SIZE = 2**22  # probabilities of images x classes that are binned at a time: 32 MB
 
 
 def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
@@ -25,8 +24,8 @@ def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15
 
     Guo et al., Eq. 3; bins are (lower, upper].
     """
-    confidence, right = confidence_and_right(logits, labels)
-    gap = bin_sums(bin_index(confidence, bins), confidence - right, bins)
+    confidence, correct = confidence_and_correct(logits, labels)
+    gap = bin_sums(bin_index(confidence, bins), confidence - correct, bins)
     return float(gap.abs().sum() / len(labels))
 
 
@@ -39,11 +38,11 @@ def adaptive_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins:
     of several equal confidences counts as right in their mean, so that the order of the images does not matter; with
     fewer images than bins each is a bin of its own.
     """
-    confidence, right = confidence_and_right(logits, labels)
-    values, place, count = confidence.unique(return_inverse=True, return_counts=True)
-    right = (bin_sums(place, right, len(values)) / count)[place]
+    confidence, correct = confidence_and_correct(logits, labels)
+    values, index, count = confidence.unique(return_inverse=True, return_counts=True)
+    correct = (bin_sums(index, correct, len(values)) / count)[index]
     rank = torch.arange(len(labels), device=labels.device)
-    gap = bin_sums(rank * check_inputs(bins) // len(labels), (confidence - right)[place.argsort()], bins)
+    gap = bin_sums(rank * check_bins(bins) // len(labels), (confidence - correct)[index.argsort()], bins)
     return float(gap.abs().sum() / len(labels))
 
 
@@ -58,34 +57,30 @@ def classwise_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins
     images, classes = logits.shape
     first = torch.arange(classes, device=logits.device) * bins  # bin of each class
     gap = logits.new_zeros(classes * bins)
-    rows = max(1, CHUNK // classes)
-    for part, own in zip(logits.split(rows), labels.split(rows), strict=True):
-        probability = part.softmax(1)
+    rows = max(1, CHUNK_SIZE // classes)
+    for chunk, true in zip(logits.split(rows), labels.split(rows), strict=True):
+        probability = chunk.softmax(1)
         index = bin_index(probability, bins) + first
         gap.index_add_(0, index.flatten(), probability.flatten())
-        gap.index_add_(0, index.gather(1, own.unsqueeze(1)).flatten(), gap.new_full((len(own),), -1.0))
+        gap.index_add_(0, index.gather(1, true.unsqueeze(1)).flatten(), gap.new_full((len(true),), -1.0))
     return float(gap.abs().sum() / (images * classes))
 
 
-def reliability(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> dict[str, list]:
+def reliability_table(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> dict[str, list]:
     """What a reliability diagram shows (Guo et al., Sec. 2): of each of the bins of calibration_error() the mean
     confidence and the accuracy, 0..1, None where it is empty, and the count of images; and the bins + 1 edges.
     """
-    confidence, right = confidence_and_right(logits, labels)
+    confidence, correct = confidence_and_correct(logits, labels)
     index = bin_index(confidence, bins)
     counts = bin_sums(index, torch.ones_like(confidence), bins).tolist()
-    means = {
-        "confidence": bin_sums(index, confidence, bins).tolist(),
-        "accuracy": bin_sums(index, right, bins).tolist(),
-    }
-    filled = {
-        name: [value / count if count else None for value, count in zip(values, counts, strict=True)]
-        for name, values in means.items()
-    }
-    return {"edges": [edge / bins for edge in range(bins + 1)], **filled, "count": [int(count) for count in counts]}
+    table = {"edges": [edge / bins for edge in range(bins + 1)]}
+    for name, values in (("confidence", confidence), ("accuracy", correct)):
+        sums = bin_sums(index, values, bins).tolist()
+        table[name] = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
+    return table | {"count": [int(count) for count in counts]}
 
 
-def confidence_and_right(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def confidence_and_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(N,) the highest probability, and (N,) 1 where its class is the label; float64."""
     logits = validate_logits(logits, labels)
     return logits.softmax(1).amax(1), (logits.argmax(1) == labels).double()
@@ -93,10 +88,10 @@ def confidence_and_right(logits: torch.Tensor, labels: torch.Tensor) -> tuple[to
 
 def bin_index(probability: torch.Tensor, bins: int) -> torch.Tensor:
     """Which of `bins` equal bins (lower, upper] of 0..1 holds each probability, counted from 0; 0 is in the first."""
-    return (probability * check_inputs(bins)).ceil().long().clamp(1, bins) - 1
+    return (probability * check_bins(bins)).ceil().long().clamp(1, bins) - 1
 
 
-def check_inputs(bins: int) -> int:
+def check_bins(bins: int) -> int:
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     return bins
@@ -160,53 +155,53 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return 1 / inverse
 
 
-def measure(logits: torch.Tensor, labels: torch.Tensor, held: torch.Tensor, bins: int = 15) -> dict:
-    """Every figure above, before and, under `after`, with the temperature; plain numbers, ready for JSON.
+def measure_calibration(logits: torch.Tensor, labels: torch.Tensor, heldout: torch.Tensor, bins: int = 15) -> dict:
+    """All metrics above, before and, under `after`, with the temperature; plain numbers, ready for JSON.
 
-    held (N,) bool: the images on which the temperature is fitted; all figures are of the others, `images` in number.
+    heldout (N,) bool: the images on which the temperature is fitted; all metrics are of the others, `images` in number.
     In percent: ece, adaptive_ece, classwise_ece, accuracy (which no temperature changes), mean_confidence.
-    temperature_at_bound: see fit_temperature(). Raises ValueError where no image is held, or no other left.
+    temperature_at_bound: see fit_temperature(). Raises ValueError where no image is held out, or no other left.
     """
-    logits, held = validate_logits(logits, labels), held.to(logits.device)
-    if held.shape != labels.shape or held.dtype != torch.bool:
-        raise ValueError(f"held must be {len(labels)} bools, got {held.dtype} of {tuple(held.shape)}")
-    count = int(held.sum())
+    logits, heldout = validate_logits(logits, labels), heldout.to(logits.device)
+    if heldout.shape != labels.shape or heldout.dtype != torch.bool:
+        raise ValueError(f"held must be {len(labels)} bools, got {heldout.dtype} of {tuple(heldout.shape)}")
+    count = int(heldout.sum())
     if not 0 < count < len(labels):
         raise ValueError(
             f"a temperature is fitted on some images and judged on others: {count} of {len(labels)} are held"
         )
-    temperature = fit_temperature(logits[held], labels[held])
-    logits, labels = logits[~held], labels[~held]
-    return calibration_figures(logits, labels, bins) | {
+    temperature = fit_temperature(logits[heldout], labels[heldout])
+    logits, labels = logits[~heldout], labels[~heldout]
+    return compute_metrics(logits, labels, bins) | {
         "temperature": temperature,
         "temperature_at_bound": temperature in TEMPERATURES,
-        "after": calibration_figures(logits / temperature, labels, bins),
+        "after": compute_metrics(logits / temperature, labels, bins),
         "bins": bins,
         "images": len(labels),
         "held_out": count,
     }
 
 
-def calibration_figures(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> dict:
-    confidence, right = confidence_and_right(logits, labels)
+def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> dict:
+    confidence, correct = confidence_and_correct(logits, labels)
     return {
         "ece": 100 * calibration_error(logits, labels, bins),
         "adaptive_ece": 100 * adaptive_calibration_error(logits, labels, bins),
         "classwise_ece": 100 * classwise_calibration_error(logits, labels, bins),
         "nll": negative_log_likelihood(logits, labels),
         "brier": brier_score(logits, labels),
-        "accuracy": 100 * float(right.mean()),
+        "accuracy": 100 * float(correct.mean()),
         "mean_confidence": 100 * float(confidence.mean()),
-        "reliability": reliability(logits, labels, bins),
+        "reliability": reliability_table(logits, labels, bins),
     }
 
 
 def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False) -> None:
-    """A reliability diagram of what measure() gave, (name, result) each: accuracy against confidence, in 0..1.
+    """A reliability diagram of results of measure_calibration(), (name, result) each: accuracy against confidence.
 
-    One classifier: a bar a bin with its gap to the mean confidence, pale where the bin holds fewer than FEW images, and
-    above how many each holds. Several: a line each, whose dots grow with the share of the images. after: with the
-    temperature.
+    One classifier: a bar for each bin and its gap to the mean confidence, pale where the bin holds fewer than MIN_COUNT
+    images, and above it a histogram of the confidences. Several: a line each, whose dots grow with the share of the
+    images. after: with the temperature.
     """
     axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, zorder=3)
     for name, result in results:
@@ -217,18 +212,23 @@ def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False)
     axes.legend(fontsize=8, loc="upper left", framealpha=0.85, edgecolor="none").set_zorder(5)
 
 
+def list_filled_bins(table: dict[str, list]) -> list[tuple]:
+    """Left edges, accuracies, confidences and counts of the bins that hold images."""
+    rows = zip(table["edges"][:-1], table["accuracy"], table["confidence"], table["count"], strict=True)
+    return list(zip(*(row for row in rows if row[-1]), strict=True))
+
+
 def draw_bars(axes, table: dict[str, list], label: str) -> None:
-    filled = [place for place, count in enumerate(table["count"]) if count]
-    left, accuracy, confidence, count = ([table[key][place] for place in filled] for key in COLUMNS)
+    left, accuracy, confidence, count = list_filled_bins(table)
     size = {"width": 1 / len(table["count"]), "align": "edge", "linewidth": 0.6}
     solid = {"color": "tab:blue", "edgecolor": "white", **size}
     hatched = {"color": "none", "edgecolor": "tab:red", "hatch": "////", **size}
     axes.bar(0, 0, label=label, **solid)  # for the legend
     axes.bar(0, 0, label="gap", **hatched)
-    for place, right, sure, images in zip(left, accuracy, confidence, count, strict=True):
-        alpha = 0.3 if images < FEW else None
-        axes.bar(place, right, alpha=alpha, **solid)
-        axes.bar(place, sure - right, bottom=right, alpha=alpha, **hatched)
+    for x, height, mean, images in zip(left, accuracy, confidence, count, strict=True):
+        alpha = 0.3 if images < MIN_COUNT else None
+        axes.bar(x, height, alpha=alpha, **solid)
+        axes.bar(x, mean - height, bottom=height, alpha=alpha, **hatched)
     above = axes.inset_axes([0, 1.03, 1, 0.18], sharex=axes)
     above.bar(left, count, color="0.6", edgecolor="white", **size)
     above.set(yscale="log", ylim=(0.5, None))  # so that a single image shows
@@ -240,8 +240,7 @@ def draw_bars(axes, table: dict[str, list], label: str) -> None:
 
 
 def draw_line(axes, table: dict[str, list], label: str) -> None:
-    filled = [place for place, count in enumerate(table["count"]) if count]
-    _, accuracy, confidence, count = ([table[key][place] for place in filled] for key in COLUMNS)
+    _, accuracy, confidence, count = list_filled_bins(table)
     (line,) = axes.plot(confidence, accuracy, linewidth=1.2, label=label)
     area = [8 + 80 * images / sum(count) for images in count]
     axes.scatter(confidence, accuracy, area, color=line.get_color(), zorder=4, clip_on=False)

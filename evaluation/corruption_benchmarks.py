@@ -19,9 +19,9 @@ from engine.data.folders import check_missing, class_folders, label_files, list_
 from engine.data.image_set import ImageSet, image_set_from_files
 from engine.data.views import View
 from engine.errors import UserError, suggest_closest
+from evaluation.corruptions import SEVERITIES
 
-SEVERITIES = (1, 2, 3, 4, 5)
-ALEXNET = {  # errors over the five severities of ImageNet-C, in the paper's order
+ALEXNET_ERRORS = {  # mean over the five severities of ImageNet-C, in the paper's order
     "gaussian_noise": 0.886428,
     "shot_noise": 0.894468,
     "impulse_noise": 0.922640,
@@ -38,17 +38,17 @@ ALEXNET = {  # errors over the five severities of ImageNet-C, in the paper's ord
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # published as well, outside the paper's mean
-ORDER = [*ALEXNET, *EXTRA]
-USUAL = {10: "cifar-10-c", 100: "cifar-100-c", 200: "tiny-imagenet-c", 1000: "imagenet-c"}  # by how many classes
+EXTRA_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # published, outside the paper's mean
+ORDER = [*ALEXNET_ERRORS, *EXTRA_CORRUPTIONS]
+SET_BY_CLASS_COUNT = {10: "cifar-10-c", 100: "cifar-100-c", 200: "tiny-imagenet-c", 1000: "imagenet-c"}
 
 
 @dataclass
 class CorruptedSet:
-    """What is there of a corrupted set; nothing is read into memory before part() is asked for it."""
+    """The files of a corrupted set; nothing is read into memory before load()."""
 
     kind: str  # arrays or folders
-    place: Path
+    root: Path
     classes: list[str]
     sources: dict[str, dict[int, Path]]  # corruption -> severity -> its array (the same for each) or its folder
     notes: list[str]  # what is missing, a line each
@@ -64,53 +64,52 @@ class CorruptedSet:
     def severities(self, name: str) -> list[int]:
         return list(self.sources[name])
 
-    def part(self, name: str, severity: int) -> ImageSet:
+    def load(self, name: str, severity: int) -> ImageSet:
         """The images of one corruption at one severity, labels as positions in `classes`. Raises UserError for what
         cannot be read, ValueError for what is not there.
         """
         if severity not in self.sources.get(name, ()):
             there = {name: self.severities(name) for name in self.names}
-            raise ValueError(
-                f"no {name!r} of severity {severity!r}, there are {there}{suggest_closest(name, self.names)}"
-            )
+            nearest = suggest_closest(name, self.names)
+            raise ValueError(f"no {name!r} of severity {severity!r}, there are {there}{nearest}")
         source = self.sources[name][severity]
-        with check_readable(source):
+        with explain_os_errors(source):
             if self.kind == "folders":
                 found = label_files(class_folders(source), source)
-                ours = torch.tensor([self.classes.index(of_set) for of_set in found.classes])
-                found = found._replace(labels=ours[found.labels], classes=self.classes)
+                class_map = torch.tensor([self.classes.index(each) for each in found.classes])
+                found = found._replace(labels=class_map[found.labels], classes=self.classes)
                 return image_set_from_files(found, self.view, self.on_bad_image)
-            images = read_images(source, len(self.labels))
+            images = open_images(source, len(self.labels))
             count = len(images) // len(SEVERITIES)
             rows = slice((severity - 1) * count, severity * count)
             labels = self.labels if len(self.labels) == count else self.labels[rows]
-            pixels = torch.from_numpy(images[rows]).clone()  # out of the mapped file, while its errors are caught
+            pixels = torch.from_numpy(images[rows]).clone()  # out of the memory map, while its errors are caught
             return ImageSet(pixels, labels, self.classes, f"{source}, severity {severity}")
 
 
-def find_corrupted(
+def find_corrupted_set(
     place: Path, classes: list[str], *, view: View | None = None, on_bad_image: str = "stop"
 ) -> CorruptedSet:
-    """The corrupted set in `place`, or in a folder CIFAR-10-C, ImageNet-C ... there; the one usual for so many classes
-    goes first.
+    """The corrupted set in `place`, or in a folder CIFAR-10-C, ImageNet-C ... there; the published one of so many
+    classes goes first.
 
     classes: of the network. view: how image files are cut out; arrays need none. Raises UserError with what was looked
     for, and for damaged arrays and for classes that the network does not have.
     """
-    with check_readable(place):
+    with explain_os_errors(place):
         if not place.is_dir():
             raise UserError(f"no folder {place}\nname the folder of the corrupted images{list_directory(place.parent)}")
         places = [place / name for name in list_folders(place) if name.lower().endswith("-c")]
-        places.sort(key=lambda path: path.name.lower() != USUAL.get(len(classes)))
+        places.sort(key=lambda path: path.name.lower() != SET_BY_CLASS_COUNT.get(len(classes)))
         for root in [*places, place]:
-            if arrays := array_files(root):
+            if arrays := list_arrays(root):
                 labels, notes = read_labels(root / "labels.npy", classes)
                 for path in arrays.values():
-                    read_images(path, len(labels))
+                    open_images(path, len(labels))
                 sources = sort_corruptions({name: dict.fromkeys(SEVERITIES, path) for name, path in arrays.items()})
                 notes = list_missing(root, sources) + notes
                 return CorruptedSet("arrays", root, classes, sources, notes, labels)
-            if sources := sort_corruptions(severity_folders(root)):
+            if sources := sort_corruptions(list_severity_folders(root)):
                 if view is None:
                     raise ValueError(f"{root} holds image files, which need a view")
                 notes = list_missing(root, sources) + check_classes(root, sources, classes)
@@ -123,8 +122,8 @@ def find_corrupted(
 
 
 @contextmanager
-def check_readable(place: Path) -> Iterator[None]:
-    """Errors of the file system become a line."""
+def explain_os_errors(place: Path) -> Iterator[None]:
+    """Turn errors of the file system into a UserError of one line and a remedy."""
     try:
         yield
     except OSError as error:
@@ -133,21 +132,18 @@ def check_readable(place: Path) -> Iterator[None]:
         ) from error
 
 
-def array_files(root: Path) -> dict[str, Path]:
-    """Corruption -> its array; not by glob(), which passes over a folder that must not be read."""
+def list_arrays(root: Path) -> dict[str, Path]:
+    """Corruption -> its array. Not by glob(), which ignores a folder that may not be read."""
     names = [name for name in os.listdir(root) if name.endswith(".npy") and name != "labels.npy"]
     return {name.removesuffix(".npy"): root / name for name in names if not name.startswith(".")}
 
 
-def severity_folders(root: Path) -> dict[str, dict[int, Path]]:
+def list_severity_folders(root: Path) -> dict[str, dict[int, Path]]:
     """Corruption -> severity -> the folder of its class folders; also one level further down, as noise/shot_noise/1."""
     found = {}
     for group in list_folders(root):
-        if levels := list_severities(root / group):
-            found[group] = levels
-        else:
-            below = ((name, list_severities(root / group / name)) for name in list_folders(root / group))
-            found |= {name: levels for name, levels in below if levels}
+        below = [group] if list_severities(root / group) else [f"{group}/{name}" for name in list_folders(root / group)]
+        found |= {Path(name).name: levels for name in below if (levels := list_severities(root / name))}
     return found
 
 
@@ -164,9 +160,10 @@ def sort_corruptions(sources: dict[str, dict[int, Path]]) -> dict[str, dict[int,
 
 
 def list_missing(root: Path, sources: dict[str, dict[int, Path]]) -> list[str]:
-    """What a complete set has besides, a line each."""
-    absent = [name for name in ALEXNET if name not in sources]
-    lines = [f"{root} lacks {len(absent)} of the {len(ALEXNET)} corruptions: {', '.join(absent)}"] if absent else []
+    """What is missing from a complete set, a line each."""
+    absent = [name for name in ALEXNET_ERRORS if name not in sources]
+    total = len(ALEXNET_ERRORS)
+    lines = [f"{root} lacks {len(absent)} of the {total} corruptions: {', '.join(absent)}"] if absent else []
     for name, levels in sources.items():
         if gaps := [str(level) for level in SEVERITIES if level not in levels]:
             lines.append(f"{name} lacks the severities {', '.join(gaps)}")
@@ -193,11 +190,10 @@ def read_labels(path: Path, classes: list[str]) -> tuple[torch.Tensor, list[str]
         raise UserError(
             f"no {path}: it tells the classes of the images\nput the published one there{list_directory(path.parent)}"
         )
-    labels = map_array(path)
+    labels = open_array(path)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
-        raise UserError(
-            f"{path} holds {labels.dtype} of shape {labels.shape}, not whole numbers (N,)\ndownload it again"
-        )
+        found = f"{labels.dtype} of shape {labels.shape}"
+        raise UserError(f"{path} holds {found}, not whole numbers (N,)\ndownload it again")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= len(classes):
         raise UserError(
@@ -208,9 +204,9 @@ def read_labels(path: Path, classes: list[str]) -> tuple[torch.Tensor, list[str]
     return torch.from_numpy(labels.astype(np.int64)), [fewer] if highest + 1 < len(classes) else []
 
 
-def read_images(path: Path, labels: int) -> np.ndarray:
-    """uint8 (N, H, H, 3), mapped: five equal blocks, one a severity. labels: how many there are, N or a fifth of it."""
-    images, again = map_array(path), "\nunpack or download it again"
+def open_images(path: Path, labels: int) -> np.ndarray:
+    """uint8 (N, H, H, 3), memory-mapped: five equal blocks, one per severity. labels: how many, N or a fifth of it."""
+    images, again = open_array(path), "\nunpack or download it again"
     side = images.shape[1] if images.ndim == 4 else 0
     if images.dtype != np.uint8 or not side or images.shape[1:] != (side, side, 3):
         raise UserError(f"{path} holds {images.dtype} of shape {images.shape}, not uint8 (N, H, H, 3){again}")
@@ -223,8 +219,8 @@ def read_images(path: Path, labels: int) -> np.ndarray:
     return images
 
 
-def map_array(path: Path) -> np.ndarray:
-    """An array that is read where it is touched."""
+def open_array(path: Path) -> np.ndarray:
+    """A memory-mapped array."""
     try:
         return np.lib.format.open_memmap(path, mode="c")  # private: torch wants arrays that can be written to
     except OSError:
@@ -236,8 +232,8 @@ def map_array(path: Path) -> np.ndarray:
 def mean_corruption_error(
     errors: dict[str, list[float]], reference: dict[str, list[float]] | dict[str, float]
 ) -> tuple[float, dict[str, float]]:
-    """(mCE, {corruption: CE}), in percent: the mean error over severities, divided by that of a reference network, and
-    the mean of these quotients over the corruptions of `errors`. arXiv 1903.12261, Sec. 4.1.
+    """(mCE, {corruption: CE}) in percent: CE is the mean error over the severities relative to that of a reference
+    network, mCE the mean of CE over the corruptions of `errors`. arXiv 1903.12261, Sec. 4.1.
 
     errors, reference: corruption -> error at each severity, or the reference's mean over them, both in 0..1. Raises
     ValueError for corruptions without a reference, with a reference of 0, and with other numbers of severities.

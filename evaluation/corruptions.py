@@ -21,29 +21,23 @@ from torch.nn import functional as F
 
 from engine.errors import suggest_closest
 from evaluation.image_ops import (
-    Draws,
+    BatchRNG,
     gather_pixels,
     gaussian_blur,
     gaussian_kernel,
-    levels,
     motion_smear,
     pad_reflect,
     plasma_fractal,
-    round_to_bytes,
-    running_sums,
+    prefix_sums,
+    quantize,
     to_grayscale,
+    to_levels,
     weighted_sum,
     zoom_image,
 )
 from evaluation.jpeg import jpeg_compression
 
 SEVERITIES = (1, 2, 3, 4, 5)
-FAMILIES = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
 DESCRIPTIONS = {
     "gaussian_noise": "normal noise on every value; as published",
     "shot_noise": "Poisson counts of light, exact; as published",
@@ -65,7 +59,7 @@ DESCRIPTIONS = {
     "jpeg_compression": "JPEG's transform and quantisation, chroma at half resolution, at the published qualities; "
     "as a decoder shows it, to about a level",
 }
-LARGE = 96  # pixels of the shorter side from which ImageNet-C's strengths serve
+MIN_IMAGENET_SIDE = 96  # pixels of the shorter side from which on ImageNet-C's strengths apply
 
 
 @torch.no_grad()
@@ -84,24 +78,24 @@ def corrupt(pixels: torch.Tensor, name: str, severity: int, index: torch.Tensor,
     if index.shape != pixels.shape[:1]:
         raise ValueError(f"index must name {len(pixels)} images, one each, got shape {tuple(index.shape)}")
     side = min(pixels.shape[-2:])
-    large = side >= LARGE
+    large = side >= MIN_IMAGENET_SIDE
     strength = STRENGTHS[name][large][severity - 1]
-    drawn = Draws(index, seed, f"{name}/{severity}", pixels.device)
-    clean = round_to_bytes(pixels.float()).contiguous()  # one order of dimensions, one order of arithmetic
-    return round_to_bytes(CORRUPTIONS[name](clean, strength, side / (224 if large else 32), drawn))
+    rng = BatchRNG(index, seed, f"{name}/{severity}", pixels.device)
+    clean = quantize(pixels.float()).contiguous()  # one order of dimensions, one order of arithmetic
+    return quantize(CORRUPTIONS[name](clean, strength, side / (224 if large else 32), rng))
 
 
-def gaussian_noise(pixels: torch.Tensor, strength: float, scale: float, drawn: Draws) -> torch.Tensor:
-    return pixels + strength * drawn.normal("noise", *pixels.shape[1:])
+def gaussian_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
+    return pixels + strength * rng.normal("noise", *pixels.shape[1:])
 
 
-def shot_noise(pixels: torch.Tensor, strength: float, scale: float, drawn: Draws) -> torch.Tensor:
+def shot_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: counts in a pixel of 1."""
-    chance = (drawn.uniform("count", *pixels.shape[1:]) * 2**24).long()
+    chance = (rng.uniform("count", *pixels.shape[1:]) * 2**24).long()
     thresholds = poisson_thresholds(strength, pixels.device)
-    level = levels(pixels).long()
-    place = torch.searchsorted(thresholds.flatten(), level * 2**24 + chance, right=True)
-    return (place - level * thresholds.shape[1]) / strength
+    level = to_levels(pixels).long()
+    index = torch.searchsorted(thresholds.flatten(), level * 2**24 + chance, right=True)
+    return (index - level * thresholds.shape[1]) / strength
 
 
 @lru_cache(maxsize=16)
@@ -117,20 +111,20 @@ def poisson_thresholds(strength: float, device: torch.device) -> torch.Tensor:
     return ((at_most + torch.arange(256).unsqueeze(1)) * 2**24).long().to(device)
 
 
-def impulse_noise(pixels: torch.Tensor, strength: float, scale: float, drawn: Draws) -> torch.Tensor:
+def impulse_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: share of the values that are replaced."""
-    chance = drawn.uniform("value", *pixels.shape[1:])
+    chance = rng.uniform("value", *pixels.shape[1:])
     return pixels.masked_fill(chance < strength / 2, 0).masked_fill(chance >= 1 - strength / 2, 1)
 
 
-def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: the disk's radius and the deviation of the Gaussian that softens it, in pixels.
 
     The disk is a stack of rows, each the difference of two running sums.
     """
     radius, soft = scale * strength[0], scale * strength[1]
     reach, (height, width) = int(radius), pixels.shape[-2:]
-    sums = running_sums(pad_reflect(pad_reflect(levels(pixels).int(), 2, reach), 3, reach), 3)
+    sums = prefix_sums(pad_reflect(pad_reflect(to_levels(pixels).int(), 2, reach), 3, reach), 3)
     total, count = torch.zeros_like(pixels, dtype=torch.int32), 0
     for row in range(-reach, reach + 1):
         half = int(math.sqrt(radius**2 - row**2))
@@ -141,7 +135,7 @@ def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Dra
     return weighted_sum(weighted_sum(total / (255 * count), 2, edge), 3, edge)
 
 
-def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: deviation of the blur and greatest swap in pixels, and rounds of swaps.
 
     In a published round every pixel in turn is swapped with one up to `swap` away, by which some are carried far. A
@@ -150,21 +144,21 @@ def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws
     """
     sigma, swap, rounds = strength
     height, width = pixels.shape[-2:]
-    shift = drawn.normal("shift", 2, height, width) * (0.55 * (swap + 1) * math.sqrt(rounds) * scale)
+    shift = rng.normal("shift", 2, height, width) * (0.55 * (swap + 1) * math.sqrt(rounds) * scale)
     rows = shift[:, 0].round().long() + torch.arange(height, device=pixels.device).unsqueeze(1)
     columns = shift[:, 1].round().long() + torch.arange(width, device=pixels.device)
-    place = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    index = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
     soft = gaussian_blur(pixels, scale * sigma, 4.0)
-    return gaussian_blur(gather_pixels(soft.flatten(2), place.flatten(1)).view_as(soft), scale * sigma, 4.0)
+    return gaussian_blur(gather_pixels(soft.flatten(2), index.flatten(1)).view_as(soft), scale * sigma, 4.0)
 
 
-def motion_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def motion_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: radius and deviation in pixels."""
-    angle = (drawn.uniform("angle", 1, 1) - 0.5) * (math.pi / 2)
+    angle = (rng.uniform("angle", 1, 1) - 0.5) * (math.pi / 2)
     return motion_smear(pixels, scale * strength[0], scale * strength[1], angle)
 
 
-def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: how many enlargements, and by how much each exceeds the one before."""
     count, step = strength
     total = pixels.clone()
@@ -173,38 +167,38 @@ def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws)
     return total / (count + 1)
 
 
-def snow(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def snow(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: mean and deviation of the noise, its enlargement, threshold, radius and deviation of the trail, and
     the share of the image that is not whitened.
     """
     mean, deviation, zoom, threshold, radius, sigma, keep = strength
     height, width = pixels.shape[-2:]
     zoom = max(1.0, scale * zoom)
-    noise = drawn.normal("flakes", 1, math.ceil(height / zoom), math.ceil(width / zoom))
+    noise = rng.normal("flakes", 1, math.ceil(height / zoom), math.ceil(width / zoom))
     flakes = zoom_image(mean + deviation * noise, zoom, height, width)
     flakes = flakes.masked_fill(flakes < threshold, 0).clamp(max=1)
-    angle = (drawn.uniform("angle", 1, 1) - 1.5) * (math.pi / 2)  # -135 to -45 degrees
+    angle = (rng.uniform("angle", 1, 1) - 1.5) * (math.pi / 2)  # -135 to -45 degrees
     flakes = motion_smear(flakes, scale * radius, scale * sigma, angle)
     white = torch.maximum(pixels, 1.5 * to_grayscale(pixels) + 0.5)
     return keep * pixels + (1 - keep) * white + flakes + flakes.flip(2, 3)
 
 
-def frost(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def frost(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: weights of the image and of the ice."""
-    return strength[0] * pixels + strength[1] * ice(drawn, *pixels.shape[-2:])
+    return strength[0] * pixels + strength[1] * draw_ice(rng, *pixels.shape[-2:])
 
 
-def ice(drawn: Draws, height: int, width: int) -> torch.Tensor:
+def draw_ice(rng: BatchRNG, height: int, width: int) -> torch.Tensor:
     """(B, 3, H, W) in 0..1: bluish feathers, fine and coarse, along bent lines and at 60 degrees to them, here thick,
     there thin.
     """
-    thick = ((plasma_fractal(drawn, height, width, 2.0) - 0.25) * 2).clamp(0, 1)
-    bend = drawn.uniform("bend", 1, 3, 3) * (2 * math.pi)
+    thick = ((plasma_fractal(rng, height, width, 2.0) - 0.25) * 2).clamp(0, 1)
+    bend = rng.uniform("bend", 1, 3, 3) * (2 * math.pi)
     length = max(1.5, min(height, width) / 56)
     feather = torch.zeros_like(thick)
     for cell in (1, 3):
         size = math.ceil(height / cell), math.ceil(width / cell)
-        seeds = drawn.uniform(f"seeds {cell}", 1, *size) ** 8
+        seeds = rng.uniform(f"seeds {cell}", 1, *size) ** 8
         angle = F.interpolate(bend, size, mode="bicubic", align_corners=True).squeeze(1)
         grown = torch.maximum(*(motion_smear(seeds, length, length, angle + turn) for turn in (0.0, math.pi / 3)))
         feather = torch.maximum(feather, F.interpolate(grown, (height, width), mode="bilinear", align_corners=False))
@@ -212,28 +206,28 @@ def ice(drawn: Draws, height: int, width: int) -> torch.Tensor:
     return torch.cat([bright**1.2, bright, bright**0.85], 1)
 
 
-def fog(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def fog(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: height of the fog, and how much lower each finer octave of it is."""
     height, decay = strength
     brightest = pixels.amax((1, 2, 3), keepdim=True)
-    return (pixels + height * plasma_fractal(drawn, *pixels.shape[-2:], decay)) * (brightest / (brightest + height))
+    return (pixels + height * plasma_fractal(rng, *pixels.shape[-2:], decay)) * (brightest / (brightest + height))
 
 
-def brightness(pixels: torch.Tensor, strength: float, scale: float, drawn: Draws) -> torch.Tensor:
+def brightness(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: added to the value, the largest of the channels; hue and saturation stay."""
     value = pixels.amax(1, keepdim=True)
     raised = (value + strength).clamp(max=1)
     return torch.where(value > 0, pixels * (raised / value.clamp(min=1 / 255)), raised)
 
 
-def contrast(pixels: torch.Tensor, strength: float, scale: float, drawn: Draws) -> torch.Tensor:
+def contrast(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: share of a value's distance from its channel's mean that is left."""
-    total = levels(pixels).long().sum((2, 3), keepdim=True)  # whole numbers: the same in any order
+    total = to_levels(pixels).long().sum((2, 3), keepdim=True)  # whole numbers: the same in any order
     mean = total / (255 * pixels.shape[2] * pixels.shape[3])
     return (pixels - mean) * strength + mean
 
 
-def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, drawn: Draws) -> torch.Tensor:
+def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: height and smoothness (sigma) of the displacement and how far the affine map moves three corners of
     a centred square, in pixels.
     """
@@ -242,11 +236,11 @@ def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, drawn
     down = torch.arange(height, device=pixels.device).view(1, 1, -1, 1) - (height - 1) / 2
     across = torch.arange(width, device=pixels.device).view(1, 1, 1, -1) - (width - 1) / 2
     half = min(height, width) // 3
-    first, middle, last = ((2 * drawn.uniform("corners", 3, 2, 1, 1) - 1) * reach).unbind(1)  # (B, 2, 1, 1) each
+    first, middle, last = ((2 * rng.uniform("corners", 3, 2, 1, 1) - 1) * reach).unbind(1)  # (B, 2, 1, 1) each
     shift = middle + (down + half) / (2 * half) * (first - middle) + (across - half) / (2 * half) * (middle - last)
     if high:
         cell = max(1, int(sigma / 4))  # a field so smooth needs no draw for every pixel
-        field = 2 * drawn.uniform("field", 2, math.ceil(height / cell), math.ceil(width / cell)) - 1
+        field = 2 * rng.uniform("field", 2, math.ceil(height / cell), math.ceil(width / cell)) - 1
         field = gaussian_blur(field, sigma / cell, 3.0) * (high / cell)
         shift = shift + F.interpolate(field, (height, width), mode="bilinear", align_corners=False)
     rows, columns = (down + shift[:, :1]) * (2 / height), (across + shift[:, 1:]) * (2 / width)
@@ -254,31 +248,29 @@ def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, drawn
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def pixelate(pixels: torch.Tensor, strength: float, scale: float, drawn: Draws) -> torch.Tensor:
+def pixelate(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: share of the rows and of the columns that is left."""
-    whole = levels(pixels).int()
+    whole = to_levels(pixels).int()
     for dim in (3, 2):  # Pillow's order, and as there rounded in between
         size = whole.shape[dim]
         cells = max(1, int(size * strength))
         cell = (2 * torch.arange(size, device=pixels.device) + 1) * cells // (2 * size)  # of each pixel
         first = (2 * size * cell + cells) // (2 * cells)
         after = (2 * size * (cell + 1) + cells) // (2 * cells)
-        sums = running_sums(whole, dim)
+        sums = prefix_sums(whole, dim)
         count = (after - first).view([-1 if axis == dim else 1 for axis in range(4)])
         total = sums.index_select(dim, after) - sums.index_select(dim, first)
         whole = ((2 * total + count) // (2 * count)).int()
     return whole / 255
 
 
-CORRUPTIONS: dict[str, Callable] = {  # (pixels, strength, scale, drawn) -> pixels, neither clipped nor rounded
-    function.__name__: function
-    for function in (
-        *(gaussian_noise, shot_noise, impulse_noise),
-        *(defocus_blur, glass_blur, motion_blur, zoom_blur),
-        *(snow, frost, fog, brightness),
-        *(contrast, elastic_transform, pixelate, jpeg_compression),
-    )
+FAMILIES = {  # (pixels, strength, scale, rng) -> pixels, neither clipped nor rounded
+    "noise": (gaussian_noise, shot_noise, impulse_noise),
+    "blur": (defocus_blur, glass_blur, motion_blur, zoom_blur),
+    "weather": (snow, frost, fog, brightness),
+    "digital": (contrast, elastic_transform, pixelate, jpeg_compression),
 }
+CORRUPTIONS: dict[str, Callable] = {each.__name__: each for family in FAMILIES.values() for each in family}
 STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C, as the authors' code has them
     "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),

@@ -10,8 +10,8 @@ from engine.data import sample_rng
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The random numbers of a batch's images for one corruption at one severity."""
+class BatchRNG:
+    """Random numbers for the images of a batch, one corruption and one severity."""
 
     index: torch.Tensor  # (B,) positions in the data set
     seed: int
@@ -20,23 +20,21 @@ class Draws:
 
     def uniform(self, what: str, *shape: int) -> torch.Tensor:
         """(B, *shape) in [0, 1)."""
-        return sample_rng.uniform(
-            self.index, shape, seed=self.seed, purpose=f"{self.purpose}/{what}", device=self.device
-        )
+        purpose = f"{self.purpose}/{what}"
+        return sample_rng.uniform(self.index, shape, seed=self.seed, purpose=purpose, device=self.device)
 
     def normal(self, what: str, *shape: int) -> torch.Tensor:
-        """(B, *shape) of mean 0 and deviation 1."""
-        return sample_rng.normal(
-            self.index, shape, seed=self.seed, purpose=f"{self.purpose}/{what}", device=self.device
-        )
+        """(B, *shape) of mean 0 and standard deviation 1."""
+        purpose = f"{self.purpose}/{what}"
+        return sample_rng.normal(self.index, shape, seed=self.seed, purpose=purpose, device=self.device)
 
 
-def round_to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+def quantize(pixels: torch.Tensor) -> torch.Tensor:
     """To the nearest of the levels k / 255 that an 8-bit image has."""
-    return levels(pixels) / 255
+    return to_levels(pixels) / 255
 
 
-def levels(pixels: torch.Tensor) -> torch.Tensor:
+def to_levels(pixels: torch.Tensor) -> torch.Tensor:
     """0..1 -> whole numbers 0..255, still float32."""
     return (pixels * 255).round().clamp(0, 255)
 
@@ -44,8 +42,8 @@ def levels(pixels: torch.Tensor) -> torch.Tensor:
 def pad_reflect(images: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
     """`reach` more values at both ends of `dim`: mirrored, the edge repeated, as often as it takes."""
     size = images.shape[dim]
-    place = torch.arange(-reach, size + reach, device=images.device).remainder(2 * size)
-    return images.index_select(dim, torch.minimum(place, 2 * size - 1 - place))
+    index = torch.arange(-reach, size + reach, device=images.device).remainder(2 * size)
+    return images.index_select(dim, torch.minimum(index, 2 * size - 1 - index))
 
 
 def weighted_sum(images: torch.Tensor, dim: int, weights: list[float]) -> torch.Tensor:
@@ -72,8 +70,8 @@ def gaussian_blur(images: torch.Tensor, sigma: float, truncate: float) -> torch.
 def motion_smear(images: torch.Tensor, radius: float, sigma: float, angle: torch.Tensor) -> torch.Tensor:
     """A trail behind every pixel: (B, C, H, W), weights of half a Gaussian of sigma pixels over 2 * radius + 1 pixels.
 
-    angle (B, H, W) or (B, 1, 1): in radians, of the direction in which a pixel looks its trail up, to whole pixels;
-    beyond the border the edge goes on. With one angle it is ImageMagick's motion blur.
+    angle (B, H, W) or (B, 1, 1): in radians, of the direction in which a pixel gathers its trail, to whole pixels; the
+    edge is repeated beyond the border. With one angle it is ImageMagick's motion blur.
     """
     height, width = images.shape[-2:]
     weights = gaussian_kernel(sigma, 2 * math.ceil(radius))
@@ -84,14 +82,14 @@ def motion_smear(images: torch.Tensor, radius: float, sigma: float, angle: torch
     for step, weight in enumerate(weights):
         rows = (row + (step * down).round()).clamp(0, height - 1)
         columns = (column + (step * across).round()).clamp(0, width - 1)
-        place = (rows * width + columns).long().flatten(1)
-        out.add_(gather_pixels(flat, place), alpha=weight / sum(weights))
+        index = (rows * width + columns).long().flatten(1)
+        out.add_(gather_pixels(flat, index), alpha=weight / sum(weights))
     return out.view_as(images)
 
 
-def gather_pixels(flat: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """flat (B, C, N) at place (B, N), the same for all channels."""
-    return flat.gather(2, place.unsqueeze(1).expand_as(flat))
+def gather_pixels(flat: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """flat (B, C, N) at index (B, N), the same for all channels."""
+    return flat.gather(2, index.unsqueeze(1).expand_as(flat))
 
 
 def zoom_image(images: torch.Tensor, factor: float, height: int, width: int) -> torch.Tensor:
@@ -105,19 +103,19 @@ def zoom_image(images: torch.Tensor, factor: float, height: int, width: int) -> 
     return large[..., top : top + height, left : left + width]
 
 
-def running_sums(whole: torch.Tensor, dim: int) -> torch.Tensor:
+def prefix_sums(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Sums of the first 0, 1, ... values of int32 along `dim`, exact in any order."""
-    zero = torch.zeros_like(whole.narrow(dim, 0, 1))
-    return torch.cat([zero, whole.cumsum(dim, dtype=torch.int32)], dim)
+    zero = torch.zeros_like(values.narrow(dim, 0, 1))
+    return torch.cat([zero, values.cumsum(dim, dtype=torch.int32)], dim)
 
 
-def plasma_fractal(drawn: Draws, height: int, width: int, decay: float) -> torch.Tensor:
+def plasma_fractal(rng: BatchRNG, height: int, width: int, decay: float) -> torch.Tensor:
     """Noise (B, 1, H, W) in 0..1 of every scale down to a pixel, by the diamond-square algorithm on a torus whose side
     is a power of two. Each halving of the scale divides the noise that is added by `decay`.
     """
-    field = torch.zeros(len(drawn.index), 1, 1, 1, device=drawn.device)
+    field = torch.zeros(len(rng.index), 1, 1, 1, device=rng.device)
     for octave in range(math.ceil(math.log2(max(height, width)))):
-        noise = (2 * drawn.uniform(f"octave {octave}", 3, *field.shape[2:]) - 1) * decay**-octave
+        noise = (2 * rng.uniform(f"octave {octave}", 3, *field.shape[2:]) - 1) * decay**-octave
         beside, below = field + field.roll(-1, 3), field + field.roll(-1, 2)
         middle = (beside + beside.roll(-1, 2)) / 4 + noise[:, :1]
         right = (beside + middle + middle.roll(1, 2)) / 4 + noise[:, 1:2]

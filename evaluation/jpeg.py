@@ -5,7 +5,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from evaluation.image_ops import Draws, levels, to_grayscale
+from evaluation.image_ops import BatchRNG, to_grayscale, to_levels
 
 LUMA = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -26,10 +26,10 @@ CHROMA = (
 )  # table K.2
 
 
-def jpeg_compression(pixels: torch.Tensor, strength: int, scale: float, drawn: Draws) -> torch.Tensor:
+def jpeg_compression(pixels: torch.Tensor, strength: int, scale: float, rng: BatchRNG) -> torch.Tensor:
     """strength: quality, 1 to 100, in the sense of libjpeg; chroma has half the rows and columns (4:2:0)."""
     height, width = pixels.shape[-2:]
-    padded = F.pad(levels(pixels), (0, -width % 16, 0, height % 2), mode="replicate")
+    padded = F.pad(to_levels(pixels), (0, -width % 16, 0, height % 2), mode="replicate")
     red, _, blue = padded.split(1, 1)
     luma = to_grayscale(padded)
     chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1).round()  # around 0
@@ -53,14 +53,14 @@ def quantize_blocks(plane: torch.Tensor, table: tuple, quality: int) -> torch.Te
     count, channels, height, width = plane.shape
     share = 5000 // quality if quality < 50 else 200 - 2 * quality  # per cent of the table
     steps = torch.tensor(table, device=plane.device).mul(share).add(50).div(100, rounding_mode="floor").clamp(1, 255)
-    place = torch.arange(8, device=plane.device)
-    cosines = (place.unsqueeze(1) * (2 * place + 1) * (math.pi / 16)).cos() / 2  # (frequency, place)
+    position = torch.arange(8, device=plane.device)
+    cosines = (position.unsqueeze(1) * (2 * position + 1) * (math.pi / 16)).cos() / 2  # (frequency, position)
     cosines = torch.cat([cosines[:1] / math.sqrt(2), cosines[1:]])
     blocks = plane.view(count, channels, height // 8, 8, width // 8, 8).permute(3, 5, 0, 1, 2, 4).flatten(2)
     steps = steps.unsqueeze(2)
-    found = dct_blocks(blocks, cosines) / steps
-    found = round_half_up(found.abs()) * found.sign() * steps
-    blocks = dct_blocks(found, cosines.T).round().clamp(-128, 127)
+    coefficients = dct_blocks(blocks, cosines) / steps
+    coefficients = round_half_up(coefficients.abs()) * coefficients.sign() * steps
+    blocks = dct_blocks(coefficients, cosines.T).round().clamp(-128, 127)
     blocks = blocks.view(8, 8, count, channels, height // 8, width // 8).permute(2, 3, 4, 0, 5, 1)
     return blocks.reshape(plane.shape)[..., : size[0], : size[1]]
 

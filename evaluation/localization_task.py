@@ -1,11 +1,12 @@
 """Whether the maps of a classifier lie on the objects, also where the background was changed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from engine.data.annotations import BoxAnnotation
 from engine.data.image_set import ImageSet
+from engine.data.loader import Batch
 from engine.drawing import tables
 from engine.errors import UserError
 from engine.inference.classifier import normalize
@@ -13,51 +14,80 @@ from engine.runtime.device import exact_float32
 from engine.runtime.distributed import gather_object
 from engine.runtime.progress import Progress, use_progress_bar
 from evaluation.backgrounds import (
+    add_background_noise,
+    build_object_mask,
     draw_partner,
-    holds_pickles,
-    noise_background,
-    object_mask,
+    has_pickles,
     read_background_dir,
     read_pickles,
     replace_background,
 )
-from evaluation.context import PLAIN, EvalContext
-from evaluation.localization import Boxes, box_overlaps, list_thresholds, measure, place_boxes
+from evaluation.context import UNNORMALIZED, EvalContext
+from evaluation.localization import (
+    Boxes,
+    compute_overlaps,
+    list_thresholds,
+    project_boxes,
+    scale_maps,
+    score_localization,
+    smooth_maps,
+)
+from saliency.cam.maps import ActivationMaps, enlarged
 
-MapsOf = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-TITLES = {  # of the table: key -> title and format
-    **{"top1": ("top-1", ".2f"), "top5": ("top-5", ".2f"), "top1_loc": ("top-1 loc.", ".2f")},
-    **{"gt_known": ("GT-known", ".2f"), "best_gt_known": ("best", ".2f"), "best_gt_known_th": ("at", ".2f")},
-    **{"best_top1_loc": ("best top-1 loc.", ".2f"), "max_box_acc_v2": ("MaxBoxAccV2", ".2f")},
+MapFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+COLUMNS = {  # of the table: key -> title and format
+    "top1": ("top-1", ".2f"),
+    "top5": ("top-5", ".2f"),
+    "top1_loc": ("top-1 loc.", ".2f"),
+    "gt_known": ("GT-known", ".2f"),
+    "best_gt_known": ("best", ".2f"),
+    "best_gt_known_th": ("at", ".2f"),
+    "best_top1_loc": ("best top-1 loc.", ".2f"),
+    "max_box_acc_v2": ("MaxBoxAccV2", ".2f"),
 }
 
 
-def select_boxed(subject: EvalContext, truths: list[BoxAnnotation | None]) -> tuple[ImageSet, Boxes]:
-    """The images whose true boxes are known, and these in the pixels that the classifier sees."""
-    boxes = place_boxes(truths, subject.view)
-    known = [position for position, one in enumerate(boxes) if one is not None]
+def select_boxed(context: EvalContext, truths: list[BoxAnnotation | None]) -> tuple[ImageSet, Boxes]:
+    """The images whose true boxes are known, and the boxes in the pixels that the classifier sees."""
+    boxes = project_boxes(truths, context.view)
+    known = [index for index, each in enumerate(boxes) if each is not None]
     if not known:
         raise UserError(
-            f"none of the {len(boxes):,} images of {subject.part.origin} has a usable box of its class\n"
+            f"none of the {len(boxes):,} images of {context.image_set.origin} has a usable box of its class\n"
             "give other boxes with --annotation_path"
         )
-    return subject.part.take(torch.tensor(known)), [boxes[position] for position in known]
+    return context.image_set.take(torch.tensor(known)), [boxes[index] for index in known]
 
 
-def read_ready_made(subject: EvalContext, part: ImageSet, boxes: Boxes, place: str) -> tuple[ImageSet, Boxes]:
-    """The images of --background_dir, which stand for those of the part or are a pickled set of their own, and their
-    true boxes.
+def load_background_dir(context: EvalContext, image_set: ImageSet, boxes: Boxes, place: str) -> tuple[ImageSet, Boxes]:
+    """The images of --background_dir and their true boxes: versions of the images of the set, or a pickled set."""
+    if has_pickles(place):
+        return read_pickles(place, context.image_set.classes, context.image_size)
+    return read_background_dir(place, image_set, context.view), boxes
+
+
+def build_map_function(context: EvalContext, method: str, layer: str | None, classic: bool) -> MapFunction:
+    """A function of normalised images (B, 3, H, W) and labels (B,) that gives maps (B, H, W) in 0..1, and logits.
+
+    Raises ValueError where the network has no such maps.
     """
-    if holds_pickles(place):
-        return read_pickles(place, subject.part.classes, subject.size)
-    return read_background_dir(place, part, subject.view), boxes
+    activation_maps = ActivationMaps(context.classifier.network, method, layer=layer)
+
+    def compute_maps(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raw, size = activation_maps(images, labels), tuple(images.shape[-2:])
+        return scale_maps(smooth_maps(raw), size) if classic else enlarged(raw, size), activation_maps.logits
+
+    if method != "scorecam":  # which takes as many passes as there are channels
+        size, device = context.image_size, context.session.device
+        compute_maps(torch.zeros(1, 3, size, size, device=device), torch.tensor([0], device=device))
+    return compute_maps
 
 
-def localize(
-    subject: EvalContext,
-    part: ImageSet,
+def evaluate_localization(
+    context: EvalContext,
+    image_set: ImageSet,
     boxes: Boxes,
-    maps_of: MapsOf,
+    compute_maps: MapFunction,
     *,
     background: str,
     th: float,
@@ -65,69 +95,78 @@ def localize(
 ) -> dict:
     """Accuracy and localisation on one background; empty in all processes but the first.
 
-    maps_of(images (B, 3, H, W) normalised, labels (B,)) -> maps (B, H, W) in 0..1 of the true class, which is the
-    predicted one wherever that is right, and logits. background: rep, noise, or anything else for images
-    that are taken as they are. Raises ValueError for logits that are not finite.
+    compute_maps: gives maps of the true class, which is the predicted one wherever that is right. Raises ValueError for
+    logits that are NaN or infinite.
     """
     thresholds, rows = list_thresholds(th), []
-    seen, others = subject.batches(part, **PLAIN), None
-    if background == "rep":
-        others = subject.batches(part.take(draw_partner(torch.arange(len(part)), len(part), subject.seed)), **PLAIN)
-    behind = others.epoch() if others else None
-    with Progress(f"{subject.name} {background}", len(seen), bar=use_progress_bar(False), lines=False) as bar:
-        for step, batch in enumerate(seen.epoch()):
-            own, pixels = [boxes[position] for position in batch.loaded_index.tolist()], batch.images
-            if background in ("rep", "noise"):
-                mask = object_mask(own, *pixels.shape[-2:], pixels.device)
-            if background == "rep":
-                pixels = replace_background(pixels, mask, next(behind).images)
-            elif background == "noise":
-                pixels = noise_background(pixels, mask, batch.index, subject.seed, noise_std)
-            with exact_float32():
-                images = normalize(pixels, subject.classifier.mean, subject.classifier.std)
-                maps, logits = maps_of(images, batch.labels)
-            subject.check(logits, background)
-            ranked = logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels.unsqueeze(1)
-            rows.append((batch.index, *box_overlaps(maps, own, thresholds), ranked[:, 0].cpu(), ranked.any(1).cpu()))
-            bar(step + 1)
-    for batches in filter(None, (seen, others)):
-        batches.close()
-        subject.tell_skipped(part, batches.skipped)
-    parts = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else None
-    gathered = [one for one in gather_object(parts) or [] if one]
+    for batch, own, pixels in iter_on_background(context, image_set, boxes, background, noise_std):
+        with exact_float32():
+            images = normalize(pixels, context.classifier.mean, context.classifier.std)
+            maps, logits = compute_maps(images, batch.labels)
+        context.check_finite(logits, background)
+        hits = (logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels.unsqueeze(1)).cpu()
+        rows.append((batch.index, *compute_overlaps(maps, own, thresholds), hits[:, 0], hits.any(1)))
+    columns = [torch.cat(column) for column in zip(*rows, strict=True)]
+    gathered = [one for one in gather_object(columns) or [] if one]
     if not gathered:
         return {}
-    index, largest, best, right, among = map(torch.cat, zip(*gathered, strict=True))
-    held = subject.held(len(part))[index]
-    scores = {"background": background, "top1": 100 * float(right.double().mean())}
-    scores["top5"] = 100 * float(among.double().mean()) if logits.shape[1] >= 5 else None
-    return scores | measure(largest, best, right, held, thresholds, th)
+    index, largest, best, top1, top5 = map(torch.cat, zip(*gathered, strict=True))
+    scores = {"background": background, "top1": 100 * float(top1.double().mean())}
+    scores["top5"] = 100 * float(top5.double().mean()) if len(image_set.classes) >= 5 else None
+    heldout = context.heldout_mask(len(image_set))[index]
+    return scores | score_localization(largest, best, top1, heldout, thresholds, th)
 
 
-def report(results: list[dict]) -> str:
-    """A row for each classifier and background, and what boxes get that look at nothing."""
+def iter_on_background(
+    context: EvalContext, image_set: ImageSet, boxes: Boxes, background: str, noise_std: float
+) -> Iterator[tuple[Batch, Boxes, torch.Tensor]]:
+    """Batches, their true boxes, and their pixels in 0..1 on another background: rep is another image, noise Gaussian
+    noise; anything else leaves them as they are.
+    """
+    loaders, seed = [context.make_loader(image_set, **UNNORMALIZED)], context.session.seed
+    if background == "rep":
+        partner = draw_partner(torch.arange(len(image_set)), len(image_set), seed)
+        loaders.append(context.make_loader(image_set.take(partner), **UNNORMALIZED))
+    title = f"{context.name} {background}"
+    with Progress(title, len(loaders[0]), bar=use_progress_bar(False), lines=False) as bar:
+        for step, (batch, *others) in enumerate(zip(*(loader.epoch() for loader in loaders), strict=True), 1):
+            own, pixels = [boxes[index] for index in batch.loaded_index.tolist()], batch.images
+            if background in ("rep", "noise"):
+                mask = build_object_mask(own, *pixels.shape[-2:], pixels.device)
+            if background == "rep":
+                pixels = replace_background(pixels, mask, others[0].images)
+            elif background == "noise":
+                pixels = add_background_noise(pixels, mask, batch.index, seed, noise_std)
+            yield batch, own, pixels
+            bar(step)
+    for loader in loaders:
+        loader.close()
+        context.note_unreadable(image_set, loader.skipped)
+
+
+def format_report(results: list[dict]) -> str:
+    """A row for each classifier and background, and what fixed boxes get."""
     rows = [
         {"name": result["name"] + ("" if key == "clean" else f", {key}"), **scores}
         for result in results
         for key, scores in result["backgrounds"].items()
     ]
-    base, one = results[0]["baselines"], rows[0]
+    baselines, first = results[0]["baselines"], rows[0]
     lines = [
-        f"localisation in percent, of {base['images']:,} images with true boxes: boxes of "
-        f"{results[0]['maps']} maps at {one['th']:g} of the maximum, right from an overlap of 0.5 on",
-        tables.format_text(rows, TITLES),
+        f"localisation in percent, of {baselines['images']:,} images with true boxes: boxes of "
+        f"{results[0]['maps']} maps at {first['th']:g} of the maximum, right from an overlap of 0.5 on",
+        tables.format_text(rows, COLUMNS),
+        f"a centred box of 3/4 side gets GT-known {baselines['centre']:.2f}",
+        f"the whole image gets GT-known {baselines['whole']:.2f}",
+        *describe_noise(results[0]),
     ]
-    lines += [
-        f"{title} gets GT-known {base[key]:.2f}"
-        for key, title in (("centre", "a centred box of 3/4 side"), ("whole", "the whole image"))
-    ]
-    lines += noise_note(results[0])
-    if one["max_box_acc_v2"] is None:
-        lines.append(f"no MaxBoxAccV2: its thresholds are chosen on held-out images, here {one['held_images']} of all")
+    if first["max_box_acc_v2"] is None:
+        heldout = first["held_images"]
+        lines.append(f"no MaxBoxAccV2: its thresholds are chosen on held-out images, here {heldout} of all")
     return "\n".join(lines)
 
 
-def noise_note(result: dict) -> list[str]:
-    """How strong the noise of the background is, where there is any."""
-    known = "noise" in result["backgrounds"]
-    return [f"noise: Gaussian, of deviation {result['noise_std']:g} in pixels of 0..1"] if known else []
+def describe_noise(result: dict) -> list[str]:
+    """A line on the strength of the noise, where it is a background."""
+    line = f"noise: Gaussian, of deviation {result['noise_std']:g} in pixels of 0..1"
+    return [line] if "noise" in result["backgrounds"] else []

@@ -13,14 +13,14 @@ from engine.data.sample_rng import uniform
 
 KINDS = {"patches": "random patches", "centre": "centred hole"}
 SHARES = tuple(number / 8 for number in range(8))  # of the area: 0 to 0.875
-GRID = 8  # cells a side
-LOOKS = dict(zip(KINDS, ("-", "--"), strict=True))
+GRID = 8  # cells per side
+LINE_STYLES = {"patches": "-", "centre": "--"}
 
 
-def hide(
+def occlude(
     pixels: torch.Tensor, kind: str, share: float, index: torch.Tensor, fill: tuple[float, float, float], seed: int
 ) -> torch.Tensor:
-    """pixels (B, 3, H, W) with that share of the area in the colour `fill`. index (B,): positions in the set.
+    """pixels (B, 3, H, W) with that share of their area in the colour `fill`. index (B,): positions in the set.
 
     What is hidden at one share is hidden at every larger one. ValueError for an unknown kind or a share outside 0..1.
     """
@@ -30,14 +30,14 @@ def hide(
         raise ValueError(f"share must be in 0..1, got {share}")
     size = pixels.shape[-2:]
     if kind == "patches":
-        hidden = random_cells(index.to(pixels.device, non_blocking=True), share, *size, seed=seed)
+        hidden = draw_patches(index.to(pixels.device, non_blocking=True), share, *size, seed=seed)
     else:
-        hidden = centred_hole(share, *size, pixels.device)
+        hidden = make_centre_hole(share, *size, pixels.device)
     colour = torch.tensor(fill, dtype=pixels.dtype).to(pixels.device, non_blocking=True)
     return torch.lerp(pixels, colour.view(1, -1, 1, 1), hidden.to(pixels.dtype))
 
 
-def random_cells(index: torch.Tensor, share: float, height: int, width: int, seed: int) -> torch.Tensor:
+def draw_patches(index: torch.Tensor, share: float, height: int, width: int, seed: int) -> torch.Tensor:
     """(B, 1, H, W) bool: that share of the cells of a grid of 8 x 8, of fewer where the image has fewer pixels.
 
     The number of cells is exact, so the area is where 8 divides both sides; otherwise cells differ by a row or column.
@@ -50,7 +50,7 @@ def random_cells(index: torch.Tensor, share: float, height: int, width: int, see
     return hidden.view(-1, 1, rows, columns)[:, :, down[:, None], across]
 
 
-def centred_hole(share: float, height: int, width: int, device: torch.device) -> torch.Tensor:
+def make_centre_hole(share: float, height: int, width: int, device: torch.device) -> torch.Tensor:
     """(1, 1, H, W) in 0..1: how much of each pixel is in a hole of the image's proportions and exactly that share.
 
     A square of a square image. The pixels at its border are in it in part, and become a blend.
@@ -63,8 +63,8 @@ def centred_hole(share: float, height: int, width: int, device: torch.device) ->
     return (sides[0].unsqueeze(1) * sides[1]).view(1, 1, height, width)
 
 
-def area(shares: Sequence[float], accuracies: Sequence[float]) -> float:
-    """The mean accuracy along the curve: its area by the trapezoid rule over the range of the shares.
+def area_under_curve(shares: Sequence[float], accuracies: Sequence[float]) -> float:
+    """The mean accuracy along the curve: its area by the trapezoidal rule, divided by the range of the shares.
 
     Raises ValueError unless there are as many of both, two at least, and the shares increase.
     """
@@ -75,7 +75,7 @@ def area(shares: Sequence[float], accuracies: Sequence[float]) -> float:
     return sum(step * mean for step, mean in zip(steps, means, strict=True)) / sum(steps)
 
 
-def draw(axes, results: list[tuple[str, dict[str, dict[str, list[float]]]]]) -> None:
+def draw_curves(axes, results: list[tuple[str, dict[str, dict[str, list[float]]]]]) -> None:
     """A colour for each classifier, solid for random patches and dashed for the centred hole.
 
     axes: matplotlib's. results: names, and for each kind the lists `share` (0..1) and `top1` (percent).
@@ -85,10 +85,10 @@ def draw(axes, results: list[tuple[str, dict[str, dict[str, list[float]]]]]) -> 
         axes.plot([], [], color=colour, label=name)
         for kind, curve in curves.items():
             percent = [100 * share for share in curve["share"]]
-            axes.plot(percent, curve["top1"], LOOKS[kind], color=colour, marker=".")
+            axes.plot(percent, curve["top1"], LINE_STYLES[kind], color=colour, marker=".")
     for kind in KINDS:
         if any(kind in curves for _, curves in results):
-            axes.plot([], [], LOOKS[kind], color="0.4", label=KINDS[kind])
+            axes.plot([], [], LINE_STYLES[kind], color="0.4", label=KINDS[kind])
     axes.set(xlabel="hidden (% of the area)", ylabel="top-1 accuracy (%)", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")

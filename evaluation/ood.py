@@ -1,8 +1,8 @@
 """Out-of-distribution detection: whether a score of the logits tells familiar images from those of another set.
 
-Scores are the higher the more familiar an image is. Inside: images of the data set the classifier learned; outside:
-those of another one. The inside is what is to be found (positive), as in Liu et al., NeurIPS 2020, arXiv 2010.03759;
-with the outside positive, as others have it, AUROC is the same and fpr_at() is another number. All in float64.
+Scores are higher the more familiar an image is. Inside: images of the data set the classifier learned; outside: those
+of another one. The inside is the positive class, as in Liu et al., NeurIPS 2020, arXiv 2010.03759; with the outside
+positive, as others have it, AUROC is the same and fpr_at() is another number. All in float64.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 
 from engine.inference.metrics import validate_logits
 
-BINS, POINTS = 50, 101  # of the histograms, and of the ROC curve that is kept
+HISTOGRAM_BINS, ROC_POINTS = 50, 101
 
 
 def msp(logits: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ def auroc(inside: torch.Tensor, outside: torch.Tensor) -> float:
     Mann and Whitney's U divided by N M, exact, in O((N + M) log M). Raises ValueError for an empty set and for scores
     that are not finite.
     """
-    inside, outside = count_finite(inside, "inside"), count_finite(outside, "outside").sort().values
+    inside, outside = check_scores(inside, "inside"), check_scores(outside, "outside").sort().values
     below = torch.searchsorted(outside, inside).sum()
     not_above = torch.searchsorted(outside, inside, right=True).sum()
     return int(below + not_above) / (2 * len(inside) * len(outside))
@@ -55,18 +55,18 @@ def fpr_at(inside: torch.Tensor, outside: torch.Tensor, tpr: float = 0.95) -> fl
     """
     if not 0 < tpr <= 1:
         raise ValueError(f"tpr must be above 0 and at most 1, got {tpr}")
-    inside, outside = count_finite(inside, "inside"), count_finite(outside, "outside")
+    inside, outside = check_scores(inside, "inside"), check_scores(outside, "outside")
     kept = max(1, math.ceil(tpr * len(inside) - 1e-9))  # 0.07 * 100 is a little more than 7
     return float((outside >= inside.topk(kept).values[-1]).double().mean())
 
 
-def roc(inside: torch.Tensor, outside: torch.Tensor, points: int = POINTS) -> dict[str, list[float]]:
+def roc_curve(inside: torch.Tensor, outside: torch.Tensor, points: int = ROC_POINTS) -> dict[str, list[float]]:
     """fpr and tpr, at most `points` each, from (0, 0) to (1, 1): corners of the exact curve, evenly spaced along it."""
-    scores = torch.cat([count_finite(inside, "inside"), count_finite(outside, "outside")])
-    values, place = scores.unique(return_inverse=True)
+    scores = torch.cat([check_scores(inside, "inside"), check_scores(outside, "outside")])
+    values, rank = scores.unique(return_inverse=True)
     at_least = [
-        torch.bincount(part, minlength=len(values)).flip(0).cumsum(0).double() / len(part)
-        for part in (place[len(inside) :], place[: len(inside)])
+        torch.bincount(ranks, minlength=len(values)).flip(0).cumsum(0).double() / len(ranks)
+        for ranks in (rank[len(inside) :], rank[: len(inside)])
     ]
     fpr, tpr = (torch.cat([share.new_zeros(1), share]) for share in at_least)
     spaced = torch.linspace(0, 2, points, dtype=torch.float64, device=fpr.device)
@@ -74,22 +74,21 @@ def roc(inside: torch.Tensor, outside: torch.Tensor, points: int = POINTS) -> di
     return {"fpr": fpr[corners].tolist(), "tpr": tpr[corners].tolist()}
 
 
-def histogram(inside: torch.Tensor, outside: torch.Tensor, bins: int = BINS) -> dict[str, list[float]]:
-    """Densities of both over the same equal bins, and the bins + 1 edges; each integrates to 1."""
-    inside, outside = count_finite(inside, "inside"), count_finite(outside, "outside")
+def histogram(inside: torch.Tensor, outside: torch.Tensor, bins: int = HISTOGRAM_BINS) -> dict[str, list[float]]:
+    """The densities of both over the same bins of equal width, each of integral 1, and the bins + 1 edges."""
+    inside, outside = check_scores(inside, "inside"), check_scores(outside, "outside")
     low, high = min(float(inside.min()), float(outside.min())), max(float(inside.max()), float(outside.max()))
     if high - low <= 1e-12 * max(abs(low), abs(high)):  # all the same, up to rounding
         low, high = low - 0.5, high + 0.5
     width = (high - low) / bins
-    density = {
-        name: (torch.bincount(((part - low) / width).long().clamp(0, bins - 1), minlength=bins) / (len(part) * width))
-        for name, part in (("inside", inside), ("outside", outside))
-    }
-    edges = [low + step * width for step in range(bins + 1)]
-    return {"edges": edges, **{name: values.tolist() for name, values in density.items()}}
+    table = {"edges": [low + step * width for step in range(bins + 1)]}
+    for name, scores in (("inside", inside), ("outside", outside)):
+        counts = torch.bincount(((scores - low) / width).long().clamp(0, bins - 1), minlength=bins)
+        table[name] = (counts / (len(scores) * width)).tolist()
+    return table
 
 
-def count_finite(scores: torch.Tensor, name: str) -> torch.Tensor:
+def check_scores(scores: torch.Tensor, name: str) -> torch.Tensor:
     if scores.ndim != 1 or not len(scores):
         raise ValueError(f"{name} must be (N,) scores of at least one image, got {tuple(scores.shape)}")
     broken = len(scores) - int(scores.isfinite().sum())
@@ -98,30 +97,32 @@ def count_finite(scores: torch.Tensor, name: str) -> torch.Tensor:
     return scores.double()
 
 
-def measure(inside_logits: torch.Tensor, outside_logits: torch.Tensor) -> dict:
+def measure_ood(inside_logits: torch.Tensor, outside_logits: torch.Tensor) -> dict:
     """Logits (N, K) and (M, K) -> plain numbers, ready for JSON: the counts `inside` and `outside`, and under `scores`
-    of each score auroc and fpr95 in percent, roc() and histogram().
+    of each score auroc and fpr95 in percent, roc_curve() and histogram().
 
     Raises ValueError for no images and for logits that are not finite.
     """
     return {
         "inside": len(inside_logits),
         "outside": len(outside_logits),
-        "scores": {name: ood_figures(score(inside_logits), score(outside_logits)) for name, score in SCORES.items()},
+        "scores": {
+            name: compute_metrics(score(inside_logits), score(outside_logits)) for name, score in SCORES.items()
+        },
     }
 
 
-def ood_figures(inside: torch.Tensor, outside: torch.Tensor) -> dict:
+def compute_metrics(inside: torch.Tensor, outside: torch.Tensor) -> dict:
     return {
         "auroc": 100 * auroc(inside, outside),
         "fpr95": 100 * fpr_at(inside, outside),
-        "roc": roc(inside, outside),
+        "roc": roc_curve(inside, outside),
         "histogram": histogram(inside, outside),
     }
 
 
-def draw(axes, result: dict, score: str = "energy", names: tuple[str, str] = ("inside", "outside")) -> None:
-    """How one score is distributed inside and outside, from what measure() gave; its figures in the title."""
+def draw_histogram(axes, result: dict, score: str = "energy", names: tuple[str, str] = ("inside", "outside")) -> None:
+    """How one score is distributed inside and outside, from a result of measure_ood(); its metrics in the title."""
     shown = result["scores"][score]
     table = shown["histogram"]
     for key, name, colour in zip(("inside", "outside"), names, ("tab:blue", "tab:orange"), strict=True):
@@ -133,10 +134,7 @@ def draw(axes, result: dict, score: str = "energy", names: tuple[str, str] = ("i
 
 
 def draw_roc(axes, curves: list[tuple[str, dict]]) -> None:
-    """ROC curves: (name, what measure() has under a score) each: scores of one classifier, or classifiers of one score.
-
-    list(result["scores"].items()) draws all the scores of a result.
-    """
+    """ROC curves, (name, what measure_ood() gives for a score) each: scores of a classifier, or classifiers."""
     axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
     for name, shown in curves:
         axes.plot(shown["roc"]["fpr"], shown["roc"]["tpr"], label=f"{name}: AUROC {shown['auroc']:.2f} %")

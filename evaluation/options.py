@@ -1,10 +1,15 @@
-"""What evaluate.py is told beyond the files and the data, a group of options for each task."""
+"""The options of evaluate.py: their declaration, what follows from several of them, and which have no effect."""
 
+from pathlib import Path
+
+from engine.config import resolve
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
-from engine.config.parser import Parser
+from engine.config.options import DATASETS, add_data_options, add_device_options
+from engine.config.parser import Parser, check_output_path
 from evaluation import ATTACKS
+from saliency import CAM_METHODS
 
-TASKS = {  # name -> the options that it reads, besides those that all read: groups, and single ones of other groups
+TASKS = {  # name -> what it reads besides the options that all tasks read: groups, and single options of other groups
     "accuracy": ("accuracy", "ece"),
     "robustness": ("robustness", "figure"),
     "calibration": ("calibration", "figure"),
@@ -12,17 +17,67 @@ TASKS = {  # name -> the options that it reads, besides those that all read: gro
     "localization": ("localization", "held_out", "figure"),
     "card": ("robustness", "calibration", "ood", "localization", "pictures"),
 }
-GROUPS = {"accuracy", *TASKS["card"]}
+TASK_GROUPS = {"accuracy", *TASKS["card"]}
+CARD_DEFAULTS = {"robust_images": 1000, "output": "card.json"}
 BACKGROUNDS = ("clean", "rep", "noise")
 BUILT_IN, NONE, ALEXNET = "built-in", "none", "alexnet"
+REFERENCE_OPTIONS = {
+    "task": "robustness",
+    "attack": [NONE],
+    "occlusion": False,
+}  # only its errors under corruption count
+TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_size", "eval_resize", "num_classes"]
+TRAINED_OPTIONS += ["limit", "on_bad_image"]  # where they are not typed, those that the classifier was trained with
+FILE_DATASETS = ("imagenet", "tiny-imagenet", "folder")  # their images can be shown at any size
+BOX_DATASETS = ("shapes", "tiny-imagenet")  # they bring true boxes
+MAX_SMALL_SIDE = 128  # image size in pixels up to which images are read as train.py reads them
+IGNORED = (
+    "cutout",
+    "trad_augment",
+    "log_off",
+    "parallel",
+    "evaluate",
+)  # accepted for the sake of other codes' commands
 
 
 def severity(text: str) -> int:
     return int(choice("12345")(text))
 
 
-def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
-    """methods: of class activation maps."""
+def build_parser() -> Parser:
+    parser = Parser("Evaluate one or more trained classifiers on the test images, which are never augmented.")
+    parser.group("what")
+    parser.option(
+        "--model_path",
+        "--checkpoint",
+        "--resume",
+        nargs="+",
+        metavar="PATH",
+        help="files of weights, run folders (best.pt), or NAME=FILE for a network of torchvision's",
+    )
+    parser.option("--info", type=boolean, default=False, help="tell what the files hold and evaluate nothing")
+    parser.option("--task", type=choice(TASKS), default="accuracy", metavar="NAME", help=", ".join(TASKS))
+    parser.option(
+        "--model", "--arch", "--model_name", metavar="NAME", shown="from the file", help="ours or torchvision's"
+    )
+    parser.option("--ema", type=boolean, default=False, help="use the averaged weights of a run with --ema")
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
+    parser.option(
+        "--seed", type=int_at_least(), default=0, help="of what is drawn: noise, starts of attacks, held-out images"
+    )
+    parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
+    parser.option("--output", "-o", metavar="FILE.json", help="everything as JSON; card: and FILE.md and FILE.png")
+    add_task_options(parser)
+    add_data_options(parser, DATASETS, named_by="from the file")
+    add_device_options(parser, amp="off")
+    parser.group("taken and ignored")
+    for name in IGNORED:
+        parser.option(f"--{name}", type=boolean, help="no effect here")
+    return parser
+
+
+def add_task_options(parser: Parser) -> None:
+    """A group of options for each task."""
     parser.group("accuracy")
     parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], metavar="K", help="accuracies to print")
     parser.option("--per_class", type=boolean, default=False, help="a table of the classes")
@@ -106,7 +161,7 @@ def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
         help="true boxes: a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet and "
         "shapes have their own",
     )
-    parser.option("--method", type=choice(methods), default="cam", metavar="NAME", help=", ".join(methods))
+    parser.option("--method", type=choice(CAM_METHODS), default="cam", metavar="NAME", help=", ".join(CAM_METHODS))
     parser.option("--layer", metavar="NAME", shown="what is averaged", help="whose maps are taken, but by cam")
     parser.option(
         "--th", type=float_in_range(0, 1), default=0.25, help="share of a map's maximum that counts as object"
@@ -138,12 +193,44 @@ def task_options(parser: Parser, methods: tuple[str, ...]) -> None:
     parser.option("--examples", type=int_at_least(), default=8, metavar="N", help="card: images shown with their maps")
 
 
-def check_task(task: str, options: dict) -> None:
-    """Raise ValueError, with the remedy, for options of a task that contradict each other."""
+def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, list[str]]:
+    """The typed options, all options, and notes on those without effect. A contradiction ends with a usage error."""
+    typed, _ = resolve.read_options(parser, argv)
+    if typed.get("task") == "card":
+        parser.defaults |= CARD_DEFAULTS
+    options = {**parser.defaults, **typed}
+    if "model_path" not in typed:
+        parser.error("--model_path FILE: which classifier shall be evaluated?")
+    if options["confusion"] and len(options["model_path"]) > 1:
+        parser.error("--confusion draws one classifier; give one --model_path")
+    try:
+        check_task(options)
+    except ValueError as error:
+        parser.error(str(error))
+    for key in ("figure", "confusion"):
+        if not (options[key] or ".png").endswith(".png"):
+            parser.error(f"--{key} {options[key]}: the picture is a .png")
+    for key in ("output", "figure", "confusion"):
+        if options[key]:
+            check_output_path(parser, f"--{key}", Path(options[key]))
+    unused = {
+        "without effect on an evaluation": [name for name in IGNORED if name in typed],
+        "without effect here": list_unread(parser, typed, options),
+    }
+    notes = [f"{what}: {', '.join(f'--{name}' for name in names)}" for what, names in unused.items() if names]
+    fixed = {"topk": [1, 5]} if options["task"] == "card" else {}
+    if options["task"] not in ("robustness", "card") or options["corruptions"] == NONE:
+        fixed["reference"] = None
+    return typed | fixed, options | fixed, notes
+
+
+def check_task(options: dict) -> None:
+    """Raise ValueError, with the remedy, for options of the task that contradict each other."""
+    task = options["task"]
     if task in ("robustness", "card"):
         if NONE in options["attack"] and len(set(options["attack"])) > 1:
             raise ValueError(f"--attack {' '.join(options['attack'])}: none excludes the others")
-        if task == "robustness" and not asks_robustness(options):
+        if task == "robustness" and not measures_robustness(options):
             raise ValueError("--attack none --corruptions none --occlusion false: nothing is left to measure")
         if options["reference"] == ALEXNET and options["corruptions"] == BUILT_IN:
             raise ValueError(
@@ -158,19 +245,14 @@ def check_task(task: str, options: dict) -> None:
         raise ValueError(f"--output {options['output']}: of a card it is a .json; .md and .png come beside it")
 
 
-def reads_reference(task: str, options: dict) -> bool:
-    return bool(options["reference"]) and task in ("robustness", "card") and options["corruptions"] != NONE
-
-
-def asks_robustness(options: dict) -> bool:
+def measures_robustness(options: dict) -> bool:
     return set(options["attack"]) != {NONE} or options["corruptions"] != NONE or options["occlusion"]
 
 
-def without_effect(parser: Parser, task: str, typed: dict) -> list[str]:
+def list_unread(parser: Parser, typed: dict, options: dict) -> list[str]:
     """The typed options that nothing reads: those of other tasks, and of what is not measured."""
-    read = set(TASKS[task])
-    unread = parser.group_of(*(GROUPS - read)) - read
-    options = {**parser.defaults, **typed}
+    read = set(TASKS[options["task"]])
+    unread = parser.group_of(*(TASK_GROUPS - read)) - read
     if "pgd" not in options["attack"]:
         unread |= {"steps", "step_size"}
     if set(options["attack"]) == {NONE}:
@@ -181,4 +263,34 @@ def without_effect(parser: Parser, task: str, typed: dict) -> list[str]:
         unread |= {"reference"}
     if "noise" not in options["background"]:
         unread |= {"noise_std"}
-    return [f"--{key}" for key in typed if key in unread]
+    return [key for key in typed if key in unread]
+
+
+def list_measurements(options: dict) -> list[str]:
+    """What the task consists of, by the names of evaluation.tasks.PLANNERS: a card of all that the images allow."""
+    if options["task"] != "card":
+        return [options["task"]]
+    wanted = {
+        "accuracy": True,
+        "calibration": options["ece"],
+        "robustness": measures_robustness(options),
+        "ood": True,
+        "localization": options["annotation_path"] or options["dataset"] in BOX_DATASETS,
+        "pictures": options["examples"],
+    }
+    return [name for name, value in wanted.items() if value]
+
+
+def add_trained_options(parser: Parser, typed: dict, options: dict, classifier) -> dict:
+    """All options for one classifier: where data options are not typed, those it was trained with, and its own image
+    size; norm is None then. A usage error where nothing names its data set.
+    """
+    trained = {key: classifier.options[key] for key in TRAINED_OPTIONS if key in classifier.options}
+    options = {**options, **trained, "norm": None, **typed}
+    if not options["dataset"]:
+        parser.error(f"--dataset: {classifier.path} does not say what it was trained on; name it")
+    if options["dataset"] in FILE_DATASETS and not options["image_size"] and classifier.image_size > MAX_SMALL_SIDE:
+        options["image_size"] = classifier.image_size
+        if options["dataset"] == "imagenet" and not options["eval_resize"]:
+            options["eval_resize"] = classifier.resize
+    return options

@@ -12,65 +12,90 @@ from engine.runtime.files import write_atomic, write_json
 from evaluation import calibration, localization_task, ood, robustness
 from evaluation.options import TASKS
 
-CALIBRATION = {  # of the table: key -> title and format
-    **{"ece": ("ECE (%)", ".2f"), "adaptive_ece": ("adaptive", ".2f"), "classwise_ece": ("class-wise", ".2f")},
-    **{"nll": ("NLL", ".4f"), "brier": ("Brier", ".4f"), "temperature": ("temperature", ".3f")},
-    **{"after_ece": ("ECE after", ".2f"), "after_nll": ("NLL after", ".4f")},
+CALIBRATION_COLUMNS = {  # key -> title and format
+    "ece": ("ECE (%)", ".2f"),
+    "adaptive_ece": ("adaptive", ".2f"),
+    "classwise_ece": ("class-wise", ".2f"),
+    "nll": ("NLL", ".4f"),
+    "brier": ("Brier", ".4f"),
+    "temperature": ("temperature", ".3f"),
+    "after_ece": ("ECE after", ".2f"),
+    "after_nll": ("NLL after", ".4f"),
 }
 
 
-def report(task: str, results: list[dict], options: dict) -> None:
-    """Print the tables, write the JSON and draw the picture. Pictures leave the results: JSON has none."""
-    pictures = [result.pop("pictures", None) for result in results]
-    if task == "card":
-        return report_card(results, pictures, options)
-    text = {
-        "accuracy": lambda: report_accuracy(results, options["topk"]),
-        "calibration": lambda: report_calibration(results),
-        "ood": lambda: report_ood(results),
-        "robustness": lambda: robustness.report(results),
-        "localization": lambda: localization_task.report(results),
+def report_task(
+    results: list[dict],
+    command: str,
+    *,
+    task: str,
+    topk: list[int],
+    output: str | None,
+    figure: str | None,
+    per_class: bool,
+    confusion: str | None,
+) -> None:
+    """Print the tables, write the JSON and draw the pictures."""
+    formats = {
+        "accuracy": partial(format_accuracies, topk=topk),
+        "calibration": format_calibration,
+        "ood": format_ood,
+        "robustness": robustness.format_report,
+        "localization": localization_task.format_report,
     }
-    print(text[task]())
-    if options["output"]:
-        write_json(Path(options["output"]), {"command": options["command"], "results": results})
-    if options["figure"] and "figure" in TASKS[task]:
-        draw_task(task, results, options["figure"])
-        print(f"written: {options['figure']}")
+    print(formats[task](results))
+    if output:
+        write_json(Path(output), {"command": command, "results": results})
+    if figure and "figure" in TASKS[task]:
+        draw_task(task, results, figure)
+        print(f"written: {figure}")
     if task == "accuracy" and len(results) == 1:
-        print_details(results[0], options)
+        print_details(results[0], per_class, confusion)
 
 
-def report_accuracy(results: list[dict], topk: list[int]) -> str:
-    """A row a file; what a file does not have shows as a dash."""
+def report_card(results: list[dict], command: str, *, seed: int, output: str, figure: str | None) -> None:
+    """The card: printed, and as FILE.json, FILE.md and FILE.png."""
+    from evaluation import card
+
+    pictures = [result.pop("pictures", None) for result in results]  # JSON has none
+    rows, notes = card.make_rows(results), [*card.collect_notes(results, seed), f"`{command}`"]
+    print("\n".join([card.format_text(results, rows), *(f"- {note}" for note in notes)]))
+    page = Path(figure or Path(output).with_suffix(".png"))
+    markdown, text = Path(output).with_suffix(".md"), card.format_markdown(results, rows, notes)
+    write_json(Path(output), {"notes": notes, "results": results})
+    write_atomic(markdown, lambda side: side.write_text(text, encoding="utf-8"))
+    card.draw_page(page, results, [one for one in pictures if one], notes[0].partition(";")[0])
+    print(f"written: {output}, {markdown}, {page}")
+
+
+def format_accuracies(results: list[dict], topk: list[int]) -> str:
+    """A row for each file, with a dash for what it does not have."""
     columns = {"epoch": ("epoch", "d"), "images": ("images", "d"), "loss": ("loss", ".4f")}
     columns |= {f"top{k}": (f"top-{k}", ".2f") for k in topk}
     columns |= {"ece": ("ECE (%)", ".2f"), "seconds": ("seconds", ".1f")}
     return tables.format_text(results, columns, name="file", title="file")
 
 
-def report_calibration(results: list[dict]) -> str:
+def format_calibration(results: list[dict]) -> str:
     first = results[0]
     rows = [result | {f"after_{key}": result["after"][key] for key in ("ece", "nll")} for result in results]
     lines = [
         f"{first['images']:,} images, {first['bins']} bins; temperature fitted on {first['held_out']:,} other ones",
-        tables.format_text(rows, CALIBRATION),
+        tables.format_text(rows, CALIBRATION_COLUMNS),
     ]
-    bound = [result["name"] for result in results if result["temperature_at_bound"]]
-    if bound:
-        lines.append(
-            f"note: no temperature in its bounds fits {', '.join(bound)}: nearly all held-out images are right"
-        )
+    if bound := [result["name"] for result in results if result["temperature_at_bound"]]:
+        names = ", ".join(bound)
+        lines.append(f"note: no temperature in its bounds fits {names}: nearly all held-out images are right")
     return "\n".join(lines)
 
 
-def report_ood(results: list[dict]) -> str:
+def format_ood(results: list[dict]) -> str:
     rows, columns = [], {}
     for result in results:
         for name, found in result["outside"].items():
             row = {"name": f"{result['name']} against {name} ({found['outside']:,})"}
-            for score, figures in found["scores"].items():
-                row |= {f"{score}_auroc": figures["auroc"], f"{score}_fpr": figures["fpr95"]}
+            for score, metrics in found["scores"].items():
+                row |= {f"{score}_auroc": metrics["auroc"], f"{score}_fpr": metrics["fpr95"]}
                 columns |= {f"{score}_auroc": (f"{score} AUROC", ".2f"), f"{score}_fpr": ("FPR95", ".2f")}
             rows.append(row)
     head = f"{results[0]['images']:,} images inside, told from images outside; percent"
@@ -83,63 +108,46 @@ def draw_task(task: str, results: list[dict], path: str) -> None:
     from engine.drawing import figures
     from evaluation import card
 
-    named = [(card.readable_size(result["name"]), result) for result in results]
-    panels = {
-        "robustness": robustness.panels,
-        "calibration": panels_of_calibration,
-        "ood": panels_of_ood,
-        "localization": card.has_backgrounds,
-    }[task](named)
+    make_panels = {
+        "robustness": robustness.make_panels,
+        "calibration": make_calibration_panels,
+        "ood": make_ood_panels,
+        "localization": card.make_localization_panels,
+    }
+    panels = make_panels[task]([(card.format_label(result["name"]), result) for result in results])
     columns = min(len(panels), 4)
     figure = Figure(figsize=(5.2 * columns, 4.6 * -(-len(panels) // columns)), layout="constrained")
-    card.layout_page(figure, panels, columns)
+    card.draw_panels(figure, panels, columns)
     figures.save_figure(figure, Path(path))
 
 
-def panels_of_calibration(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+def make_calibration_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
     return [
         ("as it is", partial(calibration.draw_reliability, results=named)),
         ("after temperature scaling", partial(calibration.draw_reliability, results=named, after=True)),
     ]
 
 
-def panels_of_ood(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
-    """How the energy is distributed: a panel for each classifier and each set from outside."""
+def make_ood_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    """The distribution of the energy: a panel for each classifier and each set from outside."""
     return [
-        (f"{name} against {outside}", partial(ood.draw, result=found, names=("the test images", outside)))
+        (f"{name} against {outside}", partial(ood.draw_histogram, result=found, names=("the test images", outside)))
         for name, result in named
         for outside, found in result["outside"].items()
     ]
 
 
-def report_card(results: list[dict], pictures: list[dict | None], options: dict) -> None:
-    """The card: printed, and as FILE.json, FILE.md and FILE.png."""
-    from evaluation import card
-
-    rows, notes = card.make_rows(results), [*card.collect_notes(results, options), f"`{options['command']}`"]
-    print("\n".join([card.format_cell(results, rows), *(f"- {note}" for note in notes)]))
-    output = Path(options["output"])
-    page = Path(options["figure"] or output.with_suffix(".png"))
-    text = card.format_markdown(results, rows, notes)
-    write_json(output, {"notes": notes, "results": results})
-    write_atomic(output.with_suffix(".md"), lambda side: side.write_text(text, encoding="utf-8"))
-    card.page(page, results, [one for one in pictures if one], notes[0].partition(";")[0])
-    print(f"written: {output}, {output.with_suffix('.md')}, {page}")
-
-
-def print_details(result: dict, options: dict) -> None:
+def print_details(result: dict, per_class: bool, confusion: str | None) -> None:
     """What is shown of a single classifier only; its accuracy comes last."""
-    if options["per_class"]:
-        width = max(map(len, result["classes"]))
-        for name, accuracy, count in zip(
-            result["classes"], result["per_class_top1"], map(sum, result["confusion"]), strict=True
-        ):
+    if per_class:
+        width, counts = max(map(len, result["classes"])), map(sum, result["confusion"])
+        for name, accuracy, count in zip(result["classes"], result["per_class_top1"], counts, strict=True):
             if count:
                 print(f"  {name:{width}}  {accuracy:6.2f}")
-    if options["confusion"]:
+    if confusion:
         from engine.drawing import figures
 
         title = f"{Path(result['file']).name}: percent of each true class"
-        figures.draw_confusion(Path(options["confusion"]), torch.tensor(result["confusion"]), result["classes"], title)
-        print(f"confusion drawn in {options['confusion']}")
+        figures.draw_confusion(Path(confusion), torch.tensor(result["confusion"]), result["classes"], title)
+        print(f"confusion drawn in {confusion}")
     print(format_accuracy(result))

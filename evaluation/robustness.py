@@ -1,7 +1,10 @@
-"""What is left of the accuracy under attack, under corruption and where a part of the image is hidden."""
+"""Accuracy under attack, under corruption and under occlusion."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
+from statistics import fmean
 
 import torch
 
@@ -12,57 +15,55 @@ from engine.errors import UserError
 from engine.inference.metrics import topk_correct
 from evaluation import occlusion
 from evaluation.attacks import Attack
-from evaluation.context import Alter, EvalContext
-from evaluation.corruption_benchmarks import ALEXNET, CorruptedSet, find_corrupted, mean_corruption_error
+from evaluation.context import EvalContext, Transform
+from evaluation.corruption_benchmarks import ALEXNET_ERRORS, CorruptedSet, find_corrupted_set, mean_corruption_error
 from evaluation.corruptions import CORRUPTIONS, FAMILIES, corrupt
 
-AREAS = {"patches": "patches", "centre": "hole"}  # of the curves under occlusion: kind -> how it is called in a table
+AREAS = {"patches": "patches", "centre": "hole"}  # kind of occlusion -> its name in tables
+
+Accuracies = dict[str, dict[int, float | None]]  # corruption -> severity -> percent
 
 
-def measure(
-    subject: EvalContext,
+def measure_robustness(
+    context: EvalContext,
     *,
     attacks: Sequence[Attack] = (),
     published: CorruptedSet | None = None,
     severities: Sequence[int] = (),
     occluded: bool = False,
-    most: int = 0,
+    limit: int = 0,
 ) -> dict:
-    """Accuracies in percent; those of several processes in the first, None elsewhere.
+    """Top-1 accuracies in percent; those of several processes in the first, None elsewhere.
 
-    published: a set of corrupted images; severities: of our own corruptions, made where there is none. most: images
-    that are looked at, from all over the part; 0: all. All figures are of the same images.
+    published: a set of corrupted images; severities: of the built-in corruptions, where there is none. limit: at most
+    so many images, from all over the set; 0: all. All figures are of the same images.
     """
-    few = subject.some(most)
-    result = {"images": len(few), "clean": accuracy(subject, few, "clean")}
-    result["attacks"] = {
-        attack.title: accuracy(subject, few, attack.title, attack.alter(subject.classify, subject.seed))
-        for attack in attacks
-    }
-    if published or severities:
-        rows = (
-            measure_published(subject, published, few, most)
-            if published
-            else measure_built_in(subject, few, severities)
-        )
-        result |= {"corrupted_by": "published" if published else "built-in", "corruptions": rows}
+    image_set, seed = context.load_subset(limit), context.session.seed
+    result = {"images": len(image_set), "clean": measure_accuracy(context, image_set, "clean"), "attacks": {}}
+    for attack in attacks:
+        transform = attack.make_transform(context.classifier, seed)
+        result["attacks"][attack.title] = measure_accuracy(context, image_set, attack.title, transform)
+    if published:
+        rows = measure_published(context, published, image_set, limit)
+        result |= {"corrupted_by": "published", "corruptions": rows}
+    elif severities:
+        rows = measure_built_in(context, image_set, severities)
+        result |= {"corrupted_by": "built-in", "corruptions": rows}
+    if "corruptions" in result:
         result["corruption_mean"] = average([average(list(row.values())) for row in rows.values()])
     if occluded:
-        curves = measure_occlusion(subject, few, result["clean"])
-        areas = {
-            f"area_{kind}": occlusion.area(one["share"], one["top1"]) for kind, one in curves.items() if complete(one)
-        }
-        result |= {"occlusion": curves, **areas}
+        result["occlusion"] = measure_occlusion(context, image_set, result["clean"])
+        for kind, curve in result["occlusion"].items():
+            if None not in curve["top1"]:
+                result[f"area_{kind}"] = occlusion.area_under_curve(curve["share"], curve["top1"])
     return result
 
 
-def complete(curve: dict) -> bool:
-    return None not in curve["top1"]
-
-
-def accuracy(subject: EvalContext, part: ImageSet, title: str, alter: Alter | None = None) -> float | None:
-    """Percent right at first; None in all processes but the first."""
-    logits, labels, _ = subject.predict(title, part=part, alter=alter)
+def measure_accuracy(
+    context: EvalContext, image_set: ImageSet, title: str, transform: Transform | None = None
+) -> float | None:
+    """Top-1 accuracy in percent; None in all processes but the first."""
+    logits, labels, _ = context.predict(title, image_set=image_set, transform=transform)
     return 100 * float(topk_correct(logits, labels, (1,))[0]) / len(labels) if len(labels) else None
 
 
@@ -70,144 +71,132 @@ def average(values: list[float | None]) -> float | None:
     return sum(values) / len(values) if values and None not in values else None
 
 
-def measure_built_in(
-    subject: EvalContext, part: ImageSet, severities: Sequence[int]
-) -> dict[str, dict[int, float | None]]:
+def measure_built_in(context: EvalContext, image_set: ImageSet, severities: Sequence[int]) -> Accuracies:
     """Accuracy under each corruption at each severity."""
 
-    def under(name: str, severity: int) -> Alter:
-        return lambda pixels, labels, index: corrupt(pixels, name, severity, index, subject.seed)
+    def measure(name: str, severity: int) -> float | None:
+        def transform(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return corrupt(pixels, name, severity, index, context.session.seed)
 
-    return {
-        name: {level: accuracy(subject, part, f"{name} {level}", under(name, level)) for level in severities}
-        for name in CORRUPTIONS
-    }
+        return measure_accuracy(context, image_set, f"{name} {severity}", transform)
+
+    return {name: {severity: measure(name, severity) for severity in severities} for name in CORRUPTIONS}
 
 
-def find_published(subject: EvalContext, place: str, on_bad_image: str) -> CorruptedSet:
-    """The corrupted set in a folder, with a note for what it lacks. Raises UserError for what is none, and for images
-    of another size than the subject's. Published files are centres already, and are shown whole.
+def find_published_set(context: EvalContext, place: str, on_bad_image: str) -> CorruptedSet:
+    """The corrupted set in a folder, with a note for what it lacks. Published files are centre crops already, and are
+    shown whole. Raises UserError where there is no such set, and for images of another size than the classifier's.
     """
-    view = CenterCrop(subject.size, subject.size)
-    found = find_corrupted(Path(place), subject.part.classes, view=view, on_bad_image=on_bad_image)
+    view = CenterCrop(context.image_size, context.image_size)
+    found = find_corrupted_set(Path(place), context.image_set.classes, view=view, on_bad_image=on_bad_image)
     for line in found.notes:
-        subject.note(line)
+        context.session.note(line)
     name = found.names[0]
-    part = found.part(name, found.severities(name)[0])
-    if part.files is None and part.pixels.shape[1] != subject.size:
+    first = found.load(name, found.severities(name)[0])
+    if first.files is None and first.pixels.shape[1] != context.image_size:
         raise UserError(
-            f"{found.place}: images of {part.pixels.shape[1]} pixels a side, where {subject.name} is shown "
-            f"{subject.size}\nname the corrupted images of the data set that it was trained on"
+            f"{found.root}: images of {first.pixels.shape[1]} pixels a side, where {context.name} is shown "
+            f"{context.image_size}\nname the corrupted images of the data set that it was trained on"
         )
     return found
 
 
-def measure_published(
-    subject: EvalContext, found: CorruptedSet, few: ImageSet, most: int
-) -> dict[str, dict[int, float | None]]:
-    """The same from a published set."""
-    rows = {}
-    for name in found.names:
-        rows[name] = {}
-        for level in found.severities(name):
-            part = corrupted_results(subject, found.part(name, level), few, most)
-            rows[name][level] = accuracy(subject, part, f"{name} {level}")
-    return rows
+def measure_published(context: EvalContext, published: CorruptedSet, clean: ImageSet, limit: int) -> Accuracies:
+    """The same from a published set, on the images of `clean`."""
+
+    def measure(name: str, severity: int) -> float | None:
+        image_set = match_published(context, published.load(name, severity), clean, limit)
+        return measure_accuracy(context, image_set, f"{name} {severity}")
+
+    return {name: {level: measure(name, level) for level in published.severities(name)} for name in published.names}
 
 
-def corrupted_results(subject: EvalContext, part: ImageSet, few: ImageSet, most: int) -> ImageSet:
-    """The images of a published part that `few`, at most `most` of the subject's, shows clean.
+def match_published(context: EvalContext, corrupted: ImageSet, clean: ImageSet, limit: int) -> ImageSet:
+    """The corrupted images of those in `clean`, which are at most `limit` of the context's.
 
-    Files are known by their class and name, an array by its labels, which stand in the order of the test set. Where
-    that fails there is a note, and as many images from all over the part.
+    Files are matched by their class and name, an array by its labels, in the order of the test set. Where that fails
+    there is a note, and as many images are taken from all over the set.
     """
-    if part.files is None:
-        part = select_classes(part, subject.place, subject.part.classes)
-        first = part.take(torch.arange(min(len(part), len(subject.part))))
-        if torch.equal(first.labels, subject.part.labels):
-            return first.subsample(most or len(first))
-    elif few.files is not None:
-        places = {name: place for place, name in enumerate(list_names(part))}
-        found = [places.get(name) for name in list_names(few)]
+    if corrupted.files is None:
+        corrupted = select_classes(corrupted, context.class_map, context.image_set.classes)
+        first = corrupted.take(torch.arange(min(len(corrupted), len(context.image_set))))
+        if torch.equal(first.labels, context.image_set.labels):
+            return first.subsample(limit or len(first))
+    elif clean.files is not None:
+        index = {key: position for position, key in enumerate(list_file_keys(corrupted))}
+        found = [index.get(key) for key in list_file_keys(clean)]
         if None not in found:
-            return part.take(torch.tensor(found))
-    count = min(len(few), len(part))
-    subject.note(
-        f"the corrupted images have other {'labels' if part.files is None else 'names'} than the test images: which is "
-        f"which cannot be told, and {count:,} from all over are taken"
+            return corrupted.take(torch.tensor(found))
+    count = min(len(clean), len(corrupted))
+    context.session.note(
+        f"the corrupted images have other {'labels' if corrupted.files is None else 'names'} than the test images: "
+        f"which is which cannot be told, and {count:,} from all over are taken"
     )
-    return part.subsample(count)
+    return corrupted.subsample(count)
 
 
-def list_names(part: ImageSet) -> list[tuple[int, str]]:
-    """The class of each image and the name of its file, without folders and ending."""
-    return list(zip(part.labels.tolist(), (PurePosixPath(name).stem for name in part.files.names()), strict=True))
+def list_file_keys(image_set: ImageSet) -> list[tuple[int, str]]:
+    """The class of each image and the name of its file, without folder and extension."""
+    stems = (PurePosixPath(name).stem for name in image_set.files.names())
+    return list(zip(image_set.labels.tolist(), stems, strict=True))
 
 
-def measure_occlusion(subject: EvalContext, part: ImageSet, clean: float | None) -> dict[str, dict[str, list]]:
-    """Accuracy against the share of the image that is hidden, by the mean colour of the network's normalisation. clean:
-    where nothing is.
+def measure_occlusion(context: EvalContext, image_set: ImageSet, clean: float | None) -> dict[str, dict[str, list]]:
+    """Accuracy against the share of the image that is hidden by the mean colour of the classifier's normalisation.
+
+    clean: the accuracy where nothing is hidden.
     """
 
-    def hidden(kind: str, share: float) -> Alter:
-        fill = subject.classifier.mean
-        return lambda pixels, labels, index: occlusion.hide(pixels, kind, share, index, fill, subject.seed)
+    def measure(kind: str, share: float) -> float | None:
+        def transform(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+            return occlusion.occlude(pixels, kind, share, index, context.classifier.mean, context.session.seed)
+
+        return measure_accuracy(context, image_set, f"{kind} {share:.0%}", transform) if share else clean
 
     shares = list(occlusion.SHARES)
-    return {
-        kind: {
-            "share": shares,
-            "top1": [
-                accuracy(subject, part, f"{kind} {share:.0%}", hidden(kind, share)) if share else clean
-                for share in shares
-            ],
-        }
-        for kind in occlusion.KINDS
-    }
+    return {kind: {"share": shares, "top1": [measure(kind, share) for share in shares]} for kind in occlusion.KINDS}
 
 
-def add_mean_errors(results: list[dict], reference: dict | None, name: str) -> None:
-    """Put mCE, percent of the errors of a reference, into each result: of the paper's corruptions, where there are any.
-
-    reference: what measure() gave of it, or None for the published ones of AlexNet. name: how it is called. Raises
-    ValueError where there is nothing to divide by.
+def add_mean_corruption_errors(results: list[dict], references: list[dict]) -> None:
+    """Add mCE, in percent of the errors of --reference, else of the published ones of AlexNet, to the results: of the
+    paper's corruptions, if there are any.
     """
-    of_reference = list_errors(reference) if reference else ALEXNET
-    for result in results:
-        mce, each = mean_corruption_error(list_errors(result), of_reference)
-        result |= {"mce": mce, "ce": each, "reference": name}
+    name = references[0]["name"] if references else "AlexNet on ImageNet-C"
+    try:
+        reference = compute_errors(references[0]) if references else ALEXNET_ERRORS
+        for result in (result.get("robustness", result) for result in results):
+            mce, each = mean_corruption_error(compute_errors(result), reference)
+            result |= {"mce": mce, "ce": each, "reference": name}
+    except ValueError as error:  # a reference without errors; what has been measured is not lost
+        print(f"note: no mCE: {error}")
 
 
-def list_errors(result: dict) -> dict[str, list[float]]:
-    """Corruption -> the share of errors at each severity."""
+def compute_errors(result: dict) -> dict[str, list[float]]:
+    """Corruption -> error at each severity, in 0..1."""
     rows = result["corruptions"]
-    names = [name for name in rows if name in ALEXNET] or rows
+    names = [name for name in rows if name in ALEXNET_ERRORS] or rows
     return {name: [1 - value / 100 for value in rows[name].values()] for name in names}
 
 
-def report(results: list[dict]) -> str:
-    """Tables: a row a classifier; and a row a corruption, averaged over severities."""
+def format_report(results: list[dict]) -> str:
+    """Tables: a row for each classifier; and a row for each corruption, averaged over the severities."""
     columns = {"clean": ("clean", ".2f"), **{title: (title, ".2f") for title in results[0]["attacks"]}}
     columns |= {"corruption_mean": ("mean corrupted", ".2f"), "mce": ("mCE", ".1f")}
     columns |= {f"area_{kind}": (f"occluded, {title}", ".2f") for kind, title in AREAS.items()}
     table = tables.format_text([result | result["attacks"] for result in results], columns)
-    lines = [f"top-1 in percent, of {results[0]['images']:,} images", table, *notes(results[0])]
-    return "\n".join([*lines, "", by_corruption(results)] if "corruptions" in results[0] else lines)
+    lines = [f"top-1 in percent, of {results[0]['images']:,} images", table, *list_notes(results[0])]
+    return "\n".join([*lines, "", format_corruptions(results)] if "corruptions" in results[0] else lines)
 
 
-def notes(result: dict) -> list[str]:
-    """What the figures of measure() mean."""
+def list_notes(result: dict) -> list[str]:
+    """What the figures mean."""
     lines = []
     if rows := result.get("corruptions"):
-        levels = sorted({level for row in rows.values() for level in row})
+        severities = ", ".join(map(str, list_severities(rows)))
+        built_in = "; made by this project's generators, not the published images"
         lines.append(
-            f"mean corrupted: mean corruption accuracy, over {len(rows)} kinds and severities "
-            f"{', '.join(map(str, levels))}"
-            + (
-                "; made by this project's generators, not the published images"
-                if result["corrupted_by"] == "built-in"
-                else ""
-            )
+            f"mean corrupted: mean corruption accuracy, over {len(rows)} kinds and severities {severities}"
+            + (built_in if result["corrupted_by"] == "built-in" else "")
         )
     if "mce" in result:
         lines.append(
@@ -220,33 +209,31 @@ def notes(result: dict) -> list[str]:
     return lines
 
 
-def by_corruption(results: list[dict]) -> str:
-    """A row a corruption, a column a classifier: accuracy averaged over the severities."""
+def list_severities(rows: Accuracies) -> list[int]:
+    return sorted({severity for row in rows.values() for severity in row})
+
+
+def format_corruptions(results: list[dict]) -> str:
+    """A row for each corruption, a column for each classifier: accuracy averaged over the severities."""
     rows = [[f"{results[0]['corrupted_by']} corruptions", *(result["name"] for result in results)]]
     for kind in results[0]["corruptions"]:
         means = [average(list(result["corruptions"][kind].values())) for result in results]
-        rows.append([kind, *(format(mean, ".2f") for mean in means)])
+        rows.append([kind, *(format(value, ".2f") for value in means)])
     return tables.align_columns(rows)
 
 
 def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
-    """Accuracy against severity, over all corruptions; of a single classifier the families too, in thin lines."""
+    """Accuracy against severity, over all corruptions; of a single classifier also the families, in thin lines."""
     for number, (name, result) in enumerate(results):
-        levels = sorted({level for row in result["corruptions"].values() for level in row})
-        look = {"color": f"C{number}"}
-        axes.plot(
-            [0, *levels],
-            [result["clean"], *values_per_severity(result["corruptions"], levels)],
-            "o-",
-            label=name,
-            **look,
-        )
+        severities, clean = list_severities(result["corruptions"]), result["clean"]
+        values = [clean, *average_by_severity(result["corruptions"], severities)]
+        axes.plot([0, *severities], values, "o-", label=name, color=f"C{number}")
         if len(results) == 1:
             for index, (family, members) in enumerate(FAMILIES.items(), 1):
-                rows = {kind: row for kind, row in result["corruptions"].items() if kind in members}
-                if rows:
-                    values = [result["clean"], *values_per_severity(rows, levels)]
-                    axes.plot([0, *levels], values, lw=1, alpha=0.8, color=f"C{index}", label=family)
+                names = {member.__name__ for member in members}
+                if rows := {kind: row for kind, row in result["corruptions"].items() if kind in names}:
+                    values = [clean, *average_by_severity(rows, severities)]
+                    axes.plot([0, *severities], values, lw=1, alpha=0.8, color=f"C{index}", label=family)
     axes.set(xlabel="severity (0: clean)", ylabel="top-1 (%)")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -254,19 +241,20 @@ def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def values_per_severity(rows: dict[str, dict], levels: list) -> list[float]:
-    """The mean over corruptions at each severity."""
-    return [float(torch.tensor([row[level] for row in rows.values() if level in row]).mean()) for level in levels]
+def average_by_severity(rows: Accuracies, severities: list[int]) -> list[float]:
+    """The mean over the corruptions at each severity; NaN where there are none."""
+    columns = [[row[severity] for row in rows.values() if severity in row] for severity in severities]
+    return [fmean(column) if column else math.nan for column in columns]
 
 
 def draw_attacks(axes, results: list[tuple[str, dict]]) -> None:
-    """Bars: clean accuracy and that under each attack, a colour a classifier."""
+    """Bars: clean accuracy and that under each attack, a colour for each classifier."""
     titles = ["clean", *results[0][1]["attacks"]]
     width = 0.8 / len(results)
     for number, (name, result) in enumerate(results):
         values = [result["clean"], *result["attacks"].values()]
-        places = [place + (number - (len(results) - 1) / 2) * width for place in range(len(titles))]
-        bars = axes.bar(places, values, width, label=name)
+        positions = [x + (number - (len(results) - 1) / 2) * width for x in range(len(titles))]
+        bars = axes.bar(positions, values, width, label=name)
         if len(results) <= 3:
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set(ylabel="top-1 (%)")
@@ -275,14 +263,14 @@ def draw_attacks(axes, results: list[tuple[str, dict]]) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
-    """What can be drawn of results (name, what measure() gave), each a title and a function of the axes."""
-    first, found = named[0][1], []
+def make_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    """What can be drawn of the results, (name, result) each: titles, and functions that draw on axes."""
+    first, panels = named[0][1], []
     if first["attacks"]:
-        found.append(("attacks", lambda axes: draw_attacks(axes, named)))
+        panels.append(("attacks", partial(draw_attacks, results=named)))
     if first.get("corruptions"):
-        found.append((f"{first['corrupted_by']} corruptions", lambda axes: draw_severities(axes, named)))
+        panels.append((f"{first['corrupted_by']} corruptions", partial(draw_severities, results=named)))
     if first.get("occlusion"):
-        curves = [(name, one["occlusion"]) for name, one in named]
-        found.append(("occlusion", lambda axes: occlusion.draw(axes, curves)))
-    return found
+        curves = [(name, result["occlusion"]) for name, result in named]
+        panels.append(("occlusion", partial(occlusion.draw_curves, results=curves)))
+    return panels

@@ -1,5 +1,5 @@
-"""The tasks of evaluate.py. Each looks up all it needs, so that what is missing is said before the work, and returns
-what measures.
+"""What evaluate.py measures. Each planner looks up all that it needs, so that what is missing is said before any work
+begins, and returns a function that does the work. Keyword parameters are the flags of the same names.
 """
 
 from collections.abc import Callable
@@ -7,187 +7,189 @@ from functools import partial
 
 import torch
 
-from engine.config.select import select_kwargs
 from engine.data.annotations import find_boxes
 from engine.errors import UserError
 from engine.inference.classifier import normalize
 from engine.inference.metrics import confusion_matrix
 from engine.inference.predict import compute_scores
 from engine.runtime.progress import progress_bar
-from evaluation import calibration as of_calibration
-from evaluation import localization_task
-from evaluation import ood as of_ood
-from evaluation import robustness as of_robustness
 from evaluation.attacks import build_attacks
-from evaluation.context import PLAIN, EvalContext
-from evaluation.localization import baselines
-from evaluation.ood_images import load_outside_set
-from evaluation.options import ALEXNET, BUILT_IN, NONE, asks_robustness
+from evaluation.calibration import calibration_error, measure_calibration
+from evaluation.context import UNNORMALIZED, EvalContext
+from evaluation.localization import score_fixed_boxes
+from evaluation.localization_task import build_map_function, evaluate_localization, load_background_dir, select_boxed
+from evaluation.ood import measure_ood
+from evaluation.ood_images import load_ood_set
+from evaluation.options import ALEXNET, BUILT_IN, NONE
+from evaluation.robustness import find_published_set, measure_robustness
 
-WITH_BOXES = ("shapes", "tiny-imagenet")  # sets that bring their own true boxes
-
-Plan = Callable[[], dict]  # measures what has been prepared; of several processes the first gets the figures
-# makes what gives the maps of a subject's network, by the method and layer of the options
-MapsFor = Callable[[EvalContext, dict], localization_task.MapsOf]
+Plan = Callable[[], dict]  # does the work; of several processes only the first gets the figures
 
 
-def accuracy(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
-    """Loss, accuracies, calibration error and the table of confusions on the test images."""
+def plan_accuracy(context: EvalContext, *, topk: list[int], ece: int) -> Plan:
+    """Loss, accuracies, calibration error and confusion matrix on the test images."""
 
     def measure() -> dict:
-        logits, labels, seconds = subject.clean()
+        logits, labels, seconds = context.predict_clean()
         if not len(labels):
             return {}
         confusion = confusion_matrix(logits.argmax(1), labels, logits.shape[1]).cpu()
         per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
-        result = {"epoch": subject.classifier.epoch, "images": len(labels)}
-        result |= compute_scores(logits, labels, tuple(options["topk"]))
-        if options["ece"]:
-            result["ece"] = 100 * of_calibration.calibration_error(logits, labels, options["ece"])
-        result |= {"seconds": seconds, "classes": subject.part.classes}
+        result = {"epoch": context.classifier.epoch, "images": len(labels)}
+        result |= compute_scores(logits, labels, tuple(topk))
+        if ece:
+            result["ece"] = 100 * calibration_error(logits, labels, ece)
+        result |= {"seconds": seconds, "classes": context.image_set.classes}
         return result | {"per_class_top1": per_class.tolist(), "confusion": confusion.tolist()}
 
     return measure
 
 
-def calibration(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
+def plan_calibration(context: EvalContext, *, ece: int) -> Plan:
     """Calibration errors, likelihood and Brier score, before and after temperature scaling."""
-    held = subject.held(len(subject.part))
-    if held.all() or not held.any():
+    heldout = context.heldout_mask(len(context.image_set))
+    if heldout.all() or not heldout.any():
         raise UserError(
-            f"--held_out {options['held_out']:g} leaves {int(held.sum())} of {len(held)} images to fit a temperature on"
-            "\ntake more images, or another share or --seed"
+            f"--held_out {context.session.held_out:g} leaves {int(heldout.sum())} of {len(heldout)} images to fit "
+            "a temperature on\ntake more images, or another share or --seed"
         )
 
     def measure() -> dict:
-        logits, labels, _ = subject.clean()
-        return of_calibration.measure(logits, labels, held, options["ece"]) if len(labels) else {}
+        logits, labels, _ = context.predict_clean()
+        return measure_calibration(logits, labels, heldout, ece) if len(labels) else {}
 
     return measure
 
 
-def robustness(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
+def plan_robustness(
+    context: EvalContext,
+    *,
+    attack: list[str],
+    eps: list[float] | None,
+    steps: list[int],
+    step_size: float | None,
+    corruptions: str,
+    severities: list[int],
+    reference: str | None,
+    occlusion: bool,
+    robust_images: int | None,
+    on_bad_image: str,
+) -> Plan:
     """Accuracy under attack, under corruption and under occlusion."""
-    names = [name for name in options["attack"] if name != NONE]
-    chosen = {"attacks": build_attacks(names, options["eps"], options["steps"], options["step_size"])}
-    chosen |= {"occluded": options["occlusion"], "most": options["robust_images"] or 0}
-    if options["corruptions"] == BUILT_IN:
-        chosen["severities"] = sorted(set(options["severities"]))
-    elif options["corruptions"] != NONE:
-        published = of_robustness.find_published(subject, options["corruptions"], options["on_bad_image"])
-        chosen["published"] = published
-        if options["reference"] == ALEXNET and (published.kind, subject.classifier.count) != ("folders", 1000):
+    attacks = build_attacks([name for name in attack if name != NONE], eps, steps, step_size)
+    published = None
+    if corruptions not in (BUILT_IN, NONE):
+        published = find_published_set(context, corruptions, on_bad_image)
+        if reference == ALEXNET and (published.kind, context.classifier.count) != ("folders", 1000):
             raise UserError(
-                f"--reference alexnet: its errors are those of ImageNet-C, which {published.place} is not\n"
+                f"--reference alexnet: its errors are those of ImageNet-C, which {published.root} is not\n"
                 "give the file of a classifier as reference"
             )
-    return partial(of_robustness.measure, subject, **chosen)
+    return partial(
+        measure_robustness,
+        context,
+        attacks=attacks,
+        published=published,
+        severities=sorted(set(severities)) if corruptions == BUILT_IN else [],
+        occluded=occlusion,
+        limit=robust_images or 0,
+    )
 
 
-def under_corruption(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
-    """What of it concerns --reference."""
-    return robustness(subject, options | {"attack": [NONE], "occlusion": False}, maps_for)
-
-
-def divide_errors(results: list[dict], references: list[dict]) -> None:
-    """Put the mean corruption error into the results: by what was measured of --reference, else by what is published of
-    AlexNet.
-    """
-    reference = references[0] if references else None
-    name = reference["name"] if reference else "AlexNet on ImageNet-C"
-    try:
-        of_robustness.add_mean_errors([result.get("robustness", result) for result in results], reference, name)
-    except ValueError as error:  # a reference without errors; what has been measured is not lost
-        print(f"note: no mCE: {error}")
-
-
-def ood(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
-    """AUROC and FPR95 of three scores against each set of images from outside."""
-    where, outside = select_kwargs(options, ["data_dir", "limit", "on_bad_image"]) | {"image_size": subject.size}, {}
-    for word in options["ood"] or ["noise"]:
-        name, part = subject.once(f"{word} {where}", partial(load_outside_set, word, **where))
-        if part.origin == subject.part.origin:
-            subject.note(f"--ood {word}: the very images that the classifiers are judged on")
-        outside[word if name in outside else name] = part
+def plan_ood(context: EvalContext, *, ood: list[str] | None, data_dir: str, limit: int, on_bad_image: str) -> Plan:
+    """AUROC and FPR95 of three scores against each set of out-of-distribution images."""
+    load = partial(
+        load_ood_set, image_size=context.image_size, data_dir=data_dir, limit=limit, on_bad_image=on_bad_image
+    )
+    outside = {}
+    for word in ood or ["noise"]:
+        name, image_set = context.session.cached(f"{word} {load.keywords}", partial(load, word))
+        if image_set.origin == context.image_set.origin:
+            context.session.note(f"--ood {word}: the very images that the classifiers are judged on")
+        outside[word if name in outside else name] = image_set
 
     def measure() -> dict:
-        logits, labels, _ = subject.clean()
-        others = {name: subject.predict(name, part=part)[0] for name, part in outside.items()}
-        found = {name: of_ood.measure(logits, theirs) for name, theirs in others.items() if len(theirs)}
+        logits, labels, _ = context.predict_clean()
+        others = {name: context.predict(name, image_set=image_set)[0] for name, image_set in outside.items()}
+        found = {name: measure_ood(logits, theirs) for name, theirs in others.items() if len(theirs)}
         return {"images": len(labels), "outside": found}
 
     return measure
 
 
-def localization(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
-    """How well maps of the true class find the objects, on the backgrounds asked for, and what fixed boxes get."""
-    truths = find_boxes(subject.part, subject.dataset, options["annotation_path"], progress=progress_bar)
+def plan_localization(
+    context: EvalContext,
+    *,
+    annotation_path: str | None,
+    background: list[str],
+    background_dir: str | None,
+    noise_std: float,
+    method: str,
+    layer: str | None,
+    classic: bool,
+    th: float,
+) -> Plan:
+    """How well maps of the true class find the objects on each background, and what fixed boxes get."""
+    truths = find_boxes(context.image_set, context.dataset, annotation_path, progress=progress_bar)
     for line in truths.notes():
-        subject.note(line)
-    part, boxes = localization_task.select_boxed(subject, truths.each)
-    backgrounds = {name: (part, boxes) for name in options["background"]}
-    if "rep" in backgrounds and len(part) < 2:
+        context.session.note(line)
+    image_set, boxes = select_boxed(context, truths.each)
+    backgrounds = {name: (image_set, boxes) for name in background}
+    if "rep" in backgrounds and len(image_set) < 2:
         raise UserError("--background rep: a background is another image, and there is one\ntake more images")
-    if options["background_dir"]:
-        backgrounds["ready"] = localization_task.read_ready_made(subject, part, boxes, options["background_dir"])
-    how = {"maps_of": maps_for(subject, options), "th": options["th"], "noise_std": options["noise_std"]}
-    called = options["method"] + (f" of {options['layer']}" if options["layer"] else "")
-    called += " (summed over 3 x 3)" if options["classic"] else ""
-    fixed = baselines(boxes, subject.size)
+    if background_dir:
+        backgrounds["ready"] = load_background_dir(context, image_set, boxes, background_dir)
+    compute_maps = build_map_function(context, method, layer, classic)
+    title = method + (f" of {layer}" if layer else "") + (" (summed over 3 x 3)" if classic else "")
+    baselines = score_fixed_boxes(boxes, context.image_size)
 
     def measure() -> dict:
         found = {
-            name: localization_task.localize(subject, *pictures, background=name, **how)
+            name: evaluate_localization(context, *pictures, compute_maps, background=name, th=th, noise_std=noise_std)
             for name, pictures in backgrounds.items()
         }
-        return {"maps": called, "noise_std": options["noise_std"], "backgrounds": found, "baselines": fixed}
+        return {"maps": title, "noise_std": noise_std, "backgrounds": found, "baselines": baselines}
 
     return measure
 
 
-def card(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
-    """Everything above that the images allow, and maps of a few of them."""
-    plans = {"accuracy": accuracy(subject, options | {"topk": [1, 5]}, maps_for)}
-    if options["ece"]:
-        plans["calibration"] = calibration(subject, options, maps_for)
-    if asks_robustness(options):
-        plans["robustness"] = robustness(subject, options, maps_for)
-    plans["ood"] = ood(subject, options, maps_for)
-    if options["annotation_path"] or subject.dataset in WITH_BOXES:
-        plans["localization"] = localization(subject, options, maps_for)
-    if options["examples"]:
-        plans["pictures"] = choose_examples(subject, options, maps_for)
+def plan_examples(context: EvalContext, *, examples: int, method: str, layer: str | None, classic: bool) -> Plan:
+    """A few images from all over the set, what the classifier takes them for, and its maps of that."""
+    compute_maps = build_map_function(context, method, layer, classic)
 
     def measure() -> dict:
-        found = {name: plan() for name, plan in plans.items()}
-        found["accuracy"].pop("confusion", None)  # a million numbers on ImageNet
-        return {"dataset": subject.dataset, **found}
-
-    return measure
-
-
-def choose_examples(subject: EvalContext, options: dict, maps_for: MapsFor) -> Plan:
-    """A few images from all over the set, what the classifier takes them for, and the maps of that."""
-    maps_at = maps_for(subject, options)
-
-    def measure() -> dict:
-        few = subject.part.subsample(options["examples"])
-        pixels = torch.cat([batch.images for batch in subject.batches(few, **PLAIN, alone=True).epoch()])
-        best = subject.classify(pixels).softmax(1).max(1)
-        maps, _ = maps_at(normalize(pixels, subject.classifier.mean, subject.classifier.std), best.indices)
-        names = subject.classifier.titles or subject.part.classes
+        loader = context.make_loader(context.image_set.subsample(examples), **UNNORMALIZED, whole=True)
+        pixels = torch.cat([batch.images for batch in loader.epoch()])
+        best = context.classifier(pixels).softmax(1).max(1)
+        maps, _ = compute_maps(normalize(pixels, context.classifier.mean, context.classifier.std), best.indices)
+        names = context.classifier.titles or context.image_set.classes
         titles = [f"{names[int(k)]} {float(share):.0%}" for share, k in zip(best.values, best.indices, strict=True)]
-        shown = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return {"images": shown, "maps": maps.cpu().numpy(), "titles": titles}
+        images = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return {"images": images, "maps": maps.cpu().numpy(), "titles": titles}
 
     return measure
 
 
-MEASURES = {
-    "accuracy": accuracy,
-    "robustness": robustness,
-    "calibration": calibration,
-    "ood": ood,
-    "localization": localization,
-    "card": card,
+PLANNERS = {
+    "accuracy": plan_accuracy,
+    "calibration": plan_calibration,
+    "robustness": plan_robustness,
+    "ood": plan_ood,
+    "localization": plan_localization,
+    "pictures": plan_examples,
 }
+
+
+def measure_card(dataset: str, plans: dict[str, Plan]) -> dict:
+    """The results of all plans by name, without the confusion matrix: a million numbers on ImageNet."""
+    found = {name: measure() for name, measure in plans.items()}
+    found["accuracy"].pop("confusion", None)
+    return {"dataset": dataset, **found}
+
+
+def run_plan(context: EvalContext, measure: Plan) -> dict:
+    """The result of one classifier."""
+    with context.named_errors():
+        result = {"name": context.name, "file": context.classifier.path, **measure()}
+    context.clean = None  # of no use to the other classifiers
+    return result

@@ -10,10 +10,10 @@ from engine.data.datasets import load_evaluation
 from engine.data.views import CenterCrop, SquashedView
 from engine.errors import UserError
 from evaluation.backgrounds import (
+    add_background_noise,
+    build_object_mask,
     draw_partner,
-    holds_pickles,
-    noise_background,
-    object_mask,
+    has_pickles,
     read_background_dir,
     read_pickles,
     replace_background,
@@ -29,7 +29,7 @@ def box_tensor(*boxes: tuple) -> torch.Tensor:
 
 def test_the_object_is_the_union_of_the_boxes():
     boxes = [box_tensor((0, 2, 1, 5), (1, 4, 4, 7)), None, box_tensor(), box_tensor((3, 6, 0, 8))]
-    mask = object_mask(boxes, 6, 8)
+    mask = build_object_mask(boxes, 6, 8)
     assert mask.shape == (4, 1, 6, 8) and mask.dtype == torch.bool
     expected = torch.zeros(6, 8, dtype=torch.bool)
     expected[0:2, 1:5] = expected[1:4, 4:7] = True
@@ -37,29 +37,29 @@ def test_the_object_is_the_union_of_the_boxes():
     assert mask[1].all(), "of what is not known nothing is taken away"
     assert not mask[2].any(), "an object that the crop lost is not there"
     assert mask[3, 0, 3:].all() and not mask[3, 0, :3].any()
-    assert object_mask([], 6, 8).shape == (0, 1, 6, 8)
+    assert build_object_mask([], 6, 8).shape == (0, 1, 6, 8)
 
 
 def test_only_the_background_is_replaced():
     pixels, others = torch.zeros(2, 3, 6, 8), torch.ones(2, 3, 6, 8)
-    changed = replace_background(pixels, object_mask([box_tensor((1, 3, 2, 6)), None], 6, 8), others)
+    changed = replace_background(pixels, build_object_mask([box_tensor((1, 3, 2, 6)), None], 6, 8), others)
     assert changed[0].sum() == 3 * (48 - 8) and changed[0, :, 1:3, 2:6].eq(0).all() and changed[1].eq(0).all()
 
 
 def test_only_the_background_is_noisy_and_stays_a_picture():
     pixels = torch.full((3, 3, 40, 50), 0.5)
-    mask = object_mask([box_tensor((10, 20, 5, 30))] * 3, 40, 50)
+    mask = build_object_mask([box_tensor((10, 20, 5, 30))] * 3, 40, 50)
     index = torch.tensor([4, 9, 4])
-    changed = noise_background(pixels, mask, index, seed=1, std=0.1)
+    changed = add_background_noise(pixels, mask, index, seed=1, std=0.1)
     noise = (changed - pixels)[~mask.expand_as(pixels)]
     assert (changed == pixels)[mask.expand_as(pixels)].all() and noise.std() == pytest.approx(0.1, rel=0.03)
     assert abs(noise.mean()) < 0.005
     assert torch.equal(changed[0], changed[2]) and not torch.equal(changed[0], changed[1])
-    assert torch.equal(noise_background(pixels[1:2], mask[1:2], index[1:2], seed=1, std=0.1), changed[1:2]), (
+    assert torch.equal(add_background_noise(pixels[1:2], mask[1:2], index[1:2], seed=1, std=0.1), changed[1:2]), (
         "in any batch"
     )
-    assert not torch.equal(noise_background(pixels, mask, index, seed=2, std=0.1), changed)
-    loud = noise_background(pixels, mask, index, seed=1, std=5.0)
+    assert not torch.equal(add_background_noise(pixels, mask, index, seed=2, std=0.1), changed)
+    loud = add_background_noise(pixels, mask, index, seed=1, std=5.0)
     assert loud.min() == 0 and loud.max() == 1
 
 
@@ -145,7 +145,7 @@ def test_a_pickled_set_is_cut_out_with_its_boxes(tmp_path):
     images = [torch.randint(256, shape).byte().numpy() for shape in ((8, 12, 3), (11, 8, 3))]
     shares = [np.array([[0.25, 0.125, 0.75, 0.5], [0.0, 0.0, 0.1, 1.0]]), np.array([[0.0, 0.0, 1.0, 1.0]])]
     place = write_pickles(tmp_path / "rep", images, [np.int64(1), 0], shares)
-    assert holds_pickles(place) and not holds_pickles(tmp_path)
+    assert has_pickles(place) and not has_pickles(tmp_path)
     part, boxes = read_pickles(place, ["cat", "dog"], 6)
     assert torch.equal(part.pixels[0], torch.from_numpy(images[0][1:7, 3:9]))
     assert torch.equal(part.pixels[1], torch.from_numpy(images[1][2:8, 1:7])), "5 / 2 is rounded to even"

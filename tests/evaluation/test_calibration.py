@@ -7,7 +7,6 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from engine.drawing.figures import save_figure
-from evaluation import calibration
 from evaluation.calibration import (
     TEMPERATURES,
     adaptive_calibration_error,
@@ -16,9 +15,9 @@ from evaluation.calibration import (
     classwise_calibration_error,
     draw_reliability,
     fit_temperature,
-    measure,
+    measure_calibration,
     negative_log_likelihood,
-    reliability,
+    reliability_table,
 )
 
 ERRORS = [calibration_error, adaptive_calibration_error, classwise_calibration_error]
@@ -56,8 +55,8 @@ def test_calibration_error_by_hand():
 
 def test_a_bin_holds_its_upper_edge():
     logits, labels = torch.tensor([[0.0, 0.0], [0.1, 0.0]]), torch.tensor([0, 1])  # confidences of 0.5 and 0.525
-    assert reliability(logits, labels, 2)["count"] == [1, 1]
-    assert reliability(100 * torch.eye(3), torch.arange(3), 4)["count"] == [0, 0, 0, 3], "1 is in the last"
+    assert reliability_table(logits, labels, 2)["count"] == [1, 1]
+    assert reliability_table(100 * torch.eye(3), torch.arange(3), 4)["count"] == [0, 0, 0, 3], "1 is in the last"
 
 
 def test_adaptive_bins_hold_equally_many_images():
@@ -89,16 +88,17 @@ def test_classwise_error_is_the_mean_over_the_classes():
     assert classwise_calibration_error(probability.log(), labels, 2) == pytest.approx(expected, abs=1e-6)
 
 
-def test_classwise_error_is_that_of_each_class_alone(monkeypatch):
-    logits, labels = random_case(303, 4)
+@pytest.mark.parametrize("images, classes", [(303, 4), (5000, 1000)])
+def test_classwise_error_is_that_of_each_class_alone(images, classes):
+    """Also of more probabilities than are binned at a time."""
+    logits, labels = random_case(images, classes)
     expected = 0.0
     for number, probability in enumerate(logits.double().softmax(1).unbind(1)):
+        difference = probability - (labels == number).double()
         for low in range(7):
             inside = (probability > low / 7) & (probability <= (low + 1) / 7)
-            expected += float((probability - (labels == number).double())[inside].sum().abs()) / 303 / 4
+            expected += float(difference[inside].sum().abs()) / images / classes
     assert classwise_calibration_error(logits, labels, 7) == pytest.approx(expected, abs=1e-12)
-    monkeypatch.setattr(calibration, "CHUNK", 40)
-    assert classwise_calibration_error(logits, labels, 7) == pytest.approx(expected, abs=1e-12), "ten images at a time"
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -121,7 +121,7 @@ def test_confidences_that_float32_rounds_to_one_are_told_apart():
 
 
 def test_reliability_has_none_for_empty_bins():
-    table = reliability(sure(0.9, 0.95, 0.6), torch.tensor([0, 1, 0]), 4)
+    table = reliability_table(sure(0.9, 0.95, 0.6), torch.tensor([0, 1, 0]), 4)
     assert table["edges"] == [0, 0.25, 0.5, 0.75, 1] and table["count"] == [0, 0, 1, 2]
     assert table["confidence"] == [None, None, pytest.approx(0.6), pytest.approx(0.925)]
     assert table["accuracy"] == [None, None, 1.0, 0.5]
@@ -203,7 +203,7 @@ def test_where_no_temperature_matters_it_is_one(logits):
 def test_measure_tells_the_figures_of_the_images_that_were_not_held():
     logits, labels = random_case(500, 6)
     logits, held = 4 * logits, torch.arange(500) % 5 == 0
-    result = measure(logits, labels, held, 12)
+    result = measure_calibration(logits, labels, held, 12)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     temperature = result["temperature"]
     assert temperature == fit_temperature(logits[held], labels[held]) and not result["temperature_at_bound"]
@@ -228,7 +228,7 @@ def test_measure_tells_the_figures_of_the_images_that_were_not_held():
 def test_measure_on_a_gpu_is_measure_on_the_host():
     logits, labels = random_case(3000, 10)
     held = torch.arange(3000) % 3 == 0
-    here, there = measure(logits, labels, held), measure(logits.cuda(), labels.cuda(), held)
+    here, there = measure_calibration(logits, labels, held), measure_calibration(logits.cuda(), labels.cuda(), held)
     for key in FIGURES - {"reliability"}:
         assert there[key] == pytest.approx(here[key], rel=1e-9)
         assert there["after"][key] == pytest.approx(here["after"][key], rel=1e-7)
@@ -240,27 +240,27 @@ def test_labels_of_images_that_are_judged_do_not_move_the_temperature():
     logits, labels = random_case(200)
     held = torch.arange(200) < 50
     other = torch.where(held, labels, (labels + 1) % 5)
-    one, two = measure(logits, labels, held), measure(logits, other, held)
+    one, two = measure_calibration(logits, labels, held), measure_calibration(logits, other, held)
     assert one["temperature"] == two["temperature"] and one["ece"] != two["ece"]
 
 
 def test_measure_says_when_the_temperature_is_at_its_bound():
     logits = torch.randn(20, 3)
     held = torch.arange(20) < 10
-    result = measure(logits, logits.argmax(1), held)
+    result = measure_calibration(logits, logits.argmax(1), held)
     assert (result["temperature"], result["temperature_at_bound"]) == (0.05, True)
     json.dumps(result, allow_nan=False)
 
 
 def test_logits_that_hardly_differ_keep_their_class():
     logits = torch.tensor([[0.0, 1e-20], [0.0, 1e-20], [1e-20, 0.0]])
-    result = measure(logits, torch.tensor([1, 1, 0]), torch.tensor([True, False, False]))
+    result = measure_calibration(logits, torch.tensor([1, 1, 0]), torch.tensor([True, False, False]))
     assert result["accuracy"] == result["after"]["accuracy"] == 100, "their probabilities are equal"
 
 
 # what is refused
 
-ALL = [*ERRORS, reliability, negative_log_likelihood, brier_score, fit_temperature]
+ALL = [*ERRORS, reliability_table, negative_log_likelihood, brier_score, fit_temperature]
 
 
 @pytest.mark.parametrize("function", ALL)
@@ -281,7 +281,7 @@ def test_what_cannot_be_counted_is_refused(function):
             function(logits, wrong)
 
 
-@pytest.mark.parametrize("function", [*ERRORS, reliability])
+@pytest.mark.parametrize("function", [*ERRORS, reliability_table])
 def test_no_bins_are_refused(function):
     with pytest.raises(ValueError, match="bins must be at least 1, got 0"):
         function(*random_case(6, 3), 0)
@@ -291,10 +291,10 @@ def test_a_temperature_needs_images_of_its_own():
     logits, labels = random_case(6, 3)
     for held, count in ((torch.zeros(6), 0), (torch.ones(6), 6)):
         with pytest.raises(ValueError, match=f"{count} of 6 are held"):
-            measure(logits, labels, held.bool())
+            measure_calibration(logits, labels, held.bool())
     for held in (torch.ones(5).bool(), torch.tensor([0, 1])):
         with pytest.raises(ValueError, match="held must be 6 bools"):
-            measure(logits, labels, held)
+            measure_calibration(logits, labels, held)
 
 
 # the picture
@@ -304,7 +304,7 @@ def test_a_temperature_needs_images_of_its_own():
 def test_one_classifier_is_drawn_in_bars_and_several_in_lines(tmp_path, after):
     logits, labels = random_case(300)
     held = torch.arange(300) < 60
-    results = [(name, measure(scale * logits, labels, held)) for name, scale in (("a", 3.0), ("b", 0.5))]
+    results = [(name, measure_calibration(scale * logits, labels, held)) for name, scale in (("a", 3.0), ("b", 0.5))]
     for count in (1, 2):
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
@@ -324,7 +324,9 @@ def test_one_classifier_is_drawn_in_bars_and_several_in_lines(tmp_path, after):
 
 
 def test_a_single_image_is_drawn():
-    result = measure(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), torch.tensor([True, False]))
+    result = measure_calibration(
+        torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), torch.tensor([True, False])
+    )
     figure = Figure()
     draw_reliability(figure.subplots(), [("a", result)])
     draw_reliability(figure.subplots(), [("a", result), ("b", result)], after=True)

@@ -9,7 +9,12 @@ from PIL import Image
 from engine.data.image_files import Reader
 from engine.data.views import CenterCrop
 from engine.errors import UserError
-from evaluation.corruption_benchmarks import ALEXNET, EXTRA, find_corrupted, mean_corruption_error
+from evaluation.corruption_benchmarks import (
+    ALEXNET_ERRORS,
+    EXTRA_CORRUPTIONS,
+    find_corrupted_set,
+    mean_corruption_error,
+)
 
 CLASSES = ["ape", "bee", "cat"]
 VIEW = CenterCrop(8, 8)
@@ -54,10 +59,10 @@ def values(part) -> list[int]:
 def test_a_severity_is_its_fifth_of_the_array(tmp_path, repeats):
     labels = [0, 1, 2, 2, 1, 0]
     write_arrays(tmp_path, ["fog"], labels * repeats)
-    found = find_corrupted(tmp_path, CLASSES)
+    found = find_corrupted_set(tmp_path, CLASSES)
     assert (found.kind, found.names, found.severities("fog")) == ("arrays", ["fog"], [1, 2, 3, 4, 5])
     for severity in found.severities("fog"):
-        part = found.part("fog", severity)
+        part = found.load("fog", severity)
         assert part.pixels.shape == (COUNT, 4, 4, 3) and values(part) == [10 * severity + i for i in range(COUNT)]
         assert part.labels.tolist() == labels and part.labels.dtype == torch.long
         assert part.classes == CLASSES and f"severity {severity}" in part.origin
@@ -65,35 +70,35 @@ def test_a_severity_is_its_fifth_of_the_array(tmp_path, repeats):
 
 def test_labels_of_each_severity_are_its_own(tmp_path):
     write_arrays(tmp_path, ["fog"], [0] * COUNT + [1] * COUNT + [2] * COUNT + [1] * COUNT + [0] * COUNT)
-    found = find_corrupted(tmp_path, CLASSES)
-    assert [found.part("fog", severity).labels.unique().item() for severity in range(1, 6)] == [0, 1, 2, 1, 0]
+    found = find_corrupted_set(tmp_path, CLASSES)
+    assert [found.load("fog", severity).labels.unique().item() for severity in range(1, 6)] == [0, 1, 2, 1, 0]
 
 
 def test_a_part_may_be_written_to_and_the_file_stays(tmp_path):
     before = write_arrays(tmp_path, ["fog"], [0, 1, 2, 0, 1, 2])
-    find_corrupted(tmp_path, CLASSES).part("fog", 1).pixels.zero_()
+    find_corrupted_set(tmp_path, CLASSES).load("fog", 1).pixels.zero_()
     assert np.array_equal(np.load(tmp_path / "fog.npy"), before)
 
 
 def test_names_stand_in_the_order_of_the_paper(tmp_path):
-    names = ["zebra", "saturate", *reversed(ALEXNET), "speckle_noise", "another"]
+    names = ["zebra", "saturate", *reversed(ALEXNET_ERRORS), "speckle_noise", "another"]
     write_arrays(tmp_path, names, [0, 1, 2, 0, 1, 2])
-    found = find_corrupted(tmp_path, CLASSES)
-    assert found.names == [*ALEXNET, "speckle_noise", "saturate", "another", "zebra"] and not found.notes
-    assert len(ALEXNET) == 15 and len({*ALEXNET, *EXTRA}) == 19
+    found = find_corrupted_set(tmp_path, CLASSES)
+    assert found.names == [*ALEXNET_ERRORS, "speckle_noise", "saturate", "another", "zebra"] and not found.notes
+    assert len(ALEXNET_ERRORS) == 15 and len({*ALEXNET_ERRORS, *EXTRA_CORRUPTIONS}) == 19
 
 
 @pytest.mark.parametrize("count, folder", [(10, "CIFAR-10-C"), (100, "CIFAR-100-C")])
 def test_of_two_sets_that_of_as_many_classes_is_taken(tmp_path, count, folder):
     for name in ("CIFAR-10-C", "CIFAR-100-C"):
         write_arrays(tmp_path / name, ["fog"], [0, 1, 2, 3, 4, 9])
-    found = find_corrupted(tmp_path, [str(number) for number in range(count)])
-    assert found.place == tmp_path / folder
+    found = find_corrupted_set(tmp_path, [str(number) for number in range(count)])
+    assert found.root == tmp_path / folder
 
 
 def test_a_partial_set_of_arrays_says_what_it_lacks(tmp_path):
-    write_arrays(tmp_path, [name for name in ALEXNET if name not in ("snow", "fog")], [0, 1, 1, 0, 1, 1])
-    lacks, fewer = find_corrupted(tmp_path, CLASSES).notes
+    write_arrays(tmp_path, [name for name in ALEXNET_ERRORS if name not in ("snow", "fog")], [0, 1, 1, 0, 1, 1])
+    lacks, fewer = find_corrupted_set(tmp_path, CLASSES).notes
     assert lacks.endswith("lacks 2 of the 15 corruptions: snow, fog")
     assert fewer.endswith("labels.npy has only 2 of the 3 classes")
 
@@ -106,7 +111,7 @@ def test_a_pickle_in_place_of_an_array_runs_nothing(tmp_path):
     write_arrays(tmp_path, ["fog"], [0, 1, 2, 0, 1, 2])
     np.save(tmp_path / "fog.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(UserError, match=r"fog\.npy is damaged"):
-        find_corrupted(tmp_path, CLASSES)
+        find_corrupted_set(tmp_path, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,7 @@ def test_a_spoilt_array_is_named_before_the_work(tmp_path, spoil, message):
     write_arrays(tmp_path, ["brightness", "fog"], [0, 1, 2, 0, 1, 2])
     spoil(tmp_path / "fog.npy")
     with pytest.raises(UserError, match=message):
-        find_corrupted(tmp_path, CLASSES)
+        find_corrupted_set(tmp_path, CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +155,17 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, labels, message):
     write_arrays(tmp_path, ["fog"], [])
     np.save(tmp_path / "labels.npy", np.array(labels))
     with pytest.raises(UserError, match=message):
-        find_corrupted(tmp_path, CLASSES)
+        find_corrupted_set(tmp_path, CLASSES)
 
 
 def test_labels_that_are_cut_short_or_missing_are_named(tmp_path):
     write_arrays(tmp_path, ["fog"], [0, 1, 2, 0, 1, 2] * 40)
     cut(tmp_path / "labels.npy")
     with pytest.raises(UserError, match=r"labels\.npy is damaged"):
-        find_corrupted(tmp_path, CLASSES)
+        find_corrupted_set(tmp_path, CLASSES)
     (tmp_path / "labels.npy").unlink()
     with pytest.raises(UserError, match=r"no .*labels\.npy: it tells the classes.*\n.*holds fog\.npy"):
-        find_corrupted(tmp_path, CLASSES)
+        find_corrupted_set(tmp_path, CLASSES)
 
 
 # folders
@@ -169,51 +174,51 @@ def test_labels_that_are_cut_short_or_missing_are_named(tmp_path):
 @pytest.mark.parametrize("below", ["", "ImageNet-C", "noise", "tiny-imagenet-c/blur"])
 def test_folders_are_found_with_and_without_groups(tmp_path, below):
     write_folders(tmp_path / below, ["shot_noise", "gaussian_noise"])
-    found = find_corrupted(tmp_path, CLASSES, view=VIEW)
+    found = find_corrupted_set(tmp_path, CLASSES, view=VIEW)
     assert (found.kind, found.names) == ("folders", ["gaussian_noise", "shot_noise"])
-    part = found.part("shot_noise", 3)
+    part = found.load("shot_noise", 3)
     assert part.labels.tolist() == [0, 0, 1, 1, 2, 2] and values(part) == [30, 31] * 3 and part.pixels.view == VIEW
     assert part.files.names()[0] == "ape/0.png" and part.origin.endswith("shot_noise/3")
 
 
 def test_labels_are_those_of_the_network_and_not_of_the_folders(tmp_path):
-    write_folders(tmp_path, list(ALEXNET), severities=[1], classes=["bee", "cat"])
-    found = find_corrupted(tmp_path, ["cat", "dog", "bee"], view=VIEW)
-    part = found.part("fog", 1)
+    write_folders(tmp_path, list(ALEXNET_ERRORS), severities=[1], classes=["bee", "cat"])
+    found = find_corrupted_set(tmp_path, ["cat", "dog", "bee"], view=VIEW)
+    part = found.load("fog", 1)
     assert part.labels.tolist() == [2, 2, 0, 0] and part.classes == ["cat", "dog", "bee"]
     assert found.notes[-1].endswith("has only 2 of the 3 classes")
 
 
 def test_missing_severities_are_noted_and_an_empty_one_is_missing(tmp_path):
-    write_folders(tmp_path, list(ALEXNET), classes=["ape"], count=1)
+    write_folders(tmp_path, list(ALEXNET_ERRORS), classes=["ape"], count=1)
     write_folders(tmp_path, ["spatter"], severities=[1, 4], classes=["ape"], count=1)
     (tmp_path / "spatter" / "2").mkdir()
-    found = find_corrupted(tmp_path, ["ape"], view=VIEW)
+    found = find_corrupted_set(tmp_path, ["ape"], view=VIEW)
     assert found.severities("spatter") == [1, 4] and found.notes == ["spatter lacks the severities 2, 3, 5"]
     with pytest.raises(ValueError, match="no 'spatter' of severity 2"):
-        found.part("spatter", 2)
+        found.load("spatter", 2)
     with pytest.raises(ValueError, match="did you mean spatter"):
-        found.part("splatter", 1)
+        found.load("splatter", 1)
 
 
 def test_classes_of_another_data_set_are_named_on_both_sides(tmp_path):
     theirs, ours = [f"n{number}" for number in range(7)], [f"n{number}" for number in range(6, 12)]
     write_folders(tmp_path, ["fog"], severities=[2], classes=theirs, count=1)
     with pytest.raises(UserError, match=r"n0, n1, n2, n3, n4 \.\.\. \(6\); only.*n10, n11, n7, n8, n9 \(5\)\n"):
-        find_corrupted(tmp_path, ours, view=VIEW)
+        find_corrupted_set(tmp_path, ours, view=VIEW)
 
 
 def test_folders_need_a_view(tmp_path):
     write_folders(tmp_path, ["fog"], severities=[1], classes=["ape"], count=1)
     with pytest.raises(ValueError, match="need a view"):
-        find_corrupted(tmp_path, CLASSES)
+        find_corrupted_set(tmp_path, CLASSES)
 
 
 @pytest.mark.parametrize("on_bad_image", ["stop", "skip"])
 def test_a_bad_file_stops_or_is_skipped(tmp_path, on_bad_image):
     write_folders(tmp_path, ["fog"], severities=[1], classes=["ape"])
     (tmp_path / "fog" / "1" / "ape" / "0.png").write_bytes(b"")
-    part = find_corrupted(tmp_path, CLASSES, view=VIEW, on_bad_image=on_bad_image).part("fog", 1)
+    part = find_corrupted_set(tmp_path, CLASSES, view=VIEW, on_bad_image=on_bad_image).load("fog", 1)
     if on_bad_image == "skip":
         assert values(part) == [11, 11]
     else:
@@ -226,7 +231,7 @@ def test_a_class_folder_without_images_is_named(tmp_path):
     (tmp_path / "fog" / "1" / "bee" / "0.png").unlink()
     (tmp_path / "fog" / "1" / "bee" / "1.png").rename(tmp_path / "fog" / "1" / "bee" / "notes.txt")
     with pytest.raises(UserError, match="no images in bee"):
-        find_corrupted(tmp_path, CLASSES, view=VIEW).part("fog", 1)
+        find_corrupted_set(tmp_path, CLASSES, view=VIEW).load("fog", 1)
 
 
 # neither
@@ -238,11 +243,11 @@ def test_what_was_looked_for_and_what_is_there_are_said(tmp_path):
     with pytest.raises(
         UserError, match=r"<corruption>\.npy with labels.*<severity>/<class>.*\n.*holds labels\.npy, train"
     ):
-        find_corrupted(tmp_path, CLASSES, view=VIEW)
+        find_corrupted_set(tmp_path, CLASSES, view=VIEW)
     with pytest.raises(UserError, match=r"no folder .*gone\n.*holds labels\.npy, train"):
-        find_corrupted(tmp_path / "gone", CLASSES, view=VIEW)
+        find_corrupted_set(tmp_path / "gone", CLASSES, view=VIEW)
     with pytest.raises(UserError, match=r"no folder .*labels\.npy\n"):
-        find_corrupted(tmp_path / "labels.npy", CLASSES, view=VIEW)
+        find_corrupted_set(tmp_path / "labels.npy", CLASSES, view=VIEW)
 
 
 def test_a_folder_that_refuses_to_be_listed_is_named(tmp_path, monkeypatch):
@@ -251,7 +256,7 @@ def test_a_folder_that_refuses_to_be_listed_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=rf"{tmp_path} cannot be read: Permission denied\n"):
-        find_corrupted(tmp_path, CLASSES, view=VIEW)
+        find_corrupted_set(tmp_path, CLASSES, view=VIEW)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -261,7 +266,7 @@ def test_a_folder_that_must_not_be_read_is_named(tmp_path, closed):
     (tmp_path / "set" / closed).chmod(0)
     try:
         with pytest.raises(UserError, match="cannot be read: Permission denied"):
-            find_corrupted(tmp_path / "set", CLASSES, view=VIEW).part("fog", 1)
+            find_corrupted_set(tmp_path / "set", CLASSES, view=VIEW).load("fog", 1)
     finally:
         (tmp_path / "set" / closed).chmod(0o700)
 
@@ -274,27 +279,34 @@ def test_mean_corruption_error_by_hand():
     mean, each = mean_corruption_error(errors, {"fog": [0.6] * 5, "snow": [0.2, 0.3, 0.2, 0.3, 0.25], "frost": 0.7})
     assert each == pytest.approx({"fog": 50, "snow": 200}) and mean == pytest.approx(125)
     assert mean_corruption_error(errors, {"fog": 0.6, "snow": 0.25})[0] == pytest.approx(125)
-    assert mean_corruption_error({name: [error] * 5 for name, error in ALEXNET.items()}, ALEXNET)[0] == pytest.approx(
-        100
-    )
+    assert mean_corruption_error({name: [error] * 5 for name, error in ALEXNET_ERRORS.items()}, ALEXNET_ERRORS)[
+        0
+    ] == pytest.approx(100)
 
 
 def test_the_errors_of_alexnet_have_lost_no_digit():
-    assert sum(ALEXNET.values()) == pytest.approx(11.834896, abs=1e-9)
-    assert list(ALEXNET)[0] == "gaussian_noise" and list(ALEXNET)[-1] == "jpeg_compression"
-    assert min(ALEXNET, key=ALEXNET.get) == "brightness" and max(ALEXNET, key=ALEXNET.get) == "impulse_noise"
+    assert sum(ALEXNET_ERRORS.values()) == pytest.approx(11.834896, abs=1e-9)
+    assert list(ALEXNET_ERRORS)[0] == "gaussian_noise" and list(ALEXNET_ERRORS)[-1] == "jpeg_compression"
+    assert (
+        min(ALEXNET_ERRORS, key=ALEXNET_ERRORS.get) == "brightness"
+        and max(ALEXNET_ERRORS, key=ALEXNET_ERRORS.get) == "impulse_noise"
+    )
 
 
 @pytest.mark.parametrize(
     "errors, reference, message",
     [
-        ({"fog": [0.1], "spatter": [0.1], "zebra": [0.1]}, ALEXNET, "no reference for spatter, zebra; there is one"),
+        (
+            {"fog": [0.1], "spatter": [0.1], "zebra": [0.1]},
+            ALEXNET_ERRORS,
+            "no reference for spatter, zebra; there is one",
+        ),
         ({"fog": [0.1] * 5}, {"fog": 0.0}, "fog: .* divided by the reference 0"),
         ({"fog": [0.1]}, {"fog": [0.0]}, "fog: .* divided by the reference 0"),
         ({"fog": [0.1] * 5}, {"fog": float("nan")}, "fog: .* divided by the reference nan"),
         ({"fog": [0.1]}, {"fog": [0.1, 0.2]}, "fog: errors at 1 severities, the reference's at 2"),
         ({"fog": []}, {"fog": 0.5}, "fog"),
-        ({}, ALEXNET, "no corruptions"),
+        ({}, ALEXNET_ERRORS, "no corruptions"),
     ],
 )
 def test_errors_without_a_quotient_are_refused(errors, reference, message):
@@ -304,4 +316,4 @@ def test_errors_without_a_quotient_are_refused(errors, reference, message):
 
 def test_means_over_five_severities_are_no_reference_for_fewer():
     with pytest.raises(ValueError, match="fog: errors at 1 severities"):
-        mean_corruption_error({"fog": [0.5]}, ALEXNET)
+        mean_corruption_error({"fog": [0.5]}, ALEXNET_ERRORS)

@@ -49,7 +49,7 @@ def check_contract(clean: torch.Tensor, name: str, severity: int) -> None:
 
 
 def test_every_corruption_has_a_family_a_description_and_strengths():
-    names = [name for family in FAMILIES.values() for name in family]
+    names = [function.__name__ for family in FAMILIES.values() for function in family]
     assert len(names) == 15 and set(names) == set(CORRUPTIONS) == set(DESCRIPTIONS) == set(STRENGTHS)
     assert all(len(strengths) == 5 for pair in STRENGTHS.values() for strengths in pair) and SEVERITIES == (
         1,
@@ -262,7 +262,7 @@ def test_snow_and_fog_only_whiten_the_dark_and_frost_is_bluish():
     assert frozen[:, 2].mean() > frozen[:, 0].mean() > 0.1
     white = corrupt(1 - black, "frost", 5, index)
     assert ((white - frozen - 0.75).abs() < 0.01)[white < 1].all()
-    ice = corruptions.ice(image_ops.Draws(index, 0, "frost/5", index.device), 64, 64)
+    ice = corruptions.draw_ice(image_ops.BatchRNG(index, 0, "frost/5", index.device), 64, 64)
     assert ice.min() < 0.2 and ice.max() > 0.9 and torch.equal(frozen, stored_by_hand(0.45 * ice))
     foggy = corrupt(black + 102 / 255, "fog", 3, index)  # the least fog none, the most 0.75, times 0.4 / 1.15
     assert foggy.min() == pytest.approx(0.16 / 1.15, abs=0.01) and foggy.max() == pytest.approx(0.4, abs=0.01)

@@ -17,17 +17,16 @@ from engine.data.decode import decode_into
 from engine.data.image_set import STATISTICS
 from engine.data.views import CenterCrop, SquashedView
 from evaluation.localization import (
-    baselines,
-    box_overlaps,
     centre_box,
-    classic_map,
-    draw_examples,
-    intersection_over_union,
+    compute_iou,
+    compute_overlaps,
+    draw_threshold_curves,
     list_thresholds,
-    measure,
-    place_boxes,
-    scaled_map,
-    smooth_map,
+    project_boxes,
+    scale_maps,
+    score_fixed_boxes,
+    score_localization,
+    smooth_maps,
 )
 
 SIZES = [(80, 48), (48, 80), (500, 375), (333, 501), (64, 64)]  # width, height
@@ -80,14 +79,9 @@ def test_boxes_that_the_crop_loses_are_dropped():
     view = CenterCrop(32, 48)  # shows columns 24 to 56, rows 8 to 40
     y1, y2, x1, x2 = view.placed(lost, 80, 48)
     assert x1 == x2 and 0 <= y1 <= y2 <= 32
-    seen = place_boxes([BoxAnnotation([lost, kept], 80, 48), None, BoxAnnotation([lost], 80, 48)], view)
+    seen = project_boxes([BoxAnnotation([lost, kept], 80, 48), None, BoxAnnotation([lost], 80, 48)], view)
     assert seen[0].tolist() == [[2, 22, 0, 32]] and seen[1] is None
     assert seen[2].shape == (0, 4) and seen[2].dtype == torch.long
-
-
-def test_images_without_a_view_have_their_boxes_scaled():
-    truths = [BoxAnnotation([(1, 2, 3, 5)], 10, 20), BoxAnnotation([(4, 4, 9, 64)], 64, 64)]
-    assert [boxes.tolist() for boxes in place_boxes(truths, 40)] == [[[4, 10, 4, 12]], [[2, 40, 2, 5]]]
 
 
 def test_the_centred_box():
@@ -99,10 +93,10 @@ def test_the_centred_box():
 
 
 def test_boxes_apart_in_both_directions_do_not_overlap():
-    assert intersection_over_union([(0, 10, 0, 10)], [(19, 29, 19, 29)]) == 0
-    assert intersection_over_union([(0, 10, 0, 10)], [(0, 10, 5, 15)]) == 50 / 150
+    assert compute_iou([(0, 10, 0, 10)], [(19, 29, 19, 29)]) == 0
+    assert compute_iou([(0, 10, 0, 10)], [(0, 10, 5, 15)]) == 50 / 150
     heat = blobs(30, 30, (0, 10, 0, 10, 1.0))
-    largest, any_ = box_overlaps(heat, [box_tensor((19, 29, 19, 29))], [0.5])
+    largest, any_ = compute_overlaps(heat, [box_tensor((19, 29, 19, 29))], [0.5])
     assert largest.tolist() == any_.tolist() == [[0.0]]
 
 
@@ -111,24 +105,24 @@ def test_overlap_is_torchvisions():
     boxes = torch.stack([corners[:, 0], corners[:, 0] + corners[:, 1] + 1, corners[:, 2], corners[:, 2] + 7], 1)
     one, other = boxes[:25], boxes[25:]
     theirs = box_iou(one[:, [2, 0, 3, 1]].double(), other[:, [2, 0, 3, 1]].double())
-    np.testing.assert_allclose(intersection_over_union(one.numpy(), other.numpy()), theirs.numpy())
+    np.testing.assert_allclose(compute_iou(one.numpy(), other.numpy()), theirs.numpy())
 
 
 def test_two_blobs_and_two_true_boxes():
     """The large weak blob joins the small strong one below its own value only; height and width differ."""
     heat = blobs(20, 30, (0, 10, 0, 10, 0.5), (12, 16, 20, 26, 1.0))
     true = box_tensor((12, 16, 20, 26), (0, 10, 0, 20))
-    largest, any_ = box_overlaps(heat, [true], [0.25, 0.75])
+    largest, any_ = compute_overlaps(heat, [true], [0.25, 0.75])
     torch.testing.assert_close(largest, torch.tensor([[0.5, 1.0]]))  # 100 of 200 pixels, then the strong one alone
     torch.testing.assert_close(any_, torch.tensor([[1.0, 1.0]]))
-    largest, any_ = box_overlaps(heat, [true[1:]], [0.25, 0.75])
+    largest, any_ = compute_overlaps(heat, [true[1:]], [0.25, 0.75])
     torch.testing.assert_close(any_, torch.tensor([[0.5, 0.0]]))
 
 
 def test_the_threshold_is_strict_and_cut_to_a_whole_level():
     heat = blobs(10, 10, (0, 10, 0, 10, 100 / 255), (2, 4, 2, 4, 200 / 255))
     inner = [box_tensor((2, 4, 2, 4))]
-    largest, _ = box_overlaps(heat, inner, [0.494, 0.4999, 0.5, 0.504, 0.9, 0.999, 1.0])
+    largest, _ = compute_overlaps(heat, inner, [0.494, 0.4999, 0.5, 0.504, 0.9, 0.999, 1.0])
     # levels 98, 99, 100, 100, 180, 199, 200 of a maximum of 200
     torch.testing.assert_close(largest, torch.tensor([[0.04, 0.04, 1.0, 1.0, 1.0, 1.0, 0.0]]))
 
@@ -137,9 +131,9 @@ def test_of_outlines_of_one_size_the_first_is_taken_and_area_is_the_outlines_own
     heat = blobs(20, 20, (1, 5, 1, 5, 1.0), (10, 14, 10, 14, 1.0))
     outlines = cv2.findContours((heat[0] > 0).numpy().astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     x, y, width, height = cv2.boundingRect(outlines[0])
-    assert box_overlaps(heat, [box_tensor((y, y + height, x, x + width))], [0.5])[0] == 1
+    assert compute_overlaps(heat, [box_tensor((y, y + height, x, x + width))], [0.5])[0] == 1
     heat = blobs(20, 20, (0, 18, 0, 1, 1.0), (5, 9, 5, 9, 1.0))  # the long line has more pixels, and no area
-    assert box_overlaps(heat, [box_tensor((5, 9, 5, 9))], [0.5])[0] == 1
+    assert compute_overlaps(heat, [box_tensor((5, 9, 5, 9))], [0.5])[0] == 1
 
 
 def by_single_calls(heat: np.ndarray, true: torch.Tensor, th: float) -> tuple[float, float]:
@@ -159,7 +153,7 @@ def test_all_outlines_at_once_are_what_single_calls_find():
     maps[3:] *= torch.rand(3, 45, 60)  # thousands of specks
     boxes = [box_tensor((5, 30, 10, 40), (20, 45, 0, 25)), box_tensor((0, 45, 0, 60)), box_tensor((8, 14, 30, 37))] * 2
     thresholds = list_thresholds(0.333)
-    largest, any_ = box_overlaps(maps, boxes, thresholds)
+    largest, any_ = compute_overlaps(maps, boxes, thresholds)
     heats = (maps * 255).byte().numpy()
     expected = [[by_single_calls(heat, true, th) for th in thresholds] for heat, true in zip(heats, boxes, strict=True)]
     torch.testing.assert_close(torch.stack([largest, any_], 2), torch.tensor(expected))
@@ -171,37 +165,36 @@ def test_maps_and_boxes_that_say_nothing():
     maps[1:3] = 0.5
     maps[3] = torch.nan
     boxes = [box_tensor((0, 1, 0, 2)), box_tensor((0, 8, 0, 4)), None, box_tensor((0, 2, 0, 2)), box_tensor()]
-    largest, any_ = box_overlaps(maps, boxes, [0.0, 0.5])
+    largest, any_ = compute_overlaps(maps, boxes, [0.0, 0.5])
     assert largest[:, 1].tolist()[:2] == [0.5, 0.5] and largest[3:].tolist() == [[0.25, 0.25], [0.0, 0.0]]
     assert largest[2].isnan().all() and any_[2].isnan().all() and not largest[[0, 1, 3, 4]].isnan().any()
-    assert box_overlaps(maps[:0], [], [0.5])[0].shape == (0, 1)
+    assert compute_overlaps(maps[:0], [], [0.5])[0].shape == (0, 1)
     with pytest.raises(ValueError, match=r"\(5, 8, 8\) and 1"):
-        box_overlaps(maps, boxes[:1], [0.5])
+        compute_overlaps(maps, boxes[:1], [0.5])
 
 
 # maps
 
 
-def test_the_classic_map_sums_neighbours_before_it_is_enlarged():
+def test_smoothing_sums_neighbours():
     maps = torch.zeros(1, 4, 6)
     maps[0, 0, 0], maps[0, 2, 4] = 3.0, 1.0
-    sums = smooth_map(maps)
+    sums = smooth_maps(maps)
     assert sums[0, :2, :2].eq(3).all() and sums[0, 1:, 3:].eq(1).all() and sums.sum() == 4 * 3 + 9
-    wide = classic_map(maps, (20, 30))
+    wide = scale_maps(sums, (20, 30))
     assert wide.shape == (1, 20, 30) and wide.min() == 0 and wide.max() == 1
-    assert torch.equal(wide, scaled_map(sums, (20, 30)))
 
 
 def test_maps_are_scaled_each_by_itself():
     maps = torch.stack([torch.arange(12.0).view(3, 4), -1e-3 * torch.arange(12.0).view(3, 4)])
-    wide = scaled_map(maps, 9)
+    wide = scale_maps(maps, 9)
     assert wide.amin((1, 2)).tolist() == [0, 0] and wide.amax((1, 2)).tolist() == [1, 1]
     torch.testing.assert_close(wide[1], 1 - wide[0])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -7.3, 1e4])
 def test_a_map_of_one_value_is_empty(value):
-    assert torch.equal(scaled_map(torch.full((2, 7, 7), value), 100), torch.zeros(2, 100, 100))
+    assert torch.equal(scale_maps(torch.full((2, 7, 7), value), 100), torch.zeros(2, 100, 100))
 
 
 # scores
@@ -211,7 +204,7 @@ def test_scores_by_hand():
     thresholds = [0.1, 0.2, 0.3]
     largest = torch.tensor([[0.5, 0.9, 0.1], [0.4, 0.8, 0.6], [0.9, 0.4, 0.4], [0.7, 0.6, 0.2], [torch.nan] * 3])
     right = torch.tensor([True, False, True, False, True])
-    scores = measure(largest, largest, right, torch.zeros(5, dtype=torch.bool), thresholds, 0.1)
+    scores = score_localization(largest, largest, right, torch.zeros(5, dtype=torch.bool), thresholds, 0.1)
     assert scores["images"] == 4 and scores["held_images"] == 0
     assert (scores["top1_loc"], scores["gt_known"]) == (50, 75), "an overlap of a half is right"
     assert (scores["best_top1_loc"], scores["best_top1_loc_th"]) == (50, 0.1)
@@ -219,16 +212,16 @@ def test_scores_by_hand():
     assert (scores["best_gt_known"], scores["best_gt_known_th"]) == (75, 0.1)
     assert scores["max_box_acc_v2"] is None and scores["max_box_acc_v2_at"] is None
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
-    assert measure(largest, largest, right, right, torch.tensor(thresholds), 0.3)["gt_known"] == 25
+    assert score_localization(largest, largest, right, right, torch.tensor(thresholds), 0.3)["gt_known"] == 25
     with pytest.raises(ValueError, match="th must be one of the thresholds, got 0.25"):
-        measure(largest, largest, right, right, thresholds, 0.25)
+        score_localization(largest, largest, right, right, thresholds, 0.25)
 
 
 def test_max_box_accuracy_is_chosen_on_the_held_images_and_judged_on_the_others():
     held = torch.tensor([True, True] + [False] * 6)
     any_ = torch.tensor([[0.75, 0.25], [0.75, 0.2]] + [[0.1, 0.75], [0.6, 0.75]] * 3)
     right = torch.ones(8, dtype=torch.bool)
-    scores = measure(any_ * 0, any_, right, held, [0.1, 0.2], 0.1)
+    scores = score_localization(any_ * 0, any_, right, held, [0.1, 0.2], 0.1)
     assert [row["th"] for row in scores["max_box_acc_v2_at"]] == [0.1] * 3, (
         "the others, and all together, would choose 0.2"
     )
@@ -237,16 +230,18 @@ def test_max_box_accuracy_is_chosen_on_the_held_images_and_judged_on_the_others(
     assert scores["max_box_acc_v2"] == pytest.approx(100 / 3)
     other = any_.clone()
     other[2:] = torch.rand(6, 2)
-    again = measure(any_ * 0, other, right, held, [0.1, 0.2], 0.1)
+    again = score_localization(any_ * 0, other, right, held, [0.1, 0.2], 0.1)
     assert [row["th"] for row in again["max_box_acc_v2_at"]] == [0.1] * 3
-    assert measure(any_, any_, right, right, [0.1, 0.2], 0.1)["max_box_acc_v2"] is None, "none is left to judge"
+    assert score_localization(any_, any_, right, right, [0.1, 0.2], 0.1)["max_box_acc_v2"] is None, (
+        "none is left to judge"
+    )
 
 
 def test_each_strictness_has_its_own_threshold():
     chosen_on = [[0.3, 0.2, 0.2], [0.2, 0.5, 0.2], [0.45, 0.5, 0.7]]
     judged_on = [[0.3, 0.2, 0.2], [0.2, 0.5, 0.2], [0.3, 0.5, 0.7]]
     any_, held = torch.tensor(chosen_on + judged_on), torch.arange(6) < 3
-    rows = measure(any_, any_, held, held, [0.1, 0.2, 0.3], 0.1)["max_box_acc_v2_at"]
+    rows = score_localization(any_, any_, held, held, [0.1, 0.2, 0.3], 0.1)["max_box_acc_v2_at"]
     assert [row["th"] for row in rows] == [0.1, 0.2, 0.3]
     assert [round(row["accuracy"]) for row in rows] == [67, 67, 33], "an overlap of exactly 0.3 and 0.7 counts"
 
@@ -254,28 +249,28 @@ def test_each_strictness_has_its_own_threshold():
 def test_without_any_box_every_score_is_none():
     nothing = torch.full((3, 2), torch.nan)
     flags = torch.tensor([True, False, True])
-    scores = measure(nothing, nothing, flags, flags, [0.1, 0.2], 0.2)
+    scores = score_localization(nothing, nothing, flags, flags, [0.1, 0.2], 0.2)
     assert (scores.pop("images"), scores.pop("held_images"), scores.pop("th")) == (0, 0, 0.2)
     assert len(scores) == 10 and set(scores.values()) == {None}
     axes = Figure().subplots()
-    draw_examples(axes, [("nothing", scores)])
+    draw_threshold_curves(axes, [("nothing", scores)])
     assert not axes.lines
-    assert baselines([None], 32) == {"images": 0, "centre": None, "whole": None}
+    assert score_fixed_boxes([None], 32) == {"images": 0, "centre": None, "whole": None}
 
 
 def test_baselines_by_hand():
     boxes = [box_tensor((4, 28, 4, 28)), None, box_tensor((0, 16, 0, 32)), box_tensor((0, 2, 0, 2), (0, 31, 0, 32))]
     boxes += [box_tensor()]  # lost by the crop: missed
-    assert baselines(boxes, 32) == {"images": 4, "centre": 50, "whole": 75}
-    assert baselines([box_tensor((0, 8, 0, 16))], (8, 32))["whole"] == 100
+    assert score_fixed_boxes(boxes, 32) == {"images": 4, "centre": 50, "whole": 75}
+    assert score_fixed_boxes([box_tensor((0, 8, 0, 16))], (8, 32))["whole"] == 100
 
 
 def test_the_picture_has_a_line_for_each_classifier():
     largest = torch.rand(20, 3)
     flags = torch.arange(20) % 2 == 0
-    scores = measure(largest, largest, flags, flags, [0.1, 0.2, 0.3], 0.1)
+    scores = score_localization(largest, largest, flags, flags, [0.1, 0.2, 0.3], 0.1)
     axes = Figure().subplots()
-    draw_examples(axes, [("one", scores), ("two", scores)], centred=61.3)
+    draw_threshold_curves(axes, [("one", scores), ("two", scores)], centred=61.3)
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert list(lines) == ["one", "two", "centred box"] and lines["centred box"].get_linestyle() == "--"
     assert list(lines["one"].get_ydata()) == scores["gt_known_at"] and lines["two"].get_ydata()[0] > 0
@@ -291,16 +286,16 @@ def test_the_known_figures_of_mobilenet(real_data):
     """
     root = real_data / "ilsvrc_val_227"
     part = load_evaluation("folder", data_dir=str(root), view=SquashedView(257))
-    boxes = place_boxes(find_boxes(part, "folder", str(root / "boxes_227.csv")).each, part.pixels.view)
-    simple = baselines(boxes, 257)
+    boxes = project_boxes(find_boxes(part, "folder", str(root / "boxes_227.csv")).each, part.pixels.view)
+    simple = score_fixed_boxes(boxes, 257)
     assert simple["images"] == 300 and abs(simple["centre"] - 61.3) < 0.5 and abs(simple["whole"] - 48.7) < 0.5
     with open(root / "boxes_227.csv", newline="") as file:
         classes = {row["file"]: int(row["class_index"]) for row in csv.DictReader(file)}
     labels = torch.tensor([classes[name] for name in part.files.names()])
     maps, logits = mobilenet_maps(real_data / "weights" / "mobilenet_v2_imagenet_f16.pt", part, labels)
-    largest, any_ = box_overlaps(scaled_map(maps, 257), boxes, list_thresholds(0.3))
+    largest, any_ = compute_overlaps(scale_maps(maps, 257), boxes, list_thresholds(0.3))
     right = logits.argmax(1) == labels
-    scores = measure(largest, any_, right, torch.arange(300) % 2 == 0, list_thresholds(0.3), 0.3)
+    scores = score_localization(largest, any_, right, torch.arange(300) % 2 == 0, list_thresholds(0.3), 0.3)
     assert abs(scores["gt_known"] - 66.3) < 1 and abs(100 * float(right.float().mean()) - 78) < 0.5
     assert scores["top1_loc"] < scores["gt_known"] <= scores["best_gt_known"] and scores["max_box_acc_v2"] > 60
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from evaluation.occlusion import KINDS, SHARES, area, draw, hide
+from evaluation.occlusion import KINDS, SHARES, area_under_curve, draw_curves, occlude
 
 FILL = (2.0, 3.0, 4.0)  # no colour of an image: what is hidden can be told
 SIZES = [(32, 32), (16, 40), (4, 6), (30, 20), (1, 9)]  # cells of whole pixels, fewer cells, uneven ones
@@ -10,7 +10,7 @@ SIZES = [(32, 32), (16, 40), (4, 6), (30, 20), (1, 9)]  # cells of whole pixels,
 
 def hidden(kind: str, share: float, size: tuple[int, int], images: int = 5, seed: int = 0) -> torch.Tensor:
     """(B, H, W) how much of each pixel is hidden, from black images."""
-    found = hide(torch.zeros(images, 3, *size), kind, share, torch.arange(images), (1.0, 1.0, 1.0), seed)
+    found = occlude(torch.zeros(images, 3, *size), kind, share, torch.arange(images), (1.0, 1.0, 1.0), seed)
     assert torch.equal(found[:, 0], found[:, 1]) and torch.equal(found[:, 0], found[:, 2])
     return found[:, 0]
 
@@ -21,11 +21,11 @@ def hidden(kind: str, share: float, size: tuple[int, int], images: int = 5, seed
 def test_the_rest_of_the_image_stays_as_it_is(kind, size, share):
     pixels, index = torch.rand(3, 3, *size), torch.tensor([4, 0, 77])
     before = pixels.clone()
-    found = hide(pixels, kind, share, index, FILL, seed=0)
+    found = occlude(pixels, kind, share, index, FILL, seed=0)
     colour = torch.tensor(FILL).view(3, 1, 1).expand_as(pixels)
     assert found.dtype == torch.float32 and torch.equal(pixels, before)
     assert (share > 0 or torch.equal(found, pixels)) and (share < 1 or torch.equal(found, colour))
-    covered = hide(torch.zeros_like(pixels), kind, share, index, (1.0, 1.0, 1.0), seed=0)
+    covered = occlude(torch.zeros_like(pixels), kind, share, index, (1.0, 1.0, 1.0), seed=0)
     assert torch.equal(found[covered == 0], pixels[covered == 0])
     assert torch.equal(found[covered == 1], colour[covered == 1])
     assert kind == "centre" or ((covered == 0) | (covered == 1)).all(), "only a hole has a blended border"
@@ -65,13 +65,13 @@ def test_every_cell_has_the_same_chance():
 
 def test_the_patches_depend_on_the_image_and_the_seed_alone():
     pixels, index = torch.rand(6, 3, 16, 12), torch.tensor([3, 11, 0, 2, 999, 5])
-    whole = hide(pixels, "patches", 0.5, index, FILL, seed=1)
+    whole = occlude(pixels, "patches", 0.5, index, FILL, seed=1)
     order = torch.tensor([5, 2, 0, 1, 4, 3])
-    parts = [hide(pixels[one], "patches", 0.5, index[one], FILL, seed=1) for one in order.split(4)]
+    parts = [occlude(pixels[one], "patches", 0.5, index[one], FILL, seed=1) for one in order.split(4)]
     assert torch.equal(torch.cat(parts), whole[order])
     masks = whole[:, 0] == FILL[0]
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6, "not the same of every image"
-    assert not torch.equal(hide(pixels, "patches", 0.5, index, FILL, seed=2), whole)
+    assert not torch.equal(occlude(pixels, "patches", 0.5, index, FILL, seed=2), whole)
 
 
 def test_the_hole_is_in_the_middle():
@@ -93,23 +93,23 @@ def test_wrong_calls_say_what_came():
         ("patches", float("nan"), "0..1, got nan"),
     ]:
         with pytest.raises(ValueError, match=message):
-            hide(torch.rand(1, 3, 4, 4), kind, share, torch.arange(1), FILL, seed=0)
+            occlude(torch.rand(1, 3, 4, 4), kind, share, torch.arange(1), FILL, seed=0)
 
 
 def test_the_area_is_the_mean_along_the_curve():
-    assert area(SHARES, [70.0] * 8) == 70
-    assert area(SHARES, list(range(8))) == 3.5
-    assert area([0.0, 0.5, 0.6], [1.0, 0.0, 0.5]) == pytest.approx((0.25 + 0.025) / 0.6)  # uneven steps
+    assert area_under_curve(SHARES, [70.0] * 8) == 70
+    assert area_under_curve(SHARES, list(range(8))) == 3.5
+    assert area_under_curve([0.0, 0.5, 0.6], [1.0, 0.0, 0.5]) == pytest.approx((0.25 + 0.025) / 0.6)  # uneven steps
     for shares, accuracies in [([0.5], [1.0]), ([], []), ([0, 0.5], [1.0]), ([0.5, 0.2], [1, 1]), ([0.5, 0.5], [1, 1])]:
         with pytest.raises(ValueError, match="two or more increasing shares"):
-            area(shares, accuracies)
+            area_under_curve(shares, accuracies)
 
 
 def test_the_curves_are_told_apart(tmp_path):
     curve = {"share": [0.0, 0.5], "top1": [90.0, 30.0]}
     figure = Figure()
     axes = figure.subplots()
-    draw(axes, [("resnet20", {"patches": curve, "centre": curve}), ("other", {"patches": curve})])
+    draw_curves(axes, [("resnet20", {"patches": curve, "centre": curve}), ("other", {"patches": curve})])
     lines = [line for line in axes.get_lines() if len(line.get_xdata())]
     assert [(line.get_linestyle(), line.get_color()) for line in lines] == [("-", "C0"), ("--", "C0"), ("-", "C1")]
     assert lines[0].get_xdata() == pytest.approx([0, 50]) and lines[0].get_ydata() == pytest.approx([90, 30])
@@ -125,8 +125,8 @@ def test_the_host_never_waits_while_images_are_hidden():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = {kind: hide(there, kind, 0.375, index, FILL, seed=0) for kind in KINDS}
+        found = {kind: occlude(there, kind, 0.375, index, FILL, seed=0) for kind in KINDS}
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for kind, one in found.items():
-        torch.testing.assert_close(one.cpu(), hide(pixels, kind, 0.375, index, FILL, seed=0))
+        torch.testing.assert_close(one.cpu(), occlude(pixels, kind, 0.375, index, FILL, seed=0))

@@ -6,7 +6,19 @@ import torch
 from matplotlib.figure import Figure
 
 from engine.drawing.figures import save_figure
-from evaluation.ood import SCORES, auroc, draw, draw_roc, energy, fpr_at, histogram, max_logit, measure, msp, roc
+from evaluation.ood import (
+    SCORES,
+    auroc,
+    draw_histogram,
+    draw_roc,
+    energy,
+    fpr_at,
+    histogram,
+    max_logit,
+    measure_ood,
+    msp,
+    roc_curve,
+)
 
 
 def scores(*values: float) -> torch.Tensor:
@@ -116,7 +128,7 @@ def test_counts_of_pairs_do_not_overflow():
 def test_the_roc_runs_over_corners_of_the_exact_curve(grid):
     for _ in range(20):
         inside, outside = random_pair(grid)
-        curve = roc(inside, outside)
+        curve = roc_curve(inside, outside)
         points = list(zip(curve["fpr"], curve["tpr"], strict=True))
         assert points[0] == (0, 0) and points[-1] == (1, 1) and len(points) <= 101
         assert points == sorted(set(points))
@@ -131,15 +143,15 @@ def test_the_roc_runs_over_corners_of_the_exact_curve(grid):
 
 def test_a_long_roc_is_short_and_close():
     inside, outside = torch.randn(20_000) + 1, torch.randn(20_000)
-    curve = roc(inside, outside)
+    curve = roc_curve(inside, outside)
     assert 90 <= len(curve["fpr"]) <= 101
     area = float(torch.trapezoid(torch.tensor(curve["tpr"]), torch.tensor(curve["fpr"])))
     assert area == pytest.approx(auroc(inside, outside), abs=1e-3)
-    assert len(roc(inside, outside, points=11)["fpr"]) <= 11
+    assert len(roc_curve(inside, outside, points=11)["fpr"]) <= 11
 
 
 def test_a_perfect_roc_has_its_corner():
-    curve = roc(torch.arange(1000.0) + 5000, torch.arange(1000.0))
+    curve = roc_curve(torch.arange(1000.0) + 5000, torch.arange(1000.0))
     assert (0, 1) in zip(curve["fpr"], curve["tpr"], strict=True)
 
 
@@ -173,7 +185,7 @@ def test_histogram_by_hand():
 
 def test_measure_is_plain_numbers_in_percent():
     inside, outside = 3 * torch.randn(80, 5), torch.randn(60, 5)
-    result = measure(inside, outside)
+    result = measure_ood(inside, outside)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert (result["inside"], result["outside"], set(result["scores"])) == (80, 60, {"msp", "energy", "max_logit"})
     for name, score in SCORES.items():
@@ -185,7 +197,7 @@ def test_measure_is_plain_numbers_in_percent():
 @pytest.mark.gpu
 def test_measure_on_a_gpu_is_measure_on_the_host():
     inside, outside = 3 * torch.randn(5000, 10), torch.randn(3000, 10)
-    here, there = measure(inside, outside), measure(inside.cuda(), outside.cuda())
+    here, there = measure_ood(inside, outside), measure_ood(inside.cuda(), outside.cuda())
     for name, shown in here["scores"].items():
         assert there["scores"][name]["auroc"] == pytest.approx(shown["auroc"], abs=1e-6)
         assert there["scores"][name]["fpr95"] == pytest.approx(shown["fpr95"], abs=0.05)
@@ -193,7 +205,7 @@ def test_measure_on_a_gpu_is_measure_on_the_host():
 
 
 def test_one_image_of_each_is_enough():
-    result = measure(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.1]]))
+    result = measure_ood(torch.tensor([[5.0, 0.0]]), torch.tensor([[0.0, 0.1]]))
     assert all(shown["auroc"] == 100 and shown["fpr95"] == 0 for shown in result["scores"].values())
 
 
@@ -211,7 +223,7 @@ def test_logits_that_cannot_be_scored_are_refused(name):
             SCORES[name](empty)
 
 
-@pytest.mark.parametrize("function", [auroc, fpr_at, roc, histogram])
+@pytest.mark.parametrize("function", [auroc, fpr_at, roc_curve, histogram])
 def test_scores_that_cannot_be_compared_are_refused(function):
     for pair, name in (((scores(), scores(1)), "inside"), ((scores(1), scores()), "outside")):
         with pytest.raises(ValueError, match=f"{name} must be .* at least one"):
@@ -224,7 +236,7 @@ def test_scores_that_cannot_be_compared_are_refused(function):
 
 def test_empty_sets_are_refused():
     with pytest.raises(ValueError, match="at least one image"):
-        measure(torch.zeros(2, 3), torch.zeros(0, 3))
+        measure_ood(torch.zeros(2, 3), torch.zeros(0, 3))
 
 
 @pytest.mark.parametrize("tpr", [0.0, -0.1, 1.01, math.nan])
@@ -242,10 +254,10 @@ def test_energy_needs_a_positive_temperature():
 
 
 def test_pictures_are_drawn_from_the_json_alone(tmp_path):
-    result = json.loads(json.dumps(measure(4 * torch.randn(200, 5), torch.randn(100, 5))))
+    result = json.loads(json.dumps(measure_ood(4 * torch.randn(200, 5), torch.randn(100, 5))))
     figure = Figure(figsize=(8, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw(left, result, "max_logit", names=("ours", "theirs"))
+    draw_histogram(left, result, "max_logit", names=("ours", "theirs"))
     draw_roc(right, list(result["scores"].items()))
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["ours (200)", "theirs (100)"]
     assert left.get_xlabel() == "max logit" and f"{result['scores']['max_logit']['auroc']:.2f}" in left.get_title()
