@@ -88,7 +88,7 @@ def test_classwise_error_is_the_mean_over_the_classes():
     assert classwise_calibration_error(probability.log(), labels, 2) == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("images, classes", [(303, 4), (5000, 1000)])
+@pytest.mark.parametrize("images, classes", [(303, 4), (70_000, 64)])
 def test_classwise_error_is_that_of_each_class_alone(images, classes):
     """Also of more probabilities than are binned at a time."""
     logits, labels = random_case(images, classes)
