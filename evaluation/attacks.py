@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from engine.data.sample_rng import uniform
 from engine.errors import UserError
-from evaluation import ATTACKS
 from evaluation.context import Transform
+from evaluation.options import ATTACKS
 
 FGSM_EPS = (4 / 255, 8 / 255)
 CHUNK_PIXELS = 2**21  # pixels of the images that are attacked at a time: 41 images of 224 pixels a side

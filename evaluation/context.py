@@ -171,10 +171,8 @@ def check_same_images(contexts: list[EvalContext], what: str) -> None:
     """Raise UserError where classifiers would be compared on different images."""
     first, *others = contexts
     for other in others:
-        if (first.image_set.origin, list_labels(first.image_set)) != (
-            other.image_set.origin,
-            list_labels(other.image_set),
-        ):
+        own, theirs = ((one.image_set.origin, list_labels(one.image_set)) for one in (first, other))
+        if own != theirs:
             found = [
                 f"{one.name} has {len(one.image_set):,} images of {one.image_set.origin}" for one in (first, other)
             ]

@@ -50,27 +50,19 @@ class CorruptedSet:
     kind: str  # arrays or folders
     root: Path
     classes: list[str]
-    sources: dict[str, dict[int, Path]]  # corruption -> severity -> its array (the same for each) or its folder
+    sources: dict[str, dict[int, Path]]  # corruption, in the paper's order -> severity -> its array or its folder
     notes: list[str]  # what is missing, a line each
     labels: torch.Tensor | None = None  # of arrays: (N,) long for one severity, or for all five
     view: View | None = None  # of folders
     on_bad_image: str = "stop"
-
-    @property
-    def names(self) -> list[str]:
-        """Corruptions in the paper's order, then the others by name."""
-        return list(self.sources)
-
-    def severities(self, name: str) -> list[int]:
-        return list(self.sources[name])
 
     def load(self, name: str, severity: int) -> ImageSet:
         """The images of one corruption at one severity, labels as positions in `classes`. Raises UserError for what
         cannot be read, ValueError for what is not there.
         """
         if severity not in self.sources.get(name, ()):
-            there = {name: self.severities(name) for name in self.names}
-            nearest = suggest_closest(name, self.names)
+            there = {name: list(severities) for name, severities in self.sources.items()}
+            nearest = suggest_closest(name, self.sources)
             raise ValueError(f"no {name!r} of severity {severity!r}, there are {there}{nearest}")
         source = self.sources[name][severity]
         with explain_os_errors(source):

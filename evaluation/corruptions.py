@@ -3,7 +3,7 @@
 Hendrycks and Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
 arXiv 1903.12261, Sec. 4.1 and Appendix B. The names, the ideas and the strengths are the paper's: those of CIFAR-10-C
 for images whose shorter side is below 96 pixels, those of ImageNet-C from there on, with lengths in pixels scaled by
-side / 32 and side / 224. The programs are ours (DESCRIPTIONS says where they differ), so accuracies on them compare
+side / 32 and side / 224. The programs are ours (each says where it differs), so accuracies on them compare
 classifiers with each other, not with published tables. Some published steps are no steps up: snow of severity 2 is
 denser than that of 3, CIFAR-10-C's glass_blur of 3 blurs what 2 scatters, elastic_transform trades shift for wobble.
 
@@ -38,27 +38,6 @@ from evaluation.image_ops import (
 from evaluation.jpeg import jpeg_compression
 
 SEVERITIES = (1, 2, 3, 4, 5)
-DESCRIPTIONS = {
-    "gaussian_noise": "normal noise on every value; as published",
-    "shot_noise": "Poisson counts of light, exact; as published",
-    "impulse_noise": "single values set to 0 or 1; as published",
-    "defocus_blur": "mean over a disk with softened edge; as published but for the mirrored border",
-    "glass_blur": "pixels displaced at random between two Gaussian blurs; one normal displacement stands for the "
-    "published chain of swaps",
-    "motion_blur": "one-sided Gaussian trail at up to 45 degrees; as published",
-    "zoom_blur": "mean of enlargements about the centre; as published",
-    "snow": "whitened, with flakes from enlarged noise above a threshold, smeared in both senses of a steep direction; "
-    "as published",
-    "frost": "image and ice blended with the published weights; the ice is feathers along random bent lines, not cut "
-    "from photographs",
-    "fog": "a plasma fractal added and the sum rescaled; as published",
-    "brightness": "HSV value raised; as published",
-    "contrast": "values drawn towards the image's mean colour; as published",
-    "elastic_transform": "a random affine map and a smooth random displacement; as published but in one resampling",
-    "pixelate": "means over boxes of pixels; as published",
-    "jpeg_compression": "JPEG's transform and quantisation, chroma at half resolution, at the published qualities; "
-    "as a decoder shows it, to about a level",
-}
 MIN_IMAGENET_SIDE = 96  # pixels of the shorter side from which on ImageNet-C's strengths apply
 
 
@@ -86,11 +65,12 @@ def corrupt(pixels: torch.Tensor, name: str, severity: int, index: torch.Tensor,
 
 
 def gaussian_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
+    """Normal noise on every value; as published."""
     return pixels + strength * rng.normal("noise", *pixels.shape[1:])
 
 
 def shot_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: counts in a pixel of 1."""
+    """Poisson counts of light, exact; as published. strength: counts in a pixel of 1."""
     chance = (rng.uniform("count", *pixels.shape[1:]) * 2**24).long()
     thresholds = poisson_thresholds(strength, pixels.device)
     level = to_levels(pixels).long()
@@ -112,15 +92,16 @@ def poisson_thresholds(strength: float, device: torch.device) -> torch.Tensor:
 
 
 def impulse_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: share of the values that are replaced."""
+    """Single values set to 0 or 1; as published. strength: share of the values that are replaced."""
     chance = rng.uniform("value", *pixels.shape[1:])
     return pixels.masked_fill(chance < strength / 2, 0).masked_fill(chance >= 1 - strength / 2, 1)
 
 
 def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: the disk's radius and the deviation of the Gaussian that softens it, in pixels.
+    """Mean over a disk with softened edge; as published but for the mirrored border.
 
-    The disk is a stack of rows, each the difference of two running sums.
+    strength: the disk's radius and the deviation of the Gaussian that softens it, in pixels. The disk is a stack of
+    rows, each the difference of two prefix sums.
     """
     radius, soft = scale * strength[0], scale * strength[1]
     reach, (height, width) = int(radius), pixels.shape[-2:]
@@ -136,7 +117,8 @@ def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: Batch
 
 
 def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: deviation of the blur and greatest swap in pixels, and rounds of swaps.
+    """Pixels displaced at random between two Gaussian blurs; one normal displacement stands for the published chain of
+    swaps. strength: deviation of the blur and greatest swap in pixels, and rounds of swaps.
 
     In a published round every pixel in turn is swapped with one up to `swap` away, by which some are carried far. A
     normal displacement of deviation 0.55 (swap + 1) times the root of the rounds changes images as much on average,
@@ -153,13 +135,13 @@ def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRN
 
 
 def motion_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: radius and deviation in pixels."""
+    """One-sided Gaussian trail at up to 45 degrees; as published. strength: radius and deviation in pixels."""
     angle = (rng.uniform("angle", 1, 1) - 0.5) * (math.pi / 2)
     return motion_smear(pixels, scale * strength[0], scale * strength[1], angle)
 
 
 def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: how many enlargements, and by how much each exceeds the one before."""
+    """Mean of enlargements about the centre; as published. strength: their number, and the step between them."""
     count, step = strength
     total = pixels.clone()
     for zoom in range(count):
@@ -168,8 +150,9 @@ def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG
 
 
 def snow(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: mean and deviation of the noise, its enlargement, threshold, radius and deviation of the trail, and
-    the share of the image that is not whitened.
+    """Whitened, with flakes from enlarged noise above a threshold, smeared in both senses of a steep direction; as
+    published. strength: mean and deviation of the noise, its enlargement, threshold, radius and deviation of the trail,
+    and the share of the image that is not whitened.
     """
     mean, deviation, zoom, threshold, radius, sigma, keep = strength
     height, width = pixels.shape[-2:]
@@ -184,7 +167,9 @@ def snow(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> 
 
 
 def frost(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: weights of the image and of the ice."""
+    """Image and ice blended with the published weights; the ice is feathers along random bent lines, not cut from
+    photographs. strength: weights of the image and of the ice.
+    """
     return strength[0] * pixels + strength[1] * draw_ice(rng, *pixels.shape[-2:])
 
 
@@ -207,29 +192,33 @@ def draw_ice(rng: BatchRNG, height: int, width: int) -> torch.Tensor:
 
 
 def fog(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: height of the fog, and how much lower each finer octave of it is."""
+    """A plasma fractal added and the sum rescaled; as published. strength: its height, and how much lower each finer
+    octave of it is.
+    """
     height, decay = strength
     brightest = pixels.amax((1, 2, 3), keepdim=True)
     return (pixels + height * plasma_fractal(rng, *pixels.shape[-2:], decay)) * (brightest / (brightest + height))
 
 
 def brightness(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: added to the value, the largest of the channels; hue and saturation stay."""
+    """HSV value raised; as published. strength: added to the value, the largest channel; hue and saturation stay."""
     value = pixels.amax(1, keepdim=True)
     raised = (value + strength).clamp(max=1)
     return torch.where(value > 0, pixels * (raised / value.clamp(min=1 / 255)), raised)
 
 
 def contrast(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: share of a value's distance from its channel's mean that is left."""
+    """Values drawn towards the image's mean colour; as published. strength: share of the distance that is left."""
     total = to_levels(pixels).long().sum((2, 3), keepdim=True)  # whole numbers: the same in any order
     mean = total / (255 * pixels.shape[2] * pixels.shape[3])
     return (pixels - mean) * strength + mean
 
 
 def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: height and smoothness (sigma) of the displacement and how far the affine map moves three corners of
-    a centred square, in pixels.
+    """A random affine map and a smooth random displacement; as published but in one resampling.
+
+    strength: height and smoothness (sigma) of the displacement and how far the affine map moves three corners of a
+    centred square, in pixels.
     """
     height, width = pixels.shape[-2:]
     high, sigma, reach = (scale * value for value in strength)
@@ -249,7 +238,7 @@ def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, rng: 
 
 
 def pixelate(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: share of the rows and of the columns that is left."""
+    """Means over boxes of pixels; as published. strength: share of the rows and of the columns that is left."""
     whole = to_levels(pixels).int()
     for dim in (3, 2):  # Pillow's order, and as there rounded in between
         size = whole.shape[dim]
@@ -283,10 +272,7 @@ STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C, as the
         ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
         ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
     ),
-    "motion_blur": (
-        ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-        ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-    ),
+    "motion_blur": (((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)), ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
     "zoom_blur": (
         ((7, 0.01), (12, 0.01), (16, 0.01), (21, 0.01), (26, 0.01)),
         ((12, 0.01), (16, 0.01), (11, 0.02), (13, 0.02), (11, 0.03)),

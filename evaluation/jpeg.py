@@ -27,7 +27,9 @@ CHROMA = (
 
 
 def jpeg_compression(pixels: torch.Tensor, strength: int, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """strength: quality, 1 to 100, in the sense of libjpeg; chroma has half the rows and columns (4:2:0)."""
+    """JPEG's transform and quantisation, chroma at half resolution, at the published qualities; as a decoder shows it,
+    to about a level. strength: quality, 1 to 100, in the sense of libjpeg.
+    """
     height, width = pixels.shape[-2:]
     padded = F.pad(to_levels(pixels), (0, -width % 16, 0, height % 2), mode="replicate")
     red, _, blue = padded.split(1, 1)

@@ -71,13 +71,7 @@ def load_images(session: EvalSession, limit_typed: bool, *, limit: int, **where)
 
 
 def build_context(
-    classifier: Classifier,
-    data: ImageSet,
-    session: EvalSession,
-    *,
-    dataset: str,
-    class_list: str | None,
-    norm: str | None,
+    classifier: Classifier, data: ImageSet, session: EvalSession, dataset: str, class_list: str | None, norm: str | None
 ) -> EvalContext:
     """The classifier with those of the images whose class it knows.
 

@@ -72,7 +72,7 @@ def list_thresholds(th: float) -> list[float]:
 
 
 def compute_overlaps(
-    maps: torch.Tensor, boxes: Boxes, thresholds: Sequence[float] | torch.Tensor
+    maps: torch.Tensor, boxes: Boxes, thresholds: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps (B, H, W) in 0..1 -> for each threshold the IoU with the best true box, twice (B, T) float32.
 
@@ -139,7 +139,7 @@ def score_localization(
     best: torch.Tensor,
     correct: torch.Tensor,
     heldout: torch.Tensor,
-    thresholds: Sequence[float] | torch.Tensor,
+    thresholds: list[float],
     th: float,
 ) -> dict:
     """The scores of one classifier, in percent of the images with true boxes, ready for JSON.
@@ -153,10 +153,10 @@ def score_localization(
     max_box_acc_v2_at holds with their thresholds; None where all images or none are held out. All scores are None where
     no image has a box. Raises ValueError where th is none of the thresholds.
     """
-    steps = torch.as_tensor(thresholds, dtype=torch.float64).tolist()
-    position = min(range(len(steps)), key=lambda step: abs(steps[step] - th))
-    if abs(steps[position] - th) > 1e-6:
-        raise ValueError(f"th must be one of the thresholds, got {th} and {len(steps)} from {steps[0]} to {steps[-1]}")
+    if th not in thresholds:
+        given = f"{len(thresholds)} from {thresholds[0]} to {thresholds[-1]}"
+        raise ValueError(f"th must be one of the thresholds, got {th} and {given}")
+    position = thresholds.index(th)
     known = ~largest[:, 0].isnan().cpu()
     largest, best, correct, heldout = (each.cpu()[known] for each in (largest, best, correct, heldout))
     scores = {"images": len(largest), "held_images": int(heldout.sum()), "th": th} | dict.fromkeys(SCORES)
@@ -164,10 +164,10 @@ def score_localization(
         found = largest >= IOU_CORRECT
         for name, hits in (("gt_known", found), ("top1_loc", found & correct.unsqueeze(1))):
             at = percent(hits)
-            scores |= {name: at[position], f"best_{name}": max(at), f"best_{name}_th": steps[at.index(max(at))]}
-        scores |= {"thresholds": steps, "gt_known_at": percent(found)}
+            scores |= {name: at[position], f"best_{name}": max(at), f"best_{name}_th": thresholds[at.index(max(at))]}
+        scores |= {"thresholds": thresholds, "gt_known_at": percent(found)}
         if heldout.any() and not heldout.all():
-            scores |= max_box_accuracy(best, heldout, steps)
+            scores |= max_box_accuracy(best, heldout, thresholds)
     return scores
 
 

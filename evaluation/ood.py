@@ -103,22 +103,12 @@ def measure_ood(inside_logits: torch.Tensor, outside_logits: torch.Tensor) -> di
 
     Raises ValueError for no images and for logits that are not finite.
     """
-    return {
-        "inside": len(inside_logits),
-        "outside": len(outside_logits),
-        "scores": {
-            name: compute_metrics(score(inside_logits), score(outside_logits)) for name, score in SCORES.items()
-        },
-    }
-
-
-def compute_metrics(inside: torch.Tensor, outside: torch.Tensor) -> dict:
-    return {
-        "auroc": 100 * auroc(inside, outside),
-        "fpr95": 100 * fpr_at(inside, outside),
-        "roc": roc_curve(inside, outside),
-        "histogram": histogram(inside, outside),
-    }
+    metrics = {}
+    for name, score in SCORES.items():
+        inside, outside = score(inside_logits), score(outside_logits)
+        metrics[name] = {"auroc": 100 * auroc(inside, outside), "fpr95": 100 * fpr_at(inside, outside)}
+        metrics[name] |= {"roc": roc_curve(inside, outside), "histogram": histogram(inside, outside)}
+    return {"inside": len(inside_logits), "outside": len(outside_logits), "scores": metrics}
 
 
 def draw_histogram(axes, result: dict, score: str = "energy", names: tuple[str, str] = ("inside", "outside")) -> None:

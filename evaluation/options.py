@@ -6,7 +6,6 @@ from engine.config import resolve
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
 from engine.config.options import DATASETS, add_data_options, add_device_options
 from engine.config.parser import Parser, check_output_path
-from evaluation import ATTACKS
 from saliency import CAM_METHODS
 
 TASKS = {  # name -> what it reads besides the options that all tasks read: groups, and single options of other groups
@@ -19,6 +18,7 @@ TASKS = {  # name -> what it reads besides the options that all tasks read: grou
 }
 TASK_GROUPS = {"accuracy", *TASKS["card"]}
 CARD_DEFAULTS = {"robust_images": 1000, "output": "card.json"}
+ATTACKS = ("fgsm", "pgd")
 BACKGROUNDS = ("clean", "rep", "noise")
 BUILT_IN, NONE, ALEXNET = "built-in", "none", "alexnet"
 REFERENCE_OPTIONS = {

@@ -91,8 +91,8 @@ def find_published_set(context: EvalContext, place: str, on_bad_image: str) -> C
     found = find_corrupted_set(Path(place), context.image_set.classes, view=view, on_bad_image=on_bad_image)
     for line in found.notes:
         context.session.note(line)
-    name = found.names[0]
-    first = found.load(name, found.severities(name)[0])
+    name, severities = next(iter(found.sources.items()))
+    first = found.load(name, next(iter(severities)))
     if first.files is None and first.pixels.shape[1] != context.image_size:
         raise UserError(
             f"{found.root}: images of {first.pixels.shape[1]} pixels a side, where {context.name} is shown "
@@ -108,7 +108,7 @@ def measure_published(context: EvalContext, published: CorruptedSet, clean: Imag
         image_set = match_published(context, published.load(name, severity), clean, limit)
         return measure_accuracy(context, image_set, f"{name} {severity}")
 
-    return {name: {level: measure(name, level) for level in published.severities(name)} for name in published.names}
+    return {name: {level: measure(name, level) for level in levels} for name, levels in published.sources.items()}
 
 
 def match_published(context: EvalContext, corrupted: ImageSet, clean: ImageSet, limit: int) -> ImageSet:

@@ -19,7 +19,7 @@ from engine.config.legacy_options import translate_legacy
 from engine.config.phases import build_phases, parse_phases
 from engine.config.recipes import IMAGENET_RECIPES, RECIPES
 from engine.config.resolve import check_combinations, fill_in_options
-from evaluation.corruptions import DESCRIPTIONS
+from evaluation.corruptions import CORRUPTIONS
 from mixing import MIXERS, show
 from saliency.casm.__main__ import COMMANDS as COMMANDS_OF_CASM
 
@@ -121,8 +121,10 @@ def test_the_recipe_table_is_true():
 
 
 def test_the_corruptions_are_described():
-    page = (ROOT / "docs" / "methods.md").read_text()
-    assert all(f"| `{name}` | {text} |" in page for name, text in DESCRIPTIONS.items())
+    page = (ROOT / "docs" / "methods.md").read_text().lower()
+    for name, function in CORRUPTIONS.items():
+        text = " ".join(function.__doc__.split()).partition(". ")[0].rstrip(".")
+        assert f"| `{name}` | {text} |".lower() in page
 
 
 def test_links_lead_somewhere():

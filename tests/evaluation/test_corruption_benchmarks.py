@@ -60,8 +60,8 @@ def test_a_severity_is_its_fifth_of_the_array(tmp_path, repeats):
     labels = [0, 1, 2, 2, 1, 0]
     write_arrays(tmp_path, ["fog"], labels * repeats)
     found = find_corrupted_set(tmp_path, CLASSES)
-    assert (found.kind, found.names, found.severities("fog")) == ("arrays", ["fog"], [1, 2, 3, 4, 5])
-    for severity in found.severities("fog"):
+    assert (found.kind, list(found.sources), list(found.sources["fog"])) == ("arrays", ["fog"], [1, 2, 3, 4, 5])
+    for severity in found.sources["fog"]:
         part = found.load("fog", severity)
         assert part.pixels.shape == (COUNT, 4, 4, 3) and values(part) == [10 * severity + i for i in range(COUNT)]
         assert part.labels.tolist() == labels and part.labels.dtype == torch.long
@@ -84,7 +84,7 @@ def test_names_stand_in_the_order_of_the_paper(tmp_path):
     names = ["zebra", "saturate", *reversed(ALEXNET_ERRORS), "speckle_noise", "another"]
     write_arrays(tmp_path, names, [0, 1, 2, 0, 1, 2])
     found = find_corrupted_set(tmp_path, CLASSES)
-    assert found.names == [*ALEXNET_ERRORS, "speckle_noise", "saturate", "another", "zebra"] and not found.notes
+    assert list(found.sources) == [*ALEXNET_ERRORS, "speckle_noise", "saturate", "another", "zebra"] and not found.notes
     assert len(ALEXNET_ERRORS) == 15 and len({*ALEXNET_ERRORS, *EXTRA_CORRUPTIONS}) == 19
 
 
@@ -175,7 +175,7 @@ def test_labels_that_are_cut_short_or_missing_are_named(tmp_path):
 def test_folders_are_found_with_and_without_groups(tmp_path, below):
     write_folders(tmp_path / below, ["shot_noise", "gaussian_noise"])
     found = find_corrupted_set(tmp_path, CLASSES, view=VIEW)
-    assert (found.kind, found.names) == ("folders", ["gaussian_noise", "shot_noise"])
+    assert (found.kind, list(found.sources)) == ("folders", ["gaussian_noise", "shot_noise"])
     part = found.load("shot_noise", 3)
     assert part.labels.tolist() == [0, 0, 1, 1, 2, 2] and values(part) == [30, 31] * 3 and part.pixels.view == VIEW
     assert part.files.names()[0] == "ape/0.png" and part.origin.endswith("shot_noise/3")
@@ -194,7 +194,7 @@ def test_missing_severities_are_noted_and_an_empty_one_is_missing(tmp_path):
     write_folders(tmp_path, ["spatter"], severities=[1, 4], classes=["ape"], count=1)
     (tmp_path / "spatter" / "2").mkdir()
     found = find_corrupted_set(tmp_path, ["ape"], view=VIEW)
-    assert found.severities("spatter") == [1, 4] and found.notes == ["spatter lacks the severities 2, 3, 5"]
+    assert list(found.sources["spatter"]) == [1, 4] and found.notes == ["spatter lacks the severities 2, 3, 5"]
     with pytest.raises(ValueError, match="no 'spatter' of severity 2"):
         found.load("spatter", 2)
     with pytest.raises(ValueError, match="did you mean spatter"):

@@ -212,7 +212,7 @@ def test_scores_by_hand():
     assert (scores["best_gt_known"], scores["best_gt_known_th"]) == (75, 0.1)
     assert scores["max_box_acc_v2"] is None and scores["max_box_acc_v2_at"] is None
     assert json.loads(json.dumps(scores, allow_nan=False)) == scores
-    assert score_localization(largest, largest, right, right, torch.tensor(thresholds), 0.3)["gt_known"] == 25
+    assert score_localization(largest, largest, right, right, thresholds, 0.3)["gt_known"] == 25
     with pytest.raises(ValueError, match="th must be one of the thresholds, got 0.25"):
         score_localization(largest, largest, right, right, thresholds, 0.25)
 
