@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from engine.config import resolve
+from engine.config.legacy_options import LEGACY_EVALUATION_OPTIONS
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
 from engine.config.options import DATASETS, add_data_options, add_device_options
 from engine.config.parser import Parser, check_output_path
@@ -21,23 +22,12 @@ CARD_DEFAULTS = {"robust_images": 1000, "output": "card.json"}
 ATTACKS = ("fgsm", "pgd")
 BACKGROUNDS = ("clean", "rep", "noise")
 BUILT_IN, NONE, ALEXNET = "built-in", "none", "alexnet"
-REFERENCE_OPTIONS = {
-    "task": "robustness",
-    "attack": [NONE],
-    "occlusion": False,
-}  # only its errors under corruption count
+REFERENCE_OPTIONS = {"task": "robustness", "attack": [NONE], "occlusion": False}  # its errors under corruption alone
 TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_size", "eval_resize", "num_classes"]
 TRAINED_OPTIONS += ["limit", "on_bad_image"]  # where they are not typed, those that the classifier was trained with
 FILE_DATASETS = ("imagenet", "tiny-imagenet", "folder")  # their images can be shown at any size
 BOX_DATASETS = ("shapes", "tiny-imagenet")  # they bring true boxes
 MAX_SMALL_SIDE = 128  # image size in pixels up to which images are read as train.py reads them
-IGNORED = (
-    "cutout",
-    "trad_augment",
-    "log_off",
-    "parallel",
-    "evaluate",
-)  # accepted for the sake of other codes' commands
 
 
 def severity(text: str) -> int:
@@ -47,19 +37,11 @@ def severity(text: str) -> int:
 def build_parser() -> Parser:
     parser = Parser("Evaluate one or more trained classifiers on the test images, which are never augmented.")
     parser.group("what")
-    parser.option(
-        "--model_path",
-        "--checkpoint",
-        "--resume",
-        nargs="+",
-        metavar="PATH",
-        help="files of weights, run folders (best.pt), or NAME=FILE for a network of torchvision's",
-    )
+    weights = "files of weights, run folders (best.pt), or NAME=FILE for a network of torchvision's"
+    parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
     parser.option("--info", type=boolean, default=False, help="tell what the files hold and evaluate nothing")
     parser.option("--task", type=choice(TASKS), default="accuracy", metavar="NAME", help=", ".join(TASKS))
-    parser.option(
-        "--model", "--arch", "--model_name", metavar="NAME", shown="from the file", help="ours or torchvision's"
-    )
+    parser.option("--model", metavar="NAME", shown="from the file", help="ours or torchvision's")
     parser.option("--ema", type=boolean, default=False, help="use the averaged weights of a run with --ema")
     parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
     parser.option(
@@ -70,9 +52,7 @@ def build_parser() -> Parser:
     add_task_options(parser)
     add_data_options(parser, DATASETS, named_by="from the file")
     add_device_options(parser, amp="off")
-    parser.group("taken and ignored")
-    for name in IGNORED:
-        parser.option(f"--{name}", type=boolean, help="no effect here")
+    parser.hidden_options(LEGACY_EVALUATION_OPTIONS)
     return parser
 
 
@@ -214,7 +194,7 @@ def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, li
         if options[key]:
             check_output_path(parser, f"--{key}", Path(options[key]))
     unused = {
-        "without effect on an evaluation": [name for name in IGNORED if name in typed],
+        "without effect on an evaluation": [name for name in LEGACY_EVALUATION_OPTIONS if name in typed],
         "without effect here": list_unread(parser, typed, options),
     }
     notes = [f"{what}: {', '.join(f'--{name}' for name in names)}" for what, names in unused.items() if names]

@@ -43,6 +43,9 @@ LEGACY_DEVICE_OPTIONS = {
     "use_fp16": {"type": boolean, "default": False},  # --amp fp16
 }
 LEGACY_TRACKER_OPTIONS = {"wandb_key": {}}  # others can read it; better: the environment variable WANDB_API_KEY
+LEGACY_EVALUATION_OPTIONS = dict.fromkeys(  # without effect on an evaluation
+    ("cutout", "trad_augment", "log_off", "parallel", "evaluate"), {"type": boolean}
+)
 LEGACY_METHOD_OPTIONS = {"grad_sim": {"type": boolean}}  # rlmix: reward the similarity of saliency; there is no other
 LEGACY_MIXING_OPTIONS = {
     "saliency_probab": {"type": float_in_range(0, 1)},  # --method saliencymix --mix_prob P
