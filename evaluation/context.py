@@ -122,14 +122,18 @@ class EvalContext:
         image_set = self.image_set if image_set is None else image_set
         statistics = {"mean": self.classifier.mean, "std": self.classifier.std}
 
-        def normalized(pixels: torch.Tensor, labels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-            return normalize(transform(pixels, labels, index), **statistics)
+        def normalized(*batch: torch.Tensor) -> torch.Tensor:
+            return normalize(transform(*batch), **statistics)
 
         loader = self.make_loader(image_set, **(UNNORMALIZED if transform else statistics))
-        begin, alter = time.perf_counter(), normalized if transform else None
+        begin = time.perf_counter()
         with Progress(f"{self.name} {title}".strip(), len(loader), bar=use_progress_bar(False), lines=False) as bar:
             logits, labels = predict(
-                self.classifier.network, loader, precision=self.session.precision, progress=bar, alter=alter
+                self.classifier.network,
+                loader,
+                precision=self.session.precision,
+                progress=bar,
+                transform=normalized if transform else None,
             )
         loader.close()
         self.session.print_progress(f"{self.name}: {title or 'the test images'} done")

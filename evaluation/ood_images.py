@@ -32,16 +32,16 @@ def load_ood_set(
     Pixels of another size are resized, files cut to the centre square. limit: at most so many, from all over; 0: all.
     Raises UserError for a word that is none of these, and where no image is found or can be decoded.
     """
-    name, pixels, where = find_pixels(word, image_size, data_dir, limit, on_bad_image)
+    name, pixels, origin = find_pixels(word, image_size, data_dir, limit, on_bad_image)
     files = pixels.files if isinstance(pixels, ImageFiles) else None
-    image_set = ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), [name], where, files=files)
+    image_set = ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), [name], origin, files=files)
     image_set = image_set.subsample(limit or len(image_set))
     if files is None:
         return name, replace(image_set, pixels=resize_images(image_set.pixels, image_size))
     first, fault, _ = image_set.pixels.read([0])  # now, not after hours with the images inside
     if first is None:
         remedy = "replace the file, or leave such files out with --on_bad_image skip"
-        raise UserError(f"{where}: {fault}\n{'name other pictures' if on_bad_image == 'skip' else remedy}")
+        raise UserError(f"{origin}: {fault}\n{'name other pictures' if on_bad_image == 'skip' else remedy}")
     return name, image_set
 
 

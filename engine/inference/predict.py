@@ -19,11 +19,11 @@ def predict(
     *,
     precision: torch.dtype | None = None,
     progress: Callable | None = None,
-    alter: Callable | None = None,
+    transform: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (N, K) float32 and labels (N,) of a whole part, on the host, network in evaluation mode (put back
     afterwards). Of several processes each takes its images, and only the first one gets the whole; the others get
-    nothing (0 rows). alter(images, labels, index): what the network sees in place of the images.
+    nothing (0 rows). transform(images, labels, index): gives what the network sees instead.
     """
     training = model.training
     model.eval()
@@ -31,7 +31,7 @@ def predict(
     try:
         for step, batch in enumerate(batches.epoch()):
             with exact_float32():
-                images = alter(batch.images, batch.labels, batch.index) if alter else batch.images
+                images = transform(batch.images, batch.labels, batch.index) if transform else batch.images
                 with autocast(batches.device, precision):
                     logits.append(model(images).float())
             labels.append(batch.labels)
