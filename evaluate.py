@@ -2,8 +2,11 @@
 
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 
+import evaluation
+from engine import data, runtime
 from engine.config.select import select_kwargs
 from engine.launch import run_main
 from evaluation.options import REFERENCE_OPTIONS, add_trained_options, build_parser, list_measurements, read_options
@@ -11,68 +14,58 @@ from evaluation.options import REFERENCE_OPTIONS, add_trained_options, build_par
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Evaluate every classifier; returns what --output holds."""
-    # ---- Options ----
     parser = build_parser()
     typed, options, notes = read_options(parser, argv)
-    task, count = options["task"], len(options["model_path"])
-
-    from engine.data.datasets import load_evaluation
-    from engine.runtime import distributed
-    from engine.runtime.device import choose_device, choose_precision, setup_backends
-    from evaluation.context import EvalSession, check_same_images
-    from evaluation.loading import build_context, load_classifiers, load_images, print_info
-    from evaluation.reports import report_card, report_task
-    from evaluation.robustness import add_mean_corruption_errors
-    from evaluation.tasks import run_plan
-
     if options["info"]:
-        return [print_info(path) for path in options["model_path"]]
+        return [evaluation.print_info(path) for path in options["model_path"]]
 
     # ---- Device ----
-    device = choose_device(options["device"])
-    distributed.init_processes(device, options["timeout"])
-    setup_backends(device, seed=0, deterministic=False)
-    precision, _ = choose_precision(options["amp"], device)
-    shared = select_kwargs(options, ["batch_size", "workers", "channels_last", "held_out", "seed"])
-    session = EvalSession(device, precision, **shared)
+    device = runtime.choose_device(options["device"])
+    runtime.init_processes(device, options["timeout"])
+    runtime.setup_backends(device, seed=0, deterministic=False)
+    precision, _ = runtime.choose_precision(options["amp"], device)
+    common = select_kwargs(options, ["batch_size", "workers", "channels_last", "held_out", "seed"])
+    session = evaluation.EvalSession(device, precision, **common)
     for note in notes:
         print(f"note: {note}")
 
     # ---- Classifiers: the images of each, and what is measured on them ----
-    contexts, plans = [], []
-    for classifier in load_classifiers(**select_kwargs(options, load_classifiers)):
+    contexts, plans, count = [], [], len(options["model_path"])
+    for classifier in evaluation.load_classifiers(**select_kwargs(options, evaluation.load_classifiers)):
         own = add_trained_options(parser, typed, options, classifier)
         own |= REFERENCE_OPTIONS if len(contexts) == count else {}
-        data = load_images(session, "limit" in typed, **select_kwargs(own, load_evaluation))
-        contexts.append(build_context(classifier, data, session, **select_kwargs(own, build_context)))
-        with contexts[-1].named_errors():  # what is missing is said now, not when the others have worked for an hour
-            plans.append(plan_task(contexts[-1], own))
-    if task != "accuracy":
-        check_same_images(contexts, f"--task {task}")
+        images = evaluation.load_images(session, "limit" in typed, **select_kwargs(own, data.load_evaluation))
+        context = evaluation.build_context(classifier, images, session, **select_kwargs(own, evaluation.build_context))
+        contexts.append(context)
+        plans.append(plan_task(context, own))
+    if options["task"] != "accuracy":
+        evaluation.check_same_images(contexts, f"--task {options['task']}")
 
     # ---- Measure ----
-    results = [run_plan(context, plan) for context, plan in zip(contexts, plans, strict=True)]
-    distributed.shut_down_processes()
-    if not distributed.is_main_process():
+    results = [evaluation.run_plan(context, plan) for context, plan in zip(contexts, plans, strict=True)]
+    runtime.shut_down_processes()
+    if not runtime.is_main_process():
         return []
     results, references = results[:count], results[count:]
     if options["reference"]:
-        add_mean_corruption_errors(results, references)
+        evaluation.add_mean_corruption_errors(results, references)
 
     # ---- Report ----
     command = shlex.join(["python", "evaluate.py", *map(str, sys.argv[1:] if argv is None else argv)])
-    report = report_card if task == "card" else report_task
+    report = evaluation.report_card if options["task"] == "card" else evaluation.report_task
     report(results, command, **select_kwargs(options, report))
     return results
 
 
-def plan_task(context, options: dict):
-    """Look up all that the task needs, so that what is missing is said before any work; returns what does the work."""
-    from evaluation.tasks import PLANNERS, measure_card
+def plan_task(context, options: dict) -> Callable[[], dict]:
+    """Look up all that the task needs: what is missing is said now, not when the others have worked for an hour.
 
-    planners = {name: PLANNERS[name] for name in list_measurements(options)}
-    plans = {name: planner(context, **select_kwargs(options, planner)) for name, planner in planners.items()}
-    return partial(measure_card, context.dataset, plans) if options["task"] == "card" else plans[options["task"]]
+    Returns a function that does the work.
+    """
+    planners = {name: evaluation.PLANNERS[name] for name in list_measurements(options)}
+    with context.named_errors():
+        plans = {name: plan(context, **select_kwargs(options, plan)) for name, plan in planners.items()}
+    return partial(evaluation.measure_card, context, plans) if options["task"] == "card" else plans[options["task"]]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from engine.config.legacy_options import LEGACY_EVALUATION_OPTIONS
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
 from engine.config.options import DATASETS, add_data_options, add_device_options
 from engine.config.parser import Parser, check_output_path
+from engine.config.phases import LARGE_SIDE
 from saliency import CAM_METHODS
 
 TASKS = {  # name -> what it reads besides the options that all tasks read: groups, and single options of other groups
@@ -27,7 +28,6 @@ TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_s
 TRAINED_OPTIONS += ["limit", "on_bad_image"]  # where they are not typed, those that the classifier was trained with
 FILE_DATASETS = ("imagenet", "tiny-imagenet", "folder")  # their images can be shown at any size
 BOX_DATASETS = ("shapes", "tiny-imagenet")  # they bring true boxes
-MAX_SMALL_SIDE = 128  # image size in pixels up to which images are read as train.py reads them
 
 
 def severity(text: str) -> int:
@@ -269,7 +269,7 @@ def add_trained_options(parser: Parser, typed: dict, options: dict, classifier) 
     options = {**options, **trained, "norm": None, **typed}
     if not options["dataset"]:
         parser.error(f"--dataset: {classifier.path} does not say what it was trained on; name it")
-    if options["dataset"] in FILE_DATASETS and not options["image_size"] and classifier.image_size > MAX_SMALL_SIDE:
+    if options["dataset"] in FILE_DATASETS and not options["image_size"] and classifier.image_size > LARGE_SIDE:
         options["image_size"] = classifier.image_size
         if options["dataset"] == "imagenet" and not options["eval_resize"]:
             options["eval_resize"] = classifier.resize

@@ -180,11 +180,11 @@ PLANNERS = {
 }
 
 
-def measure_card(dataset: str, plans: dict[str, Plan]) -> dict:
+def measure_card(context: EvalContext, plans: dict[str, Plan]) -> dict:
     """The results of all plans by name, without the confusion matrix: a million numbers on ImageNet."""
     found = {name: measure() for name, measure in plans.items()}
     found["accuracy"].pop("confusion", None)
-    return {"dataset": dataset, **found}
+    return {"dataset": context.dataset, **found}
 
 
 def run_plan(context: EvalContext, measure: Plan) -> dict:

@@ -7,7 +7,7 @@ __getattr__ = lazy_attributes(
     {
         "checkpoint": "Checkpoint read_checkpoint read_file save_checkpoint",
         "device": "autocast choose_device choose_precision setup_backends",
-        "distributed": "check_sync_bn convert_sync_batchnorm is_main_process main_process_first rank "
+        "distributed": "check_sync_bn convert_sync_batchnorm init_processes is_main_process main_process_first rank "
         "shut_down_processes world_size",
         "progress": "Progress progress_bar use_progress_bar",
     },
