@@ -17,8 +17,7 @@ import cam
 from engine.data.views import CenterCrop
 from engine.errors import UserError
 from engine.inference.classifier import Classifier
-from explanation.explainer import crop_for_model
-from explanation.overlay import show_images
+from explanation import crop_for_model, show_images
 from models import build_model
 
 RED = (200, 40, 20)

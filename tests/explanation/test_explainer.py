@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from engine.data.views import CenterCrop, SquashedView
-from explanation.explainer import crop_for_model
+from explanation import crop_for_model
 
 
 @pytest.mark.parametrize("view", [CenterCrop(64, 80), SquashedView(64, 80), SquashedView(64, 64), CenterCrop(32, 32)])

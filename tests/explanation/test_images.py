@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from support import write_image
 
 from engine.data.decode import BadImage
-from explanation import images
+from explanation import chunk, find_images, open_image, unique_stems
 
 RED, BLUE = (200, 40, 20), (10, 30, 220)
 
@@ -20,7 +20,7 @@ def test_pictures_are_found_once_and_in_order(tmp_path):
         write_image(tmp_path / name, 0)
     (tmp_path / "b" / "notes.txt").write_text("no picture")
     (tmp_path / "b" / "folder.png").mkdir()
-    found = images.find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
+    found = find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
     assert [str(file.relative_to(tmp_path)) for file in found] == ["b/2.png", "b/1.jpg", "b/deep/3.png", "[x]*.png"]
 
 
@@ -75,7 +75,7 @@ def test_pictures_of_every_kind_are_opened_as_they_are_looked_at(tmp_path, recwa
     expected = odd_pictures(tmp_path)
     assert len(expected) == 18
     for name, colour in expected.items():
-        picture = images.open_image(tmp_path / name)
+        picture = open_image(tmp_path / name)
         assert picture.dtype == np.uint8 and picture.shape == (6, 12, 3), name
         assert np.abs(picture[3, 1].astype(int) - colour).max() <= 4, f"{name}: {picture[3, 1]}"
     assert not recwarn.list
@@ -88,7 +88,7 @@ def test_every_orientation_is_turned_upright(tmp_path, value):
     image = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(6, 4, 3))
     image.save(tmp_path / "turned.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
-    assert np.array_equal(images.open_image(tmp_path / "turned.png"), upright)
+    assert np.array_equal(open_image(tmp_path / "turned.png"), upright)
 
 
 def test_what_cannot_be_opened_is_told(tmp_path):
@@ -108,7 +108,7 @@ def test_what_cannot_be_opened_is_told(tmp_path):
     reasons = ["truncated", "truncated", "file is empty", "too large", "not an image"]
     for file, reason in zip(sorted(tmp_path.iterdir()), reasons, strict=True):
         with pytest.raises(BadImage, match=f"{file.name}: .*{reason}"):
-            images.open_image(file)
+            open_image(file)
 
 
 def test_few_pixels_are_held_at_a_time():
@@ -120,7 +120,7 @@ def test_few_pixels_are_held_at_a_time():
             yield Path("a"), np.zeros((side, side, 3), np.uint8)
 
     sizes = []
-    for group in images.chunk(source(), max_count=2, max_pixels=1000):
+    for group in chunk(source(), max_count=2, max_pixels=1000):
         sizes.append([len(picture) for _, picture in group])
         assert len(drawn) <= sum(map(len, sizes)) + 1, "read ahead by one at most"
     assert sizes == [[10, 10], [10, 30], [30], [30, 1]]
@@ -128,5 +128,5 @@ def test_few_pixels_are_held_at_a_time():
 
 def test_stems_are_told_apart_whatever_the_case():
     files = [Path(name) for name in ("a/x.png", "b/x.png", "a/x.jpg", "z.png")]
-    assert images.unique_stems(files) == ["a_x.png", "b_x.png", "x.jpg", "z"]
-    assert images.unique_stems([Path("a/X.png"), Path("b/a/x.png")]) == ["a_X.png_1", "a_x.png_2"]
+    assert unique_stems(files) == ["a_x.png", "b_x.png", "x.jpg", "z"]
+    assert unique_stems([Path("a/X.png"), Path("b/a/x.png")]) == ["a_X.png_1", "a_x.png_2"]
