@@ -15,7 +15,7 @@ from detection.initialize import build_from_start, find_start
 from detection.load import load_image_sets
 from detection.loader import DetectionLoader
 from detection.loop import predict
-from detection.metrics import Detections, Objects, coco_metrics, voc_metrics
+from detection.metrics import Detections, GroundTruth, coco_metrics, voc_metrics
 from detection.resolve import KIND, detector_runs, option_notes
 from engine.config.select import select_kwargs
 from engine.data.loader import process_shard
@@ -31,7 +31,7 @@ class EvalResult:
     """What an evaluation found and measured."""
 
     found: list[Detections]
-    truths: list[Objects]
+    truths: list[GroundTruth]
     voc: dict
     coco: dict
     seconds: float
@@ -50,7 +50,7 @@ def evaluate(model: FasterRCNN, feed: DetectionLoader, *, count_difficult: bool,
         found = predict(model, feed, progress=shown)
     if not is_main_process():
         return None
-    truths = [Objects(*(target[key].numpy() for key in Objects._fields)) for target in feed.part.targets]
+    truths = [GroundTruth(*(target[key].numpy() for key in GroundTruth._fields)) for target in feed.part.targets]
     classes = feed.part.classes
     by_coco = coco_metrics(found, truths, len(classes), count_difficult=count_difficult)
     return EvalResult(found, truths, voc_metrics(found, truths, classes), by_coco, time.perf_counter() - begin)
@@ -117,7 +117,7 @@ def report_result(log: RunFolder, judged: EvalResult, part: DetectionSet, option
         names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
         log.say(f"in {log.path}: {', '.join(names)}")
     if options["predictions"]:
-        rows = json.dumps(report.predictions(part.names, judged.found, part.classes))
+        rows = json.dumps(report.format_predictions(part.names, judged.found, part.classes))
         write_atomic(Path(options["predictions"]), lambda side: side.write_text(rows, encoding="utf-8"))
         log.say(f"all detections: {options['predictions']}")
     return result

@@ -1,7 +1,7 @@
-"""What is printed, written and drawn of a detector's results: fractions come in, percents go out.
+"""Print, write and draw the results of a detector: fractions come in, percentages go out.
 
-The same word stands for two averages: VOC2007's is over 11 recalls, VOC's from 2010 on the area under the curve (see
-detection/metrics.py). So every figure is named in full.
+"AP" stands for two averages: that of VOC2007 is over 11 recalls, that of VOC from 2010 on is the area under the curve
+(see detection/metrics.py). So every figure is named in full.
 """
 
 import colorsys
@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from detection.dataset import DetectionSet, list_first_names
-from detection.metrics import Detections, Objects, match_boxes, match_voc, stack_images
+from detection.metrics import COCO_FIGURES, Detections, GroundTruth, match_boxes, match_voc, stack_images
 from detection.voc import CLASSES, USUAL_COUNTS
-from engine.drawing import boxes, figures, tables
+from engine.drawing import figures, tables
+from engine.drawing.boxes import DrawnBox, draw_box_pairs, draw_precision_recall
 
 MAIN_FIGURE = "VOC07 mAP@0.5 (11-point)"  # the figure by which a detector is chosen
-VOC = {  # figure -> key of metrics.voc()
+VOC = {  # figure -> key of voc_metrics()
     MAIN_FIGURE: "map07",
     "VOC mAP@0.5 (area)": "map",
     "VOC AP@[.5:.95] (11-point)": "ap07_50_95",
@@ -26,22 +27,20 @@ VOC = {  # figure -> key of metrics.voc()
     "VOC AP50 (area)": "map",
     "VOC AP75 (area)": "ap_75",
 }
-COCO = {  # figure -> key of metrics.coco()
-    **{f"COCO {name}": name for name in ("AP", "AP50", "AP75")},
-    **{f"COCO AP {size}": f"AP_{size}" for size in ("small", "medium", "large")},
-    **{f"COCO AR@{count}": f"AR_{count}" for count in (1, 10, 100)},
-    **{f"COCO AR {size}": f"AR_{size}" for size in ("small", "medium", "large")},
-}
-FIRST, *LINES = list(VOC)[:2], list(VOC)[2:5], list(VOC)[5:], list(COCO)[:6], list(COCO)[6:]  # figures of a line
-CLASS_FIGURES = {  # figure of a class -> key of metrics.voc()
+COCO = {f"COCO {key}".replace("AR_1", "AR@1").replace("_", " "): key for key in COCO_FIGURES}  # key of coco_metrics()
+FIRST, *LINES = list(VOC)[:2], list(VOC)[2:5], list(VOC)[5:], list(COCO)[:6], list(COCO)[6:]  # figures on a line
+CLASS_FIGURES = {  # figure of a class -> key of voc_metrics()
     "AP@0.5 (11-point)": "ap07",
     "AP@0.5 (area)": "ap",
     "AP@[.5:.95] (11-point)": "ap07_50_95",
     "AP@[.5:.95] (area)": "ap_50_95",
 }
 COLUMNS = {  # of the printed table
-    **{key: (key, ",d") for key in ("objects", "difficult", "detections")},
-    **{f"AP@0.5 ({rule})": (f"AP ({rule})", ".2f") for rule in ("11-point", "area")},
+    "objects": ("objects", ",d"),
+    "difficult": ("difficult", ",d"),
+    "detections": ("detections", ",d"),
+    "AP@0.5 (11-point)": ("AP (11-point)", ".2f"),
+    "AP@0.5 (area)": ("AP (area)", ".2f"),
 }
 PROTOCOL = {
     "11-point": "mean over the recalls 0, 0.1 .. 1 of the highest precision at that recall or beyond; VOC until 2009",
@@ -66,8 +65,7 @@ PERCENTS = {
     "map": "VOC mAP@0.5 (area)",
     "coco_ap": "COCO AP",
 }
-MAX_PANELS = 25
-ROWS_PER_PAGE = 4  # images of a page
+ROWS_PER_PAGE = 4  # images on a page
 
 
 # figures
@@ -84,16 +82,16 @@ def summarize(
     max_dets: int,
     count_difficult: bool = False,
 ) -> dict:
-    """What results.json holds of what metrics.voc() and metrics.coco() gave, in percent, None where there is nothing to
-    measure.
+    """What results.json holds of the results of voc_metrics() and coco_metrics(), in percent, None where there is
+    nothing to measure.
 
     figures: name -> value. classes: name -> objects, difficult, detections and four APs. count_difficult: as given to
-    metrics.coco().
+    coco_metrics().
     """
     figures = {name: to_percent(voc[key]) for name, key in VOC.items()}
     figures |= {name: to_percent(coco[key]) for name, key in COCO.items()}
     classes = {
-        name: {"objects": row["objects"], "difficult": row["difficult"], "detections": row["found"]}
+        name: {key: row[key] for key in ("objects", "difficult", "detections")}
         | {title: to_percent(row[key]) for title, key in CLASS_FIGURES.items()}
         for name, row in voc["classes"].items()
     }
@@ -123,12 +121,12 @@ def describe_difficult(counted: bool) -> str:
 
 
 def format_result(results: dict) -> list[str]:
-    """What is printed after an evaluation, of what results() gave."""
+    """The lines printed after an evaluation. results: of summarize()."""
     figures, settings, test_set = results["figures"], results["settings"], results["test_set"]
-    rule, usual = choose_rule(test_set, list(results["classes"]))
+    rule, full_size = choose_rule(test_set, list(results["classes"]))
     remark = "the number to compare with papers"
-    if results["images"] != usual:
-        remark += f", whose {test_set} has {usual:,} images"
+    if results["images"] != full_size:
+        remark += f", whose {test_set} has {full_size:,} images"
     lines = mark_rows([[name, format_percent(figures[name])] for name in FIRST], rule, remark)
     table = [{"name": name} | row for name, row in results["classes"].items()]
     lines += tables.format_text(table, COLUMNS, title="class").splitlines()
@@ -136,7 +134,7 @@ def format_result(results: dict) -> list[str]:
         lines.append(f"no objects (but difficult ones), so left out of the means: {list_first_names(absent)}")
     rows = [
         [name, format_percent(figures[name])]
-        + [cell for one in others for cell in (short_name(one), format_percent(figures[one]))]
+        + [cell for other in others for cell in (shorten_name(other), format_percent(figures[other]))]
         for name, *others in LINES
     ]
     widest = max(map(len, rows))
@@ -153,8 +151,9 @@ def format_result(results: dict) -> list[str]:
 
 
 def choose_rule(test_set: str, classes: list[str]) -> tuple[str, int]:
-    """By which rule papers average precision on one of VOC's sets, and how many images it has: the kit's rule changed
-    in 2010, and codes of self-supervised learning go by the year of the test set as well. ("", 0): no set of VOC's.
+    """The rule by which papers average precision on one of VOC's sets, and how many images the set has: the rule of the
+    development kit changed in 2010, and codes of self-supervised learning go by the year of the test set as well.
+    ("", 0): not a set of VOC's.
     """
     if test_set not in USUAL_COUNTS or classes != CLASSES:
         return "", 0
@@ -162,12 +161,12 @@ def choose_rule(test_set: str, classes: list[str]) -> tuple[str, int]:
 
 
 def mark_rows(rows: list[list[str]], rule: str, remark: str) -> list[str]:
-    """The rows as lines, with the remark at the one of VOC's by that rule."""
+    """The rows as lines, with the remark at VOC's figure by that rule."""
     lines = tables.align_columns(rows).splitlines()
     return [f"{line}  <- {remark}" if rule and f"({rule})" in line else line for line in lines]
 
 
-def short_name(name: str) -> str:
+def shorten_name(name: str) -> str:
     """VOC AP50 (area) -> AP50, COCO AP small -> small."""
     return name.split(" (")[0].split()[-1]
 
@@ -176,20 +175,20 @@ def format_percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def predictions(names: Sequence[str], found: Sequence[Detections], classes: Sequence[str]) -> list[dict]:
-    """All detections in COCO's results format, which pycocotools' loadRes reads where the images are called the same:
-    bbox is x, y, width, height in pixels; the class is there by name as well. names: of the images of `found`.
+def format_predictions(names: Sequence[str], detections: Sequence[Detections], classes: Sequence[str]) -> list[dict]:
+    """All detections in COCO's results format, which pycocotools' loadRes reads where the images have the same names:
+    bbox is x, y, width, height in pixels; the class is given by name as well. names: of the images.
     """
     return [
         {"image_id": name, "category_id": label, "category": classes[label - 1]}
         | {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-        for name, one in zip(names, found, strict=True)
-        for (x0, y0, x1, y1), label, score in make_rows(*one)
+        for name, image in zip(names, detections, strict=True)
+        for (x0, y0, x1, y1), label, score in to_rows(*image)
     ]
 
 
-def make_rows(*columns) -> list[tuple]:
-    """Arrays or tensors of n things -> a tuple of plain numbers and lists for each."""
+def to_rows(*columns) -> list[tuple]:
+    """Arrays or tensors of length n -> n tuples of plain numbers and lists."""
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
@@ -197,56 +196,55 @@ def make_rows(*columns) -> list[tuple]:
 
 
 def draw_training_curves(path: Path, history: list[dict], title: str) -> None:
-    """Loss terms and average precisions (percent) against epoch; a panel of which no row has anything is left out."""
-    there = {key for row in history for key, value in row.items() if value is not None}
-    panels = {unit: names for unit, names in (("loss", LOSSES), ("percent", PERCENTS)) if there & set(names)}
+    """Loss terms and average precisions (percent) against epoch; a panel without any value is left out."""
+    measured = {key for row in history for key, value in row.items() if value is not None}
+    panels = {unit: names for unit, names in (("loss", LOSSES), ("percent", PERCENTS)) if measured & set(names)}
     if panels:
         figures.draw_epoch_panels(path, history, panels, title)
 
 
-def draw_precision_recall_curves(path: Path, voc: dict) -> None:
-    """Precision against recall at an overlap of 0.5, of what metrics.voc() gave: a panel a class, of the MOST_PANELS
-    classes with the most objects. Nothing is drawn where no class has any.
-    """
+def draw_precision_recall_curves(path: Path, voc: dict, max_panels: int = 25) -> None:
+    """Precision against recall at an IoU of 0.5. Nothing is drawn where no class has objects. voc: of voc_metrics()."""
+    panels, title = precision_recall_panels(voc, max_panels)
+    if panels:
+        draw_precision_recall(path, panels, title)
+
+
+def precision_recall_panels(voc: dict, max_panels: int) -> tuple[list[tuple[str, list[float], list[float]]], str]:
+    """Heading, recall and precision of the `max_panels` classes with the most objects, and the title of the page."""
     table = {name: row for name, row in voc["classes"].items() if row["objects"]}
-    most = sorted(table, key=lambda name: -table[name]["objects"])[:MAX_PANELS]
-    panels = [
-        (
-            f"{figures.shorten(name, 18)}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}",
-            *(voc["curves"][name][key] for key in ("recall", "precision")),
-        )
-        for name, row in table.items()
-        if name in most
-    ]
-    if not panels:
-        return
+    most = sorted(table, key=lambda name: -table[name]["objects"])[:max_panels]
+    panels = []
+    for name, row in table.items():
+        if name in most:
+            heading = f"{figures.shorten(name, 18)}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}"
+            panels.append((heading, voc["curves"][name]["recall"], voc["curves"][name]["precision"]))
     title = (
-        f"AP at IoU 0.5 in percent: 11-point / area; means {100 * voc['map07']:.2f} / {100 * voc['map']:.2f}\n"
-        "dots: the precision that counts at each of the 11 recalls"
+        f"AP at IoU 0.5 in percent: 11-point / area; means {format_percent(to_percent(voc['map07']))} / "
+        f"{format_percent(to_percent(voc['map']))}\ndots: the precision that counts at each of the 11 recalls"
     )
     if len(table) > len(most):
         title += f"; the {len(most)} of {len(table)} classes with the most objects"
-    boxes.draw_precision_recall(path, panels, title)
+    return panels, title
 
 
 def draw_detections(
     folder: Path,
     part: DetectionSet,
-    found: Sequence[Detections],
-    truths: Sequence[Objects],
+    detections: Sequence[Detections],
+    truths: Sequence[GroundTruth],
     *,
     count: int,
     threshold: float = 0.5,
 ) -> list[Path]:
-    """`count` images from all over the part, with their objects and the detections whose score is at least `threshold`,
-    ROWS a page -> the pages, page_01.png and so on, in `folder`.
+    """Draw `count` images spread over the set, with their objects and the detections whose score is at least
+    `threshold`, ROWS_PER_PAGE a page. Returns the pages, page_01.png and so on, in `folder`.
 
-    found, truths: of all images of the part. Mistakes are those of VOC's rule at an overlap of 0.5.
+    detections, truths: of all images of the set. Mistakes are those of VOC's rule at an IoU of 0.5.
     """
-    if not len(found) == len(truths) == len(part):
-        raise ValueError(f"{len(part)} images, but detections of {len(found)} and objects of {len(truths)}")
+    if not len(detections) == len(truths) == len(part):
+        raise ValueError(f"{len(part)} images, but detections of {len(detections)} and objects of {len(truths)}")
     chosen = np.linspace(0, len(part) - 1, min(count, len(part))).round().astype(int).tolist()
-    colours = class_colours(len(part.classes))
     legend = (
         "A colour a class. Red, with a cross: mistakes. On the left an object that was not found, on the right a "
         "detection of no object of its class, or of one found before.\n"
@@ -259,58 +257,56 @@ def draw_detections(
         rows = []
         for index in chosen[start : start + ROWS_PER_PAGE]:
             picture = part.read(index).permute(1, 2, 0).contiguous().numpy()
-            left, right, said = classify_detections(found[index], truths[index], part.classes, colours, threshold)
-            rows.append((f"{part.names[index]}: {said}", picture, left, right))
+            left, right, counts = mark_mistakes(detections[index], truths[index], part.classes, threshold)
+            rows.append((f"{part.names[index]}: {counts}", picture, left, right))
         pages.append(Path(folder) / f"page_{len(pages) + 1:02d}.png")
-        boxes.draw_box_pairs(pages[-1], rows, heads, legend)
+        draw_box_pairs(pages[-1], rows, heads, legend)
     return pages
 
 
 def draw_batches(path: Path, batches: list[dict], classes: Sequence[str]) -> None:
     """The images of a step with their objects, and without: of each batch `names`, `images` (3, H, W) in 0..1, which
-    may hold what is no number, and `targets`.
+    may hold NaN, and `targets`.
     """
     colours = class_colours(len(classes))
     rows = []
     for batch in batches:
         for name, image, target in zip(batch["names"], batch["images"], batch["targets"], strict=True):
-            drawn = [
-                boxes.DrawnBox(box, classes[label - 1], colours[label - 1], difficult)
-                for box, label, difficult in make_rows(*(target[key] for key in ("boxes", "labels", "difficult")))
+            objects = [
+                DrawnBox(box, classes[label - 1], colours[label - 1], difficult)
+                for box, label, difficult in to_rows(target["boxes"], target["labels"], target["difficult"])
             ]
             picture = (255 * image.nan_to_num(0, 1, 0).clamp(0, 1)).byte().permute(1, 2, 0).contiguous().numpy()
-            rows.append((name, picture, drawn, []))
-    boxes.draw_box_pairs(path, rows, ("as the step saw it, with its objects", "without them"), "Dashed: difficult")
+            rows.append((name, picture, objects, []))
+    draw_box_pairs(path, rows, ("as the step saw it, with its objects", "without them"), "Dashed: difficult")
 
 
-def classify_detections(
-    found: Detections,
-    truth: Objects,
-    classes: Sequence[str],
-    colours: list[tuple[float, float, float]],
-    threshold: float,
-) -> tuple[list[boxes.DrawnBox], list[boxes.DrawnBox], str]:
+def mark_mistakes(
+    detections: Detections, truth: GroundTruth, classes: Sequence[str], threshold: float
+) -> tuple[list[DrawnBox], list[DrawnBox], str]:
     """Of one image the boxes of its objects, those of its detections by rising score, and how many are right."""
-    sure = found.scores >= threshold
-    things, objects = stack_images([Detections(*(column[sure] for column in found))], [truth], len(classes))
-    pairs = match_boxes(things, objects)
-    true, counted = (verdict[:, 0] for verdict in match_voc(pairs, objects.marks, len(things.labels)))
-    own = [pairs.found == index for index in np.flatnonzero(true)]
-    hit = {pairs.truth[mine][pairs.overlap[mine].argmax()] for mine in own}
+    colours = class_colours(len(classes))
+    confident = detections.scores >= threshold
+    kept = Detections(*(column[confident] for column in detections))
+    found, objects = stack_images([kept], [truth], len(classes))
+    matches = match_boxes(found, objects)
+    true, counted = (verdict[:, 0] for verdict in match_voc(matches, objects.extra, len(found.labels)))
+    own = [matches.detection == index for index in np.flatnonzero(true)]
+    hit = {matches.truth[mine][matches.iou[mine].argmax()] for mine in own}
     left = [
-        boxes.DrawnBox(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
-        for index, (box, label, difficult) in enumerate(make_rows(objects.boxes, objects.labels, objects.marks))
+        DrawnBox(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in hit)
+        for index, (box, label, difficult) in enumerate(to_rows(objects.boxes, objects.labels, objects.extra))
     ]
     right = [
-        boxes.DrawnBox(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
-        for box, label, score, good, counts in make_rows(things.boxes, things.labels, things.marks, true, counted)
+        DrawnBox(box, f"{classes[label - 1]} {score:.2f}", colours[label - 1], not counts, counts and not good)
+        for box, label, score, good, counts in to_rows(found.boxes, found.labels, found.extra, true, counted)
     ]
-    positives, false = int((~objects.marks).sum()), int((counted & ~true).sum())
+    positives, false = int((~objects.extra).sum()), int((counted & ~true).sum())
     return left, right[::-1], f"{int(true.sum())} of {positives} objects found, false detections: {false}"
 
 
 def class_colours(count: int) -> list[tuple[float, float, float]]:
-    """RGB in 0..1: hues all around but red, which is for mistakes, neighbours far apart and of changing brightness."""
+    """RGB in 0..1: all hues but red, which is for mistakes; neighbours are far apart and differ in brightness."""
     golden = (5**0.5 - 1) / 2
-    look = ((0.9, 1.0), (0.65, 1.0), (1.0, 0.7))  # saturation, value
-    return [colorsys.hsv_to_rgb(0.08 + 0.8 * (golden * number % 1), *look[number % 3]) for number in range(count)]
+    shades = ((0.9, 1.0), (0.65, 1.0), (1.0, 0.7))  # saturation, value
+    return [colorsys.hsv_to_rgb(0.08 + 0.8 * (golden * number % 1), *shades[number % 3]) for number in range(count)]

@@ -13,7 +13,7 @@ from torchvision.models.detection import faster_rcnn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 import detect
-from detection.metrics import Detections, Objects, voc_metrics
+from detection.metrics import Detections, GroundTruth, voc_metrics
 from detection.options import build_parser
 from detection.recipes import RECIPES
 from detection.resolve import resolve_options, scale_schedule
@@ -202,7 +202,7 @@ def test_dumped_detections_give_the_same_numbers(run, tmp_path):
         else Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
         for some in found.values()
     ]
-    truths = [Objects(*(target[key].numpy() for key in Objects._fields)) for target in test.targets]
+    truths = [GroundTruth(*(target[key].numpy() for key in GroundTruth._fields)) for target in test.targets]
     again = voc_metrics(lists, truths, test.classes)
     assert 100 * again["map"] == pytest.approx(result["figures"]["VOC mAP@0.5 (area)"], abs=1e-9)
     assert sum(len(some) for some in found.values()) > 0

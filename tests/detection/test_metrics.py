@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from detection.metrics import Detections, Objects, coco_metrics, voc_metrics
+from detection.metrics import Detections, GroundTruth, coco_metrics, voc_metrics
 
 SQUARE, FAR = (10, 10, 50, 50), (200, 200, 240, 240)  # of medium size for COCO
 NAMES = ["cat", "dog"]
@@ -20,13 +20,13 @@ def found(*rows: tuple) -> Detections:
     return Detections(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(scores, float))
 
 
-def truth(*rows: tuple) -> Objects:
+def truth(*rows: tuple) -> GroundTruth:
     """Rows of box, label and, if it is, True for difficult."""
     boxes, labels, difficult = zip(*((*row, False)[:3] for row in rows), strict=True) if rows else ((), (), ())
-    return Objects(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(difficult, bool))
+    return GroundTruth(np.array(boxes, float).reshape(-1, 4), np.array(labels, int), np.array(difficult, bool))
 
 
-def cats(right: str, objects: int) -> tuple[list[Detections], list[Objects]]:
+def cats(right: str, objects: int) -> tuple[list[Detections], list[GroundTruth]]:
     """Detections of one class by falling score, `+` right and `-` wrong, each in an image of its own; then images with
     the rest of the objects.
     """
@@ -36,14 +36,14 @@ def cats(right: str, objects: int) -> tuple[list[Detections], list[Objects]]:
     return detections + [found()] * rest, truths + [truth((SQUARE, 1))] * rest
 
 
-def ap(detections: list[Detections], truths: list[Objects], name: str = "cat") -> tuple[float, float]:
+def ap(detections: list[Detections], truths: list[GroundTruth], name: str = "cat") -> tuple[float, float]:
     row = voc_metrics(detections, truths, NAMES)["classes"][name]
     return row["ap07"], row["ap"]
 
 
 def random_set(
     seed: int, images: int = 12, classes: int = 3, objects: int = 8, most: int = 30
-) -> tuple[list[Detections], list[Objects]]:
+) -> tuple[list[Detections], list[GroundTruth]]:
     """Boxes on whole pixels, of all of COCO's sizes. Most detections are an object of the image, moved a little; there
     are equal scores (of eight), equal overlaps, twins, difficult objects, images without either.
     """
@@ -57,7 +57,7 @@ def random_set(
         if number > 1:
             boxes[0] = boxes[1]
         labels = draw.integers(1, classes + 1, number)
-        truths.append(Objects(boxes, labels, draw.random(number) < 0.3))
+        truths.append(GroundTruth(boxes, labels, draw.random(number) < 0.3))
         count = draw.integers(0, most + 1) * draw.integers(0, 4).clip(0, 1)
         if number:
             source = draw.integers(0, number, count)
@@ -81,7 +81,15 @@ def test_perfect_boxes_are_worth_one():
     result = voc_metrics(detections, truths, NAMES)
     assert all(result[key] == 1 for key in ("map07", "map", "ap07_50_95", "ap_50_95", "ap07_75", "ap_75"))
     assert result["classes"]["dog"] == {
-        **{"objects": 2, "difficult": 0, "found": 2, "ap07": 1.0, "ap": 1.0, "ap07_50_95": 1.0, "ap_50_95": 1.0}
+        "objects": 2,
+        "difficult": 0,
+        "detections": 2,
+        "ap07": 1.0,
+        "ap": 1.0,
+        "ap07_75": 1.0,
+        "ap_75": 1.0,
+        "ap07_50_95": 1.0,
+        "ap_50_95": 1.0,
     }
     assert result["curves"]["dog"] == {"precision": [1.0, 1.0], "recall": [0.5, 1.0]}
     figures = coco_metrics(detections, truths, 2)
@@ -126,7 +134,7 @@ def test_a_difficult_object_counts_neither_way():
     twice = [found((FAR, 1, 0.9), (FAR, 1, 0.8), (SQUARE, 1, 0.5))]
     assert ap(alone, truths) == ap(twice, truths) == (1, 1)
     row = voc_metrics(twice, truths, NAMES)["classes"]["cat"]
-    assert (row["objects"], row["difficult"], row["found"]) == (1, 1, 3)
+    assert (row["objects"], row["difficult"], row["detections"]) == (1, 1, 3)
     assert coco_metrics(twice, truths, 1)["AP"] == pytest.approx(1)
     counted = coco_metrics(twice, truths, 1, count_difficult=True)
     assert counted["AR_10"] == 1 and counted["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
@@ -190,9 +198,9 @@ def test_a_class_without_objects_leaves_the_means():
     detections = [found((SQUARE, 1, 0.9), (SQUARE, 2, 0.8))]
     result = voc_metrics(detections, truths, [*NAMES, "cow"])
     assert result["map"] == result["map07"] == result["ap_50_95"] == result["ap_75"] == 1
-    nothing = {"ap07": None, "ap": None, "ap07_50_95": None, "ap_50_95": None}
-    assert result["classes"]["dog"] == {"objects": 0, "difficult": 1, "found": 1, **nothing}
-    assert result["classes"]["cow"] == {"objects": 0, "difficult": 0, "found": 0, **nothing}
+    nothing = dict.fromkeys(("ap07", "ap", "ap07_75", "ap_75", "ap07_50_95", "ap_50_95"))
+    assert result["classes"]["dog"] == {"objects": 0, "difficult": 1, "detections": 1, **nothing}
+    assert result["classes"]["cow"] == {"objects": 0, "difficult": 0, "detections": 0, **nothing}
     assert result["curves"]["cow"] == {"precision": [], "recall": []}
     assert coco_metrics(detections, truths, 3)["AP"] == pytest.approx(1)
 
@@ -220,7 +228,7 @@ def test_an_image_without_the_class_still_has_false_detections_of_it():
 def test_no_detections_are_worth_nothing():
     truths = [truth((SQUARE, 1)), truth()]
     result = voc_metrics([found(), found()], truths, NAMES)
-    assert result["map"] == result["map07"] == 0 and result["classes"]["cat"]["found"] == 0
+    assert result["map"] == result["map07"] == 0 and result["classes"]["cat"]["detections"] == 0
     figures = coco_metrics([found(), found()], truths, 2)
     assert figures["AP"] == figures["AR_100"] == 0 and figures["AP_large"] is None
 
@@ -298,7 +306,7 @@ def exact_overlap(one, other) -> Fraction:
     return Fraction(width * height, (c - a) * (d - b) + (g - e) * (h - f) - width * height)
 
 
-def slow_voc(detections: list[Detections], truths: list[Objects], label: int, threshold: Fraction):
+def slow_voc(detections: list[Detections], truths: list[GroundTruth], label: int, threshold: Fraction):
     """None without objects, else the two APs and the curve."""
     rows = [
         (-score, image, place, box)
@@ -356,7 +364,9 @@ STATS = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"]
 STATS += ["AR_1", "AR_10", "AR_100", "AR_small", "AR_medium", "AR_large"]
 
 
-def cocoeval(detections: list[Detections], truths: list[Objects], classes: int, count_difficult: bool) -> list[float]:
+def cocoeval(
+    detections: list[Detections], truths: list[GroundTruth], classes: int, count_difficult: bool
+) -> list[float]:
     pytest.importorskip("pycocotools")
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -384,7 +394,7 @@ def cocoeval(detections: list[Detections], truths: list[Objects], classes: int, 
 
 
 def same_as_cocoeval(
-    detections: list[Detections], truths: list[Objects], classes: int, count_difficult: bool
+    detections: list[Detections], truths: list[GroundTruth], classes: int, count_difficult: bool
 ) -> list[float]:
     expected = cocoeval(detections, truths, classes, count_difficult)
     figures = coco_metrics(detections, truths, classes, count_difficult=count_difficult)
@@ -450,7 +460,7 @@ def test_a_thousand_images_take_seconds():
     for _ in range(1000):
         corner = draw.random((3, 2)) * 300
         boxes, labels = np.concatenate([corner, corner + 20 + draw.random((3, 2)) * 180], 1), draw.integers(1, 21, 3)
-        truths.append(Objects(boxes, labels, draw.random(3) < 0.1))
+        truths.append(GroundTruth(boxes, labels, draw.random(3) < 0.1))
         source = draw.integers(0, 3, 100)
         moved, named = boxes[source] + draw.normal(0, 10, (100, 4)), labels[source]
         detections.append(

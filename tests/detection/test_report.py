@@ -3,18 +3,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detection import metrics, report
 from detection.dataset import DetectionSet
-from detection.metrics import Detections, Objects
+from detection.metrics import Detections, GroundTruth
 from detection.shape_scenes import draw_scenes
 from detection.voc import CLASSES, read_part
-from engine.drawing import boxes
+from engine.drawing.boxes import DrawnBox
 
 SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
 HAND = {  # fractions that differ all, as metrics.voc() and metrics.coco() give them
-    **{"map07": 0.7671, "map": 0.782, "ap07_50_95": 0.4821, "ap_50_95": 0.4902, "ap07_75": 0.521, "ap_75": 0.5305},
+    "map07": 0.7671,
+    "map": 0.782,
+    "ap07_50_95": 0.4821,
+    "ap_50_95": 0.4902,
+    "ap07_75": 0.521,
+    "ap_75": 0.5305,
 }
 COCO = {"AP": 0.485, "AP50": 0.779, "AP75": 0.528, "AP_small": None, "AP_medium": 0.353, "AP_large": 0.552}
 COCO |= {"AR_1": 0.401, "AR_10": 0.554, "AR_100": 0.576, "AR_small": None, "AR_medium": 0.457, "AR_large": 0.648}
@@ -24,20 +30,20 @@ def result_by_hand(classes: list[str] = CLASSES, images: int = 4952, test_set: s
     """Of each class 10 objects, of the second none, of the third but difficult ones."""
     table = {}
     for number, name in enumerate(classes):
-        row = {"objects": 10, "difficult": 2, "found": 1234, "ap07": number / 30, "ap": (number + 0.5) / 30}
+        row = {"objects": 10, "difficult": 2, "detections": 1234, "ap07": number / 30, "ap": (number + 0.5) / 30}
         table[name] = row | {"ap07_50_95": number / 60, "ap_50_95": number / 50}
     for name, difficult in zip(classes[1:3], (0, 4), strict=True):
-        empty = {"objects": 0, "difficult": difficult, "found": 0}
+        empty = {"objects": 0, "difficult": difficult, "detections": 0}
         table[name] = empty | dict.fromkeys(("ap07", "ap", "ap07_50_95", "ap_50_95"))
     voc = HAND | {"classes": table, "curves": {name: {"precision": [], "recall": []} for name in classes}}
     return report.summarize(voc, COCO, test_set=test_set, images=images, **SETTINGS, **more)
 
 
-def jittered(part: DetectionSet, seed: int = 0) -> tuple[list[Detections], list[Objects]]:
+def jittered(part: DetectionSet, seed: int = 0) -> tuple[list[Detections], list[GroundTruth]]:
     """Most of the objects, not quite where they are, some in another class, and a few boxes of nothing."""
     draws, found, truths = np.random.default_rng(seed), [], []
     for target, (height, width) in zip(part.targets, part.sizes, strict=True):
-        truth = Objects(*(target[key].numpy() for key in ("boxes", "labels", "difficult")))
+        truth = GroundTruth(*(target[key].numpy() for key in ("boxes", "labels", "difficult")))
         kept = draws.random(len(truth.boxes)) < 0.8
         corner = draws.random((2, 2)) * (width / 2, height / 2)
         boxes = np.concatenate(
@@ -54,20 +60,6 @@ def colours_in(path: Path) -> int:
         return len(image.convert("RGB").getcolors(2**24))
 
 
-@pytest.fixture
-def framed(monkeypatch) -> list[dict]:
-    """What would be drawn: a dict for each picture, left and right as (text, dashed, alarm, box)."""
-    pictures = []
-
-    def keep(path, rows, heads, legend):
-        for text, _, *both in rows:
-            sides = ([(one.text, one.dashed, one.alarm, one.box) for one in boxes] for boxes in both)
-            pictures.append({"text": text, **dict(zip(("left", "right"), sides, strict=True))})
-
-    monkeypatch.setattr(boxes, "draw_box_pairs", keep)
-    return pictures
-
-
 # figures
 
 
@@ -75,13 +67,26 @@ def test_every_figure_is_in_percent_under_its_own_name():
     figures = result_by_hand()["figures"]
     assert figures == pytest.approx(
         {
-            **{"VOC07 mAP@0.5 (11-point)": 76.71, "VOC mAP@0.5 (area)": 78.2},
-            **{"VOC AP@[.5:.95] (11-point)": 48.21, "VOC AP50 (11-point)": 76.71, "VOC AP75 (11-point)": 52.1},
-            **{"VOC AP@[.5:.95] (area)": 49.02, "VOC AP50 (area)": 78.2, "VOC AP75 (area)": 53.05},
-            **{"COCO AP": 48.5, "COCO AP50": 77.9, "COCO AP75": 52.8},
-            **{"COCO AP small": None, "COCO AP medium": 35.3, "COCO AP large": 55.2},
-            **{"COCO AR@1": 40.1, "COCO AR@10": 55.4, "COCO AR@100": 57.6},
-            **{"COCO AR small": None, "COCO AR medium": 45.7, "COCO AR large": 64.8},
+            "VOC07 mAP@0.5 (11-point)": 76.71,
+            "VOC mAP@0.5 (area)": 78.2,
+            "VOC AP@[.5:.95] (11-point)": 48.21,
+            "VOC AP50 (11-point)": 76.71,
+            "VOC AP75 (11-point)": 52.1,
+            "VOC AP@[.5:.95] (area)": 49.02,
+            "VOC AP50 (area)": 78.2,
+            "VOC AP75 (area)": 53.05,
+            "COCO AP": 48.5,
+            "COCO AP50": 77.9,
+            "COCO AP75": 52.8,
+            "COCO AP small": None,
+            "COCO AP medium": 35.3,
+            "COCO AP large": 55.2,
+            "COCO AR@1": 40.1,
+            "COCO AR@10": 55.4,
+            "COCO AR@100": 57.6,
+            "COCO AR small": None,
+            "COCO AR medium": 45.7,
+            "COCO AR large": 64.8,
         }
     )
 
@@ -104,9 +109,13 @@ def test_results_are_strict_json_without_curves_and_say_how_they_came_about():
     )
     name, row = max(voc["classes"].items(), key=lambda item: item[1]["ap"] or 0)
     assert row["ap"] > 0 and result["classes"][name] == {
-        **{"objects": row["objects"], "difficult": row["difficult"], "detections": row["found"]},
-        **{"AP@0.5 (11-point)": 100 * row["ap07"], "AP@0.5 (area)": 100 * row["ap"]},
-        **{"AP@[.5:.95] (11-point)": 100 * row["ap07_50_95"], "AP@[.5:.95] (area)": 100 * row["ap_50_95"]},
+        "objects": row["objects"],
+        "difficult": row["difficult"],
+        "detections": row["detections"],
+        "AP@0.5 (11-point)": 100 * row["ap07"],
+        "AP@0.5 (area)": 100 * row["ap"],
+        "AP@[.5:.95] (11-point)": 100 * row["ap07_50_95"],
+        "AP@[.5:.95] (area)": 100 * row["ap_50_95"],
     }
 
 
@@ -172,11 +181,16 @@ def test_nothing_to_find_gives_dashes():
 def test_predictions_are_written_in_full():
     found = Detections(np.array([[1.1, 2.0, 11.0, 7.5]], "f4"), np.array([2]), np.array([0.1], "f4"))
     empty = Detections(np.empty((0, 4)), np.empty(0, int), np.empty(0))
-    rows = json.loads(json.dumps(report.predictions(["a", "b"], [empty, found], ["cat", "dog"]), allow_nan=False))
+    rows = json.loads(
+        json.dumps(report.format_predictions(["a", "b"], [empty, found], ["cat", "dog"]), allow_nan=False)
+    )
     left = float(np.float32(1.1))
     assert rows == [
         {
-            **{"image_id": "b", "category_id": 2, "category": "dog", "score": float(np.float32(0.1))},
+            "image_id": "b",
+            "category_id": 2,
+            "category": "dog",
+            "score": float(np.float32(0.1)),
             "bbox": [left, 2.0, 11.0 - left, 5.5],
         }
     ]
@@ -184,7 +198,7 @@ def test_predictions_are_written_in_full():
 
 def test_predictions_need_a_name_for_each_image():
     with pytest.raises(ValueError):
-        report.predictions(["a"], [], CLASSES)
+        report.format_predictions(["a"], [], CLASSES)
 
 
 def test_pycocotools_reads_predictions():
@@ -206,7 +220,7 @@ def test_pycocotools_reads_predictions():
     }
     objects.createIndex()
     measured = evaluation.COCOeval(
-        objects, objects.loadRes(report.predictions(part.names, found, part.classes)), "bbox"
+        objects, objects.loadRes(report.format_predictions(part.names, found, part.classes)), "bbox"
     )
     for step in (measured.evaluate, measured.accumulate, measured.summarize):
         step()
@@ -230,27 +244,20 @@ def test_curves_of_what_the_history_has(tmp_path, recwarn):
     assert not (tmp_path / "none.png").exists()
 
 
-def test_a_panel_for_each_class_that_has_objects(tmp_path, monkeypatch):
+def test_a_panel_for_each_class_that_has_objects(tmp_path):
     part = draw_scenes(8)
-    found, truths = jittered(part)
-    voc = metrics.voc_metrics(found, truths, [*part.classes, "none of $these_"])
+    voc = metrics.voc_metrics(*jittered(part), [*part.classes, "none of $these_"])
     report.draw_precision_recall_curves(tmp_path / "curves.png", voc)
     assert colours_in(tmp_path / "curves.png") > 100
-    drawn = []
-    monkeypatch.setattr(boxes, "draw_precision_recall", lambda path, panels, title: drawn.append((panels, title)))
-    monkeypatch.setattr(report, "MAX_PANELS", 4)
-    report.draw_precision_recall_curves(tmp_path / "few.png", voc)
-    (panels, title), there = drawn[0], {name: row for name, row in voc["classes"].items() if row["objects"]}
-    most = sorted((row["objects"] for row in there.values()), reverse=True)[:4]
-    names = [text.split()[0] for text, *_ in panels]
-    assert sorted((there[name]["objects"] for name in names), reverse=True) == most
-    assert f"the 4 of {len(there)} classes with the most objects" in title
-    row, curve = there[names[0]], voc["curves"][names[0]]
-    assert panels[0] == (
-        f"{names[0]}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}",
-        curve["recall"],
-        curve["precision"],
-    )
+    panels, title = report.precision_recall_panels(voc, max_panels=4)
+    table = {name: row for name, row in voc["classes"].items() if row["objects"]}
+    most = sorted((row["objects"] for row in table.values()), reverse=True)[:4]
+    names = [heading.split()[0] for heading, *_ in panels]
+    assert sorted((table[name]["objects"] for name in names), reverse=True) == most
+    assert f"the 4 of {len(table)} classes with the most objects" in title
+    row, curve = table[names[0]], voc["curves"][names[0]]
+    heading = f"{names[0]}  {100 * row['ap07']:.1f} / {100 * row['ap']:.1f}"
+    assert panels[0] == (heading, curve["recall"], curve["precision"])
 
 
 def test_no_curves_where_no_class_has_objects(tmp_path):
@@ -258,59 +265,60 @@ def test_no_curves_where_no_class_has_objects(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_the_dots_are_the_precision_that_counts(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(boxes, "save_figure", lambda figure, path: figures.append(figure))
-    boxes.draw_precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
-    assert len(figures[0].axes) == 2
-    full, empty = (axes.lines[1].get_ydata().tolist() for axes in figures[0].axes[:2])
-    assert full == [1.0] * 4 + [0.75] * 3 + [0.0] * 4 and empty == [0.0] * 11
-
-
-def test_pages_of_images_from_all_over_the_part(tmp_path, framed, monkeypatch):
+def test_pages_of_images_from_all_over_the_part(tmp_path):
     part = draw_scenes(10)
+    read, shown = part.read, []
+    part.read = lambda index: shown.append(index) or read(index)
     found, truths = jittered(part)
     pages = report.draw_detections(tmp_path / "vis", part, found, truths, count=6)
     assert pages == [tmp_path / "vis" / "page_01.png", tmp_path / "vis" / "page_02.png"]
-    assert [one["text"].split(":")[0] for one in framed] == [part.names[index] for index in (0, 2, 4, 5, 7, 9)]
-    framed.clear()
-    assert len(report.draw_detections(tmp_path, part, found, truths, count=99)) == 3 and len(framed) == 10
+    assert shown == [0, 2, 4, 5, 7, 9] and colours_in(pages[0]) > 1000
+    assert len(report.draw_detections(tmp_path, part, found, truths, count=99)) == 3 and len(shown) == 16
     assert report.draw_detections(tmp_path, part, found, truths, count=0) == []
-    monkeypatch.undo()
-    (page,) = report.draw_detections(tmp_path, part, found, truths, count=2)
-    assert colours_in(page) > 1000
 
 
-def test_mistakes_are_told_from_what_is_right(tmp_path, framed):
+def describe(drawn: list[DrawnBox]) -> list[tuple]:
+    return [(one.text, one.dashed, one.alarm, one.box) for one in drawn]
+
+
+def test_mistakes_are_marked():
     """Cats at 0, 40 and (difficult) 80; a dog at 120. The first cat is found twice, the dog as a cat."""
-    part = draw_scenes(1).take([0])
     at = [[x, 10.0, x + 30.0, 40.0] for x in (0.0, 40.0, 80.0, 120.0)]
-    truth = Objects(np.array(at), np.array([1, 1, 1, 2]), np.array([False, False, True, False]))
+    truth = GroundTruth(np.array(at), np.array([1, 1, 1, 2]), np.array([False, False, True, False]))
     boxes = np.array([at[0], at[0], at[2], at[3], at[1]])
     found = Detections(boxes, np.array([1, 1, 1, 1, 1]), np.array([0.7, 0.9, 0.6, 0.8, 0.4]))
-    report.draw_detections(tmp_path, part, [found], [truth], count=1, threshold=0.5)
-    cat, dog = part.classes[:2]
-    assert framed[0]["left"] == [
-        *((cat, False, False, at[0]), (cat, False, True, at[1]), (cat, True, False, at[2]), (dog, False, True, at[3]))
+    left, right, counts = report.mark_mistakes(found, truth, ["cat", "dog"], threshold=0.5)
+    assert describe(left) == [
+        ("cat", False, False, at[0]),
+        ("cat", False, True, at[1]),
+        ("cat", True, False, at[2]),
+        ("dog", False, True, at[3]),
     ]
-    assert framed[0]["right"] == [  # the surest last, so that it is drawn over the others
-        (f"{cat} 0.60", True, False, at[2]),
-        (f"{cat} 0.70", False, True, at[0]),
-        (f"{cat} 0.80", False, True, at[3]),
-        (f"{cat} 0.90", False, False, at[0]),
+    assert describe(right) == [  # the surest last, so that it is drawn over the others
+        ("cat 0.60", True, False, at[2]),
+        ("cat 0.70", False, True, at[0]),
+        ("cat 0.80", False, True, at[3]),
+        ("cat 0.90", False, False, at[0]),
     ]
-    assert framed[0]["text"] == f"{part.names[0]}: 1 of 3 objects found, false detections: 2"
-    framed.clear()
-    report.draw_detections(tmp_path, part, [found], [truth], count=1, threshold=0.4)  # and that includes 0.4
-    assert framed[0]["left"][1] == (cat, False, False, at[1])
+    assert counts == "1 of 3 objects found, false detections: 2"
+    left, _, _ = report.mark_mistakes(found, truth, ["cat", "dog"], threshold=0.4)  # and that includes 0.4
+    assert describe(left)[1] == ("cat", False, False, at[1])
 
 
-def test_the_object_that_was_found_is_the_one_overlapped_most(tmp_path, framed):
-    part = draw_scenes(1).take([0])
-    truth = Objects(np.array([[0.0, 0.0, 40.0, 40.0], [0.0, 8.0, 40.0, 48.0]]), np.array([1, 1]), np.zeros(2, bool))
+def test_the_object_that_was_found_is_the_one_overlapped_most():
+    truth = GroundTruth(np.array([[0.0, 0.0, 40.0, 40.0], [0.0, 8.0, 40.0, 48.0]]), np.array([1, 1]), np.zeros(2, bool))
     found = Detections(truth.boxes[1:] + 1, np.array([1]), np.array([0.9]))
-    report.draw_detections(tmp_path, part, [found], [truth], count=1)
-    assert [alarm for _, _, alarm, _ in framed[0]["left"]] == [True, False]
+    left, _, _ = report.mark_mistakes(found, truth, ["cat"], threshold=0.5)
+    assert [box.alarm for box in left] == [True, False]
+
+
+def test_the_images_of_a_step_are_drawn_even_where_they_hold_nan(tmp_path):
+    part = draw_scenes(2)
+    images = [torch.full((3, *size), float("nan")) for size in part.sizes]
+    report.draw_batches(
+        tmp_path / "a.png", [{"names": part.names, "images": images, "targets": part.targets}], part.classes
+    )
+    assert colours_in(tmp_path / "a.png") > 100
 
 
 def test_detections_of_other_images_are_refused(tmp_path):
@@ -324,43 +332,6 @@ def test_a_colour_a_class_and_none_is_red():
     assert apart.min() > 0.1 and report.class_colours(5) == report.class_colours(20)[:5]
     red, green, blue = colours.T
     assert not ((red > 0.6) & (np.maximum(green, blue) < 0.35)).any()
-
-
-@pytest.mark.parametrize("shape", [(400, 20), (20, 400), (3, 3), (1500, 1000)])
-def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shape, recwarn):
-    height, width = shape
-    picture = np.full((height, width, 3), 255, np.uint8)
-    text = "a very long name of a class, $and_ \u5b57"
-    drawn = [boxes.DrawnBox((0, 0, width, height), text, (0.1, 0.2, 0.9), dashed=True)] * 3
-    boxes.draw_box_pairs(tmp_path / "a.png", [("\u5b57 $_", picture, drawn, [])], ("left", "right"), "one\ntwo")
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.width == 1030 and image.height == pytest.approx(500 * min(1, height / width) + 94, abs=2)
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    blue = (pixels[..., 2] - pixels[..., 0]) > 120
-    assert blue[:, :520].sum() > 100 and not blue[:, 520:].any()
-    assert not recwarn.list  # of letters that the font has not
-
-
-def test_a_box_is_drawn_where_it_is(tmp_path):
-    picture = np.full((100, 250, 3), 255, np.uint8)
-    box = boxes.DrawnBox((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
-    boxes.draw_box_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
-    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
-    rows, columns = np.nonzero((pixels[..., 2] > 240) & (pixels[..., 0] < 20))
-    x0, y0 = 520, 24  # of the picture on the right, twice as large on the page
-    found = [columns.min() - x0, rows[columns > x0 + 200].min() - y0, columns.max() - x0, rows.max() - y0]
-    assert found == pytest.approx([100, 60, 300, 160], abs=2)
-
-
-def test_texts_at_the_same_place_do_not_hide_one_another(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(boxes, "save_figure", lambda figure, path, dpi: figures.append(figure))
-    picture = np.zeros((100, 100, 3), np.uint8)
-    box = boxes.DrawnBox((20, 30, 80, 90), "person 0.99", (1.0, 0.5, 0.0))
-    boxes.draw_box_pairs(tmp_path / "a.png", [("", picture, [box] * 5, [])], ("", ""), "")
-    texts = [text.get_window_extent() for text in figures[0].axes[0].texts if text.get_text() == "person 0.99"]
-    assert len(texts) == 5
-    assert not any(one.overlaps(other) for place, one in enumerate(texts) for other in texts[:place])
 
 
 @pytest.mark.data
