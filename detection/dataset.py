@@ -1,4 +1,4 @@
-"""Image sets for detection."""
+"""Images with the boxes of the objects in them."""
 
 import io
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from engine.data.decode import BadImage, describe_error, load_pixels
 
 @dataclass
 class DetectionSet:
-    """One part of a detection data set."""
+    """The training or the test images of a detection data set."""
 
     classes: list[str]  # without background: label k is classes[k - 1]
     names: list[str]  # of the images, as VOC2007/000005
@@ -39,17 +39,23 @@ class DetectionSet:
 
     def take(self, index: Sequence[int]) -> "DetectionSet":
         """The images at these positions, in this order."""
-        chosen = {key: [getattr(self, key)[i] for i in index] for key in ("names", "images", "targets", "sizes")}
-        return replace(self, **chosen, warnings=list(self.warnings))
+        return replace(
+            self,
+            names=[self.names[i] for i in index],
+            images=[self.images[i] for i in index],
+            targets=[self.targets[i] for i in index],
+            sizes=[self.sizes[i] for i in index],
+            warnings=list(self.warnings),
+        )
 
     def without_difficult(self) -> "DetectionSet":
-        """The same images, with the objects that are not marked difficult."""
+        """The same images, without the objects that are marked difficult."""
         targets = [{key: value[~target["difficult"]] for key, value in target.items()} for target in self.targets]
         return replace(self, targets=targets, warnings=list(self.warnings))
 
     def read(self, index: int) -> torch.Tensor:
-        """RGB uint8 (3, H, W). Raises BadImage, with the path, for a file that cannot be decoded or has another size
-        than its annotation says.
+        """RGB uint8 (3, H, W). Raises BadImage, which names the file, where it cannot be decoded or its size is not
+        that of its annotation.
         """
         path = self.images[index]
         if isinstance(path, torch.Tensor):
@@ -70,5 +76,5 @@ class DetectionSet:
 
 
 def list_first_names(names: Sequence[str]) -> str:
-    """The first three, and whether there are more."""
+    """The first three names, and dots where there are more."""
     return "; ".join([*names[:3], *["..."] * (len(names) > 3)])

@@ -12,7 +12,7 @@ import numpy as np
 
 from detection.dataset import DetectionSet, list_first_names
 from detection.metrics import COCO_FIGURES, Detections, GroundTruth, match_boxes, match_voc, stack_images
-from detection.voc import CLASSES, USUAL_COUNTS
+from detection.voc import CLASSES, SET_SIZES
 from engine.drawing import figures, tables
 from engine.drawing.boxes import DrawnBox, draw_box_pairs, draw_precision_recall
 
@@ -155,9 +155,9 @@ def choose_rule(test_set: str, classes: list[str]) -> tuple[str, int]:
     development kit changed in 2010, and codes of self-supervised learning go by the year of the test set as well.
     ("", 0): not a set of VOC's.
     """
-    if test_set not in USUAL_COUNTS or classes != CLASSES:
+    if test_set not in SET_SIZES or classes != CLASSES:
         return "", 0
-    return "11-point" if int(test_set[:4]) < 2010 else "area", USUAL_COUNTS[test_set]
+    return "11-point" if int(test_set[:4]) < 2010 else "area", SET_SIZES[test_set]
 
 
 def mark_rows(rows: list[list[str]], rule: str, remark: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Drawn detection scenes: up to four objects of `shapes` on clutter, over one another. Nothing is downloaded.
 
-Height and width differ from scene to scene, objects from a tenth of a side to half of it, and the border cuts some.
+Height and width differ from scene to scene; objects are a tenth to half as large as a side, and the border cuts some.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from engine.data.shapes import CLASSES, draw_chunk, fill_texture, local_frame, m
 from engine.errors import UserError
 from engine.runtime.files import write_atomic
 
-CHUNK = 20  # scenes of one seed: the first N do not depend on how many follow
-MIN_SIDE = 32  # pixels of a side, on average: of smaller ones some objects would be no more than a dot
+CHUNK = 20  # scenes with one seed: the first N do not depend on how many follow
+MIN_SIDE = 32  # pixels, on average: in smaller scenes some objects would be no more than a dot
 MAX_OBJECTS = 4  # objects of a scene
-OBJECT_SIDES = (0.25, 0.35, 0.45, 0.6)  # of the side: pictures of shapes that the objects are taken from
+OBJECT_SIDES = (0.25, 0.35, 0.45, 0.6)  # of the side: the pictures of `shapes` from which the objects are cut
 N_DISTRACTORS = 10  # small discs and squares on the background of a scene
-MAX_OUTSIDE = 0.2  # of an object's height and width, that may lie outside of the scene
-DIFFICULT, LISTED = 0.5, 0.2  # of an object's pixels: if less is visible it is difficult, or not there at all
+MAX_OUTSIDE = 0.2  # share of an object's height and width that may lie outside the scene
+MIN_CLEAR, MIN_LISTED = 0.5, 0.2  # visible share of an object: with less it is difficult, or not listed at all
 
 
 def draw_scenes(
@@ -41,19 +41,19 @@ def draw_scenes(
     scenes = []
     for chunk, _ in enumerate(progress(range(0, count, CHUNK), desc="drawing scenes")):
         generator = torch.Generator().manual_seed((seed * 1_000_003 + chunk) * 2)  # shapes itself takes the odd ones
-        scenes += draw_chunk_of_scenes(size, num_classes, generator)
+        scenes += draw_scene_chunk(size, num_classes, generator)
     images, targets = [image for image, _ in scenes[:count]], [target for _, target in scenes[:count]]
     names = [f"scenes/{seed}-{number:05d}" for number in range(count)]
     sizes = [tuple(image.shape[1:]) for image in images]
     return DetectionSet(CLASSES[:num_classes], names, images, targets, sizes, f"the generator of scenes, seed {seed}")
 
 
-def draw_chunk_of_scenes(
+def draw_scene_chunk(
     size: int, num_classes: int, generator: torch.Generator
 ) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
     """Image and target of CHUNK scenes."""
     sides = (size * (0.75 + 0.5 * torch.rand(CHUNK, 2, generator=generator))).round().long()  # height, width
-    canvases = backgrounds(int(sides.max()), size, generator)
+    canvases = draw_backgrounds(int(sides.max()), size, generator)
     numbers = torch.randint(1, MAX_OBJECTS + 1, (CHUNK,), generator=generator)
     labels = torch.randint(num_classes, (int(numbers.sum()),), generator=generator)
     objects = draw_objects(labels, size, generator)
@@ -63,9 +63,9 @@ def draw_chunk_of_scenes(
         these = slice(done, done + number)
         done += number
         extents = torch.tensor([mask.shape for _, mask in objects[these]])  # (N, 2)
-        least = -MAX_OUTSIDE * extents
-        most = torch.tensor([height, width]) - (1 - MAX_OUTSIDE) * extents
-        corners = (least + places[these] * (most - least)).round().long().tolist()
+        low = -MAX_OUTSIDE * extents
+        high = torch.tensor([height, width]) - (1 - MAX_OUTSIDE) * extents
+        corners = (low + places[these] * (high - low)).round().long().tolist()
         image, visible = compose(canvas[:, :height, :width], objects[these], corners)
         whole = torch.stack([mask.sum() for _, mask in objects[these]])
         scenes.append((image, make_target(visible, whole, labels[these] + 1)))
@@ -75,36 +75,37 @@ def draw_chunk_of_scenes(
 def compose(
     canvas: torch.Tensor, objects: Sequence[tuple[torch.Tensor, torch.Tensor]], corners: Sequence[tuple[int, int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Objects laid onto a canvas, later ones over earlier ones, and what remains visible of each.
+    """Paste objects onto a canvas, later ones over earlier ones. Returns the image (3, H, W) and which of its pixels
+    show each object, (N, H, W) bool.
 
-    canvas (3, H, W); objects: pixels (3, h, w) and mask (h, w) bool; corners: row and column where the first pixel of
-    each comes to lie, also outside. -> image (3, H, W), visible (N, H, W) bool.
+    canvas (3, H, W); objects: pixels (3, h, w) and mask (h, w) bool; corners: row and column of the first pixel of
+    each, which may lie outside.
     """
     image = canvas.clone()
     owner = torch.full(canvas.shape[1:], -1)
     for number, ((pixels, mask), (top, left)) in enumerate(zip(objects, corners, strict=True)):
-        rows, own_rows = visible_range(top, mask.shape[0], canvas.shape[1])
-        columns, own_columns = visible_range(left, mask.shape[1], canvas.shape[2])
+        rows, own_rows = clip_range(top, mask.shape[0], canvas.shape[1])
+        columns, own_columns = clip_range(left, mask.shape[1], canvas.shape[2])
         mask = mask[own_rows, own_columns]
-        there = image[:, rows, columns]
-        there.copy_(torch.where(mask, pixels[:, own_rows, own_columns], there))
+        region = image[:, rows, columns]
+        region.copy_(torch.where(mask, pixels[:, own_rows, own_columns], region))
         owner[rows, columns].masked_fill_(mask, number)
     return image, owner == torch.arange(len(objects)).view(-1, 1, 1)
 
 
-def visible_range(start: int, length: int, whole: int) -> tuple[slice, slice]:
-    """Where a stretch that begins at `start` lies in 0..whole, and which part of it does."""
-    first = min(max(start, 0), whole)
-    last = max(min(start + length, whole), first)
+def clip_range(start: int, length: int, limit: int) -> tuple[slice, slice]:
+    """The part of start..start + length that lies in 0..limit, and the same counted from `start`."""
+    first = min(max(start, 0), limit)
+    last = max(min(start + length, limit), first)
     return slice(first, last), slice(first - start, last - start)
 
 
 def make_target(visible: torch.Tensor, whole: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """visible (N, H, W) bool; whole (N,): pixels of each object, were nothing over it; labels (N,)."""
-    seen = visible.flatten(1).sum(1) / whole
-    listed = seen >= LISTED
+    """visible (N, H, W) bool; whole (N,): pixels of each object if nothing covered it; labels (N,)."""
+    share = visible.flatten(1).sum(1) / whole
+    listed = share >= MIN_LISTED
     boxes = mask_boxes(visible[listed])[:, [2, 0, 3, 1]].float()
-    return {"boxes": boxes, "labels": labels[listed], "difficult": seen[listed] < DIFFICULT}
+    return {"boxes": boxes, "labels": labels[listed], "difficult": share[listed] < MIN_CLEAR}
 
 
 def draw_objects(
@@ -122,8 +123,10 @@ def draw_objects(
     return objects
 
 
-def backgrounds(side: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Coloured noise and scraps: uint8 (CHUNK, 3, side, side). size: of the scenes; a scrap is up to a tenth of it."""
+def draw_backgrounds(side: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Coloured noise and distractors: uint8 (CHUNK, 3, side, side). size: of the scenes; a distractor is up to a tenth
+    of it.
+    """
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -136,21 +139,21 @@ def backgrounds(side: int, size: int, generator: torch.Generator) -> torch.Tenso
     radius = uniform(count, low=0.3, high=0.8)  # small beside any object
     frame = local_frame(y, x, torch.zeros(count, 2), radius, uniform(count, high=7.0))
     masks = torch.where(uniform(count, 1, 1) < 0.5, frame.square().sum(0) < 1, frame.abs().amax(0) < 0.8)
-    scraps = list(zip(fill_texture(frame, count, uniform), masks, strict=True))
+    distractors = list(zip(fill_texture(frame, count, uniform), masks, strict=True))
     corners = torch.randint(side - edge + 1, (count, 2), generator=generator).tolist()
     for number in range(CHUNK):
         these = slice(number * N_DISTRACTORS, (number + 1) * N_DISTRACTORS)
-        canvases[number], _ = compose(canvases[number], scraps[these], corners[these])
+        canvases[number], _ = compose(canvases[number], distractors[these], corners[these])
     canvases += 0.03 * torch.randn(canvases.shape, generator=generator)  # as on the objects
     return (canvases.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def export_voc(folder: Path, parts: dict[str, DetectionSet]) -> None:
-    """Write parts as VOC2007 of a VOCdevkit in `folder`: list -> its part.
+    """Write image sets, by the name of their list, as VOC2007 of a VOCdevkit in `folder`.
 
-    Images are PNG files, so that nothing is lost; coordinates are rounded to whole pixels, as in VOC. read_part() reads
-    it back, by the last part of the names. Raises UserError where there is a VOCdevkit already: its other years would
-    be read with these classes.
+    Images are PNG files, so that nothing is lost; coordinates are rounded to whole pixels, as in VOC. read_image_set()
+    reads them back, by the last part of their names. Raises UserError where there is a VOCdevkit already: its other
+    years would be read with these classes.
     """
     devkit = Path(folder) / "VOCdevkit"
     classes = next(iter(parts.values())).classes
@@ -195,11 +198,12 @@ def format_annotation(
 
     put(root, {"folder": "VOC2007", "filename": file})
     put(ElementTree.SubElement(root, "size"), {"width": size[1], "height": size[0], "depth": 3})
-    for box, label, difficult in zip(*(target[key].tolist() for key in ("boxes", "labels", "difficult")), strict=True):
-        thing = ElementTree.SubElement(root, "object")
-        put(thing, {"name": classes[label - 1], "difficult": int(difficult)})
+    columns = (target[key].tolist() for key in ("boxes", "labels", "difficult"))
+    for box, label, difficult in zip(*columns, strict=True):
+        element = ElementTree.SubElement(root, "object")
+        put(element, {"name": classes[label - 1], "difficult": int(difficult)})
         x0, y0, x1, y1 = map(round, box)
         corners = dict(zip(CORNERS, (x0 + 1, y0 + 1, x1, y1), strict=True))
-        put(ElementTree.SubElement(thing, "bndbox"), corners)
+        put(ElementTree.SubElement(element, "bndbox"), corners)
     ElementTree.indent(root)
     return ElementTree.ElementTree(root)

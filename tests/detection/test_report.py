@@ -10,7 +10,7 @@ from detection import metrics, report
 from detection.dataset import DetectionSet
 from detection.metrics import Detections, GroundTruth
 from detection.shape_scenes import draw_scenes
-from detection.voc import CLASSES, read_part
+from detection.voc import CLASSES, read_image_set
 from engine.drawing.boxes import DrawnBox
 
 SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
@@ -336,7 +336,7 @@ def test_a_colour_a_class_and_none_is_red():
 
 @pytest.mark.data
 def test_real_images_are_drawn(tmp_path, real_data):
-    part = read_part(real_data / "VOCdevkit", ["2007_test"]).take(range(2))
+    part = read_image_set(real_data / "VOCdevkit", ["2007_test"]).take(range(2))
     found, truths = jittered(part)
     (page,) = report.draw_detections(tmp_path, part, found, truths, count=2)
     assert colours_in(page) > 10_000
