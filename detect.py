@@ -3,9 +3,10 @@
 import math
 from pathlib import Path
 
+import detection
 from detection.options import build_parser
 from detection.resolve import KIND, check_start_options, option_notes, resolve_options, scale_schedule
-from engine import runtime, training
+from engine import data, runtime, training  # torch is imported when they are first used
 from engine.config.parser import check_output_path, read_config
 from engine.config.resolve import read_options
 from engine.config.select import select_kwargs
@@ -18,57 +19,43 @@ def main(argv: list[str] | None = None) -> dict | None:
     typed, notes = read_options(parser, argv)
     options = resolve_options(parser, typed, read_config(typed["config"], KIND) if "config" in typed else {})
 
-    from detection.evaluate import evaluate_detector, make_test_loader  # torch: after the options, for a quick --help
-    from detection.initialize import build_from_start, find_start
-    from detection.load import load_image_sets
-    from detection.loader import DetectionLoader
-    from detection.loop import train_one_epoch
-    from detection.run import (
-        DETECTOR,
-        DataInfo,
-        build_scheduler,
-        check_same_data,
-        describe_run,
-        draw_epoch,
-        evaluate_epoch,
-        finish_run,
-        reopen_last_epoch,
-    )
-    from detection.shape_scenes import export_voc
-    from engine.data import check_batch_size, process_shard
-
     if options["predictions"]:
         check_output_path(parser, "--predictions", Path(options["predictions"]))
     if options["export_shapes"]:
-        parts = load_image_sets(dataset="shapes", progress=runtime.progress_bar, **select_kwargs(options, ["limit"]))
-        export_voc(Path(options["export_shapes"]), dict(zip(("trainval", "test"), parts, strict=True)))
+        parts = detection.load_image_sets(dataset="shapes", limit=options["limit"], progress=runtime.progress_bar)
+        detection.export_voc(Path(options["export_shapes"]), dict(zip(("trainval", "test"), parts, strict=True)))
         return print(f"drawn scenes written: --data_dir {options['export_shapes']} --train_sets 2007_trainval")
     if options["evaluate"]:
-        return evaluate_detector(typed, options, training.start_processes(options["device"], options["timeout"]))
-    start = training.start_run(parser, typed, options, notes, DETECTOR)
+        return detection.evaluate_detector(typed, options)
+    start = training.start_run(parser, typed, options, notes, detection.DETECTOR)
     options, device, precision = start.options, start.device, start.precision
     if not start.saved:
         check_start_options(parser, options)
-    initial = find_start(options, start.saved)
+    initial = detection.find_initial_weights(start.saved, **select_kwargs(options, detection.find_initial_weights))
     options |= {"model": initial.body, "neck": typed.get("neck", initial.options.get("neck", options["neck"]))}
     notes += option_notes(options, typed, going_on=bool(start.saved))
 
     # ---- Data ----
-    train_set, test_set = load_image_sets(progress=runtime.progress_bar, **select_kwargs(options, load_image_sets))
+    train_set, test_set = detection.load_image_sets(
+        progress=runtime.progress_bar, **select_kwargs(options, detection.load_image_sets)
+    )
     train_set = train_set if options["use_difficult"] else train_set.without_difficult()
-    check_same_data(start.saved, train_set)
-    check_batch_size(options["batch_size"], options["accumulate"], len(train_set), drop_last=False)
-    train = DetectionLoader(
+    detection.check_same_data(start.saved, train_set)
+    data.check_batch_size(options["batch_size"], options["accumulate"], len(train_set), drop_last=False)
+    train = detection.DetectionLoader(
         train_set,
         device=device,
         shuffle=True,
-        shard=process_shard(options["accumulate"]),
+        shard=data.process_shard(options["accumulate"]),
         **select_kwargs(options, ["batch_size", "augment", "seed", "workers"]),
     )
-    test = make_test_loader(test_set, options, device)
+    test = detection.make_test_loader(test_set, device=device, workers=options["workers"])
 
     # ---- Network ----
-    detector, more = build_from_start(initial, options, train_set.classes)
+    config = detection.DetectorConfig(initial.mean, initial.std, **select_kwargs(options, detection.DetectorConfig))
+    detector, more = detection.build_initialized(
+        initial, train_set.classes, config, **select_kwargs(options, detection.build_initialized)
+    )
     sync_bn = options["norm"] == "syncbn"
     detector = training.place_network(detector, device, options["channels_last"], sync_bn, remedy="take --norm bn")
 
@@ -78,14 +65,16 @@ def main(argv: list[str] | None = None) -> dict | None:
     optimizer = training.build_optimizer(
         detector, nesterov=False, **select_kwargs(options, ["lr", "momentum", "weight_decay"])
     )
-    scheduler = build_scheduler(optimizer, **select_kwargs(options, build_scheduler))
+    scheduler = detection.build_scheduler(optimizer, **select_kwargs(options, detection.build_scheduler))
     state = training.build_training_state(detector, optimizer, scheduler, precision, ema=options["ema"])
 
-    reopen_last_epoch(start, len(train))
-    data = DataInfo(train_set.classes, initial.mean, initial.std)
+    detection.reopen_last_epoch(start, len(train))
+    info = detection.DataInfo(train_set.classes, initial.mean, initial.std)
     extra = {"backbone": initial.backbone, "images": len(train_set)}
-    run = training.Run(start, state, data, steps, epochs=epochs, total_steps=options["iters"], extra=extra)
-    lines = describe_run(train_set, test_set, initial.backbone, len(train), **select_kwargs(options, describe_run))
+    run = training.Run(start, state, info, steps, epochs=epochs, total_steps=options["iters"], extra=extra)
+    lines = detection.describe_run(
+        train_set, test_set, initial.backbone, len(train), **select_kwargs(options, detection.describe_run)
+    )
     run.log_header(lines, [*notes, *more, *train_set.warnings, *test_set.warnings])
 
     # ---- Epochs ----
@@ -93,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     for epoch in run.epochs:
         with run.save_on_interrupt():
             with run.monitor(epoch) as monitor:
-                row = train_one_epoch(
+                row = detection.train_one_epoch(
                     state,
                     train,
                     epoch=epoch,
@@ -103,11 +92,11 @@ def main(argv: list[str] | None = None) -> dict | None:
                     monitor=monitor,
                 )
             if run.is_evaluated(epoch):
-                result, columns = evaluate_epoch(run, test)
+                result, columns = detection.evaluate_epoch(run, test)
                 row |= columns
             run.end_epoch(row)
-            draw_epoch(run)
-    content = finish_run(run, result, test)
+            detection.draw_epoch(run)
+    content = detection.finish_run(run, result, test)
     train.close()
     test.close()
     runtime.shut_down_processes()

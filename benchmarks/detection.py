@@ -43,24 +43,20 @@ def main(argv: list[str] | None = None) -> dict:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.models.detection.faster_rcnn import FasterRCNN
 
-    from detection.faster_rcnn import build_detector, load_detector, set_learning
+    from detection.faster_rcnn import DetectorConfig, build_detector, load_detector, set_learning
     from detection.load import load_image_sets
     from detection.loader import DetectionLoader
+    from engine.data.image_set import STATISTICS
     from engine.runtime.progress import progress_bar
 
     device, precision, where = setup_device(options)
-    where = {"data_dir": options["data_dir"], "train_sets": options["train_sets"], "test_set": options["train_sets"][0]}
-    part, _ = load_image_sets(dataset="voc", progress=progress_bar, **where)
-    sizes = {"min_size": options["min_size"], "max_size": options["max_size"]}
-    theirs = FasterRCNN(
-        resnet_fpn_backbone(backbone_name=options["model"], weights=None, trainable_layers=3),
-        num_classes=len(part.classes) + 1,
-        **sizes,
-    )
-    ours = build_detector(
-        *(options["model"], len(part.classes)),
-        **{**sizes, "min_size": [options["min_size"]], "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
-    )
+    sets = {"data_dir": options["data_dir"], "train_sets": options["train_sets"], "test_set": options["train_sets"][0]}
+    part, _ = load_image_sets(dataset="voc", progress=progress_bar, **sets)
+    backbone = resnet_fpn_backbone(backbone_name=options["model"], weights=None, trainable_layers=3)
+    theirs = FasterRCNN(backbone, len(part.classes) + 1, options["min_size"], options["max_size"])
+    mean, std = STATISTICS["imagenet"]
+    config = DetectorConfig(mean, std, min_size=[options["min_size"]], max_size=options["max_size"])
+    ours = build_detector(options["model"], len(part.classes), config)
     load_detector(ours, theirs.state_dict(), "theirs")
     set_learning(ours, trainable_layers=3)
     ours, theirs = ours.to(device, memory_format=torch.channels_last), theirs.to(device)

@@ -1,1 +1,19 @@
 """Transfer to object detection: Faster R-CNN on PASCAL VOC with a backbone trained here."""
+
+from engine import lazy_attributes
+
+__getattr__ = lazy_attributes(
+    __name__,
+    {
+        "evaluate": "EvalResult evaluate_detector make_test_loader",
+        "faster_rcnn": "DetectorConfig build_detector",
+        "initialize": "build_initialized find_initial_weights",
+        "load": "load_image_sets",
+        "loader": "DetectionLoader",
+        "loop": "train_one_epoch",
+        "metrics": "Detections GroundTruth coco_metrics voc_metrics",
+        "run": "DETECTOR DataInfo build_scheduler check_same_data describe_run draw_epoch evaluate_epoch finish_run "
+        "reopen_last_epoch",
+        "shape_scenes": "export_voc",
+    },
+)

@@ -39,14 +39,9 @@ class DetectionSet:
 
     def take(self, index: Sequence[int]) -> "DetectionSet":
         """The images at these positions, in this order."""
-        return replace(
-            self,
-            names=[self.names[i] for i in index],
-            images=[self.images[i] for i in index],
-            targets=[self.targets[i] for i in index],
-            sizes=[self.sizes[i] for i in index],
-            warnings=list(self.warnings),
-        )
+        columns = self.names, self.images, self.targets, self.sizes
+        chosen = ([column[position] for position in index] for column in columns)
+        return DetectionSet(self.classes, *chosen, self.origin, list(self.warnings))
 
     def without_difficult(self) -> "DetectionSet":
         """The same images, without the objects that are marked difficult."""

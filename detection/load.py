@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detection.dataset import DetectionSet, list_first_names
 from detection.shape_scenes import MIN_SIDE, draw_scenes
-from detection.voc import prepare_devkit, read_image_set
+from detection.voc import prepare_devkit, read_sets
 from engine.errors import UserError
 from engine.runtime.distributed import main_process_first
 
@@ -45,7 +45,7 @@ def load_image_sets(
         )
     elif dataset == "voc":
         devkit = main_process_first(lambda: prepare_devkit(Path(data_dir), [*train_sets, test_set], download))
-        train, test = (read_image_set(devkit, sets, progress=progress) for sets in (list(train_sets), [test_set]))
+        train, test = (read_sets(devkit, sets, progress=progress) for sets in (list(train_sets), [test_set]))
         totals = [len(train), len(test)]
     else:
         raise ValueError(f"dataset is voc or shapes, got {dataset!r}")

@@ -40,7 +40,7 @@ AUGMENTATIONS = {  # of training images; multi-scale is --min_size with several 
 
 
 class DetectionViews:
-    """The images of a part as training sees them, for engine.data.image_files.Reader."""
+    """The images of a set as training sees them, for engine.data.image_files.Reader."""
 
     remedy = (
         "replace the file or its annotation; without it in ImageSets/Main it is another run, from --frcnn_checkpoint"
@@ -53,13 +53,13 @@ class DetectionViews:
         return len(self.part)
 
     def read(self, index: list[int], seed: int = 0, epoch: int = 0) -> tuple:
-        """Images uint8 (3, H, W) and their targets, as two lists, and None; or (None, what is wrong, None)."""
-        state = torch.get_rng_state()  # without workers this process trains, and the numbers it draws are its own
+        """Images uint8 (3, H, W) and their targets, as two lists, and None; or (None, the error, None)."""
+        state = torch.get_rng_state()  # without workers this is the training process: its draws stay as they were
         samples = []
         try:
-            for place, key in zip(index, sample_keys(seed, epoch, index).tolist(), strict=True):
+            for position, key in zip(index, sample_keys(seed, epoch, index).tolist(), strict=True):
                 torch.default_generator.manual_seed(key)
-                samples.append(self.read_one(place))
+                samples.append(self.read_one(position))
         except BadImage as error:
             return None, str(error), None
         finally:
@@ -72,18 +72,18 @@ class DetectionViews:
             return image, target
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
         image, target = self.transform(tv_tensors.Image(image), {**target, "boxes": boxes})
-        plain = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
-        return image.as_subclass(torch.Tensor), plain
+        tensors = {key: value.as_subclass(torch.Tensor) for key, value in target.items()}
+        return image.as_subclass(torch.Tensor), tensors
 
 
 class Batch(NamedTuple):
     images: list[torch.Tensor]  # (3, H, W) in 0..1, on the device
     targets: list[dict[str, torch.Tensor]]  # boxes (N, 4), labels (N,), difficult (N,), on the device
-    index: torch.Tensor  # (B,) long, positions in the part, on the host
+    index: torch.Tensor  # (B,) long, positions in the set, on the host
 
 
 class DetectionLoader:
-    """The batches of one part. `epoch(n)` gives those of epoch n; len() says how many optimizer steps these are.
+    """Batches of an image set. `epoch(n)` yields those of epoch n; len() is the number of optimizer steps in an epoch.
 
     batch_size is the total over all processes and micro-batches, as for engine.data.loader.DeviceLoader. With shuffle,
     images higher than wide make batches of their own, which spares padding; an epoch ends with what is left of both
@@ -130,16 +130,17 @@ class DetectionLoader:
 
     def order(self, epoch: int) -> torch.Tensor:
         """The positions of all images, batch after batch."""
-        count, cut = len(self.part), self.shard.parts
+        count = len(self.part)
         if not self.shuffle:
             return torch.arange(count)
-        high = [height > width for height, width in self.part.sizes]
-        batches, waiting = [], {False: [], True: []}
-        for place in torch.randperm(count, generator=epoch_generator(self.seed, epoch)).tolist():
-            waiting[high[place]].append(place)
-            if len(waiting[high[place]]) == self.batch_size:
-                batches += waiting[high[place]]
-                waiting[high[place]] = []
-        order = [*batches, *waiting[False], *waiting[True]]
-        again = (-(count % self.batch_size)) % cut if count % self.batch_size else 0
-        return torch.tensor(order + order[:again], dtype=torch.long)
+        portrait = [height > width for height, width in self.part.sizes]
+        order, waiting = [], {False: [], True: []}
+        for position in torch.randperm(count, generator=epoch_generator(self.seed, epoch)).tolist():
+            batch = waiting[portrait[position]]
+            batch.append(position)
+            if len(batch) == self.batch_size:
+                order += batch
+                batch.clear()
+        order += [*waiting[False], *waiting[True]]
+        missing = -(count % self.batch_size) % self.shard.parts  # until the shards divide the last batch
+        return torch.tensor(order + order[:missing], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""The training step of a detector, and its detections on a whole part."""
+"""One epoch of training a detector, and its detections on a whole image set."""
 
 import math
 from collections.abc import Callable
@@ -52,24 +52,33 @@ def train_one_epoch(
         state.optimizer.zero_grad(set_to_none=True)
         batches, losses = [], []
         for number in range(loader.micro_batches):
-            batch = next(stream)
+            batches.append(next(stream))
             watch.lap("data")
-            sync = number + 1 == loader.micro_batches or state.network is state.model
-            with nullcontext() if sync else state.network.no_sync():
-                with autocast(loader.device, precision):
-                    terms = state.network(batch.images, batch.targets)
-                loss = sum(terms.values())
-                (state.scaler.scale(loss) if state.scaler else loss).backward()
-            losses.append(terms)
-            batches.append(batch)
-            count = len(batch.images)
-            stats.add(count, loss=loss.detach() * count, **{key: term.detach() * count for key, term in terms.items()})
+            sync = number + 1 == loader.micro_batches
+            losses.append(backward_batch(state, batches[-1], precision, sync=sync))
+            count = len(batches[-1].images)
+            stats.add(count, **{name: value * count for name, value in losses[-1].items()})
             watch.lap("network")
         # torchvision's detectors make the host wait in every step anyway, so checking the loss costs nothing more
         check_finite(losses, batches, loader.part.names, first_step + step + 1)
         optimizer_step(state, clip_grad, loader.micro_batches)
         monitor.end_step(steps, state.optimizer, lambda: shown_means(stats))
     return stats.means()
+
+
+def backward_batch(
+    state: TrainingState, batch: Batch, precision: torch.dtype | None, *, sync: bool
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of the loss of a batch to .grad. Returns the loss and its terms, each ().
+
+    sync: whether DistributedDataParallel averages the gradients over the processes in this backward pass.
+    """
+    with nullcontext() if sync or state.network is state.model else state.network.no_sync():
+        with autocast(state.device, precision):
+            terms = state.network(batch.images, batch.targets)
+        loss = sum(terms.values())
+        (state.scaler.scale(loss) if state.scaler else loss).backward()
+    return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
 
 def shown_means(stats: EpochStats) -> dict[str, float]:
@@ -79,45 +88,44 @@ def shown_means(stats: EpochStats) -> dict[str, float]:
 
 
 def check_finite(losses: list[dict[str, torch.Tensor]], batches: list[Batch], names: list[str], step: int) -> None:
-    """Raise NotFinite, with the terms, the images and their objects, in all processes if a loss of one of them is no
-    number. losses, batches: of the pieces of the step. names: of all images.
+    """Raise NonFiniteLoss in all processes, with the loss terms, the images and their objects, where a loss of one of
+    them is NaN or infinite. losses, batches: of the micro-batches of the step. names: of all images.
     """
-    values = torch.stack([torch.stack(list(terms.values())) for terms in losses]).detach()
-    own = []
+    values = torch.stack([torch.stack(list(terms.values())) for terms in losses])
+    evidence = []
     if not values.isfinite().all():
-        for terms, batch in zip(values.tolist(), batches, strict=True):
-            if not math.isfinite(sum(terms)):
-                seen = {"terms": dict(zip(losses[0], terms, strict=True)), "index": batch.index}
-                seen |= {"names": [names[place] for place in batch.index.tolist()]}
-                own.append(move_to_host({**seen, "images": batch.images, "targets": batch.targets}))
-    bad = [piece for of_one in all_gather_object(own) for piece in of_one]
+        for terms, batch in zip(losses, batches, strict=True):
+            terms = {name: value.item() for name, value in terms.items() if name != "loss"}
+            if not math.isfinite(sum(terms.values())):
+                content = {"terms": terms, "names": [names[position] for position in batch.index.tolist()]}
+                evidence.append(move_to_host(content | batch._asdict()))
+    bad = [batch for process in all_gather_object(evidence) for batch in process]
     if bad:
         terms = ", ".join(f"{name} {value:g}" for name, value in bad[0]["terms"].items())
-        where = ", ".join(name for piece in bad for name in piece["names"])
-        index = torch.cat([piece["index"] for piece in bad])
+        where = ", ".join(name for batch in bad for name in batch["names"])
+        index = torch.cat([batch["index"] for batch in bad])
         raise NonFiniteLoss(step, index, step, f"the loss ({terms}) on {where}", {"batches": bad})
 
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, feed: DetectionLoader, *, precision: torch.dtype | None = None, progress: Callable | None = None
+    model: nn.Module, loader: DetectionLoader, *, precision: torch.dtype | None = None, progress: Callable | None = None
 ) -> list[Detections]:
-    """The detections of each image of a part, in its order, in float32 unless a precision is given; the network is in
-    evaluation mode meanwhile. Of several processes each takes its images, and only the first one gets the list.
+    """The detections of each image of a set, in its order, in float32 unless a precision is given; the network is in
+    evaluation mode meanwhile. Each process takes its share of the images, and only the main one gets the list.
     """
-    training, found = model.training, {}
+    training, detections = model.training, {}
     model.eval()
     try:
-        for step, batch in enumerate(feed.epoch()):
-            with exact_float32(), autocast(feed.device, precision):
+        for step, batch in enumerate(loader.epoch()):
+            with exact_float32(), autocast(loader.device, precision):
                 results = model(batch.images)
-            for place, result in zip(batch.index.tolist(), results, strict=True):
+            for position, result in zip(batch.index.tolist(), results, strict=True):
                 boxes, labels, scores = (result[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
-                found[place] = Detections(boxes.astype(np.float64), labels, scores.astype(np.float64))
+                detections[position] = Detections(boxes.astype(np.float64), labels, scores.astype(np.float64))
             if progress:
                 progress(step + 1)
     finally:
         model.train(training)
-    parts = gather_object(found) or []
-    together = {place: one for part in parts for place, one in part.items()}
-    return [together[place] for place in sorted(together)]
+    merged = {position: image for process in gather_object(detections) or [] for position, image in process.items()}
+    return [merged[position] for position in sorted(merged)]

@@ -91,11 +91,7 @@ def voc_metrics(detections: Sequence[Detections], truths: Sequence[GroundTruth],
 
 
 def coco_metrics(
-    detections: Sequence[Detections],
-    truths: Sequence[GroundTruth],
-    num_classes: int,
-    *,
-    count_difficult: bool = False,
+    detections: Sequence[Detections], truths: Sequence[GroundTruth], num_classes: int, *, count_difficult: bool = False
 ) -> dict[str, float | None]:
     """The twelve figures of COCOeval for boxes, None where it says -1.
 

@@ -74,19 +74,20 @@ ROWS_PER_PAGE = 4  # images on a page
 def summarize(
     voc: dict,
     coco: dict,
-    *,
-    test_set: str,
     images: int,
+    *,
+    dataset: str,
+    test_set: str,
     score_thr: float,
     nms_thr: float,
     max_dets: int,
-    count_difficult: bool = False,
+    coco_count_difficult: bool = False,
 ) -> dict:
     """What results.json holds of the results of voc_metrics() and coco_metrics(), in percent, None where there is
     nothing to measure.
 
-    figures: name -> value. classes: name -> objects, difficult, detections and four APs. count_difficult: as given to
-    coco_metrics().
+    figures: name -> value. classes: name -> objects, difficult, detections and four APs. images: their number; the
+    other parameters are options.
     """
     figures = {name: to_percent(voc[key]) for name, key in VOC.items()}
     figures |= {name: to_percent(coco[key]) for name, key in COCO.items()}
@@ -95,20 +96,16 @@ def summarize(
         | {title: to_percent(row[key]) for title, key in CLASS_FIGURES.items()}
         for name, row in voc["classes"].items()
     }
-    settings = {
-        "score_thr": score_thr,
-        "nms_thr": nms_thr,
-        "max_dets": max_dets,
-        "coco_count_difficult": count_difficult,
-    }
+    settings = {"score_thr": score_thr, "nms_thr": nms_thr, "max_dets": max_dets}
+    settings["coco_count_difficult"] = coco_count_difficult
     return {
-        "test_set": test_set,
+        "test_set": test_set if dataset == "voc" else "test scenes",
         "images": images,
         "unit": "percent",
         "figures": figures,
         "classes": classes,
         "settings": settings,
-        "protocol": PROTOCOL | {"difficult objects in COCO's figures": describe_difficult(count_difficult)},
+        "protocol": PROTOCOL | {"difficult objects in COCO's figures": describe_difficult(coco_count_difficult)},
     }
 
 

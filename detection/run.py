@@ -13,6 +13,7 @@ from detection.evaluate import EvalResult, evaluate, report_result
 from detection.loader import DetectionLoader
 from detection.loop import LOSS_NAMES
 from detection.resolve import KIND, check_resume_options, detector_runs, resolve_resumed
+from engine.config.select import select_kwargs
 from engine.errors import UserError
 from engine.runtime.checkpoint import Checkpoint
 from engine.runtime.distributed import is_main_process
@@ -198,14 +199,15 @@ def finish_run(run: Run, result: EvalResult | None, test: DetectionLoader) -> di
     run.guard.restore()
     if not is_main_process():
         return None
-    training = {
+    content = {
         "iterations": options["iters"],
         "training_seconds": sum(row["seconds"] for row in run.history),
         "best": best,
         "backbone": run.extra["backbone"],
         "recipe": options["recipe"],
     }
-    content = report_result(run.log, result, test.part, options, training)
+    content |= report.summarize(result.voc, result.coco, len(test.part), **select_kwargs(options, report.summarize))
+    report_result(run.log, result, test.part, content, **select_kwargs(options, report_result))
     if best["value"] >= 0:
         run.log.say(
             f"last epoch: VOC07 mAP@0.5 {result.row.get('map07', math.nan):.2f}; best {best['value']:.2f} (epoch "

@@ -151,7 +151,7 @@ def draw_backgrounds(side: int, size: int, generator: torch.Generator) -> torch.
 def export_voc(folder: Path, parts: dict[str, DetectionSet]) -> None:
     """Write image sets, by the name of their list, as VOC2007 of a VOCdevkit in `folder`.
 
-    Images are PNG files, so that nothing is lost; coordinates are rounded to whole pixels, as in VOC. read_image_set()
+    Images are PNG files, so that nothing is lost; coordinates are rounded to whole pixels, as in VOC. read_sets()
     reads them back, by the last part of their names. Raises UserError where there is a VOCdevkit already: its other
     years would be read with these classes.
     """

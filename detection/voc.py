@@ -123,9 +123,7 @@ def list_file(devkit: Path, year: str, part: str) -> Path:
 # reading
 
 
-def read_image_set(
-    devkit: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items
-) -> DetectionSet:
+def read_sets(devkit: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items) -> DetectionSet:
     """The images of these sets, each once, in the order of the lists.
 
     The classes are VOC's, or those in the file classes.txt of the devkit, one name a line. Raises UserError that names

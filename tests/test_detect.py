@@ -494,7 +494,7 @@ def test_workers_change_nothing_on_real_images(real_data, backbone, tmp_path):
 def in_two(ports) -> dict:
     """Gradients of two processes beside the mean of the local ones; runs whole and in parts, and what they found."""
     import detection.loop as loop
-    from detection.faster_rcnn import build_detector, set_learning
+    from detection.faster_rcnn import DetectorConfig, build_detector, set_learning
     from engine.runtime import distributed
 
     faster_rcnn.TwoMLPHead = SmallHead
@@ -527,7 +527,8 @@ def in_two(ports) -> dict:
     os.environ["MASTER_PORT"] = str(next(ports))
     distributed.init_processes(torch.device("cpu"), 60)
     torch.manual_seed(1)
-    model = build_detector("resnet18", 3, mean=(0, 0, 0), std=(1, 1, 1), min_size=(64,), rois=8, proposals=20)
+    config = DetectorConfig(mean=(0, 0, 0), std=(1, 1, 1), min_size=(64,), rois=8, proposals=(20, 1000))
+    model = build_detector("resnet18", 3, config)
     set_learning(model, trainable_layers=2)
     torch.manual_seed(10 + distributed.rank())
     boxes = torch.tensor([[4.0, 8, 40, 50], [10, 2, 30, 30]])[: 2 - distributed.rank()]

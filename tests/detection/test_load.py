@@ -12,7 +12,7 @@ from detection import load, shape_scenes
 from detection.dataset import DetectionSet
 from detection.load import load_image_sets
 from detection.shape_scenes import compose, draw_scenes, export_voc, make_target
-from detection.voc import CLASSES, find_devkit, prepare_devkit, read_image_set
+from detection.voc import CLASSES, find_devkit, prepare_devkit, read_sets
 from engine.data.decode import BadImage
 from engine.errors import UserError
 
@@ -55,7 +55,7 @@ class Devkit:
         """What is read of an image with these objects."""
         self.add("000001", xml(*things, size=size))
         self.name("own", "000001")
-        return read_image_set(self.root, ["2007_own"])
+        return read_sets(self.root, ["2007_own"])
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_lists_keep_their_order_and_every_image_once(devkit):
     devkit.name("train", "000003", "000001", "000003")
     devkit.name("val", "000002", "000001")
     devkit.name("train", "000001", year=2012)
-    part = read_image_set(devkit.root, ["2007_train", "2007_val", "2012_train"])
+    part = read_sets(devkit.root, ["2007_train", "2007_val", "2012_train"])
     assert part.names == ["VOC2007/000003", "VOC2007/000001", "VOC2007/000002", "VOC2012/000001"]
     assert part.images[3] == devkit.root / "VOC2012" / "JPEGImages" / "000001.jpg"
     assert "images that are listed more than once and taken once: 1" in part.warnings
@@ -144,10 +144,10 @@ def test_a_list_of_one_class_leaves_out_the_images_without_it(devkit):
     for identity in ("000001", "000002", "000003"):
         devkit.add(identity, xml(thing("car", 1, 1, 9, 9)))
     devkit.name("car_trainval", "000001 -1", "000002  1", "000003  0")
-    assert read_image_set(devkit.root, ["2007_car_trainval"]).names == ["VOC2007/000002", "VOC2007/000003"]
+    assert read_sets(devkit.root, ["2007_car_trainval"]).names == ["VOC2007/000002", "VOC2007/000003"]
     devkit.name("car_trainval", "000001 -1", "000002 7")
     with pytest.raises(UserError, match=r"car_trainval.txt, line 2: '000002 7'"):
-        read_image_set(devkit.root, ["2007_car_trainval"])
+        read_sets(devkit.root, ["2007_car_trainval"])
 
 
 def test_a_missing_list_is_told_with_those_there_are(devkit):
@@ -155,23 +155,23 @@ def test_a_missing_list_is_told_with_those_there_are(devkit):
     devkit.name("trainval", "000001")
     devkit.name("car_trainval", "000001 1")
     with pytest.raises(UserError, match=r"2007_trainvl: .*did you mean 2007_trainval\?\n.* are 2007_trainval; --down"):
-        read_image_set(devkit.root, ["2007_trainvl"])
+        read_sets(devkit.root, ["2007_trainvl"])
     with pytest.raises(UserError, match=r"no .*VOC2012/ImageSets/Main/trainval.txt"):
-        read_image_set(devkit.root, ["2012_trainval"])
+        read_sets(devkit.root, ["2012_trainval"])
 
 
 def test_an_empty_list_is_refused(devkit):
     devkit.add("000001", xml())
     devkit.name("own", "000001 -1", "")
     with pytest.raises(UserError, match=r"own.txt: no image in it\n"):
-        read_image_set(devkit.root, ["2007_own"])
+        read_sets(devkit.root, ["2007_own"])
 
 
 @pytest.mark.parametrize("name", ["trainval", "07_test", "2007_", "2007_../x", ""])
 def test_a_set_of_another_form_is_refused(devkit, name):
     devkit.add("000001", xml())
     with pytest.raises(UserError, match="names no image set\n.*YEAR_LIST, as 2007_train"):
-        read_image_set(devkit.root, [name])
+        read_sets(devkit.root, [name])
 
 
 # annotations
@@ -203,7 +203,7 @@ def test_boxes_that_reach_outside_are_cut_and_told_in_one_line(devkit):
             f"{number:06d}", xml(thing("cat", 0, 3, 70, 40), thing("cow", 5, 5, 20, 45), thing("cat", 1, 1, 60, 40))
         )
     devkit.name("own", *(f"{number:06d}" for number in range(1, 6)))
-    part = read_image_set(devkit.root, ["2007_own"])
+    part = read_sets(devkit.root, ["2007_own"])
     assert part.targets[4]["boxes"].tolist() == [[0, 2, 60, 40], [4, 4, 20, 40], [0, 0, 60, 40]]
     names = "VOC2007/000001; VOC2007/000002; VOC2007/000003; ..."
     assert part.warnings == [f"boxes that reach outside their image and are cut: 10, {names}"]
@@ -226,7 +226,7 @@ def test_an_image_without_objects_stays(devkit):
     devkit.add("000001", xml())
     devkit.add("000002", xml(thing("cat", 10, 10, 5, 20)))
     devkit.name("own", "000001", "000002")
-    part = read_image_set(devkit.root, ["2007_own"])
+    part = read_sets(devkit.root, ["2007_own"])
     assert len(part) == 2
     for target in part.targets:
         assert target["boxes"].shape == (0, 4) and target["boxes"].dtype == torch.float32
@@ -275,7 +275,7 @@ def test_a_broken_annotation_stops_with_its_name(devkit, content, reason):
     devkit.add("000007", content)
     devkit.name("own", "000007")
     with pytest.raises(UserError) as error:
-        read_image_set(devkit.root, ["2007_own"])
+        read_sets(devkit.root, ["2007_own"])
     what, remedy = str(error.value).split("\n")
     assert what.startswith(f"{devkit.root}/VOC2007/Annotations/000007.xml: ") and reason in what and "000007" in remedy
 
@@ -284,7 +284,7 @@ def test_a_missing_image_stops_with_its_name(devkit):
     devkit.add("000001", xml())
     devkit.name("own", "000001", "000002")
     with pytest.raises(UserError, match=r"no image .*VOC2007/JPEGImages/000002.jpg or .jpeg or .png\n.*000002"):
-        read_image_set(devkit.root, ["2007_own"])
+        read_sets(devkit.root, ["2007_own"])
 
 
 # images
@@ -294,7 +294,7 @@ def test_images_are_read_as_rgb_whatever_the_ending(devkit):
     for identity, ending in (("1", ".jpg"), ("2", ".JPEG"), ("3", ".png")):
         devkit.add(identity, xml(thing("cat", 1, 1, 9, 9)), ending)
     devkit.name("own", "1", "2", "3")
-    part = read_image_set(devkit.root, ["2007_own"])
+    part = read_sets(devkit.root, ["2007_own"])
     for index in range(3):
         image = part.read(index)
         assert image.shape == (3, 40, 60) and image.dtype == torch.uint8 and image.is_contiguous()
@@ -350,7 +350,7 @@ def test_the_summary_counts_objects_and_classes(devkit):
     )
 
 
-def test_load_parts_limits_tells_so_and_warns_of_images_in_both_parts(devkit):
+def test_load_image_sets_limits_and_warns_of_images_in_both_sets(devkit):
     for number in range(1, 6):
         devkit.add(f"{number:06d}", xml(thing("cat", 1, 1, 9, 9)))
     devkit.name("one", "000001", "000002", "000003")
@@ -367,7 +367,7 @@ def test_load_parts_limits_tells_so_and_warns_of_images_in_both_parts(devkit):
     assert len(load_image_sets(**where | {"train_sets": []}, test_set="2007_both")[0]) == 0, "to evaluate alone"
 
 
-def test_load_parts_draws_other_scenes_for_training_than_for_the_test(monkeypatch):
+def test_load_image_sets_draws_other_scenes_for_training_than_for_the_test(monkeypatch):
     train, test = load_image_sets(dataset="shapes", limit=3, image_size=64)
     assert not set(train.names) & set(test.names) and not torch.equal(
         train.targets[0]["boxes"], test.targets[0]["boxes"]
@@ -512,7 +512,7 @@ def test_an_exported_part_is_read_back_as_it_was(tmp_path):
     parts["test"].targets[1] = {key: value[:0] for key, value in parts["test"].targets[1].items()}
     export_voc(tmp_path, parts)
     for name, part in parts.items():
-        back = read_image_set(find_devkit(tmp_path), [f"2007_{name}"])
+        back = read_sets(find_devkit(tmp_path), [f"2007_{name}"])
         assert [Path(one).name for one in back.names] == [Path(one).name for one in part.names]
         assert back.classes == part.classes and back.sizes == part.sizes
         for index, (target, expected) in enumerate(zip(back.targets, part.targets, strict=True)):

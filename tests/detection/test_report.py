@@ -10,7 +10,7 @@ from detection import metrics, report
 from detection.dataset import DetectionSet
 from detection.metrics import Detections, GroundTruth
 from detection.shape_scenes import draw_scenes
-from detection.voc import CLASSES, read_image_set
+from detection.voc import CLASSES, read_sets
 from engine.drawing.boxes import DrawnBox
 
 SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
@@ -132,7 +132,10 @@ def test_lines_come_in_order_with_their_names():
     assert table[1] == ["bicycle", "0", "0", "0", "-", "-"]
     assert lines[23].endswith("left out of the means: bicycle; bird")
     assert [line.split("  ")[0] for line in lines[24:28]] == [
-        *("VOC AP@[.5:.95] (11-point)", "VOC AP@[.5:.95] (area)", "COCO AP", "COCO AR@1")
+        "VOC AP@[.5:.95] (11-point)",
+        "VOC AP@[.5:.95] (area)",
+        "COCO AP",
+        "COCO AR@1",
     ]
     assert lines[24].split()[2:] == "(11-point) 48.21 AP50 76.71 AP75 52.10".split() + (
         "<- as in papers on self-supervised learning".split()
@@ -336,7 +339,7 @@ def test_a_colour_a_class_and_none_is_red():
 
 @pytest.mark.data
 def test_real_images_are_drawn(tmp_path, real_data):
-    part = read_image_set(real_data / "VOCdevkit", ["2007_test"]).take(range(2))
+    part = read_sets(real_data / "VOCdevkit", ["2007_test"]).take(range(2))
     found, truths = jittered(part)
     (page,) = report.draw_detections(tmp_path, part, found, truths, count=2)
     assert colours_in(page) > 10_000
