@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             mixers[number].check_size(phase.crop, phase.crop)
         here = find_phase(phases, start.saved_epoch)
         state.mix_with(mixers[here], sources)
-        runtime.check_sync_bn(options, state.sources)
+        runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += image_notes(options, typed)
 

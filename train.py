@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
         )
         state.mix_with(mixer, sources)
-        runtime.check_sync_bn(options, state.sources)
+        runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
 
     if options["profile"]:

@@ -27,11 +27,24 @@ class Augmentation:
     color_jitter: float = 0.0  # brightness, contrast and saturation are scaled by 1 - color_jitter to 1 + color_jitter
     lighting: float = 0.0  # standard deviation along the principal colours of ImageNet
 
+    def draw(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The random numbers of `count` images, each (..., count), on the host."""
+        drawn = {}
+        if self.view is None:
+            reach = self.crop_padding
+            drawn["shift"] = torch.randint(-reach, reach + 1, (2, count), generator=generator)
+        drawn["flip"] = torch.rand(count, generator=generator) < 0.5
+        if self.color_jitter:
+            drawn["factors"] = 1 + self.color_jitter * (2 * torch.rand(3, count, generator=generator) - 1)
+        if self.lighting:
+            drawn["strength"] = self.lighting * torch.randn(3, count, generator=generator)
+        return drawn
+
 
 def crop_and_flip(
     pixels: torch.Tensor, index: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor
 ) -> torch.Tensor:
-    """Images `index` of pixels uint8 (N, H, W, 3), each shifted and flipped: (B, H, W, 3).
+    """Images `index` (B,) of pixels uint8 (N, H, W, 3), each shifted and maybe mirrored: (B, H, W, 3).
 
     top, left (B,): first row and column of the crop, from -padding to +padding; what lies outside the image is black.
     flip (B,) bool: left and right are exchanged.
@@ -41,16 +54,26 @@ def crop_and_flip(
     columns = torch.arange(width, device=pixels.device)
     columns = torch.where(flip.unsqueeze(1), columns.flip(0), columns) + left.unsqueeze(1)  # (B, W)
     inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
-    place = (index.unsqueeze(1) * height + rows.clamp(0, height - 1)).unsqueeze(2) * width + columns.clamp(
-        0, width - 1
-    ).unsqueeze(1)
-    picked = pixels.view(-1, 3).index_select(0, place.flatten()).view(*place.shape, 3)
+    columns = columns.clamp(0, width - 1).unsqueeze(1)
+    position = (index.unsqueeze(1) * height + rows.clamp(0, height - 1)).unsqueeze(2) * width + columns  # (B, H, W)
+    picked = pixels.view(-1, 3).index_select(0, position.flatten()).view(*position.shape, 3)
     return picked * inside.unsqueeze(3)
 
 
 def identity_colors(count: int, device: torch.device | None = None) -> torch.Tensor:
     """The affine map (B, 3, 4) that changes nothing: a row for each new colour, columns red, green, blue, constant."""
     return torch.eye(3, 4, device=device).expand(count, 3, 4)
+
+
+def compose_colors(images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    """The affine map (B, 3, 4), of colours in 0..1, of all changes of colour in `drawn`; None if there are none.
+
+    images (B, 3, H, W) in 0..255.
+    """
+    affine = color_jitter(images.mean((2, 3)) / 255, drawn["factors"]) if "factors" in drawn else None
+    if "strength" not in drawn:
+        return affine
+    return add_lighting(identity_colors(len(images), images.device) if affine is None else affine, drawn["strength"])
 
 
 def color_jitter(mean: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

@@ -10,14 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.data.augment import (
-    Augmentation,
-    add_lighting,
-    apply_colors,
-    color_jitter,
-    crop_and_flip,
-    identity_colors,
-)
+from engine.data.augment import Augmentation, apply_colors, compose_colors, crop_and_flip
 from engine.data.image_files import Reader
 from engine.data.image_set import ImageSet
 from engine.errors import UserError
@@ -112,9 +105,9 @@ class DeviceLoader:
             self.reader = Reader(files, seed=seed, workers=workers, pin=device.type == "cuda")
         elif view is not None:
             raise ValueError(f"{view} is for image files; the images of {part.origin} lie in a tensor")
-        self.copies = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
+        self.copy_stream = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
-        self.shift = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
+        self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
         self.skipped = 0  # unreadable files of the last epoch
 
     def __len__(self) -> int:
@@ -131,83 +124,70 @@ class DeviceLoader:
         """The batches of this process from step `start` on; the micro-batches of a step follow one another."""
         order, drawn = self.draw(epoch)
         steps = order.split(self.batch_size)[start : len(self)]
-        chosen = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
+        indices = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
         drawn = {name: values.to(self.device) for name, values in drawn.items()}
-        # once an epoch: a copy in every step would hold up the device
-        chosen_there = torch.cat([order[:0], *chosen]).to(self.device).split([len(index) for index in chosen])
+        # copied once an epoch: a copy in every step would hold up the device
+        device_indices = torch.cat([order[:0], *indices]).to(self.device).split([len(index) for index in indices])
         self.skipped = 0
-        for index, there, (pixels, places, box) in zip(chosen, chosen_there, self.read(epoch, chosen), strict=True):
-            own = {name: values[..., there] for name, values in drawn.items()}
+        for index, device_index, read in zip(indices, device_indices, self.read(epoch, indices), strict=True):
+            pixels, loaded_index, box = read
+            own = {name: values[..., device_index] for name, values in drawn.items()}
             shift, flip = own.get("shift"), own.get("flip")
             if shift is not None:
-                row = there if pixels is self.resident else torch.arange(len(index), device=self.device)
+                row = device_index if pixels is self.resident else torch.arange(len(index), device=self.device)
                 pixels = crop_and_flip(pixels, row, *shift, flip)
             elif pixels is self.resident:
-                pixels = pixels.index_select(0, there)
+                pixels = pixels.index_select(0, device_index)
             elif flip is not None:
                 pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(2), pixels)
-            places = there if places is None else places
-            yield Batch(self.normalise(pixels, own), self.labels[places], index, places, shift, flip, box)
+            loaded_index = device_index if loaded_index is None else loaded_index
+            images = self.normalize(pixels, own)
+            yield Batch(images, self.labels[loaded_index], index, loaded_index, shift, flip, box)
 
     def draw(self, epoch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The order (N,) of the set in this epoch, and what is drawn for each position in it, (..., N), on the host."""
-        count, generator, drawn = len(self.part), epoch_generator(self.seed, epoch), {}
+        count, generator = len(self.part), epoch_generator(self.seed, epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        if self.augmentation is None:
-            return order, drawn
-        if self.augmentation.view is None:
-            reach = self.augmentation.crop_padding
-            drawn["shift"] = torch.randint(-reach, reach + 1, (2, count), generator=generator)
-        drawn["flip"] = torch.rand(count, generator=generator) < 0.5
-        if jitter := self.augmentation.color_jitter:
-            drawn["factors"] = 1 + jitter * (2 * torch.rand(3, count, generator=generator) - 1)
-        if lighting := self.augmentation.lighting:
-            drawn["strength"] = lighting * torch.randn(3, count, generator=generator)
-        return order, drawn
+        return order, self.augmentation.draw(count, generator) if self.augmentation else {}
 
     def read(
-        self, epoch: int, chosen: list[torch.Tensor]
+        self, epoch: int, indices: list[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-        """Pixels, positions in the part (of neighbours, where a file was skipped) and boxes of each batch of files; the
-        whole part, for every batch, where it lies on the device.
+        """Of each batch of files: pixels, the positions they were loaded from, and boxes, on the device. Of a set that
+        lies on the device: all its pixels, for every batch.
         """
         if self.resident is not None:
-            yield from ((self.resident, None, None) for _ in chosen)
+            yield from ((self.resident, None, None) for _ in indices)
             return
-        for index, (pixels, places, box) in zip(chosen, self.reader.read(chosen, epoch), strict=True):
-            self.skipped += int((places != index).sum())
-            yield tuple(self.copied([pixels, places, box]))
+        for index, (pixels, loaded_index, box) in zip(indices, self.reader.read(indices, epoch), strict=True):
+            self.skipped += int((loaded_index != index).sum())
+            yield tuple(self.copy_to_device([pixels, loaded_index, box]))
 
-    def copied(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The same on the device. On CUDA a stream of its own copies them out of pinned memory, beside the steps that
-        the host has queued already, and the stream in use waits for nothing but this copy.
+    def copy_to_device(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The tensors on the device. On CUDA a stream of its own copies them out of pinned memory, beside the steps
+        that the host has queued already, and the current stream waits for nothing but this copy.
         """
-        if self.copies is None:
-            return [one if one is None else one.to(self.device) for one in tensors]
-        with torch.cuda.stream(self.copies):
-            there = [one if one is None else one.to(self.device, non_blocking=True) for one in tensors]
+        if self.copy_stream is None:
+            return [tensor if tensor is None else tensor.to(self.device) for tensor in tensors]
+        with torch.cuda.stream(self.copy_stream):
+            copies = [tensor if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in tensors]
         current = torch.cuda.current_stream(self.device)
-        current.wait_stream(self.copies)
-        for one in there:
-            if one is not None:
-                one.record_stream(current)  # its memory belongs to the copying stream, which must not reuse it yet
-        return there
+        current.wait_stream(self.copy_stream)
+        for copy in copies:
+            if copy is not None:
+                copy.record_stream(current)  # its memory belongs to the copying stream, which must not reuse it yet
+        return copies
 
-    def normalise(self, pixels: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
-        """uint8 (B, H, W, 3) -> normalised floats (B, 3, H, W), channels last in memory unless told otherwise."""
+    def normalize(self, pixels: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
+        """uint8 (B, H, W, 3) -> normalised floats (B, 3, H, W), with the drawn changes of colour."""
         images = pixels.permute(0, 3, 1, 2).float()
-        if "factors" in drawn or "strength" in drawn:
-            if "factors" in drawn:  # of colours in 0..1
-                affine = color_jitter(images.mean((2, 3)) / 255, drawn["factors"])
-            else:
-                affine = identity_colors(len(images), self.device)
-            if "strength" in drawn:
-                affine = add_lighting(affine, drawn["strength"])
-            scale = self.scale.view(3, 1)
-            constant = 255 * scale * affine[:, :, 3:] + self.shift.view(3, 1)
-            images = apply_colors(images, torch.cat([scale * affine[:, :, :3], constant], 2))
+        affine = compose_colors(images, drawn)
+        if affine is None:
+            torch.addcmul(self.offset, images, self.scale, out=images)
         else:
-            torch.addcmul(self.shift, images, self.scale, out=images)
+            scale = self.scale.view(3, 1)
+            constant = 255 * scale * affine[:, :, 3:] + self.offset.view(3, 1)
+            images = apply_colors(images, torch.cat([scale * affine[:, :, :3], constant], 2))
         return images if self.channels_last else images.contiguous()
 
 

@@ -1,18 +1,13 @@
-"""Several processes under torchrun: start-up, who is first, what all of them must agree on, and how they end together.
+"""Several processes under torchrun: how they meet, who is first, what all of them must agree on, and collectives.
 
-A plain run is the first of one process: every function here then does nothing, or gives back what it was given.
-
-An error in one process would leave the others waiting for it. So each process watches a common store: whoever fails
-leaves a message there, the first process shows it, and all of them end.
+A plain run is the first of one process: every function here then does nothing, or returns what it was given.
 """
 
 import atexit
 import inspect
 import os
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -21,35 +16,30 @@ from torch import distributed as dist
 from torch import nn
 
 from engine.errors import UserError
-
-POLL_SECONDS = 0.2
-SHOWN_WITHIN_SECONDS, GRACE_SECONDS = 10.0, 1.0
+from engine.runtime.failure_watch import FailureWatch
 
 
 class ProcessGroups(NamedTuple):
-    """What the processes talk through beside the gradients: tensors and objects on the host, and the store."""
+    """What the processes communicate through beside the gradients."""
 
-    host: dist.ProcessGroup
-    base: dist.Store  # as torchrun keeps it over restarts
-    store: dist.Store  # of this start
-    done: threading.Event  # ends the thread that watches the others
-    watcher: threading.Thread
+    host: dist.ProcessGroup  # tensors and objects in host memory
+    base: dist.Store  # which torchrun keeps over restarts
+    watch: FailureWatch
 
 
 _group: ProcessGroups | None = None
-_unmet = False  # whether the others never came, so that there is nobody to speak for this process
-_telling = threading.Lock()
+_alone = False  # whether the others never came, so that no other process can report an error of this one
 
 
 def host_group() -> dist.ProcessGroup:
-    """The processes, talking through the host (gloo)."""
+    """The process group in host memory (gloo)."""
     return _group.host
 
 
 def rank_environment() -> tuple[int, int, int]:
     """Rank, number of processes and rank on this machine, as torchrun sets them; 0, 1, 0 for a plain run."""
     return tuple(
-        int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
 
 
@@ -66,24 +56,24 @@ def is_main_process() -> bool:
 
 
 def restart_count() -> int:
-    """How often torchrun has started the processes anew after one was lost."""
+    """How often torchrun has restarted the processes after one was lost."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def local_world_size() -> int:
-    """How many of the processes run on this machine."""
+    """The number of processes on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def cores_per_process() -> int:
-    """How many processors there are for each process of this machine."""
+    """The number of CPU cores for each process of this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, allowed // local_world_size())
 
 
 def init_processes(device: torch.device, timeout_seconds: float) -> None:
     """Meet the other processes; from here on only the first one prints. Raises UserError if they do not come."""
-    global _group, _unmet
+    global _group, _alone
     own, count, _ = rank_environment()
     if count == 1 or _group:
         return
@@ -97,108 +87,58 @@ def init_processes(device: torch.device, timeout_seconds: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        base = connect_store(timeout)
+        base = connect_store(timeout, create=own == 0)
         store = attempt_store(base)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=timeout)
         host = dist.new_group(backend="gloo", timeout=timeout)
         dist.barrier(host)
-        done = threading.Event()
-        watcher = threading.Thread(
-            target=watch_for_failures, args=(attempt_store(connect_store(timeout, anew=False)), done), daemon=True
-        )
-        _group = ProcessGroups(host, base, store, done, watcher)
+        watch = FailureWatch(store, attempt_store(connect_store(timeout)), rank=own, world_size=count)
     except (RuntimeError, ValueError) as error:
-        _unmet = True
+        _alone = True
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
             f"process {own} of {count} did not meet the others at {address} within {timeout_seconds:g} s "
             f"({first_error_line(error)})\nare all {count} started, with the same address, and can they reach it?"
         ) from error
-    watcher.start()
-    atexit.register(stop_watcher)  # a thread that is in the store when Python ends would abort the process
+    _group = ProcessGroups(host, base, watch)
+    watch.start()
+    atexit.register(watch.stop)
     if own:
         sys.stdout = open(os.devnull, "w")
 
 
-def connect_store(timeout: timedelta, anew: bool = True) -> dist.Store:
-    """A connection of its own to the common store, which the first process keeps, unless torchrun does; anew: it starts
-    it. One that waits would hold up whoever shares it.
-    """
-    own, count, _ = rank_environment()
-    kept_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    keeps = own == 0 and anew and not kept_by_torchrun
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=keeps, timeout=timeout
-    )
+def connect_store(timeout: timedelta, create: bool = False) -> dist.Store:
+    """A new connection to the common store. create: this process keeps the store, unless torchrun does."""
+    create &= os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, world_size(), is_master=create, timeout=timeout)
 
 
 def attempt_store(store: dist.Store) -> dist.Store:
+    """The part of the store that belongs to this start of the processes."""
     return dist.PrefixStore(f"attempt {restart_count()}", store)
 
 
-def stop_watcher() -> None:
-    if _group:
-        _group.done.set()
-        _group.watcher.join(timeout=5)
-
-
 def shut_down_processes() -> None:
-    """Leave the others in good order, after everyone is done."""
+    """Leave the process group once all processes have come here."""
     global _group
     if _group:
-        stop_watcher()
+        _group.watch.stop()
         dist.barrier(_group.host)  # the store goes with the first process
         _group = None
         dist.destroy_process_group()
 
 
 def report_error(text: str) -> None:
-    """Show the error that ends the run, once for all processes, on stderr of the first. Call it only to end.
+    """Print an error that ends the run, once for all processes, on stderr of the first. Call it last.
 
-    Before they have met, the first process of each machine speaks.
+    Before the processes have met, the first one of each machine prints its own error.
     """
-    if world_size() == 1 or _group is None:
-        if rank_environment()[2] == 0 or _unmet:
-            print(text, file=sys.stderr, flush=True)
-        return
-    if not is_main_process():  # most errors are met by all processes, and then the first one says it best
-        with suppress(RuntimeError):
-            return _group.store.wait(["shown"], timedelta(seconds=GRACE_SECONDS))
-    with _telling:  # the watching thread may be at it
-        try:
-            first_to_fail = _group.store.add("failures", 1) == 1
-            if first_to_fail:
-                _group.store.set(
-                    "failure", text if is_main_process() else f"{text}\n(process {rank()} of {world_size()})"
-                )
-            if is_main_process():
-                show_failure(_group.store)
-            else:
-                _group.store.wait(["shown"], timedelta(seconds=SHOWN_WITHIN_SECONDS))
-        except RuntimeError:  # the store is gone, or nobody is there to show it
-            print(text, file=sys.stderr, flush=True)
-
-
-def show_failure(store: dist.Store) -> None:
-    if not store.check(["shown"]):
-        print(store.get("failure").decode(), file=sys.stderr, flush=True)
-        store.set("shown", "")
-
-
-def watch_for_failures(store: dist.Store, done: threading.Event) -> None:
-    """End this process when another one has failed: it may be waiting for that one, where no exception reaches it."""
-    try:
-        while not store.check(["failure" if is_main_process() else "shown"]):
-            if done.wait(POLL_SECONDS):
-                return
-    except RuntimeError:
-        return  # whoever kept the store has gone: what this process waits for says so
-    with _telling:
-        if is_main_process():
-            show_failure(store)
-    sys.stderr.flush()
-    os._exit(1)
+    if _group:
+        _group.watch.report(text)
+    elif rank_environment()[2] == 0 or _alone:
+        print(text, file=sys.stderr, flush=True)
 
 
 def is_connection_error(error: Exception) -> bool:
@@ -214,8 +154,9 @@ def first_error_line(error: Exception) -> str:
 
 
 def convert_sync_batchnorm(model: nn.Module, sync_bn: bool, otherwise: str = "leave --sync_bn out") -> nn.Module:
-    """The network, with batch norm over the images of all processes if sync_bn. Raises UserError on a CPU, with what
-    to do `otherwise`.
+    """The network, with batch norm over the images of all processes if sync_bn.
+
+    Raises UserError on a CPU; `otherwise` says what to do instead.
     """
     if not sync_bn or world_size() == 1:
         return model
@@ -224,21 +165,20 @@ def convert_sync_batchnorm(model: nn.Module, sync_bn: bool, otherwise: str = "le
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def check_sync_bn(options: dict, sources: list) -> None:
-    """Raise ValueError where processes would wait for each other in vain: each draws for itself whether, and by which
-    method, its images are mixed, but batch norm over all of them needs the same passes in each.
+def check_sync_bn(sources: list, *, sync_bn: bool, method: list[str], mix_prob: float | None) -> None:
+    """Raise ValueError where processes could wait for each other forever: each draws for itself whether, and by which
+    method, its images are mixed, but batch norm over all processes needs the same passes in each.
     """
-    training_passes = any(getattr(source, "mode", None) == "train" for source in sources)
-    varies = len(options["method"]) > 1 or (options["mix_prob"] or 1) < 1
-    if world_size() > 1 and options["sync_bn"] and training_passes and varies:
+    varies = len(method) > 1 or (mix_prob or 1) < 1
+    if world_size() > 1 and sync_bn and varies and any(source.mode == "train" for source in sources):
         raise ValueError("--sync_bn: with a saliency pass in training mode it needs one --method, and --mix_prob 1")
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """What the training step calls forward on: gradients become their mean over the processes in its backward pass.
+    """The module whose forward the training step calls: its backward pass averages gradients over the processes.
 
-    Batch statistics are each process's own during an epoch; average_buffers() makes them one. Backward passes through
-    the bare `model`, as those of saliency, add to the local gradients alone, as under no_sync().
+    Batch statistics stay each process's own during an epoch; average_buffers() averages them. Backward passes through
+    the bare `model`, as those of saliency sources, add to the local gradients alone, as under no_sync().
     """
     if world_size() == 1:
         return model
@@ -250,7 +190,7 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, on the host; `values` stays as it is."""
+    """The sum over all processes, in host memory; `values` is not changed."""
     values = values.to("cpu", copy=True)
     if world_size() > 1:
         dist.all_reduce(values, group=_group.host)
@@ -258,7 +198,7 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """The statistics of batch norm become their mean over the processes."""
+    """Replace the statistics of batch norm by their mean over the processes."""
     if world_size() == 1:
         return
     moving = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -269,7 +209,7 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def all_gather_object(value) -> list:
-    """`value` of each process, in order of rank; every process gets the list. Plain objects and tensors on the host."""
+    """`value` of each process in order of rank, for every process. Plain objects, and tensors in host memory."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -278,7 +218,7 @@ def all_gather_object(value) -> list:
 
 
 def gather_object(value) -> list | None:
-    """`value` of each process, in order of rank, for the first process; None for the others."""
+    """`value` of each process in order of rank, for the first process; None for the others."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size() if is_main_process() else None
@@ -287,19 +227,19 @@ def gather_object(value) -> list | None:
 
 
 def move_to_host(value):
-    """The same nested value with its tensors on the host."""
+    """The same nested value with its tensors in host memory."""
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, dict):
-        return {key: move_to_host(one) for key, one in value.items()}
+        return {key: move_to_host(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        make = getattr(value, "_make", type(value))  # named tuples take no list
+        make = getattr(value, "_make", type(value))  # the constructor of a named tuple takes no list
         return make(map(move_to_host, value))
     return value
 
 
 def broadcast_from_main(make: Callable):
-    """What make() gives in the first process, for all of them; the others do not call it."""
+    """The result of make() in the first process, for all of them; the others do not call it."""
     if world_size() == 1:
         return make()
     box = [make() if is_main_process() else None]
@@ -308,14 +248,14 @@ def broadcast_from_main(make: Callable):
 
 
 def barrier() -> None:
-    """Go on when every process has come here."""
+    """Wait until every process has come here."""
     if _group:
         dist.barrier(_group.host)
 
 
 def main_process_first(make: Callable):
-    """make() of the first process, then of the first of each other machine, then of the rest: what one downloads the
-    others find, on a file system that all share and on one for each machine.
+    """make() in the first process, then in the first of each other machine, then in the rest: what one downloads the
+    others find, on a shared file system as well as on one for each machine.
     """
     own = 0 if is_main_process() else 1 if rank_environment()[2] == 0 else 2
     for turn in range(3 if _group else 1):
@@ -326,27 +266,31 @@ def main_process_first(make: Callable):
 
 
 def store_across_restarts(key: str, value: str) -> None:
-    """For the processes that torchrun starts anew after a loss; elsewhere nobody asks."""
+    """Keep a text for the processes that torchrun restarts after a loss."""
     if _group and is_main_process():
         dist.PrefixStore("across restarts", _group.base).set(key, value)
 
 
 def load_across_restarts(key: str) -> str | None:
-    """What an earlier start of these processes was told to remember, for all of them."""
+    """The text that an earlier start of these processes has kept, for all of them."""
 
-    def ask() -> str | None:
+    def load() -> str | None:
         kept = dist.PrefixStore("across restarts", _group.base)
         return kept.get(key).decode() if kept.check([key]) else None
 
-    return broadcast_from_main(ask) if _group and restart_count() else None
+    return broadcast_from_main(load) if _group and restart_count() else None
 
 
 def check_same_value(what: str, value: dict, remedy: str) -> None:
     """Raise UserError where `value`, a flat dictionary, is not the same in all processes."""
-    for number, other in enumerate(values := all_gather_object(value)):
-        differ = [key for key in value if values[0].get(key) != other.get(key)]
-        if differ:
-            key = differ[0]
+    check_equal(what, all_gather_object(value), remedy)
+
+
+def check_equal(what: str, values: list[dict], remedy: str) -> None:
+    """Raise UserError that names the first difference. values: of each process."""
+    for number, other in enumerate(values):
+        differing = (key for key in other if values[0].get(key) != other.get(key))
+        if key := next(differing, None):
             raise UserError(
                 f"the {what} of process 0 and process {number} differ: {key} {values[0].get(key)} against "
                 f"{other.get(key)}\n{remedy}"
