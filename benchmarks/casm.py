@@ -210,7 +210,7 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
             if name == "uniform":
                 where = [torch.randint(data.image_size, (len(saliency),)) for _ in range(2)]
             else:
-                where = getattr(source, "points", peaks)(saliency)
+                where = source.points(saliency) or peaks(saliency)
             points.append(torch.stack([one.cpu() for one in where], 1))
             maps.append(saliency.cpu())
         points, maps = torch.cat(points), torch.cat(maps)

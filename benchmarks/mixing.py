@@ -204,7 +204,7 @@ class Bench:
         return batch.images, targets
 
     def time_alone(self) -> dict:
-        """Median milliseconds of mixing, its saliency lying ready, for each method."""
+        """Median milliseconds of mixing, its saliency computed beforehand, for each method."""
         images, targets = self.ready()
         height, width = images.shape[-2:]
         blocks = [n for n in BLOCKS if height % n == 0 and width % n == 0]
@@ -213,7 +213,7 @@ class Bench:
         for name, (mixer, source) in self.parts.items():
             if source is None:
                 continue
-            lying = Lying(
+            ready = precompute(
                 build_source("gradient", **self.share | mixer.gradient_options | {"clean_weight": 0.0}), images, targets
             )
             if name == "puzzlemix":
@@ -222,14 +222,14 @@ class Bench:
                 variants = {name: {}}
             for text, wanted in variants.items():
                 if name == "rlmix":  # its agent needs the gradient at the mixed images
-                    milliseconds = self.time(learn, mixer, images, targets, lying)
+                    milliseconds = self.time(learn, mixer, images, targets, ready)
                 else:
                     own = self.build(name, **wanted)[0]
-                    milliseconds = self.time(own, images, targets, lying)
+                    milliseconds = self.time(own, images, targets, ready)
                 cut = None
                 if name in ("puzzlemix", "comixup") and has_gco():
                     graph = self.build(name, **wanted, solver="gco")[0]
-                    cut = self.time(graph, images, targets, lying, repeats=5)
+                    cut = self.time(graph, images, targets, ready, repeats=5)
                 table[text] = milliseconds
                 print(f"{text:16} {milliseconds:9.2f} {'' if cut is None else f'{cut:12.2f}'}")
         return table
@@ -259,11 +259,11 @@ class Bench:
             energies, bound = {}, None
             for solver in solvers:
                 mixer = self.build("puzzlemix", block_num=(n,), solver=solver)[0]
-                lying = Lying(build_source("gradient", **self.share | mixer.gradient_options), images, targets)
+                ready = precompute(build_source("gradient", **self.share | mixer.gradient_options), images, targets)
                 found = []
                 for seed in range(5):
                     torch.manual_seed(seed)
-                    mixer(images, targets, lying)
+                    mixer(images, targets, ready)
                     found.append((mixer.energy, mixer.bound))
                 energies[solver] = torch.cat([energy for energy, _ in found])
                 if solver == "parallel":
@@ -279,11 +279,11 @@ class Bench:
             for solver in solvers:
                 mixer = self.build("comixup", solver=solver)[0]
                 settings = self.share | mixer.gradient_options | {"clean_weight": 0.0}
-                lying = Lying(build_source("gradient", **settings), images, targets)
+                ready = precompute(build_source("gradient", **settings), images, targets)
                 found = []
                 for seed in range(5):
                     torch.manual_seed(seed)
-                    mixer(images, targets, lying)
+                    mixer(images, targets, ready)
                     found.append(mixer.objective)
                 objectives[solver] = torch.cat(found)
             print(
@@ -300,14 +300,14 @@ def learn(mixer, images, targets, source):
     mixer.after_backward(images)
 
 
-class Lying:
-    """A source whose maps of one batch lie ready."""
+def precompute(source, images, targets):
+    """A source that returns what `source` finds in this batch, without computing it again."""
+    from mixing.base import FunctionSource
 
-    def __init__(self, source, images, targets):
-        self.saliency, self.logits = source(images, targets), source.logits
-
-    def __call__(self, images, targets):
-        return self.saliency
+    saliency = source(images, targets)
+    ready = FunctionSource(lambda images, targets: saliency)
+    ready.logits = source.logits
+    return ready
 
 
 def has_gco() -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import Dirichlet
 
 from mixing.base import Mixer
-from mixing.ops import block_means, check_divides, check_probability, normalize_sum
+from mixing.ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
 from mixing.solvers.comixup_labelling import Labelling, solve
 
 GRIDS = (2, 4, 8, 16)  # one of which m_block_num = -1 draws
@@ -117,9 +117,9 @@ class CoMixup(Mixer):
     ):
         if mixup_alpha <= 0:
             raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
-        for name, value, least in (("m_part", m_part, 2), ("m_niter", m_niter, 1), ("m_stride", m_stride, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_at_least("m_part", m_part, 2)
+        check_at_least("m_niter", m_niter, 1)
+        check_at_least("m_stride", m_stride, 1)
         if m_block_num < 1 and m_block_num != -1:
             raise ValueError(f"m_block_num must be positive, or -1 to draw it, got {m_block_num}")
         weights = {"m_beta": m_beta, "m_gamma": m_gamma, "m_thres": m_thres, "m_eta": m_eta, "clean_lam": clean_lam}
@@ -146,12 +146,11 @@ class CoMixup(Mixer):
         for blocks in GRIDS if self.m_block_num == -1 else (self.m_block_num,):
             check_divides("m_block_num", blocks, height, width)
 
-    def __call__(self, images, targets, source):
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+    def mix_batch(self, images, targets, source):
+        self.make_weight = None
         self.check_size(*images.shape[-2:])
         blocks = GRIDS[int(torch.randint(len(GRIDS), ()))] if self.m_block_num == -1 else self.m_block_num
-        saliency = self.look(source, images, targets)
+        saliency = self.compute_saliency(source, images, targets)
         whole = len(images) // self.m_part * self.m_part  # the images of full parts; the last part may be shorter
         sources, soft, values = [], [], []
         for begin, end, size in ((0, whole, self.m_part), (whole, len(images), len(images) - whole)):

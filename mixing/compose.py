@@ -1,8 +1,10 @@
 """Methods put together: none, one after the other, one drawn for each batch, a part of each batch."""
 
+import math
 from contextlib import nullcontext
 
 import torch
+from torch.nn import functional as F
 
 from mixing import build_mixer
 from mixing.base import Mixer
@@ -12,6 +14,7 @@ class NoMix(Mixer):
     """The plain baseline: every batch as it is."""
 
     def __call__(self, images, targets, source=None):
+        self.keep_weight(images, lambda: 1.0)
         return images, targets
 
 
@@ -46,6 +49,8 @@ class Chain(Mixer):
     def __call__(self, images, targets, source=None):
         for mixer in self.mixers:
             images, targets = mixer(images, targets, source)
+        makers = [mixer.make_weight for mixer in self.mixers]
+        self.make_weight = None if None in makers else lambda: math.prod(make() for make in makers)
         return images, targets
 
     def during(self, model):
@@ -85,7 +90,10 @@ class Choice(Chain):
 
     def __call__(self, images, targets, source=None):
         self.drawn = int(torch.randint(len(self.mixers), ()))
-        return self.mixers[self.drawn](images, targets, source and source[self.drawn])
+        mixer = self.mixers[self.drawn]
+        mixed, soft = mixer(images, targets, source and source[self.drawn])
+        self.make_weight = mixer.make_weight
+        return mixed, soft
 
     def during(self, model):
         return self.mixers[self.drawn].during(model)
@@ -124,12 +132,14 @@ class PartialMix(Chain):
     def build_source(self, make):
         source = super().build_source(make)
         partial = self.mix_fraction < 1 or self.mix_schedule == "scheduled"
-        for one in source if isinstance(source, list) else [source]:
-            if partial and getattr(one, "clean_weight", 0):  # the clean part would weigh less than the rest
-                raise ValueError(
-                    "mixing a part of each batch excludes training on the clean images too: add --clean_lam 0, or with "
-                    "sage --update_ratio 1"
-                )
+        sources = source if isinstance(source, list) else [source]
+        if partial and any(
+            one and one.clean_weight for one in sources
+        ):  # the clean part would weigh less than the rest
+            raise ValueError(
+                "mixing a part of each batch excludes training on the clean images too: add --clean_lam 0, or with "
+                "sage --update_ratio 1"
+            )
         return source
 
     def start_epoch(self, epoch, epochs, steps):
@@ -145,11 +155,15 @@ class PartialMix(Chain):
     def __call__(self, images, targets, source=None):
         self.mixed = int(len(images) * self.share)
         if self.mixed == 0:
+            self.keep_weight(images, lambda: 1.0)
             return images, targets
-        clean = len(images) - self.mixed
-        mixed, soft = self.mixers[0](images[clean:], targets[clean:], source)
+        clean, mixer = len(images) - self.mixed, self.mixers[0]
+        mixed, soft = mixer(images[clean:], targets[clean:], source)
+        make = self.make_weight = mixer.make_weight
         if clean == 0:
             return mixed, soft
+        if make:
+            self.make_weight = lambda: F.pad(make(), (0, 0, 0, 0, 0, 0, clean, 0), value=1.0)
         return torch.cat([images[:clean], mixed]), torch.cat([targets[:clean], soft])
 
     def during(self, model):

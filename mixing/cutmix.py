@@ -7,11 +7,11 @@ image.
 import torch
 
 from mixing.base import Mixer
-from mixing.ops import center_boxes, check_probability, clip_boxes, draw_lam, draw_partner, paste
+from mixing.ops import box_mask, center_boxes, check_probability, clip_boxes, draw_lam, draw_partner, paste
 
 
 def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """As boxes_around, but with real centres on [0, n) and real sides; only the clipped edges are cut to whole pixels.
+    """As center_boxes, but with real centres on [0, n) and real sides; only the clipped edges are cut to whole pixels.
 
     The form of the Puzzle Mix family of codes (Puzzle Mix, Co-Mixup, SAGE).
     """
@@ -42,9 +42,7 @@ class CutMix(Mixer):
         self.mix_prob = check_probability("mix_prob", mix_prob)
         self.per_sample, self.cutmix_box = per_sample or in_batch, cutmix_box
 
-    def __call__(self, images, targets, source=None):
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+    def mix_batch(self, images, targets, source):
         height, width = images.shape[-2:]
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
@@ -55,4 +53,5 @@ class CutMix(Mixer):
             box = center_boxes(rows.long(), columns.long(), lam, height, width)
         else:
             box = boxes_real(rows, columns, lam, height, width)
+        self.keep_weight(images, lambda: ~box_mask(box, height, width).squeeze(1))
         return paste(images, targets, partner, box)

@@ -11,14 +11,18 @@ from mixing.base import Mixer
 from mixing.ops import box_mask
 
 
-def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
-    """Zeros in a square of side 2 (length // 2) around each of the given pixels. images (B, C, H, W), rows, columns (B,
+def hole_mask(rows: torch.Tensor, columns: torch.Tensor, length: int, height: int, width: int) -> torch.Tensor:
+    """(B, 1, H, W) bool: true in a square of side 2 (length // 2) around each of the given pixels, rows and columns (B,
     holes).
     """
-    height, width = images.shape[-2:]
     half = length // 2
     boxes = torch.stack([rows - half, rows + half, columns - half, columns + half], dim=-1)  # (B, holes, 4)
-    holes = box_mask(boxes.flatten(0, 1), height, width).view(len(images), -1, height, width).any(1, keepdim=True)
+    return box_mask(boxes.flatten(0, 1), height, width).view(len(rows), -1, height, width).any(1, keepdim=True)
+
+
+def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
+    """images (B, C, H, W) with zeros in the squares of hole_mask()."""
+    holes = hole_mask(rows, columns, length, *images.shape[-2:])
     return torch.where(holes, 0.0, images)  # keeps the memory format, which masked_fill does not
 
 
@@ -31,7 +35,8 @@ class Cutout(Mixer):
         self.cutout_length, self.n_holes = cutout_length, n_holes
 
     def __call__(self, images, targets, source=None):
-        shape, device = (len(images), self.n_holes), images.device
-        rows = torch.randint(images.shape[-2], shape, device=device)
-        columns = torch.randint(images.shape[-1], shape, device=device)
+        shape, size, device = (len(images), self.n_holes), images.shape[-2:], images.device
+        rows = torch.randint(size[0], shape, device=device)
+        columns = torch.randint(size[1], shape, device=device)
+        self.keep_weight(images, lambda: ~hole_mask(rows, columns, self.cutout_length, *size).squeeze(1))
         return erase(images, rows, columns, self.cutout_length), targets

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from mixing.base import Mixer
-from mixing.ops import blend, check_probability, check_targets, draw_lam, draw_partner
+from mixing.ops import blend, check_probability, draw_lam, draw_partner
 
 
 class ManifoldMixup(Mixer):
@@ -27,15 +27,18 @@ class ManifoldMixup(Mixer):
         self.depth, self.partner, self.lam = 0, None, None
 
     def __call__(self, images, targets, source=None):
-        check_targets(targets)
         self.depth = 0
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+        return super().__call__(images, targets, source)
+
+    def mix_batch(self, images, targets, source):
         self.depth = int(torch.randint(3, ()))
         self.lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         self.partner = draw_partner(images)
-        mixed = images if self.depth else blend(images, self.partner, self.lam)
-        return mixed, blend(targets, self.partner, self.lam)
+        if self.depth:
+            self.make_weight = None
+            return images, blend(targets, self.partner, self.lam)
+        self.keep_weight(images, lambda lam=self.lam: lam)
+        return blend(images, self.partner, self.lam), blend(targets, self.partner, self.lam)
 
     @contextmanager
     def during(self, model):
@@ -54,7 +57,7 @@ class ManifoldMixup(Mixer):
 
     def mix_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (B, ...): the last len(partner) rows are mixed among themselves, the rows before them stay (see
-        Partly).
+        PartialMix).
         """
         clean = len(hidden) - len(self.partner)
         mixed = blend(hidden[clean:], self.partner, self.lam)

@@ -3,10 +3,8 @@
 Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, the same for the labels.
 """
 
-import torch
-
 from mixing.base import Mixer
-from mixing.ops import blend, check_probability, check_targets, draw_lam, draw_partner
+from mixing.ops import blend, check_probability, draw_lam, draw_partner
 
 
 class Mixup(Mixer):
@@ -20,10 +18,8 @@ class Mixup(Mixer):
         self.mixup_alpha, self.in_batch = mixup_alpha, in_batch
         self.mix_prob = check_probability("mix_prob", mix_prob)
 
-    def __call__(self, images, targets, source=None):
-        check_targets(targets)
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+    def mix_batch(self, images, targets, source):
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
+        self.keep_weight(images, lambda: lam)
         return blend(images, partner, lam), blend(targets, partner, lam)

@@ -19,6 +19,11 @@ def check_probability(name: str, value: float) -> float:
     return value
 
 
+def check_at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
 def replace_unusable(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """saliency (B, H, W) with ones in place of every map whose sum is zero or no number, and which were: (B,) bool."""
     total = saliency.sum((1, 2))
@@ -42,6 +47,15 @@ def upsample_blocks(blocks: torch.Tensor, height: int, width: int) -> torch.Tens
     batch, rows, columns = blocks.shape
     tall, wide = height // rows, width // columns
     return blocks.view(batch, rows, 1, columns, 1).expand(-1, -1, tall, -1, wide).reshape(batch, 1, height, width)
+
+
+def expand_weight(weight: torch.Tensor | float, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """One share, (B,) shares, or masks (B or 1, rows, columns) of blocks or pixels -> (B, 1, H, W) float32 on the
+    device. shape: (B, C, H, W).
+    """
+    weight = torch.as_tensor(weight, dtype=torch.float32, device=device).detach()
+    weight = upsample_blocks(weight, *shape[-2:]) if weight.dim() == 3 else weight.view(-1, 1, 1, 1)
+    return weight.expand(shape[0], 1, *shape[-2:])
 
 
 def check_divides(what: str, count: int, height: int, width: int) -> None:
@@ -105,7 +119,6 @@ def paste(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, bo
 
     images (B, C, H, W), targets (B, K), partner (B,), boxes (B, 4) or (1, 4) -> mixed images, soft targets.
     """
-    check_targets(targets)
     inside = box_mask(boxes, *images.shape[-2:])
     lam = 1.0 - inside.flatten(1).float().mean(1, keepdim=True)
     return torch.where(inside, images[partner], images), lam * targets + (1.0 - lam) * targets[partner]

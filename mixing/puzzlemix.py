@@ -184,9 +184,7 @@ class PuzzleMix(Mixer):
         if self.transport and self.t_size > 0 and (height % self.t_size or width % self.t_size):
             raise ValueError(f"t_size {self.t_size} does not divide {height}x{width} pixels")
 
-    def __call__(self, images, targets, source):
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+    def mix_batch(self, images, targets, source):
         self.check_size(*images.shape[-2:])
         if self.mean.device != images.device:  # once: a copy in every step would hold up the device
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
@@ -197,9 +195,11 @@ class PuzzleMix(Mixer):
         if any(noisy):
             saliency, noise = self.look_at_noise(source, images, targets)
         else:
-            saliency = self.look(source, images, targets)
+            saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             self.mask, blocks = self.plan(images.detach(), saliency, partner, lam, n)
+        mask = self.mask
+        self.keep_weight(images, lambda: mask)
         own, others = (self.with_noise(images, noise) if wanted else images for wanted in noisy)
         return mix(own, targets, partner, self.mask, blocks, others)
 
@@ -229,12 +229,12 @@ class PuzzleMix(Mixer):
 
     def look_at_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Saliency (B, H, W) at noised images, and adversarial noise (B, C, H, W) of pixels in 0..1."""
-        if not hasattr(source, "gradient"):
+        if not source.has_gradient:
             raise ValueError("adversarial noise (adv_p) needs the signed pixel gradient: use the source `gradient`")
         reach = self.adv_eps
         noise = torch.empty_like(images).uniform_(-reach, reach)
         gradient = source.gradient(self.with_noise(images, noise), targets)
-        saliency = self.look(lambda *_: source.reduce(gradient), images, targets)
+        saliency = self.replace_unusable(source.reduce(gradient))
         noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)  # of no number the sign is 0
         return saliency, noise * torch.rand(())
 

@@ -8,7 +8,7 @@ saliency of the clean batch and that of the mixed one. An episode is an epoch.
 import torch
 from torch.nn import functional as F
 
-from mixing.ops import block_means, check_divides, normalize_sum
+from mixing.ops import block_means, check_at_least, check_divides, normalize_sum
 from mixing.rmix import RMix
 from mixing.solvers.rlmix_agent import Agent
 
@@ -46,22 +46,17 @@ class RLMix(RMix):
         reward_step: int = 1,
         reward_scaling: float = 1.0,
         grad_sim: bool = True,
-        **of_rmix,
+        **rmix_options,
     ):
-        super().__init__(**of_rmix)
+        super().__init__(**rmix_options)
         if not grad_sim:
             raise ValueError("grad_sim must be True: there is no other reward than the similarity of gradients")
         if self.num_patches < 4:
             raise ValueError(f"num_patches must be at least 4, for the policy's convolutions, got {self.num_patches}")
-        whole = {
-            "agent_batch_size": agent_batch_size,
-            "agent_trajectory_size": agent_trajectory_size,
-            "agent_epochs": agent_epochs,
-            "reward_step": reward_step,
-        }
-        for name, value in whole.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_at_least("agent_batch_size", agent_batch_size, 1)
+        check_at_least("agent_trajectory_size", agent_trajectory_size, 1)
+        check_at_least("agent_epochs", agent_epochs, 1)
+        check_at_least("reward_step", reward_step, 1)
         if agent_lr <= 0 or reward_scaling <= 0:
             raise ValueError(f"agent_lr and reward_scaling must be positive, got {agent_lr} and {reward_scaling}")
         self.agent_options = {
@@ -95,15 +90,15 @@ class RLMix(RMix):
         super().check_size(height, width)
         check_divides("num_patches", self.num_patches, height, width)
 
-    def __call__(self, images, targets, source):
+    def __call__(self, images, targets, source=None):
         self.clean = None
         mixed = super().__call__(images, targets, source)
         self.done += 1
         return mixed
 
     def choose(self, saliency, targets, source):
-        logits = getattr(source, "logits", None)
-        logits = torch.zeros_like(targets, dtype=torch.float32) if logits is None else logits.nan_to_num(0.0, 0.0, 0.0)
+        logits = torch.zeros_like(targets, dtype=torch.float32) if source.logits is None else source.logits
+        logits = logits.nan_to_num(0.0, 0.0, 0.0)
         if self.agent is None:
             self.agent = self.build_agent(logits)
         if len(logits) != self.agent.sizes["batch"]:
@@ -138,10 +133,10 @@ class RLMix(RMix):
 
     def state_dict(self):
         agent = self.agent.state_dict() if self.agent else self.saved
-        counters = ("steps", "start", "done", "episode_end", "total")
-        return {"agent": agent, **{name: getattr(self, name) for name in counters}}
+        counters = {"steps": self.steps, "start": self.start, "done": self.done}
+        return {"agent": agent, **counters, "episode_end": self.episode_end, "total": self.total}
 
     def load_state_dict(self, state):
         self.agent, self.clean, self.saved = None, None, state["agent"]
-        for name in ("steps", "start", "done", "episode_end", "total"):
-            setattr(self, name, state[name])
+        self.steps, self.start, self.done = state["steps"], state["start"], state["done"]
+        self.episode_end, self.total = state["episode_end"], state["total"]

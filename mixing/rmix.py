@@ -103,17 +103,16 @@ class RMix(Mixer):
     def gradient_options(self):
         return {"mode": "train", "clean_weight": self.clean_lam}
 
-    def __call__(self, images, targets, source):
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+    def mix_batch(self, images, targets, source):
         rows, columns = self.draw_grid(*images.shape[-2:])
         lam = float(draw_lam(self.dirichlet_alpha, images))  # a Dirichlet of two is a Beta
-        saliency = self.look(source, images, targets)
+        saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             partner = self.draw_partner(images)
             percentile = percentiles(self.choose(saliency, targets, source), self.num_action)
             mask = salient(normalize_sum(block_means(saliency, rows, columns)), percentile)
             weight = block_weights(mask, partner, lam)
+        self.keep_weight(images, lambda: weight)
         return mix(images, targets, partner, weight)
 
     def choose(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:

@@ -31,8 +31,9 @@ def mix(
     partner: torch.Tensor,
     lam: torch.Tensor,
     offsets: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mixed images, soft targets, and by how much each partner was shifted: (B, 2) long, dy and dx in pixels.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mixed images, soft targets, the shift of each partner, (B, 2) long, dy and dx in pixels, and the weight of the
+    image at every pixel, (B, H, W).
 
     images (B, C, H, W), targets (B, K), saliency (B, H, W) >= 0, none all zero, partner (B,), lam (). offsets (K, 2)
     long, on the host: those that are tried, the earlier of two equals winning; None: all there are.
@@ -40,7 +41,8 @@ def mix(
     with torch.no_grad():
         first, second = weighted(saliency, partner, lam)
         offset = best_of_all(first, second) if offsets is None else best_of(first, second, offsets)
-    return *blend_shifted(images, targets, first, second, partner, offset), offset
+    mixed, soft, mask = blend_shifted(images, targets, first, second, partner, offset)
+    return mixed, soft, offset, mask
 
 
 def blend_shifted(
@@ -50,11 +52,12 @@ def blend_shifted(
     second: torch.Tensor,
     partner: torch.Tensor,
     offset: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each image and its partner, shifted by offset (B, 2), pixel by pixel in the ratio of their weighted saliencies.
 
     first, second (B, H, W): of the images and of their partners. A target's share is the mean over the frame of its
-    image's pixel weights. What comes in from outside is zero. Differentiable with respect to the images only.
+    image's pixel weights, (B, H, W), which are returned too. What comes in from outside is zero. Differentiable with
+    respect to the images only.
     """
     with torch.no_grad():
         pixels, inside = origin(offset, *images.shape[-2:])
@@ -65,7 +68,7 @@ def blend_shifted(
     # in place: at 224 pixels a new tensor takes a processor longer to get hold of than to fill
     shifted = take(images, partner, pixels).float().mul_(inside.unsqueeze(1))
     mixed = shifted.lerp_(images.float(), mask.unsqueeze(1)).to(images.dtype)
-    return mixed, share * targets + (1 - share) * targets[partner]
+    return mixed, share * targets + (1 - share) * targets[partner], mask
 
 
 def origin(offset: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,15 +152,17 @@ class SAGE(Mixer):
         count = max(1, int((2 * height - 1) * (2 * width - 1) * self.rand_pos))
         return (random_offsets if self.search == "random" else grid_offsets)(height, width, count)
 
-    def __call__(self, images, targets, source):
-        self.mixed_weight, self.offset = 1.0, None
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
-        saliency = self.look(source, images, targets)
-        if getattr(source, "clean_weight", 0) > 0:  # the look has put the rest of the gradient into .grad
+    def __call__(self, images, targets, source=None):
+        self.offset = None
+        return super().__call__(images, targets, source)
+
+    def mix_batch(self, images, targets, source):
+        saliency = self.compute_saliency(source, images, targets)
+        if source.clean_weight > 0:  # the source has added the rest of the gradient to .grad
             self.mixed_weight = self.update_ratio
         lam = draw_lam(self.mixup_alpha, images) if self.mixup_alpha > 0 else torch.tensor(0.5, dtype=torch.float64)
         lam, partner = self.upper_lambda * lam, draw_partner(images)
         offsets = self.draw_offsets(*images.shape[-2:])
-        mixed, soft, self.offset = mix(images, targets, saliency, partner, lam, offsets)
+        mixed, soft, self.offset, mask = mix(images, targets, saliency, partner, lam, offsets)
+        self.keep_weight(images, lambda: mask)
         return mixed, soft

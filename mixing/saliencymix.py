@@ -1,14 +1,14 @@
 """SaliencyMix: paste the patch around the most salient pixel of a partner image.
 
 Uddin et al., ICLR 2021, arXiv 2006.01791, Sec. 3.1-3.2. One box for each image, as the text has it; the authors' code
-takes one box, of the first partner, for the whole batch: saliency_scope="batch". A source that knows better than its
-first maximum where the object is says so by a method `points`, which takes and gives what peaks() does.
+takes one box, of the first partner, for the whole batch: saliency_scope="batch". A source that
+knows better than by the maximum of its map where the object is says so by its method `points`.
 """
 
 import torch
 
 from mixing.base import Mixer
-from mixing.ops import center_boxes, check_probability, draw_lam, draw_partner, paste
+from mixing.ops import box_mask, center_boxes, check_probability, draw_lam, draw_partner, paste
 
 
 def peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,12 +38,13 @@ class SaliencyMix(Mixer):
         self.mixup_alpha, self.in_batch, self.saliency_scope = mixup_alpha, in_batch, saliency_scope
         self.mix_prob = check_probability("mix_prob", mix_prob)
 
-    def __call__(self, images, targets, source):
-        if torch.rand(()) >= self.mix_prob:
-            return images, targets
+    def mix_batch(self, images, targets, source):
+        height, width = images.shape[-2:]
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
         looked_at = partner if self.saliency_scope == "sample" else partner[:1]
-        find = getattr(source, "points", peaks)
-        rows, columns = find(self.look(source, images, targets)[looked_at])
-        return paste(images, targets, partner, center_boxes(rows, columns, lam, *images.shape[-2:]))
+        saliency = self.compute_saliency(source, images, targets)[looked_at]
+        rows, columns = source.points(saliency) or peaks(saliency)
+        boxes = center_boxes(rows, columns, lam, height, width)
+        self.keep_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))
+        return paste(images, targets, partner, boxes)

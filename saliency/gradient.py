@@ -32,6 +32,8 @@ class Gradient(Source):
     are scaled for this pass, always in evaluation mode; None: their own size.
     """
 
+    has_gradient = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -65,7 +67,6 @@ class Gradient(Source):
         self.loss_fn = training_loss if follows_training_loss and training_loss else self.cross_entropy
         self.cross_entropy_scale = cross_entropy_scale
         self.precision, self.saliency_size = precision, saliency_size
-        self.logits: torch.Tensor | None = None  # (B, K) float32 of the last batch asked about
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.cross_entropy_scale * F.cross_entropy(logits, targets)
@@ -74,7 +75,6 @@ class Gradient(Source):
         return self.reduce(self.gradient(images, targets))
 
     def gradient(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The signed gradient at the pixels (B, C, H, W) float32, up to one positive factor for all of the batch."""
         pixels = images.detach()
         if self.saliency_size:
             if self.saliency_size > max(images.shape[-2:]):
@@ -101,7 +101,6 @@ class Gradient(Source):
 
     @torch.no_grad()
     def reduce(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Signed gradients (B, C, H, W) -> saliency (B, H, W)."""
         saliency = gradient.square().mean(1).sqrt() if self.reduction == "rms" else gradient.abs().mean(1)
         return blur(saliency, self.blur_sigma, self.kernel_size) if self.blur_sigma else saliency
 

@@ -19,7 +19,7 @@ def mixing_notes(
     """
     notes, names = [], options["method"]
     read = set().union(*map(methods.hyper_parameters, names), *map(saliency.source_parameters, sources))
-    if sources and not any(hasattr(one, "gradient") for one in sources):
+    if sources and not any(one.has_gradient for one in sources):
         read = read - GRADIENT_SOURCE_OPTIONS
         if options["clean_lam"] or {"comixup", "sage"} & set(names):
             notes.append("only --saliency gradient trains on the clean images too; here the mixed ones are all")

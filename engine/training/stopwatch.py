@@ -45,26 +45,32 @@ class Stopwatch:
 
 
 class TimedSource:
-    """The same source; its time is taken out of the mixing and counted as `saliency`."""
+    """What a mixer reads of a source (saliency.base.Source); its passes are timed as `saliency` instead of `mixing`."""
 
-    def __init__(self, source: Callable, watch: Stopwatch):
+    def __init__(self, source, watch: Stopwatch):
         self.source, self.watch = source, watch
 
-    def __getattr__(self, name: str):
-        found = getattr(self.source, name)
-        return self.around(found) if name == "gradient" else found
+    clean_weight = property(lambda self: self.source.clean_weight)
+    logits = property(lambda self: self.source.logits)
+    has_gradient = property(lambda self: self.source.has_gradient)
+
+    def points(self, saliency: torch.Tensor):
+        return self.source.points(saliency)
+
+    def reduce(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.source.reduce(gradient)
+
+    def gradient(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.time(self.source.gradient, images, targets)
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.around(self.source)(images, targets)
+        return self.time(self.source, images, targets)
 
-    def around(self, function: Callable) -> Callable:
-        def call(*args):
-            self.watch.lap("mixing")
-            result = function(*args)
-            self.watch.lap("saliency")
-            return result
-
-        return call
+    def time(self, function: Callable, *args) -> torch.Tensor:
+        self.watch.lap("mixing")
+        result = function(*args)
+        self.watch.lap("saliency")
+        return result
 
 
 def flatten_sources(source) -> list:

@@ -13,7 +13,7 @@ from mixing import (
     hyper_parameters,
     mixer_class,
 )
-from mixing.base import Mixer
+from mixing.base import FunctionSource, Mixer, as_source
 from mixing.compose import Choice, NoMix, PartialMix
 from mixing.cutmix import boxes_real
 from mixing.cutout import Cutout, erase
@@ -21,7 +21,7 @@ from mixing.manifold import ManifoldMixup
 from mixing.ops import blend, box_mask, center_boxes, draw_lam, paste
 from mixing.saliencymix import peaks
 from models import build_model
-from saliency import build_source
+from saliency import Source, build_source
 from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
@@ -366,14 +366,14 @@ def test_labels_in_place_of_targets_are_refused(name):
 
 
 def test_a_part_of_a_batch_and_a_clean_term_exclude_each_other():
-    class Clean:
+    class Clean(Source):
         clean_weight = 0.3
 
     for options in ({"mix_fraction": 0.5}, {"mix_schedule": "scheduled", "mix_scheduled_epoch": 2}):
         with pytest.raises(ValueError, match="update_ratio 1"):
             compose_mixer(["sage"], **options).build_source(lambda one: Clean())
     assert compose_mixer(["sage"], mix_off_epoch=1).build_source(lambda one: Clean())
-    assert compose_mixer(["sage"], mix_fraction=0.5).build_source(lambda one: centre)
+    assert compose_mixer(["sage"], mix_fraction=0.5).build_source(lambda one: Source())
 
 
 SALIENT = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
@@ -436,3 +436,90 @@ def test_names_and_defaults():
     names = ("none", "mixup", "manifold", "puzzlemix", "comixup")
     assert {mixer_class(alias) for alias in ALIASES} == {mixer_class(name) for name in names}
     assert hyper_parameters("manifold")["mixup_alpha"] == 2.0 and hyper_parameters("cutmix")["mix_prob"] == 0.5
+
+
+WEIGHTED = {  # method -> variants of its hyper-parameters
+    "none": [{}],
+    "cutout": [{"cutout_length": 6}, {"cutout_length": 6, "n_holes": 3}],
+    "mixup": [{}, {"in_batch": True}],
+    "cutmix": [{}, {"in_batch": True}, {"cutmix_box": "real"}],
+    "saliencymix": [{}, {"saliency_scope": "batch"}],
+    "puzzlemix": [{}, {"transport": False}, {"block_num": (4,), "t_size": 2}],
+    "sage": [{}, {"search": "exhaustive"}],
+    "rmix": [{}, {"patches_per_side": (2, 4)}],
+    "rlmix": [{}],
+}
+
+
+def fixed_maps(images, targets):
+    return torch.rand(images[:, 0].shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("name", "options"), [(name, one) for name, cases in WEIGHTED.items() for one in cases])
+def test_the_weight_is_the_share_of_the_first_image(name, options):
+    """If image i is 1 and all others are 0, mixed image i is its weight."""
+    mixer = build_mixer(name, mix_prob=0.8, **SMALL | options)
+    assert mixer.weight is None, "before the first batch"
+    mixer(torch.zeros(4, 3, 16, 16), torch.eye(4), fixed_maps)  # RL-Mix draws its agent once
+    seen = 0
+    for seed in range(3):
+        for i in range(4):
+            images = torch.zeros(4, 3, 16, 16)
+            images[i] = 1
+            torch.manual_seed(seed)
+            mixed, soft = mixer(images, torch.eye(4), fixed_maps)
+            assert mixer.weight.shape == (4, 1, 16, 16) and mixer.weight.dtype == torch.float32
+            if soft[i].max() < 1 or name in ("none", "cutout") or mixer.weight[i].eq(1).all():  # else its own partner
+                torch.testing.assert_close(mixer.weight[i].expand(3, -1, -1), mixed[i])
+                seen += bool(mixer.weight[i].min() < 1)
+    assert seen > 2 or name == "none"
+
+
+def test_methods_without_a_weight_of_the_first_image_have_none():
+    images, targets = batch((6, 3, 16, 16), 6)
+    for name in ("manifold", "comixup"):
+        mixer, found = build_mixer(name, mix_prob=0.5, **SMALL), set()
+        for _ in range(12):
+            mixed, soft = mixer(images, targets, fixed_maps)
+            weight = mixer.weight
+            if torch.equal(soft, targets):
+                assert weight.eq(1).all()
+            elif name == "manifold" and not torch.equal(mixed, images):
+                assert weight.eq(mixer.lam.float()).all()
+            else:
+                assert weight is None
+            found.add(weight is None)
+        assert found == {True, False}
+
+
+def test_composed_mixers_hand_the_weight_on():
+    images, targets = torch.ones(6, 3, 16, 16), torch.eye(6)
+    mixer = compose_mixer(["mixup"], cutout=True, cutout_length=6, mix_fraction=0.5)
+    mixed, _ = mixer(images, targets)
+    inner = mixer.mixers[1].mixers[0]
+    assert mixer.weight.shape == (6, 1, 16, 16) and inner.weight.shape == (3, 1, 16, 16)
+    holes = (mixed == 0)[:3, :1]  # the first three images are not mixed
+    assert holes.any() and mixer.weight[:3].eq(0).equal(holes) and mixer.weight[:3].eq(1).equal(~holes)
+    assert mixer.weight[3:].max() == inner.weight.max() < 1 and mixer.weight[3:].min() == 0
+    mixer.start_epoch(0, 5, 3)
+    mixer.mixers[1].share = 0.0
+    mixed, _ = mixer(images, targets)
+    assert torch.equal(mixer.weight, mixed[:, :1])
+    mixer, found = compose_mixer(["none", "comixup", "cutout"], clean_lam=0.0, m_block_num=2), []
+    for _ in range(12):
+        mixed, _ = mixer(images, targets, [None, fixed_maps, None])
+        found.append(mixer.drawn)
+        assert (mixer.weight is None) == (mixer.drawn == 1)
+        assert mixer.drawn == 1 or torch.equal(mixer.weight, mixed[:, :1])
+    assert set(found) == {0, 1, 2}
+    mixer = compose_mixer(["manifold"], mix_fraction=0.5)
+    found = {mixer(images, targets) and mixer.weight is None for _ in range(20)}
+    assert found == {True, False}
+
+
+def test_a_plain_function_has_the_defaults_of_a_source():
+    plain, default = as_source(fixed_maps), Source()
+    for name in ("clean_weight", "logits", "has_gradient"):
+        assert vars(FunctionSource)[name] == vars(Source)[name]
+    assert plain.points(None) == default.points(None) is None
+    assert as_source(default) is default and as_source(None) is None

@@ -62,7 +62,7 @@ def test_the_search_finds_the_recorded_offsets(golden, name):
     close(scores if name != "c" else scores.amax(1), recorded["score"], 1e-6)
     targets = F.one_hot(recorded["y"], 10).float()
     images = recorded.get("x", torch.zeros(len(maps), 3, *maps.shape[1:]))
-    mixed, soft, offset = mix(images, targets, maps, partner, recorded["alpha"], offsets)
+    mixed, soft, offset, _ = mix(images, targets, maps, partner, recorded["alpha"], offsets)
     assert torch.equal(offset, recorded["best_offset"].long())
     lam = recorded["lam"].unsqueeze(1)
     close(soft, lam * targets + (1 - lam) * targets[partner], 1e-6)
@@ -271,7 +271,7 @@ def blend(first, second, offset, images=None):
     images = torch.stack([torch.full((3, *shape), 1.0), torch.full((3, *shape), 2.0)]) if images is None else images
     maps = torch.stack([first, second]), torch.stack([second, first])
     offset = torch.tensor([offset, [0, 0]])
-    mixed, soft = blend_shifted(images, torch.eye(2), *maps, torch.tensor([1, 0]), offset)
+    mixed, soft, _ = blend_shifted(images, torch.eye(2), *maps, torch.tensor([1, 0]), offset)
     return mixed[0], soft[0]
 
 
@@ -334,7 +334,7 @@ def test_the_layout_and_the_precision_of_the_images_stay():
     images, targets = torch.randn(5, 3, 6, 8), torch.eye(5)
     maps = smooth_maps(5, 6, 8)
     arguments = maps, torch.randperm(5), torch.tensor(0.4), sage_offsets.random_offsets(6, 8, 9)
-    mixed, soft, _ = mix(images, targets, *arguments)
+    mixed, soft, *_ = mix(images, targets, *arguments)
     other = mix(images.contiguous(memory_format=torch.channels_last), targets, *arguments)[0]
     assert torch.equal(mixed, other) and mixed.is_contiguous()
     assert other.is_contiguous(memory_format=torch.channels_last)
