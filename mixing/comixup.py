@@ -2,8 +2,8 @@
 
 Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3-4. A batch is cut, in order, into parts of m_part images, and each part
 gives as many mixed images. Their blocks show much saliency and hang together, and their inputs differ from one image to
-the next: mixing/solvers/comixup_labelling.py has that problem and its solver. Targets go by the area that an input
-covers.
+the next: mixing/solvers/comixup_energy.py has that problem, comixup_labelling.py its solver. Targets go by the area
+that an input covers.
 """
 
 import torch
@@ -11,7 +11,8 @@ from torch.distributions import Dirichlet
 
 from mixing.base import Mixer
 from mixing.ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
-from mixing.solvers.comixup_labelling import Labelling, solve
+from mixing.solvers.comixup_energy import Labelling
+from mixing.solvers.comixup_labelling import solve
 
 GRIDS = (2, 4, 8, 16)  # one of which m_block_num = -1 draws
 WINDOW = 8  # side in pixels of the most salient place of an image

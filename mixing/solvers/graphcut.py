@@ -7,7 +7,7 @@ package gco-wrapper). This file alone imports it, and only when asked, because i
 import numpy as np
 import torch
 
-from mixing.solvers.comixup_labelling import Labelling, objective
+from mixing.solvers.comixup_energy import Labelling, objective
 
 MASK_SCALE = 1000  # times the number of blocks: costs are whole numbers
 LABEL_SCALE = 100_000
@@ -15,7 +15,7 @@ SOFT_BONUS = 5e-4  # of a half-and-half label, a block
 
 
 def import_gco():
-    """The gco module. Raises ValueError with what to install."""
+    """The gco module. Raises ValueError, with the package to install, if it is missing."""
     try:
         import gco
     except ImportError as error:
@@ -26,7 +26,7 @@ def import_gco():
     return gco
 
 
-def whole(values: torch.Tensor | np.ndarray, scale: float) -> np.ndarray:
+def to_integers(values: torch.Tensor | np.ndarray, scale: float) -> np.ndarray:
     return np.ascontiguousarray(np.rint(np.asarray(values, dtype=np.float64) * scale), dtype=np.int32)
 
 
@@ -37,8 +37,8 @@ def solve_mask(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> 
     scale = MASK_SCALE * rows * columns
     labels = np.arange(count)
     table = np.ascontiguousarray(np.square(labels[:, None] - labels), dtype=np.int32)
-    costs = whole(unary.permute(3, 1, 2, 0).cpu(), scale)
-    edges = [whole(edge.permute(2, 0, 1).cpu(), scale / (count - 1) ** 2) for edge in (down, right)]
+    costs = to_integers(unary.permute(3, 1, 2, 0).cpu(), scale)
+    edges = [to_integers(edge.permute(2, 0, 1).cpu(), scale / (count - 1) ** 2) for edge in (down, right)]
     found = [
         gco.cut_grid_graph(costs[image], table, edges[0][image], edges[1][image], algorithm="swap")
         for image in range(batch)
@@ -57,8 +57,7 @@ def solve_labelling(
     sweeps: int = 4,
     resolve: bool = True,
 ) -> Labelling:
-    """A labelling for problems of mixing.solvers.comixup_labelling (its arguments), output by output with all others
-    held.
+    """A labelling for problems of mixing.solvers.comixup_energy (arguments as there), one output after the other.
 
     From random labels. Half-and-half labels of the inputs in use are offered from the second sweep on; in the last one
     outputs that show the same inputs are pulled apart.
@@ -67,29 +66,29 @@ def solve_labelling(
     parts, m, h, w = cost.shape
     prices, likeness = cost.double().cpu().numpy(), compatibility.double().cpu().numpy()
     sources = torch.randint(m, (parts, m, h, w, 1)).expand(-1, -1, -1, -1, 2).numpy().copy()
-    edges = [whole(np.full(shape, beta / (h * w)), LABEL_SCALE / 4) for shape in ((h - 1, w), (h, w - 1))]
+    edges = [to_integers(np.full(shape, beta / (h * w)), LABEL_SCALE / 4) for shape in ((h - 1, w), (h, w - 1))]
     for part in range(parts):
-        counts = np.stack([counts_of(one, m) for one in sources[part]])
+        counts = np.stack([count_blocks(one, m) for one in sources[part]])
         for sweep in range(sweeps):
-            apart = pulled_apart(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
+            apart = duplicate_prices(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
             for output in range(m):
                 overlap = likeness[part] @ (counts.sum(0) - counts[output])
                 level = thres * h * w
                 active = np.where(overlap > level, overlap if thres_type == "hard" else overlap - level, 0.0)
                 site = np.moveaxis(prices[part], 0, -1) + 2 * gamma / (h * w) * active + apart[output]
-                labels = [(j, j) for j in range(m)] + (half_labels(counts[output]) if sweep else [])
-                pair = np.array(labels)
+                pair = np.array([(j, j) for j in range(m)] + (half_labels(counts[output]) if sweep else []))
                 trial = site[..., pair].mean(-1) - SOFT_BONUS * (pair[:, 0] != pair[:, 1])
-                cut = gco.cut_grid_graph(whole(trial, LABEL_SCALE), contrast(pair, m), *edges, algorithm="swap")
+                unary, pairwise = to_integers(trial, LABEL_SCALE), pairwise_costs(pair, m)
+                cut = gco.cut_grid_graph(unary, pairwise, *edges, algorithm="swap")
                 sources[part, output] = pair[cut.reshape(h, w)]
-                counts[output] = counts_of(sources[part, output], m)
+                counts[output] = count_blocks(sources[part, output], m)
     sources = torch.from_numpy(sources).to(cost.device)
     z = torch.nn.functional.one_hot(sources, m).float().mean(-2)
-    terms = {"beta": beta, "gamma": gamma, "thres": thres, "thres_type": thres_type}
-    return Labelling(sources, z.sum((2, 3)), sum(objective(z, cost, compatibility, **terms)))
+    terms = objective(z, cost, compatibility, beta=beta, gamma=gamma, thres=thres, thres_type=thres_type)
+    return Labelling(sources, z.sum((2, 3)), sum(terms))
 
 
-def counts_of(sources: np.ndarray, m: int) -> np.ndarray:
+def count_blocks(sources: np.ndarray, m: int) -> np.ndarray:
     """Blocks of one output, sources (h, w, 2), taken from each of m inputs."""
     return np.bincount(sources.ravel(), minlength=m) / 2
 
@@ -100,14 +99,14 @@ def half_labels(counts: np.ndarray) -> list[tuple[int, int]]:
     return [(a, b) for place, a in enumerate(used) for b in used[place + 1 :]]
 
 
-def contrast(labels: np.ndarray, m: int) -> np.ndarray:
+def pairwise_costs(labels: np.ndarray, m: int) -> np.ndarray:
     """Four times |z - z'|^2 / 2 for all pairs of labels (L, 2): whole numbers."""
     z = np.zeros((len(labels), m))
     np.add.at(z, (np.arange(len(labels))[:, None], labels), 0.5)
-    return whole(2 * np.square(z[:, None] - z).sum(-1), 1)
+    return to_integers(2 * np.square(z[:, None] - z).sum(-1), 1)
 
 
-def pulled_apart(counts: np.ndarray, price: float) -> np.ndarray:
+def duplicate_prices(counts: np.ndarray, price: float) -> np.ndarray:
     """(m, m) prices for outputs that show the very same inputs, two or more: one pays for the first, the other for the
     second of them.
     """

@@ -18,7 +18,8 @@ from mixing.comixup import (
     solve_in_parallel,
 )
 from mixing.solvers.binary_grid import binary_ascent, binary_exact
-from mixing.solvers.comixup_labelling import objective, pick, solve, twins
+from mixing.solvers.comixup_energy import objective
+from mixing.solvers.comixup_labelling import duplicate_penalty, select_moves, solve
 
 RECORDED = np.load(GOLDEN / "comixup.npz")
 CASES = json.loads(str(RECORDED["meta"]))
@@ -158,15 +159,15 @@ def test_moves_made_together_touch_different_inputs():
     gain = torch.rand(3, 6, 4)
     gain[0] = 1.0  # all equal
     touched = torch.rand(3, 6, 6, 4) < 0.3
-    chosen, moved = pick(gain, touched)
+    chosen, moved = select_moves(gain, touched)
     made = touched.gather(3, chosen.view(3, 1, 6, 1).expand(-1, 6, -1, -1)).squeeze(3) & moved.unsqueeze(1)
     assert made.sum(2).amax() <= 1 and moved.any(1).all()
-    assert not pick(torch.zeros(1, 6, 4), touched[:1])[1].any(), "nothing to gain, yet moved"
+    assert not select_moves(torch.zeros(1, 6, 4), touched[:1])[1].any(), "nothing to gain, yet moved"
 
 
 def test_twins_are_pulled_apart_from_different_inputs():
     counts = torch.tensor([[[2.0, 2, 0], [1, 3, 0], [4, 0, 0]]])
-    assert twins(counts)[0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+    assert duplicate_penalty(counts)[0].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 def test_an_input_that_others_show_too_much_is_left_alone():

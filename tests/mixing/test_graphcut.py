@@ -10,7 +10,7 @@ from support import GOLDEN, recorded_problem
 
 from mixing import build_mixer
 from mixing.solvers import puzzlemix_mask
-from mixing.solvers.graphcut import contrast, half_labels, pulled_apart, solve_labelling, solve_mask
+from mixing.solvers.graphcut import duplicate_prices, half_labels, pairwise_costs, solve_labelling, solve_mask
 
 
 def test_mask_energies_are_those_of_the_published_code():
@@ -38,12 +38,12 @@ def test_half_labels_and_their_contrast():
     assert half_labels(np.array([16, 0])) == []
     labels = np.array([(0, 0), (1, 1), (0, 1), (2, 3), (1, 2)])
     wanted = [[0, 4, 1, 3, 3], [4, 0, 1, 3, 1], [1, 1, 0, 2, 1], [3, 3, 2, 0, 1], [3, 1, 1, 1, 0]]
-    assert contrast(labels, 4).tolist() == wanted  # of |z - z'|^2 / 2: 1, 1/4 and 3/4 as in the objective
+    assert pairwise_costs(labels, 4).tolist() == wanted  # of |z - z'|^2 / 2: 1, 1/4 and 3/4 as in the objective
 
 
 def test_outputs_of_the_same_inputs_are_pulled_apart():
     counts = np.array([[8.0, 8, 0], [2, 14, 0], [0, 16, 0]])
-    extra = pulled_apart(counts, 0.5)
+    extra = duplicate_prices(counts, 0.5)
     assert extra.tolist() == [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0]]
 
 

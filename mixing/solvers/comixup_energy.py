@@ -1,0 +1,111 @@
+"""Co-Mixup's objective: which input, or which two inputs half and half, every block of every mixed image shows.
+
+Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3. m outputs are made of m inputs on a grid of N blocks. With z_ik in
+{0, 1/2, 1}^m the label of block k of output i, and n_ij = sum_k z_ikj the blocks that output i takes from input j:
+
+    F(z) = sum_ik cost_k . z_ik + b/2 sum_i sum_kk' |z_ik - z_ik'|^2 + g sum_ij phi(q_ij) n_ij,   q_i = A sum_i'!=i n_i'
+
+over neighbouring blocks k, k', with b = beta / N, g = gamma / N, t = thres N. phi(q) = q where q > t and 0 elsewhere
+(`hard`), or max(q - t, 0) (`soft`): an input that the other outputs show on more than t blocks becomes expensive. The
+paper's text takes the maximum of tau and the whole double sum; its code, followed here, one threshold per pair (i, j).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+class Labelling(NamedTuple):
+    """The result of a solver. Both sources of a block whose label is 1 are the same input."""
+
+    sources: torch.Tensor  # (P, m, h, w, 2) long: the two inputs, half of each, that every block of an output shows
+    counts: torch.Tensor  # (P, m, m): blocks of output i taken from input j
+    objective: torch.Tensor  # (P,): F
+
+
+class Energy(NamedTuple):
+    """F as the solver keeps it, for P parts of a batch at once."""
+
+    unary: torch.Tensor  # (h, w, P, 1, m): cost
+    diagonal: torch.Tensor  # (P, 1, m): of A
+    off_diagonal: torch.Tensor  # (P, m, m): the rest of A, transposed
+    smoothness: float  # b
+    diversity: float  # g
+    shift: float  # phi(q) = threshold(q - shift, level, 0)
+    level: float
+
+    def overlap(self, counts: torch.Tensor) -> torch.Tensor:
+        """A counts, for counts (P, X, m). The off-diagonal part is small: alone, it is not harmed by TF32."""
+        return torch.baddbmm(self.diagonal * counts, counts, self.off_diagonal)
+
+    def phi(self, shifted: torch.Tensor) -> torch.Tensor:
+        """phi of q, for shifted = q - shift."""
+        return F.threshold(shifted, self.level, 0.0)
+
+    def repeat(self, times: int) -> "Energy":
+        """Every part `times` times, one after the other."""
+        return self._replace(
+            unary=self.unary.repeat_interleave(times, 2),
+            diagonal=self.diagonal.repeat_interleave(times, 0),
+            off_diagonal=self.off_diagonal.repeat_interleave(times, 0),
+        )
+
+    def coarsen(self, tall: int, wide: int) -> "Energy":
+        """The same F for labellings that are constant on tall x wide blocks: edges and counts stand for several."""
+        size = tall * wide
+        if size == 1:
+            return self
+        h, w = self.unary.shape[:2]
+        return self._replace(
+            unary=self.unary.unflatten(1, (w // wide, wide)).sum(2).unflatten(0, (h // tall, tall)).sum(1),
+            smoothness=self.smoothness * size**0.5,
+            diversity=self.diversity * size**2,
+            shift=self.shift / size,
+            level=self.level / size,
+        )
+
+
+def build_energy(
+    cost: torch.Tensor, compatibility: torch.Tensor, beta: float, gamma: float, thres: float, thres_type: str
+) -> Energy:
+    """Arguments as those of objective(). Raises ValueError for an unknown thres_type."""
+    if thres_type not in ("hard", "soft"):
+        raise ValueError(f"m_thres_type must be hard or soft, got {thres_type!r}")
+    blocks = cost.shape[-1] * cost.shape[-2]
+    diagonal = compatibility.diagonal(dim1=1, dim2=2)
+    return Energy(
+        unary=cost.permute(2, 3, 0, 1).unsqueeze(3).contiguous(),
+        diagonal=diagonal.unsqueeze(1),
+        off_diagonal=(compatibility - torch.diag_embed(diagonal)).mT,
+        smoothness=beta / blocks,
+        diversity=gamma / blocks,
+        shift=0.0 if thres_type == "hard" else thres * blocks,
+        level=thres * blocks if thres_type == "hard" else 0.0,
+    )
+
+
+def objective(
+    z: torch.Tensor,
+    cost: torch.Tensor,
+    compatibility: torch.Tensor,
+    *,
+    beta: float,
+    gamma: float,
+    thres: float,
+    thres_type: str = "hard",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unary, smoothness and diversity term of F, each (P,), in the precision of the arguments.
+
+    z (P, m, h, w, m): label weights of every block of every output, by input; cost (P, m, h, w): of showing an input on
+    a block; compatibility (P, m, m): A. thres < 0 with `hard` counts every overlap.
+    """
+    blocks = z.shape[2] * z.shape[3]
+    unary = torch.einsum("pihwj,pjhw->p", z, cost)
+    edges = (z[:, :, 1:] - z[:, :, :-1]).square().sum((1, 2, 3, 4))
+    edges = edges + (z[:, :, :, 1:] - z[:, :, :, :-1]).square().sum((1, 2, 3, 4))
+    counts = z.sum((2, 3))
+    overlap = (counts.sum(1, keepdim=True) - counts) @ compatibility.mT
+    energy = build_energy(cost, compatibility, beta, gamma, thres, thres_type)
+    diversity = energy.diversity * (energy.phi(overlap - energy.shift) * counts).sum((1, 2))
+    return unary, beta / blocks / 2 * edges, diversity
