@@ -23,8 +23,8 @@ from engine.inference.classifier import Classifier, load_classifier, make_names_
 from engine.runtime.device import autocast
 from engine.runtime.progress import progress_bar
 from explanation.images import slugify
-from saliency.cam.maps import ActivationMaps, stretched
-from saliency.cam.tracing import layers
+from saliency.cam.maps import ActivationMaps, normalize_maps
+from saliency.cam.tracing import list_layers
 from saliency.casm.network import load_casm
 
 
@@ -94,7 +94,7 @@ def make_cam_explainer(
     def make_map_function(name: str) -> Callable:
         with translate_errors(classifier.name, view.size):
             maps = ActivationMaps(network, name, layer=None if name == "cam" else layer, **settings)
-        return lambda images, classes: stretched(maps(images, classes))
+        return lambda images, classes: normalize_maps(maps(images, classes))
 
     methods = {name: make_map_function(name) for name in method}
     return Explainer(classifier, methods, list(dict.fromkeys(targets)), view, device)
@@ -212,7 +212,7 @@ def print_layers(classifier: Classifier, image_size: int | None) -> dict:
     """The layers whose maps can be taken, in the order of the forward pass."""
     side = image_size or classifier.image_size
     with translate_errors(classifier.name, side):
-        found = layers(classifier.network, side)
+        found = list_layers(classifier.network, side)
     print(f"{classifier.name}: layer and shape (channels, height, width)")
     for name, shape, is_default in found:
         print(f"  {name:40} {' x '.join(map(str, shape))}{'   the last before the average' if is_default else ''}")

@@ -1,1 +1,6 @@
 """Class activation maps of any network."""
+
+from saliency.cam.maps import ActivationMaps, normalize_maps, upsample_maps
+from saliency.cam.tracing import list_layers
+
+__all__ = ["ActivationMaps", "list_layers", "normalize_maps", "upsample_maps"]

@@ -24,11 +24,11 @@ from saliency.cam.tracing import (
     LayerTap,
     PoolingTap,
     TraceResult,
-    check_maps,
     eval_no_grad,
     find_layer,
     trace_network,
     unwrap,
+    validate_logits,
 )
 from saliency.gradient import FP16_SCALE, frozen
 
@@ -87,7 +87,7 @@ class ActivationMaps:
         self.model, self.method, self.layer = unwrap(model), method, layer
         self.batch_size, self.precision, self.progress = batch_size, precision, progress or iter
         self.module = None if layer is None else find_layer(self.model, layer)
-        self.found: TraceResult | None = None  # what the first call learns about the network
+        self.trace: TraceResult | None = None  # what the first call learns about the network
         self.logits: torch.Tensor | None = None
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -99,24 +99,24 @@ class ActivationMaps:
             )
         with eval_no_grad(self.model), torch.autocast(images.device.type, enabled=False):
             images, targets = (given.clone() if given.is_inference() else given.detach() for given in (images, targets))
-            if self.found is None and self.module is None:
-                self.settle(trace_network(self.model, images[:1]))
+            if self.trace is None and self.module is None:
+                self.use_trace(trace_network(self.model, images[:1]))
             if self.method == "cam":
                 return self.cam(images, targets)
             if self.method == "scorecam":
                 return self.scorecam(images, targets)
             return FORMULAS[self.method](*self.gradients(images, targets))
 
-    def settle(self, found: TraceResult) -> None:
-        """Where the maps are from now on. Raises ValueError if there are none that the method can take."""
+    def use_trace(self, trace: TraceResult) -> None:
+        """Take the maps where the trace found them. Raises ValueError if there are none that the method can take."""
         name = type(self.model).__name__
-        if self.method == "cam" and found.average is None:
+        if self.method == "cam" and trace.average is None:
             raise ValueError(f"{name} has no average in front of one linear layer, which cam needs: take gradcam")
-        if found.pooling is None and found.default is None:
+        if trace.pooling is None and trace.default is None:
             raise ValueError(f"{name} neither pools maps nor has a convolution: name a layer")
-        if found.pooling is None:
-            self.layer, self.module = found.default, find_layer(self.model, found.default)
-        self.found = found
+        if trace.pooling is None:
+            self.layer, self.module = trace.default, find_layer(self.model, trace.default)
+        self.trace = trace
 
     def forward(self, images: torch.Tensor, tap: PoolingTap | LayerTap) -> tuple[torch.Tensor, torch.Tensor]:
         """A (B, C, h, w), as the network made it, and logits (B, K) float32."""
@@ -124,41 +124,41 @@ class ActivationMaps:
             logits = self.model(images)
         if tap.maps is None:
             raise ValueError(f"the forward pass of {type(self.model).__name__} makes no use of {self.layer!r}")
-        logits = check_maps(logits, images).float()
+        logits = validate_logits(logits, images).float()
         self.logits = logits.detach()
         return tap.maps, logits
 
-    def tap(self) -> PoolingTap | LayerTap:
+    def make_tap(self) -> PoolingTap | LayerTap:
         if self.module is not None:
             return LayerTap(self.module, self.layer)
-        return PoolingTap(self.found.pooling)
+        return PoolingTap(self.trace.pooling)
 
     @torch.no_grad()
     def cam(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        tap = PoolingTap(self.found.average)
+        tap = PoolingTap(self.trace.average)
         maps, _ = self.forward(images, tap)
-        if self.found.linear is None:  # the averages are the scores
+        if self.trace.linear is None:  # the averages are the scores
             weights = torch.eye(maps.shape[1], device=maps.device)
         else:
-            weights = tap.weights[self.found.linear].detach().float()  # (K, C)
+            weights = tap.weights[self.trace.linear].detach().float()  # (K, C)
         weights = targets.float() @ weights if targets.is_floating_point() else weights[targets]
-        return weighted(maps.detach().float(), weights)
+        return weighted_sum(maps.detach().float(), weights)
 
     def gradients(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and g, each (B, C, h, w) float32. Nothing asks for a gradient but A, so the graph begins there."""
         with torch.enable_grad(), frozen(self.model):
-            maps, logits = self.forward(images, self.tap())
+            maps, logits = self.forward(images, self.make_tap())
             if not logits.requires_grad:
                 raise ValueError(f"the scores of {type(self.model).__name__} do not depend on {self.layer!r}")
             scale = FP16_SCALE if self.precision is torch.float16 else 1.0
-            (gradients,) = torch.autograd.grad(scores(logits, targets).sum() * scale, maps)
+            (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum() * scale, maps)
         return maps.detach().float(), gradients.float() / scale
 
     @torch.no_grad()
     def scorecam(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        maps = self.forward(images, self.tap())[0].detach().float()
+        maps = self.forward(images, self.make_tap())[0].detach().float()
         weights = self.channel_scores(images, targets, maps).softmax(1)
-        return weighted(maps, weights).relu()
+        return weighted_sum(maps, weights).relu()
 
     def channel_scores(self, images: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         """(B, C): the score of the class for an image through each of its maps (B, C, h, w), enlarged and 0 to 1.
@@ -172,7 +172,7 @@ class ActivationMaps:
         def score(images, targets):
             with torch.autocast(images.device.type, self.precision, bool(self.precision)):
                 logits = self.model(images)
-            return scores(logits.float().expand(len(targets), -1), targets)
+            return class_scores(logits.float().expand(len(targets), -1), targets)
 
         result = score(torch.zeros_like(images[:1]), targets).repeat_interleave(channels)
         for pairs in self.progress(varied.split(self.batch_size) if len(varied) else ()):
@@ -184,20 +184,20 @@ class ActivationMaps:
         return result.view(count, channels)
 
 
-def weighted(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_sum(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w), (B, C) -> (B, h, w); no matrix product, which CUDA may round to TF32."""
     return (maps * weights[:, :, None, None]).sum(1)
 
 
-def scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def class_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Logits (B, K), labels (B,) or weights (B, K) -> (B,)."""
     if targets.is_floating_point():
         return (logits * targets).sum(1)
     return logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def stretched(maps: torch.Tensor) -> torch.Tensor:
-    """Each of (B, h, w) from 0 to 1, float32. One that is the same everywhere, or not finite, becomes zeros."""
+def normalize_maps(maps: torch.Tensor) -> torch.Tensor:
+    """Maps (B, h, w), each from 0 to 1, float32. A map that is constant or not finite becomes zeros."""
     maps = maps.float()
     low = maps.amin((1, 2), keepdim=True)
     span = maps.amax((1, 2), keepdim=True) - low
@@ -205,10 +205,10 @@ def stretched(maps: torch.Tensor) -> torch.Tensor:
     return torch.where(good, (maps - low) / torch.where(good, span, 1), 0)
 
 
-def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, h, w) -> (B, *size), from 0 to 1: stretched, scaled bilinearly, and stretched again."""
-    return stretched(scaled(stretched(maps), size))
+def upsample_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w) -> (B, *size), from 0 to 1: normalised, resized bilinearly, and normalised again."""
+    return normalize_maps(resize_maps(normalize_maps(maps), size))
 
 
-def scaled(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps.unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)

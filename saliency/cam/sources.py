@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from saliency.base import Source
-from saliency.cam.maps import PROBE_SIZE, ActivationMaps, scaled
+from saliency.cam.maps import PROBE_SIZE, ActivationMaps, resize_maps
 from saliency.cam.tracing import black_image, eval_no_grad, trace_network
 
 
@@ -22,13 +22,13 @@ class CAM(Source):
         self.model, self.precision = self.maps.model, precision
         try:
             with eval_no_grad(self.model):
-                found = trace_network(self.model, black_image(self.model, PROBE_SIZE))
+                trace = trace_network(self.model, black_image(self.model, PROBE_SIZE))
         except (RuntimeError, AssertionError, ValueError):
             return  # it takes images of another size alone: the first batch will tell
-        self.maps.settle(found)
+        self.maps.use_trace(trace)
 
     def __call__(self, images, targets):
-        return scaled(self.maps(images, targets.float()).clamp_min(0), images.shape[-2:])
+        return resize_maps(self.maps(images, targets.float()).clamp_min(0), images.shape[-2:])
 
 
 class GradCAM(CAM):

@@ -1,6 +1,6 @@
-"""A forward pass followed, function call by function call: where a network, whichever it is, has its maps and its head.
+"""Where a network has its maps and its head: one forward pass is traced, function call by function call.
 
-Nothing need be known of its modules: what averages maps in front of a linear layer is seen by what goes in and out.
+Nothing need be known of its modules: an average in front of a linear layer is recognised by its inputs and outputs.
 """
 
 import difflib
@@ -20,26 +20,26 @@ POOLINGS = AVERAGES | {"adaptive_max_pool2d", "adaptive_max_pool2d_with_indices"
 
 
 class TraceResult(NamedTuple):
-    """What a pass showed. Function calls are counted from 0: poolings and linear layers apart."""
+    """What a traced pass showed. Calls of poolings and of linear layers are numbered from 0, each kind by itself."""
 
-    pooling: int | None  # the last that pools maps as a whole
-    average: int | None  # the one that cam takes,
-    linear: int | None  # and the linear layer behind it; None: its averages are the logits
-    layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which modules end
-    default: str | None  # the last of them before that pooling; if nothing is pooled, the last convolution
-
-
-class Call(NamedTuple):
-    """Of a function that pools maps, or of a linear layer."""
-
-    given: torch.Tensor | None  # to a linear layer
-    result: torch.Tensor
-    vector: torch.Tensor  # a copy of what leaves the pooling, or of what the linear layer takes
-    whole: bool = False  # whether a pooling is adaptive, as VGG's to 7x7, or leaves one number a map,
-    average: bool = False  # which is the mean
+    pooling: int | None  # the last pooling of whole maps
+    average: int | None  # the pooling that cam needs, a global average
+    linear: int | None  # the linear layer behind it; None: the averages are the logits
+    layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which the modules end
+    default: str | None  # the last layer before that pooling; if nothing is pooled, the last convolution
 
 
-def layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], bool]]:
+class RecordedCall(NamedTuple):
+    """A call of a function that pools maps, or of a linear layer."""
+
+    input: torch.Tensor | None  # of a linear layer
+    output: torch.Tensor
+    vector: torch.Tensor  # a copy of the pooling's output or of the linear layer's input
+    whole: bool = False  # whether a pooling is adaptive, as VGG's to 7x7, or leaves one number per map
+    average: bool = False  # whether that number is the mean
+
+
+def list_layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], bool]]:
     """The modules of `model` that can be named as a layer, in the order in which they end: name, (C, h, w), and whether
     it is the last before the layer that is taken when none is named (a function such as a ReLU may lie between).
 
@@ -48,8 +48,8 @@ def layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tupl
     """
     model = unwrap(model)
     with eval_no_grad(model):
-        found = trace_network(model, black_image(model, images) if isinstance(images, int) else images[:1])
-    return [(name, shape, name == found.default) for name, shape in found.layers.items()]
+        trace = trace_network(model, black_image(model, images) if isinstance(images, int) else images[:1])
+    return [(name, shape, name == trace.default) for name, shape in trace.layers.items()]
 
 
 def black_image(model: nn.Module, side: int) -> torch.Tensor:
@@ -59,8 +59,8 @@ def black_image(model: nn.Module, side: int) -> torch.Tensor:
 
 @torch.no_grad()
 def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
-    """Follow one forward pass of images (1, 3, H, W)."""
-    recorder, modules = Recorder(), find_by_name(model)
+    """Trace one forward pass of images (1, 3, H, W)."""
+    recorder, modules = CallRecorder(), modules_by_name(model)
     ended: dict[str, tuple[tuple[int, int, int], int]] = {}  # name -> (C, h, w), how many poolings went before
 
     def note(name):
@@ -74,62 +74,64 @@ def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
     handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
     try:
         with recorder, torch.autocast(images.device.type, enabled=False):
-            logits = check_maps(model(images), images)
+            logits = validate_logits(model(images), images)
     finally:
         for handle in handles:
             handle.remove()
 
-    last = max((i for i, call in enumerate(recorder.poolings) if call.whole), default=None)
-    if last is None:
+    pooling = max((i for i, call in enumerate(recorder.poolings) if call.whole), default=None)
+    if pooling is None:
         before = [name for name in ended if isinstance(modules[name], nn.Conv2d)]
     else:
-        before = [name for name, (_, poolings) in ended.items() if poolings <= last]
+        before = [name for name, (_, poolings) in ended.items() if poolings <= pooling]
+    average, linear = find_head(recorder, logits)
     shapes = {name: shape for name, (shape, _) in ended.items()}
-    return TraceResult(
-        last, *find_head(recorder.poolings, recorder.linears, logits), shapes, before[-1] if before else None
-    )
+    return TraceResult(pooling, average, linear, shapes, before[-1] if before else None)
 
 
-def find_head(poolings: list[Call], linears: list[Call], logits: torch.Tensor) -> tuple[int | None, int | None]:
-    """Numbers of the average and of the linear layer behind it that make the logits; see Found.
+def find_head(recorder: "CallRecorder", logits: torch.Tensor) -> tuple[int | None, int | None]:
+    """Numbers of the average and of the linear layer behind it that make the logits; see TraceResult.
 
-    What the one gives must be the very memory that the other takes, and unchanged: a scale that is still 1 may lie
-    between otherwise.
+    The output of the one must be the very memory of the other's input, and unchanged: otherwise a scale that is still 1
+    may lie between.
     """
-    last = max((i for i, call in enumerate(linears) if same_memory(call.result, logits)), default=None)
+    poolings, linears = recorder.poolings, recorder.linears
+    last = max((i for i, call in enumerate(linears) if shares_memory(call.output, logits)), default=None)
     for i, pooling in reversed(list(enumerate(poolings))):
-        if pooling.average and last is None and same_memory(pooling.result, logits):
+        if pooling.average and last is None and shares_memory(pooling.output, logits):
             return i, None
-        if pooling.average and last is not None and same_memory(pooling.result, linears[last].given):
+        if pooling.average and last is not None and shares_memory(pooling.output, linears[last].input):
             vectors = pooling.vector.flatten(), linears[last].vector.flatten()
             return (i, last) if torch.allclose(*vectors, rtol=0, atol=0, equal_nan=True) else (None, None)
     return None, None
 
 
-def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
-class Recorder(TorchFunctionMode):
-    """Keeps every pooling and every linear layer of a pass, in their order."""
+class CallRecorder(TorchFunctionMode):
+    """Records every pooling and every linear layer of a pass, in order."""
 
     def __init__(self):
         super().__init__()
-        self.poolings: list[Call] = []
-        self.linears: list[Call] = []
+        self.poolings: list[RecordedCall] = []
+        self.linears: list[RecordedCall] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        maps = is_pooled(func, args, kwargs)
+        maps = find_pooled_maps(func, args, kwargs)
         result = func(*args, **kwargs)
         if maps is not None:
             value, name, count = result[0] if isinstance(result, tuple) else result, func.__name__, maps.shape[:2]
             single = value.shape[:2] == count and value.numel() == count.numel()
             average = single and name in AVERAGES and is_close(value.flatten(1), maps.mean((2, 3)))
-            self.poolings.append(Call(None, value, value.clone(), single or name.startswith("adaptive"), average))
+            self.poolings.append(
+                RecordedCall(None, value, value.clone(), single or name.startswith("adaptive"), average)
+            )
         elif func is F.linear:
             given = args[0] if args else kwargs["input"]
-            self.linears.append(Call(given, result, given.clone()))
+            self.linears.append(RecordedCall(given, result, given.clone()))
         return result
 
 
@@ -151,7 +153,7 @@ class PoolingTap(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        maps = is_pooled(func, args, kwargs)
+        maps = find_pooled_maps(func, args, kwargs)
         if maps is not None:
             if self.count == self.number:
                 self.maps = maps.requires_grad_()
@@ -161,8 +163,8 @@ class PoolingTap(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def is_pooled(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """The maps (B, C, h, w) that `func` pools, if it does. Of a function that calls another only the first is seen."""
+def find_pooled_maps(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    """The maps (B, C, h, w) that `func` pools, if it pools any. Of nested functions only the outermost is seen."""
     if getattr(func, "__name__", "") not in POOLINGS:
         return None
     given = args[0] if args else kwargs.get("input")
@@ -195,7 +197,7 @@ def is_maps(output, count: int | None = None) -> bool:
     return isinstance(output, torch.Tensor) and output.dim() == 4 and count in (None, len(output))
 
 
-def check_maps(logits, images: torch.Tensor) -> torch.Tensor:
+def validate_logits(logits, images: torch.Tensor) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise ValueError(f"the network must give logits (B, K), it gives {got} for {len(images)} images")
@@ -207,14 +209,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def find_by_name(model: nn.Module) -> dict[str, nn.Module]:
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     """The modules inside `model` by dotted name; shells of torch.compile do not count."""
     return {name.replace("._orig_mod", ""): unwrap(module) for name, module in model.named_modules() if name}
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """Raises ValueError, with the nearest name, if there is no such module."""
-    modules = find_by_name(model)
+    modules = modules_by_name(model)
     if name not in modules:
         nearest = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
         raise ValueError(

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from models import build_model
 from saliency import CAM_METHODS, build_source
-from saliency.cam.maps import ActivationMaps, enlarged, stretched
-from saliency.cam.tracing import layers
+from saliency.cam.maps import ActivationMaps, normalize_maps, upsample_maps
+from saliency.cam.tracing import list_layers
 
 GRADIENTS = ("gradcam", "gradcam++", "layercam")
 CLASSES = 7
@@ -268,13 +268,13 @@ def test_wrong_calls_say_what_came():
 )
 def test_the_layers_are_listed_and_the_last_before_the_average_is_marked(name, side, default):
     model = build(name)
-    found = layers(model.train(), side)
+    found = list_layers(model.train(), side)
     assert model.training and not any(module._forward_hooks for module in model.modules())
     assert [(name, shape) for name, shape, marked in found if marked] == [default]
     assert len({name for name, *_ in found}) == len(found)
     for name, shape, _ in found:
         assert isinstance(model.get_submodule(name), nn.Module) and len(shape) == 3
-    assert layers(model, torch.randn(2, 3, side, side)) == found
+    assert list_layers(model, torch.randn(2, 3, side, side)) == found
 
 
 def test_where_nothing_is_pooled_the_last_convolution_is_taken():
@@ -282,7 +282,7 @@ def test_where_nothing_is_pooled_the_last_convolution_is_taken():
         nn.Sequential(*small_network()[:5], nn.Flatten(), nn.Linear(6 * 49, 2)),
         some_images(2, 16),
     )
-    assert [(name, marked) for name, _, marked in layers(model, 16)][-2:] == [("3", True), ("4", False)]
+    assert [(name, marked) for name, _, marked in list_layers(model, 16)][-2:] == [("3", True), ("4", False)]
     agree(
         ActivationMaps(model, "gradcam")(images, labels % 2),
         ActivationMaps(model, "gradcam", layer="3")(images, labels % 2),
@@ -292,7 +292,7 @@ def test_where_nothing_is_pooled_the_last_convolution_is_taken():
 def test_of_a_module_that_is_called_twice_the_last_call_counts():
     model, (images, labels) = small_network(), some_images()
     model[4] = model[2]
-    assert [name for name, *_ in layers(model, 32)] == ["0", "1", "3", "2", "5"]
+    assert [name for name, *_ in list_layers(model, 32)] == ["0", "1", "3", "2", "5"]
     agree(ActivationMaps(model, "gradcam", layer="2")(images, labels), ActivationMaps(model, "gradcam")(images, labels))
 
 
@@ -387,17 +387,17 @@ def test_compiled_networks_get_the_same_maps_and_stay_compiled(way):
     for method, maps in wanted.items():
         agree(ActivationMaps(model, method)(images, labels), maps)
     agree(ActivationMaps(model, "gradcam", layer="3")(images, labels), named)
-    assert "3" in [name for name, *_ in layers(model, 16)]
+    assert "3" in [name for name, *_ in list_layers(model, 16)]
     model(images)
     assert compiler.graphs == 1
 
 
 def test_a_compiled_part_of_a_network_keeps_its_name():
     model, (images, labels) = Averaging(lambda maps: maps.mean((2, 3))).eval(), some_images(2, 16)
-    names = [name for name, *_ in layers(model, 16)]
+    names = [name for name, *_ in list_layers(model, 16)]
     wanted = {layer: ActivationMaps(model, "gradcam", layer=layer)(images, labels) for layer in ("body", "body.3")}
     model.body = torch.compile(model.body, backend="eager")
-    assert [name for name, *_ in layers(model, 16)] == names
+    assert [name for name, *_ in list_layers(model, 16)] == names
     for layer, maps in wanted.items():
         agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), maps)
 
@@ -465,15 +465,15 @@ def test_stretched_maps_go_from_0_to_1_and_useless_ones_are_zero():
     nan, inf = SIGNED.clone(), SIGNED.clone()
     nan[0, 0], inf[1, 1] = torch.nan, torch.inf
     maps = torch.stack([SIGNED, 1e-30 * SIGNED, torch.full((2, 2), 5.0), torch.zeros(2, 2), nan, inf])
-    for found in (stretched(maps), enlarged(maps, (7, 5))):
+    for found in (normalize_maps(maps), upsample_maps(maps, (7, 5))):
         assert found[:2].amin((1, 2)).eq(0).all() and found[:2].amax((1, 2)).eq(1).all()
         assert found[2:].eq(0).all()
-    assert enlarged(maps, (7, 5)).shape == (6, 7, 5)
-    torch.testing.assert_close(stretched(SIGNED[None]), (SIGNED[None] + 2.1) / 3.5)
-    corners = enlarged(SIGNED[None], (4, 4))[0]
-    torch.testing.assert_close(corners[::3, ::3], stretched(SIGNED[None])[0])
+    assert upsample_maps(maps, (7, 5)).shape == (6, 7, 5)
+    torch.testing.assert_close(normalize_maps(SIGNED[None]), (SIGNED[None] + 2.1) / 3.5)
+    corners = upsample_maps(SIGNED[None], (4, 4))[0]
+    torch.testing.assert_close(corners[::3, ::3], normalize_maps(SIGNED[None])[0])
     peak = F.pad(torch.ones(1, 1, 1), (1, 1, 1, 1))  # no pixel of the enlarged map has its centre here
-    assert enlarged(peak, (6, 6)).max() == 1
+    assert upsample_maps(peak, (6, 6)).max() == 1
 
 
 # the sources
@@ -509,5 +509,5 @@ def test_the_grad_cam_package_gives_the_same_maps(name, layer, rounding):
     for method, theirs_name in theirs.items():
         with getattr(package, theirs_name)(model, [model.get_submodule(layer)]) as cam:
             wanted = torch.from_numpy(cam(images, [ClassifierOutputTarget(label.item()) for label in labels]))
-        found = enlarged(ActivationMaps(model, method, layer=layer)(images, labels), (32, 32))
+        found = upsample_maps(ActivationMaps(model, method, layer=layer)(images, labels), (32, 32))
         assert (found - wanted).abs().max() <= rounding and wanted.amax((1, 2)).min() > 0.99, method
