@@ -2,22 +2,25 @@
 
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import saliency
 from engine.config.mixing_options import add_method_options
 from engine.config.option_types import choices, int_at_least
 from engine.config.options import DATASETS, add_common_options, add_dataset_option
 from engine.config.parser import Parser
+from engine.config.select import select_kwargs
 from engine.errors import UserError
 from engine.launch import run_main
-from mixing import ALIASES, MIXERS, build_mixer
+from mixing import ALIASES, MIXERS, build_mixer, hyper_parameters
 from saliency import build_source
 
 METHODS = [name for name in MIXERS if name != "none"]
-TRIES = 60  # draws, of which those that mix are shown
-WITHOUT_NETWORK = "fine_grained"
-THROUGH_NETWORK = ("gradient", "cam", "gradcam", "gradcam++", "layercam")
+MAX_DRAWS = 60  # of which those that mix are shown
+STATIC_SOURCE = "fine_grained"  # in place of a source that needs a network, where there is none
+NETWORK_SOURCES = ("gradient", "cam", "gradcam", "gradcam++", "layercam")
 
 
 def build_parser() -> Parser:
@@ -49,136 +52,185 @@ def main(argv: list[str] | None = None) -> dict:
     """Draw; returns the label weights of each method's mixed images, name -> (n, inputs)."""
     parser = build_parser()
     options = {**parser.defaults, **parser.read(argv)}
-    if (options["images"] is None) == (options["dataset"] is None):
-        parser.error("give either --images, two or more files, or --dataset")
-    if len(options["images"] or options["indices"]) < 2:
-        parser.error("mixing takes two images or more")
-    if options["model"] and not options["model_path"]:
-        parser.error(f"--model {options['model']} needs --model_path, the file of its weights")
-    if not options["output"].endswith(".png"):
-        parser.error(f"--output {options['output']}: the picture is a .png")
-    if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
-        parser.error(f"--images {' '.join(missing)}: no such file")
-    methods = METHODS if "all" in options["method"] else options["method"]
+    check_options(parser, **select_kwargs(options, check_options))
+    import torch  # after the options, so that --help answers at once
 
-    import torch
+    from engine.drawing.figures import draw_mixtures
 
-    from engine.drawing import figures
+    # ---- Images and saliency ----
+    inputs = load_inputs(**select_kwargs(options, load_inputs))
+    images, statistics = inputs.images, {"mean": inputs.mean, "std": inputs.std}
+    guide = options["saliency"] or ("gradient" if inputs.network else STATIC_SOURCE)
+    settings = {"network": inputs.network, **statistics, **select_kwargs(options, ["saliency_size", "casm"])}
+    maps = compute_maps(guide, images, **settings)
 
-    model, images, names, statistics = load(options)
-    rows, weights = [], {}
-    guide = options["saliency"] or ("gradient" if model else WITHOUT_NETWORK)
-    try:
-        maps = choose_source(options | {"saliency": guide}, None, model, statistics)(images, None)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    for name in methods:
-        try:
-            mixer = build_mixer(name, **options | statistics | {"mix_prob": 1.0})
-            mixer.check_size(*images.shape[-2:])
-            source = mixer.build_source(lambda one: choose_source(options, one, model, statistics))
-            mixed, shares, soft, milliseconds = collect(mixer, images, source, options["n"], options["seed"])
-        except ValueError as error:
-            raise UserError(f"--method {name}: {error}") from error
-        weights[name] = soft
-        rows.append((f"{name}\n{milliseconds:.1f} ms", mixed, shares, soft))
-        print(f"{name}: {milliseconds:.1f} ms for {len(images)} images")
-        for one in soft:
-            order = one.argsort(descending=True)
-            print("   " + ", ".join(f"{float(one[k]):.2f} {names[int(k)]}" for k in order if one[k] > 0.005))
-    figures.draw_mixtures(
+    # ---- Methods ----
+    def make_source(mixer):
+        return choose_source(options["saliency"], mixer.default_source, mixer.gradient_options, **settings)
+
+    rows, weights, colours = [], {}, palette(len(images))
+    for name in METHODS if "all" in options["method"] else options["method"]:
+        given = select_kwargs(options, list(hyper_parameters(name))) | statistics | {"mix_prob": 1.0}
+        mixed, shares, weights[name], lap = mix_by(name, images, make_source, options["n"], options["seed"], **given)
+        rows.append((f"{name}\n{lap:.1f} ms", mixed, torch.tensordot(shares, colours, ([1], [0])), weights[name]))
+        print_label_weights(f"{name}: {lap:.1f} ms for {len(images)} images", weights[name], inputs.names)
+
+    # ---- Picture ----
+    draw_mixtures(
         options["output"],
         images=images,
-        names=names,
+        names=inputs.names,
         saliency=maps,
         guide="pixel gradient" if guide == "gradient" else guide,
-        rows=[
-            (text, mixed, torch.tensordot(shares, palette(len(images)), dims=([1], [0])), soft)
-            for text, mixed, shares, soft in rows
-        ],
-        colours=palette(len(images)),
+        rows=rows,
+        colours=colours,
         **statistics,
     )
     print(f"written: {options['output']}")
     return weights
 
 
-def palette(count: int):
-    """(count, 3) colours, of pixels in 0..1, that tell the inputs apart."""
-    import torch
-    from matplotlib import colormaps
+def check_options(
+    parser: Parser,
+    *,
+    images: list[str] | None,
+    dataset: str | None,
+    indices: list[int],
+    model: str | None,
+    model_path: str | None,
+    output: str,
+) -> None:
+    """Stop with a usage error if the options do not fit together."""
+    if (images is None) == (dataset is None):
+        parser.error("give either --images, two or more files, or --dataset")
+    if len(images or indices) < 2:
+        parser.error("mixing takes two images or more")
+    if model and not model_path:
+        parser.error(f"--model {model} needs --model_path, the file of its weights")
+    if not output.endswith(".png"):
+        parser.error(f"--output {output}: the picture is a .png")
+    if missing := [file for file in images or () if not Path(file).is_file()]:
+        parser.error(f"--images {' '.join(missing)}: no such file")
 
-    colours = [colormaps["tab10" if count <= 10 else "tab20"](k % 20)[:3] for k in range(count)]
-    return torch.tensor(colours, dtype=torch.float32)
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is mixed, and the classifier that guides."""
+
+    images: Any  # (B, 3, S, S) tensor, normalised
+    names: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    network: Any  # a torch module in evaluation mode, or None
 
 
-def load(options: dict) -> tuple:
-    """The network or None, images (B, 3, S, S) normalised, their names, and the statistics they are normalised by."""
-    import torch
-
+def load_inputs(
+    *,
+    images: list[str] | None,
+    dataset: str | None,
+    data_dir: str,
+    indices: list[int],
+    image_size: int | None,
+    model_path: str | None,
+    model: str | None,
+) -> Inputs:
+    """The files `images`, or the training images `indices` of `dataset`, normalised as the classifier wants them."""
     import models
-    from engine.data.datasets import load_data
-    from engine.data.decode import BadImage, decode_center
     from engine.data.image_set import STATISTICS
-    from engine.inference.classifier import load_classifier
+    from engine.inference.classifier import load_classifier, normalize
 
-    model, size, statistics = None, options["image_size"] or 224, STATISTICS["imagenet"]
-    if options["model_path"]:
-        known = load_classifier(options["model_path"], models, model=options["model"], image_size=options["image_size"])
-        model, statistics = known.network, (known.mean, known.std)
-        size = options["image_size"] or known.image_size
-    if options["dataset"]:
-        data = load_data(options["dataset"], data_dir=options["data_dir"], image_size=options["image_size"])
-        if max(options["indices"]) >= len(data.train):
-            raise UserError(f"--indices: {options['dataset']} has {len(data.train)} training images, from 0")
-        part = data.train.take(torch.tensor(options["indices"]))
-        pixels = part.pixels if isinstance(part.pixels, torch.Tensor) else part.pixels.read_all(0, lambda x, **_: x)[0]
-        names = [
-            f"{data.classes[label]} ({index})" for label, index in zip(part.labels, options["indices"], strict=True)
-        ]
-        if not options["model_path"]:
-            statistics = (data.mean, data.std)
+    known = load_classifier(model_path, models, model=model, image_size=image_size) if model_path else None
+    if dataset:
+        pixels, names, mean, std = read_examples(dataset, data_dir, indices, image_size)
     else:
-        try:
-            pixels = torch.stack([torch.from_numpy(decode_center(Path(file), size)) for file in options["images"]])
-        except BadImage as error:
-            raise UserError(f"--images {error}") from error
-        names = [Path(file).stem for file in options["images"]]
-    mean, std = statistics
-    pixels = pixels.permute(0, 3, 1, 2).float() / 255
-    images = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    return model, images, names, {"mean": tuple(mean), "std": tuple(std)}
+        pixels, names = read_files(images, image_size or (known.image_size if known else 224))
+        mean, std = STATISTICS["imagenet"]
+    mean, std = (known.mean, known.std) if known else (tuple(mean), tuple(std))
+    return Inputs(normalize(pixels, mean, std), names, mean, std, known and known.network)
 
 
-def choose_source(options: dict, mixer, model, statistics: dict):
-    """What guides a method here: its own source, or a static map where that takes a network and there is none. mixer
-    None: the plain gradient.
+def read_examples(dataset: str, data_dir: str, indices: list[int], image_size: int | None) -> tuple:
+    """Pixels (B, 3, S, S) in 0..1 and names of training images, and the mean and std of their data set."""
+    import torch
+
+    from engine.data.datasets import load_data
+
+    data = load_data(dataset, data_dir=data_dir, image_size=image_size)
+    if max(indices) >= len(data.train):
+        raise UserError(f"--indices: {dataset} has {len(data.train)} training images, from 0")
+    part = data.train.take(torch.tensor(indices))
+    pixels = part.pixels if isinstance(part.pixels, torch.Tensor) else part.pixels.read_all(0, lambda x, **_: x)[0]
+    names = [f"{data.classes[label]} ({index})" for label, index in zip(part.labels, indices, strict=True)]
+    return pixels.permute(0, 3, 1, 2).float() / 255, names, data.mean, data.std
+
+
+def read_files(files: list[str], size: int) -> tuple:
+    """Pixels (B, 3, size, size) in 0..1 of the centres of pictures, and their names."""
+    import torch
+
+    from engine.data.decode import BadImage, decode_center
+
+    try:
+        pixels = torch.stack([torch.from_numpy(decode_center(Path(file), size)) for file in files])
+    except BadImage as error:
+        raise UserError(f"--images {error}") from error
+    return pixels.permute(0, 3, 1, 2).float() / 255, [Path(file).stem for file in files]
+
+
+def choose_source(
+    saliency: str | None,
+    default: str,
+    gradient_options: dict,
+    *,
+    network,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    saliency_size: int | None,
+    casm: str | None,
+):
+    """The source `saliency`. None: that of the method, `default`, or a static map if it needs a network and there is
+    none. Raises ValueError for a source that cannot be used here.
     """
-    name = options["saliency"] or mixer.default_source
+    name = saliency or default
     if name == "bank":
         raise ValueError("--saliency bank: it is learned while a classifier trains; choose another")
-    if name == "casm" and not options["casm"]:
+    if name == "casm" and not casm:
         raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
-    if name in THROUGH_NETWORK and model is None:
-        if options["saliency"]:
+    if name in NETWORK_SOURCES and network is None:
+        if saliency:
             raise ValueError(f"--saliency {name} needs --model_path, a trained classifier")
-        name = WITHOUT_NETWORK
-    settings = (mixer.gradient_options if mixer else {}) | {"mode": "eval", "clean_weight": 0.0}
-    settings |= {"saliency_size": options["saliency_size"], "casm": options["casm"]}
-    source = build_source(name, model=model, **statistics, **settings)
-    return Predicted(source) if name in THROUGH_NETWORK else source
+        name = STATIC_SOURCE
+    given = gradient_options | {"mode": "eval", "clean_weight": 0.0, "saliency_size": saliency_size, "casm": casm}
+    source = build_source(name, model=network, mean=mean, std=std, **given)
+    return PredictedClass(source) if name in NETWORK_SOURCES else source
 
 
-class Predicted:
-    """A source that looks through a network at a class, for images without labels: it looks at the first choice."""
+class PredictedClass:
+    """A source that asks a network about a class, for images without labels: about the class that it predicts."""
+
+    clean_weight = 0.0
 
     def __init__(self, source):
-        self.source = source
+        self.source, self.has_gradient = source, source.has_gradient
+
+    @property
+    def logits(self):
+        return self.source.logits
 
     def __call__(self, images, targets):
-        return self.source(images, self.first_choice(images))
+        return self.source(images, self.predict(images))
 
-    def first_choice(self, images):
+    def gradient(self, images, targets):
+        return self.source.gradient(images, self.predict(images))
+
+    def reduce(self, gradient):
+        return self.source.reduce(gradient)
+
+    def points(self, saliency):
+        return self.source.points(saliency)
+
+    def predict(self, images):
+        """(B, K): one-hot targets of the predicted classes."""
         import torch
         from torch.nn import functional as F
 
@@ -186,39 +238,54 @@ class Predicted:
             logits = self.source.model(images)
         return F.one_hot(logits.argmax(1), logits.shape[1]).float()
 
-    def __getattr__(self, name):
-        found = getattr(self.source, name)
-        return (lambda images, targets: found(images, self.first_choice(images))) if name == "gradient" else found
+
+def compute_maps(guide: str, images, **settings):
+    """The saliency (B, H, W) of the source `guide`. Raises UserError if it cannot be used here."""
+    try:
+        return choose_source(guide, guide, {}, **settings)(images, None)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
-def collect(mixer, images, source, count: int, seed: int) -> tuple:
-    """`count` mixed images (n, 3, H, W), whose pixels they show (n, B, H, W), label weights (n, B), and the
-    milliseconds of one call. The first that hold a part of another image; of a method that has none, the first changed.
+def mix_by(name: str, images, make_source, count: int, seed: int, **hyper_parameters) -> tuple:
+    """collect_mixtures() by the method `name`. Raises UserError for a method that cannot mix these images."""
+    try:
+        mixer = build_mixer(name, **hyper_parameters)
+        mixer.check_size(*images.shape[-2:])
+        return collect_mixtures(mixer, images, mixer.build_source(make_source), count, seed)
+    except ValueError as error:
+        raise UserError(f"--method {name}: {error}") from error
+
+
+def collect_mixtures(mixer, images, source, count: int, seed: int) -> tuple:
+    """`count` mixed images (n, 3, H, W), the share of each input at their pixels (n, B, H, W), their label weights
+    (n, B), and the milliseconds of one call. The first images that hold a part of another one are taken or, if a method
+    has none, the first that have changed.
     """
     import torch
 
     targets = torch.eye(len(images))
     mixer(images, targets, source)  # RL-Mix draws its agent once
-    found, milliseconds = {2: [], 1: [], 0: []}, []  # by how much became of the image
-    for draw in range(TRIES):
+    found, milliseconds = {2: [], 1: [], 0: []}, []  # 2: another image is part of it; 1: it has changed; 0: it has not
+    for draw in range(MAX_DRAWS):
         torch.manual_seed(1000 * seed + draw)
         begin = time.perf_counter()
         result, labels = mixer(images, targets, source)
         milliseconds.append(1000 * (time.perf_counter() - begin))
-        showing = weights_of(mixer, images, targets, source, 1000 * seed + draw)
+        shares = pixel_shares(mixer, images, targets, source, 1000 * seed + draw)
         for row in range(len(images)):
             changed = not torch.equal(result[row], images[row])  # manifold may mix behind a layer, unseen
             kind = changed + (changed and bool(labels[row].max() < 0.99))
-            found[kind].append((result[row], showing[row], labels[row]))
+            found[kind].append((result[row], shares[row], labels[row]))
         if len(found[2]) >= count:
             break
     best = next(kind for kind in found.values() if kind)[:count]
-    middle = sorted(milliseconds)[len(milliseconds) // 2]
-    return *(torch.stack(one).detach() for one in zip(*best, strict=True)), middle
+    mixed, shares, soft = (torch.stack(column).detach() for column in zip(*best, strict=True))
+    return mixed, shares, soft, sorted(milliseconds)[len(milliseconds) // 2]
 
 
-def weights_of(mixer, images, targets, source, seed: int):
-    """(B, B, H, W): the weight of image j at every pixel of mixed image i, as the derivative of one by the other."""
+def pixel_shares(mixer, images, targets, source, seed: int):
+    """(B, B, H, W): the share of image j at every pixel of mixed image i, as the derivative of one by the other."""
     import torch
     from torch.autograd import forward_ad
 
@@ -232,6 +299,23 @@ def weights_of(mixer, images, targets, source, seed: int):
             mixed, _ = mixer(forward_ad.make_dual(images, tangent), targets, source)
             found.append(forward_ad.unpack_dual(mixed).tangent[:, 0])
     return torch.stack(found, 1)
+
+
+def palette(count: int):
+    """(count, 3) colours, of pixels in 0..1, that tell the inputs apart."""
+    import torch
+    from matplotlib import colormaps
+
+    colours = [colormaps["tab10" if count <= 10 else "tab20"](k % 20)[:3] for k in range(count)]
+    return torch.tensor(colours, dtype=torch.float32)
+
+
+def print_label_weights(title: str, soft, names: list[str]) -> None:
+    """A line for each mixed image with the share of each input, soft (n, inputs), the largest first."""
+    print(title)
+    for one in soft:
+        order = one.argsort(descending=True)
+        print("   " + ", ".join(f"{float(one[k]):.2f} {names[int(k)]}" for k in order if one[k] > 0.005))
 
 
 if __name__ == "__main__":

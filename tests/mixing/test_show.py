@@ -7,7 +7,7 @@ from PIL import Image
 
 from engine.errors import UserError
 from mixing import build_mixer, show
-from mixing.show import METHODS, collect, weights_of
+from mixing.show import METHODS, collect_mixtures, pixel_shares
 from saliency.static import FineGrained
 
 
@@ -78,16 +78,16 @@ def test_the_weights_rebuild_the_mixed_image(name):
     for seed in range(3):
         torch.manual_seed(seed)
         mixed, soft = mixer(images, targets, lambda images, targets: images.abs().mean(1))
-        weights = weights_of(mixer, images, targets, lambda images, targets: images.abs().mean(1), seed)
+        shares = pixel_shares(mixer, images, targets, lambda images, targets: images.abs().mean(1), seed)
         if name != "sage":
-            torch.testing.assert_close(torch.einsum("ijhw,jchw->ichw", weights, images), mixed, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.einsum("ijhw,jchw->ichw", shares, images), mixed, atol=1e-5, rtol=1e-5)
         if name not in ("sage", "cutout", "manifold"):
-            torch.testing.assert_close(weights.mean((2, 3)), soft, atol=1e-5, rtol=0)
+            torch.testing.assert_close(shares.mean((2, 3)), soft, atol=1e-5, rtol=0)
 
 
 def test_what_manifold_mixup_mixes_out_of_sight_is_not_shown():
     images = torch.randn(3, 3, 32, 32)
-    _, shares, soft, _ = collect(build_mixer("manifold"), images, None, 8, 0)
+    _, shares, soft, _ = collect_mixtures(build_mixer("manifold"), images, None, 8, 0)
     torch.testing.assert_close(shares.mean((2, 3)), soft)
     assert len(soft) == 8 and soft.max() < 0.99
 
