@@ -29,7 +29,7 @@ def window_sums(values: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return total
 
 
-def most_salient(saliency: torch.Tensor, stride: int = 1) -> torch.Tensor:
+def most_salient_window(saliency: torch.Tensor, stride: int = 1) -> torch.Tensor:
     """(B, 2): row and column, in steps of the stride, of the window with most of saliency (B, H, W); Sec. 4."""
     size = min(WINDOW, *saliency.shape[1:])
     sums = window_sums(window_sums(saliency, size, 1), size, 2)[:, ::stride, ::stride]
@@ -59,7 +59,7 @@ def block_cost(saliency: torch.Tensor, prior: torch.Tensor, blocks: int, eta: fl
     return -share - (eta / blocks**2) * (prior + 1e-8).log().unsqueeze(2).unsqueeze(3)
 
 
-def piece_together(images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+def assemble_images(images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
     """Mixed images (B, C, H, W): the blocks that sources (B, h, w, 2) names, half of each of the two.
 
     Differentiable with respect to images (B, C, H, W).
@@ -162,7 +162,7 @@ class CoMixup(Mixer):
             soft.append(mix_targets(targets[begin:end], labelling.counts))
             values.append(labelling.objective)
         self.objective = torch.cat(values)
-        return piece_together(images, torch.cat(sources)), torch.cat(soft)
+        return assemble_images(images, torch.cat(sources)), torch.cat(soft)
 
     @torch.no_grad()
     def label(self, saliency: torch.Tensor, blocks: int) -> Labelling:
@@ -175,7 +175,7 @@ class CoMixup(Mixer):
         if m == 1:  # an image alone stays as it is
             sources = torch.zeros(parts, 1, blocks, blocks, 2, dtype=torch.long, device=device)
             return Labelling(sources, torch.full_like(cost[:, :, :1, 0], blocks**2), cost.sum((1, 2, 3)))
-        places = most_salient(saliency.flatten(0, 1), self.m_stride).view(parts, m, 2)
+        places = most_salient_window(saliency.flatten(0, 1), self.m_stride).view(parts, m, 2)
         return self.solve(cost, compatibility(places, self.m_omega), **self.problem, **self.effort)
 
 
@@ -192,11 +192,11 @@ def solve_in_parallel(cost, compatibility, *, sweeps: int, resolve: bool, **prob
     return solve(cost, compatibility, order, rounds=ROUNDS * sweeps, resolve=resolve, **problem)
 
 
-def with_graph_cuts():
+def load_graph_cuts():
     from mixing.solvers.graphcut import import_gco, solve_labelling
 
     import_gco()  # now rather than at the first batch
     return solve_labelling
 
 
-SOLVERS = {"parallel": lambda: solve_in_parallel, "gco": with_graph_cuts}
+SOLVERS = {"parallel": lambda: solve_in_parallel, "gco": load_graph_cuts}

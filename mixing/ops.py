@@ -25,7 +25,7 @@ def check_at_least(name: str, value: int, minimum: int) -> None:
 
 
 def replace_unusable(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """saliency (B, H, W) with ones in place of every map whose sum is zero or no number, and which were: (B,) bool."""
+    """saliency (B, H, W) with ones in place of every map whose sum is zero or not finite, and which those are, (B,)."""
     total = saliency.sum((1, 2))
     unusable = ~((total > 0) & total.isfinite())
     return saliency.masked_fill(unusable.view(-1, 1, 1), 1.0), unusable

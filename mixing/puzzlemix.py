@@ -117,7 +117,7 @@ def mix(
     return mixed, torch.lerp(targets[partner], targets, mask.mean((1, 2)).unsqueeze(1).to(targets.dtype))
 
 
-def divisor(side: int, most: int) -> int:
+def largest_divisor(side: int, most: int) -> int:
     """The largest divisor of `side` that is not above `most`."""
     return next(n for n in range(min(side, most), 0, -1) if side % n == 0)
 
@@ -193,14 +193,14 @@ class PuzzleMix(Mixer):
         noisy = (torch.rand(2) < self.adv_p).tolist()
         noise = None
         if any(noisy):
-            saliency, noise = self.look_at_noise(source, images, targets)
+            saliency, noise = self.find_noise(source, images, targets)
         else:
             saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             self.mask, blocks = self.plan(images.detach(), saliency, partner, lam, n)
         mask = self.mask
         self.keep_weight(images, lambda: mask)
-        own, others = (self.with_noise(images, noise) if wanted else images for wanted in noisy)
+        own, others = (self.add_noise(images, noise) if wanted else images for wanted in noisy)
         return mix(own, targets, partner, self.mask, blocks, others)
 
     def plan(self, images: torch.Tensor, saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, n: int):
@@ -209,7 +209,7 @@ class PuzzleMix(Mixer):
         tall, wide = height // n, width // n
         cells = None
         if self.weights["gamma"]:
-            cell = divisor(tall, self.neigh_size), divisor(wide, self.neigh_size)
+            cell = largest_divisor(tall, self.neigh_size), largest_divisor(wide, self.neigh_size)
             cells = F.avg_pool2d(images.float(), cell) * self.std
         salient = normalize_sum(block_means(saliency, n, n))
         problem = mask_problem(salient, cells, partner, lam, **self.weights)
@@ -220,35 +220,35 @@ class PuzzleMix(Mixer):
             return mask, None
         rows, columns = n, n
         if self.t_size > 0:
-            rows, columns = height // divisor(tall, self.t_size), width // divisor(wide, self.t_size)
+            rows, columns = height // largest_divisor(tall, self.t_size), width // largest_divisor(wide, self.t_size)
             if rows > n or columns > n:
                 salient = normalize_sum(block_means(saliency, rows, columns))
         shown = upsample_blocks(mask, rows, columns).squeeze(1)
         blocks = transport(torch.cat([salient, salient[partner]]), torch.cat([shown > 0, shown < 1]), self.t_eps)
         return mask, (*blocks.chunk(2), rows, columns)
 
-    def look_at_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def find_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Saliency (B, H, W) at noised images, and adversarial noise (B, C, H, W) of pixels in 0..1."""
         if not source.has_gradient:
             raise ValueError("adversarial noise (adv_p) needs the signed pixel gradient: use the source `gradient`")
         reach = self.adv_eps
         noise = torch.empty_like(images).uniform_(-reach, reach)
-        gradient = source.gradient(self.with_noise(images, noise), targets)
+        gradient = source.gradient(self.add_noise(images, noise), targets)
         saliency = self.replace_unusable(source.reduce(gradient))
-        noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)  # of no number the sign is 0
+        noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)  # the sign of NaN is 0
         return saliency, noise * torch.rand(())
 
-    def with_noise(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """images with noise added to their pixels in 0..1, which stay there."""
         pixels = torch.addcmul(self.mean, images, self.std)
         return ((pixels + noise).clamp(0, 1) - self.mean) / self.std
 
 
-def with_graph_cuts():
+def load_graph_cuts():
     from mixing.solvers.graphcut import import_gco, solve_mask
 
     import_gco()  # now rather than at the first batch
     return lambda *problem: (solve_mask(*problem), None)
 
 
-SOLVERS = {"parallel": lambda: puzzlemix_mask.solve, "gco": with_graph_cuts}
+SOLVERS = {"parallel": lambda: puzzlemix_mask.solve, "gco": load_graph_cuts}

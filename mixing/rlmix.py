@@ -13,11 +13,11 @@ from mixing.rmix import RMix
 from mixing.solvers.rlmix_agent import Agent
 
 
-def agreement(clean: torch.Tensor, mixed_grad: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def saliency_similarity(clean: torch.Tensor, mixed_grad: torch.Tensor) -> torch.Tensor:
     """The reward: cosine between the block means of the clean saliency, clean (B, rows, columns), and those of the root
-    mean square of the gradient at the mixed images (B, C, H, W), over the whole batch; 0 where it is no number.
+    mean square of the gradient at the mixed images (B, C, H, W), over the whole batch; 0 where it is NaN.
     """
-    mixed = block_means(mixed_grad.float().square().mean(1).sqrt(), rows, columns)
+    mixed = block_means(mixed_grad.float().square().mean(1).sqrt(), *clean.shape[1:])
     cosine = F.cosine_similarity(clean.flatten(), mixed.flatten(), dim=0, eps=1e-12)
     return cosine.nan_to_num(0.0, 0.0, 0.0)
 
@@ -96,13 +96,13 @@ class RLMix(RMix):
         self.done += 1
         return mixed
 
-    def choose(self, saliency, targets, source):
+    def choose_actions(self, saliency, targets, source):
         logits = torch.zeros_like(targets, dtype=torch.float32) if source.logits is None else source.logits
         logits = logits.nan_to_num(0.0, 0.0, 0.0)
         if self.agent is None:
             self.agent = self.build_agent(logits)
         if len(logits) != self.agent.sizes["batch"]:
-            return super().choose(saliency, targets, source)
+            return super().choose_actions(saliency, targets, source)
         self.clean = block_means(saliency, self.num_patches, self.num_patches)
         return self.agent.act(normalize_sum(self.clean), logits, start=self.start, remaining=self.remaining)
 
@@ -125,11 +125,11 @@ class RLMix(RMix):
             raise ValueError("RL-Mix is rewarded by the gradient at the mixed images, and got none")
         self.steps += 1
         with torch.no_grad():
-            reward = agreement(self.clean, mixed_grad, self.num_patches, self.num_patches) / self.reward_scaling
+            reward = saliency_similarity(self.clean, mixed_grad) / self.reward_scaling
             if self.steps % self.reward_step:
                 reward = torch.zeros_like(reward)
         self.clean, self.start = None, False
-        self.agent.take(reward, ended=self.done == self.episode_end, remaining=self.remaining)
+        self.agent.add_reward(reward, ended=self.done == self.episode_end, remaining=self.remaining)
 
     def state_dict(self):
         agent = self.agent.state_dict() if self.agent else self.saved

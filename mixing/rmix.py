@@ -18,15 +18,15 @@ from mixing.ops import (
     upsample_blocks,
 )
 
-HIGHEST = 0.99  # the percentile of the last action; that of the first is 0
+MAX_PERCENTILE = 0.99  # the percentile of the last action; that of the first is 0
 
 
 def percentiles(actions: torch.Tensor, num_action: int) -> torch.Tensor:
     """Actions (B,) in 0..num_action - 1 -> percentiles (B,) float32, equally spaced from 0 to 0.99."""
-    return actions.float() * (HIGHEST / max(num_action - 1, 1))
+    return actions.float() * (MAX_PERCENTILE / max(num_action - 1, 1))
 
 
-def salient(blocks: torch.Tensor, percentile: torch.Tensor) -> torch.Tensor:
+def salient_mask(blocks: torch.Tensor, percentile: torch.Tensor) -> torch.Tensor:
     """Which patches reach their image's percentile: blocks (B, rows, columns), percentile (B,) -> bool of that shape.
 
     The threshold lies at rank percentile * (N - 1) of the N patches, between two of them on the straight line.
@@ -109,13 +109,13 @@ class RMix(Mixer):
         saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             partner = self.draw_partner(images)
-            percentile = percentiles(self.choose(saliency, targets, source), self.num_action)
-            mask = salient(normalize_sum(block_means(saliency, rows, columns)), percentile)
+            percentile = percentiles(self.choose_actions(saliency, targets, source), self.num_action)
+            mask = salient_mask(normalize_sum(block_means(saliency, rows, columns)), percentile)
             weight = block_weights(mask, partner, lam)
         self.keep_weight(images, lambda: weight)
         return mix(images, targets, partner, weight)
 
-    def choose(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:
+    def choose_actions(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:
         """(B,) long: an action for each image, which stands for its percentile."""
         return torch.randint(self.num_action, saliency.shape[:1], device=saliency.device)
 

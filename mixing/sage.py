@@ -9,19 +9,19 @@ import torch
 
 from mixing.base import Mixer
 from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
-from mixing.solvers.sage_offsets import best_of, best_of_all, grid_offsets, random_offsets
+from mixing.solvers.sage_offsets import best_offset, best_offset_of_all, grid_offsets, random_offsets
 
-LEAST_WEIGHT = 1e-12  # of either image, so that lam = 0 and 1 still mix
-LEAST_SUM = 1e-16  # of two saliencies at a pixel: where both are zero, the partner shows
+MIN_WEIGHT = 1e-12  # of either image, so that lam = 0 and 1 still mix
+MIN_SUM = 1e-16  # of two saliencies at a pixel: where both are zero, the partner shows
 
 
-def weighted(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def weigh_maps(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The maps that compete for the pixels, of each image and of its partner: (B, H, W) that sum to lam and 1 - lam.
 
     saliency (B, H, W) >= 0, none all zero; partner (B,); lam ().
     """
     saliency = normalize_sum(saliency.float())
-    return lam.clamp_min(LEAST_WEIGHT) * saliency, (1 - lam).clamp_min(LEAST_WEIGHT) * saliency[partner]
+    return lam.clamp_min(MIN_WEIGHT) * saliency, (1 - lam).clamp_min(MIN_WEIGHT) * saliency[partner]
 
 
 def mix(
@@ -39,8 +39,8 @@ def mix(
     long, on the host: those that are tried, the earlier of two equals winning; None: all there are.
     """
     with torch.no_grad():
-        first, second = weighted(saliency, partner, lam)
-        offset = best_of_all(first, second) if offsets is None else best_of(first, second, offsets)
+        first, second = weigh_maps(saliency, partner, lam)
+        offset = best_offset_of_all(first, second) if offsets is None else best_offset(first, second, offsets)
     mixed, soft, mask = blend_shifted(images, targets, first, second, partner, offset)
     return mixed, soft, offset, mask
 
@@ -60,18 +60,18 @@ def blend_shifted(
     respect to the images only.
     """
     with torch.no_grad():
-        pixels, inside = origin(offset, *images.shape[-2:])
+        pixels, inside = source_pixels(offset, *images.shape[-2:])
         image = torch.arange(len(images), device=images.device).unsqueeze(1)
         second = second.flatten().index_select(0, (pixels + image * pixels.shape[1]).flatten()).view_as(first) * inside
-        mask = first / (first + second).clamp_min(LEAST_SUM)
+        mask = first / (first + second).clamp_min(MIN_SUM)
         share = mask.mean((1, 2)).unsqueeze(1)
     # in place: at 224 pixels a new tensor takes a processor longer to get hold of than to fill
-    shifted = take(images, partner, pixels).float().mul_(inside.unsqueeze(1))
+    shifted = gather_pixels(images, partner, pixels).float().mul_(inside.unsqueeze(1))
     mixed = shifted.lerp_(images.float(), mask.unsqueeze(1)).to(images.dtype)
     return mixed, share * targets + (1 - share) * targets[partner], mask
 
 
-def origin(offset: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def source_pixels(offset: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the pixels of a shifted image come from: (B, H W) long, in reading order and moved to the border where that
     is outside; and whether it is inside: (B, H, W) of 0 and 1.
     """
@@ -83,7 +83,7 @@ def origin(offset: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor,
     return pixels.flatten(1), tall.float().unsqueeze(2) * wide.float().unsqueeze(1)
 
 
-def take(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+def gather_pixels(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) images[partner] with other pixels in place of its own, in the memory format of the images."""
     batch, channels, height, width = images.shape
     if images.is_contiguous():

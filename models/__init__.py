@@ -18,7 +18,7 @@ ALIASES = {"wideresnet": "wrn28_10", "wrn28-10": "wrn28_10", "wrn16-8": "wrn16_8
 IMAGENET_MODELS = [name for name in MODELS if name.startswith("imagenet_")]
 IMAGENET_ALIASES = {name.removeprefix("imagenet_"): name for name in IMAGENET_MODELS}  # where images are large
 DROPOUT_MODELS = {"wrn28_10", "wrn16_8"}
-LARGEST = 128  # side in pixels of images that the other networks, which are for small ones, take
+MAX_IMAGE_SIZE = 128  # side in pixels of the largest images for the other networks, which are for small ones
 
 
 def __getattr__(name: str):
@@ -53,11 +53,11 @@ def build_model(name: str, num_classes: int, image_size: int = 32, dropout: floa
 
 def check_size(name: str, image_size: int) -> None:
     """Raise ValueError, with the network to take instead, if images are too large for `name`, one for small images."""
-    if image_size > LARGEST:
+    if image_size > MAX_IMAGE_SIZE:
         right = IMAGENET_ALIASES.get(name) or f"one of {', '.join(IMAGENET_MODELS)}"
         side = image_size // stem_stride(image_size)
         raise ValueError(
-            f"{name} is for images of at most {LARGEST} pixels: at {image_size} its first stage would work on "
+            f"{name} is for images of at most {MAX_IMAGE_SIZE} pixels: at {image_size} its first stage would work on "
             f"{side}x{side}, 4 times the pixels that an ImageNet stem leaves it; take {right}"
         )
 
@@ -73,7 +73,7 @@ def matching_models(state: dict, like: str | None = None) -> list[str]:
     if not classes:
         return []
     wanted = shapes(state)
-    return [name for name in names if name in MODELS and shapes_of(name, classes) == wanted]
+    return [name for name in names if name in MODELS and model_shapes(name, classes) == wanted]
 
 
 def shapes(state: dict) -> dict[str, tuple[int, ...]]:
@@ -81,7 +81,7 @@ def shapes(state: dict) -> dict[str, tuple[int, ...]]:
 
 
 @cache
-def shapes_of(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+def model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     import torch
 
     with torch.device("meta"):
@@ -90,8 +90,10 @@ def shapes_of(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
 
 def class_count(state: dict) -> int:
     """How many classes the weights of one of our networks are for; 0 if they are of none."""
+    import torch
+
     bias = next((state[f"{head}.bias"] for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
-    return len(bias) if getattr(bias, "ndim", 0) == 1 else 0
+    return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else 0
 
 
 def parameter_counts(names: Iterable[str], num_classes: int = 10) -> dict[str, int]:

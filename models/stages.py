@@ -15,13 +15,13 @@ class Staged(nn.Module):
         """(B, 3, H, W) -> (B, C, h, w), what the first stage takes."""
         raise NotImplementedError
 
-    def pooled(self, maps: torch.Tensor) -> torch.Tensor:
+    def final_maps(self, maps: torch.Tensor) -> torch.Tensor:
         """The last stage's maps (B, C, h, w) -> those that are averaged for the linear layer."""
         return maps
 
     def head(self, maps: torch.Tensor) -> torch.Tensor:
         """The last stage's maps (B, C, h, w) -> logits (B, num_classes)."""
-        return getattr(self, self.last_layer)(self.pooled(maps).mean((2, 3)))
+        return getattr(self, self.last_layer)(self.final_maps(maps).mean((2, 3)))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.stem(images)

@@ -52,7 +52,7 @@ class WideResNet(Staged):
     def stem(self, images: torch.Tensor) -> torch.Tensor:
         return self.conv1(images)
 
-    def pooled(self, maps: torch.Tensor) -> torch.Tensor:
+    def final_maps(self, maps: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn1(maps))
 
 

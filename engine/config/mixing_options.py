@@ -22,7 +22,9 @@ def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
         metavar="KIND",
         help="mix_fraction throughout, on a ramp up to --mix_scheduled_epoch, or only after it",
     )
-    parser.option("--mix_scheduled_epoch", type=int_at_least(), default=0, metavar="EPOCH")
+    parser.option(
+        "--mix_scheduled_epoch", type=int_at_least(), default=0, metavar="EPOCH", help="the epoch of --mix_schedule"
+    )
     parser.option("--mix_off_epoch", type=int_at_least(), default=0, metavar="N", help="no mixing in the last N epochs")
     parser.hidden_options(LEGACY_MIXING_OPTIONS)
     parser.defaults["method_options"] = {}  # set by recipes only

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from mixing.solvers.puzzlemix_mask import THRESHOLDS, climb
+from mixing.solvers.puzzlemix_mask import THRESHOLDS, ascend_dual
 
 STEPS = (40, 60)  # of the dual ascent, on grids of up to 8 blocks a side and on larger ones
 
@@ -72,7 +72,7 @@ def binary_ascent(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> t
     f[:, 1:].sub_(edges[1])
     f[:, :-1].sub_(edges[1])
     f, edges = f.mul_(scale), [edge.mul_(scale) for edge in edges]
-    x = climb(f.unsqueeze(0), *edges, STEPS[0 if side <= 8 else 1])[0]
+    x = ascend_dual(f.unsqueeze(0), *edges, STEPS[0 if side <= 8 else 1])[0]
     best, best_value = torch.zeros_like(g), torch.zeros_like(scale)
     for threshold in THRESHOLDS:
         trial = (x > threshold).to(g.dtype)

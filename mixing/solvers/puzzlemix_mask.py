@@ -106,7 +106,7 @@ def solve_by_levels(
     edges = layers**2 * scale
     side = max(unary.shape[1:3])
     iterations = iterations or next((steps for most, steps in ITERATIONS.items() if side <= most), 10 * side)
-    x = climb(f / scale, down / edges, right / edges, iterations)
+    x = ascend_dual(f / scale, down / edges, right / edges, iterations)
     bound = unary[0].sum((0, 1)) + scale * (-x).clamp_max_(0).sum((0, 1, 2))
     labels, least = None, None
     for threshold in THRESHOLDS:
@@ -117,7 +117,7 @@ def solve_by_levels(
     return labels, bound
 
 
-def climb(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tensor:
+def ascend_dual(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tensor:
     """min_x |x + f|^2 / 2 + sum a_ij |x_ik - x_jk'|, over all pairs of layers: x (K, n, n, B) by its dual.
 
     f (K, n, n, B) of the order of 1, a: down (n-1, n, B) and right (n, n-1, B). The dual has a flow |p| <= a for every

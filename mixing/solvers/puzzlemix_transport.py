@@ -35,7 +35,7 @@ def envelope(values: torch.Tensor, unit: float, power: int) -> torch.Tensor:
     return values
 
 
-def improvable(salient: torch.Tensor, needed: torch.Tensor, unit: float) -> torch.Tensor:
+def can_improve(salient: torch.Tensor, needed: torch.Tensor, unit: float) -> torch.Tensor:
     """(B,) whether moving blocks gains more than SLACK at any place; arguments as those of transport().
 
     By linear-programming duality. Blocks only ever trade places for the sake of one that is not visible where it lies.
@@ -57,7 +57,7 @@ def transport(salient: torch.Tensor, needed: torch.Tensor, t_eps: float) -> torc
     batch, rows, columns = salient.shape
     own = torch.arange(rows * columns, device=salient.device).repeat(batch, 1)
     unit = t_eps / max(rows - 1, columns - 1, 1) ** 2
-    moves = improvable(salient, needed, unit)
+    moves = can_improve(salient, needed, unit)
     if salient.device.type != "cpu":  # the host must not wait to hear which images those are
         return auction(salient, needed & moves.view(-1, 1, 1), unit, seen=False)
     which = moves.nonzero().squeeze(1)
@@ -73,10 +73,10 @@ def auction(salient: torch.Tensor, needed: torch.Tensor, unit: float, seen: bool
     # one dummy entry at the end takes what a round has nothing to write for
     end, cost = batch * places, unit * squared_distances(rows, columns, salient.device)
     block = own.flatten()
-    owner = pad(torch.where(needed.view(-1) & ~waiting, block, -1), -1)
-    block, waiting, price = pad(block, 0), pad(waiting, False), salient.new_zeros(end + 1)
+    owner = append_entry(torch.where(needed.view(-1) & ~waiting, block, -1), -1)
+    block, waiting, price = append_entry(block, 0), append_entry(waiting, False), salient.new_zeros(end + 1)
     for number in range(ROUNDS if seen else ROUNDS_UNSEEN):
-        bidder, real = bidders(waiting[:-1], end // 8, seen)
+        bidder, real = find_bidders(waiting[:-1], end // 8, seen)
         if len(bidder) == 0:
             break
         image, place = bidder // places, bidder % places
@@ -99,11 +99,11 @@ def auction(salient: torch.Tensor, needed: torch.Tensor, unit: float, seen: bool
     return torch.where(unsettled, own, block[:-1].view(batch, places))
 
 
-def pad(values: torch.Tensor, last) -> torch.Tensor:
+def append_entry(values: torch.Tensor, last) -> torch.Tensor:
     return torch.cat([values, values.new_full((1,), last)])
 
 
-def bidders(waiting: torch.Tensor, most: int, seen: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def find_bidders(waiting: torch.Tensor, most: int, seen: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices of the waiting places, and which of them are real: at most `most` with padding where not `seen`."""
     if seen:
         found = waiting.nonzero().squeeze(1)

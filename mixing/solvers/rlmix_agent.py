@@ -198,7 +198,7 @@ class Agent:
         self.rollout.write(start=float(start))
         return actions[0]
 
-    def take(self, reward: torch.Tensor, *, ended: bool, remaining: float) -> None:
+    def add_reward(self, reward: torch.Tensor, *, ended: bool, remaining: float) -> None:
         """reward () for the last actions. ended: whether the episode ends with them, so that nothing need be waited for
         before a full rollout is learned from.
         """

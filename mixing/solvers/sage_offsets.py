@@ -46,25 +46,25 @@ def grid_offsets(height: int, width: int, count: int) -> torch.Tensor:
         return torch.tensor([round(n * side / points) for n in range(-(points // 2), points // 2 + 1)])
 
     tall, wide = 2 * height - 1, 2 * width - 1
-    rows = min(tall, odd(math.isqrt(count * tall // wide)))
-    columns = min(wide, odd(count // rows))
+    rows = min(tall, largest_odd(math.isqrt(count * tall // wide)))
+    columns = min(wide, largest_odd(count // rows))
     return torch.cartesian_prod(along(tall, rows), along(wide, columns))
 
 
-def odd(number: int) -> int:
+def largest_odd(number: int) -> int:
     """The largest odd number up to this one; at least 1."""
     return max(1, number - 1 + number % 2)
 
 
-def best_of(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, 2) long: the offset with the highest score, the earlier one of two equals.
 
     first, second (B, H, W): A and B of each pair. offsets: (K, 2), on the host so that no loop waits for the device.
     """
-    return moved(offsets, first)[scores(first, second, offsets).argmax(1)]
+    return to_device(offsets, first)[score_offsets(first, second, offsets).argmax(1)]
 
 
-def best_of_all(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def best_offset_of_all(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """(B, 2) long: the best of all offsets, of which only those with a high approximate score are scored exactly."""
     offsets = all_offsets(*first.shape[-2:], first.device)
     about = inside_mass(second, offsets) - 2 * loss_everywhere(first, second)
@@ -75,11 +75,11 @@ def best_of_all(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return candidates[torch.arange(len(first), device=first.device), exact.argmax(1)]
 
 
-def scores(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def score_offsets(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, K) the saliency that survives every offset. offsets (K, 2), on the host."""
     windows = first.device.type != "cpu" and len(offsets) * first.numel() <= TABLE
     loss = (loss_by_windows if windows else loss_by_overlaps)(first, second, offsets)
-    return first.sum((1, 2)).unsqueeze(1) + inside_mass(second, moved(offsets, first)) - 2 * loss
+    return first.sum((1, 2)).unsqueeze(1) + inside_mass(second, to_device(offsets, first)) - 2 * loss
 
 
 def loss_by_overlaps(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def loss_by_windows(first: torch.Tensor, second: torch.Tensor, offsets: torch.Te
     A few kernels over every shifted map, in blocks of at most TABLE pixels: fewest launches for small images.
     """
     height, width = first.shape[-2:]
-    offsets = moved(offsets, first).expand(len(first), -1, -1)
+    offsets = to_device(offsets, first).expand(len(first), -1, -1)
     block = max(1, TABLE // (offsets.shape[1] * height * width))
     total = []
     for one, two, dy, dx in zip(*(values.split(block) for values in (first, second, *offsets.unbind(-1))), strict=True):
@@ -146,7 +146,7 @@ def loss_everywhere(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def inside_mass(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, K) what stays in the frame of maps (B, H, W) shifted by offsets (K, 2) or (B, K, 2), on their device."""
     height, width = values.shape[-2:]
-    table, unit = integral(values, whole=values.device.type != "cpu")
+    table, unit = integral_image(values, whole=values.device.type != "cpu")
     y1, x1 = (-offsets).clamp_min(0).unbind(-1)
     y2, x2 = height - offsets[..., 0].clamp_min(0), width - offsets[..., 1].clamp_min(0)
 
@@ -156,7 +156,7 @@ def inside_mass(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return (corner(y2, x2) - corner(y1, x2) - corner(y2, x1) + corner(y1, x1)).float() * unit
 
 
-def integral(values: torch.Tensor, whole: bool) -> tuple[torch.Tensor, float]:
+def integral_image(values: torch.Tensor, whole: bool) -> tuple[torch.Tensor, float]:
     """(B, H + 1, W + 1) sums of everything above and to the left, and their unit. values sum to 1 at most.
 
     whole: in whole numbers. An accelerator's running sums of floats are not repeatable and, on CUDA, refused by torch's
@@ -170,6 +170,6 @@ def integral(values: torch.Tensor, whole: bool) -> tuple[torch.Tensor, float]:
     return table, unit
 
 
-def moved(offsets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def to_device(offsets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The offsets on the device of `like`, without waiting for it."""
     return offsets.to(like.device, non_blocking=True)

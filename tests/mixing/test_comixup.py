@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixing.comixup import (
     CoMixup,
+    assemble_images,
     block_cost,
     compatibility,
     mix_targets,
-    most_salient,
-    piece_together,
+    most_salient_window,
     solve_in_parallel,
 )
 from mixing.solvers.binary_grid import binary_ascent, binary_exact
@@ -68,7 +68,7 @@ def batch(count: int = 8, height: int = 16, width: int = 16, classes: int = 5):
 @pytest.mark.parametrize("number", [0, 2, 3])
 def test_costs_are_those_of_the_published_code(number):
     case, saliency = CASES[number], recorded(number, "sal")
-    places = most_salient(saliency, case["dstride"])
+    places = most_salient_window(saliency, case["dstride"])
     assert torch.equal(places, recorded(number, "loc").long())
     torch.testing.assert_close(compatibility(places[None], case["omega"])[0], recorded(number, "A"), atol=1e-5, rtol=0)
     cost = block_cost(saliency[None], recorded(number, "draw")[None], case["bn"], case["eta"])[0]
@@ -93,7 +93,7 @@ def test_objective_of_the_recorded_labellings(number):
 
 def test_recorded_labelling_gives_the_recorded_images_and_targets():
     z = recorded(3, "z_ref").float() / 2
-    torch.testing.assert_close(piece_together(recorded(3, "x"), pairs_of(z)), recorded(3, "out"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(assemble_images(recorded(3, "x"), pairs_of(z)), recorded(3, "out"), atol=1e-5, rtol=0)
     targets = F.one_hot(recorded(3, "y"), 10).float()
     torch.testing.assert_close(mix_targets(targets, z.sum((1, 2))[None]), recorded(3, "target"), atol=1e-5, rtol=0)
 
@@ -252,7 +252,7 @@ def test_the_host_never_waits_for_the_solver(blocks):
     mixer.label(saliency, blocks)  # constants are made once
     with Waits() as waits:
         labelling = mixer.label(saliency, blocks)
-        piece_together(images, labelling.sources.flatten(0, 1))
+        assemble_images(images, labelling.sources.flatten(0, 1))
         mix_targets(torch.eye(8), labelling.counts)
     assert not waits.seen
     with Waits() as waits:

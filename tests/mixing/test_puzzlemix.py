@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mixing.ops import block_means, normalize_sum
 from mixing.puzzlemix import PuzzleMix, mask_problem, mix
 from mixing.solvers import puzzlemix_mask
-from mixing.solvers.puzzlemix_transport import auction, improvable, squared_distances, transport
+from mixing.solvers.puzzlemix_transport import auction, can_improve, squared_distances, transport
 from saliency.gradient import Gradient
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def test_small_transports_are_optimal(seen):
 def test_only_improvable_images_are_moved():
     """The test that spares the auction is exact: elsewhere the auction finds nothing worth more than its slack."""
     salient, needed = normalize_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
-    moves = improvable(salient, needed, 1.0 / 49)
+    moves = can_improve(salient, needed, 1.0 / 49)
     assert 30 < moves.sum() < 270
     found = auction(salient, needed, 1.0 / 49, seen=True)
     gain = plan_cost(torch.arange(64).expand(300, 64), salient, needed, 1.0) - plan_cost(found, salient, needed, 1.0)
@@ -173,7 +173,7 @@ def test_mixing_is_the_recorded_one(golden):
         blocks = [tensor(golden[f"c{number}_{name}_src_ref"]).long().clamp_min(0) for name in ("t1", "t2") if side]
         own = others = images
         if case["adv1"] or case["adv2"]:
-            noised = mixer.with_noise(images, tensor(golden[f"c{number}_noise"]))
+            noised = mixer.add_noise(images, tensor(golden[f"c{number}_noise"]))
             own, others = (noised if case[flag] else images for flag in ("adv1", "adv2"))
         mask = tensor(golden[f"c{number}_mask_ref"]).float()
         plan = (*blocks, side, side) if side else None
@@ -274,9 +274,9 @@ def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
     model, images = net(golden).eval(), tensor(golden["x32"][:4])
     mixer = PuzzleMix(block_num=(4,), adv_p=1.0, adv_eps=8.0, **CIFAR100)
     source, targets = Gradient(model), torch.eye(10)[:4]
-    saliency, noise = mixer.look_at_noise(source, images, targets)
+    saliency, noise = mixer.find_noise(source, images, targets)
     assert 0 < noise.abs().max() <= 8 / 255 + 1e-7 and saliency.shape == (4, 32, 32)
-    noised = mixer.with_noise(images, noise)
+    noised = mixer.add_noise(images, noise)
     pixels = noised * mixer.std + mixer.mean
     assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6 and not torch.equal(noised, images)
     assert model(noised).shape == (4, 10)

@@ -10,8 +10,8 @@ from torch import nn
 
 import mixing.solvers.rlmix_agent
 from mixing.ops import block_means, normalize_sum
-from mixing.rlmix import RLMix, agreement
-from mixing.rmix import percentiles, salient
+from mixing.rlmix import RLMix, saliency_similarity
+from mixing.rmix import percentiles, salient_mask
 from mixing.solvers.rlmix_agent import (
     ActorCritic,
     Agent,
@@ -138,7 +138,7 @@ def test_the_policy_learns_what_is_rewarded():
     for step in range(8 * 64):  # each step an episode of its own
         saliency, logits = normalize_sum(torch.rand(3, 4, 4)), torch.randn(3, 2)
         hits = (agent.act(saliency, logits, start=True, remaining=1.0) == wanted).float().mean()
-        agent.take(hits, ended=step % 64 == 63, remaining=1.0)
+        agent.add_reward(hits, ended=step % 64 == 63, remaining=1.0)
         shares.append(float(hits))
     assert abs(np.mean(shares[:64]) - 1 / 3) < 0.15 and np.mean(shares[-64:]) > 0.8
 
@@ -146,15 +146,15 @@ def test_the_policy_learns_what_is_rewarded():
 def test_the_reward_is_the_agreement_of_the_two_maps():
     grad = torch.randn(B, 3, 16, 16)
     clean = block_means(grad.square().mean(1).sqrt(), 8, 8)
-    assert abs(float(agreement(clean, 1e4 * grad, 8, 8)) - 1) < 1e-5, "a loss scale is no matter"
+    assert abs(float(saliency_similarity(clean, 1e4 * grad)) - 1) < 1e-5, "a loss scale is no matter"
     left, right = torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)
     left[..., :4], right[..., 4:] = 1, 1
-    assert agreement(left[0], right, 8, 8) == 0
-    both = agreement(left[0], left + right, 8, 8)
+    assert saliency_similarity(left[0], right) == 0
+    both = saliency_similarity(left[0], left + right)
     assert abs(float(both) - 0.5**0.5) < 1e-6
     for bad in (float("nan"), float("inf")):
-        assert agreement(left[0], right.masked_fill(right > 0, bad), 8, 8) == 0
-    assert agreement(left[0], torch.zeros_like(left), 8, 8) == 0
+        assert saliency_similarity(left[0], right.masked_fill(right > 0, bad)) == 0
+    assert saliency_similarity(left[0], torch.zeros_like(left)) == 0
 
 
 def test_a_step_is_recorded_as_it_was():
@@ -171,7 +171,8 @@ def test_a_step_is_recorded_as_it_was():
         assert rows["logits"][step].eq(0).all(), "a source without logits"
         grad = torch.randn_like(mixed)
         mixer.after_backward(grad)
-        rewards.append(agreement(block_means(maps[0], 8, 8), grad, 8, 8) / 4 if step % 3 == 2 else torch.tensor(0.0))
+        reward = saliency_similarity(block_means(maps[0], 8, 8), grad) / 4
+        rewards.append(reward if step % 3 == 2 else torch.tensor(0.0))
     torch.testing.assert_close(rows["reward"][:6], torch.stack(rewards))
     assert rows["start"][:6].tolist() == [1, 0, 0, 0, 1, 0] and mixer.agent.rollout.filled == 6
     train(mixer, 1, source)
@@ -185,7 +186,7 @@ def test_the_recorded_actions_choose_the_patches():
         maps = []
         mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
         action = mixer.agent.rollout.rows["actions"][0]
-        mask = salient(normalize_sum(block_means(maps[0], 4, 4)), percentiles(action, 10))
+        mask = salient_mask(normalize_sum(block_means(maps[0], 4, 4)), percentiles(action, 10))
         alone = (mask & ~mask.flip(0)).repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
         assert torch.equal(mixed.where(alone, 0), images.where(alone, 0)) and alone.any()
 
@@ -256,7 +257,8 @@ def test_batches_of_another_size_are_mixed_but_not_learned_from():
     train(mixer, 1, batch=B + 2)
     train(mixer, 1)
     assert mixer.agent.rollout.filled == 3
-    counts = sum(mixer.choose(torch.rand(3, 16, 16), torch.eye(3), None).bincount(minlength=10) for _ in range(500))
+    drawn = [mixer.choose_actions(torch.rand(3, 16, 16), torch.eye(3), None) for _ in range(500)]
+    counts = torch.cat(drawn).bincount(minlength=10)
     assert (counts - 150).abs().max() < 50, "uniform percentiles"
 
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 import mixing.rmix
 from mixing.ops import block_means, normalize_sum, upsample_blocks
-from mixing.rlmix import agreement
-from mixing.rmix import RMix, block_weights, mix, percentiles, salient
+from mixing.rlmix import saliency_similarity
+from mixing.rmix import RMix, block_weights, mix, percentiles, salient_mask
 from saliency.gradient import Gradient
 
 SHAPES = [(4, 3, 32, 32), (1, 3, 32, 32), (5, 3, 16, 48)]  # one image; an odd batch with H != W
@@ -89,7 +89,7 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
         assert off <= 1e-5 * expected.abs().max(), name
     for name, expected in state("after").items():
         torch.testing.assert_close(net.state_dict()[name], expected, rtol=0, atol=1e-6)
-    assert abs(float(agreement(clean, mixed.grad, 8, 8)) - float(recorded("reward"))) < 1e-5
+    assert abs(float(saliency_similarity(clean, mixed.grad)) - float(recorded("reward"))) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
 )
 def test_the_percentile_counts_the_salient_patches(side, ones):
     blocks = torch.randperm(side * side).float().view(1, side, side).repeat(10, 1, 1)
-    mask = salient(blocks, percentiles(torch.arange(10), 10))
+    mask = salient_mask(blocks, percentiles(torch.arange(10), 10))
     assert mask.sum((1, 2)).tolist() == ones
     for row, kept in zip(mask, ones, strict=True):
         assert blocks[0][row].min() == side * side - kept, "the greatest ones"
@@ -110,13 +110,13 @@ def test_the_percentile_counts_the_salient_patches(side, ones):
 
 def test_the_threshold_lies_between_two_patches():
     blocks = torch.tensor([[[1.0, 2.0], [4.0, 8.0]]]).expand(3, 2, 2)
-    mask = salient(blocks, torch.tensor([1 / 3, 0.34, 0.5]))  # thresholds 2, 2.04 and 3
+    mask = salient_mask(blocks, torch.tensor([1 / 3, 0.34, 0.5]))  # thresholds 2, 2.04 and 3
     assert mask.flatten(1).int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
 def test_equal_patches_are_all_salient_and_one_patch_is():
-    assert salient(torch.ones(10, 4, 4), percentiles(torch.arange(10), 10)).all()
-    assert salient(torch.rand(10, 1, 1), percentiles(torch.arange(10), 10)).all()
+    assert salient_mask(torch.ones(10, 4, 4), percentiles(torch.arange(10), 10)).all()
+    assert salient_mask(torch.rand(10, 1, 1), percentiles(torch.arange(10), 10)).all()
     assert percentiles(torch.zeros(3, dtype=torch.long), 1).eq(0).all()
 
 
@@ -241,7 +241,7 @@ def test_mix_prob_is_the_chance_of_a_batch():
 
 def test_percentiles_are_uniform_and_weights_a_beta_draw():
     saliency = torch.ones(5000, 1, 1)
-    counts = RMix(num_action=4).choose(saliency, None, None).bincount(minlength=4)
+    counts = RMix(num_action=4).choose_actions(saliency, None, None).bincount(minlength=4)
     assert len(counts) == 4 and (counts - 1250).abs().max() < 150
     equal = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])  # equal maps: all patches blend
     shares = []

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.training.loss import LOSSES
 from mixing import sage
-from mixing.sage import SAGE, blend_shifted, mix, weighted
+from mixing.sage import SAGE, blend_shifted, mix, weigh_maps
 from mixing.solvers import sage_offsets
 from saliency.gradient import Gradient, blur
 
@@ -37,7 +37,7 @@ def smooth_maps(batch: int, height: int, width: int) -> torch.Tensor:
 
 def pairs(batch: int, height: int, width: int, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
     maps = smooth_maps(batch, height, width)
-    return weighted(maps, torch.arange(batch).roll(1), torch.tensor(lam, dtype=torch.float64))
+    return weigh_maps(maps, torch.arange(batch).roll(1), torch.tensor(lam, dtype=torch.float64))
 
 
 def score_by_definition(first: torch.Tensor, second: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
@@ -57,8 +57,8 @@ def score_by_definition(first: torch.Tensor, second: torch.Tensor, dy: int, dx: 
 def test_the_search_finds_the_recorded_offsets(golden, name):
     recorded = case(golden, f"search_{name}_")
     maps, partner, offsets = recorded["saliency"][:, 0], recorded["index"].long(), recorded["offsets"].long()
-    first, second = weighted(maps, partner, recorded["alpha"])
-    scores = sage_offsets.scores(first, second, offsets)
+    first, second = weigh_maps(maps, partner, recorded["alpha"])
+    scores = sage_offsets.score_offsets(first, second, offsets)
     close(scores if name != "c" else scores.amax(1), recorded["score"], 1e-6)
     targets = F.one_hot(recorded["y"], 10).float()
     images = recorded.get("x", torch.zeros(len(maps), 3, *maps.shape[1:]))
@@ -74,8 +74,8 @@ def test_the_search_finds_the_recorded_offsets(golden, name):
 
 def test_all_offsets_at_once_find_the_recorded_ones(golden):
     recorded = case(golden, "search_c_")  # its offsets are all there are
-    first, second = weighted(recorded["saliency"][:, 0], recorded["index"].long(), recorded["alpha"])
-    assert torch.equal(sage_offsets.best_of_all(first, second), recorded["best_offset"].long())
+    first, second = weigh_maps(recorded["saliency"][:, 0], recorded["index"].long(), recorded["alpha"])
+    assert torch.equal(sage_offsets.best_offset_of_all(first, second), recorded["best_offset"].long())
 
 
 class SmallNet(nn.Sequential):
@@ -160,7 +160,7 @@ def test_both_scorers_are_the_definition(height, width, scorer, monkeypatch):
     expected = torch.stack([score_by_definition(first, second, dy, dx) for dy, dx in offsets.tolist()], 1)
     kept = first.sum((1, 2)).unsqueeze(1) + sage_offsets.inside_mass(second, offsets)
     close(kept - 2 * scorer(first, second, offsets), expected, 1e-6)
-    close(sage_offsets.scores(first, second, offsets), expected, 1e-6)
+    close(sage_offsets.score_offsets(first, second, offsets), expected, 1e-6)
 
 
 def test_windows_take_other_offsets_for_every_image():
@@ -169,7 +169,7 @@ def test_windows_take_other_offsets_for_every_image():
     ours = sage_offsets.inside_mass(second, offsets) - 2 * sage_offsets.loss_by_windows(first, second, offsets)
     for image in range(3):
         one, two = first[image : image + 1], second[image : image + 1]
-        close(ours[image] + one.sum(), sage_offsets.scores(one, two, offsets[image])[0], 1e-6)
+        close(ours[image] + one.sum(), sage_offsets.score_offsets(one, two, offsets[image])[0], 1e-6)
 
 
 def test_whole_numbers_count_the_same_mass():
@@ -186,16 +186,16 @@ def test_the_earlier_of_two_equals_wins():
     second[0, 1:3, 1:3] = 1.0  # as good anywhere in the frame, and exactly so in floats
     for order in ([[0, 1], [1, 0], [0, 0]], [[3, 3], [1, 0], [0, 0], [0, 1]]):
         expected = next(offset for offset in order if offset != [3, 3])
-        assert sage_offsets.best_of(first, second, torch.tensor(order)).tolist() == [expected]
-    assert sage_offsets.best_of_all(first, second).tolist() == [[-1, -1]]
+        assert sage_offsets.best_offset(first, second, torch.tensor(order)).tolist() == [expected]
+    assert sage_offsets.best_offset_of_all(first, second).tolist() == [[-1, -1]]
 
 
 def test_exact_scores_settle_what_the_quadrature_leaves_open(monkeypatch):
     monkeypatch.setattr(sage_offsets, "loss_everywhere", lambda first, second: torch.rand(len(first), 63))
     monkeypatch.setattr(sage_offsets, "RESCORED", 100)
     first, second = pairs(6, 4, 5, 0.5)
-    expected = sage_offsets.best_of(first, second, sage_offsets.all_offsets(4, 5))
-    assert torch.equal(sage_offsets.best_of_all(first, second), expected)
+    expected = sage_offsets.best_offset(first, second, sage_offsets.all_offsets(4, 5))
+    assert torch.equal(sage_offsets.best_offset_of_all(first, second), expected)
 
 
 @pytest.mark.parametrize("lam", [0.05, 0.3, 0.5])
@@ -205,7 +205,7 @@ def test_the_exhaustive_search_finds_the_optimum(height, width, lam):
     offsets = sage_offsets.all_offsets(height, width)
     assert len(offsets) == (2 * height - 1) * (2 * width - 1)
     exact = torch.stack([score_by_definition(first, second, dy, dx) for dy, dx in offsets.tolist()], 1)
-    found = sage_offsets.best_of_all(first, second)
+    found = sage_offsets.best_offset_of_all(first, second)
     place = (found[:, 1] + width - 1) * (2 * height - 1) + found[:, 0] + height - 1
     close(exact.gather(1, place.unsqueeze(1))[:, 0], exact.amax(1), 1e-7)
 

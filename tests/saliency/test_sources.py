@@ -106,7 +106,7 @@ def test_a_cam_adds_up_to_the_logit_of_its_class(name):
     assert model.training, "the mode is put back"
     logits, features = model.eval().forward_features(images)
     layer = getattr(model, model.last_layer)
-    maps = torch.einsum("bchw,kc->bkhw", model.pooled(features[-1]), layer.weight)  # of every class
+    maps = torch.einsum("bchw,kc->bkhw", model.final_maps(features[-1]), layer.weight)  # of every class
     torch.testing.assert_close(maps.mean((2, 3)) + layer.bias, logits)
     wanted = F.interpolate(maps.clamp_min(0)[range(3), [1, 3, 0]][:, None], (32, 32), mode="bilinear")[:, 0]
     torch.testing.assert_close(saliency, wanted)

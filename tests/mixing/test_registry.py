@@ -1,0 +1,58 @@
+"""The registries of methods and sources, and what the command line knows of them."""
+
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+from support import ROOT
+
+import mixing
+import saliency
+import train
+from mixing import MIXERS, compose_options, hyper_parameters
+from saliency import SOURCES, source_class
+
+SET_BY_THE_RUN = {"mean", "std", "model", "device", "images_count", "precision", "scaler"}
+SET_BY_THE_RUN |= {"training_loss", "cross_entropy_scale"}
+SET_BY_THE_METHOD = {"reduction", "mode", "clean_weight", "follows_training_loss"}  # Mixer.gradient_options
+SET_BY_RECIPES = {"method_options"}
+
+
+@pytest.fixture(scope="module")
+def helps():
+    """Option -> its help text without the default in brackets."""
+    actions = train.build_parser()._actions
+    return {action.dest: re.sub(r" ?\[.*\]$", "", action.help or "") for action in actions}
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_every_hyper_parameter_of_a_method_has_a_flag_and_a_help_text(name, helps):
+    for key in hyper_parameters(name).keys() - SET_BY_THE_RUN:
+        assert helps.get(key), f"{name} {key}"
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_every_parameter_of_a_source_has_a_flag_and_a_help_text(name, helps):
+    source = source_class(name)
+    known = set() if source.__init__ is object.__init__ else set(inspect.signature(source).parameters)
+    for key in known - SET_BY_THE_RUN - SET_BY_THE_METHOD:
+        assert helps.get(key), f"{name} {key}"
+
+
+def test_what_composes_methods_has_a_flag_and_a_help_text(helps):
+    for key in set(compose_options([])) - SET_BY_RECIPES:
+        assert helps.get(key), key
+
+
+def test_the_packages_hand_out_their_names_without_importing_torch():
+    code = "import sys, mixing, saliency, models; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    for package, names in (
+        (mixing, ["Mixer", "Chain", "Choice", "PartialMix", "compose_mixer", *(cls for _, cls in MIXERS.values())]),
+        (saliency, ["Source", "ActivationMaps", *(cls for _, cls in SOURCES.values())]),
+    ):
+        assert all(getattr(package, name).__name__ == name for name in names)
+        with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+            package.Nonsense  # noqa: B018
