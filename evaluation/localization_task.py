@@ -32,7 +32,7 @@ from evaluation.localization import (
     score_localization,
     smooth_maps,
 )
-from saliency.cam.maps import ActivationMaps, enlarged
+from saliency.cam import ActivationMaps, upsample_maps
 
 MapFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 COLUMNS = {  # of the table: key -> title and format
@@ -75,7 +75,7 @@ def build_map_function(context: EvalContext, method: str, layer: str | None, cla
 
     def compute_maps(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raw, size = activation_maps(images, labels), tuple(images.shape[-2:])
-        return scale_maps(smooth_maps(raw), size) if classic else enlarged(raw, size), activation_maps.logits
+        return scale_maps(smooth_maps(raw), size) if classic else upsample_maps(raw, size), activation_maps.logits
 
     if method != "scorecam":  # which takes as many passes as there are channels
         size, device = context.image_size, context.session.device
