@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         check_start_options(parser, options)
     initial = detection.find_initial_weights(start.saved, **select_kwargs(options, detection.find_initial_weights))
     options |= {"model": initial.body, "neck": typed.get("neck", initial.options.get("neck", options["neck"]))}
-    notes += option_notes(options, typed, going_on=bool(start.saved))
+    notes += option_notes(options, typed, resumed=bool(start.saved))
 
     # ---- Data ----
     train_set, test_set = detection.load_image_sets(

@@ -107,7 +107,7 @@ def add_network_options(parser: Parser) -> None:
 def add_image_options(parser: Parser) -> None:
     parser.group("data")
     add_dataset_option(parser, ["voc", "shapes"], aliases={"fake": "shapes"}, dataset="voc")
-    add_common_options(parser, "data_dir", "limit", download=False)
+    add_common_options(parser, "data_dir", "limit", download={"default": False})
     parser.option(
         "--train_sets",
         nargs="+",

@@ -58,7 +58,7 @@ def get_recipe(given: dict) -> dict[str, object]:
 
 
 def resolve_resumed(parser: Parser, typed: dict, saved: dict) -> dict:
-    """The same of a run that goes on, and so starts from nothing else."""
+    """The same for a run that is resumed, and so starts from nothing else."""
     return resolve_options(parser, {key: value for key, value in typed.items() if key not in START_OPTIONS}, saved)
 
 
@@ -113,18 +113,18 @@ def scale_schedule(options: dict, steps_per_epoch: int) -> dict:
     return {"iters": length, "schedule": drops, "warmup_iters": warmup}
 
 
-def option_notes(options: dict, typed: dict, going_on: bool = False) -> list[str]:
+def option_notes(options: dict, typed: dict, resumed: bool = False) -> list[str]:
     """What was typed and nothing reads."""
     idle = set()
     if options["dataset"] == "shapes":
         idle |= {"data_dir", "train_sets", "test_set", "download", "workers"}
-    if "lr" in typed or going_on:
+    if "lr" in typed or resumed:
         idle |= {"scale_lr"}
     if "iters" in typed:
         idle |= {"epochs"}
     if options["log_off"]:
         idle |= {"vis", "name", "save_every", "save_iters"}
-    if going_on:
+    if resumed:
         idle |= START_OPTIONS
     if options["evaluate"]:
         idle |= TRAINING_OPTIONS | {"amp", "backbone_checkpoint", "pretrained"}
@@ -138,5 +138,5 @@ def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
 
 
 def detector_runs(options: dict) -> tuple[Path, str]:
-    """Where the detectors of this data set are kept, and how unnamed ones begin."""
+    """The folder of the detectors for this data set, and how the names of unnamed ones begin."""
     return Path(options["root_dir"]) / options["dataset"] / "frcnn", options["recipe"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from engine.config import resolve
 from engine.config.legacy_options import LEGACY_EVALUATION_OPTIONS
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
-from engine.config.options import DATASETS, add_data_options, add_device_options
+from engine.config.options import DATASETS, add_common_options, add_data_options, add_device_options
 from engine.config.parser import Parser, check_output_path
 from engine.config.phases import LARGE_SIDE
 from saliency import CAM_METHODS
@@ -41,13 +41,9 @@ def build_parser() -> Parser:
     parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
     parser.option("--info", type=boolean, default=False, help="tell what the files hold and evaluate nothing")
     parser.option("--task", type=choice(TASKS), default="accuracy", metavar="NAME", help=", ".join(TASKS))
-    parser.option("--model", metavar="NAME", shown="from the file", help="ours or torchvision's")
+    add_common_options(parser, "model", "class_list", "seed")
     parser.option("--ema", type=boolean, default=False, help="use the averaged weights of a run with --ema")
     parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
-    parser.option(
-        "--seed", type=int_at_least(), default=0, help="of what is drawn: noise, starts of attacks, held-out images"
-    )
-    parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
     parser.option("--output", "-o", metavar="FILE.json", help="everything as JSON; card: and FILE.md and FILE.png")
     add_task_options(parser)
     add_data_options(parser, DATASETS, named_by="from the file")
@@ -134,15 +130,8 @@ def add_task_options(parser: Parser) -> None:
     )
 
     parser.group("localization")
-    parser.option(
-        "--annotation_path",
-        metavar="PLACE",
-        shown="that of the data set",
-        help="true boxes: a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet and "
-        "shapes have their own",
-    )
+    add_common_options(parser, "annotation_path", "layer")
     parser.option("--method", type=choice(CAM_METHODS), default="cam", metavar="NAME", help=", ".join(CAM_METHODS))
-    parser.option("--layer", metavar="NAME", shown="what is averaged", help="whose maps are taken, but by cam")
     parser.option(
         "--th", type=float_in_range(0, 1), default=0.25, help="share of a map's maximum that counts as object"
     )
@@ -232,7 +221,7 @@ def measures_robustness(options: dict) -> bool:
 def list_unread(parser: Parser, typed: dict, options: dict) -> list[str]:
     """The typed options that nothing reads: those of other tasks, and of what is not measured."""
     read = set(TASKS[options["task"]])
-    unread = parser.group_of(*(TASK_GROUPS - read)) - read
+    unread = parser.option_names(*(TASK_GROUPS - read)) - read
     if "pgd" not in options["attack"]:
         unread |= {"steps", "step_size"}
     if set(options["attack"]) == {NONE}:

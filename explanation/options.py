@@ -25,7 +25,7 @@ def build_parser() -> Parser:
         shown=f"torchvision's {PRETRAINED}",
         help="files of weights, run folders (best.pt), torchvision's NAME, or NAME=FILE",
     )
-    parser.option("--model", metavar="NAME", shown="from the file", help="its network, ours or torchvision's")
+    add_common_options(parser, "model")
     parser.option("--weights", default="IMAGENET1K_V1", metavar="NAME", help="of torchvision's, where no file is named")
     parser.option(
         "--method",
@@ -35,7 +35,7 @@ def build_parser() -> Parser:
         metavar="NAME",
         help=f"{', '.join(CAM_METHODS)}, casm; several allowed",
     )
-    parser.option("--casm", metavar="FILE", help="trained maps, for --method casm")
+    add_common_options(parser, "casm")
     parser.option(
         "--target_class",
         nargs="+",
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
         metavar="CLASS",
         help="predicted, top3 (or another number), an index, or a class name or part of it; several allowed",
     )
-    parser.option("--layer", metavar="NAME", shown="what is averaged", help="whose maps are taken, but by cam")
+    add_common_options(parser, "layer")
     parser.option("--list_layers", type=boolean, default=False, help="names and shapes of the layers, then exit")
     parser.option("--labels", metavar="FILE", shown="from the file or the weights", help="class names, one a line")
     parser.option(
@@ -54,9 +54,7 @@ def build_parser() -> Parser:
         help="keep: shorter side to 256, centre of 224; square: to 256x256, centre of 224; whole: to 224x224. Networks "
         "for small images see all of the middle square, or of the picture, at their own size",
     )
-    parser.option(
-        "--image_size", type=int_at_least(8), shown="the classifier's", metavar="PIXELS", help="in place of 224"
-    )
+    add_common_options(parser, "on_bad_image", image_size={"shown": "the classifier's; large images 224"})
     parser.option(
         "--norm",
         type=choice(NORMS),
@@ -65,7 +63,6 @@ def build_parser() -> Parser:
         help=f"whose mean and std: {', '.join(NORMS)}",
     )
     parser.option("--batch_size", type=int_at_least(1), default=32, help="scorecam: masked images at a time")
-    add_common_options(parser, "on_bad_image")
     parser.group("pictures")
     parser.option("--alpha", type=float_in_range(0, 1), default=0.4, help="weight of the map over the picture")
     parser.option("--colormap", default="jet", metavar="NAME", help="of matplotlib's")

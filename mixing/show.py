@@ -40,8 +40,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="a trained classifier, whose gradient guides the methods that take one; without: a static map",
     )
-    parser.option("--model", metavar="NAME", help="its network, ours or torchvision's, if the file does not say")
-    parser.option("--image_size", type=int_at_least(8), shown="the classifier's, else 224", metavar="PIXELS")
+    add_common_options(parser, "model", image_size={"shown": "the classifier's, else 224"})
     parser.option("--n", type=int_at_least(1), default=4, help="mixed images of each method")
     parser.option("--output", "-o", default="mix.png", metavar="FILE", help="the picture to write")
     add_method_options(parser, sources=saliency)

@@ -4,6 +4,7 @@ from types import ModuleType
 
 from engine.config.legacy_options import LEGACY_METHOD_OPTIONS, LEGACY_MIXING_OPTIONS
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least, int_list, positive_or_minus_one
+from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
 OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix, rlmix"]
@@ -107,7 +108,7 @@ def add_saliency_options(parser: Parser, sources: ModuleType) -> None:
         default=0.5,
         help="bank: share of the old map when an image is seen again",
     )
-    parser.option("--casm", metavar="FILE", help="casm: a mask decoder, made by python -m saliency.casm train")
+    add_common_options(parser, "casm")
 
 
 def add_puzzlemix_options(parser: Parser) -> None:

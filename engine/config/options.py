@@ -26,6 +26,7 @@ COMMON_OPTIONS = {  # single ones that commands of all kinds have: name -> how P
         "metavar": "N",
         "help": "shapes: how many of its ten classes; elsewhere it must agree with the data",
     },
+    "image_size": {"type": int_at_least(8), "metavar": "PIXELS", "help": "side in pixels"},
     "limit": {"type": int_at_least(), "default": 0, "help": "use the first N images of each part only; 0: all"},
     "on_bad_image": {
         "type": choice(["stop", "skip"]),
@@ -38,6 +39,16 @@ COMMON_OPTIONS = {  # single ones that commands of all kinds have: name -> how P
         "metavar": "NAME",
         "help": "mean and std of the data set (own), of ImageNet, or 0.5",
     },
+    "class_list": {"metavar": "FILE", "help": "all classes of the network in order, one a line or in a .csv"},
+    "annotation_path": {
+        "metavar": "PLACE",
+        "shown": "that of the data set",
+        "help": "true boxes: a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet "
+        "and shapes have their own",
+    },
+    "model": {"metavar": "NAME", "shown": "from the file", "help": "its network, ours or torchvision's"},
+    "layer": {"metavar": "NAME", "shown": "what is averaged", "help": "whose maps are taken, but by cam"},
+    "casm": {"metavar": "FILE", "help": "trained maps for the method or source casm, made by python -m saliency.casm"},
     "seed": {"type": int_at_least(), "default": 0, "help": "of everything random"},
     "deterministic": {"type": boolean, "default": False, "help": "bit-exact kernels on CUDA; slower"},
     "overwrite": {"type": boolean, "default": False, "help": "start afresh over an earlier run of this name"},
@@ -46,12 +57,10 @@ COMMON_OPTIONS = {  # single ones that commands of all kinds have: name -> how P
 }
 
 
-def add_common_options(parser: Parser, *names: str, **defaults) -> None:
-    """Those of COMMON_OPTIONS that are named, and those of `defaults`, with another default."""
-    for name in names:
-        parser.option(f"--{name}", **COMMON_OPTIONS[name])
-    for name, default in defaults.items():
-        parser.option(f"--{name}", **COMMON_OPTIONS[name] | {"default": default})
+def add_common_options(parser: Parser, *names: str, **changes: dict) -> None:
+    """Those of COMMON_OPTIONS that are named. changes: name -> what its declaration has otherwise."""
+    for name in [*names, *changes]:
+        parser.option(f"--{name}", **COMMON_OPTIONS[name] | changes.get(name, {}))
 
 
 def add_training_options(
@@ -273,7 +282,7 @@ def add_output_options(parser: Parser, print_freq: int = 100, named_by: str = "M
     parser.option(
         "--save_every", type=int_at_least(), default=0, metavar="N", help="keep epoch_NNN.pt every N epochs; 0: never"
     )
-    add_common_options(parser, "overwrite", "no_progress", print_freq=print_freq)
+    add_common_options(parser, "overwrite", "no_progress", print_freq={"default": print_freq})
     parser.option(
         "--use_tensorboard", type=boolean, default=False, help="log to TensorBoard too (pip install tensorboard)"
     )
@@ -299,7 +308,7 @@ def add_data_options(
         shown="image_size; 256 on ImageNet",
         help="scale evaluation images to this shorter side, then cut out the centre",
     )
-    add_common_options(parser, norm=norm)
+    add_common_options(parser, norm={"default": norm})
 
 
 def add_dataset_option(
@@ -317,11 +326,8 @@ def add_dataset_option(
 
 def add_image_set_options(parser: Parser, image_size: int | None = None, *, shown: str) -> None:
     """Which images of a data set are read, and at which size. shown: the size where the default is None."""
-    add_common_options(parser, "val_data_dir", "val_labels", "num_classes")
-    parser.option(
-        "--image_size", type=int_at_least(8), default=image_size, shown=shown, metavar="PIXELS", help="side in pixels"
-    )
-    add_common_options(parser, "limit", "on_bad_image")
+    add_common_options(parser, "val_data_dir", "val_labels", "num_classes", "limit", "on_bad_image")
+    add_common_options(parser, image_size={"default": image_size, "shown": shown})
 
 
 def add_imagenet_options(parser: Parser) -> None:

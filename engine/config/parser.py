@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             self._folded.append(title)
             self.epilog = f"More options: --help GROUP, where GROUP is one of {', '.join(self._folded)}, or all."
 
-    def group_of(self, *titles: str) -> set[str]:
+    def option_names(self, *titles: str) -> set[str]:
         """The options of these groups."""
         return {action.dest for title in titles for action in self._groups[title]}
 

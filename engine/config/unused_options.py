@@ -23,7 +23,7 @@ def mixing_notes(
         read = read - GRADIENT_SOURCE_OPTIONS
         if options["clean_lam"] or {"comixup", "sage"} & set(names):
             notes.append("only --saliency gradient trains on the clean images too; here the mixed ones are all")
-    if unread := find_unused_options(typed, parser.group_of(*OPTION_GROUPS), read):
+    if unread := find_unused_options(typed, parser.option_names(*OPTION_GROUPS), read):
         notes.append(f"without effect with --method {' '.join(names)}: {', '.join(unread)}")
     return notes
 

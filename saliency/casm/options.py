@@ -44,7 +44,7 @@ def where_options(parser: Parser, seed: int = 0) -> None:
     """Which images. seed: its default."""
     add_dataset_option(parser, DATASETS, shown="that of the classifier, else folder")
     add_image_set_options(parser, shown="the classifier's, else 224")
-    add_common_options(parser, seed=seed)
+    add_common_options(parser, seed={"default": seed})
 
 
 def classifier_options(parser: Parser, what: str) -> None:

@@ -4,7 +4,7 @@ python -m saliency.casm eval DATA --casms-path FILE
 
 from pathlib import Path
 
-from engine.config.options import add_single_device_options
+from engine.config.options import add_common_options, add_single_device_options
 from engine.config.parser import Parser
 from saliency.casm.options import casm_parser, check_scoring, scoring_options, where_options
 
@@ -28,7 +28,7 @@ def build_parser() -> Parser:
         help="torchvision's NAME, NAME=FILE for it with weights from FILE, or a file or run folder of ours",
     )
     parser.option("--resnets_path", metavar="DIR", help="besides: every file of it, a ResNet-50 of the PyTorch example")
-    parser.option("--class_list", metavar="FILE", help="classes of a network that does not say them, in a .txt or .csv")
+    add_common_options(parser, "class_list")
     add_single_device_options(parser, amp="off")
     return parser
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engine.config.option_types import boolean, choice, choices
-from engine.config.options import add_single_device_options
+from engine.config.options import add_common_options, add_single_device_options
 from engine.config.parser import Parser
 from saliency import ALIASES, SOURCES
 from saliency.casm.options import casm_parser, check_scoring, classifier_options, scoring_options, where_options
@@ -30,16 +30,9 @@ def build_parser() -> Parser:
         "score", "Localisation by masks: F1, localisation error (LE), LE and label (OM), mask statistics."
     )
     where_options(parser)
-    parser.option(
-        "--annotation_path",
-        metavar="PLACE",
-        shown="that of the data set",
-        help="a folder of XML files, a .csv with file,xmin,ymin,xmax,ymax, or a .json; Tiny-ImageNet and shapes have "
-        "their own",
-    )
+    add_common_options(parser, "annotation_path", "class_list")
     parser.option("--break_ratio", type=boolean, default=False, help="squeeze images into a square; no crop")
     parser.option("--not_normalize", type=boolean, default=False, help="feed pixels in 0..1")
-    parser.option("--class_list", metavar="FILE", help="all classes of the network in order, one a line or in a .csv")
     scoring_options(parser)
     parser.group("models")
     parser.option(

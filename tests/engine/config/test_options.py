@@ -170,7 +170,7 @@ def test_a_parser_keeps_typed_options_apart():
         "kind": "a",
     }
     assert parser.read([]) == {} and parser.defaults == {"some_number": 3, "flag": True, "kind": None}
-    assert parser.group_of("one") == {"some_number", "flag", "kind"}
+    assert parser.option_names("one") == {"some_number", "flag", "kind"}
 
 
 # recipes
@@ -252,7 +252,7 @@ def test_shorthands_are_translated():
 
 def test_options_without_effect_are_named():
     typed = {"mixup_alpha": 1.0, "saliency_scope": "batch", "cutout_length": 8, "epochs": 3}
-    group = train.build_parser().group_of(*OPTION_GROUPS)
+    group = train.build_parser().option_names(*OPTION_GROUPS)
     assert find_unused_options(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
     assert find_unused_options(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
 
