@@ -44,17 +44,13 @@ def add_start_options(parser: Parser) -> None:
     )
     parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --frcnn_checkpoint and exit")
     parser.option(
-        "--averaged",
-        type=boolean,
-        default=False,
-        help="the weight average in the file to start from, of a run with --ema",
+        "--averaged", type=boolean, default=False, help="take the weight average of the file, of a run with --ema"
     )
     parser.option(
         "--recipe",
         type=choice(["auto", *RECIPES]),
         default="auto",
-        metavar="NAME",
-        help=f"{', '.join(RECIPES)}: fills in what is not given; auto: paper, or shapes for the drawn scenes",
+        help="fills in what is not given; auto: paper, or shapes for the drawn scenes",
     )
 
 
@@ -67,29 +63,19 @@ def add_network_options(parser: Parser) -> None:
         "--neck",
         type=choice(["fpn", "c5"]),
         shown="recipe",
-        metavar="fpn|c5",
-        help="feature pyramid, or the last stage alone with anchors of 32 to 512",
+        help="feature pyramid, or the last stage with anchors 32-512",
     )
     parser.option(
-        "--trainable_layers",
-        type=int_at_least(),
-        shown="recipe",
-        metavar="N",
-        help="stages that learn, from the top; 5: all",
+        "--trainable_layers", type=int_at_least(), shown="recipe", help="stages that learn, from the top; 5: all"
     )
     parser.option(
-        "--norm",
-        type=choice(["frozen", "bn", "syncbn"]),
-        shown="recipe",
-        metavar="NAME",
-        help="batch norm of the stages that learn: frozen, bn or syncbn",
+        "--norm", type=choice(["frozen", "bn", "syncbn"]), shown="recipe", help="batch norm of the stages that learn"
     )
     parser.option(
         "--stem",
         type=choice(["embed", "random"]),
         default="embed",
-        metavar="embed|random",
-        help="of the backbone: its own, a 3x3 one inside 7x7, or a new one that learns",
+        help="the backbone's, its 3x3 in a 7x7 convolution, or a new one that learns",
     )
     parser.option(
         "--rois", type=int_at_least(1), shown="recipe", help="proposals of an image that the head learns from"
@@ -100,7 +86,7 @@ def add_network_options(parser: Parser) -> None:
         nargs=2,
         shown="recipe",
         metavar=("TRAIN", "TEST"),
-        help="proposals kept of a feature map, and of an image",
+        help="kept of a feature map, and of an image",
     )
 
 
@@ -118,11 +104,7 @@ def add_image_options(parser: Parser) -> None:
     parser.option("--test_set", default="2007_test", metavar="YEAR_LIST")
     parser.option("--use_difficult", type=boolean, shown="recipe", help="train on objects marked difficult too")
     parser.option(
-        "--augment",
-        type=choice(["none", "flip", "ssd"]),
-        shown="recipe",
-        metavar="NAME",
-        help="none, flip, or ssd: colours, zooming out, crops and flip",
+        "--augment", type=choice(["none", "flip", "ssd"]), shown="recipe", help="ssd: colours, zoom out, crops, flip"
     )
     parser.option(
         "--min_size",
@@ -152,29 +134,16 @@ def add_schedule_options(parser: Parser) -> None:
         nargs="*",
         metavar="ITERATION",
         shown="recipe",
-        help="iterations after which the lr drops; those of a recipe shrink and grow with --iters",
+        help="where the lr drops; in a recipe it scales with --iters",
     )
     parser.option(
-        "--gammas",
-        type=float_in_range(),
-        nargs="+",
-        default=[0.1],
-        metavar="G",
-        help="one factor for all drops, or one each",
+        "--gammas", type=float_in_range(), nargs="+", default=[0.1], help="one factor for all drops, or one each"
     )
     parser.option(
         "--warmup_iters", type=int_at_least(), shown="recipe", help="linear rise of the lr from a thousandth of it"
     )
-    parser.option(
-        "--eval_every",
-        type=int_at_least(),
-        default=0,
-        metavar="EPOCHS",
-        help="epochs between evaluations; 0: at the end only",
-    )
-    parser.option(
-        "--save_iters", type=int_at_least(), default=0, metavar="N", help="save last.pt every N steps too; 0: never"
-    )
+    parser.option("--eval_every", type=int_at_least(), default=0, help="epochs between evaluations; 0: at the end only")
+    parser.option("--save_iters", type=int_at_least(), default=0, help="save last.pt every N steps too; 0: never")
 
 
 def add_detection_options(parser: Parser) -> None:
@@ -191,7 +160,7 @@ def add_detection_options(parser: Parser) -> None:
         "--coco_count_difficult",
         type=boolean,
         default=False,
-        help="COCO's numbers: difficult objects are ordinary ones, as the replication had it, instead of ignored",
+        help="COCO's numbers: count difficult objects, as the replication had it",
     )
-    parser.option("--vis", type=int_at_least(), default=0, metavar="N", help="draw N test images with boxes")
+    parser.option("--vis", type=int_at_least(), default=0, help="draw N test images with boxes")
     parser.option("--predictions", metavar="FILE.json", help="all detections, as COCO's tools read them")

@@ -40,7 +40,7 @@ def build_parser() -> Parser:
     weights = "files of weights, run folders (best.pt), or NAME=FILE for a network of torchvision's"
     parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
     parser.option("--info", type=boolean, default=False, help="tell what the files hold and evaluate nothing")
-    parser.option("--task", type=choice(TASKS), default="accuracy", metavar="NAME", help=", ".join(TASKS))
+    parser.option("--task", type=choice(TASKS), default="accuracy")
     add_common_options(parser, "model", "class_list", "seed")
     parser.option("--ema", type=boolean, default=False, help="use the averaged weights of a run with --ema")
     parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
@@ -55,7 +55,7 @@ def build_parser() -> Parser:
 def add_task_options(parser: Parser) -> None:
     """A group of options for each task."""
     parser.group("accuracy")
-    parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], metavar="K", help="accuracies to print")
+    parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], help="accuracies to print")
     parser.option("--per_class", type=boolean, default=False, help="a table of the classes")
     parser.option("--confusion", metavar="FILE.png", help="a picture of what is mistaken for what")
 
@@ -76,14 +76,7 @@ def add_task_options(parser: Parser) -> None:
     )
 
     parser.group("robustness")
-    parser.option(
-        "--attack",
-        type=choices([*ATTACKS, NONE]),
-        nargs="+",
-        default=list(ATTACKS),
-        metavar="NAME",
-        help=f"{', '.join(ATTACKS)}, or none",
-    )
+    parser.option("--attack", type=choices([*ATTACKS, NONE]), nargs="+", default=list(ATTACKS))
     parser.option(
         "--eps",
         type=pixel_fraction,
@@ -92,9 +85,7 @@ def add_task_options(parser: Parser) -> None:
         shown="fgsm 4/255 and 8/255, pgd 4/255",
         help="largest change of a pixel in 0..1, as 8/255",
     )
-    parser.option(
-        "--steps", type=int_at_least(1), nargs="+", default=[20], metavar="N", help="of pgd; several: a row each"
-    )
+    parser.option("--steps", type=int_at_least(1), nargs="+", default=[20], help="of pgd; several: a row each")
     parser.option("--step_size", type=pixel_fraction, metavar="S", shown="2/255", help="of pgd")
     parser.option(
         "--corruptions",
@@ -115,7 +106,6 @@ def add_task_options(parser: Parser) -> None:
     parser.option(
         "--robust_images",
         type=int_at_least(),
-        metavar="N",
         shown="all; card: 1000",
         help="attacks, corruptions and occlusion take so many images from all over the set; 0: all",
     )
@@ -131,7 +121,7 @@ def add_task_options(parser: Parser) -> None:
 
     parser.group("localization")
     add_common_options(parser, "annotation_path", "layer")
-    parser.option("--method", type=choice(CAM_METHODS), default="cam", metavar="NAME", help=", ".join(CAM_METHODS))
+    parser.option("--method", type=choice(CAM_METHODS), default="cam")
     parser.option(
         "--th", type=float_in_range(0, 1), default=0.25, help="share of a map's maximum that counts as object"
     )
@@ -143,23 +133,16 @@ def add_task_options(parser: Parser) -> None:
         type=choices(BACKGROUNDS),
         nargs="+",
         default=["clean"],
-        metavar="NAME",
-        help="clean; rep: outside the boxes another image; noise: Gaussian noise there",
+        help="rep: outside the boxes another image; noise: Gaussian noise there",
     )
-    parser.option(
-        "--noise_std",
-        type=float_in_range(),
-        default=0.2,
-        metavar="S",
-        help="of the noisy background, in pixels of 0..1",
-    )
+    parser.option("--noise_std", type=float_in_range(), default=0.2, help="of the noisy background, in pixels of 0..1")
     parser.option(
         "--background_dir", metavar="DIR", help="ready-made images with the names of the data set's, a row more"
     )
 
     parser.group("pictures")
     parser.option("--figure", metavar="FILE.png", shown="card: beside --output", help="what the task measured, drawn")
-    parser.option("--examples", type=int_at_least(), default=8, metavar="N", help="card: images shown with their maps")
+    parser.option("--examples", type=int_at_least(), default=8, help="card: images shown with their maps")
 
 
 def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, list[str]]:

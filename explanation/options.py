@@ -27,14 +27,7 @@ def build_parser() -> Parser:
     )
     add_common_options(parser, "model")
     parser.option("--weights", default="IMAGENET1K_V1", metavar="NAME", help="of torchvision's, where no file is named")
-    parser.option(
-        "--method",
-        type=choices([*CAM_METHODS, "casm"]),
-        nargs="+",
-        default=["cam"],
-        metavar="NAME",
-        help=f"{', '.join(CAM_METHODS)}, casm; several allowed",
-    )
+    parser.option("--method", type=choices([*CAM_METHODS, "casm"]), nargs="+", default=["cam"], help="several allowed")
     add_common_options(parser, "casm")
     parser.option(
         "--target_class",
@@ -50,18 +43,11 @@ def build_parser() -> Parser:
         "--resize",
         type=choice(["keep", "square", "whole"]),
         default="keep",
-        metavar="NAME",
         help="keep: shorter side to 256, centre of 224; square: to 256x256, centre of 224; whole: to 224x224. Networks "
         "for small images see all of the middle square, or of the picture, at their own size",
     )
     add_common_options(parser, "on_bad_image", image_size={"shown": "the classifier's; large images 224"})
-    parser.option(
-        "--norm",
-        type=choice(NORMS),
-        metavar="NAME",
-        shown="from the file",
-        help=f"whose mean and std: {', '.join(NORMS)}",
-    )
+    parser.option("--norm", type=choice(NORMS), shown="from the file", help="whose mean and std")
     parser.option("--batch_size", type=int_at_least(1), default=32, help="scorecam: masked images at a time")
     parser.group("pictures")
     parser.option("--alpha", type=float_in_range(0, 1), default=0.4, help="weight of the map over the picture")

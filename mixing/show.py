@@ -29,12 +29,8 @@ def build_parser() -> Parser:
     parser.option("--images", nargs="+", metavar="FILE", help="two or more pictures; the middle square is taken")
     add_dataset_option(parser, DATASETS)
     add_common_options(parser, "data_dir", "seed")
-    parser.option(
-        "--indices", type=int_at_least(), nargs="+", metavar="N", default=[0, 1, 2, 3], help="which training images"
-    )
-    parser.option(
-        "--method", type=choices([*METHODS, "all"], ALIASES), nargs="+", default=["all"], metavar="NAME", help="or all"
-    )
+    parser.option("--indices", type=int_at_least(), nargs="+", default=[0, 1, 2, 3], help="which training images")
+    parser.option("--method", type=choices([*METHODS, "all"], ALIASES), nargs="+", default=["all"], help="or all")
     parser.option(
         "--model_path",
         metavar="FILE",

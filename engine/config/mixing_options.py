@@ -20,13 +20,12 @@ def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
         "--mix_schedule",
         type=choice(["fixed", "scheduled", "delayed"]),
         default="fixed",
-        metavar="KIND",
         help="mix_fraction throughout, on a ramp up to --mix_scheduled_epoch, or only after it",
     )
     parser.option(
         "--mix_scheduled_epoch", type=int_at_least(), default=0, metavar="EPOCH", help="the epoch of --mix_schedule"
     )
-    parser.option("--mix_off_epoch", type=int_at_least(), default=0, metavar="N", help="no mixing in the last N epochs")
+    parser.option("--mix_off_epoch", type=int_at_least(), default=0, help="no mixing in the last N epochs")
     parser.hidden_options(LEGACY_MIXING_OPTIONS)
     parser.defaults["method_options"] = {}  # set by recipes only
     add_method_options(parser, sources=sources)
@@ -49,23 +48,21 @@ def add_common_method_options(parser: Parser) -> None:
         "--mixup_alpha",
         type=float_in_range(),
         shown="by method",
-        help="lam ~ Beta(alpha, alpha); comixup: of a Dirichlet prior",
+        help="of lam ~ Beta(alpha, alpha); comixup: Dirichlet",
     )
     parser.option("--in_batch", type=boolean, default=False, help="an own lam for each image instead of one a batch")
     parser.option("--per_sample", type=boolean, help="cutmix, saliencymix: an own box for each image")
     parser.option(
         "--cutmix_box",
         type=choice(["integer", "real"]),
-        shown="integer; recipe puzzle real",
-        metavar="KIND",
-        help="cutmix: how edges are rounded",
+        shown="integer; puzzle: real",
+        help="cutmix: rounding of the edges",
     )
     parser.option(
         "--saliency_scope",
         type=choice(["sample", "batch"]),
         default="sample",
-        metavar="sample|batch",
-        help="saliencymix: a box for each image, or one for the batch as published",
+        help="saliencymix: a box for each image, or one for the batch",
     )
     parser.option("--cutout_length", type=int_at_least(1), default=16, help="side of the hole in pixels")
     parser.option("--n_holes", type=int_at_least(1), default=1, help="holes an image")
@@ -73,47 +70,37 @@ def add_common_method_options(parser: Parser) -> None:
         "--clean_lam",
         type=float_in_range(),
         shown="by method",
-        help="puzzlemix, comixup, rmix: weight of the loss of the clean images, trained on too",
+        help="puzzlemix, comixup, rmix: weight of the loss of the clean images",
     )
     parser.option(
         "--solver",
         type=choice(["parallel", "gco"]),
         default="parallel",
-        metavar="parallel|gco",
-        help="puzzlemix, comixup: ours, or graph cuts image by image, to compare (pip install gco-wrapper)",
+        help="puzzlemix, comixup: ours, or gco-wrapper's",
     )
 
 
 def add_saliency_options(parser: Parser, sources: ModuleType) -> None:
     parser.group("saliency")
-    parser.option(
-        "--saliency",
-        type=choice(sources.SOURCES, sources.ALIASES),
-        shown="by method",
-        metavar="SOURCE",
-        help=", ".join(sources.SOURCES),
-    )
+    parser.option("--saliency", type=choice(sources.SOURCES, sources.ALIASES), shown="by method")
     parser.option(
         "--saliency_size",
         type=int_at_least(8),
         metavar="PIXELS",
-        help="gradient: scale the images to this side for the saliency pass, which is cheaper",
+        help="gradient: side of the images in the saliency pass; smaller is cheaper",
     )
     parser.option(
         "--bank_size", type=int_at_least(1), default=16, help="bank: side of the map kept of each image, in cells"
     )
     parser.option(
-        "--bank_momentum",
-        type=float_in_range(0, 1),
-        default=0.5,
-        help="bank: share of the old map when an image is seen again",
+        "--bank_momentum", type=float_in_range(0, 1), default=0.5, help="bank: share of the old map in the new one"
     )
     add_common_options(parser, "casm")
 
 
 def add_puzzlemix_options(parser: Parser) -> None:
     parser.group("puzzlemix", folded=True)
-    parser.option("--block_num", type=int_list, nargs="+", metavar="N", shown="2 4 8 16", help="blocks a side, drawn")
+    parser.option("--block_num", type=int_list, nargs="+", shown="2 4 8 16", help="blocks a side, drawn")
     parser.option("--n_labels", type=int_at_least(2), shown="3", help="values of the mask: 2, 3 or 4")
     parser.option("--beta", type=float_in_range(), shown="1.2", help="smoothness of the mask")
     parser.option(
@@ -128,7 +115,7 @@ def add_puzzlemix_options(parser: Parser) -> None:
         type=positive_or_minus_one,
         shown="4; tiny-imagenet and folder -1",
         metavar="PIXELS",
-        help="side of the blocks that move; -1: the mask's",
+        help="side of the blocks that move in pixels; -1: the mask's",
     )
     parser.option("--adv_p", type=float_in_range(0, 1), shown="0", help="chance of adversarial noise")
     parser.option("--adv_eps", type=float_in_range(), shown="10", help="its size, of 255")
@@ -137,13 +124,11 @@ def add_puzzlemix_options(parser: Parser) -> None:
 def add_comixup_options(parser: Parser) -> None:
     parser.group("comixup", folded=True)
     parser.option("--m_part", type=int_at_least(1), shown="20", help="images mixed with each other")
-    parser.option("--m_block_num", type=positive_or_minus_one, shown="4", metavar="N", help="blocks a side; -1: drawn")
+    parser.option("--m_block_num", type=positive_or_minus_one, shown="4", help="blocks a side; -1: drawn")
     parser.option("--m_beta", type=float_in_range(), shown="0.32", help="smoothness")
     parser.option("--m_gamma", type=float_in_range(), shown="1", help="diversity")
     parser.option("--m_thres", type=float_in_range(), shown="0.83", help="share of blocks from which likeness costs")
-    parser.option(
-        "--m_thres_type", type=choice(["hard", "soft"]), shown="hard", metavar="hard|soft", help="how it costs"
-    )
+    parser.option("--m_thres_type", type=choice(["hard", "soft"]), shown="hard", help="how it costs")
     parser.option("--m_eta", type=float_in_range(), shown="0.05", help="weight of the prior")
     parser.option(
         "--m_omega", type=float_in_range(0, 1), shown="0.001", help="weight of the distance of the salient places"
@@ -160,11 +145,7 @@ def add_sage_options(parser: Parser) -> None:
     parser.option("--upper_lambda", type=float_in_range(0, 1), shown="recipe", help="lam is at most this")
     parser.option("--rand_pos", type=float_in_range(0, 1), shown="0.01", help="share of the offsets that is tried")
     parser.option(
-        "--search",
-        type=choice(["random", "grid", "exhaustive"]),
-        shown="random",
-        metavar="HOW",
-        help="random offsets as published, a grid, or all",
+        "--search", type=choice(["random", "grid", "exhaustive"]), shown="random", help="random offsets, a grid, or all"
     )
     parser.option(
         "--update_ratio", type=float_in_range(0, 1), shown="recipe", help="weight of the mixed loss; the rest: clean"
@@ -184,16 +165,10 @@ def add_rmix_options(parser: Parser) -> None:
     )
     parser.option("--use_random_patches", type=boolean, shown="true", help="false: --num_patches a side")
     parser.option("--num_patches", type=int_at_least(1), shown="8", help="patches a side of the agent's state")
-    parser.option(
-        "--patches_per_side", type=int_list, nargs="+", metavar="N", help="in place of --random_patches (ImageNet: 2 4)"
-    )
+    parser.option("--patches_per_side", type=int_list, nargs="+", help="in place of --random_patches (ImageNet: 2 4)")
     parser.option("--num_action", type=int_at_least(2), shown="10", help="percentiles to draw from")
     parser.option(
-        "--pairing",
-        type=choice(["random", "reversed"]),
-        shown="random",
-        metavar="HOW",
-        help="random partners, or the batch from its end (ImageNet)",
+        "--pairing", type=choice(["random", "reversed"]), shown="random", help="random, or the batch from its end"
     )
     parser.option("--agent_lr", type=float_in_range(), shown="3e-4", help="rlmix: learning rate of the agent")
     parser.option("--agent_batch_size", type=int_at_least(1), shown="250", help="rlmix: steps in its minibatch")

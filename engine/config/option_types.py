@@ -1,11 +1,28 @@
 """Option types: each converts the text of a command line, or raises ArgumentTypeError with what is allowed."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from engine.errors import suggest_closest
 
 YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
+
+
+@dataclass(frozen=True, eq=False)
+class OptionType:
+    """A conversion. metavar stands for the value in --help; where it is NAME, the help text begins with the `names`."""
+
+    convert: Callable[[str], object]
+    metavar: str
+    names: Sequence[str] = ()
+
+    def __call__(self, text: str):
+        return self.convert(text)
+
+
+class ValueList(list):
+    """The values of one word, such as "8 16"; Parser.read joins them with those of the next word."""
 
 
 def boolean(text: str) -> bool:
@@ -14,39 +31,16 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-def int_at_least(minimum: int = 0) -> Callable[[str], int]:
+def int_at_least(minimum: int = 0) -> OptionType:
     def convert(text: str) -> int:
         if not text.lstrip("+-").isdigit() or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
         return int(text)
 
-    return convert
+    return OptionType(convert, "N")
 
 
-def positive_or_minus_one(text: str) -> int:
-    return -1 if text == "-1" else int_at_least(1)(text)
-
-
-def fraction_or_off(text: str) -> float:
-    return 0.0 if text.lower() in NO else float_in_range(0, 1)(text)
-
-
-class ValueList(list):
-    """The values of one word, such as "8 16"; Parser.read joins them with those of the next word."""
-
-
-def int_list(text: str) -> ValueList:
-    """Positive integers, separated by spaces or commas."""
-    return ValueList(int_at_least(1)(word) for word in text.replace(",", " ").split())
-
-
-def choices(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], ValueList]:
-    """As choice(), but a word may hold several names."""
-    convert = choice(names, aliases)
-    return lambda text: ValueList(convert(word) for word in text.split())
-
-
-def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> Callable[[str], float]:
+def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> OptionType:
     def convert(text: str) -> float:
         try:
             value = float(text)
@@ -57,7 +51,36 @@ def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> Calla
             raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
         return value
 
-    return convert
+    return OptionType(convert, "X")
+
+
+def choice(names: Iterable[str], aliases: dict[str, str] | None = None) -> OptionType:
+    """One of `names`, ignoring case; an alias stands for its name. The error lists the names and the closest one."""
+    names, aliases = list(names), aliases or {}
+
+    def convert(text: str) -> str:
+        word = text.lower()
+        if word in names or word in aliases:
+            return aliases.get(word, word)
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(names)}{suggest_closest(word, [*names, *aliases])}"
+        )
+
+    short = "|".join(names)
+    return OptionType(convert, short if len(short) < 25 else "NAME", names)
+
+
+def choices(names: Iterable[str], aliases: dict[str, str] | None = None) -> OptionType:
+    """As choice(), but a word may hold several names."""
+    one = choice(names, aliases)
+    return OptionType(lambda text: ValueList(map(one, text.split())), "NAME", one.names)
+
+
+positive_or_minus_one = OptionType(lambda text: -1 if text == "-1" else int_at_least(1)(text), "N")
+fraction_or_off = OptionType(lambda text: 0.0 if text.lower() in NO else float_in_range(0, 1)(text), "X")
+int_list = OptionType(  # positive integers, separated by spaces or commas
+    lambda text: ValueList(map(int_at_least(1), text.replace(",", " ").split())), "N"
+)
 
 
 def pixel_fraction(text: str) -> float:
@@ -71,18 +94,3 @@ def pixel_fraction(text: str) -> float:
         remedy = f"; write {text.strip()}/255" if not slash and 1 < value <= 255 else ""
         raise argparse.ArgumentTypeError(f"pixels are in 0..1, got {text!r}{remedy}")
     return value
-
-
-def choice(names: Iterable[str], aliases: dict[str, str] | None = None) -> Callable[[str], str]:
-    """One of `names`, ignoring case; an alias stands for its name. The error lists the names and the closest one."""
-    names, aliases = list(names), aliases or {}
-
-    def convert(text: str) -> str:
-        word = text.lower()
-        if word in names or word in aliases:
-            return aliases.get(word, word)
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join(names)}{suggest_closest(word, [*names, *aliases])}"
-        )
-
-    return convert

@@ -23,22 +23,12 @@ COMMON_OPTIONS = {  # single ones that commands of all kinds have: name -> how P
     "download": {"type": boolean, "default": True, "help": "fetch the data set (CIFAR, VOC) where it is missing"},
     "num_classes": {
         "type": int_at_least(2),
-        "metavar": "N",
-        "help": "shapes: how many of its ten classes; elsewhere it must agree with the data",
+        "help": "shapes: how many of its ten; elsewhere it must agree with the data",
     },
     "image_size": {"type": int_at_least(8), "metavar": "PIXELS", "help": "side in pixels"},
     "limit": {"type": int_at_least(), "default": 0, "help": "use the first N images of each part only; 0: all"},
-    "on_bad_image": {
-        "type": choice(["stop", "skip"]),
-        "default": "stop",
-        "metavar": "stop|skip",
-        "help": "what to do with a file that is no image",
-    },
-    "norm": {
-        "type": choice(["own", "imagenet", "half"]),
-        "metavar": "NAME",
-        "help": "mean and std of the data set (own), of ImageNet, or 0.5",
-    },
+    "on_bad_image": {"type": choice(["stop", "skip"]), "default": "stop", "help": "at a file that is no image"},
+    "norm": {"type": choice(["own", "imagenet", "half"]), "help": "mean and std of the data set, of ImageNet, or 0.5"},
     "class_list": {"metavar": "FILE", "help": "all classes of the network in order, one a line or in a .csv"},
     "annotation_path": {
         "metavar": "PLACE",
@@ -52,7 +42,7 @@ COMMON_OPTIONS = {  # single ones that commands of all kinds have: name -> how P
     "seed": {"type": int_at_least(), "default": 0, "help": "of everything random"},
     "deterministic": {"type": boolean, "default": False, "help": "bit-exact kernels on CUDA; slower"},
     "overwrite": {"type": boolean, "default": False, "help": "start afresh over an earlier run of this name"},
-    "print_freq": {"type": int_at_least(1), "default": 100, "metavar": "N", "help": "log the loss every N steps"},
+    "print_freq": {"type": int_at_least(1), "default": 100, "help": "log the loss every N steps"},
     "no_progress": {"type": boolean, "default": False, "help": "plain lines instead of progress bars"},
 }
 
@@ -82,9 +72,7 @@ def add_training_options(
     add_schedule_options(parser)
     add_regularization_options(parser)
     add_output_options(parser)
-    parser.option(
-        "--vis_epoch", type=int_at_least(), default=0, metavar="N", help="draw a mixed batch every N epochs; 0: never"
-    )
+    parser.option("--vis_epoch", type=int_at_least(), default=0, help="draw a mixed batch every N epochs; 0: never")
 
 
 def add_run_options(
@@ -100,16 +88,9 @@ def add_run_options(
         type=choices(methods.MIXERS, methods.ALIASES),
         nargs="+",
         default=["none"],
-        metavar="NAME",
-        help=", ".join(methods.MIXERS) + "; several: one drawn at random for each batch",
+        help="several: one is drawn at random for each batch",
     )
-    parser.option(
-        "--recipe",
-        type=choice(recipes),
-        default=recipes[0],
-        metavar="NAME",
-        help=f"{', '.join(recipes)}: fills in what is not given{auto}",
-    )
+    parser.option("--recipe", type=choice(recipes), default=recipes[0], help=f"fills in what is not given{auto}")
     parser.option(
         "--model", type=choice(names, aliases), metavar="NAME", shown="recipe", help="--list_models names them"
     )
@@ -119,22 +100,14 @@ def add_run_options(
     )
     parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --checkpoint once and exit")
     parser.option("--compile", type=boolean, default=False, help="torch.compile the network")
-    parser.option(
-        "--profile",
-        type=int_at_least(),
-        default=0,
-        metavar="N",
-        help="time N steps, split into data, saliency, mixing and network, and exit",
-    )
+    parser.option("--profile", type=int_at_least(), default=0, help="time the parts of N steps, and exit")
 
 
 def add_resume_options(parser: Parser) -> None:
     """What makes a run the continuation of another one, or the same again."""
     parser.option("--config", metavar="FILE", help="options from the config.json of an earlier run; what is typed wins")
     parser.option(
-        "--checkpoint",
-        metavar="PATH",
-        help="resume: a file, a run folder, or auto: the run of --name, or else the newest of this kind",
+        "--checkpoint", metavar="PATH", help="run to resume: a file, a folder, or auto: that of --name, else the newest"
     )
     parser.option("--force_config", type=boolean, default=False, help="resume even with other options")
     add_common_options(parser, "seed", "deterministic")
@@ -156,7 +129,7 @@ def add_optimizer_options(
         type=int_at_least(1),
         default=batch_size,
         shown="recipe",
-        help="images in a step, in total over all processes",
+        help="in total over all processes",
     )
     parser.option("--lr", type=float_in_range(), default=lr, shown="recipe", help="learning rate")
     parser.option("--momentum", type=float_in_range(0, 1), default=momentum, shown="recipe")
@@ -166,18 +139,11 @@ def add_optimizer_options(
 def add_step_options(parser: Parser) -> None:
     """What an optimizer step does besides."""
     parser.option(
-        "--accumulate",
-        type=int_at_least(1),
-        default=1,
-        metavar="N",
-        help="run each batch in N parts, one after the other, and step on their mean gradient: saves memory",
+        "--accumulate", type=int_at_least(1), default=1, help="run a batch in N parts, step on their mean gradient"
     )
     parser.option("--clip_grad", type=float_in_range(), default=0.0, help="largest gradient norm; 0: no limit")
     parser.option(
-        "--ema",
-        type=float_in_range(0, 1),
-        default=0.0,
-        help="decay of a moving average of the weights, evaluated and saved beside them",
+        "--ema", type=float_in_range(0, 1), default=0.0, help="decay of a moving average of the weights, evaluated too"
     )
 
 
@@ -185,28 +151,17 @@ def add_schedule_options(parser: Parser) -> None:
     """The length of a run, its learning rate, and when it is evaluated."""
     parser.group("schedule")
     parser.option("--epochs", type=int_at_least(1), shown="recipe")
-    parser.option(
-        "--scheduler",
-        type=choice(SCHEDULERS, SCHEDULER_ALIASES),
-        shown="recipe",
-        metavar="NAME",
-        help="multistep, onecycle, points (--lr_points), cosine, linear or constant",
-    )
+    parser.option("--scheduler", type=choice(SCHEDULERS, SCHEDULER_ALIASES), shown="recipe")
     parser.option(
         "--schedule",
         type=int_at_least(1),
         nargs="+",
         metavar="EPOCH",
         shown="recipe",
-        help="multistep: epochs after which the lr is multiplied",
+        help="epochs after which multistep multiplies the lr",
     )
     parser.option(
-        "--gammas",
-        type=float_in_range(),
-        nargs="+",
-        metavar="G",
-        shown="recipe",
-        help="one factor for all milestones, or one each",
+        "--gammas", type=float_in_range(), nargs="+", shown="recipe", help="one factor for all milestones, or one each"
     )
     parser.option("--max_lr", type=float_in_range(), shown="recipe, else --lr", help="peak of one-cycle")
     parser.option(
@@ -216,22 +171,14 @@ def add_schedule_options(parser: Parser) -> None:
         "--pct_start", type=float_in_range(0, 1), shown="recipe", help="one-cycle: share of the run that rises"
     )
     parser.option(
-        "--final_div_factor",
-        type=float_in_range(1e-9),
-        shown="recipe",
-        help="one-cycle ends at start / final_div_factor",
+        "--final_div_factor", type=float_in_range(1e-9), shown="recipe", help="one-cycle ends at start / this factor"
     )
     parser.option(
         "--lr_points",
         metavar="EPOCH:LR,...",
-        help="scheduler points: rates at real-valued epochs, joined by straight lines; two at one epoch make a jump",
+        help="for points: joined by straight lines; two at one epoch: a jump",
     )
-    parser.option(
-        "--warmup_epochs",
-        type=float_in_range(),
-        default=0.0,
-        help="linear rise of the lr before any scheduler but one-cycle",
-    )
+    parser.option("--warmup_epochs", type=float_in_range(), default=0.0, help="linear rise of the lr; not for onecycle")
     parser.option(
         "--eval_every", type=int_at_least(1), default=1, help="epochs between evaluations; the last is always evaluated"
     )
@@ -243,20 +190,9 @@ def add_regularization_options(parser: Parser) -> None:
     parser.option("--nesterov", type=boolean, shown="recipe", help="Nesterov momentum")
     parser.option("--no_decay_bn", type=boolean, default=False, help="no weight decay on the parameters of batch norm")
     parser.option("--sync_bn", type=boolean, default=False, help="batch norm over the images of all GPUs")
-    parser.option(
-        "--loss",
-        type=choice(["ce", "bce"]),
-        shown="recipe",
-        metavar="ce|bce",
-        help="cross-entropy, or binary cross-entropy of the softmax",
-    )
+    parser.option("--loss", type=choice(["ce", "bce"]), shown="recipe", help="cross-entropy, or binary of the softmax")
     parser.option("--label_smoothing", type=float_in_range(0, 1), default=0.0, help="of the mixed target")
-    parser.option(
-        "--dropout",
-        type=fraction_or_off,
-        default=0.0,
-        help="in the wide networks; the recipe saliencymix sets 0.3 there",
-    )
+    parser.option("--dropout", type=fraction_or_off, default=0.0, help="in wide networks; recipe saliencymix: 0.3")
     parser.option("--trad_augment", type=boolean, shown="recipe", help="random crop and horizontal flip")
     parser.option(
         "--crop_padding", type=int_at_least(), shown="recipe", help="black pixels around the image before the crop"
@@ -266,10 +202,7 @@ def add_regularization_options(parser: Parser) -> None:
         "--labels_per_class", type=int_at_least(), default=0, help="keep N training images of each class; 0: all"
     )
     parser.option(
-        "--valid_labels_per_class",
-        type=int_at_least(),
-        default=0,
-        help="N other training images of each class become a validation part, on which the best epoch is chosen",
+        "--valid_labels_per_class", type=int_at_least(), default=0, help="hold out N others to choose the best epoch"
     )
 
 
@@ -279,9 +212,7 @@ def add_output_options(parser: Parser, print_freq: int = 100, named_by: str = "M
     parser.option("--root_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
     parser.option("--name", shown=f"{named_by}_date-time", help="name of the run")
     parser.option("--log_off", type=boolean, default=False, help="keep no run folder")
-    parser.option(
-        "--save_every", type=int_at_least(), default=0, metavar="N", help="keep epoch_NNN.pt every N epochs; 0: never"
-    )
+    parser.option("--save_every", type=int_at_least(), default=0, help="keep epoch_NNN.pt every N epochs; 0: never")
     add_common_options(parser, "overwrite", "no_progress", print_freq={"default": print_freq})
     parser.option(
         "--use_tensorboard", type=boolean, default=False, help="log to TensorBoard too (pip install tensorboard)"
@@ -306,7 +237,7 @@ def add_data_options(
         "--eval_resize",
         type=int_at_least(8),
         shown="image_size; 256 on ImageNet",
-        help="scale evaluation images to this shorter side, then cut out the centre",
+        help="shorter side of evaluation images, before the centre is cut out",
     )
     add_common_options(parser, norm={"default": norm})
 
@@ -320,8 +251,7 @@ def add_dataset_option(
     shown: str | None = None,
 ) -> None:
     """shown: what --help says of the default where that is None."""
-    names = ", ".join(datasets)
-    parser.option("--dataset", type=choice(datasets, aliases), default=dataset, shown=shown, metavar="NAME", help=names)
+    parser.option("--dataset", type=choice(datasets, aliases), default=dataset, shown=shown)
 
 
 def add_image_set_options(parser: Parser, image_size: int | None = None, *, shown: str) -> None:
@@ -337,7 +267,7 @@ def add_imagenet_options(parser: Parser) -> None:
         "--phases",
         metavar="END:FOLDER:CROP:MIN_SCALE:BATCH,...",
         shown="recipe",
-        help="stretches of epochs, each up to END, with images from FOLDER (small, large or original) of their own",
+        help="stretches of epochs: up to END, images from FOLDER: small, large or original",
     )
     parser.option("--data_small", metavar="DIR", help="copies with the shorter side 160, made by --resize_to")
     parser.option("--data_large", metavar="DIR", help="copies with the shorter side 352")
@@ -352,10 +282,7 @@ def add_imagenet_options(parser: Parser) -> None:
         "--lighting", type=float_in_range(), default=0.0, help="standard deviation of the noise on the colours' PCA"
     )
     parser.option(
-        "--zero_init",
-        type=boolean,
-        default=False,
-        help="residual blocks start as the identity, the last layer's weights as N(0, 0.01)",
+        "--zero_init", type=boolean, default=False, help="residual blocks start as the identity, last layer N(0, 0.01)"
     )
     parser.option("--pretrained", type=boolean, default=False, help="start from torchvision's weights for ImageNet")
     parser.option(
@@ -363,7 +290,7 @@ def add_imagenet_options(parser: Parser) -> None:
         type=int_list,
         nargs="+",
         metavar="PIXELS",
-        help="only make copies of --data_dir with these shorter sides, in --resize_dest, and exit",
+        help="make copies with these shorter sides in --resize_dest, and exit",
     )
     parser.option("--resize_dest", metavar="DIR", help="where to: DIR/160, DIR/352 ...")
     parser.defaults["phase_options"] = []  # set by recipes only
@@ -374,20 +301,10 @@ def add_single_device_options(parser: Parser, amp: str = "auto", workers: bool =
     parser.group("device")
     parser.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.option(
-        "--amp",
-        type=choice(["auto", "off", "bf16", "fp16"]),
-        default=amp,
-        metavar="MODE",
-        help="auto, off, bf16 or fp16; auto: bf16 where the device runs it faster",
+        "--amp", type=choice(["auto", "off", "bf16", "fp16"]), default=amp, help="auto: bf16 where it is faster"
     )
     if workers:
-        parser.option(
-            "--workers",
-            "-j",
-            type=int_at_least(),
-            default=4,
-            help="processes that read image files; CIFAR, Tiny-ImageNet and shapes live on the device and need none",
-        )
+        parser.option("--workers", "-j", type=int_at_least(), default=4, help="processes that decode image files")
     parser.option("--debug", type=boolean, default=False, help="show the traceback of an error")
 
 
@@ -400,6 +317,6 @@ def add_device_options(parser: Parser, amp: str = "auto") -> None:
         type=float_in_range(1),
         default=600.0,
         metavar="SECONDS",
-        help="under torchrun: how long a process waits for the others before the run ends with an error",
+        help="under torchrun: how long processes wait for each other before an error",
     )
     parser.hidden_options(LEGACY_DEVICE_OPTIONS)

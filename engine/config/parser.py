@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.config.legacy_options import OTHER_SPELLINGS
-from engine.config.option_types import ValueList, boolean
+from engine.config.option_types import OptionType, ValueList, boolean
 from engine.errors import UserError, suggest_closest
 
 
@@ -58,16 +58,20 @@ class Parser(argparse.ArgumentParser):
         return {action.dest for title in titles for action in self._groups[title]}
 
     def option(
-        self, name: str, *aliases: str, default=None, shown: str | None = None, help: str = "", **kwargs
+        self, name: str, *aliases: str, default=None, shown="", help: str = "", hidden: bool = False, **kwargs
     ) -> None:
         """Add an option to the current group. shown: what --help says of the default where that is None."""
-        if kwargs.get("type") is boolean and self.positional:
+        kind = kwargs.get("type")
+        if kind is boolean and self.positional:
             kwargs = {"action": "store_true"}
-        elif kwargs.get("type") is boolean:
+        elif kind is boolean:
             kwargs |= {"nargs": "?", "const": True, "metavar": "true|false"}
+        elif isinstance(kind, OptionType) and "metavar" not in kwargs:
+            kwargs["metavar"] = kind.metavar
+            help = "; ".join(filter(None, [*([", ".join(kind.names)] if kind.metavar == "NAME" else []), help]))
         text = shown if default is None else " ".join(map(str, default)) if isinstance(default, list) else default
         note = "" if text in (None, "") else f" [{str(text).lower() if isinstance(text, bool) else text}]"
-        text = help if help == argparse.SUPPRESS else (help + note).replace("%", "%%")
+        text = argparse.SUPPRESS if hidden else (help + note).replace("%", "%%")
         action = self._group.add_argument(name, *aliases, help=text, **kwargs)
         self.defaults[action.dest] = default
         self._groups[self._title][action] = text
@@ -75,9 +79,9 @@ class Parser(argparse.ArgumentParser):
             action.help = argparse.SUPPRESS
 
     def hidden_options(self, declarations: dict[str, dict]) -> None:
-        """Options of the current group that --help does not show. declarations: name -> arguments of `option`."""
+        """Options of the current group that --help never shows. declarations: name -> arguments of `option`."""
         for name, declaration in declarations.items():
-            self.option(f"--{name}", help=argparse.SUPPRESS, **declaration)
+            self.option(f"--{name}", hidden=True, **declaration)
 
     def show_help(self, title: str | None) -> None:
         """Print the options of one group (any word of its title), of `all`, or, without a title, of all but the folded

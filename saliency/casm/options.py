@@ -63,9 +63,7 @@ def scoring_options(parser: Parser) -> None:
     parser.group("models")
     parser.option("--casms_path", nargs="+", metavar="PATH", help="files of trained maps, or folders of them")
     parser.option(
-        "--basics",
-        metavar="FILE.py",
-        help="an extractor of your own: load_model(path) and get_masks_and_check_predictions(images, targets, model)",
+        "--basics", metavar="FILE.py", help="an extractor: load_model() and get_masks_and_check_predictions()"
     )
     parser.option("--batch_size", "-b", type=int_at_least(1), default=128)
     parser.option("--pot", type=float_in_range(0, 1), default=1.0, help="share of the batches used")
@@ -113,8 +111,7 @@ def method_options(parser: Parser) -> None:
     parser.option(
         "--reproduce",
         type=choice([name.lower() for name in PRESETS]),
-        metavar="NAME",
-        help=f"a published set-up, {', '.join(PRESETS)}: sets the next four where they are not given",
+        help="a published set-up: sets the next four where they are not given",
     )
     parser.option("--fixed_classifier", type=boolean, default=False, help="the classifier learns nothing")
     parser.option("--hp", type=float_in_range(0, 1), default=0.5, help="chance that a past classifier judges the masks")
@@ -122,17 +119,13 @@ def method_options(parser: Parser) -> None:
     parser.option("--lambda_r", type=float_in_range(), default=10.0, help="weight of the masks' area")
     parser.option("--f_size", type=int_at_least(1), default=30, help="snapshots kept")
     parser.option("--adversarial", type=boolean, default=False, help="masks raise the loss, not the entropy")
-    parser.option(
-        "--upsample", type=choice(["nearest", "bilinear"]), default="nearest", metavar="MODE", help="of the masks"
-    )
+    parser.option("--upsample", type=choice(["nearest", "bilinear"]), default="nearest", help="of the masks")
     parser.option("--width", type=int_at_least(1), default=64, help="channels of the decoder's laterals")
     parser.option(
         "--pool_device",
         type=choice(["auto", "device", "host"]),
         default="auto",
-        metavar="WHERE",
-        help="where the snapshots lie: auto, device or host; auto: on the GPU if they take less than half of what is "
-        "free there",
+        help="where the snapshots lie; auto: on the GPU while they take less than half of its free memory",
     )
 
 

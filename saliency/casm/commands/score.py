@@ -39,15 +39,13 @@ def build_parser() -> Parser:
         "--sources",
         type=choices(SCORED, ALIASES),
         nargs="+",
-        metavar="NAME",
-        help=f"other maps, of --classifier or of the first of --casms-path: {', '.join(SCORED)}",
+        help="other maps, of --classifier or of the first of --casms-path",
     )
     classifier_options(parser, "the network that they look through")
     parser.option(
         "--rule",
         type=choice(["percentile", "mean"]),
         default="percentile",
-        metavar="percentile|mean",
         help="which pixels make the box: as many as the mask has mass, as published, or those above its mean",
     )
     parser.option("--judge", metavar="WORD", help="also the saliency metric (SM), by this classifier: see eval --help")
