@@ -36,7 +36,7 @@ def result_by_hand(classes: list[str] = CLASSES, images: int = 4952, test_set: s
         empty = {"objects": 0, "difficult": difficult, "detections": 0}
         table[name] = empty | dict.fromkeys(("ap07", "ap", "ap07_50_95", "ap_50_95"))
     voc = HAND | {"classes": table, "curves": {name: {"precision": [], "recall": []} for name in classes}}
-    return report.summarize(voc, COCO, test_set=test_set, images=images, **SETTINGS, **more)
+    return report.summarize(voc, COCO, images, dataset="voc", test_set=test_set, **SETTINGS, **more)
 
 
 def jittered(part: DetectionSet, seed: int = 0) -> tuple[list[Detections], list[GroundTruth]]:
@@ -98,7 +98,9 @@ def test_results_are_strict_json_without_curves_and_say_how_they_came_about():
         metrics.voc_metrics(found, truths, part.classes),
         metrics.coco_metrics(found, truths, 10, count_difficult=True),
     )
-    result = report.summarize(voc, coco, test_set="shapes", images=6, **SETTINGS, count_difficult=True)
+    result = report.summarize(
+        voc, coco, 6, dataset="shapes", test_set="2007_test", **SETTINGS, coco_count_difficult=True
+    )
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert "curves" not in json.dumps(result) and result["unit"] == "percent"
     assert result["settings"] == SETTINGS | {"coco_count_difficult": True}
@@ -148,7 +150,7 @@ def test_lines_come_in_order_with_their_names():
 
 
 def test_the_words_on_difficult_objects_follow_how_they_were_counted():
-    assert any("COCO: counted" in line for line in report.format_result(result_by_hand(count_difficult=True)))
+    assert any("COCO: counted" in line for line in report.format_result(result_by_hand(coco_count_difficult=True)))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_the_number_to_compare_with_papers_is_that_of_the_rule_of_its_year(given
 
 def test_nothing_to_find_gives_dashes():
     voc = metrics.voc_metrics([], [], CLASSES)
-    result = report.summarize(voc, metrics.coco_metrics([], [], 20), test_set="2007_test", images=0, **SETTINGS)
+    result = report.summarize(voc, metrics.coco_metrics([], [], 20), 0, dataset="voc", test_set="2007_test", **SETTINGS)
     lines = report.format_result(result)
     assert lines[0].split()[2:4] == ["(11-point)", "-"]
     assert json.loads(json.dumps(result, allow_nan=False))["figures"]["COCO AP"] is None

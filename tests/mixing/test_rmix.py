@@ -61,11 +61,13 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
     net.load_state_dict(state("init"), strict=False)
     source = Gradient(net, mode="train")
     mixer = RMix(random_patches=(side,))
-    monkeypatch.setattr(mixer, "choose", lambda *_: recorded("action").long())
+    monkeypatch.setattr(mixer, "choose_actions", lambda *_: recorded("action").long())
     monkeypatch.setattr(mixer, "draw_partner", lambda _: recorded("index").long())
     monkeypatch.setattr(mixing.rmix, "draw_lam", lambda *_: recorded("w1").double())
     maps = []
-    monkeypatch.setattr(mixer, "look", lambda *asked: maps.append(RMix.look(mixer, *asked)) or maps[0])
+    monkeypatch.setattr(
+        mixer, "compute_saliency", lambda *asked: maps.append(RMix.compute_saliency(mixer, *asked)) or maps[0]
+    )
 
     mixed, soft = mixer(images, targets, source)
     mixed.requires_grad_()
@@ -208,7 +210,9 @@ def test_reversed_pairs_run_backwards():
 )
 def test_the_grid_is_drawn_for_each_batch(options, grids, monkeypatch):
     mixer, seen = RMix(**options), set()
-    monkeypatch.setattr(mixing.rmix, "salient", lambda blocks, _: seen.add(blocks.shape[1:]) or blocks > blocks.mean())
+    monkeypatch.setattr(
+        mixing.rmix, "salient_mask", lambda blocks, _: seen.add(blocks.shape[1:]) or blocks > blocks.mean()
+    )
     images, targets = batch((2, 3, 32, 48))
     for _ in range(20):
         mixer(images, targets, spotty)

@@ -253,7 +253,7 @@ def test_the_search_says_which_offsets_are_tried():
 
 def test_lam_is_drawn_below_its_bound(monkeypatch):
     seen = []
-    monkeypatch.setattr(sage, "mix", lambda i, t, s, p, lam, o: (seen.append(float(lam)), i, t)[1:] + (None,))
+    monkeypatch.setattr(sage, "mix", lambda i, t, s, p, lam, o: (seen.append(float(lam)), i, t)[1:] + (None, i[:, 0]))
     images, targets = torch.randn(2, 3, 4, 4), torch.eye(2)
     for _ in range(300):
         SAGE(upper_lambda=0.4)(images, targets, uniform)
