@@ -50,7 +50,8 @@ class Checkpoint(TypedDict, total=False):
     versions: dict[str, str]
     backbone: dict  # detectors: where the backbone came from
     images: int  # detectors: number of training images
-    decoder: dict  # saliency maps: state dict of the mask decoder
+    decoder: dict  # saliency maps: state dicts of the mask decoder and of its optimizer
+    decoder_optimizer: dict
     pool: str | None  # saliency maps: name of the file of past classifiers
 
 

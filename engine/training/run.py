@@ -58,7 +58,8 @@ class Run:
         if start.saved:
             self.load_checkpoint(start.saved)
         self.finished_before = bool(start.saved) and not self.epochs
-        off, fresh = self.options["log_off"] or not is_main_process(), self.options["overwrite"] and not start.saved
+        off = self.options.get("log_off", False) or not is_main_process()
+        fresh = self.options["overwrite"] and not start.saved
         self.log = self.kind.folder_type(start.folder, off=off, fresh=fresh, columns=self.kind.columns)
 
     @property
@@ -120,7 +121,7 @@ class Run:
         """Around the training of an epoch: what watches it."""
         if self.stats is None:
             self.start_epoch(epoch)
-            self.stats = EpochStats()
+            self.stats = self.kind.stats_type()
             self.epoch_start = {"seconds": 0.0, "lr": self.state.optimizer.param_groups[0]["lr"]}
         self.begun = time.perf_counter() - self.epoch_start["seconds"]
         steps = self.steps_in(epoch)
@@ -170,7 +171,7 @@ class Run:
         if row.get(metric, -1.0) > self.best["value"]:
             self.best |= {"value": row[metric], "epoch": epoch} | {key: row[key] for key in self.kind.best_columns}
             also = [*also, "best.pt"]
-        if self.options["save_every"] and epoch % self.options["save_every"] == 0:
+        if (every := self.options.get("save_every")) and epoch % every == 0:
             also = [*also, f"epoch_{epoch:03d}.pt"]
         self.history.append(row)
         self.stats = None if complete else self.stats
@@ -194,7 +195,7 @@ class Run:
         """Write the checkpoints `also`, and last.pt last of all: only then the epoch counts as done. Every process
         calls it. step: optimizer steps so far, where the history already counts an epoch that was cut short.
         """
-        if self.options["log_off"]:
+        if self.options.get("log_off"):
             return
         state = self.state.state_dict(self.stats)
         if self.log.off:
@@ -251,14 +252,13 @@ class Run:
         if not self.log.off:
             evidence = {"model": self.state.model.state_dict(), "step": error.step, "index": error.index}
             evidence |= {"weights_of_step": error.now, **error.evidence}
-            save_checkpoint(self.log.path / "nonfinite.pt", evidence)
-            saved = f"; weights and the batch's image numbers are in {self.log.path / 'nonfinite.pt'}"
+            save_checkpoint(self.log.nonfinite, evidence)
+            saved = f"; weights and the batch's image numbers are in {self.log.nonfinite}"
             if self.kind.draw_nonfinite:
-                self.kind.draw_nonfinite(self.log.path / "nonfinite.png", error.evidence, self.data.classes)
+                self.kind.draw_nonfinite(self.log.nonfinite.with_suffix(".png"), error.evidence, self.data.classes)
         barrier()  # the process that ends first ends the others, and so would the one that saves
-        state = self.state
-        scale = f", loss scale {state.scaler.get_scale():g}" if state.scaler else ""
+        scaler, lr = self.state.scaler, self.state.optimizer.param_groups[0]["lr"]
+        scale = f", loss scale {scaler.get_scale():g}" if scaler and scaler.is_enabled() else ""
         return UserError(
-            f"{error}, lr by now {state.scheduler.get_last_lr()[0]:g}{scale}{saved}\n"
-            f"try a lower --lr, --clip_grad 1, or --amp bf16 or off; {self.how_to_resume()}"
+            f"{error}, lr by now {lr:g}{scale}{saved}\ntry {self.kind.nonfinite_remedy}; {self.how_to_resume()}"
         )

@@ -90,6 +90,11 @@ class RunFolder:
         """The checkpoint from which the run resumes."""
         return self.path / "last.pt"
 
+    @property
+    def nonfinite(self) -> Path:
+        """Where the weights and the batch of a loss that is not finite are kept."""
+        return self.path / "nonfinite.pt"
+
     def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
         """Write the checkpoints named in `also`, and the last one, beside which the one before is kept."""
         for name in also:

@@ -18,6 +18,7 @@ from engine.runtime.distributed import (
     store_across_restarts,
 )
 from engine.training.run_folder import RunFolder, choose_run_folder, find_resume
+from engine.training.running_sums import EpochStats
 
 MACHINE_OPTIONS = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
 
@@ -40,6 +41,8 @@ class RunKind:
     find_resume: Callable = find_resume  # (options, runs_of) -> the checkpoint to resume, or None
     choose_folder: Callable = choose_run_folder  # (options, checkpoint to resume, runs_of) -> where the run is kept
     folder_type: type[RunFolder] = RunFolder
+    stats_type: type[EpochStats] = EpochStats
+    nonfinite_remedy: str = "a lower --lr, --clip_grad 1, or --amp bf16 or off"  # against a loss that is not finite
 
 
 @dataclass
@@ -73,7 +76,7 @@ def start_run(parser: Parser, typed: dict, options: dict, notes: list[str], kind
     The script loads the weights of 3 and 4 once the network is built. Raises UserError for a run that cannot be
     resumed, and rather than write over another run.
     """
-    device = start_processes(options["device"], options["timeout"])
+    device = start_processes(options["device"], options.get("timeout", 0.0))
     options, saved, folder = resume_or_start(parser, typed, options, kind)
     setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
     precision, text = choose_precision(options["amp"], device)
@@ -99,7 +102,7 @@ def resume_or_start(parser: Parser, typed: dict, options: dict, kind: RunKind) -
     resume = broadcast_from_main(lambda: kind.find_resume(options, kind.runs_of))
     saved = broadcast_from_main(lambda: read_checkpoint(resume, kind.name)) if resume else None
     if saved:
-        kind.check_resume(typed, saved["config"], force=options["force_config"])
+        kind.check_resume(typed, saved["config"], force=options.get("force_config", False))
         options = kind.resolve(parser, typed, saved["config"])
     folder = Path(earlier or broadcast_from_main(lambda: kind.choose_folder(options, resume, kind.runs_of)))
     store_across_restarts("run folder", str(folder))

@@ -8,9 +8,9 @@ from engine.training.run_folder import RunFolder, public_options
 
 def add_trackers(run: RunFolder, options: dict) -> None:
     """TensorBoard and Weights & Biases, where asked for."""
-    if options["use_tensorboard"] and not run.off:
+    if options.get("use_tensorboard") and not run.off:
         add_tensorboard(run)
-    if options["use_wandb"] and not run.off:
+    if options.get("use_wandb") and not run.off:
         add_wandb(run, options)
 
 

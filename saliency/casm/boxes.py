@@ -85,11 +85,10 @@ def label_runs(
 ) -> torch.Tensor:
     """The first run of the 4-connected component of each run, (R,). Arguments as in next_edges; max_runs: of an image.
 
-    Components are told apart by their contours. The left edge of run r is node 2r, its right edge 2r + 1. Walking along
-    a contour, object on the right hand, each edge has one next edge, so the edges form cycles, and the least node of
-    every cycle is known after log2(length) doublings, whatever the shape, where labels that spread from pixel to pixel
-    would need as many rounds as the longest path. Then holes are tied to what surrounds them, by doubling again. A run
-    that does not exist is a contour of its own.
+    Components are told apart by their contours. Walking along a contour, each edge has one next edge, so the edges form
+    cycles, and the least edge of every cycle is known after log2(length) doublings, whatever the shape; labels that
+    spread from pixel to pixel would need as many rounds as the longest path. Then holes are tied to what surrounds
+    them, by doubling again. A run that does not exist is a contour of its own.
     """
     following = next_edges(pixels, run, first, end, wide)
     least = torch.arange(len(following), device=pixels.device)

@@ -121,6 +121,14 @@ class MaskStatistics:
         self.images += batch
         self.images_in_pairs += batch if batch > 1 else 0
 
+    def state_dict(self) -> dict:
+        totals = None if self.totals is None else self.totals.cpu()
+        return {"totals": totals, "images": self.images, "images_in_pairs": self.images_in_pairs}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.totals = None if state["totals"] is None else state["totals"].to(device)
+        self.images, self.images_in_pairs = state["images"], state["images_in_pairs"]
+
     def means(self) -> dict[str, float | None]:
         """avg_mask, std_mask (None where every batch was of one image), entropy, tv. Raises ValueError before the first
         masks.

@@ -1,25 +1,26 @@
-"""What a training run of maps leaves behind: the checkpoint and its pool, the log, the pictures."""
+"""What a training run of maps has of its own: its files, its log, its pictures."""
 
 import glob
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from engine.config.resume_rules import check_changed_options
 from engine.data.image_set import Data
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures
-from engine.errors import Terminated, UserError
-from engine.runtime.checkpoint import FORMAT, get_versions, read_file, save_checkpoint
+from engine.errors import UserError
+from engine.runtime.checkpoint import Checkpoint, read_file, save_checkpoint
 from engine.runtime.files import write_atomic
+from engine.training.run_folder import RunFolder
+from engine.training.start import RunKind, Start
 from saliency.casm.network import SUFFIX, Casm
-from saliency.casm.pool import snapshot_megabytes
-from saliency.casm.setup import pool_notes
-from saliency.casm.training import CasmState
+from saliency.casm.setup import RULES, resolve_options
+from saliency.casm.training import NONFINITE_REMEDY, CasmStats
 
 LOG_COLUMNS = {  # as published: title -> column of the history, in training and (val_) on evaluation images
     "accuracy": "accuracy",
@@ -40,83 +41,79 @@ CURVES = {  # axis -> column of the history -> name
 }
 
 
-class CasmRun:
-    """The files of one run: `place` is its checkpoint, NAME.chk; NAME.log and NAME.png lie in log_path."""
+def casm_runs(options: dict) -> tuple[Path, str]:
+    """Where runs are kept, and how unnamed ones begin."""
+    return Path(options["casms_path"]), options["reproduce"] or "casm"
 
-    def __init__(self, place: Path, options: dict, *, anew: bool):
-        """Raises UserError rather than write over another run."""
-        self.place, self.options = place, options
-        self.logs = Path(options["log_path"] or place.parent)
-        if anew and place.exists() and not options["overwrite"]:
+
+def find_resume(options: dict, runs_of: Callable) -> Path | None:
+    """The checkpoint that --resume means, or None. `auto`: that of --name, if it is there."""
+    if options["resume"] != "auto":
+        return options["resume"] and Path(options["resume"])
+    path = runs_of(options)[0] / (options["name"] + SUFFIX)
+    return path if path.exists() else None
+
+
+def choose_checkpoint(options: dict, resume: Path | None, runs_of: Callable) -> Path:
+    """NAME.chk, where the run is kept. Raises UserError rather than write over another run."""
+    parent, begins = runs_of(options)
+    path = resume or parent / ((options["name"] or f"{begins}_{datetime.now():%Y%m%d-%H%M%S}") + SUFFIX)
+    if not resume and path.exists() and not options["overwrite"]:
+        raise UserError(
+            f"{path} is there already\ngo on with it by --resume {path}, start it anew with --overwrite, or give "
+            "another --name"
+        )
+    return path
+
+
+def check_writable(folders: list[Path]) -> None:
+    """Make these folders where they are missing. Raises UserError where that fails or they cannot be written to."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
             raise UserError(
-                f"{place} is there already\ngo on with it by --resume {place}, start it anew with --overwrite, or give "
-                "another --name"
-            )
-        for folder in (place.parent, self.logs):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                raise UserError(
-                    f"cannot write to the folder {folder}: {error.strerror}\nname another with --casms-path, --log-path"
-                ) from error
+                f"cannot write to the folder {folder}: {error.strerror}\nname another with --casms-path, --log-path"
+            ) from error
 
-    def clear(self) -> None:
-        """Take away what an earlier run of this name has left: once all is there that this one needs."""
-        for stale in [self.place, *self.pools()]:
+
+class CasmFolder(RunFolder):
+    """The files of a run: its checkpoint NAME.chk (`path`) and its pool beside it, NAME.log and pictures in log_path.
+
+    fresh: what an earlier run of this name has left goes.
+    """
+
+    resume_flag = "--resume"
+
+    def __init__(self, path: Path, *, off: bool = False, fresh: bool = False, columns: Sequence[str] = ()):
+        super().__init__(path.parent, off=off, columns=columns)
+        self.path, self.name = path, path.name.removesuffix(SUFFIX)
+        for stale in [path, *self.find_pools()] if fresh else []:
             stale.unlink(missing_ok=True)
 
     @property
-    def name(self) -> str:
-        return self.place.name.removesuffix(SUFFIX)
+    def last(self) -> Path:
+        return self.path
 
-    def pools(self) -> list[Path]:
-        return sorted(self.place.parent.glob(f"{glob.escape(self.name)}.pool_*.pt"))
+    @property
+    def nonfinite(self) -> Path:
+        return self.path.with_name(f"{self.name}_nonfinite.pt")
 
-    def save(self, state: CasmState, data: Data, history: list[dict], precision: str) -> None:
-        """The checkpoint of the finished epochs. The pool goes first, into a file of its own for each epoch, and the
-        last one goes away last: whenever the run is killed, the checkpoint and its own pool are there.
-        """
-        epoch, pool = len(history), None
-        if len(state.pool):
-            pool = self.place.with_name(f"{self.name}.pool_{epoch:03d}.pt")
-            save_checkpoint(pool, state.pool.state_dict())
-        content = {
-            "format": FORMAT,
-            "kind": "casm",
-            "epoch": epoch,
-            "precision": precision,
-            **state.state(),
-            "pool": pool and pool.name,
-            "config": self.options,
-            "classes": list(data.classes),
-            "num_classes": len(data.classes),
-            "image_size": data.image_size,
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "history": history,
-            "versions": get_versions(),
-        }
-        save_checkpoint(self.place, content)
-        for stale in self.pools():
-            if stale != pool:
-                stale.unlink()
+    def find_pools(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.name)}.pool_*.pt"))
 
-    def read_pool(self, saved: dict) -> list:
-        """The snapshots that belong to a checkpoint. Raises UserError where their file is gone."""
-        if not saved["pool"]:
-            return []
-        path = self.place.with_name(saved["pool"])
-        if not path.is_file():
-            raise UserError(
-                f"{path}: the past classifiers of this run are gone, and without them it cannot go on as it was"
-            )
-        return read_file(path)
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def write_config(self, options: dict, device: torch.device, kind: str) -> None:
+        """The options stand in the first line of NAME.log."""
+        self.options, self.log_path = options, Path(options["log_path"] or self.path.parent)
 
     def write_log(self, history: list[dict]) -> None:
         """Every option, the columns, and a line an epoch, as the published program has them, and the curves."""
-        titles = [f"{title}_{part}" for title in LOG_COLUMNS for part in ("train", "val")]
+        titles = [f"{title}_{part}" for title in self.columns for part in ("train", "val")]
         lines = [", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))]
         lines += [" ".join(["epoch", "seconds", *titles])]
         for row in history:
@@ -124,8 +121,23 @@ class CasmRun:
             texts = ["nan" if number is None else f"{number:.6g}" for number in [row["seconds"], *numbers]]
             lines.append(" ".join([str(row["epoch"]), *texts]))
         text = "\n".join(lines) + "\n"
-        write_atomic(self.logs / f"{self.name}.log", lambda side: side.write_text(text, encoding="utf-8"))
-        figures.draw_epoch_panels(self.logs / f"{self.name}.png", history, CURVES, self.name)
+        write_atomic(self.log_path / f"{self.name}.log", lambda side: side.write_text(text, encoding="utf-8"))
+        if history:
+            figures.draw_epoch_panels(self.log_path / f"{self.name}.png", history, CURVES, self.name)
+
+    def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
+        """Write the snapshots of `pool` to a file of its own, then the checkpoint, which names it. The file of the pool
+        before goes last: whenever the run is killed, a checkpoint and its own pool are there.
+        """
+        pool = None
+        if content["pool"]:
+            step = f"_step{content['step']}" if content["inside"] else ""
+            pool = self.path.with_name(f"{self.name}.pool_{content['epoch']:03d}{step}.pt")
+            save_checkpoint(pool, content["pool"])
+        save_checkpoint(self.path, {**content, "pool": pool and pool.name})
+        for stale in self.find_pools():
+            if stale != pool:
+                stale.unlink()
 
     @torch.no_grad()
     def draw_masks(self, network: Casm, data: Data) -> Path:
@@ -139,48 +151,31 @@ class CasmRun:
         )
         names = [data.classes[label] for label in first.labels]
         rows = [("images", shown, names), ("mask", masks[:, 0].cpu().numpy(), None), ("masked out", hidden, None)]
-        path = self.logs / f"{self.name}_masks.png"
+        path = self.log_path / f"{self.name}_masks.png"
         figures.draw_image_rows(path, rows, self.name)
         return path
 
-    @contextmanager
-    def stopping_well(self) -> Iterator[None]:
-        """Around training: Ctrl-C and SIGTERM end it with the way to go on."""
 
-        def stop(number: int, frame) -> None:
-            raise Terminated(self.way_on())
-
-        main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, stop) if main else None
-        try:
-            yield
-        except KeyboardInterrupt:
-            print(f"\n{self.way_on()}")
-            raise
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, before)
-
-    def way_on(self) -> str:
-        if not self.place.exists():
-            return "no epoch was finished, so nothing is kept"
-        return f"the last finished epoch is kept: continue with --resume {self.place}"
+def load_saved_pool(start: Start) -> None:
+    """Put the snapshots of a saved run into its checkpoint. Raises UserError where their file is gone."""
+    saved = start.saved
+    if isinstance(saved["rng"], dict):  # by a version that saved between epochs only
+        saved |= {"rng": [saved["rng"]], "best": {"value": -1.0, "epoch": 0}, "before": None, "inside": None}
+    path = saved["pool"] and start.folder.with_name(saved["pool"])
+    if path and not path.is_file():
+        raise UserError(
+            f"{path}: the past classifiers of this run are gone, and without them it cannot go on as it was"
+        )
+    saved["pool"] = read_file(path) if path else []
 
 
-def log_header(record: CasmRun, data: Data, state: CasmState, iterations: int, *, where: str, notes: list[str]) -> None:
-    """What is about to run, on what, and what the user may want to know before waiting for it."""
-    options = record.options
-    print(data.train.summary("train") + "\n" + data.test.summary("val"))
-    print(
-        f"{options['model']}: {options['epochs']} epochs of {iterations} iterations of {options['batch_size']} images, "
-        f"{'adversarial' if options['adversarial'] else 'entropy'} form, lambda_r {options['lambda_r']:g}, classifier "
-        f"{'trained along' if state.train_classifier else 'fixed'}, on {where}; writing {record.place}"
-    )
-    if state.past_classifier:
-        size, epochs = snapshot_megabytes(state.network.classifier), options["epochs"]
-        print("\n".join(pool_notes(state.pool, size, epochs=epochs, iterations=iterations)))
-    for note in [*notes, *data.warnings]:
-        print(f"note: {note}", flush=True)
+def check_same_classes(start: Start, data: Data) -> None:
+    """Raise UserError where a run would be resumed on data with other classes."""
+    if start.saved and start.saved["classes"] != data.classes:
+        raise UserError(
+            f"{start.folder}: the run knows other classes ({', '.join(start.saved['classes'][:5])} ...) than the data "
+            f"({', '.join(data.classes[:5])} ...)\ncontinue it on its own data"
+        )
 
 
 def format_epoch(row: dict, epochs: int) -> str:
@@ -190,3 +185,18 @@ def format_epoch(row: dict, epochs: int) -> str:
         f"{row['masked_accuracy']:.1f} ({row['val_masked_accuracy']:.1f}) %  mask {row['avg_mask']:.3f} "
         f"({row['val_avg_mask']:.3f})  confused {row['confused']:.1f} %  {row['seconds']:.1f} s"
     )
+
+
+CASM = RunKind(
+    name="casm",
+    resolve=resolve_options,
+    check_resume=partial(check_changed_options, rules=RULES),
+    runs_of=casm_runs,
+    format_epoch=format_epoch,
+    columns=list(LOG_COLUMNS),
+    find_resume=find_resume,
+    choose_folder=choose_checkpoint,
+    folder_type=CasmFolder,
+    stats_type=CasmStats,
+    nonfinite_remedy=NONFINITE_REMEDY,
+)

@@ -1,65 +1,51 @@
 """What follows from the options of a training run, and what its user should know of it."""
 
-from datetime import datetime
 from pathlib import Path
 
 import torch
 
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize
+from engine.config.resume_rules import RESUME_CHANGEABLE, OptionRules, merge_options
 from engine.data.augment import Augmentation
 from engine.data.image_set import Data
 from engine.data.loader import DeviceLoader
 from engine.data.views import RandomCrop
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
+from engine.runtime.distributed import rank_environment
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models
 from models.imagenet_resnet import load_pretrained
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import NEVER, SMALL, preset
 from saliency.casm.pool import ClassifierPool, snapshot_megabytes
+from saliency.casm.training import CasmState
 
 FOLDER_DATASETS = ("folder", "imagenet")  # data sets that have no place or size of their own
 DATA_OPTIONS = ("dataset", "data_dir", "val_data_dir", "image_size", "eval_resize", "norm", "num_classes", "val_labels")
-RESUME_CHANGEABLE = {  # options that may change when a run is continued
-    *("data", "val_data_dir", "log_path", "classifier", "resume", "overwrite", "epochs"),
-    *("workers", "device", "amp", "pool_device", "print_freq", "no_progress", "debug"),
-}
+RULES = OptionRules(
+    changeable={"data", "log_path", "casms_path", "classifier", "resume", "pool_device"} | RESUME_CHANGEABLE,
+    remedy="leave them out",
+)
 
 
-def find_resume(parser: Parser, typed: dict) -> Path | None:
-    """The file to go on from. A usage error for one that is not there."""
-    if "resume" not in typed:
-        return None
-    if typed["resume"] == "auto":
-        if "name" not in typed:
-            parser.error("--resume auto needs --name, the run to go on with")
-        place = Path(typed.get("casms_path", parser.defaults["casms_path"])) / (typed["name"] + SUFFIX)
-        return place if place.exists() else None
-    if not Path(typed["resume"]).is_file():
-        parser.error(f"--resume {typed['resume']}: no such file; it ends in {SUFFIX}")
-    return Path(typed["resume"])
+def check_call(parser: Parser, typed: dict) -> None:
+    """A usage error where --resume names no run, or under torchrun."""
+    resume = typed.get("resume")
+    if rank_environment()[1] > 1:
+        parser.error("it trains in one process: leave torchrun away")
+    if resume == "auto" and "name" not in typed:
+        parser.error("--resume auto needs --name, the run to go on with")
+    if resume not in (None, "auto") and not Path(resume).is_file():
+        parser.error(f"--resume {resume}: no such file; it ends in {SUFFIX}")
 
 
-def resume_options(parser: Parser, typed: dict, saved: dict) -> dict:
-    """The options of the run that goes on, with what was typed of those that may change. UserError for the others."""
-    differ = {key for key in typed.keys() - RESUME_CHANGEABLE - {"name", "casms_path"} if typed[key] != saved.get(key)}
-    if differ:
-        rows = "\n".join(f"  --{key}  {saved.get(key)}  ->  {typed[key]}" for key in sorted(differ))
-        raise UserError(f"the run to continue has other options (saved -> given):\n{rows}\nleave them out")
-    moved = {"data_dir": typed["data"]} if "data" in typed else {}
-    return {**parser.defaults, **saved, **{key: typed[key] for key in typed.keys() & RESUME_CHANGEABLE}, **moved}
-
-
-def resolve_casm_options(parser: Parser, typed: dict) -> dict:
-    """Every option: what was typed, else the preset's, what the classifier was trained with, the default."""
-    options = dict(parser.defaults)
-    if "classifier" in typed:
-        own = SavedClassifier(typed["classifier"]).options
-        options |= {key: own[key] for key in DATA_OPTIONS if key in own} | {"arch": own.get("model")}
-    if "reproduce" in typed:
-        options |= preset(typed["reproduce"].upper(), typed.get("adversarial", False))
-    options |= typed
+def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
+    """Every option by merge_options(). A usage error where the place of the data is missing."""
+    if saved:
+        place = {"data_dir": typed["data"]} if "data" in typed else {}
+        return merge_options(typed, saved, parser.defaults | saved, rules=RULES, recipe=lambda given: {}) | place
+    options = merge_options(typed, {}, parser.defaults, rules=RULES, recipe=get_start_options)
     if "data" in typed and "dataset" not in typed and options["dataset"] == "shapes":  # which has no place
         options["dataset"] = None
     options["dataset"] = options["dataset"] or "folder"
@@ -75,8 +61,18 @@ def resolve_casm_options(parser: Parser, typed: dict) -> dict:
             options["eval_resize"] = default_eval_resize(options["image_size"])
     if options["dataset"] not in ("shapes", "imagenet") and "num_classes" not in typed:
         options["num_classes"] = None
-    options["name"] = options["name"] or f"{options['reproduce'] or 'casm'}_{datetime.now():%Y%m%d-%H%M%S}"
     return options
+
+
+def get_start_options(given: dict) -> dict:
+    """The data that the classifier was trained on, and what the preset of --reproduce sets."""
+    found = {}
+    if "classifier" in given:
+        own = SavedClassifier(given["classifier"]).options
+        found |= {key: own[key] for key in DATA_OPTIONS if key in own} | {"arch": own.get("model")}
+    if "reproduce" in given:
+        found |= preset(given["reproduce"].upper(), given.get("adversarial", False))
+    return found
 
 
 def fill_from_data(options: dict, data: Data) -> None:
@@ -134,6 +130,31 @@ def build_loaders(
     augmentation = Augmentation(crop_padding, view)
     train = DeviceLoader(data.train, batch_size, shuffle=True, augmentation=augmentation, seed=seed, **common)
     return train, *(DeviceLoader(part, batch_size, **common) for part in (data.test, data.test.subsample(1000)))
+
+
+def describe_run(
+    image_sets: Data,
+    state: CasmState,
+    iterations: int,
+    *,
+    model: str,
+    epochs: int,
+    batch_size: int,
+    adversarial: bool,
+    lambda_r: float,
+) -> list[str]:
+    """What is about to run, on what. iterations: of an epoch. The parameters by name are options."""
+    lines = [
+        image_sets.train.summary("train"),
+        image_sets.test.summary("val"),
+        f"{model}: {epochs} epochs of {iterations} iterations of {batch_size} images, "
+        f"{'adversarial' if adversarial else 'entropy'} form, lambda_r {lambda_r:g}, classifier "
+        f"{'trained along' if state.train_classifier else 'fixed'}",
+    ]
+    if state.past_classifier:
+        size = snapshot_megabytes(state.past_classifier)
+        lines += pool_notes(state.pool, size, epochs=epochs, iterations=iterations)
+    return lines
 
 
 def pool_notes(pool: ClassifierPool, megabytes: float, *, epochs: int, iterations: int) -> list[str]:

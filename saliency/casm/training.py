@@ -7,9 +7,9 @@ gradients, nor does the current one from the decoder's loss, which saves a third
 """
 
 import copy
-import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,18 +17,21 @@ from torch.nn import functional as F
 
 from engine.data.loader import DeviceLoader
 from engine.errors import UserError
+from engine.runtime.checkpoint import Checkpoint
 from engine.runtime.device import autocast, get_rng_state, set_rng_state
+from engine.training.loop import LossCheck
+from engine.training.monitor import EpochMonitor
+from engine.training.running_sums import EpochStats
+from engine.training.state import TrainingState
 from saliency.casm.metrics import MaskStatistics
 from saliency.casm.network import Casm
 from saliency.casm.pool import ClassifierPool
 from saliency.gradient import in_mode
 
 MAX_DECODER_GRAD_NORM = 10.0
+NONFINITE_REMEDY = "a lower --lr or --lr-casme, or --amp off"
+LOSSES = ("clean_loss", "masked_loss", "total")
 PROGRESS = {"accuracy": "accuracy", "masked": "masked_accuracy", "mask": "avg_mask", "confused": "confused"}
-
-
-class NonFiniteLoss(Exception):
-    """A loss became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -85,40 +88,73 @@ def masker_loss(
 
 
 @dataclass
-class CasmState:
-    """Everything that a checkpoint must restore. past_classifier: where a snapshot of the pool is loaded to."""
+class CasmStats(EpochStats):
+    """Sums over the images of an epoch, on the device until they are read."""
 
-    network: Casm
-    past_classifier: nn.Module | None
-    pool: ClassifierPool
-    optimizer: torch.optim.Optimizer
+    masks: MaskStatistics = field(default_factory=MaskStatistics)
+
+    def add_step(self, step: dict[str, torch.Tensor]) -> None:
+        """step: what train_step returns."""
+        count = len(step["correct"])
+        self.masks.add(step["masks"][:, 0])
+        counted = {key: step[key].sum() for key in ("correct", "mistaken", "confused")}
+        self.add(count, **counted, **{key: count * step[key] for key in LOSSES})
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"masks": self.masks.state_dict()}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        super().load_state_dict(state, device)
+        self.masks.load_state_dict(state["masks"], device)
+
+    def means(self) -> dict[str, float]:
+        """Percentages and number of images, mean losses; waits for the device. Raises UserError without images."""
+        if not self.seen:
+            raise UserError(
+                "no batch of more than one image, which the last maps, of one place, need: raise --batch-size"
+            )
+        means = super().means()
+        return {
+            "accuracy": 100 * means["correct"],
+            "masked_accuracy": 100 - 100 * means["mistaken"],
+            "confused": 100 * means["confused"],
+            **{key: means[key] for key in LOSSES},
+            **self.masks.means(),
+            "images": means["images"],
+        }
+
+
+@dataclass(kw_only=True)
+class CasmState(TrainingState):
+    """Everything that a checkpoint must restore. model: classifier and decoder; optimizer: of the classifier.
+    past_classifier: where a snapshot of the pool is loaded to.
+    """
+
+    model: Casm
     decoder_optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
+    pool: ClassifierPool
+    past_classifier: nn.Module | None
     train_classifier: bool
 
     @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+    def stateful(self) -> dict:
+        """What has a state dict of its own, by its name in a Checkpoint. The pool's belongs into a file of its own."""
+        own = {"optimizer": self.optimizer, "decoder_optimizer": self.decoder_optimizer, "scaler": self.scaler}
+        return {"model": self.model.classifier, "decoder": self.model.decoder, **own, "pool": self.pool}
 
-    def state(self) -> dict:
-        """All but the pool, which is large and has a file of its own."""
-        return {
-            "model": self.network.classifier.state_dict(),
-            "decoder": self.network.decoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "decoder_optimizer": self.decoder_optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": get_rng_state(self.device),
-        }
+    def state_dict(self, stats: CasmStats | None = None) -> dict:
+        inside = [{"tally": stats.state_dict()}] if stats else None
+        states = {name: part.state_dict() for name, part in self.stateful.items()}
+        return {**states, "rng": [get_rng_state(self.device)], "inside": inside}
 
-    def load(self, saved: dict, pool: list) -> None:
-        self.network.classifier.load_state_dict(saved["model"])
-        self.network.decoder.load_state_dict(saved["decoder"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.decoder_optimizer.load_state_dict(saved["decoder_optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.pool.load_state_dict(pool)
-        set_rng_state(saved["rng"], self.device)
+    def load_state_dict(self, saved: Checkpoint) -> CasmStats | None:
+        for name, part in self.stateful.items():
+            part.load_state_dict(saved[name])
+        set_rng_state(saved["rng"][0], self.device)
+        stats = CasmStats() if saved["inside"] else None
+        if stats:
+            stats.load_state_dict(saved["inside"][0]["tally"], self.device)
+        return stats
 
 
 def build_casm_state(
@@ -143,7 +179,7 @@ def build_casm_state(
     adam = torch.optim.Adam(network.decoder.parameters(), lr_casme, weight_decay=weight_decay, fused=fused)
     sgd = torch.optim.SGD(network.classifier.parameters(), lr, momentum, weight_decay=weight_decay, fused=fused)
     return CasmState(
-        network=network,
+        model=network,
         past_classifier=past_classifier,
         pool=pool,
         optimizer=sgd,
@@ -179,7 +215,7 @@ def train_step(
     one; the current one then learns from the masked images too. Returns what masker_loss does, with masks, clean_loss
     and the logits.
     """
-    classifier, decoder = state.network.classifier, state.network.decoder
+    classifier, decoder = state.model.classifier, state.model.decoder
     with autocast(state.device, config.precision), torch.set_grad_enabled(state.train_classifier):
         logits, features = classifier.forward_features(images)
         clean_loss = F.cross_entropy(logits.float(), labels)
@@ -205,10 +241,10 @@ def train_step(
 
 def update_weights(state: CasmState, loss: dict[str, torch.Tensor], *, masked_too: bool) -> None:
     """Step the decoder by the total loss; masked_too: and the classifier by the masked cross-entropy."""
-    decoder = state.network.decoder
+    decoder = state.model.decoder
     backward_into(state.scaler.scale(loss["total"]), decoder, retain_graph=masked_too)
     if masked_too:
-        backward_into(state.scaler.scale(loss["masked_loss"]), state.network.classifier)
+        backward_into(state.scaler.scale(loss["masked_loss"]), state.model.classifier)
         state.scaler.step(state.optimizer)
     state.scaler.unscale_(state.decoder_optimizer)
     nn.utils.clip_grad_norm_(decoder.parameters(), MAX_DECODER_GRAD_NORM)
@@ -224,67 +260,40 @@ def backward_into(loss: torch.Tensor, module: nn.Module, *, retain_graph: bool =
         parameter.grad = gradient
 
 
-class CasmStats:
-    """Sums over the images of an epoch, on the device until they are read."""
-
-    COUNTED = ("correct", "mistaken", "confused")
-    AVERAGED = ("clean_loss", "masked_loss", "total")
-
-    def __init__(self, device: torch.device):
-        self.statistics, self.images = MaskStatistics(), 0
-        self.sums = dict.fromkeys((*self.COUNTED, *self.AVERAGED), torch.zeros((), device=device))
-
-    def add(self, step: dict[str, torch.Tensor]) -> None:
-        count = len(step["correct"])
-        self.images += count
-        self.statistics.add(step["masks"][:, 0])
-        for key in self.COUNTED:
-            self.sums[key] = self.sums[key] + step[key].sum()
-        for key in self.AVERAGED:
-            self.sums[key] = self.sums[key] + count * step[key]
-
-    def means(self) -> dict[str, float]:
-        """Percentages of images and mean losses; waits for the device. Raises NonFiniteLoss; UserError if empty."""
-        if not self.images:
-            raise UserError(
-                "no batch of more than one image, which the last maps, of one place, need: raise --batch-size"
-            )
-        means = {key: float(value) / self.images for key, value in self.sums.items()}
-        if not torch.tensor(list(means.values())).isfinite().all():
-            raise NonFiniteLoss("a loss is not finite")
-        return {
-            "accuracy": 100 * means["correct"],
-            "masked_accuracy": 100 - 100 * means["mistaken"],
-            "confused": 100 * means["confused"],
-            **{key: means[key] for key in self.AVERAGED},
-            **self.statistics.means(),
-        }
-
-
 def train_one_epoch(
     state: CasmState,
-    batches: DeviceLoader,
+    loader: DeviceLoader,
     config: StepConfig,
     *,
     epoch: int,
     iterations: int,
-    log_every: int = 100,
-    progress: Callable | None = None,
+    monitor: EpochMonitor | None = None,
 ) -> dict[str, float]:
-    """The first so many iterations of the epoch, each by train_step. Returns the means of CasmStats."""
-    state.network.train()
-    state.network.classifier.train(state.train_classifier)
-    stats = CasmStats(state.device)
-    for iteration, batch in enumerate(itertools.islice(batches.epoch(epoch), iterations)):
-        if len(batch.labels) == 1 and not can_train_alone(state.network.classifier, batch.images):
-            continue
-        stats.add(train_step(state, batch.images, batch.labels, config, iteration=iteration))
-        if (iteration + 1) % log_every == 0 or iteration + 1 == iterations:
-            means = stats.means()
-            if progress:
-                progress(iteration + 1, **{name: means[key] for name, key in PROGRESS.items()})
-        elif progress:
-            progress(iteration + 1)
+    """Train on the first so many batches of an epoch. Returns the means of CasmStats.
+
+    Losses stay on the device and are checked every `monitor.log_every` iterations. Raises NonFiniteLoss at the check
+    that finds a NaN or infinite one, and TrainingInterrupted before an iteration where the monitor is asked to stop.
+    """
+    monitor = monitor or EpochMonitor(state.device, CasmStats())
+    stats, losses = monitor.stats, LossCheck(state.device, monitor.first_step or 0)
+
+    def means() -> dict[str, float]:
+        losses.check(stats.step - 1)
+        mean = stats.means()
+        return {name: mean[key] for name, key in PROGRESS.items()}
+
+    state.model.train()
+    state.model.classifier.train(state.train_classifier)
+    monitor.start()
+    batches = loader.epoch(epoch, start=stats.step)
+    for iteration in range(stats.step, iterations):
+        monitor.raise_if_stopped(check=lambda: losses.check(stats.step - 1))
+        batch = next(batches)
+        if len(batch.labels) > 1 or can_train_alone(state.model.classifier, batch.images):
+            step = train_step(state, batch.images, batch.labels, config, iteration=iteration)
+            stats.add_step(step)
+            losses.add(iteration, sum(step[key] for key in LOSSES), batch.index)
+        monitor.end_step(iterations, state.optimizer, means)
     return stats.means()
 
 
@@ -299,9 +308,11 @@ def can_train_alone(classifier: nn.Module, images: torch.Tensor) -> bool:
 def evaluate(
     network: Casm, batches: DeviceLoader, config: StepConfig, *, progress: Callable | None = None
 ) -> dict[str, float]:
-    """The same means over all batches, with the current classifier and the network in evaluation mode."""
+    """The same means over all batches, with the current classifier and the network in evaluation mode. Raises UserError
+    where a loss is not finite.
+    """
     network.eval()
-    stats = CasmStats(batches.device)
+    stats = CasmStats()
     for step, batch in enumerate(batches.epoch()):
         with autocast(batches.device, config.precision):
             masks, logits = network(batch.images)
@@ -309,7 +320,10 @@ def evaluate(
         loss = masker_loss(
             logits, masked_logits, batch.labels, masks, lambda_r=config.lambda_r, adversarial=config.adversarial
         )
-        stats.add(loss | {"masks": masks, "clean_loss": F.cross_entropy(logits, batch.labels)})
+        stats.add_step(loss | {"masks": masks, "clean_loss": F.cross_entropy(logits, batch.labels)})
         if progress:
             progress(step + 1)
-    return stats.means()
+    means = stats.means()
+    if bad := [key for key in LOSSES if not math.isfinite(means[key])]:
+        raise UserError(f"{bad[0]} of the evaluation images is not finite\ntry {NONFINITE_REMEDY}")
+    return means

@@ -1,12 +1,14 @@
 """Training of classifier-agnostic saliency maps: decoder, losses, pool, the step, the command."""
 
 import argparse
+import contextlib
 import copy
+import io
 import json
 import math
 import os
 import signal
-import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,16 +22,15 @@ from engine.data.datasets import load_data
 from engine.data.loader import Batch
 from engine.errors import Terminated, UserError
 from engine.runtime.checkpoint import read_checkpoint
+from engine.training import NonFiniteLoss
 from models import MODELS, build_model
 from saliency.casm.commands import train as casm_train
 from saliency.casm.network import Casm, MaskDecoder, build_decoder, find_casm_files, get_feature_channels, load_casm
 from saliency.casm.options import PRESETS, preset
 from saliency.casm.pool import ClassifierPool, snapshot_megabytes
-from saliency.casm.run_files import CasmRun
 from saliency.casm.setup import build_loaders, fill_from_data, mask_notes, pool_notes, skill_notes
 from saliency.casm.training import (
     MAX_DECODER_GRAD_NORM,
-    NonFiniteLoss,
     StepConfig,
     build_casm_state,
     count_iterations,
@@ -340,14 +341,14 @@ class Fed:
     device = torch.device("cpu")
 
     def __init__(self, images, labels, count: int = 5):
-        self.batch, self.count, self.asked = Batch(images, labels, None, None), count, []
+        self.batch, self.count, self.asked = Batch(images, labels, torch.arange(len(labels)), None), count, []
 
     def __len__(self):
         return self.count
 
-    def epoch(self, number: int = 0):
+    def epoch(self, number: int = 0, start: int = 0):
         self.asked.append(number)
-        return iter([self.batch] * self.count)
+        return iter([self.batch] * (self.count - start))
 
 
 def test_an_epoch_takes_its_share_of_its_own_batches_at_its_own_rates():
@@ -365,7 +366,7 @@ def test_an_epoch_takes_its_share_of_its_own_batches_at_its_own_rates():
 def test_a_loss_that_is_no_number_ends_training():
     state, images, labels = tiny_casm()
     state.network.decoder.final.bias.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss, match="step 0"):
         train_one_epoch(state, Fed(images, labels), StepConfig(hp=0.5, lambda_r=1.0), epoch=0, iterations=5)
 
 
@@ -385,19 +386,6 @@ def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_fol
     folders = load_data("folder", data_dir=str(class_folders), image_size=32)
     batch = next(build_loaders(folders, torch.device("cpu"), **settings)[0].epoch())
     assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "files are seen through random crops"
-
-
-def test_sigterm_ends_with_the_way_to_go_on(tmp_path):
-    record = CasmRun(tmp_path / "map.chk", {"log_path": None, "overwrite": False}, anew=True)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated, match="no epoch was finished"), record.stopping_well():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-    record.place.write_text("")
-    with pytest.raises(Terminated, match=f"--resume {record.place}"), record.stopping_well():
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # what the user is told
@@ -437,22 +425,106 @@ def command(root, classifier: str, *words: str, name: str = "map") -> list[str]:
     ]
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, classifier):
-    casm_train.main(command(tmp_path / "a", classifier, "--reproduce", "L100", "--epochs", "3"))
-    casm_train.main(command(tmp_path / "b", classifier, "--reproduce", "L100", "--epochs", "1"))
-    half = read_checkpoint(tmp_path / "b" / "map.chk", kind="casm")
-    last = casm_train.main(["--resume", str(tmp_path / "b" / "map.chk"), "--epochs", "3", "--device", "cpu"])
-    one, other = (read_checkpoint(tmp_path / part / "map.chk", kind="casm") for part in "ab")
-    for key in ("model", "decoder", "optimizer", "decoder_optimizer", "rng"):
-        assert same_state(one[key], other[key]), key
-    pools = [torch.load(tmp_path / part / read["pool"]) for part, read in (("a", one), ("b", other))]
+TIMES = {"seconds", "images_per_second", "peak_memory_mb"}  # columns that differ from run to run
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights, optimizers, generators, pool and history, bit for bit."""
+    runs = [read_checkpoint(folder / "map.chk", kind="casm") for folder in (one, other)]
+    for key in ("model", "decoder", "optimizer", "decoder_optimizer", "rng", "step"):
+        assert same_state(*(run[key] for run in runs)), key
+    pools = [torch.load(folder / run["pool"]) for folder, run in zip((one, other), runs, strict=True)]
     assert same_state(*pools) and len(pools[0]) > 2
-    assert not same_state(half["decoder"], one["decoder"])
-    assert last["epoch"] == 3 and [row["epoch"] for row in other["history"]] == [1, 2, 3]
-    without = [{key: value for key, value in row.items() if key != "seconds"} for row in one["history"]]
-    assert without == [{k: v for k, v in row.items() if k != "seconds"} for row in other["history"]]
-    left = sorted(path.name for path in (tmp_path / "b").iterdir())
-    assert left == ["map.chk", "map.log", "map.png", "map.pool_003.pt", "map_masks.png"]
+    rows = [[{key: row[key] for key in row.keys() - TIMES} for row in run["history"]] for run in runs]
+    assert rows[0] == rows[1] and [row["epoch"] for row in rows[0]] == [1, 2, 3]
+    assert sorted(path.name for path in other.iterdir()) == FILES
+
+
+FILES = ["map.chk", "map.log", "map.png", "map.pool_003.pt", "map_masks.png"]
+PUBLISHED_RUN = ["--reproduce", "L100", "--epochs", "3", "--print-freq", "1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, classifier) -> Path:
+    """The folder of a run of three epochs of four iterations each that nothing interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    casm_train.main(command(root, classifier, *PUBLISHED_RUN))
+    return root
+
+
+class At(io.StringIO):
+    """An output that does something once a line begins with `start`."""
+
+    def __init__(self, start: str, action):
+        super().__init__()
+        self.start, self.action = start, action
+
+    def write(self, text: str) -> int:
+        if text.startswith(self.start):
+            self.action()
+        return super().write(text)
+
+
+def resume(folder: Path) -> dict:
+    return casm_train.main(["--resume", str(folder / "map.chk"), "--epochs", "3", "--device", "cpu"])
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, classifier, whole):
+    casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN, "--epochs", "1"))
+    half = read_checkpoint(tmp_path / "map.chk", kind="casm")
+    assert resume(tmp_path)["epoch"] == 3
+    assert_same_run(whole, tmp_path)
+    assert not same_state(half["decoder"], read_checkpoint(whole / "map.chk", kind="casm")["decoder"])
+
+
+@pytest.mark.parametrize(("epoch", "iteration"), [(1, 2), (2, 3)])
+def test_stopped_in_the_middle_of_an_epoch_it_ends_with_the_same_weights(
+    epoch, iteration, tmp_path, classifier, whole, capsys
+):
+    before = signal.getsignal(signal.SIGTERM)
+    stop = At(f"epoch {epoch}/3 {iteration}/4", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    told = f"^{iteration} steps into the epoch; continue with --resume {tmp_path / 'map.chk'}"
+    with pytest.raises(Terminated, match=told), contextlib.redirect_stdout(stop):
+        casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN))
+    assert signal.getsignal(signal.SIGTERM) is before
+    saved = read_checkpoint(tmp_path / "map.chk", kind="casm")
+    assert saved["step"] == 4 * (epoch - 1) + iteration and len(saved["history"]) == epoch - 1
+    assert [path.name for path in tmp_path.glob("*.pool_*")] == [saved["pool"]]
+    assert load_casm(tmp_path / "map.chk").epoch == epoch - 1, "its maps can be looked at already"
+    resume(tmp_path)
+    assert f"note: epoch {epoch} goes on after {iteration} of its steps" in capsys.readouterr().out
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_kill_between_the_pool_and_the_checkpoint_loses_nothing(tmp_path, classifier, whole):
+    obstacle = tmp_path / ".map.chk.part"  # no checkpoint can be written over it
+    with pytest.raises(UserError, match="could not write .*map.chk"):
+        with contextlib.redirect_stdout(At("epoch 2/3 1/4", obstacle.mkdir)):
+            casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN))
+    obstacle.rmdir()
+    assert {path.name for path in tmp_path.glob("*.pool_*")} == {"map.pool_001.pt", "map.pool_002.pt"}
+    assert read_checkpoint(tmp_path / "map.chk", kind="casm")["pool"] == "map.pool_001.pt"
+    resume(tmp_path)
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_file_of_the_version_that_saved_between_epochs_only_goes_on(tmp_path, classifier, whole):
+    casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN, "--epochs", "2"))
+    saved = torch.load(tmp_path / "map.chk")
+    saved["rng"] = saved["rng"][0]
+    for key in ("step", "best", "before", "inside"):
+        del saved[key]
+    torch.save(saved, tmp_path / "map.chk")
+    resume(tmp_path)
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_leaves_its_evidence(tmp_path, classifier):
+    with pytest.raises(UserError, match="try a lower --lr or --lr-casme, or --amp off; no epoch was finished") as told:
+        casm_train.main(command(tmp_path, classifier, "--lr", "1e30", "--print-freq", "1"))
+    assert "lr by now 1e+30; weights" in str(told.value) and "loss scale" not in str(told.value)
+    evidence = torch.load(tmp_path / "map_nonfinite.pt")
+    assert len(evidence["index"]) == 13 and evidence["step"] <= evidence["weights_of_step"] < 4
 
 
 def test_the_log_has_the_published_columns(tmp_path, classifier):
