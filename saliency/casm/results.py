@@ -9,7 +9,7 @@ import torch
 
 import models
 from engine.config.parser import Parser
-from engine.config.phases import default_eval_resize
+from engine.config.phases import LARGE_SIDE, default_eval_resize
 from engine.data.datasets import load_evaluation
 from engine.data.image_set import ImageSet
 from engine.data.views import CenterCrop, SquashedView
@@ -34,7 +34,6 @@ SCORE_OPTIONS = ("annotation_path", "break_ratio", "not_normalize", "class_list"
 EVAL_OPTIONS = ("batch_size", "classifiers", "resnets_path", "classifier", "amp")
 RESULT_OPTIONS = (*DATA_OPTIONS, "seed", *SCORE_OPTIONS, *EVAL_OPTIONS)  # options that decide a result
 PLACE_OPTIONS = ("val_data_dir", "val_labels", "num_classes")  # options of images that a trained file may know
-LARGE_SIDE = 128  # side in pixels above which evaluation images are cut out of larger ones
 
 
 @dataclass(frozen=True)
