@@ -38,8 +38,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         context = evaluation.build_context(classifier, images, session, **select_kwargs(own, evaluation.build_context))
         contexts.append(context)
         plans.append(plan_task(context, own))
-    if options["task"] != "accuracy":
-        evaluation.check_same_images(contexts, f"--task {options['task']}")
+    evaluation.check_same_images(contexts, options["task"])
 
     # ---- Measure ----
     results = [evaluation.run_plan(context, plan) for context, plan in zip(contexts, plans, strict=True)]

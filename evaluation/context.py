@@ -171,9 +171,9 @@ class EvalContext:
         return drawn < self.session.held_out
 
 
-def check_same_images(contexts: list[EvalContext], what: str) -> None:
-    """Raise UserError where classifiers would be compared on different images."""
-    first, *others = contexts
+def check_same_images(contexts: list[EvalContext], task: str) -> None:
+    """Raise UserError where a task would compare classifiers on different images; accuracy stands for itself."""
+    first, *others = contexts if task != "accuracy" else contexts[:1]
     for other in others:
         own, theirs = ((one.image_set.origin, list_labels(one.image_set)) for one in (first, other))
         if own != theirs:
@@ -181,7 +181,7 @@ def check_same_images(contexts: list[EvalContext], what: str) -> None:
                 f"{one.name} has {len(one.image_set):,} images of {one.image_set.origin}" for one in (first, other)
             ]
             raise UserError(
-                f"{what} compares classifiers on the same images: {', '.join(found)}\n"
+                f"--task {task} compares classifiers on the same images: {', '.join(found)}\n"
                 "name those of all with --dataset, --data_dir, --num_classes and --limit, or make a call for each"
             )
 
