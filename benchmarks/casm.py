@@ -193,9 +193,11 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
 
     part = data.test.subsample(options["images"])
     truths = find_boxes(part, saved.options["dataset"])
-    usable = torch.tensor([index for index, truth in enumerate(truths.each) if truth])
+    usable = torch.tensor([index for index, truth in enumerate(truths.per_image) if truth])
     part = part.take(usable)
-    boxes = torch.tensor([truths.each[index].boxes[0] for index in usable.tolist()])[:, [1, 3, 0, 2]]  # y1, y2, x1, x2
+    boxes = torch.tensor([truths.per_image[index].boxes[0] for index in usable.tolist()])[
+        :, [1, 3, 0, 2]
+    ]  # y1, y2, x1, x2
     inside_box = box_mask(boxes, data.image_size, data.image_size)[:, 0]
     objects = truths.masks[usable] if truths.masks is not None else inside_box
     network = saved.network.classifier.to(device)

@@ -15,7 +15,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from engine.data.folders import check_missing, class_folders, label_files, list_directory, list_folders
+from engine.data.folders import class_folders, describe_missing, label_files, list_directory, list_folders
 from engine.data.image_set import ImageSet, image_set_from_files
 from engine.data.views import View
 from engine.errors import UserError, suggest_closest
@@ -167,10 +167,10 @@ def check_classes(root: Path, sources: dict[str, dict[int, Path]], classes: list
     ours, fewest = label_files(dict.fromkeys(classes, ()), root), len(classes)
     for folder in (path for levels in sources.values() for path in levels.values()):
         theirs = label_files(dict.fromkeys(list_folders(folder), ()), folder)
-        if (others := check_missing(theirs, ours)) != "none":
+        if (others := describe_missing(theirs, ours)) != "none":
             raise UserError(
                 f"{folder} has classes that the network does not have: {others}; only the network has "
-                f"{check_missing(ours, theirs)}\nname the corrupted images of the data set that it was trained on"
+                f"{describe_missing(ours, theirs)}\nname the corrupted images of the data set that it was trained on"
             )
         fewest = min(fewest, len(theirs.classes))
     return [f"{root} has only {fewest} of the {len(classes)} classes"] if fewest < len(classes) else []

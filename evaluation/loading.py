@@ -5,7 +5,7 @@ from collections import Counter
 import models
 from engine.data.class_names import map_labels, read_class_list
 from engine.data.datasets import load_evaluation
-from engine.data.image_set import STATISTICS, STATISTICS_OF, ImageSet, select_classes
+from engine.data.image_set import DEFAULT_STATISTICS, STATISTICS, ImageSet, select_classes
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, SavedClassifier, load_classifier, make_names_unique
 from engine.runtime.distributed import check_same_value
@@ -90,7 +90,7 @@ def build_context(
     context = EvalContext(classifier, image_set, dataset, class_map, session)
     stated = classifier.torchvision or bool(classifier.options)
     if norm or not stated:
-        name = STATISTICS_OF.get(dataset, dataset) if norm in (None, "own") else norm
+        name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm
         classifier.mean, classifier.std = STATISTICS[name]
         if not (norm or stated):
             session.note(f"{path} does not say how its images were normalised; taken: as {name} (--norm names another)")

@@ -133,7 +133,7 @@ def plan_localization(
     truths = find_boxes(context.image_set, context.dataset, annotation_path, progress=progress_bar)
     for line in truths.notes():
         context.session.note(line)
-    image_set, boxes = select_boxed(context, truths.each)
+    image_set, boxes = select_boxed(context, truths.per_image)
     backgrounds = {name: (image_set, boxes) for name in background}
     if "rep" in backgrounds and len(image_set) < 2:
         raise UserError("--background rep: a background is another image, and there is one\ntake more images")

@@ -39,7 +39,7 @@ class BoxAnnotation(NamedTuple):
 
 
 class AnnotationRow(NamedTuple):
-    """What a list says of one object, None where it says nothing."""
+    """What a list says of one object; None: it does not say."""
 
     box: Box | None
     category: str | None = None
@@ -48,13 +48,13 @@ class AnnotationRow(NamedTuple):
 
 @dataclass
 class BoxAnnotations:
-    """What is known of the images of a part, in their order. Names are relative to the part's root."""
+    """The annotations of a set of images, in their order. Names are relative to the root of the set."""
 
-    each: list[BoxAnnotation | None]  # None where nothing usable is known
+    per_image: list[BoxAnnotation | None]  # None: the image has no usable box
     missing: list[str]  # images without an annotation
     empty: list[str]  # images whose annotation has no usable box of their class
-    masks: torch.Tensor | None = None  # (N, H, W) bool, where the set has true masks
-    broken: list[str] = field(default_factory=list)  # `image: reason`, where the annotation cannot be read
+    masks: torch.Tensor | None = None  # (N, H, W) bool, if the set has masks
+    broken: list[str] = field(default_factory=list)  # `image (reason)`, images whose annotation cannot be read
 
     def notes(self) -> list[str]:
         """Lines for the user: how many images are left out of the scores, and why."""
@@ -64,16 +64,15 @@ class BoxAnnotations:
             "have an annotation that cannot be read": self.broken,
         }
         return [
-            f"{len(names):,} of {len(self.each):,} images {reason} and are left out of the scores: "
+            f"{len(names):,} of {len(self.per_image):,} images {reason} and are left out of the scores: "
             + "; ".join(names[:3] + ["..."] * (len(names) > 3))
             for reason, names in reasons.items()
             if names
         ]
 
 
-Lookup = Callable[
-    [int, str, str], BoxAnnotation | None
-]  # (index, file, class) -> what is known, None for no annotation
+Lookup = Callable[[int, str, str], BoxAnnotation | None]  # (index, file, class) -> None if there is no annotation
+DescribePlaces = Callable[[str, str], str]  # (file, class) -> where its annotation was looked for
 
 
 def find_boxes(
@@ -83,13 +82,38 @@ def find_boxes(
     *,
     progress: Callable = lambda items, **kwargs: items,
 ) -> BoxAnnotations:
-    """The true boxes of a part's images, from annotation_path if given, else from what the data set brings.
+    """The true boxes of the images of a set, from annotation_path (see FORMS) or else from what the data set brings.
 
-    annotation_path: a folder of XML files, a .csv or a .json, see FORMS. progress: as for load_data(). Raises UserError
-    where there is no annotation at all, and for a list that cannot be read; a single bad XML file is counted instead.
+    progress: as for load_data(). Raises UserError if there is no annotation at all, and for a list that cannot be read;
+    a single broken XML file is counted instead.
     """
     if not annotation_path and dataset == "shapes":
         return shapes_boxes(part)
+    check_annotations_given(part, dataset, annotation_path)
+    lookup, describe = open_annotations(part, Path(annotation_path)) if annotation_path else open_tiny_annotations(part)
+    found = BoxAnnotations([], [], [])
+    names, labels = part.files.names(), part.labels.tolist()
+    for index, name in enumerate(progress(names, total=len(names), desc="reading boxes", unit="image")):
+        annotation = None
+        try:
+            annotation = lookup(index, name, part.classes[labels[index]])
+            if annotation is None:
+                found.missing.append(name)
+            elif not annotation.boxes:
+                found.empty.append(name)
+        except (ValueError, OSError) as error:
+            found.broken.append(f"{name} ({error or type(error).__name__})")
+        found.per_image.append(annotation if annotation and annotation.boxes else None)
+    if names and len(found.missing) == len(names):
+        raise UserError(
+            f"{annotation_path or part.origin}: boxes of none of the {len(names):,} images in {part.origin}; "
+            f"looked for {describe(names[0], part.classes[labels[0]])}\n{REMEDY}"
+        )
+    return found
+
+
+def check_annotations_given(part: ImageSet, dataset: str, annotation_path: str | None) -> None:
+    """Raise UserError if there cannot be boxes, or if they are not given."""
     if part.files is None:
         own = "leave --annotation-path out: shapes has boxes of its own"
         raise UserError(
@@ -98,36 +122,17 @@ def find_boxes(
         )
     if not annotation_path and dataset != "tiny-imagenet":
         raise UserError(f"{dataset} comes without true boxes: give them with --annotation-path\n{REMEDY}")
-    look, sought = open_annotations(part, Path(annotation_path)) if annotation_path else open_tiny_annotations(part)
-    truths = BoxAnnotations([], [], [])
-    names, labels = part.files.names(), part.labels.tolist()
-    for index, name in enumerate(progress(names, total=len(names), desc="reading boxes", unit="image")):
-        truth = None
-        try:
-            truth = look(index, name, part.classes[labels[index]])
-            if truth is None:
-                truths.missing.append(name)
-            elif not truth.boxes:
-                truths.empty.append(name)
-        except (ValueError, OSError) as error:
-            truths.broken.append(f"{name} ({error or type(error).__name__})")
-        truths.each.append(truth if truth and truth.boxes else None)
-    if names and len(truths.missing) == len(names):
-        raise UserError(
-            f"{annotation_path or part.origin}: boxes of none of the {len(names):,} images in {part.origin}; "
-            f"looked for {sought(names[0], part.classes[labels[0]])}\n{REMEDY}"
-        )
-    return truths
 
 
 def shapes_boxes(part: ImageSet) -> BoxAnnotations:
     side = part.pixels.shape[1]
-    each = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in part.annotations["boxes"].tolist()]
-    return BoxAnnotations(each, [], [], part.annotations["masks"])
+    boxes = part.annotations["boxes"].tolist()
+    per_image = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in boxes]
+    return BoxAnnotations(per_image, [], [], part.annotations["masks"])
 
 
-def open_annotations(part: ImageSet, path: Path) -> tuple[Lookup, Callable[[str, str], str]]:
-    """How to look an image up, and what was looked for. Raises UserError for a path that is not one of FORMS."""
+def open_annotations(part: ImageSet, path: Path) -> tuple[Lookup, DescribePlaces]:
+    """Raises UserError for a path that is not one of FORMS."""
     if path.is_dir():
         return xml_lookup(path), lambda name, category: " and ".join(map(str, xml_candidates(path, name, category)))
     if not path.is_file():
@@ -149,11 +154,11 @@ def xml_candidates(folder: Path, name: str, category: str) -> list[Path]:
 
 
 def xml_lookup(folder: Path) -> Lookup:
-    def look(index: int, name: str, category: str) -> BoxAnnotation | None:
+    def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
         path = next((path for path in xml_candidates(folder, name, category) if path.is_file()), None)
         return path and read_xml(path, category)
 
-    return look
+    return lookup
 
 
 def read_xml(path: Path, category: str) -> BoxAnnotation:
@@ -164,8 +169,8 @@ def read_xml(path: Path, category: str) -> BoxAnnotation:
         raise ValueError(f"no XML: {error}") from error
     width, height = (parse_pixel(read_tag(root, f"size/{side}")) for side in ("width", "height"))
     check_size(width, height)
-    objects = [thing for thing in root.iter("object") if read_tag(thing, "name") == category]
-    boxes = [tuple(parse_pixel(read_tag(thing, f"bndbox/{side}")) for side in COLUMNS[0]) for thing in objects]
+    objects = [tag for tag in root.iter("object") if read_tag(tag, "name") == category]
+    boxes = [tuple(parse_pixel(read_tag(tag, f"bndbox/{side}")) for side in COLUMNS[0]) for tag in objects]
     return BoxAnnotation(list(filter(is_usable_box, boxes)), width, height)
 
 
@@ -177,7 +182,7 @@ def read_tag(root: ElementTree.Element, tag: str) -> str:
 
 
 def parse_pixel(text: str | float) -> int:
-    """The nearest whole number of pixels. Raises ValueError for what is no number."""
+    """The nearest whole number of pixels. Raises ValueError for text that is not a finite number."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text!r} is no number of pixels")
@@ -194,7 +199,7 @@ def is_usable_box(box: Box) -> bool:
 
 
 def read_csv(path: Path) -> dict[str, list[AnnotationRow]]:
-    """File -> its rows. Raises UserError with the line for a row that is no box."""
+    """File -> its rows. Raises UserError, with the line, for a row that is not a box."""
     rows: dict[str, list[AnnotationRow]] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, skipinitialspace=True)
@@ -219,13 +224,13 @@ def read_csv(path: Path) -> dict[str, list[AnnotationRow]]:
 
 
 def parse_numbers(cells: dict[str, str], columns: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Pixels, or None where all these cells are empty or absent."""
+    """Pixels; None if all these cells are empty or absent."""
     found = [cells.get(name, "") for name in columns]
     return tuple(map(parse_pixel, found)) if any(found) else None
 
 
 def read_json(path: Path) -> dict[str, list[AnnotationRow]]:
-    """File -> its boxes. Raises UserError with the file for what is no list of boxes."""
+    """File -> its boxes. Raises UserError, with the file, for anything but a list of boxes."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise UserError(f"--annotation-path {path}: it holds no {{...}}\n{REMEDY}")
@@ -247,16 +252,16 @@ def normalize_name(name: str) -> str:
 
 
 def row_lookup(part: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
-    """Rows are found by the image's path relative to the part's root, else by its base name where that is the only one
-    of its kind both in the part and in the list.
+    """Finds rows by the path of the image relative to the root of the set, or else by its base name if that is unique
+    both in the set and in the list.
     """
-    held = Counter(PurePosixPath(name).name for name in set(part.files.names()))
-    listed = Counter(PurePosixPath(name).name for name in rows)
+    in_set = Counter(PurePosixPath(name).name for name in set(part.files.names()))
+    in_list = Counter(PurePosixPath(name).name for name in rows)
     by_base = {PurePosixPath(name).name: found for name, found in rows.items()}
 
-    def look(index: int, name: str, category: str) -> BoxAnnotation | None:
+    def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
         base = PurePosixPath(name).name
-        found = rows.get(normalize_name(name)) or (by_base.get(base) if held[base] == listed[base] == 1 else None)
+        found = rows.get(normalize_name(name)) or (by_base.get(base) if in_set[base] == in_list[base] == 1 else None)
         if found is None:
             return None
         found = [row for row in found if row.category in (None, category)]
@@ -267,7 +272,7 @@ def row_lookup(part: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
         check_size(width, height)
         return BoxAnnotation(boxes, width, height)
 
-    return look
+    return lookup
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
@@ -276,7 +281,7 @@ def read_image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def open_tiny_annotations(part: ImageSet) -> tuple[Lookup, Callable[[str, str], str]]:
+def open_tiny_annotations(part: ImageSet) -> tuple[Lookup, DescribePlaces]:
     """val_annotations.txt in or beside the folder of the images, else <wnid>/<wnid>_boxes.txt in it."""
     where = Path(part.origin)
     lists = [folder / "val_annotations.txt" for folder in (where, where.parent)]
@@ -289,13 +294,13 @@ def open_tiny_annotations(part: ImageSet) -> tuple[Lookup, Callable[[str, str], 
             if path.is_file():
                 read_tiny(path, rows, wnid)
 
-    def look(index: int, name: str, category: str) -> BoxAnnotation | None:
+    def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
         found = rows.get(PurePosixPath(name).name)
         boxes = [row.box for row in found or [] if row.category == category and is_usable_box(row.box)]
         return None if found is None else BoxAnnotation(boxes, TINY_SIDE, TINY_SIDE)
 
     return (
-        look,
+        lookup,
         lambda name, category: (
             f"{PurePosixPath(name).name} in {' and '.join(map(str, lists))} and in "
             + str(where / category / f"{category}_boxes.txt")

@@ -1,4 +1,4 @@
-"""Data sets and their parts: uint8 images with labels. engine/data/loader.py feeds them to a network."""
+"""Data sets by name, with their training, validation and test images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +7,12 @@ import torch
 
 from engine.config.phases import default_eval_resize
 from engine.data.cifar import LAYOUTS, find_cifar, read_cifar, read_class_names
-from engine.data.folders import find_evaluation, find_folder, find_imagenet, find_tiny_evaluation, find_tiny_imagenet
+from engine.data.folders import find_evaluation, find_images
 from engine.data.image_set import (
-    STATISTICS,
-    STATISTICS_OF,
     Data,
     ImageSet,
     decode_all,
+    get_statistics,
     image_set_from_files,
     split_by_class,
 )
@@ -23,9 +22,12 @@ from engine.data.views import CenterCrop, View
 from engine.errors import UserError
 from engine.runtime.distributed import main_process_first
 
-EXPECTED_COUNTS = {"cifar10": (50_000, 10_000), "cifar100": (50_000, 10_000), "tiny-imagenet": (100_000, 10_000)}
-EXPECTED_COUNTS["imagenet"] = (1_281_167, 50_000)
-FINDERS = {"imagenet": find_imagenet, "tiny-imagenet": find_tiny_imagenet, "folder": find_folder}
+EXPECTED_COUNTS = {  # of training and test images
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "tiny-imagenet": (100_000, 10_000),
+    "imagenet": (1_281_167, 50_000),
+}
 SHAPES_COUNTS = (5000, 1000)
 TINY_SIDE = 64
 
@@ -49,44 +51,35 @@ def load_data(
     workers: int = 0,
     progress: Callable = lambda items, **kwargs: items,
 ) -> Data:
-    """Read a data set; the parameters are the flags of the same names.
-
-    progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError with what was looked for and the
-    remedy.
+    """Read a data set. The parameters are the options of the same names; progress wraps an iterable in a progress bar
+    (tqdm's signature). Raises UserError that says what was looked for, and the remedy.
     """
     if dataset in LAYOUTS:
         train, test = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
     elif dataset == "shapes":
-        train, test = load_shapes(
-            image_size or 32,
-            num_classes or 10,
-            progress,
-            most=0 if labels_per_class or valid_labels_per_class else limit,
-        )
+        most = 0 if labels_per_class or valid_labels_per_class else limit
+        train, test = (shapes_image_set(part, image_size or 32, num_classes or 10, progress, most) for part in (0, 1))
     else:
         view = default_view(dataset, image_size, eval_resize)
         places = [place and Path(place) for place in (data_dir, val_data_dir, val_labels)]
-        if dataset == "tiny-imagenet":
-            del places[2]  # it says its labels itself
-        train, test = (image_set_from_files(part, view, on_bad_image) for part in FINDERS[dataset](*places))
-    warnings = []
-    counts = (len(train), len(test))
-    if counts != EXPECTED_COUNTS.get(dataset, counts):
-        usual = EXPECTED_COUNTS[dataset]
-        warnings.append(
-            f"{dataset} usually has {usual[0]:,} training and {usual[1]:,} test images, here are {counts[0]:,} "
-            f"and {counts[1]:,}"
-        )
+        train, test = (image_set_from_files(part, view, on_bad_image) for part in find_images(dataset, *places))
+    warnings = describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
     if limit:
-        train, test = (part.take(torch.arange(min(limit, len(part)))) for part in (train, test))
-        warnings.append(f"--limit {limit}: results are partial")
-    if dataset == "tiny-imagenet" and view.size == TINY_SIDE and not eval_resize:
+        train, test = train.first(limit), test.first(limit)
+    if dataset == "tiny-imagenet" and train.pixels.size == TINY_SIDE and not eval_resize:
         train, test, valid = (part and decode_all(part, workers, progress, warnings) for part in (train, test, valid))
     side = check_image_size(dataset, train, image_size)
-    mean, std = STATISTICS[STATISTICS_OF.get(dataset, dataset) if norm == "own" else norm]
-    return Data(train, test, valid, mean, std, side, warnings)
+    return Data(train, test, valid, *get_statistics(dataset, norm), side, warnings)
+
+
+def describe_counts(dataset: str, train: int, test: int, limit: int) -> list[str]:
+    """Warnings about numbers of images that are not the usual ones of the data set, and about --limit."""
+    usual_train, usual_test = EXPECTED_COUNTS.get(dataset, (train, test))
+    usual = f"{dataset} usually has {usual_train:,} training and {usual_test:,} test images"
+    unusual = [f"{usual}, here are {train:,} and {test:,}"] if (train, test) != (usual_train, usual_test) else []
+    return unusual + ([f"--limit {limit}: results are partial"] if limit else [])
 
 
 def load_evaluation(
@@ -104,27 +97,23 @@ def load_evaluation(
     on_bad_image: str = "stop",
     progress: Callable = lambda items, **kwargs: items,
 ) -> ImageSet:
-    """The test part that load_data() gives, where the training images need not be there; image files stay files.
+    """The test images of load_data(), where the training images need not be there. Image files stay files.
 
-    view: how image files are cut out, in place of what image_size says; shapes and CIFAR have none. Raises UserError
-    with what was looked for and the remedy.
+    view: how image files are cut out, instead of by image_size and eval_resize; shapes and CIFAR have none. Raises
+    UserError that says what was looked for, and the remedy.
     """
     place, val_place, labels = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
     if dataset in LAYOUTS:
-        part = cifar_image_set(
-            dataset,
-            main_process_first(lambda: find_cifar(dataset, val_place or place, download)),
-            [LAYOUTS[dataset].test],
-        )
+        place = main_process_first(lambda: find_cifar(dataset, val_place or place, download))
+        part = cifar_image_set(dataset, place, [LAYOUTS[dataset].test])
         check_image_size(dataset, part, image_size)
     elif dataset == "shapes":
         part = shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
     else:
-        tiny = dataset == "tiny-imagenet"
-        found = find_tiny_evaluation(place, val_place) if tiny else find_evaluation(dataset, place, val_place, labels)
+        found = find_evaluation(dataset, place, val_place, labels)
         part = image_set_from_files(found, view or default_view(dataset, image_size, eval_resize), on_bad_image)
     check_class_count(dataset, part, num_classes)
-    return part.take(torch.arange(min(limit, len(part)))) if limit else part
+    return part.first(limit) if limit else part
 
 
 def check_class_count(dataset: str, part: ImageSet, num_classes: int | None) -> None:
@@ -138,7 +127,7 @@ def check_class_count(dataset: str, part: ImageSet, num_classes: int | None) -> 
 
 
 def check_image_size(dataset: str, part: ImageSet, image_size: int | None) -> int:
-    """The side of the images. Raises UserError where image_size is another."""
+    """The side of the images in pixels. Raises UserError if image_size is another."""
     side = part.pixels.shape[1] if isinstance(part.pixels, torch.Tensor) else part.pixels.size
     if image_size not in (None, side):
         raise UserError(f"--image_size {image_size}: the images of {dataset} have {side} pixels a side")
@@ -146,36 +135,32 @@ def check_image_size(dataset: str, part: ImageSet, image_size: int | None) -> in
 
 
 def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tuple[ImageSet, ImageSet]:
-    layout = LAYOUTS[name]
-    train_place = main_process_first(lambda: find_cifar(name, train_dir, download))
-    test_place = (
-        train_place if test_dir == train_dir else main_process_first(lambda: find_cifar(name, test_dir, download))
+    """Training and test images."""
+    train_place = test_place = main_process_first(lambda: find_cifar(name, train_dir, download))
+    if test_dir != train_dir:
+        test_place = main_process_first(lambda: find_cifar(name, test_dir, download))
+    return (
+        cifar_image_set(name, train_place, LAYOUTS[name].train),
+        cifar_image_set(name, test_place, [LAYOUTS[name].test]),
     )
-    return cifar_image_set(name, train_place, layout.train), cifar_image_set(name, test_place, [layout.test])
 
 
 def cifar_image_set(name: str, place: Path, files: list[str]) -> ImageSet:
     return ImageSet(*read_cifar(name, place, files), read_class_names(name, place), str(place))
 
 
-def load_shapes(size: int, num_classes: int, progress: Callable, most: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Both parts, with no more than `most` images if it is not 0."""
-    train, test = (shapes_image_set(seed, size, num_classes, progress, most) for seed in (0, 1))
-    return train, test
-
-
-def shapes_image_set(seed: int, size: int, num_classes: int, progress: Callable, most: int = 0) -> ImageSet:
-    """seed: 0 for the training part, 1 for the test part."""
+def shapes_image_set(part: int, size: int, num_classes: int, progress: Callable, most: int = 0) -> ImageSet:
+    """part: 0 for training images, 1 for test images; it is the seed. most: number of images; 0: SHAPES_COUNTS."""
     if num_classes > len(SHAPE_NAMES):
         raise UserError(f"--num_classes {num_classes}: shapes has {len(SHAPE_NAMES)} classes")
-    count = min(SHAPES_COUNTS[seed], most or SHAPES_COUNTS[seed])
-    drawn = draw_shapes(count, size, num_classes=num_classes, seed=seed, progress=progress)
-    where = f"the generator of shapes, seed {seed}"
-    return ImageSet(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], where, drawn)
+    count = min(SHAPES_COUNTS[part], most or SHAPES_COUNTS[part])
+    drawn = draw_shapes(count, size, num_classes=num_classes, seed=part, progress=progress)
+    origin = f"the generator of shapes, seed {part}"
+    return ImageSet(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], origin, drawn)
 
 
 def default_view(dataset: str, image_size: int | None, eval_resize: int | None) -> CenterCrop:
-    """How evaluation images of this set are cut out. Raises UserError for a centre that is larger than the image."""
+    """How the evaluation images of a set are cut out. Raises UserError if the crop is larger than the resized image."""
     size = image_size or (224 if dataset == "imagenet" else TINY_SIDE)
     resize = eval_resize or (default_eval_resize(size) if dataset == "imagenet" else size)
     if resize < size:

@@ -12,11 +12,11 @@ from engine.errors import UserError
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGENET_PLACES = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
-NOT_NAMED = Path("data")  # the default of --data_dir: only then a set beside it is taken too
+DEFAULT_DIR = Path("data")  # of --data_dir: only then a set beside it is taken too
 
 
 class FileList:
-    """Many paths in two tensors. [int] gives a Path, [index tensor] a FileList of these, which shares the text.
+    """Many paths in two tensors. [int] gives a Path, [index tensor] a FileList of those paths, which shares the text.
 
     A million Python strings would be copied into every worker process page by page, as their reference counts change.
     """
@@ -28,8 +28,8 @@ class FileList:
             text += os.fsencode(name)
             ends.append(len(text))
         self.text = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
-        edges = torch.frombuffer(ends, dtype=torch.int64)
-        self.spans = torch.stack([edges[:-1], edges[1:]], 1)  # (N, 2): where a name begins and ends
+        ends = torch.frombuffer(ends, dtype=torch.int64)
+        self.spans = torch.stack([ends[:-1], ends[1:]], 1)  # (N, 2): where a name begins and ends
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -37,9 +37,9 @@ class FileList:
     def __getitem__(self, index: int | torch.Tensor) -> "Path | FileList":
         if not isinstance(index, torch.Tensor):
             return Path(self.path(index))
-        some = FileList(self.root, ())
-        some.text, some.spans = self.text, self.spans[index]
-        return some
+        chosen = FileList(self.root, ())
+        chosen.text, chosen.spans = self.text, self.spans[index]
+        return chosen
 
     def __iter__(self) -> Iterator[Path]:
         return (self[index] for index in range(len(self)))
@@ -55,7 +55,7 @@ class FileList:
 
 
 class DataFiles(NamedTuple):
-    """The files of one part, before any is read. A label is the position of its class in the sorted names."""
+    """The image files of one part of a data set. A label is the position of its class in the sorted names."""
 
     files: FileList
     labels: torch.Tensor  # (N,) long
@@ -66,10 +66,19 @@ class DataFiles(NamedTuple):
         return Path(self.files.root)
 
 
-def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
-    """train/<class>/* and val/ or test/ in the same form, below data_dir; val_dir: the evaluation part itself.
+def find_images(
+    dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None
+) -> tuple[DataFiles, DataFiles]:
+    """Training and test images of a data set of files. val_labels: see find_folder(); Tiny-ImageNet brings its own."""
+    if dataset == "tiny-imagenet":
+        return find_tiny_imagenet(data_dir, val_dir)
+    return (find_imagenet if dataset == "imagenet" else find_folder)(data_dir, val_dir, val_labels)
 
-    val_labels: a file of lines `file class`, for an evaluation part whose files lie side by side.
+
+def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
+    """data_dir/train/<class>/*, and val_dir/<class>/* or else data_dir/val/ or test/ in the same form.
+
+    val_labels: a file of lines `file class`, for test images that lie side by side in one folder.
     """
     train_dir = data_dir / "train"
     test_dir = next((data_dir / name for name in ("val", "test") if (data_dir / name).is_dir()), data_dir / "val")
@@ -97,7 +106,7 @@ def find_training(flag: str, place: Path) -> DataFiles:
 def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
     """train/<wnid>/* and val/<wnid>/*, or a flat val/ with val_labels, in data_dir or where it is usually unpacked."""
     places = [data_dir / name for name in IMAGENET_PLACES]
-    places += [Path("imagenet")] if data_dir == NOT_NAMED else []
+    places += [Path("imagenet")] if data_dir == DEFAULT_DIR else []
     place = next((path for path in places if (path / "train").is_dir()), None)
     if place is None:
         raise UserError(
@@ -109,7 +118,7 @@ def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None 
 
 
 def find_validation(val: Path, val_labels: Path | None) -> DataFiles:
-    """val/<class>/*, or val/* and the file that says their classes. Raises UserError where neither is there."""
+    """val/<class>/*, or val/* and the file that lists their classes. Raises UserError if neither is there."""
     loose = list_images(val)
     if val_labels and not loose:
         raise UserError(
@@ -126,8 +135,10 @@ def find_validation(val: Path, val_labels: Path | None) -> DataFiles:
     return read_val_labels(val, set(loose), val_labels)
 
 
-def read_val_labels(val: Path, there: set[str], val_labels: Path) -> DataFiles:
-    """Lines `file wnid`, or ImageNet's LOC_val_solution.csv: `name,wnid x1 y1 x2 y2 ...` without the ending."""
+def read_val_labels(val: Path, present: set[str], val_labels: Path) -> DataFiles:
+    """The images that a file lists in lines `file wnid`, or as ImageNet's LOC_val_solution.csv: `name,wnid x1 y1 x2 y2
+    ...` without the file's ending. present: names of the files in val.
+    """
     try:
         lines = val_labels.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -139,7 +150,7 @@ def read_val_labels(val: Path, there: set[str], val_labels: Path) -> DataFiles:
         file, wnid = split_label(line)
         if not wnid:
             raise UserError(f"{val_labels}, line {number}: {line!r} is not of the form `file wnid`\nmend that line")
-        file = next((name for name in (file, f"{file}.JPEG") if name in there), None)
+        file = next((name for name in (file, f"{file}.JPEG") if name in present), None)
         if file is None:
             raise UserError(
                 f"{val_labels}, line {number}: {line!r} names a file that is not in {val}\n"
@@ -150,7 +161,7 @@ def read_val_labels(val: Path, there: set[str], val_labels: Path) -> DataFiles:
 
 
 def split_label(line: str) -> tuple[str, str]:
-    """File and class of a line; an empty class where there are not both."""
+    """File and class of a line; the class is empty if the line does not hold both."""
     if "," in line:
         file, _, rest = line.partition(",")
         return file.strip(), next(iter(rest.split()), "")
@@ -161,7 +172,7 @@ def split_label(line: str) -> tuple[str, str]:
 def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles, DataFiles]:
     """The unzipped original, or a copy with sorted validation images. wnids.txt has another order and is not read."""
     places = [data_dir / name for name in ("tiny-imagenet-200", "tiny-imagenet", ".")]
-    places += [Path("tiny-imagenet-200"), Path("tiny-imagenet")] if data_dir == NOT_NAMED else []
+    places += [Path("tiny-imagenet-200"), Path("tiny-imagenet")] if data_dir == DEFAULT_DIR else []
     place = next((path for path in places if (path / "train").is_dir()), None)
     if place is None:
         raise UserError(
@@ -183,11 +194,11 @@ def find_tiny_validation(val: Path) -> DataFiles:
     annotations = val / "val_annotations.txt"
     loose = list_images(val / "images")
     if annotations.is_file() and loose:
-        wnid_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if "\t" in line)
+        wnids = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if "\t" in line)
         folders: dict[str, list[str]] = {}
         for name in loose:
-            if name in wnid_of:
-                folders.setdefault(wnid_of[name], []).append(f"images/{name}")
+            if name in wnids:
+                folders.setdefault(wnids[name], []).append(f"images/{name}")
         return label_files(folders, val)
     root = val / "images" if list_folders(val / "images") else val
     if not list_folders(root):
@@ -199,9 +210,9 @@ def find_tiny_validation(val: Path) -> DataFiles:
 
 
 def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
-    """The validation part in any layout find_tiny_imagenet() knows, in the same places."""
+    """The validation images, in any layout and place that find_tiny_imagenet() knows."""
     places = [data_dir / name / "val" for name in ("tiny-imagenet-200", "tiny-imagenet", ".")]
-    places += [Path("tiny-imagenet-200/val"), Path("tiny-imagenet/val")] if data_dir == NOT_NAMED else []
+    places += [Path("tiny-imagenet-200/val"), Path("tiny-imagenet/val")] if data_dir == DEFAULT_DIR else []
     place = val_dir or next((path for path in places if path.is_dir()), None)
     if place is None:
         raise UserError(
@@ -218,14 +229,16 @@ def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
 
 
 def find_evaluation(dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None) -> DataFiles:
-    """val_dir, else the first of val/, test/ and the folder itself that holds class folders, or the loose images of
-    val_labels; for imagenet also where it is usually unpacked below data_dir.
+    """Test images, without looking for training images: val_dir, else the first of val/, test/ and the folder itself
+    that holds class folders, or the loose images of val_labels; for imagenet also where it is usually unpacked.
     """
+    if dataset == "tiny-imagenet":
+        return find_tiny_evaluation(data_dir, val_dir)
     if val_dir:
         return find_validation(val_dir, val_labels)
     roots = [data_dir]
     if dataset == "imagenet":
-        roots = [data_dir / name for name in IMAGENET_PLACES] + ([Path("imagenet")] if data_dir == NOT_NAMED else [])
+        roots = [data_dir / name for name in IMAGENET_PLACES] + ([Path("imagenet")] if data_dir == DEFAULT_DIR else [])
     places = [root / name for name in ("val", "test") for root in roots]
     # a val/ of loose images must not be taken for a class
     places += [root for root in roots if not (root / "val").is_dir() and not (root / "test").is_dir()]
@@ -247,15 +260,15 @@ def has_class_folders(root: Path) -> bool:
 def class_folders(root: Path) -> dict[str, list[str]]:
     """Class name -> its files relative to root, sorted; <class>/images/* counts as <class>/*.
 
-    Empty folders are passed over. Raises UserError where a folder holds other things than images, or none is there.
+    Empty folders are skipped. Raises UserError if a folder holds files but no images, or there are no folders.
     """
     folders = {}
     for name in list_folders(root):
-        held = os.listdir(root / name)
-        if not held:
+        entries = os.listdir(root / name)
+        if not entries:
             continue
-        inner = f"{name}/images" if "images" in held and (root / name / "images").is_dir() else name
-        files = list_images(root / inner) if inner != name else filter_images(held)
+        inner = f"{name}/images" if "images" in entries and (root / name / "images").is_dir() else name
+        files = list_images(root / inner) if inner != name else filter_images(entries)
         folders[name] = [f"{inner}/{file}" for file in files]
     empty = [name for name, files in folders.items() if not files]
     if not folders or empty:
@@ -265,7 +278,7 @@ def class_folders(root: Path) -> dict[str, list[str]]:
 
 
 def list_folders(root: Path) -> list[str]:
-    """Names of the folders in it, sorted; none where there is no such folder."""
+    """Names of the folders in a folder, sorted; none if it does not exist."""
     if not root.is_dir():
         return []
     with os.scandir(root) as entries:
@@ -273,7 +286,7 @@ def list_folders(root: Path) -> list[str]:
 
 
 def list_images(root: Path) -> list[str]:
-    """Names of the image files in it, sorted; none where there is no such folder."""
+    """Names of the image files in a folder, sorted; none if it does not exist."""
     return filter_images(os.listdir(root)) if root.is_dir() else []
 
 
@@ -290,22 +303,22 @@ def label_files(folders: dict[str, list[str]], root: Path) -> DataFiles:
 
 def check_same_classes(train: DataFiles, test: DataFiles) -> tuple[DataFiles, DataFiles]:
     if train.classes != test.classes:
-        alone = [check_missing(one, other) for one, other in ((train, test), (test, train))]
+        only = [describe_missing(one, other) for one, other in ((train, test), (test, train))]
         raise UserError(
             f"the classes of {train.root} ({len(train.classes)}) and {test.root} ({len(test.classes)}) differ: only "
-            f"the first has {alone[0]}, only the second has {alone[1]}\nboth need the same class folders"
+            f"the first has {only[0]}, only the second has {only[1]}\nboth need the same class folders"
         )
     return train, test
 
 
-def check_missing(one: DataFiles, other: DataFiles) -> str:
-    """The classes of `one` that `other` lacks: the first five, and how many they are."""
+def describe_missing(one: DataFiles, other: DataFiles) -> str:
+    """The first five classes of `one` that `other` lacks, and their number."""
     names = sorted(set(one.classes) - set(other.classes))
     return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" if names else "none"
 
 
 def list_directory(folder: Path) -> str:
-    """What is in a folder, for the end of a message."""
+    """The first entries of a folder, for the end of a message."""
     if not folder.is_dir():
         return f"; there is no folder {folder}"
     names = sorted(os.listdir(folder))

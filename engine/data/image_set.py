@@ -1,4 +1,4 @@
-"""Image sets: uint8 images with labels, in memory or as files, and the parts of a data set."""
+"""Image sets: uint8 images with labels, in memory or as files; a data set is up to three of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,20 +19,25 @@ STATISTICS = {  # mean and std of pixels in 0..1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-STATISTICS_OF = {"folder": "imagenet", "shapes": "half"}  # whose they use
-MAX_MEMORY_BYTES = 2**31  # bytes of decoded images that are kept, where they are looked at many times
+DEFAULT_STATISTICS = {"folder": "imagenet", "shapes": "half"}  # of data sets without their own
+MAX_MEMORY_BYTES = 2**31  # of decoded images that are kept in memory
+
+
+def get_statistics(dataset: str, norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std to normalise a data set by. norm: `own`, or a name in STATISTICS."""
+    return STATISTICS[DEFAULT_STATISTICS.get(dataset, dataset) if norm == "own" else norm]
 
 
 @dataclass
 class ImageSet:
-    """One part of a data set: pixels in a uint8 tensor (N, H, W, 3), or files that are read batch by batch."""
+    """One part of a data set: pixels in a uint8 tensor (N, H, W, 3), or files that are decoded batch by batch."""
 
     pixels: torch.Tensor | ImageFiles
     labels: torch.Tensor  # (N,) long
     classes: list[str]
     origin: str  # where the images come from, for messages
-    annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # true boxes and masks, where the set has them
-    files: FileList | None = None  # the file of each image, where it came from one
+    annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # boxes and masks, of sets that have them
+    files: FileList | None = None  # the file of each image, if it came from one
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -43,9 +48,13 @@ class ImageSet:
         files = self.files[index] if self.files is not None else None
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], annotations=annotations, files=files)
 
+    def first(self, most: int) -> "ImageSet":
+        """At most so many images, from the first on."""
+        return self.take(torch.arange(min(most, len(self))))
+
     def subsample(self, most: int) -> "ImageSet":
-        """At most so many images, from all over the part and always the same ones: one drawn from each of as many
-        stretches. Evenly spaced ones would be of few classes where the classes take turns.
+        """At most so many images, from all over the set and always the same: one is drawn from each of as many equal
+        stretches. Evenly spaced images would be of few classes where the classes take turns.
         """
         count = min(most, len(self))
         ends = torch.arange(count + 1) * len(self) // max(count, 1)
@@ -53,7 +62,7 @@ class ImageSet:
         return self.take(ends[:-1] + (drawn * ends.diff()).long())
 
     def with_view(self, view: View) -> "ImageSet":
-        """The same image files, cut out in another way."""
+        """The same image files, cut out by another view."""
         return replace(self, pixels=self.pixels.with_view(view))
 
     def summary(self, name: str) -> str:
@@ -89,7 +98,9 @@ class Data:
 def split_by_class(
     train: ImageSet, labels_per_class: int, valid_labels_per_class: int, seed: int
 ) -> tuple[ImageSet, ImageSet | None]:
-    """Keep labels_per_class images of each class (0: all the others), and valid_labels_per_class for validation."""
+    """Training images, labels_per_class of each class (0: all the rest), and validation images, valid_labels_per_class
+    of each.
+    """
     if not labels_per_class and not valid_labels_per_class:
         return train, None
     generator = torch.Generator().manual_seed(seed)
@@ -115,31 +126,31 @@ def image_set_from_files(found: DataFiles, view: View, on_bad_image: str) -> Ima
 
 
 def load_into_memory(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
-    """The same part with its image files decoded, unless that would take more than IN_MEMORY bytes."""
+    """The set with its image files decoded, unless that takes more than MAX_MEMORY_BYTES."""
     if isinstance(part.pixels, torch.Tensor) or 3 * len(part) * part.pixels.size**2 > MAX_MEMORY_BYTES:
         return part
     return decode_all(part, workers, progress, warnings)
 
 
-def select_classes(part: ImageSet, place: torch.Tensor, classes: list[str]) -> ImageSet:
-    """The images whose class is one of `classes`, with labels among these. place (len(part.classes),): which of them
-    each class of the part is, -1 for none.
+def select_classes(part: ImageSet, class_map: torch.Tensor, classes: list[str]) -> ImageSet:
+    """The images whose class is one of `classes`, with labels among these. class_map (len(part.classes),): which of
+    them each class of the set is; -1: none.
     """
-    labels = place[part.labels]
+    labels = class_map[part.labels]
     known = (labels >= 0).nonzero().flatten()
     return replace(part.take(known), labels=labels[known], classes=classes)
 
 
 def decode_all(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
-    """The same part with its images read into one tensor."""
-    pixels, places = part.pixels.read_all(workers, progress)
-    if skipped := int((places != torch.arange(len(part))).sum()):
+    """The set with its images decoded into one tensor."""
+    pixels, loaded_index = part.pixels.read_all(workers, progress)
+    if skipped := int((loaded_index != torch.arange(len(part))).sum()):
         warnings.append(f"{skipped} unreadable files of {part.origin} were skipped")
-    return replace(part, pixels=pixels, labels=part.labels[places], files=part.pixels.files[places])
+    return replace(part, pixels=pixels, labels=part.labels[loaded_index], files=part.pixels.files[loaded_index])
 
 
 def check_same_images(data: Data) -> None:
-    """Raise UserError where the processes found different images."""
+    """Raise UserError if the processes found different images."""
     parts = {"training images": data.train, "test images": data.test, "validation images": data.valid}
     found = {name: f"{len(part)}" for name, part in parts.items() if part}
     found["classes"] = ", ".join(data.classes)
@@ -148,6 +159,6 @@ def check_same_images(data: Data) -> None:
 
 
 def hash_labels(labels: torch.Tensor) -> int:
-    """A number that tells two lists of labels apart."""
+    """A checksum."""
     weights = torch.arange(1, len(labels) + 1) % 1_000_003
     return int((labels.long() * weights).sum())

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from engine.data.image_set import STATISTICS, STATISTICS_OF
+from engine.data.image_set import STATISTICS, get_statistics
 from engine.errors import UserError, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
@@ -45,7 +45,7 @@ class SavedClassifier:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std of its images; those of ImageNet where the file does not say."""
         norm, trained = self.options.get("norm", "own"), self.options.get("dataset") or "imagenet"
-        return STATISTICS[STATISTICS_OF.get(trained, trained) if norm == "own" else norm]
+        return get_statistics(trained, norm)
 
     def build(
         self, build_model: Callable, matching_models: Callable, *, model: str | None, num_classes: int, image_size: int

@@ -60,7 +60,9 @@ def score(
             correct.append(found.correct.cpu())
             known.append((labels >= 0).cpu())
             readable = batch.loaded_index.cpu() == batch.index  # otherwise another image was read in its place
-            truths = [annotations.each[index] if ok else None for index, ok in zip(batch.index, readable, strict=True)]
+            truths = [
+                annotations.per_image[index] if ok else None for index, ok in zip(batch.index, readable, strict=True)
+            ]
             scores += score_annotated(masks, rectangles, correct[-1], known[-1], truths, config.break_ratio)
             if judge:
                 metrics.append(score_crops(batch.images, rectangles, judge_map[batch.labels], extractor, judge))

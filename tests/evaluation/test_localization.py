@@ -286,7 +286,7 @@ def test_the_known_figures_of_mobilenet(real_data):
     """
     root = real_data / "ilsvrc_val_227"
     part = load_evaluation("folder", data_dir=str(root), view=SquashedView(257))
-    boxes = project_boxes(find_boxes(part, "folder", str(root / "boxes_227.csv")).each, part.pixels.view)
+    boxes = project_boxes(find_boxes(part, "folder", str(root / "boxes_227.csv")).per_image, part.pixels.view)
     simple = score_fixed_boxes(boxes, 257)
     assert simple["images"] == 300 and abs(simple["centre"] - 61.3) < 0.5 and abs(simple["whole"] - 48.7) < 0.5
     with open(root / "boxes_227.csv", newline="") as file:

@@ -229,7 +229,7 @@ def test_xml_as_the_published_code_reads_it(tmp_path, category, size, objects, b
     part = load_evaluation("folder", data_dir=str(tmp_path))
     write(tmp_path / "ann" / "sample.xml", xml(*size, *objects))
     truths = find_boxes(part, "folder", str(tmp_path / "ann"))
-    assert truths.each == [BoxAnnotation(boxes, *size)] and not truths.notes() and truths.masks is None
+    assert truths.per_image == [BoxAnnotation(boxes, *size)] and not truths.notes() and truths.masks is None
 
 
 @pytest.mark.parametrize("named", ["./ann", "../data/ann", "ann.d/v1.0"])
@@ -237,13 +237,13 @@ def test_a_dot_in_the_path_of_the_annotations_does_not_matter(tmp_path, pets, mo
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path / "data")
     write(Path(named) / "tom.2.xml", xml(80, 48, ("cat", 1, 2, 3, 4)))
-    assert find_boxes(pets, "folder", named).each == [None, BoxAnnotation([(1, 2, 3, 4)], 80, 48), None, None]
+    assert find_boxes(pets, "folder", named).per_image == [None, BoxAnnotation([(1, 2, 3, 4)], 80, 48), None, None]
 
 
 def test_an_xml_below_its_class_goes_before_one_beside_it(tmp_path, pets):
     write(tmp_path / "ann" / "0.xml", xml(80, 48, ("dog", 1, 1, 2, 2), ("cat", 5, 5, 6, 6)))
     write(tmp_path / "ann" / "cat" / "0.xml", xml(80, 48, ("cat", 3, 3, 4, 4)))
-    each = find_boxes(pets, "folder", str(tmp_path / "ann")).each
+    each = find_boxes(pets, "folder", str(tmp_path / "ann")).per_image
     assert [truth and truth.boxes for truth in each] == [[(3, 3, 4, 4)], None, [(1, 1, 2, 2)], None]
 
 
@@ -264,7 +264,7 @@ def test_missing_empty_and_broken_annotations_are_told_apart(tmp_path):
     for number, text in texts.items():
         write(tmp_path / "ann" / f"{number}.xml", text)
     truths = find_boxes(part, "folder", str(tmp_path / "ann"))
-    assert truths.each == [BoxAnnotation([(1, 2, 3, 4)], 80, 48)] + [None] * 9
+    assert truths.per_image == [BoxAnnotation([(1, 2, 3, 4)], 80, 48)] + [None] * 9
     assert truths.missing == ["cat/1.png"] and truths.empty == ["cat/2.png", "cat/3.png", "cat/4.png"]
     reasons = ["no XML", "size of 0 x 48", "'far'", "no <size/width> in <annotation>", "klingon"]
     for number, (line, reason) in enumerate(zip(truths.broken, reasons, strict=True), 5):
@@ -277,7 +277,7 @@ def test_missing_empty_and_broken_annotations_are_told_apart(tmp_path):
 
 def test_numbers_may_have_spaces_and_fractions(tmp_path, pets):
     write(tmp_path / "ann" / "rex.xml", xml(" 80 ", "48.0", (" dog\n", " 10 ", "10.0", "30.6", "\n31 ")))
-    assert find_boxes(pets, "folder", str(tmp_path / "ann")).each[3] == BoxAnnotation([(10, 10, 31, 31)], 80, 48)
+    assert find_boxes(pets, "folder", str(tmp_path / "ann")).per_image[3] == BoxAnnotation([(10, 10, 31, 31)], 80, 48)
 
 
 def test_a_folder_of_other_annotations_is_an_error_that_names_the_first_sought(tmp_path, pets):
@@ -302,14 +302,14 @@ def test_a_csv_gives_several_boxes_an_image_and_skips_other_classes(tmp_path, pe
     )
     truths = find_boxes(pets, "folder", path)
     first, second = BoxAnnotation([(1, 2, 3, 4), (25, 49, 152, 219)], 500, 375), BoxAnnotation([(5, 6, 7, 8)], *SIZE)
-    assert truths.each == [first, None, second, None]
+    assert truths.per_image == [first, None, second, None]
     assert (truths.missing, truths.empty) == (["cat/tom.2.png"], ["dog/rex.png"])
 
 
 def test_a_csv_of_base_names_serves_where_they_are_unique(tmp_path, pets):
     text = "file,x0,y0,x1,y1\nval/rex.png,1,2,3,4\n0.png,5,6,7,8\na/tom.2.png,1,1,2,2\nb/tom.2.png,3,3,4,4\n"
     truths = find_boxes(pets, "folder", write(tmp_path / "boxes.csv", text))
-    assert truths.each == [None, None, None, BoxAnnotation([(1, 2, 3, 4)], *SIZE)], (
+    assert truths.per_image == [None, None, None, BoxAnnotation([(1, 2, 3, 4)], *SIZE)], (
         "neither 0.png nor tom.2.png is one image"
     )
     assert truths.missing == ["cat/0.png", "cat/tom.2.png", "dog/0.png"]
@@ -343,14 +343,16 @@ def test_an_image_that_cannot_be_measured_is_counted(tmp_path, pets):
     (tmp_path / "val" / "cat" / "0.png").write_bytes(b"no image")
     path = write(tmp_path / "boxes.csv", "file,xmin,ymin,xmax,ymax\ncat/0.png,1,2,3,4\ndog/0.png,1,2,3,4\n")
     truths = find_boxes(pets, "folder", path)
-    assert truths.each[0] is None and truths.each[2].width == 80 and truths.broken[0].startswith("cat/0.png (")
+    assert (
+        truths.per_image[0] is None and truths.per_image[2].width == 80 and truths.broken[0].startswith("cat/0.png (")
+    )
 
 
 def test_a_json_of_boxes(tmp_path, pets):
     content = {"cat/0.png": [[1, 2, 3, 4], [5.0, 6, 7, 8]], "dog/0.png": [], "rex.png": [[0, 0, 80, 48], [4, 4, 3, 9]]}
     truths = find_boxes(pets, "folder", write(tmp_path / "boxes.json", json.dumps(content)))
     expected = [BoxAnnotation([(1, 2, 3, 4), (5, 6, 7, 8)], *SIZE), None, None, BoxAnnotation([(0, 0, 80, 48)], *SIZE)]
-    assert truths.each == expected
+    assert truths.per_image == expected
     assert (truths.missing, truths.empty) == (["cat/tom.2.png"], ["dog/0.png"])
 
 
@@ -377,7 +379,7 @@ def test_shapes_bring_boxes_and_masks(tmp_path):
     part = load_evaluation("shapes", image_size=24, limit=5)
     truths = find_boxes(part, "shapes")
     assert torch.equal(truths.masks, part.annotations["masks"]) and not truths.notes()
-    for mask, (boxes, width, height) in zip(truths.masks, truths.each, strict=True):
+    for mask, (boxes, width, height) in zip(truths.masks, truths.per_image, strict=True):
         ((x0, y0, x1, y1),) = boxes
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0 and (width, height) == (24, 24)
         assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
@@ -392,7 +394,7 @@ def test_tiny_imagenet_brings_inclusive_boxes(tmp_path, layout):
     write_tiny(tmp_path, layout)
     part = load_evaluation("tiny-imagenet", data_dir=str(tmp_path))
     truths = find_boxes(part, "tiny-imagenet")
-    by_name = {Path(name).name: truth for name, truth in zip(part.files.names(), truths.each, strict=True)}
+    by_name = {Path(name).name: truth for name, truth in zip(part.files.names(), truths.per_image, strict=True)}
     boxes = {"val_0.JPEG": (0, 3, 64, 41), "val_1.JPEG": (5, 5, 6, 10), "val_2.JPEG": (1, 2, 4, 5)}
     assert by_name == {name: BoxAnnotation([box], 64, 64) for name, box in boxes.items()}
 
@@ -401,7 +403,7 @@ def test_tiny_boxes_of_another_class_or_image_are_not_used(tmp_path):
     write_tiny(tmp_path, "{wnid}/{file}")
     write(tmp_path / "val" / "val_annotations.txt", "val_0.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
     truths = find_boxes(load_evaluation("tiny-imagenet", data_dir=str(tmp_path)), "tiny-imagenet")
-    assert truths.each == [BoxAnnotation([(0, 0, 10, 10)], 64, 64), None, None]
+    assert truths.per_image == [BoxAnnotation([(0, 0, 10, 10)], 64, 64), None, None]
     assert (truths.missing, truths.empty) == (["n02/val_2.JPEG"], ["n02/val_0.JPEG"])
 
 
@@ -410,7 +412,7 @@ def test_tiny_training_images_have_their_boxes_beside_them(tmp_path):
     write(tmp_path / "train" / "n01" / "n01_boxes.txt", "n01_val_1.JPEG\t0\t1\t62\t63\n")
     train = load_data("tiny-imagenet", data_dir=str(tmp_path)).train
     truths = find_boxes(train, "tiny-imagenet")
-    assert truths.each == [BoxAnnotation([(0, 1, 63, 64)], 64, 64), None, None] and len(truths.missing) == 2
+    assert truths.per_image == [BoxAnnotation([(0, 1, 63, 64)], 64, 64), None, None] and len(truths.missing) == 2
 
 
 def test_tiny_imagenet_without_its_lists_and_with_faults_in_them(tmp_path):
@@ -434,11 +436,15 @@ def test_real_imagenet_boxes(real_data, name, size):
     root = real_data / "ilsvrc_val_227"
     part = load_evaluation("folder", data_dir=str(root), view=SquashedView(224))
     truths = find_boxes(part, "folder", str(root / name))
-    assert len(truths.each) == 300 and sum(len(truth.boxes) for truth in truths.each) == 492 and not truths.notes()
-    assert truths.each[0][1:] == size
+    assert (
+        len(truths.per_image) == 300
+        and sum(len(truth.boxes) for truth in truths.per_image) == 492
+        and not truths.notes()
+    )
+    assert truths.per_image[0][1:] == size
 
 
 @pytest.mark.data
 def test_real_tiny_imagenet_boxes(real_data):
     truths = find_boxes(load_evaluation("tiny-imagenet", data_dir=str(real_data)), "tiny-imagenet")
-    assert sum(len(truth.boxes) for truth in truths.each) == 1000 and not truths.notes()
+    assert sum(len(truth.boxes) for truth in truths.per_image) == 1000 and not truths.notes()
