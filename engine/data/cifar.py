@@ -64,7 +64,7 @@ def find_cifar(name: str, data_dir: Path, download: bool) -> Path:
         try:
             from torchvision import datasets
 
-            getattr(datasets, name.upper())(str(data_dir), download=True)
+            {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](str(data_dir), download=True)
             return places[0]
         except Exception as error:
             reason = f"; downloading it failed ({type(error).__name__}: {error})"

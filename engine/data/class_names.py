@@ -92,7 +92,7 @@ def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
+        reason = (error.strerror if isinstance(error, OSError) else None) or "no text"
         raise UserError(f"--{option} {file}: cannot be read ({reason})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not file.lower().endswith(".csv"):

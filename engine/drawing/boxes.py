@@ -1,8 +1,6 @@
 """Pictures of detections: boxes in images, and precision against recall."""
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,35 +10,27 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from engine.drawing.figures import save_figure, shorten
+from engine.drawing.figures import allow_missing_glyphs, save_figure, shorten
 
 
 class DrawnBox(NamedTuple):
-    """A box around something in a picture, and what is written at it."""
+    """A box in a picture, and its label."""
 
     box: Sequence[float]  # x0, y0, x1, y1 in pixels of the picture
     text: str
     colour: tuple[float, float, float]  # RGB in 0..1
     dashed: bool = False
-    alarm: bool = False  # the text has a cross and stands on red
-
-
-@contextmanager
-def allow_missing_glyphs() -> Iterator[None]:
-    """Keep quiet about letters that matplotlib's own font has not."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        yield
+    alarm: bool = False  # the label has a cross and stands on red
 
 
 @allow_missing_glyphs()
 def draw_box_pairs(
     path: Path, rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]], heads: tuple[str, str], legend: str
 ) -> None:
-    """A picture a row, twice: with its first boxes under the first head, with its second ones under the second; its
-    text below. Boxes that come later are drawn over earlier ones.
+    """Two columns, under the two heads: each picture with its first boxes, and with its second ones; a text below.
 
-    rows: text, picture uint8 (H, W, 3), boxes, boxes. Pictures are scaled so that their longer side has 500 pixels.
+    rows: text, picture uint8 (H, W, 3), first boxes, second boxes; later boxes are drawn over earlier ones. Pictures
+    are scaled so that their longer side has 500 pixels.
     """
     side, gap, above, below, foot, dpi = 500, 10, 24, 24, 20 * (1 + legend.count("\n")) + 6, 100
     scales = [side / max(picture.shape[:2]) for _, picture, _, _ in rows]
@@ -51,9 +41,9 @@ def draw_box_pairs(
     FigureCanvasAgg(figure)  # with it texts can be measured
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1)  # a unit is a pixel of the page
     axes.axis("off")
-    look = {"fontsize": 8, "parse_math": False}
+    style = {"fontsize": 8, "parse_math": False}
     for column, head in enumerate(heads):
-        axes.text(gap + column * (side + gap) + side / 2, above / 2, head, ha="center", va="center", **look)
+        axes.text(gap + column * (side + gap) + side / 2, above / 2, head, ha="center", va="center", **style)
     top = above
     for scale, tall, (text, picture, *both) in zip(scales, heights, rows, strict=True):
         wide = max(1, round(scale * picture.shape[1]))
@@ -62,16 +52,16 @@ def draw_box_pairs(
             left = gap + column * (side + gap) + (side - wide) // 2
             canvas[top : top + tall, left : left + wide] = shrunk
             draw_boxes(axes, boxes, (left, top, left + wide, top + tall), scale)
-        axes.text(width / 2, top + tall + 4, shorten(text, 120), ha="center", va="top", **look)
+        axes.text(width / 2, top + tall + 4, shorten(text, 120), ha="center", va="top", **style)
         top += tall + below
-    axes.text(gap, height - 6, legend, va="bottom", linespacing=1.4, **look)
+    axes.text(gap, height - 6, legend, va="bottom", linespacing=1.4, **style)
     figure.figimage(canvas)
     save_figure(figure, path, dpi=dpi)
 
 
 def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], scale: float) -> None:
-    """Boxes on a picture that fills the frame x0, y0, x1, y1 of the axes, enlarged by `scale`. Their texts go where
-    they hide least of one another.
+    """Boxes on a picture that fills the frame x0, y0, x1, y1 of the axes, scaled by `scale`. Labels are placed where
+    they overlap least.
     """
     left, top, right, bottom = frame
     pixel = 72 / axes.figure.dpi  # in points
@@ -79,22 +69,24 @@ def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], sc
     for one, (x0, y0, x1, y1) in zip(boxes, edges, strict=True):
         rim = {"edgecolor": "black" if is_bright(one.colour) else "white", "linewidth": 4 * pixel, "alpha": 0.45}
         line = {"edgecolor": one.colour, "linewidth": 2 * pixel, "linestyle": (0, (4, 2.5)) if one.dashed else "solid"}
-        for look in (rim, line):
-            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **look))
+        for style in (rim, line):
+            axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, **style))
     taken = np.empty((0, 4))
     for number, (one, (x0, y0, x1, y1)) in enumerate(zip(boxes, edges, strict=True)):
-        plate, ink = ("#d00000", "white") if one.alarm else (one.colour, "black" if is_bright(one.colour) else "white")
-        words = f"\u2717 {shorten(one.text)}" if one.alarm else shorten(one.text)
-        text = axes.text(0, 0, words, fontsize=7, va="top", color=ink, parse_math=False)
-        text.set_bbox({"facecolor": plate, "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
+        background, ink = (
+            ("#d00000", "white") if one.alarm else (one.colour, "black" if is_bright(one.colour) else "white")
+        )
+        label = f"\u2717 {shorten(one.text)}" if one.alarm else shorten(one.text)
+        text = axes.text(0, 0, label, fontsize=7, va="top", color=ink, parse_math=False)
+        text.set_bbox({"facecolor": background, "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
         size = text.get_window_extent()
         w, h = size.width + 4, size.height + 4
         corners = np.array([(x, y) for y in (y0 - h, y0, y1 - h, y1, y0 + h, y0 + 2 * h) for x in (x0, x1 - w)])
         corners = np.clip(corners, (left, top), (max(left, right - w), max(top, bottom - h)))
         places = np.hstack([corners, corners + (w, h)])
-        place = places[pairwise_intersection(places, taken).sum(1).argmin()]  # of equal ones the first
-        taken = np.vstack([taken, place])
-        text.set(x=place[0] + 2, y=place[1] + 2, zorder=4 + number / 1000)
+        chosen = places[pairwise_intersection(places, taken).sum(1).argmin()]  # of equal ones the first
+        taken = np.vstack([taken, chosen])
+        text.set(x=chosen[0] + 2, y=chosen[1] + 2, zorder=4 + number / 1000)
 
 
 def is_bright(colour: tuple[float, float, float]) -> bool:
@@ -102,17 +94,17 @@ def is_bright(colour: tuple[float, float, float]) -> bool:
 
 
 def pairwise_intersection(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Of boxes (n, 4) and (m, 4) as x0, y0, x1, y1 -> (n, m)."""
+    """Areas (n, m) that boxes (n, 4) and (m, 4), as x0, y0, x1, y1, have in common."""
     some = some[:, None]
     return (np.minimum(some[..., 2:], others[:, 2:]) - np.maximum(some[..., :2], others[:, :2])).clip(0).prod(-1)
 
 
 @allow_missing_glyphs()
 def draw_precision_recall(path: Path, panels: list[tuple[str, list[float], list[float]]], title: str) -> None:
-    """A panel a class: precision against recall, with the 11 recalls of VOC2007 and, as dots, the precision each is
-    given: the highest at that recall or beyond it.
+    """A panel for each class: precision against recall. Dots are the interpolated precision at the 11 recalls of
+    VOC2007: the highest at that recall or beyond it.
 
-    panels: text, recall and precision in 0..1, both empty where nothing was found.
+    panels: text, recall and precision in 0..1, both empty if nothing was found.
     """
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)

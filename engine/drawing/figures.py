@@ -1,6 +1,8 @@
 """Pictures: learning curves, mixed batches, confusion. PNG files, drawn without a window."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -13,6 +15,14 @@ from engine.runtime.files import write_atomic
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
 MAX_PIXELS = 60_000  # of a side of a picture: matplotlib's limit is 65,536
+
+
+@contextmanager
+def allow_missing_glyphs() -> Iterator[None]:
+    """Without matplotlib's warning about letters that its own font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
@@ -207,8 +217,7 @@ def draw_comparison(
             figure.text(middle / width, 1 - (top + tall + 0.04) / height, shorten(text), fontsize=7, **look)
         top += tall + below
     figure.figimage(canvas)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # letters that matplotlib's own font has not
+    with allow_missing_glyphs():
         save_figure(figure, path, dpi=dpi)
 
 

@@ -1,4 +1,4 @@
-"""A trained classifier out of a file: ours, which says what it is, or another code's, which is told by its shapes."""
+"""Trained classifiers from files: ours, which say what they are, or of other codes, inferred from their shapes."""
 
 import re
 from collections import Counter
@@ -25,8 +25,8 @@ def find_best(path: Path | str) -> Path:
 
 
 class SavedClassifier:
-    """The content of a model file, or of the best.pt of a run folder. `options`: those it was trained with; classes and
-    image_size: of its images. Empty or None where the file does not say. content: of the file, if it is read already.
+    """The content of a model file, or of the best.pt of a run folder. options: those it was trained with; classes,
+    image_size: of its images. Empty or None if the file does not say. content: of the file, if it is read already.
     """
 
     def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
@@ -43,7 +43,7 @@ class SavedClassifier:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and std of its images; those of ImageNet where the file does not say."""
+        """Mean and std of its images; those of ImageNet if the file does not say."""
         norm, trained = self.options.get("norm", "own"), self.options.get("dataset") or "imagenet"
         return get_statistics(trained, norm)
 
@@ -87,12 +87,11 @@ def build_torchvision(name: str, weights: dict[str, torch.Tensor], path: Path | 
 
 @dataclass
 class Classifier:
-    """A trained network and what is known of it. Called with pixels (B, 3, H, W) in 0..1 it gives logits (B, K) in
-    float32.
+    """A trained network and what its file says of it. Called with pixels (B, 3, H, W) in 0..1, it returns logits (B, K)
+    in float32.
 
-    classes: in the order of the logits, empty where the file does not say; titles: the same, to be read by people.
-    image_size: side in pixels of the images it was made for, None where that is not known. options: those it was
-    trained with.
+    classes: in the order of the logits, empty if the file does not say; titles: the same, to be read by people.
+    image_size: side in pixels of the images it was made for; None: not known. options: those it was trained with.
     """
 
     name: str
@@ -107,13 +106,13 @@ class Classifier:
     path: str = ""
     epoch: int | None = None
     torchvision: bool = False  # whether the network is one of torchvision's
-    resize: int | None = None  # the shorter side of which its images are the centre, where its weights say so
+    resize: int | None = None  # shorter side that images are resized to before the crop, if its weights say so
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalize(pixels, self.mean, self.std)).float()
 
     def title(self, index: int) -> str:
-        """How a class is called, its number where it has no name."""
+        """The name of a class, or its number if it has no name."""
         return self.titles[index] if index < len(self.titles) else str(index)
 
 
@@ -132,13 +131,12 @@ def load_classifier(
     averaged: bool = False,
     weights: str = "IMAGENET1K_V1",
 ) -> Classifier:
-    """On the CPU, the classifier that a word means: a file or run folder, of ours or of another code; torchvision's
-    NAME, with its own weights; or NAME=FILE.
+    """The classifier that a word means, on the CPU: a file or run folder, of ours or of another code; NAME, a network
+    of torchvision with torchvision's weights; or NAME=FILE.
 
     zoo: the package models. model: the network of a file that does not say which, one of ours or torchvision's.
-    image_size: where the file does not say. weights: which of torchvision's, where they are its own; later ones than
-    the first were trained with Mixup and CutMix themselves. Raises UserError for anything else, and for weights that
-    cannot be had.
+    image_size: of a file that does not say it. weights: which of torchvision's; later ones than the first were trained
+    with Mixup and CutMix. Raises UserError for any other word, and for weights that are not available.
     """
     name, equals, file = word.partition("=")
     if Path(word).exists() or not (equals or is_torchvision(word)):
@@ -149,8 +147,7 @@ def load_classifier(
         raise UserError(
             f"classifier {word!r}: no such file or run folder, and no network of torchvision's"
             f"{suggest_closest(word, torchvision_names())}\nsay NAME for torchvision's network with its weights for "
-            f"ImageNet, "
-            "NAME=FILE for one with other weights"
+            f"ImageNet, NAME=FILE for one with other weights"
         )
     saved = SavedClassifier(file, averaged=averaged)
     fits = zoo.matching_models(saved.weights, like=name)
@@ -159,29 +156,39 @@ def load_classifier(
     if name and name not in zoo.MODELS and name not in zoo.ALIASES and not fits:
         names = [*zoo.MODELS, *torchvision_names()]
         raise UserError(f"--model {name}: neither ours nor torchvision's{suggest_closest(name, names)}")
-    name = name or saved.options.get("model")
-    if not name and not fits:
+    if not (name := name or saved.options.get("model")) and not fits:
         raise UserError(
             f"{saved.path}: the file does not say which network it is, and none of ours fits\nname it with --model; if "
             f"it is one of torchvision's, say NAME={file}"
         )
     side = image_size or saved.image_size or (224 if fits and fits[0] in zoo.IMAGENET_MODELS else 32)
+    return build_saved(saved, name, zoo, side, Path(file).resolve().name if Path(file).is_dir() else saved.path.stem)
+
+
+def build_saved(saved: SavedClassifier, model: str | None, zoo: ModuleType, image_size: int, name: str) -> Classifier:
+    """The classifier of a file, as one of our networks. model: see SavedClassifier.build(). name: of the classifier."""
     count = zoo.class_count(saved.weights)
-    network = saved.build(zoo.build_model, zoo.matching_models, model=name, num_classes=count, image_size=side)
-    own = Path(file).resolve().name if Path(file).is_dir() else saved.path.stem
-    known = {"image_size": side, "titles": saved.classes, "options": saved.options, "epoch": saved.epoch}
-    mean, std = saved.statistics
-    return Classifier(own, network.eval(), mean, std, saved.classes, count, path=str(saved.path), **known)
+    network = saved.build(zoo.build_model, zoo.matching_models, model=model, num_classes=count, image_size=image_size)
+    return Classifier(
+        name,
+        network.eval(),
+        *saved.statistics,
+        classes=saved.classes,
+        count=count,
+        image_size=image_size,
+        titles=saved.classes,
+        options=saved.options,
+        path=str(saved.path),
+        epoch=saved.epoch,
+    )
 
 
 def make_names_unique(classifiers: list[Classifier]) -> None:
-    """Give those of one name longer ones: as many of the folders they lie in as it takes, at most their whole path. The
-    same file keeps one name.
-    """
+    """Extend names that are not unique by folders of their paths, as many as it takes. The same file keeps one name."""
     for count in range(2, max(len(Path(one.path).parts) for one in classifiers) + 1):
-        often = Counter(name for name, _ in {(one.name, one.path) for one in classifiers})
+        uses = Counter(name for name, _ in {(one.name, one.path) for one in classifiers})
         for one in classifiers:
-            if often[one.name] > 1:
+            if uses[one.name] > 1:
                 one.name = str(Path(*Path(one.path).parts[-count:]))
 
 
@@ -199,14 +206,14 @@ def is_torchvision(name: str) -> bool:
 
 
 def load_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, weights: str) -> Classifier:
-    """torchvision's network, with the weights of a file, else with its own. Normalised as its own weights want it."""
+    """torchvision's network with the weights of a file, else its own. Images are normalised as for its own weights."""
     from torchvision.models import get_model_weights
 
-    own = getattr(get_model_weights(name), weights, None)
+    own = get_model_weights(name).__members__.get(weights)
     if saved is None and own is None:
-        there = ", ".join(one.name for one in get_model_weights(name)) or "none"
+        available = ", ".join(one.name for one in get_model_weights(name)) or "none"
         raise UserError(
-            f"classifier {name}: torchvision has no {weights} weights of it (there are: {there})\n"
+            f"classifier {name}: torchvision has no {weights} weights of it (there are: {available})\n"
             f"give them as {name}=FILE"
         )
     try:
@@ -217,22 +224,27 @@ def load_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, 
     network = build_torchvision(name, state, path)
     count = count_torchvision_classes(name, state)
     titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == count else []
-    mean, std = (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"]
-    size, resize = (own.transforms().crop_size[0], own.transforms().resize_size[0]) if own else (224, 256)
-    known = {"titles": titles, "path": path, "torchvision": True, "resize": resize}
-    return Classifier(name, network, tuple(mean), tuple(std), [], count, size, **known)
+    mean, std = map(tuple, (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"])
+    side, resize = (own.transforms().crop_size[0], own.transforms().resize_size[0]) if own else (224, 256)
+    classifier = Classifier(name, network, mean, std, count=count, image_size=side, titles=titles, path=path)
+    classifier.torchvision, classifier.resize = True, resize
+    return classifier
 
 
 def count_torchvision_classes(name: str, weights: dict[str, torch.Tensor]) -> int:
-    """How many classes weights of torchvision's network `name` are for; 1000 where they lack its last layer."""
+    """The number of classes that weights of torchvision's network `name` are for; 1000 if they lack its last layer."""
     from torchvision.models import get_model
 
     extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     with torch.device("meta"):
-        linear = [
-            key
-            for key, layer in get_model(name, weights=None, **extra).named_modules()
-            if getattr(layer, "out_features", getattr(layer, "out_channels", 0)) == 1000
-        ]
+        layers = get_model(name, weights=None, **extra).named_modules()
+        linear = [key for key, layer in layers if count_outputs(layer) == 1000]
     head = weights.get(f"{linear[-1]}.weight") if linear else None
     return 1000 if head is None else len(head)
+
+
+def count_outputs(layer: torch.nn.Module) -> int:
+    """Outputs of a layer that may be a classifier's last one; 0 for other layers."""
+    if isinstance(layer, torch.nn.Linear):
+        return layer.out_features
+    return layer.out_channels if isinstance(layer, torch.nn.Conv2d) else 0
