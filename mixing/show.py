@@ -45,9 +45,8 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> dict:
     """Draw; returns the label weights of each method's mixed images, name -> (n, inputs)."""
-    parser = build_parser()
-    options = {**parser.defaults, **parser.read(argv)}
-    check_options(parser, **select_kwargs(options, check_options))
+    options = read_options(build_parser(), argv)
+
     import torch  # after the options, so that --help answers at once
 
     from engine.drawing.figures import draw_mixtures
@@ -85,27 +84,20 @@ def main(argv: list[str] | None = None) -> dict:
     return weights
 
 
-def check_options(
-    parser: Parser,
-    *,
-    images: list[str] | None,
-    dataset: str | None,
-    indices: list[int],
-    model: str | None,
-    model_path: str | None,
-    output: str,
-) -> None:
-    """Stop with a usage error if the options do not fit together."""
-    if (images is None) == (dataset is None):
+def read_options(parser: Parser, argv: list[str] | None) -> dict:
+    """The options with their defaults. Stops with a usage error if they do not fit together."""
+    options = {**parser.defaults, **parser.read(argv)}
+    if (options["images"] is None) == (options["dataset"] is None):
         parser.error("give either --images, two or more files, or --dataset")
-    if len(images or indices) < 2:
+    if len(options["images"] or options["indices"]) < 2:
         parser.error("mixing takes two images or more")
-    if model and not model_path:
-        parser.error(f"--model {model} needs --model_path, the file of its weights")
-    if not output.endswith(".png"):
-        parser.error(f"--output {output}: the picture is a .png")
-    if missing := [file for file in images or () if not Path(file).is_file()]:
+    if options["model"] and not options["model_path"]:
+        parser.error(f"--model {options['model']} needs --model_path, the file of its weights")
+    if not options["output"].endswith(".png"):
+        parser.error(f"--output {options['output']}: the picture is a .png")
+    if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
         parser.error(f"--images {' '.join(missing)}: no such file")
+    return options
 
 
 @dataclass(frozen=True)
@@ -119,16 +111,7 @@ class Inputs:
     network: Any  # a torch module in evaluation mode, or None
 
 
-def load_inputs(
-    *,
-    images: list[str] | None,
-    dataset: str | None,
-    data_dir: str,
-    indices: list[int],
-    image_size: int | None,
-    model_path: str | None,
-    model: str | None,
-) -> Inputs:
+def load_inputs(*, images, dataset, data_dir, indices, image_size, model_path, model) -> Inputs:
     """The files `images`, or the training images `indices` of `dataset`, normalised as the classifier wants them."""
     import models
     from engine.data.image_set import STATISTICS
@@ -172,27 +155,17 @@ def read_files(files: list[str], size: int) -> tuple:
     return pixels.permute(0, 3, 1, 2).float() / 255, [Path(file).stem for file in files]
 
 
-def choose_source(
-    saliency: str | None,
-    default: str,
-    gradient_options: dict,
-    *,
-    network,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    saliency_size: int | None,
-    casm: str | None,
-):
-    """The source `saliency`. None: that of the method, `default`, or a static map if it needs a network and there is
+def choose_source(wanted: str | None, default: str, gradient_options: dict, *, network, mean, std, saliency_size, casm):
+    """The source `wanted`. None: that of the method, `default`, or a static map if it needs a network and there is
     none. Raises ValueError for a source that cannot be used here.
     """
-    name = saliency or default
+    name = wanted or default
     if name == "bank":
         raise ValueError("--saliency bank: it is learned while a classifier trains; choose another")
     if name == "casm" and not casm:
         raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
     if name in NETWORK_SOURCES and network is None:
-        if saliency:
+        if wanted:
             raise ValueError(f"--saliency {name} needs --model_path, a trained classifier")
         name = STATIC_SOURCE
     given = gradient_options | {"mode": "eval", "clean_weight": 0.0, "saliency_size": saliency_size, "casm": casm}

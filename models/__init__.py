@@ -5,14 +5,14 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-MODELS = {  # name -> (module, constructor)
-    **{f"resnet{depth}": ("models.resnet", f"resnet{depth}") for depth in (18, 34, 50, 101, 152)},
-    **{f"resnet{depth}": ("models.resnet", f"resnet{depth}") for depth in (20, 32, 44, 56, 110)},
-    **{f"preactresnet{depth}": ("models.preact_resnet", f"preactresnet{depth}") for depth in (18, 34, 50, 101, 152)},
-    "wrn28_10": ("models.wide_resnet", "wrn28_10"),
-    "wrn16_8": ("models.wide_resnet", "wrn16_8"),
-    "resnext29_4_24": ("models.resnext", "resnext29_4_24"),
-    **{f"imagenet_resnet{n}": ("models.imagenet_resnet", f"imagenet_resnet{n}") for n in (18, 34, 50, 101, 152)},
+MODELS = {  # name -> (module, constructor, its first arguments)
+    **{f"resnet{depth}": ("models.resnet", "resnet", depth) for depth in (18, 34, 50, 101, 152)},
+    **{f"resnet{depth}": ("models.resnet", "NarrowResNet", depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"preactresnet{depth}": ("models.preact_resnet", "preactresnet", depth) for depth in (18, 34, 50, 101, 152)},
+    "wrn28_10": ("models.wide_resnet", "WideResNet", 28, 10),
+    "wrn16_8": ("models.wide_resnet", "WideResNet", 16, 8),
+    "resnext29_4_24": ("models.resnext", "ResNeXt29", 4, 24),
+    **{f"imagenet_resnet{n}": ("models.imagenet_resnet", "imagenet_resnet", n) for n in (18, 34, 50, 101, 152)},
 }
 ALIASES = {"wideresnet": "wrn28_10", "wrn28-10": "wrn28_10", "wrn16-8": "wrn16_8", "resnext29-4-24": "resnext29_4_24"}
 IMAGENET_MODELS = [name for name in MODELS if name.startswith("imagenet_")]
@@ -43,12 +43,12 @@ def build_model(name: str, num_classes: int, image_size: int = 32, dropout: floa
     name = ALIASES.get(name, name)
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
-    module, constructor = MODELS[name]
+    module, constructor, *arguments = MODELS[name]
     extra = {"dropout": dropout} if name in DROPOUT_MODELS else {}
     if name not in IMAGENET_MODELS:
         check_size(name, image_size)
         extra["stride"] = stem_stride(image_size)
-    return getattr(import_module(module), constructor)(num_classes, **extra)
+    return getattr(import_module(module), constructor)(*arguments, num_classes, **extra)
 
 
 def check_size(name: str, image_size: int) -> None:

@@ -72,21 +72,5 @@ def load_pretrained(model: nn.Module, name: str) -> bool:
     return fresh
 
 
-def imagenet_resnet18(num_classes: int) -> ImageNetResNet:
-    return ImageNetResNet(*TABLE_1[18], num_classes)
-
-
-def imagenet_resnet34(num_classes: int) -> ImageNetResNet:
-    return ImageNetResNet(*TABLE_1[34], num_classes)
-
-
-def imagenet_resnet50(num_classes: int) -> ImageNetResNet:
-    return ImageNetResNet(*TABLE_1[50], num_classes)
-
-
-def imagenet_resnet101(num_classes: int) -> ImageNetResNet:
-    return ImageNetResNet(*TABLE_1[101], num_classes)
-
-
-def imagenet_resnet152(num_classes: int) -> ImageNetResNet:
-    return ImageNetResNet(*TABLE_1[152], num_classes)
+def imagenet_resnet(depth: int, num_classes: int) -> ImageNetResNet:
+    return ImageNetResNet(*TABLE_1[depth], num_classes)

@@ -54,6 +54,15 @@ class PreActBottleneck(nn.Module):
         return self.conv3(F.relu(self.bn3(out))) + shortcut
 
 
+BLOCKS = {  # layers -> block, and how many of it a stage has
+    18: (PreActBlock, (2, 2, 2, 2)),
+    34: (PreActBlock, (3, 4, 6, 3)),
+    50: (PreActBottleneck, (3, 4, 6, 3)),
+    101: (PreActBottleneck, (3, 4, 23, 3)),
+    152: (PreActBottleneck, (3, 8, 36, 3)),
+}
+
+
 class PreActResNet(Staged):
     """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
 
@@ -76,21 +85,5 @@ class PreActResNet(Staged):
         return self.conv1(images)
 
 
-def preactresnet18(num_classes: int, stride: int = 1) -> PreActResNet:
-    return PreActResNet(PreActBlock, (2, 2, 2, 2), num_classes, stride)
-
-
-def preactresnet34(num_classes: int, stride: int = 1) -> PreActResNet:
-    return PreActResNet(PreActBlock, (3, 4, 6, 3), num_classes, stride)
-
-
-def preactresnet50(num_classes: int, stride: int = 1) -> PreActResNet:
-    return PreActResNet(PreActBottleneck, (3, 4, 6, 3), num_classes, stride)
-
-
-def preactresnet101(num_classes: int, stride: int = 1) -> PreActResNet:
-    return PreActResNet(PreActBottleneck, (3, 4, 23, 3), num_classes, stride)
-
-
-def preactresnet152(num_classes: int, stride: int = 1) -> PreActResNet:
-    return PreActResNet(PreActBottleneck, (3, 8, 36, 3), num_classes, stride)
+def preactresnet(depth: int, num_classes: int, stride: int = 1) -> PreActResNet:
+    return PreActResNet(*BLOCKS[depth], num_classes, stride)

@@ -125,19 +125,18 @@ class NarrowBlock(nn.Module):
 
 
 class NarrowResNet(Staged):
-    """(B, 3, H, W) -> (B, num_classes). 6n + 2 layers, 16-32-64 channels."""
+    """(B, 3, H, W) -> (B, num_classes). depth = 6n + 2 layers, 16-32-64 channels."""
 
     stages = ("layer1", "layer2", "layer3")
 
-    def __init__(self, blocks_per_stage: int, num_classes: int, stride: int = 1):
+    def __init__(self, depth: int, num_classes: int, stride: int = 1):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         width = 16
         for stage, channels in enumerate((16, 32, 64)):
-            strides = [1 if stage == 0 else 2] + [1] * (blocks_per_stage - 1)
             blocks = []
-            for step in strides:
+            for step in [1 if stage == 0 else 2] + [1] * ((depth - 2) // 6 - 1):
                 blocks.append(NarrowBlock(width, channels, step))
                 width = channels
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
@@ -148,41 +147,5 @@ class NarrowResNet(Staged):
         return F.relu(self.bn1(self.conv1(images)))
 
 
-def resnet18(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(*TABLE_1[18], num_classes, stride)
-
-
-def resnet34(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(*TABLE_1[34], num_classes, stride)
-
-
-def resnet50(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(*TABLE_1[50], num_classes, stride)
-
-
-def resnet101(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(*TABLE_1[101], num_classes, stride)
-
-
-def resnet152(num_classes: int, stride: int = 1) -> ResNet:
-    return ResNet(*TABLE_1[152], num_classes, stride)
-
-
-def resnet20(num_classes: int, stride: int = 1) -> NarrowResNet:
-    return NarrowResNet(3, num_classes, stride)
-
-
-def resnet32(num_classes: int, stride: int = 1) -> NarrowResNet:
-    return NarrowResNet(5, num_classes, stride)
-
-
-def resnet44(num_classes: int, stride: int = 1) -> NarrowResNet:
-    return NarrowResNet(7, num_classes, stride)
-
-
-def resnet56(num_classes: int, stride: int = 1) -> NarrowResNet:
-    return NarrowResNet(9, num_classes, stride)
-
-
-def resnet110(num_classes: int, stride: int = 1) -> NarrowResNet:
-    return NarrowResNet(18, num_classes, stride)
+def resnet(depth: int, num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(*TABLE_1[depth], num_classes, stride)

@@ -63,7 +63,3 @@ class ResNeXt29(Staged):
 
     def stem(self, images: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn_1(self.conv_1_3x3(images)))
-
-
-def resnext29_4_24(num_classes: int, stride: int = 1) -> ResNeXt29:
-    return ResNeXt29(4, 24, num_classes, stride)

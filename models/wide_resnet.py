@@ -54,11 +54,3 @@ class WideResNet(Staged):
 
     def final_maps(self, maps: torch.Tensor) -> torch.Tensor:
         return F.relu(self.bn1(maps))
-
-
-def wrn28_10(num_classes: int, stride: int = 1, dropout: float = 0.0) -> WideResNet:
-    return WideResNet(28, 10, num_classes, stride, dropout)
-
-
-def wrn16_8(num_classes: int, stride: int = 1, dropout: float = 0.0) -> WideResNet:
-    return WideResNet(16, 8, num_classes, stride, dropout)
