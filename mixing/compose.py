@@ -133,9 +133,8 @@ class PartialMix(Chain):
         source = super().build_source(make)
         partial = self.mix_fraction < 1 or self.mix_schedule == "scheduled"
         sources = source if isinstance(source, list) else [source]
-        if partial and any(
-            one and one.clean_weight for one in sources
-        ):  # the clean part would weigh less than the rest
+        # the clean images of the part that is mixed would be trained on twice
+        if partial and any(one and one.clean_weight for one in sources):
             raise ValueError(
                 "mixing a part of each batch excludes training on the clean images too: add --clean_lam 0, or with "
                 "sage --update_ratio 1"

@@ -198,8 +198,7 @@ class PuzzleMix(Mixer):
             saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             self.mask, blocks = self.plan(images.detach(), saliency, partner, lam, n)
-        mask = self.mask
-        self.keep_weight(images, lambda: mask)
+        self.keep_weight(images, lambda mask=self.mask: mask)
         own, others = (self.add_noise(images, noise) if wanted else images for wanted in noisy)
         return mix(own, targets, partner, self.mask, blocks, others)
 

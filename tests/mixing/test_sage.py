@@ -251,15 +251,19 @@ def test_the_search_says_which_offsets_are_tried():
     assert SAGE(search="exhaustive").draw_offsets(8, 8) is None and SAGE(rand_pos=1.0).draw_offsets(8, 8) is None
 
 
-def test_lam_is_drawn_below_its_bound(monkeypatch):
-    seen = []
-    monkeypatch.setattr(sage, "mix", lambda i, t, s, p, lam, o: (seen.append(float(lam)), i, t)[1:] + (None, i[:, 0]))
+def test_lam_is_drawn_below_its_bound():
+    """Of uniform maps that are not shifted, the weight of an image is lam at every pixel."""
     images, targets = torch.randn(2, 3, 4, 4), torch.eye(2)
-    for _ in range(300):
-        SAGE(upper_lambda=0.4)(images, targets, uniform)
-    assert 0.35 < max(seen) <= 0.4 and min(seen) < 0.05
-    SAGE(mixup_alpha=0.0, upper_lambda=0.4)(images, targets, uniform)
-    assert seen[-1] == pytest.approx(0.2)
+
+    def draw(**options):
+        mixer = SAGE(upper_lambda=0.4, search="grid", rand_pos=0.0, **options)
+        mixer(images, targets, uniform)
+        assert mixer.offset.eq(0).all()
+        return float(mixer.weight.mean())
+
+    seen = [draw() for _ in range(300)]
+    assert 0.35 < max(seen) <= 0.4 + 1e-6 and min(seen) < 0.05
+    assert draw(mixup_alpha=0.0) == pytest.approx(0.2)
 
 
 # the mix
