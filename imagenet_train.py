@@ -15,9 +15,9 @@ from engine.config.options import (
 from engine.config.parser import Parser, read_config
 from engine.config.phases import build_phases, default_eval_resize, find_phase
 from engine.config.recipes import IMAGENET_RECIPES
-from engine.config.resolve import phase_options, read_options, resolve_options, use_copies_as_data_dir
+from engine.config.resolve import get_phase_options, read_options, resolve_options, use_copies_as_data_dir
 from engine.config.select import select_kwargs
-from engine.config.unused_options import image_notes, mixing_notes
+from engine.config.unused_options import collect_image_notes, collect_mixing_notes
 from engine.launch import run_main
 
 SIDE = 224  # of the images in pixels, unless --image_size says otherwise
@@ -107,14 +107,14 @@ def main(argv: list[str] | None = None) -> dict | None:
     with parser.usage_errors():
         mixers = []
         for number, phase in enumerate(phases):
-            given = select_kwargs(phase_options(options, number), mixing.compose_options(options["method"]))
+            given = select_kwargs(get_phase_options(options, number), mixing.compose_options(options["method"]))
             mixers.append(mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **given))
             mixers[number].check_size(phase.crop, phase.crop)
         here = find_phase(phases, start.saved_epoch)
         state.mix_with(mixers[here], sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
-    notes += mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
-    notes += image_notes(options, typed)
+    notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
+    notes += collect_image_notes(options, typed)
 
     if options["profile"]:
         return training.print_profile(state, loaders[here], config, options["profile"])

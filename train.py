@@ -10,7 +10,7 @@ from engine.config.parser import Parser, read_config
 from engine.config.recipes import RECIPES
 from engine.config.resolve import read_options, resolve_options
 from engine.config.select import select_kwargs
-from engine.config.unused_options import mixing_notes
+from engine.config.unused_options import collect_mixing_notes
 from engine.launch import run_main
 
 
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         )
         state.mix_with(mixer, sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
-    notes += mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
+    notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
 
     if options["profile"]:
         return training.print_profile(state, train, config, options["profile"])

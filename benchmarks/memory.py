@@ -15,7 +15,7 @@ from common import read_options, setup_device
 from engine.config.option_types import choice, int_at_least
 from engine.config.options import add_device_options
 from engine.config.parser import Parser
-from engine.config.recipes import recipe_options
+from engine.config.recipes import get_recipe_options
 from engine.errors import UserError
 from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
@@ -86,7 +86,7 @@ def random_batches(options: dict, device):
 
 def published(name: str, model: str) -> dict:
     """The hyper-parameters of the method in the first phase of the ImageNet recipe."""
-    recipe = recipe_options("fast100", dataset="imagenet", model=model)
+    recipe = get_recipe_options("fast100", dataset="imagenet", model=model)
     return {**recipe["method_options"].get(name, {}), **recipe["phase_options"][0].get(name, {})}
 
 

@@ -18,7 +18,7 @@ from common import median_ms, read_options, setup_device, wait_for
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
 from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
 from engine.config.parser import Parser
-from engine.config.recipes import recipe_options
+from engine.config.recipes import get_recipe_options
 from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
 from models import ALIASES as MODEL_ALIASES
@@ -120,7 +120,7 @@ class Bench:
 
     def build(self, name: str, **wanted) -> tuple:
         """The method `name`, as train.py would have it, and its source."""
-        published = recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
+        published = get_recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
         own = {**published["method_options"].get(name, {}), "rand_pos": self.options["rand_pos"]}
         mixer = build_mixer(name, **{**own, **self.statistics, "mix_prob": 1.0, **wanted})
         mixer.check_size(self.side, self.side)

@@ -27,7 +27,7 @@ def build_parser() -> Parser:
     add_step_options(parser)
     add_schedule_options(parser)
     add_detection_options(parser)
-    add_output_options(parser, print_freq=20, named_by="RECIPE")
+    add_output_options(parser, print_freq=20, name_prefix="RECIPE")
     add_device_options(parser)
     return parser
 

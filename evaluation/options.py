@@ -46,7 +46,7 @@ def build_parser() -> Parser:
     parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
     parser.option("--output", "-o", metavar="FILE.json", help="everything as JSON; card: and FILE.md and FILE.png")
     add_task_options(parser)
-    add_data_options(parser, DATASETS, named_by="from the file")
+    add_data_options(parser, DATASETS, dataset_default="from the file")
     add_device_options(parser, amp="off")
     parser.hidden_options(LEGACY_EVALUATION_OPTIONS)
     return parser
@@ -204,7 +204,7 @@ def measures_robustness(options: dict) -> bool:
 def list_unread(parser: Parser, typed: dict, options: dict) -> list[str]:
     """The typed options that nothing reads: those of other tasks, and of what is not measured."""
     read = set(TASKS[options["task"]])
-    unread = parser.option_names(*(TASK_GROUPS - read)) - read
+    unread = parser.get_option_names(*(TASK_GROUPS - read)) - read
     if "pgd" not in options["attack"]:
         unread |= {"steps", "step_size"}
     if set(options["attack"]) == {NONE}:

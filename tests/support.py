@@ -57,7 +57,7 @@ def write_image(path: Path, value: int, mode: str = "RGB", size: tuple[int, int]
     Image.new(mode, size, colour).save(path, "JPEG" if path.suffix == ".JPEG" else None)
 
 
-def write_folder(root: Path, part: str = "val") -> None:
+def write_class_folders(root: Path, part: str = "val") -> None:
     for label, name in enumerate(["cat", "dog"]):
         for k in range(3):
             write_image(root / "train" / name / f"{k}.png", 60 * label + 10 * k, size=(80, 48))
@@ -68,7 +68,7 @@ def tensor(array) -> torch.Tensor:
     return torch.from_numpy(np.asarray(array))
 
 
-def recorded_problem(golden, number: int, case: dict):
+def load_recorded_problem(golden, number: int, case: dict):
     """The recorded costs as a problem of mixing.solvers.puzzlemix_mask."""
     cost0, cost1 = (tensor(golden[f"c{number}_cost{k}"]) for k in (0, 1))
     labels = case["n_labels"]
@@ -78,7 +78,7 @@ def recorded_problem(golden, number: int, case: dict):
     return unary.permute(0, 2, 3, 1).contiguous(), *edges
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return place.getsockname()[1]
@@ -93,8 +93,8 @@ def enter(of: int, job, ports: list[int], result: Path) -> None:
         torch.save(found, result)
 
 
-def in_two_processes(job, folder: Path, meetings: int = 1):
+def run_in_two_processes(job, folder: Path, meetings: int = 1):
     """What job(ports) returns in the first of two processes. meetings: how often they meet, each at a port."""
-    ports = [free_port() for _ in range(meetings)]
+    ports = [find_free_port() for _ in range(meetings)]
     torch.multiprocessing.spawn(enter, (job, ports, folder / "result.pt"), nprocs=2)
     return torch.load(folder / "result.pt")

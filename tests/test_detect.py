@@ -551,11 +551,11 @@ def in_two(ports) -> dict:
 
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory, backbone):
-    from support import in_two_processes
+    from support import run_in_two_processes
 
     folder = tmp_path_factory.mktemp("two")
     os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"
-    return folder / "shapes" / "frcnn", in_two_processes(in_two, folder, meetings=4)
+    return folder / "shapes" / "frcnn", run_in_two_processes(in_two, folder, meetings=4)
 
 
 def test_gradients_of_two_processes_are_the_mean_of_the_local_ones(of_two):

@@ -204,7 +204,7 @@ def test_recipes_are_the_published_ones():
     wanted = {"epochs": 100, "batch_size": 1024, "no_decay_bn": True, "zero_init": True, "color_jitter": 0.0}
     assert {key: options[key] for key in wanted} == wanted
     assert options["method_options"]["rmix"]["patches_per_side"] == (2, 4)
-    clean = [resolve.phase_options(options, n)["method_options"]["puzzlemix"]["clean_lam"] for n in range(3)]
+    clean = [resolve.get_phase_options(options, n)["method_options"]["puzzlemix"]["clean_lam"] for n in range(3)]
     assert clean == [1, 1, 0]
     assert settled("--recipe", "none", "--epochs", 3, "--batch_size", 8, "--lr", 0.1)["scheduler"] == "constant"
 
@@ -220,9 +220,9 @@ def test_what_follows_from_an_option_is_not_kept_against_a_new_value():
 
 def test_options_that_nothing_reads_are_named():
     typed = {"data_small": "x", "crop_padding": 4, "min_scale": 0.2, "trad_augment": False}
-    notes = unused_options.image_notes(settled("--trad_augment", "false", "--min_scale", 0.2), typed)
+    notes = unused_options.collect_image_notes(settled("--trad_augment", "false", "--min_scale", 0.2), typed)
     assert notes == ["without effect here: --data_small, --crop_padding, --min_scale"]
-    assert unused_options.image_notes(settled(), {}) == []
+    assert unused_options.collect_image_notes(settled(), {}) == []
 
 
 def test_typed_phases_say_how_long_the_run_is():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, same_state, shapes_command, write_folder
+from support import ROOT, same_state, shapes_command, write_class_folders
 
 import engine.config.select
 import engine.training.run_folder
@@ -81,7 +81,7 @@ def test_every_kind_of_state_goes_on_exactly(shapes_run, options):
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_a_folder_run_goes_on_exactly_with_any_number_of_workers(tmp_path, workers):
-    write_folder(tmp_path / "set")
+    write_class_folders(tmp_path / "set")
     command = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--image_size", "32", "--model", "resnet20"]
     command += [
         "--batch_size",

@@ -5,7 +5,7 @@ Every command in the READMEs of those codes keeps working. `--help` shows none o
 
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
 
-OTHER_SPELLINGS = {  # our option -> other names for it, where a command has no option of that name itself
+OPTION_ALIASES = {  # our option -> other names for it, where a command has no option of that name itself
     "arch": ["model"],
     "backbone_checkpoint": ["backbone"],
     "batch_size": ["cnn_batch_size"],

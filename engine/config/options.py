@@ -206,11 +206,14 @@ def add_regularization_options(parser: Parser) -> None:
     )
 
 
-def add_output_options(parser: Parser, print_freq: int = 100, named_by: str = "METHOD") -> None:
-    """Where a training run writes, and what it shows. named_by: what the names of unnamed runs begin with."""
+def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str = "METHOD") -> None:
+    """Add the options that say where a training run writes and what it shows.
+
+    name_prefix: first part of the name of a run without --name, for --help.
+    """
     parser.group("output")
     parser.option("--root_dir", default="runs", help="runs are kept in ROOT/DATASET/MODEL/NAME")
-    parser.option("--name", shown=f"{named_by}_date-time", help="name of the run")
+    parser.option("--name", shown=f"{name_prefix}_date-time", help="name of the run")
     parser.option("--log_off", type=boolean, default=False, help="keep no run folder")
     parser.option("--save_every", type=int_at_least(), default=0, help="keep epoch_NNN.pt every N epochs; 0: never")
     add_common_options(parser, "overwrite", "no_progress", print_freq={"default": print_freq})
@@ -226,11 +229,15 @@ def add_output_options(parser: Parser, print_freq: int = 100, named_by: str = "M
 
 
 def add_data_options(
-    parser: Parser, datasets: list[str], image_size: int | None = None, norm: str = "own", named_by: str = "recipe"
+    parser: Parser,
+    datasets: list[str],
+    image_size: int | None = None,
+    norm: str = "own",
+    dataset_default: str = "recipe",
 ) -> None:
-    """named_by: what says the data set where --dataset does not."""
+    """dataset_default: what --help shows as the default of --dataset."""
     parser.group("data")
-    add_dataset_option(parser, datasets, shown=named_by)
+    add_dataset_option(parser, datasets, shown=dataset_default)
     add_common_options(parser, "data_dir", "download")
     add_image_set_options(parser, image_size, shown="32; tiny-imagenet and folder 64; imagenet 224")
     parser.option(

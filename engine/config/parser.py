@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.config.legacy_options import OTHER_SPELLINGS
+from engine.config.legacy_options import OPTION_ALIASES
 from engine.config.option_types import OptionType, ValueList, boolean
 from engine.errors import UserError, suggest_closest
 
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
             self._folded.append(title)
             self.epilog = f"More options: --help GROUP, where GROUP is one of {', '.join(self._folded)}, or all."
 
-    def option_names(self, *titles: str) -> set[str]:
+    def get_option_names(self, *titles: str) -> set[str]:
         """The options of these groups."""
         return {action.dest for title in titles for action in self._groups[title]}
 
@@ -101,24 +101,24 @@ class Parser(argparse.ArgumentParser):
         self.print_help()
         self.exit()
 
-    def spellings(self) -> dict[str, str]:
+    def find_aliases(self) -> dict[str, str]:
         """Other names of the options -> their names, as they are typed."""
         own = {option.removeprefix("--") for option in self._option_string_actions}
-        found = {alias: name for name, aliases in OTHER_SPELLINGS.items() if name in own for alias in aliases}
+        found = {alias: name for name, aliases in OPTION_ALIASES.items() if name in own for alias in aliases}
         return {f"--{alias}": f"--{name}" for alias, name in found.items() if alias not in own}
 
     def read(self, argv: list[str] | None = None) -> dict[str, object]:
         """The options given in argv (default: the command line). An error ends with one line, exit code 2."""
-        words, spellings = [], self.spellings()
+        words, aliases = [], self.find_aliases()
         for word in map(str, sys.argv[1:] if argv is None else argv):
             name, equals, value = word.partition("=")
             if name.startswith("--"):
                 name = "--" + name[2:].replace("-", "_")
-                word = spellings.get(name, name) + equals + value
+                word = aliases.get(name, name) + equals + value
             words.append(word)
         typed, unknown = self.parse_known_args(words)
         if unknown:
-            names = [*self._option_string_actions, *spellings]
+            names = [*self._option_string_actions, *aliases]
             hint = suggest_closest(unknown[0].partition("=")[0], names)
             self.error(f"unknown option {unknown[0]}{hint or '; see --help'}")
         return {key: join_values(value) for key, value in vars(typed).items()}

@@ -138,7 +138,7 @@ def choose_recipe(methods: list[str], dataset: str | None, named: bool) -> str:
     return next((recipe for recipe, family in RECIPE_METHODS.items() if methods[0] in family), "saliencymix")
 
 
-def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
+def get_recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
     """The options of a recipe for this data set and model (None: the recipe's own).
 
     `method_options` are those of single methods: hyper-parameters by method name; `phase_options` those that a phase of
@@ -150,7 +150,7 @@ def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict
     dataset, model = dataset or options["dataset"], model or options["model"]
     if name == "saliencymix" and model.startswith("wrn"):
         options["dropout"] = 0.3
-    by_method: dict[str, dict] = {"sage": sage_options(dataset, model)}
+    by_method: dict[str, dict] = {"sage": get_sage_options(dataset, model)}
     if dataset in ("cifar10", "cifar100", "shapes"):
         by_method["puzzlemix"] = {"t_size": 4}
     if dataset == "tiny-imagenet":
@@ -163,7 +163,7 @@ def recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict
     return options
 
 
-def sage_options(dataset: str, model: str) -> dict[str, float]:
+def get_sage_options(dataset: str, model: str) -> dict[str, float]:
     """SAGE's published upper_lambda and update_ratio; elsewhere those of PreActResNet-18 on CIFAR-10."""
     if model.startswith(("wrn", "wideresnet", "resnext")):
         return {"upper_lambda": 0.7, "update_ratio": 0.5}

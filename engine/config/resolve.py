@@ -5,14 +5,14 @@ from functools import partial
 from engine.config.legacy_options import translate_legacy
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize, parse_lr_points, parse_phases
-from engine.config.recipes import choose_recipe, recipe_options
+from engine.config.recipes import choose_recipe, get_recipe_options
 from engine.config.resume_rules import (
     PER_CALL_OPTIONS,
     RESUME_CHANGEABLE,
     OptionRules,
     check_changed_options,
     find_changes,
-    flag_names,
+    format_flags,
     merge_options,
 )
 from engine.errors import UserError
@@ -58,7 +58,7 @@ def get_recipe(given: dict, defaults: dict) -> dict[str, object]:
     if name == "auto":
         named = bool({"method", "model", "dataset"} & given.keys())
         name = choose_recipe(given.get("method", defaults["method"]), given.get("dataset"), named)
-    recipe = recipe_options(name, dataset=given.get("dataset"), model=given.get("model"))
+    recipe = get_recipe_options(name, dataset=given.get("dataset"), model=given.get("model"))
     if "lr" in given and "max_lr" not in given:
         recipe.pop("max_lr", None)  # the given lr is then the peak of one-cycle
     if phases := given.get("phases", recipe.get("phases")):
@@ -75,7 +75,7 @@ def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
     laid_out = changes & ONE_CYCLE_OPTIONS if saved["scheduler"] == "onecycle" else set()
     if laid_out and (force or changes <= RULES.changeable):
         raise UserError(
-            f"{flag_names(laid_out)}: the one-cycle schedule of this run is laid out for {saved['epochs']} epochs "
+            f"{format_flags(laid_out)}: the one-cycle schedule of this run is laid out for {saved['epochs']} epochs "
             "and other values\nstart a new run; --init_from takes the weights of this one"
         )
     check_changed_options(typed, saved, rules=RULES, force=force)
@@ -88,7 +88,7 @@ def use_copies_as_data_dir(typed: dict) -> dict:
     return {**typed, "data_dir": typed["data_large"]}
 
 
-def phase_options(options: dict, number: int) -> dict:
+def get_phase_options(options: dict, number: int) -> dict:
     """The options of a phase: a recipe may add hyper-parameters of single methods there."""
     added = options["phase_options"][min(number, len(options["phase_options"]) - 1)] if options["phase_options"] else {}
     by_method = dict(options["method_options"])

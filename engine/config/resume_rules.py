@@ -61,7 +61,7 @@ def check_changed_options(typed: dict, saved: dict, *, rules: OptionRules, force
     changes = find_changes(typed, saved)
     if force and changes & rules.architecture:
         raise UserError(
-            f"{flag_names(changes & rules.architecture)}: the saved state would not fit\nstart a new run from the "
+            f"{format_flags(changes & rules.architecture)}: the saved state would not fit\nstart a new run from the "
             "weights of this one"
         )
     if not force and (refused := changes - rules.changeable):
@@ -70,5 +70,5 @@ def check_changed_options(typed: dict, saved: dict, *, rules: OptionRules, force
         raise UserError(f"the run to continue has other options (saved -> given):\n{rows}\n{rules.remedy}")
 
 
-def flag_names(keys: Set[str]) -> str:
+def format_flags(keys: Set[str]) -> str:
     return " ".join(f"--{key}" for key in sorted(keys))

@@ -10,7 +10,7 @@ GRADIENT_SOURCE_OPTIONS = {"clean_lam", "update_ratio", "blur_sigma", "kernel_si
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
-def mixing_notes(
+def collect_mixing_notes(
     options: dict, typed: dict, parser: Parser, *, methods: ModuleType, saliency: ModuleType, sources: list
 ) -> list[str]:
     """What the user should know of how the options of mixing meet the method and its sources.
@@ -23,12 +23,12 @@ def mixing_notes(
         read = read - GRADIENT_SOURCE_OPTIONS
         if options["clean_lam"] or {"comixup", "sage"} & set(names):
             notes.append("only --saliency gradient trains on the clean images too; here the mixed ones are all")
-    if unread := find_unused_options(typed, parser.option_names(*OPTION_GROUPS), read):
+    if unread := find_unused_options(typed, parser.get_option_names(*OPTION_GROUPS), read):
         notes.append(f"without effect with --method {' '.join(names)}: {', '.join(unread)}")
     return notes
 
 
-def image_notes(options: dict, typed: dict) -> list[str]:
+def collect_image_notes(options: dict, typed: dict) -> list[str]:
     """What the user typed about large images and nothing reads."""
     read = {phase.images for phase in build_phases(options)}
     idle = [f"--data_{name}" for name in ("small", "large") if f"data_{name}" in typed and name not in read]

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support import GOLDEN, recorded_problem
+from support import GOLDEN, load_recorded_problem
 
 from mixing import build_mixer
 from mixing.solvers import puzzlemix_mask
@@ -17,7 +17,7 @@ def test_mask_energies_are_those_of_the_published_code():
     pytest.importorskip("gco")
     golden = np.load(GOLDEN / "puzzlemix.npz")
     for number, case in enumerate(json.loads(str(golden["meta"]))):
-        problem = recorded_problem(golden, number, case)
+        problem = load_recorded_problem(golden, number, case)
         energy = puzzlemix_mask.energy(solve_mask(*problem), *problem)
         torch.testing.assert_close(
             energy.double(), torch.from_numpy(golden[f"c{number}_energy_ref"]), atol=1e-3, rtol=0

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import GOLDEN, recorded_problem, tensor
+from support import GOLDEN, load_recorded_problem, tensor
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,14 +50,14 @@ def test_the_mask_problem_is_the_recorded_one(golden):
         salient = normalize_sum(block_means(tensor(golden[case["sal"]]), n, n))
         cells = F.avg_pool2d(images, cell) * mixer.std
         problem = mask_problem(salient, cells, partner, torch.tensor(case["lam"]), **mixer.weights)
-        for ours, recorded in zip(problem, recorded_problem(golden, number, case), strict=True):
+        for ours, recorded in zip(problem, load_recorded_problem(golden, number, case), strict=True):
             torch.testing.assert_close(ours, recorded, rtol=1e-5, atol=2e-7)
 
 
 def test_energies_reach_the_recorded_optimum(golden):
     gaps = []
     for number, case in enumerate(cases(golden)):
-        problem = recorded_problem(golden, number, case)
+        problem = load_recorded_problem(golden, number, case)
         mask = tensor(golden[f"c{number}_mask_ref"])
         labels = ((1 - mask) * (case["n_labels"] - 1)).round().long().permute(1, 2, 0)
         reference = tensor(golden[f"c{number}_energy_ref"])

@@ -13,13 +13,13 @@ from engine.config.legacy_options import (
     LEGACY_METHOD_OPTIONS,
     LEGACY_MIXING_OPTIONS,
     LEGACY_TRACKER_OPTIONS,
-    OTHER_SPELLINGS,
+    OPTION_ALIASES,
     translate_legacy,
 )
 from engine.config.mixing_options import OPTION_GROUPS
 from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.parser import Parser
-from engine.config.recipes import RECIPES, recipe_options
+from engine.config.recipes import RECIPES, get_recipe_options
 from engine.config.resolve import check_combinations, fill_in_options
 from engine.config.unused_options import find_unused_options
 from engine.errors import UserError
@@ -129,7 +129,7 @@ def test_help_hides_the_names_of_earlier_codes(capsys):
     text, parser = help_of(capsys, "--help", "all"), train.build_parser()
     hidden = {*LEGACY_MIXING_OPTIONS, *LEGACY_METHOD_OPTIONS, *LEGACY_DEVICE_OPTIONS, *LEGACY_TRACKER_OPTIONS}
     assert hidden <= parser.defaults.keys(), "they are still taken"
-    others = {alias for name, aliases in OTHER_SPELLINGS.items() if name in parser.defaults for alias in aliases}
+    others = {alias for name, aliases in OPTION_ALIASES.items() if name in parser.defaults for alias in aliases}
     assert not (hidden | others) & {name.lstrip("-") for name in re.findall(r"--\w+", text)}
     shown = {name.lstrip("-") for name in listed_options(text)} - {"h"}
     assert shown == parser.defaults.keys() - hidden - {"method_options"}
@@ -170,7 +170,7 @@ def test_a_parser_keeps_typed_options_apart():
         "kind": "a",
     }
     assert parser.read([]) == {} and parser.defaults == {"some_number": 3, "flag": True, "kind": None}
-    assert parser.option_names("one") == {"some_number", "flag", "kind"}
+    assert parser.get_option_names("one") == {"some_number", "flag", "kind"}
 
 
 # recipes
@@ -218,7 +218,7 @@ def test_a_recipe_fills_in_what_was_not_typed():
 def test_recipes_set_only_options_that_exist(name):
     known = train.build_parser().defaults
     for dataset in (None, "tiny-imagenet"):
-        options = recipe_options(name, dataset=dataset, model="wrn28_10")
+        options = get_recipe_options(name, dataset=dataset, model="wrn28_10")
         assert options.keys() <= known.keys()
         for method, own in options["method_options"].items():
             assert own.keys() <= hyper_parameters(method).keys()
@@ -252,7 +252,7 @@ def test_shorthands_are_translated():
 
 def test_options_without_effect_are_named():
     typed = {"mixup_alpha": 1.0, "saliency_scope": "batch", "cutout_length": 8, "epochs": 3}
-    group = train.build_parser().option_names(*OPTION_GROUPS)
+    group = train.build_parser().get_option_names(*OPTION_GROUPS)
     assert find_unused_options(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
     assert find_unused_options(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
 

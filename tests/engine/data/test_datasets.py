@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import write_folder, write_image
+from support import write_class_folders, write_image
 
 from engine.data.augment import Augmentation, crop_and_flip
 from engine.data.datasets import load_data
@@ -122,7 +122,7 @@ def test_images_read_as_one_class_is_caught(tmp_path):
 @pytest.mark.parametrize("part", ["val", "test"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_folder_is_read_by_workers(tmp_path, part, workers):
-    write_folder(tmp_path, part)
+    write_class_folders(tmp_path, part)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
     batches = DeviceLoader(
         data.train, 4, device=CPU, shuffle=True, augmentation=Augmentation(2), workers=workers, **HALF
@@ -137,7 +137,7 @@ def test_folder_is_read_by_workers(tmp_path, part, workers):
 def test_folder_faults_are_explained(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*train.*\n.*--data_dir"):
         load_data("folder", data_dir=str(tmp_path))
-    write_folder(tmp_path)
+    write_class_folders(tmp_path)
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "doge")
     with pytest.raises(
         UserError, match=r"train \(2\).*val \(2\) differ: only the first has dog \(1\), only the second has doge \(1\)"
@@ -147,7 +147,7 @@ def test_folder_faults_are_explained(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_stops_or_is_skipped(tmp_path, workers):
-    write_folder(tmp_path)
+    write_class_folders(tmp_path)
     bad = tmp_path / "train" / "cat" / "2.png"  # its next readable neighbour is a dog
     bad.write_bytes(bad.read_bytes()[:40])
 
@@ -248,7 +248,7 @@ def test_batches_depend_on_seed_and_epoch_alone():
 
 
 def test_workers_do_not_change_the_stream(tmp_path):
-    write_folder(tmp_path)
+    write_class_folders(tmp_path)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
     kwargs = {"device": CPU, "mean": data.mean, "std": data.std, "shuffle": True, "augmentation": Augmentation(4)}
     streams = [

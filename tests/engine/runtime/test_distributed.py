@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, free_port, in_two_processes, same_state, shapes_command
+from support import ROOT, find_free_port, run_in_two_processes, same_state, shapes_command
 from torch import nn
 
 import models
@@ -209,19 +209,19 @@ def runs(ports) -> dict:
 
 @pytest.fixture(scope="module")
 def of_gradients(tmp_path_factory):
-    return in_two_processes(gradients, tmp_path_factory.mktemp("gradients"))
+    return run_in_two_processes(gradients, tmp_path_factory.mktemp("gradients"))
 
 
 @pytest.fixture(scope="module")
 def of_weights(tmp_path_factory):
-    return in_two_processes(weights, tmp_path_factory.mktemp("weights"))
+    return run_in_two_processes(weights, tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="module")
 def of_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     os.environ["RUNS_OF_THIS_TEST"] = str(folder)
-    return in_two_processes(runs, folder, meetings=15 + len(REFUSED))
+    return run_in_two_processes(runs, folder, meetings=15 + len(REFUSED))
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_gradients_are_the_mean_of_the_local_ones_on_two_gpus(tmp_path, monkeypa
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     monkeypatch.setenv("TEST_ON", "cuda")
-    found = in_two_processes(gradients, tmp_path)
+    found = run_in_two_processes(gradients, tmp_path)
     for case in CASES:
         assert found[case]["gap"] <= 1e-5 * max(1, found[case]["size"]) and found[case]["size"] > 1e-3, case
 
@@ -383,7 +383,14 @@ def test_a_plain_run_stops_well_at_sigterm_and_goes_on_elsewhere(shapes_run, tmp
 
 
 def torchrun(driver: Path, *words: str, flags: tuple = (), timeout: float = 120, env: dict | None = None):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={free_port()}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        f"--master_port={find_free_port()}",
+    ]
     begin = time.monotonic()
     done = subprocess.run(
         [*command, *flags, str(driver), *words],
@@ -462,7 +469,7 @@ def test_processes_that_do_not_come_are_named(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Exception, match="MASTER_ADDR and MASTER_PORT and RANK not set.*\nstart them with torchrun"):
         distributed.init_processes(CPU, 1)
-    for name, value in (("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(free_port()))):
+    for name, value in (("RANK", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", str(find_free_port()))):
         monkeypatch.setenv(name, value)
     begin = time.monotonic()
     with pytest.raises(Exception, match=r"process 1 of 2 did not meet the others at 127\.0\.0\.1:\d+ within 1 s"):
