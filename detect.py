@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         train_set,
         device=device,
         shuffle=True,
-        shard=data.process_shard(options["accumulate"]),
+        shard=data.get_process_shard(options["accumulate"]),
         **select_kwargs(options, ["batch_size", "augment", "seed", "workers"]),
     )
     test = detection.make_test_loader(test_set, device=device, workers=options["workers"])

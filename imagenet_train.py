@@ -68,13 +68,14 @@ def main(argv: list[str] | None = None) -> dict | None:
             phase.batch_size,
             shuffle=True,
             augmentation=augmentation if options["trad_augment"] else None,
-            shard=data.process_shard(options["accumulate"]),
+            shard=data.get_process_shard(options["accumulate"]),
             **select_kwargs(options, ["drop_last", "seed"]),
             **common,
         )
         loaders.append(loader)
     held_out = {
-        name: data.DeviceLoader(part, 256, shard=data.process_shard(), **common) for name, part in sets.held_out.items()
+        name: data.DeviceLoader(part, 256, shard=data.get_process_shard(), **common)
+        for name, part in sets.held_out.items()
     }
 
     # ---- Network: random weights, or torchvision's (--pretrained), or those of a file (--init_from) ----
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             fresh = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
             notes.append("--pretrained: torchvision's weights" + (", but for a new last layer" if fresh else ""))
     if options["init_from"] and not start.saved:
-        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.matching_models))
+        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.find_matching_models))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             if run.is_evaluated(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, also=ends, remark=training.count_skipped(train))
-            training.draw_epoch(run, sets, train.part)
+            training.draw_epoch(run, sets, train.image_set)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()
     return result

@@ -45,19 +45,20 @@ def main(argv: list[str] | None = None) -> dict | None:
         sets.train,
         shuffle=True,
         augmentation=data.Augmentation(options["crop_padding"]) if options["trad_augment"] else None,
-        shard=data.process_shard(options["accumulate"]),
+        shard=data.get_process_shard(options["accumulate"]),
         **select_kwargs(options, ["batch_size", "drop_last", "seed"]),
         **common,
     )
     held_out = {
-        name: data.DeviceLoader(part, 500, shard=data.process_shard(), **common) for name, part in sets.held_out.items()
+        name: data.DeviceLoader(part, 500, shard=data.get_process_shard(), **common)
+        for name, part in sets.held_out.items()
     }
 
     # ---- Network ----
     with parser.usage_errors("--model"):
         model = models.build_model(options["model"], len(sets.classes), sets.image_size, options["dropout"])
     if options["init_from"] and not start.saved:
-        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.matching_models))
+        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.find_matching_models))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             if run.is_evaluated(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, remark=training.count_skipped(train))
-            training.draw_epoch(run, sets, train.part)
+            training.draw_epoch(run, sets, train.image_set)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()
     return result

@@ -41,13 +41,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine.data.folders import class_folders, label_files
+    from engine.data.folders import label_files, list_class_folders
     from engine.runtime.device import choose_device, setup_backends
 
     device = choose_device(options["device"])
     setup_backends(device, seed=0, deterministic=False)
     place = Path(options["data_dir"])
-    found = label_files(class_folders(place / "train" if (place / "train").is_dir() else place), place)
+    found = label_files(list_class_folders(place / "train" if (place / "train").is_dir() else place), place)
     index = torch.arange(options["images"]) % len(found.labels)
     found = found._replace(files=found.files[index], labels=found.labels[index])
     print(

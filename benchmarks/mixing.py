@@ -22,7 +22,7 @@ from engine.config.recipes import get_recipe_options
 from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer
 from models import ALIASES as MODEL_ALIASES
-from models import MODELS, build_model, matching_models
+from models import MODELS, build_model, find_matching_models
 from saliency import ALIASES as SOURCE_ALIASES
 from saliency import SOURCES, build_source
 
@@ -102,7 +102,7 @@ class Bench:
         layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.model = build_model(options["model"], self.classes, data.image_size)
         if options["init_from"]:
-            init_from(self.model, options["init_from"], self.classes, matching_models)
+            init_from(self.model, options["init_from"], self.classes, find_matching_models)
         self.model = self.model.to(device, memory_format=layout)
         if options["compile"]:
             self.model.compile()

@@ -19,7 +19,7 @@ from detection.loop import predict
 from detection.metrics import Detections, GroundTruth, coco_metrics, voc_metrics
 from detection.resolve import KIND, detector_runs, option_notes
 from engine.config.select import select_kwargs
-from engine.data.loader import process_shard
+from engine.data.loader import get_process_shard
 from engine.runtime.device import setup_backends
 from engine.runtime.distributed import broadcast_from_main, is_main_process, shut_down_processes, world_size
 from engine.runtime.files import write_atomic, write_json
@@ -62,7 +62,7 @@ def evaluate(model: FasterRCNN, loader: DetectionLoader, *, count_difficult: boo
 
 def make_test_loader(part: DetectionSet, *, device: torch.device, workers: int) -> DetectionLoader:
     """One image at a time in each process: with others it would be padded, which changes its detections."""
-    return DetectionLoader(part, world_size(), device=device, workers=workers, shard=process_shard())
+    return DetectionLoader(part, world_size(), device=device, workers=workers, shard=get_process_shard())
 
 
 def evaluate_detector(typed: dict, options: dict) -> dict | None:

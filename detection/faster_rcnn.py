@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
-from models import matching_models
+from models import find_matching_models
 
 BODIES = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
 BACKBONES = [*(f"imagenet_{name}" for name in BODIES), *BODIES]  # classifiers whose weights fit
@@ -162,7 +162,7 @@ def identify_backbone(saved: SavedClassifier, model: str | None = None) -> str:
     `imagenet_resnet50`. Raises UserError for a network that cannot be a backbone.
     """
     remedy = f"backbones are the ResNets: {', '.join(BACKBONES)}"
-    matches = matching_models(saved.weights)
+    matches = find_matching_models(saved.weights)
     usable = [name for name in matches if name in BACKBONES]
     if model and (same := [name for name in usable if name in (model, f"imagenet_{model}")]):
         return same[0]

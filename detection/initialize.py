@@ -18,11 +18,11 @@ from detection.faster_rcnn import (
 )
 from engine.data.image_set import STATISTICS
 from engine.errors import UserError
-from engine.inference.classifier import SavedClassifier, find_best
+from engine.inference.classifier import SavedClassifier, find_best_checkpoint
 from engine.runtime.checkpoint import Checkpoint, is_checkpoint, read_file
 from engine.runtime.distributed import main_process_first, world_size
 from engine.runtime.foreign_weights import extract_weights
-from models import fetch
+from models import download_weights
 from models.imagenet_resnet import PRETRAINED
 
 DETECTOR_OPTIONS = ("neck", "min_size", "max_size", "proposals")  # what a checkpoint says of its detector
@@ -81,7 +81,7 @@ def fetch_pretrained(model: str | None) -> InitialWeights:
         raise UserError(f"--model {model}: there are no ready weights of it\nthere are of {', '.join(BODIES)}")
     url = PRETRAINED[f"imagenet_{body}"]
     try:
-        weights = main_process_first(lambda: fetch(url))
+        weights = main_process_first(lambda: download_weights(url))
     except ValueError as error:
         raise UserError(f"--pretrained: {error}, or give a classifier with --backbone_checkpoint") from error
     backbone = {"path": url, "model": f"imagenet_{body}", "best": None, "method": None}
@@ -92,7 +92,7 @@ def read_detector(word: str, *, averaged: bool = False, model: str | None = None
     """A file of ours, the best.pt of a run folder, or a bare state dict of torchvision's detector. model: what the user
     says its backbone is.
     """
-    path = find_best(word)
+    path = find_best_checkpoint(word)
     content = read_file(path)
     weights = extract_weights(content, path, averaged=averaged, kind="detector")
     detected = detect_config(convert_legacy_keys(weights))

@@ -14,9 +14,9 @@ from torchvision.transforms import v2
 
 from detection.dataset import DetectionSet
 from engine.data.decode import BadImage
-from engine.data.image_files import Reader
-from engine.data.loader import WHOLE_BATCH, Shard, epoch_generator
-from engine.data.sample_rng import sample_keys
+from engine.data.image_files import BatchReader
+from engine.data.loader import WHOLE_BATCH, Shard, make_epoch_generator
+from engine.data.sample_rng import hash_samples
 
 
 def get_box_labels(sample: tuple) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ AUGMENTATIONS = {  # of training images; multi-scale is --min_size with several 
 
 
 class DetectionViews:
-    """The images of a set as training sees them, for engine.data.image_files.Reader."""
+    """The images of a set as training sees them, for engine.data.image_files.BatchReader."""
 
     remedy = (
         "replace the file or its annotation; without it in ImageSets/Main it is another run, from --frcnn_checkpoint"
@@ -57,7 +57,7 @@ class DetectionViews:
         state = torch.get_rng_state()  # without workers this is the training process: its draws stay as they were
         samples = []
         try:
-            for position, key in zip(index, sample_keys(seed, epoch, index).tolist(), strict=True):
+            for position, key in zip(index, hash_samples(seed, epoch, index).tolist(), strict=True):
                 torch.default_generator.manual_seed(key)
                 samples.append(self.read_one(position))
         except BadImage as error:
@@ -107,7 +107,9 @@ class DetectionLoader:
         self.shuffle, self.seed, self.shard, self.micro_batches = shuffle, seed, shard, shard.micro_batches
         drawn = part.images and isinstance(part.images[0], torch.Tensor)  # nothing to read: workers would only copy
         self.pinned = device.type == "cuda"
-        self.reader = Reader(DetectionViews(part, augment), seed=seed, workers=0 if drawn else workers, pin=self.pinned)
+        self.reader = BatchReader(
+            DetectionViews(part, augment), seed=seed, workers=0 if drawn else workers, pin=self.pinned
+        )
 
     def __len__(self) -> int:
         return math.ceil(len(self.part) / self.batch_size)
@@ -135,7 +137,7 @@ class DetectionLoader:
             return torch.arange(count)
         portrait = [height > width for height, width in self.part.sizes]
         order, waiting = [], {False: [], True: []}
-        for position in torch.randperm(count, generator=epoch_generator(self.seed, epoch)).tolist():
+        for position in torch.randperm(count, generator=make_epoch_generator(self.seed, epoch)).tolist():
             batch = waiting[portrait[position]]
             batch.append(position)
             if len(batch) == self.batch_size:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from detection.dataset import DetectionSet
 from detection.voc import CORNERS
-from engine.data.shapes import CLASSES, draw_chunk, fill_texture, local_frame, mask_boxes, noise
+from engine.data.shapes import CLASSES, draw_chunk, draw_noise, fill_texture, masks_to_boxes, to_local_frame
 from engine.errors import UserError
 from engine.runtime.files import write_atomic
 
@@ -104,7 +104,7 @@ def make_target(visible: torch.Tensor, whole: torch.Tensor, labels: torch.Tensor
     """visible (N, H, W) bool; whole (N,): pixels of each object if nothing covered it; labels (N,)."""
     share = visible.flatten(1).sum(1) / whole
     listed = share >= MIN_LISTED
-    boxes = mask_boxes(visible[listed])[:, [2, 0, 3, 1]].float()
+    boxes = masks_to_boxes(visible[listed])[:, [2, 0, 3, 1]].float()
     return {"boxes": boxes, "labels": labels[listed], "difficult": share[listed] < MIN_CLEAR}
 
 
@@ -117,7 +117,7 @@ def draw_objects(
     for kind in kinds.unique().tolist():
         index = (kinds == kind).nonzero().flatten()
         images, masks = draw_chunk(labels[index], round(OBJECT_SIDES[kind] * size), generator)
-        cuts = zip(index.tolist(), images.permute(0, 3, 1, 2), masks, mask_boxes(masks).tolist(), strict=True)
+        cuts = zip(index.tolist(), images.permute(0, 3, 1, 2), masks, masks_to_boxes(masks).tolist(), strict=True)
         for place, image, mask, (y1, y2, x1, x2) in cuts:
             objects[place] = image[:, y1:y2, x1:x2], mask[y1:y2, x1:x2]
     return objects
@@ -131,13 +131,13 @@ def draw_backgrounds(side: int, size: int, generator: torch.Generator) -> torch.
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    coarse, fine = noise(CHUNK, side, 4, generator), noise(CHUNK, side, 14, generator)
+    coarse, fine = draw_noise(CHUNK, side, 4, generator), draw_noise(CHUNK, side, 14, generator)
     canvases = 0.4 * coarse + 0.25 * fine + 0.35 * uniform(CHUNK, 3, 1, 1)
     count, edge = CHUNK * N_DISTRACTORS, size // 10
     line = (torch.arange(edge) + 0.5) / edge * 2 - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     radius = uniform(count, low=0.3, high=0.8)  # small beside any object
-    frame = local_frame(y, x, torch.zeros(count, 2), radius, uniform(count, high=7.0))
+    frame = to_local_frame(y, x, torch.zeros(count, 2), radius, uniform(count, high=7.0))
     masks = torch.where(uniform(count, 1, 1) < 0.5, frame.square().sum(0) < 1, frame.abs().amax(0) < 0.8)
     distractors = list(zip(fill_texture(frame, count, uniform), masks, strict=True))
     corners = torch.randint(side - edge + 1, (count, 2), generator=generator).tolist()

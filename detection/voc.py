@@ -17,7 +17,7 @@ import torchvision
 
 from detection.dataset import DetectionSet, list_first_names
 from engine.data.annotations import read_image_size
-from engine.data.folders import list_directory
+from engine.data.folders import describe_folder
 from engine.errors import UserError, suggest_closest
 
 CLASSES = (
@@ -71,7 +71,7 @@ def find_devkit(data_dir: Path) -> Path:
     raise UserError(
         f"PASCAL VOC not found: looked for VOC2007/ and VOC2012/, each with JPEGImages/, Annotations/ and "
         f"ImageSets/Main/, in {folders}\nunpack {archives} there, get them with --download true, or name their place "
-        f"with --data_dir{list_directory(data_dir)}"
+        f"with --data_dir{describe_folder(data_dir)}"
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from engine.data import sample_rng
-from engine.data.folders import FileList, filter_images, list_directory
+from engine.data.folders import FileList, describe_folder, filter_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.views import View
@@ -92,7 +92,7 @@ def read_background_dir(place: Path | str, image_set: ImageSet, view: View) -> I
         more = " ..." if len(missing) > 3 else ""
         raise UserError(
             f"--background_dir {place}: no image for {len(missing):,} of {len(image_set):,}: "
-            f"{', '.join(missing[:3])}{more}\n{REMEDY}{list_directory(place)}"
+            f"{', '.join(missing[:3])}{more}\n{REMEDY}{describe_folder(place)}"
         )
     names = FileList(place, files)
     return replace(image_set, pixels=ImageFiles(names, view), origin=str(place), files=names)

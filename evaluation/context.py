@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.data.image_set import ImageSet, load_into_memory
-from engine.data.loader import WHOLE_BATCH, DeviceLoader, process_shard
+from engine.data.loader import WHOLE_BATCH, DeviceLoader, get_process_shard
 from engine.data.sample_rng import uniform
 from engine.data.views import CenterCrop, FixedView
 from engine.errors import UserError
@@ -107,7 +107,7 @@ class EvalContext:
             std=std,
             workers=self.session.workers,
             channels_last=self.session.channels_last,
-            shard=WHOLE_BATCH if whole else process_shard(),
+            shard=WHOLE_BATCH if whole else get_process_shard(),
         )
 
     def predict(

@@ -15,8 +15,8 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from engine.data.folders import class_folders, describe_missing, label_files, list_directory, list_folders
-from engine.data.image_set import ImageSet, image_set_from_files
+from engine.data.folders import describe_folder, describe_missing, label_files, list_class_folders, list_folders
+from engine.data.image_set import ImageSet, make_image_set
 from engine.data.views import View
 from engine.errors import UserError, suggest_closest
 from evaluation.corruptions import SEVERITIES
@@ -67,10 +67,10 @@ class CorruptedSet:
         source = self.sources[name][severity]
         with explain_os_errors(source):
             if self.kind == "folders":
-                found = label_files(class_folders(source), source)
+                found = label_files(list_class_folders(source), source)
                 class_map = torch.tensor([self.classes.index(each) for each in found.classes])
                 found = found._replace(labels=class_map[found.labels], classes=self.classes)
-                return image_set_from_files(found, self.view, self.on_bad_image)
+                return make_image_set(found, self.view, self.on_bad_image)
             images = open_images(source, len(self.labels))
             count = len(images) // len(SEVERITIES)
             rows = slice((severity - 1) * count, severity * count)
@@ -90,7 +90,9 @@ def find_corrupted_set(
     """
     with explain_os_errors(place):
         if not place.is_dir():
-            raise UserError(f"no folder {place}\nname the folder of the corrupted images{list_directory(place.parent)}")
+            raise UserError(
+                f"no folder {place}\nname the folder of the corrupted images{describe_folder(place.parent)}"
+            )
         places = [place / name for name in list_folders(place) if name.lower().endswith("-c")]
         places.sort(key=lambda path: path.name.lower() != SET_BY_CLASS_COUNT.get(len(classes)))
         for root in [*places, place]:
@@ -109,7 +111,7 @@ def find_corrupted_set(
         raise UserError(
             f"no corrupted images in {place}: looked for <corruption>.npy with labels.npy (CIFAR) and for "
             "<corruption>/<severity>/<class>/*.jpg (or .png, .JPEG ...), there and in folders like CIFAR-10-C or "
-            f"ImageNet-C\nunpack the published set there, or name its place{list_directory(place)}"
+            f"ImageNet-C\nunpack the published set there, or name its place{describe_folder(place)}"
         )
 
 
@@ -180,7 +182,7 @@ def read_labels(path: Path, classes: list[str]) -> tuple[torch.Tensor, list[str]
     """labels.npy as (N,) long, and a line if the classes are fewer than the network's."""
     if not path.is_file():
         raise UserError(
-            f"no {path}: it tells the classes of the images\nput the published one there{list_directory(path.parent)}"
+            f"no {path}: it tells the classes of the images\nput the published one there{describe_folder(path.parent)}"
         )
     labels = open_array(path)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):

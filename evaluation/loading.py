@@ -20,8 +20,10 @@ def print_info(path: str) -> dict:
     trained_with = [f"--{key} {file.options[key]}" for key in ("dataset", "method", "recipe") if file.options]
     info = {
         "file": str(file.path),
-        "network": file.options.get("model") or " or ".join(models.matching_models(file.weights)) or "none of ours",
-        "classes": models.class_count(file.weights) or None,
+        "network": file.options.get("model")
+        or " or ".join(models.find_matching_models(file.weights))
+        or "none of ours",
+        "classes": models.count_classes(file.weights) or None,
         "epoch": file.epoch,
         "parameters": sum(value.numel() for value in file.weights.values()),
         "entries": len(file.weights),
@@ -79,16 +81,17 @@ def build_context(
     of its training. Raises UserError where its classes cannot be told, and where it knows none of the images.
     """
     path, named = classifier.path, bool(classifier.classes or class_list)
-    if not named and classifier.count != len(data.classes):
+    if not named and classifier.num_classes != len(data.classes):
         raise UserError(
-            f"{path}: made for {classifier.count} classes, which it does not name; the data has {len(data.classes)}\n"
+            f"{path}: made for {classifier.num_classes} classes, which it does not name; "
+            f"the data has {len(data.classes)}\n"
             f"name them in order with --class_list FILE; to fine-tune it, train with --init_from {path}"
         )
     classes = classifier.classes or (read_class_list(class_list) if class_list else data.classes)
-    class_map = map_labels(data.classes, classifier.classes, class_list, classifier.count)
+    class_map = map_labels(data.classes, classifier.classes, class_list, classifier.num_classes)
     image_set = select_classes(data, class_map, classes)
     context = EvalContext(classifier, image_set, dataset, class_map, session)
-    stated = classifier.torchvision or bool(classifier.options)
+    stated = classifier.is_torchvision or bool(classifier.options)
     if norm or not stated:
         name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm
         classifier.mean, classifier.std = STATISTICS[name]

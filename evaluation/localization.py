@@ -35,7 +35,7 @@ def project_boxes(truths: list[BoxAnnotation | None], view: FixedView) -> Boxes:
     """The true boxes in the pixels that the classifier sees, (n, 4) long each, without those that it does not see."""
 
     def project(truth: BoxAnnotation) -> torch.Tensor:
-        boxes = [view.placed(box, truth.width, truth.height) for box in truth.boxes]
+        boxes = [view.place_box(box, truth.width, truth.height) for box in truth.boxes]
         seen = [(y1, y2, x1, x2) for y1, y2, x1, x2 in boxes if y2 > y1 and x2 > x1]
         return torch.tensor(seen, dtype=torch.long).view(-1, 4)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.data.cifar import LAYOUTS
 from engine.data.datasets import load_evaluation
-from engine.data.folders import FileList, filter_images, find_evaluation, list_directory
+from engine.data.folders import FileList, describe_folder, filter_images, find_evaluation_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.sample_rng import normal, uniform
@@ -55,7 +55,7 @@ def find_pixels(
         if word in NOISE:
             return name, draw_noise(word, image_size, min(limit or NOISE_COUNT, NOISE_COUNT)), f"{word}, drawn"
         if name == "imagenet":  # any part of it will do, where load_evaluation() asks for its 1000 classes
-            found = find_evaluation(name, Path(place), None, None)
+            found = find_evaluation_images(name, Path(place), None, None)
             return name, ImageFiles(found.files, view, on_bad_image), str(found.root)
         if name in DATASETS:
             side = image_size if name == "shapes" else None  # of CIFAR's 32 pixels nothing else can be asked
@@ -82,7 +82,7 @@ def find_pictures(root: Path) -> FileList:
         visible = filter_images([name for name in files if not name.startswith(".")])
         names += [os.path.relpath(os.path.join(folder, name), root) for name in visible]
     if not names:
-        remedy = f"name a folder with .jpg, .png or the like{list_directory(root)}"
+        remedy = f"name a folder with .jpg, .png or the like{describe_folder(root)}"
         raise UserError(f"{root}: no images there or in its folders\n{remedy}")
     return FileList(root, sorted(names))
 

@@ -80,7 +80,7 @@ def plan_robustness(
     published = None
     if corruptions not in (BUILT_IN, NONE):
         published = find_published_set(context, corruptions, on_bad_image)
-        if reference == ALEXNET and (published.kind, context.classifier.count) != ("folders", 1000):
+        if reference == ALEXNET and (published.kind, context.classifier.num_classes) != ("folders", 1000):
             raise UserError(
                 f"--reference alexnet: its errors are those of ImageNet-C, which {published.root} is not\n"
                 "give the file of a classifier as reference"

@@ -112,7 +112,9 @@ def make_casm_explainer(
     saved = load_casm(casm)
     network = saved.network.to(device).eval().requires_grad_(False)
     count = len(saved.classes) or 1000
-    classifier = Classifier(saved.name, network.classifier, saved.mean, saved.std, count=count, titles=saved.classes)
+    classifier = Classifier(
+        saved.name, network.classifier, saved.mean, saved.std, num_classes=count, titles=saved.classes
+    )
     set_titles(classifier, labels)
 
     @torch.no_grad()
@@ -180,7 +182,7 @@ def load_classifiers(
             one.name = f"{number} {one.name}"
         if norm:
             one.mean, one.std = STATISTICS[norm]
-        elif one.path and not one.options and not one.torchvision and one.image_size <= LARGE_SIDE:
+        elif one.path and not one.options and not one.is_torchvision and one.image_size <= LARGE_SIDE:
             print(f"note: {one.path} does not say how its images were normalised; taken: as imagenet (--norm)")
     return classifiers
 
@@ -189,8 +191,8 @@ def set_titles(classifier: Classifier, labels: str | None) -> None:
     """Call its classes what the file `labels` calls them."""
     if labels:
         classifier.titles = read_titles(labels)
-        if len(classifier.titles) != classifier.count:
-            counts = f"{len(classifier.titles)} names, {classifier.name} has {classifier.count} classes"
+        if len(classifier.titles) != classifier.num_classes:
+            counts = f"{len(classifier.titles)} names, {classifier.name} has {classifier.num_classes} classes"
             raise UserError(f"--labels {labels}: {counts}\none name a line, in the order of the classes")
 
 
@@ -199,11 +201,13 @@ def parse_target_class(word: str, classifier: Classifier) -> list[int]:
     if word.lower() == "predicted":
         return [-1]
     if top := re.fullmatch(r"top([0-9]+)", word.lower()):
-        if not 1 <= int(top[1]) <= classifier.count:
-            raise UserError(f"--target_class {word}: of {classifier.name} there are top1 to top{classifier.count}")
+        if not 1 <= int(top[1]) <= classifier.num_classes:
+            raise UserError(
+                f"--target_class {word}: of {classifier.name} there are top1 to top{classifier.num_classes}"
+            )
         return [-rank for rank in range(1, int(top[1]) + 1)]
     try:
-        return [find_class(word, classifier.titles, classifier.count)]
+        return [find_class(word, classifier.titles, classifier.num_classes)]
     except ValueError as error:
         raise UserError(f"--target_class {word}: {classifier.name}: {error}") from error
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from engine.data.decode import BadImage, convert_to_rgb, describe_error
-from engine.data.folders import ENDINGS, filter_images
+from engine.data.folders import IMAGE_EXTENSIONS, filter_images
 from engine.errors import UserError
 
 MAX_NAME_BYTES = 60  # of a part of a file's name; file systems take 255 in all
@@ -40,7 +40,7 @@ def find_images(words: list[str]) -> list[Path]:
             files = [file for file in files if filter_images([file.name]) and not file.is_dir()]
         if not files:
             problem = "no pictures in this folder" if path.is_dir() else "no picture fits this pattern"
-            raise UserError(f"--image_path {word}: {problem}\npictures end in {' '.join(sorted(ENDINGS))}")
+            raise UserError(f"--image_path {word}: {problem}\npictures end in {' '.join(sorted(IMAGE_EXTENSIONS))}")
         found += files
     return list(dict.fromkeys(found))
 

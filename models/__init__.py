@@ -28,7 +28,7 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'models' has no attribute {name!r}")
 
 
-def stem_stride(image_size: int) -> int:
+def get_stem_stride(image_size: int) -> int:
     """1 up to 63 pixels, 2 from 64 on (Tiny-ImageNet), as the Puzzle Mix family of codes has it."""
     return 1 if image_size < 64 else 2
 
@@ -46,49 +46,49 @@ def build_model(name: str, num_classes: int, image_size: int = 32, dropout: floa
     module, constructor, *arguments = MODELS[name]
     extra = {"dropout": dropout} if name in DROPOUT_MODELS else {}
     if name not in IMAGENET_MODELS:
-        check_size(name, image_size)
-        extra["stride"] = stem_stride(image_size)
+        check_image_size(name, image_size)
+        extra["stride"] = get_stem_stride(image_size)
     return getattr(import_module(module), constructor)(*arguments, num_classes, **extra)
 
 
-def check_size(name: str, image_size: int) -> None:
+def check_image_size(name: str, image_size: int) -> None:
     """Raise ValueError, with the network to take instead, if images are too large for `name`, one for small images."""
     if image_size > MAX_IMAGE_SIZE:
         right = IMAGENET_ALIASES.get(name) or f"one of {', '.join(IMAGENET_MODELS)}"
-        side = image_size // stem_stride(image_size)
+        side = image_size // get_stem_stride(image_size)
         raise ValueError(
             f"{name} is for images of at most {MAX_IMAGE_SIZE} pixels: at {image_size} its first stage would work on "
             f"{side}x{side}, 4 times the pixels that an ImageNet stem leaves it; take {right}"
         )
 
 
-def matching_models(state: dict, like: str | None = None) -> list[str]:
+def find_matching_models(state: dict, like: str | None = None) -> list[str]:
     """Names of the networks whose state-dict keys and shapes equal those of `state`, whatever the number of classes.
 
     The step counters of batch norm do not count: files of old torch versions lack them. like: only the networks that
     this name may mean: `resnet50` is also said of imagenet_resnet50.
     """
     names = [ALIASES.get(like, like), IMAGENET_ALIASES.get(like)] if like else MODELS
-    classes = class_count(state)
+    classes = count_classes(state)
     if not classes:
         return []
-    wanted = shapes(state)
-    return [name for name in names if name in MODELS and model_shapes(name, classes) == wanted]
+    wanted = get_shapes(state)
+    return [name for name in names if name in MODELS and get_model_shapes(name, classes) == wanted]
 
 
-def shapes(state: dict) -> dict[str, tuple[int, ...]]:
+def get_shapes(state: dict) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 @cache
-def model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+def get_model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
     import torch
 
     with torch.device("meta"):
-        return shapes(build_model(name, num_classes).state_dict())
+        return get_shapes(build_model(name, num_classes).state_dict())
 
 
-def class_count(state: dict) -> int:
+def count_classes(state: dict) -> int:
     """How many classes the weights of one of our networks are for; 0 if they are of none."""
     import torch
 
@@ -96,7 +96,7 @@ def class_count(state: dict) -> int:
     return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else 0
 
 
-def parameter_counts(names: Iterable[str], num_classes: int = 10) -> dict[str, int]:
+def count_parameters(names: Iterable[str], num_classes: int = 10) -> dict[str, int]:
     """Name -> number of parameters; nothing is allocated."""
     import torch
 
@@ -106,11 +106,11 @@ def parameter_counts(names: Iterable[str], num_classes: int = 10) -> dict[str, i
 
 def list_models(names: Iterable[str], num_classes: int = 10) -> str:
     """A line for each network: its name and number of parameters."""
-    counts = parameter_counts(names, num_classes)
+    counts = count_parameters(names, num_classes)
     return "\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items())
 
 
-def fetch(url: str) -> dict:
+def download_weights(url: str) -> dict:
     """The state dict at `url`, which torch.hub keeps in its cache; a download is compared with the hash in its name."""
     import torch
 

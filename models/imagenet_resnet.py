@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import IMAGENET_ALIASES, fetch
+from models import IMAGENET_ALIASES, download_weights
 from models.resnet import TABLE_1, BasicBlock, Bottleneck, ResNet
 
 # The plainly trained weights, torchvision's IMAGENET1K_V1. The later V2 were trained with Mixup and CutMix themselves,
@@ -65,7 +65,7 @@ def load_pretrained(model: nn.Module, name: str) -> bool:
     name = IMAGENET_ALIASES.get(name, name)
     if name not in PRETRAINED or not isinstance(model, ImageNetResNet):
         raise ValueError(f"no ImageNet weights for {name!r}; there are those of {', '.join(PRETRAINED)}")
-    weights, own = fetch(PRETRAINED[name]), model.state_dict()
+    weights, own = download_weights(PRETRAINED[name]), model.state_dict()
     fresh = weights["fc.bias"].shape != own["fc.bias"].shape
     head = {key: own[key] for key in ("fc.weight", "fc.bias")} if fresh else {}
     model.load_state_dict({**weights, **head})

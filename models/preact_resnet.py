@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.stages import Staged
+from models.stages import StagedNetwork
 
 
 class PreActBlock(nn.Module):
@@ -63,7 +63,7 @@ BLOCKS = {  # layers -> block, and how many of it a stage has
 }
 
 
-class PreActResNet(Staged):
+class PreActResNet(StagedNetwork):
     """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.stages import Staged
+from models.stages import StagedNetwork
 
 
 def init_kaiming(model: nn.Module) -> None:
@@ -67,7 +67,7 @@ TABLE_1 = {  # layers -> block, and how many of it a stage has
 }
 
 
-class ResNet(Staged):
+class ResNet(StagedNetwork):
     """(B, 3, H, W) -> (B, num_classes). torchvision's names; a stem of the given stride and kernel, no max-pooling."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")
@@ -124,7 +124,7 @@ class NarrowBlock(nn.Module):
         return F.relu(out + x)
 
 
-class NarrowResNet(Staged):
+class NarrowResNet(StagedNetwork):
     """(B, 3, H, W) -> (B, num_classes). depth = 6n + 2 layers, 16-32-64 channels."""
 
     stages = ("layer1", "layer2", "layer3")

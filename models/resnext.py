@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.stages import Staged
+from models.stages import StagedNetwork
 
 
 class ResNeXtBlock(nn.Module):
@@ -35,7 +35,7 @@ class ResNeXtBlock(nn.Module):
         return F.relu(self.bn_expand(self.conv_expand(out)) + shortcut)
 
 
-class ResNeXt29(Staged):
+class ResNeXt29(StagedNetwork):
     """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
 
     stages = ("stage_1", "stage_2", "stage_3")

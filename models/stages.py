@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 
-class Staged(nn.Module):
+class StagedNetwork(nn.Module):
     """(B, 3, H, W) -> (B, num_classes), and what lies between."""
 
     stages: tuple[str, ...] = ()  # names of the modules, shallow to deep

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.stages import Staged
+from models.stages import StagedNetwork
 
 
 class WideBlock(nn.Module):
@@ -29,7 +29,7 @@ class WideBlock(nn.Module):
         return self.conv2(F.relu(self.bn2(out))) + self.shortcut(x)
 
 
-class WideResNet(Staged):
+class WideResNet(StagedNetwork):
     """(B, 3, H, W) -> (B, num_classes). depth = 6n + 4; stride: of the first stage, 1 at 32 pixels and 2 at 64."""
 
     stages = ("layer1", "layer2", "layer3")

@@ -55,8 +55,8 @@ def toy(monkeypatch):
 
     def use(size: int = 64, titles: tuple[str, ...] = (), **settings) -> None:
         network = Bright(**settings).eval()
-        made = lambda word, zoo, **_: Classifier(  # noqa: E731
-            word, network, (0.0,) * 3, (1.0,) * 3, count=4, image_size=size, titles=list(titles)
+        made = lambda word, models, **_: Classifier(  # noqa: E731
+            word, network, (0.0,) * 3, (1.0,) * 3, num_classes=4, image_size=size, titles=list(titles)
         )
         monkeypatch.setattr("explanation.explainer.load_classifier", made)
 

@@ -236,7 +236,7 @@ def test_the_baseline_starts_from_torchvisions_weights(run, monkeypatch, capsys)
     import detection.initialize
 
     monkeypatch.setattr(
-        detection.initialize, "fetch", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict()
+        detection.initialize, "download_weights", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict()
     )
     run("--pretrained", "--model", "resnet18", "--iters", "1", "--log_off", start=False)
     assert (
@@ -246,7 +246,7 @@ def test_the_baseline_starts_from_torchvisions_weights(run, monkeypatch, capsys)
     def offline(url):
         raise ValueError("cannot download")
 
-    monkeypatch.setattr(detection.initialize, "fetch", offline)
+    monkeypatch.setattr(detection.initialize, "download_weights", offline)
     with pytest.raises(
         UserError, match="--pretrained: cannot download, or give a classifier with --backbone_checkpoint"
     ):

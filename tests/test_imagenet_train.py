@@ -144,7 +144,7 @@ def test_a_phase_has_its_own_crop_batch_and_clean_term(place, tmp_path, monkeypa
 
     def looked(state, batches, *args, **kwargs):
         batch = next(batches.epoch(0))
-        seen.append((tuple(batch.images.shape), state.source.clean_weight, str(batches.part.origin)))
+        seen.append((tuple(batch.images.shape), state.source.clean_weight, str(batches.image_set.origin)))
         batches.close()
         return train_one_epoch(state, batches, *args, **kwargs)
 

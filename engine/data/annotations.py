@@ -22,11 +22,11 @@ from engine.data.image_set import ImageSet
 from engine.errors import UserError
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
-FORMS = (
+ANNOTATION_FORMATS = (
     "a folder of XML files (<image>.xml or <class>/<image>.xml), a .csv with the columns file,xmin,ymin,xmax,ymax, or "
     'a .json of {"file": [[x0, y0, x1, y1], ...]}'
 )
-REMEDY = f"--annotation-path takes {FORMS}"
+REMEDY = f"--annotation-path takes {ANNOTATION_FORMATS}"
 COLUMNS = (("xmin", "ymin", "xmax", "ymax"), ("x0", "y0", "x1", "y1"))
 
 
@@ -76,27 +76,29 @@ DescribePlaces = Callable[[str, str], str]  # (file, class) -> where its annotat
 
 
 def find_boxes(
-    part: ImageSet,
+    image_set: ImageSet,
     dataset: str,
     annotation_path: str | None = None,
     *,
     progress: Callable = lambda items, **kwargs: items,
 ) -> BoxAnnotations:
-    """The true boxes of the images of a set, from annotation_path (see FORMS) or else from what the data set brings.
+    """Read the ground-truth boxes of an image set from annotation_path (see ANNOTATION_FORMATS) or from the data set.
 
     progress: as for load_data(). Raises UserError if there is no annotation at all, and for a list that cannot be read;
     a single broken XML file is counted instead.
     """
     if not annotation_path and dataset == "shapes":
-        return shapes_boxes(part)
-    check_annotations_given(part, dataset, annotation_path)
-    lookup, describe = open_annotations(part, Path(annotation_path)) if annotation_path else open_tiny_annotations(part)
+        return get_shapes_boxes(image_set)
+    check_annotations_given(image_set, dataset, annotation_path)
+    lookup, describe = (
+        open_annotations(image_set, Path(annotation_path)) if annotation_path else open_tiny_annotations(image_set)
+    )
     found = BoxAnnotations([], [], [])
-    names, labels = part.files.names(), part.labels.tolist()
+    names, labels = image_set.files.names(), image_set.labels.tolist()
     for index, name in enumerate(progress(names, total=len(names), desc="reading boxes", unit="image")):
         annotation = None
         try:
-            annotation = lookup(index, name, part.classes[labels[index]])
+            annotation = lookup(index, name, image_set.classes[labels[index]])
             if annotation is None:
                 found.missing.append(name)
             elif not annotation.boxes:
@@ -106,15 +108,15 @@ def find_boxes(
         found.per_image.append(annotation if annotation and annotation.boxes else None)
     if names and len(found.missing) == len(names):
         raise UserError(
-            f"{annotation_path or part.origin}: boxes of none of the {len(names):,} images in {part.origin}; "
-            f"looked for {describe(names[0], part.classes[labels[0]])}\n{REMEDY}"
+            f"{annotation_path or image_set.origin}: boxes of none of the {len(names):,} images in {image_set.origin}; "
+            f"looked for {describe(names[0], image_set.classes[labels[0]])}\n{REMEDY}"
         )
     return found
 
 
-def check_annotations_given(part: ImageSet, dataset: str, annotation_path: str | None) -> None:
+def check_annotations_given(image_set: ImageSet, dataset: str, annotation_path: str | None) -> None:
     """Raise UserError if there cannot be boxes, or if they are not given."""
-    if part.files is None:
+    if image_set.files is None:
         own = "leave --annotation-path out: shapes has boxes of its own"
         raise UserError(
             f"{dataset} has no image files that boxes could be given for\n"
@@ -124,17 +126,19 @@ def check_annotations_given(part: ImageSet, dataset: str, annotation_path: str |
         raise UserError(f"{dataset} comes without true boxes: give them with --annotation-path\n{REMEDY}")
 
 
-def shapes_boxes(part: ImageSet) -> BoxAnnotations:
-    side = part.pixels.shape[1]
-    boxes = part.annotations["boxes"].tolist()
+def get_shapes_boxes(image_set: ImageSet) -> BoxAnnotations:
+    side = image_set.pixels.shape[1]
+    boxes = image_set.annotations["boxes"].tolist()
     per_image = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in boxes]
-    return BoxAnnotations(per_image, [], [], part.annotations["masks"])
+    return BoxAnnotations(per_image, [], [], image_set.annotations["masks"])
 
 
-def open_annotations(part: ImageSet, path: Path) -> tuple[Lookup, DescribePlaces]:
-    """Raises UserError for a path that is not one of FORMS."""
+def open_annotations(image_set: ImageSet, path: Path) -> tuple[Lookup, DescribePlaces]:
+    """Raises UserError for a path that is not one of ANNOTATION_FORMATS."""
     if path.is_dir():
-        return xml_lookup(path), lambda name, category: " and ".join(map(str, xml_candidates(path, name, category)))
+        return make_xml_lookup(path), lambda name, category: " and ".join(
+            map(str, list_xml_candidates(path, name, category))
+        )
     if not path.is_file():
         raise UserError(f"--annotation-path {path}: no such file or folder\n{REMEDY}")
     reader = {".csv": read_csv, ".json": read_json}.get(path.suffix.lower())
@@ -145,17 +149,17 @@ def open_annotations(part: ImageSet, path: Path) -> tuple[Lookup, DescribePlaces
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
         raise UserError(f"--annotation-path {path}: it cannot be read ({error})\n{REMEDY}") from error
     first = next(iter(rows), "nothing")
-    return row_lookup(part, rows), lambda name, category: f"{name}, where its first line is of {first}"
+    return make_row_lookup(image_set, rows), lambda name, category: f"{name}, where its first line is of {first}"
 
 
-def xml_candidates(folder: Path, name: str, category: str) -> list[Path]:
+def list_xml_candidates(folder: Path, name: str, category: str) -> list[Path]:
     stem = PurePosixPath(name).stem  # of the file alone: a dot in a folder's name, as in ../ann, ends nothing
     return [folder / category / f"{stem}.xml", folder / f"{stem}.xml"]
 
 
-def xml_lookup(folder: Path) -> Lookup:
+def make_xml_lookup(folder: Path) -> Lookup:
     def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
-        path = next((path for path in xml_candidates(folder, name, category) if path.is_file()), None)
+        path = next((path for path in list_xml_candidates(folder, name, category) if path.is_file()), None)
         return path and read_xml(path, category)
 
     return lookup
@@ -251,11 +255,11 @@ def normalize_name(name: str) -> str:
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
-def row_lookup(part: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
+def make_row_lookup(image_set: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
     """Finds rows by the path of the image relative to the root of the set, or else by its base name if that is unique
     both in the set and in the list.
     """
-    in_set = Counter(PurePosixPath(name).name for name in set(part.files.names()))
+    in_set = Counter(PurePosixPath(name).name for name in set(image_set.files.names()))
     in_list = Counter(PurePosixPath(name).name for name in rows)
     by_base = {PurePosixPath(name).name: found for name, found in rows.items()}
 
@@ -268,7 +272,7 @@ def row_lookup(part: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
         boxes = [row.box for row in found if row.box and is_usable_box(row.box)]
         if not boxes:
             return BoxAnnotation([], 0, 0)
-        width, height = next((row.size for row in found if row.size), None) or read_image_size(part.files[index])
+        width, height = next((row.size for row in found if row.size), None) or read_image_size(image_set.files[index])
         check_size(width, height)
         return BoxAnnotation(boxes, width, height)
 
@@ -281,15 +285,15 @@ def read_image_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def open_tiny_annotations(part: ImageSet) -> tuple[Lookup, DescribePlaces]:
+def open_tiny_annotations(image_set: ImageSet) -> tuple[Lookup, DescribePlaces]:
     """val_annotations.txt in or beside the folder of the images, else <wnid>/<wnid>_boxes.txt in it."""
-    where = Path(part.origin)
+    where = Path(image_set.origin)
     lists = [folder / "val_annotations.txt" for folder in (where, where.parent)]
     rows: dict[str, list[AnnotationRow]] = {}
     if path := next(filter(Path.is_file, lists), None):
         read_tiny(path, rows)
     else:
-        for wnid in part.classes:
+        for wnid in image_set.classes:
             path = where / wnid / f"{wnid}_boxes.txt"
             if path.is_file():
                 read_tiny(path, rows, wnid)

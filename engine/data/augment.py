@@ -60,12 +60,12 @@ def crop_and_flip(
     return picked * inside.unsqueeze(3)
 
 
-def identity_colors(count: int, device: torch.device | None = None) -> torch.Tensor:
+def identity_color_matrix(count: int, device: torch.device | None = None) -> torch.Tensor:
     """The affine map (B, 3, 4) that changes nothing: a row for each new colour, columns red, green, blue, constant."""
     return torch.eye(3, 4, device=device).expand(count, 3, 4)
 
 
-def compose_colors(images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def compose_color_matrix(images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """The affine map (B, 3, 4), of colours in 0..1, of all changes of colour in `drawn`; None if there are none.
 
     images (B, 3, H, W) in 0..255.
@@ -73,7 +73,9 @@ def compose_colors(images: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torc
     affine = color_jitter(images.mean((2, 3)) / 255, drawn["factors"]) if "factors" in drawn else None
     if "strength" not in drawn:
         return affine
-    return add_lighting(identity_colors(len(images), images.device) if affine is None else affine, drawn["strength"])
+    return add_lighting(
+        identity_color_matrix(len(images), images.device) if affine is None else affine, drawn["strength"]
+    )
 
 
 def color_jitter(mean: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:

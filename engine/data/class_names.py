@@ -11,33 +11,33 @@ from engine.errors import UserError, suggest_closest
 
 
 def map_labels(
-    part_classes: list[str], classes: list[str], class_list: str | None = None, count: int | None = 1000
+    data_classes: list[str], classes: list[str], class_list: str | None = None, num_classes: int | None = 1000
 ) -> torch.Tensor:
-    """long (len(part_classes),): the position of each class of the data among those of a network; -1 where it is none
-    of them.
+    """Return the network's class index for each class of the data: long (len(data_classes),), -1 for unknown classes.
 
-    classes: the network's; where they are not known (empty), those of class_list, a file; and without one both are
-    taken to be the same, sorted by name, if there are `count` of each: of ImageNet those sort by their WordNet ids.
-    count None: of a network that takes any number. Raises UserError where that cannot be, for a class_list of other
-    than `count` classes, and where no class is known.
+    classes: class names of the network, in the order of its logits. If they are not known (empty), they are read from
+    the file class_list. Without class_list, data and network are assumed to have the same classes in sorted order,
+    which is true of ImageNet with its WordNet ids. num_classes: number of outputs of the network; None: any number.
+
+    Raises UserError if the numbers of classes differ or if the network knows none of the classes of the data.
     """
     if not classes and class_list:
         classes = read_class_list(class_list)
-        if count not in (None, len(classes)):
-            raise UserError(f"--class_list {class_list}: {len(classes)} classes, where the network has {count}")
-    if not classes and count not in (None, len(part_classes)):
+        if num_classes not in (None, len(classes)):
+            raise UserError(f"--class_list {class_list}: {len(classes)} classes, where the network has {num_classes}")
+    if not classes and num_classes not in (None, len(data_classes)):
         raise UserError(
-            f"the data has {len(part_classes)} classes, the network {count}, and its file does not name them\n"
+            f"the data has {len(data_classes)} classes, the network {num_classes}, and its file does not name them\n"
             "name them, in the order of the network, in a file: --class_list FILE, one a line or a .csv with a column "
             "wnid"
         )
-    place = {name: position for position, name in enumerate(classes or part_classes)}
-    if not place.keys() & set(part_classes):
+    place = {name: position for position, name in enumerate(classes or data_classes)}
+    if not place.keys() & set(data_classes):
         raise UserError(
-            f"the network knows none of the classes of the data ({', '.join(part_classes[:3])} ...): its own are "
+            f"the network knows none of the classes of the data ({', '.join(data_classes[:3])} ...): its own are "
             f"{', '.join(list(place)[:3])} ..."
         )
-    return torch.tensor([place.get(name, -1) for name in part_classes])
+    return torch.tensor([place.get(name, -1) for name in data_classes])
 
 
 def read_class_list(file: str) -> list[str]:

@@ -7,13 +7,13 @@ import torch
 
 from engine.config.phases import default_eval_resize
 from engine.data.cifar import LAYOUTS, find_cifar, read_cifar, read_class_names
-from engine.data.folders import find_evaluation, find_images
+from engine.data.folders import find_evaluation_images, find_splits
 from engine.data.image_set import (
     Data,
     ImageSet,
     decode_all,
     get_statistics,
-    image_set_from_files,
+    make_image_set,
     split_by_class,
 )
 from engine.data.shapes import CLASSES as SHAPE_NAMES
@@ -58,11 +58,13 @@ def load_data(
         train, test = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
     elif dataset == "shapes":
         most = 0 if labels_per_class or valid_labels_per_class else limit
-        train, test = (shapes_image_set(part, image_size or 32, num_classes or 10, progress, most) for part in (0, 1))
+        train, test = (
+            make_shapes_image_set(part, image_size or 32, num_classes or 10, progress, most) for part in (0, 1)
+        )
     else:
-        view = default_view(dataset, image_size, eval_resize)
+        view = get_default_view(dataset, image_size, eval_resize)
         places = [place and Path(place) for place in (data_dir, val_data_dir, val_labels)]
-        train, test = (image_set_from_files(part, view, on_bad_image) for part in find_images(dataset, *places))
+        train, test = (make_image_set(part, view, on_bad_image) for part in find_splits(dataset, *places))
     warnings = describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
@@ -105,13 +107,13 @@ def load_evaluation(
     place, val_place, labels = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
     if dataset in LAYOUTS:
         place = main_process_first(lambda: find_cifar(dataset, val_place or place, download))
-        part = cifar_image_set(dataset, place, [LAYOUTS[dataset].test])
+        part = make_cifar_image_set(dataset, place, [LAYOUTS[dataset].test])
         check_image_size(dataset, part, image_size)
     elif dataset == "shapes":
-        part = shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
+        part = make_shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
     else:
-        found = find_evaluation(dataset, place, val_place, labels)
-        part = image_set_from_files(found, view or default_view(dataset, image_size, eval_resize), on_bad_image)
+        found = find_evaluation_images(dataset, place, val_place, labels)
+        part = make_image_set(found, view or get_default_view(dataset, image_size, eval_resize), on_bad_image)
     check_class_count(dataset, part, num_classes)
     return part.first(limit) if limit else part
 
@@ -140,16 +142,16 @@ def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tu
     if test_dir != train_dir:
         test_place = main_process_first(lambda: find_cifar(name, test_dir, download))
     return (
-        cifar_image_set(name, train_place, LAYOUTS[name].train),
-        cifar_image_set(name, test_place, [LAYOUTS[name].test]),
+        make_cifar_image_set(name, train_place, LAYOUTS[name].train),
+        make_cifar_image_set(name, test_place, [LAYOUTS[name].test]),
     )
 
 
-def cifar_image_set(name: str, place: Path, files: list[str]) -> ImageSet:
+def make_cifar_image_set(name: str, place: Path, files: list[str]) -> ImageSet:
     return ImageSet(*read_cifar(name, place, files), read_class_names(name, place), str(place))
 
 
-def shapes_image_set(part: int, size: int, num_classes: int, progress: Callable, most: int = 0) -> ImageSet:
+def make_shapes_image_set(part: int, size: int, num_classes: int, progress: Callable, most: int = 0) -> ImageSet:
     """part: 0 for training images, 1 for test images; it is the seed. most: number of images; 0: SHAPES_COUNTS."""
     if num_classes > len(SHAPE_NAMES):
         raise UserError(f"--num_classes {num_classes}: shapes has {len(SHAPE_NAMES)} classes")
@@ -159,7 +161,7 @@ def shapes_image_set(part: int, size: int, num_classes: int, progress: Callable,
     return ImageSet(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], origin, drawn)
 
 
-def default_view(dataset: str, image_size: int | None, eval_resize: int | None) -> CenterCrop:
+def get_default_view(dataset: str, image_size: int | None, eval_resize: int | None) -> CenterCrop:
     """How the evaluation images of a set are cut out. Raises UserError if the crop is larger than the resized image."""
     size = image_size or (224 if dataset == "imagenet" else TINY_SIDE)
     resize = eval_resize or (default_eval_resize(size) if dataset == "imagenet" else size)

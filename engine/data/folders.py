@@ -10,8 +10,8 @@ import torch
 
 from engine.errors import UserError
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-IMAGENET_PLACES = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
+IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGENET_FOLDERS = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
 DEFAULT_DIR = Path("data")  # of --data_dir: only then a set beside it is taken too
 
 
@@ -66,7 +66,7 @@ class DataFiles(NamedTuple):
         return Path(self.files.root)
 
 
-def find_images(
+def find_splits(
     dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None
 ) -> tuple[DataFiles, DataFiles]:
     """Training and test images of a data set of files. val_labels: see find_folder(); Tiny-ImageNet brings its own."""
@@ -87,46 +87,48 @@ def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = 
         if not place.is_dir():
             raise UserError(
                 f"no folder {place}; a class-per-folder set has {data_dir}/train/<class>/*.jpg and "
-                f"{data_dir}/val/<class>/*.jpg (or test/)\nname its place with --data_dir{list_directory(data_dir)}"
+                f"{data_dir}/val/<class>/*.jpg (or test/)\nname its place with --data_dir{describe_folder(data_dir)}"
             )
-    return check_same_classes(label_files(class_folders(train_dir), train_dir), find_validation(test_dir, val_labels))
+    return check_same_classes(
+        label_files(list_class_folders(train_dir), train_dir), find_validation_images(test_dir, val_labels)
+    )
 
 
-def find_training(flag: str, place: Path) -> DataFiles:
+def find_training_images(flag: str, place: Path) -> DataFiles:
     """train/<class>/* in `place` or where it is usually unpacked there. flag: the option that named it."""
-    places = [place / name for name in (*IMAGENET_PLACES, "tiny-imagenet-200", "tiny-imagenet")]
+    places = [place / name for name in (*IMAGENET_FOLDERS, "tiny-imagenet-200", "tiny-imagenet")]
     root = next((path for path in places if (path / "train").is_dir()), None)
     if root is None:
         raise UserError(
-            f"{flag} {place}: no train/<class>/*.jpg there\nmake it with --resize_to{list_directory(place)}"
+            f"{flag} {place}: no train/<class>/*.jpg there\nmake it with --resize_to{describe_folder(place)}"
         )
-    return label_files(class_folders(root / "train"), root / "train")
+    return label_files(list_class_folders(root / "train"), root / "train")
 
 
 def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
     """train/<wnid>/* and val/<wnid>/*, or a flat val/ with val_labels, in data_dir or where it is usually unpacked."""
-    places = [data_dir / name for name in IMAGENET_PLACES]
+    places = [data_dir / name for name in IMAGENET_FOLDERS]
     places += [Path("imagenet")] if data_dir == DEFAULT_DIR else []
     place = next((path for path in places if (path / "train").is_dir()), None)
     if place is None:
         raise UserError(
             f"imagenet not found: looked for train/<wnid>/*.JPEG and val/ in {', '.join(map(str, places))}\n"
             f"unpack ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar there, or name its place with "
-            f"--data_dir{list_directory(data_dir)}"
+            f"--data_dir{describe_folder(data_dir)}"
         )
     return find_folder(place, val_dir, val_labels)
 
 
-def find_validation(val: Path, val_labels: Path | None) -> DataFiles:
+def find_validation_images(val: Path, val_labels: Path | None) -> DataFiles:
     """val/<class>/*, or val/* and the file that lists their classes. Raises UserError if neither is there."""
     loose = list_images(val)
     if val_labels and not loose:
         raise UserError(
             f"--val_labels {val_labels}: {val} holds no loose images\nleave it out where there is a folder for each "
-            f"class{list_directory(val)}"
+            f"class{describe_folder(val)}"
         )
     if not val_labels and (not loose or list_folders(val)):
-        return label_files(class_folders(val), val)
+        return label_files(list_class_folders(val), val)
     if not val_labels:
         raise UserError(
             f"{val} holds {len(loose):,} loose images, and nothing tells their classes\n"
@@ -177,9 +179,9 @@ def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles,
     if place is None:
         raise UserError(
             f"tiny-imagenet not found: looked for train/<wnid>/images/*.JPEG and val/ in {', '.join(map(str, places))}"
-            f"\nunpack tiny-imagenet-200.zip there, or name its place with --data_dir{list_directory(data_dir)}"
+            f"\nunpack tiny-imagenet-200.zip there, or name its place with --data_dir{describe_folder(data_dir)}"
         )
-    train = label_files(class_folders(place / "train"), place / "train")
+    train = label_files(list_class_folders(place / "train"), place / "train")
     test = find_tiny_validation(val_dir or place / "val")
     if len(test.classes) == 1 < len(train.classes):
         raise UserError(
@@ -204,9 +206,9 @@ def find_tiny_validation(val: Path) -> DataFiles:
     if not list_folders(root):
         raise UserError(
             f"{val}: cannot tell the classes of the validation images; it needs val_annotations.txt beside images/, "
-            f"or a folder for each class{list_directory(val)}"
+            f"or a folder for each class{describe_folder(val)}"
         )
-    return label_files(class_folders(root), root)
+    return label_files(list_class_folders(root), root)
 
 
 def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
@@ -217,7 +219,7 @@ def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
     if place is None:
         raise UserError(
             f"tiny-imagenet not found: looked for {', '.join(map(str, places))}\n"
-            f"unpack tiny-imagenet-200.zip there, or name its place with --data_dir{list_directory(data_dir)}"
+            f"unpack tiny-imagenet-200.zip there, or name its place with --data_dir{describe_folder(data_dir)}"
         )
     found = find_tiny_validation(place)
     if found.classes == ["images"]:
@@ -228,36 +230,38 @@ def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
     return found
 
 
-def find_evaluation(dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None) -> DataFiles:
+def find_evaluation_images(dataset: str, data_dir: Path, val_dir: Path | None, val_labels: Path | None) -> DataFiles:
     """Test images, without looking for training images: val_dir, else the first of val/, test/ and the folder itself
     that holds class folders, or the loose images of val_labels; for imagenet also where it is usually unpacked.
     """
     if dataset == "tiny-imagenet":
         return find_tiny_evaluation(data_dir, val_dir)
     if val_dir:
-        return find_validation(val_dir, val_labels)
+        return find_validation_images(val_dir, val_labels)
     roots = [data_dir]
     if dataset == "imagenet":
-        roots = [data_dir / name for name in IMAGENET_PLACES] + ([Path("imagenet")] if data_dir == DEFAULT_DIR else [])
+        roots = [data_dir / name for name in IMAGENET_FOLDERS] + ([Path("imagenet")] if data_dir == DEFAULT_DIR else [])
     places = [root / name for name in ("val", "test") for root in roots]
     # a val/ of loose images must not be taken for a class
     places += [root for root in roots if not (root / "val").is_dir() and not (root / "test").is_dir()]
     found = next((path for path in places if (val_labels and list_images(path)) or has_class_folders(path)), None)
-    found = found or next(filter(list_images, places), None)  # of loose images find_validation says what they lack
+    found = found or next(
+        filter(list_images, places), None
+    )  # of loose images find_validation_images says what they lack
     if found is None:
         raise UserError(
             f"no evaluation images found: looked for <class>/*.jpg (or .png, .JPEG ...) in "
             f"{', '.join(map(str, places))}\nname their place with --data_dir, or that of the class folders themselves "
-            f"with --val_data_dir{list_directory(data_dir)}"
+            f"with --val_data_dir{describe_folder(data_dir)}"
         )
-    return find_validation(found, val_labels)
+    return find_validation_images(found, val_labels)
 
 
 def has_class_folders(root: Path) -> bool:
     return any(list_images(root / name) or list_images(root / name / "images") for name in list_folders(root))
 
 
-def class_folders(root: Path) -> dict[str, list[str]]:
+def list_class_folders(root: Path) -> dict[str, list[str]]:
     """Class name -> its files relative to root, sorted; <class>/images/* counts as <class>/*.
 
     Empty folders are skipped. Raises UserError if a folder holds files but no images, or there are no folders.
@@ -273,7 +277,7 @@ def class_folders(root: Path) -> dict[str, list[str]]:
     empty = [name for name, files in folders.items() if not files]
     if not folders or empty:
         what = f"no images in {', '.join(empty[:5])}" if folders else "no class folders"
-        raise UserError(f"{root}: {what}; expected {root}/<class>/*.jpg (or .png, .JPEG ...){list_directory(root)}")
+        raise UserError(f"{root}: {what}; expected {root}/<class>/*.jpg (or .png, .JPEG ...){describe_folder(root)}")
     return folders
 
 
@@ -291,7 +295,7 @@ def list_images(root: Path) -> list[str]:
 
 
 def filter_images(names: list[str]) -> list[str]:
-    return sorted(name for name in names if os.path.splitext(name)[1].lower() in ENDINGS)
+    return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS)
 
 
 def label_files(folders: dict[str, list[str]], root: Path) -> DataFiles:
@@ -317,7 +321,7 @@ def describe_missing(one: DataFiles, other: DataFiles) -> str:
     return f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})" if names else "none"
 
 
-def list_directory(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
     """The first entries of a folder, for the end of a message."""
     if not folder.is_dir():
         return f"; there is no folder {folder}"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from engine.data.decode import BadImage, decode_into
 from engine.data.folders import FileList
-from engine.data.sample_rng import crop_draws
+from engine.data.sample_rng import draw_crop_numbers
 from engine.data.views import RandomCrop, View
 from engine.errors import UserError
 from engine.runtime.distributed import cores_per_process
@@ -48,7 +48,7 @@ class ImageFiles:
         """
         pixels = torch.empty(len(index), self.size, self.size, 3, dtype=torch.uint8)
         random = isinstance(self.view, RandomCrop)
-        draws = crop_draws(seed, epoch, index) if random else [None] * len(index)
+        draws = draw_crop_numbers(seed, epoch, index) if random else [None] * len(index)
         places, boxes = [], []
         for place, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
             try:
@@ -73,21 +73,21 @@ class ImageFiles:
     def read_all(self, workers: int, progress: Callable) -> tuple[torch.Tensor, torch.Tensor]:
         """Every image, uint8 (N, size, size, 3), and the indices (N,) of the files that served."""
         order = torch.arange(len(self)).split(256)
-        reader = Reader(self, workers=workers)
+        reader = BatchReader(self, workers=workers)
         bar = progress(reader.read(order), total=len(order), desc="reading images", unit="batch")
         pixels, places, _ = zip(*bar, strict=True)
         reader.close()
         return torch.cat(pixels), torch.cat(places)
 
 
-class Reader:
+class BatchReader:
     """Batches of image files, read ahead by worker processes that start with the first batch and end with close().
 
     files: ImageFiles, or what else has a read() and a remedy like theirs.
     """
 
     def __init__(self, files: ImageFiles, *, seed: int = 0, workers: int = 0, pin: bool = False):
-        self.samples, self.order = Samples(files, seed), Order()
+        self.samples, self.order = BatchDataset(files, seed), BatchOrder()
         self.workers, self.pin = min(workers, cores_per_process()), pin  # more workers would only wait
         self.loader, self.batches, self.turn = None, None, 0
 
@@ -98,7 +98,7 @@ class Reader:
         """
         self.turn += 1
         turn, self.order.epoch, self.order.batches = self.turn, epoch, order
-        self.batches = self.begin()
+        self.batches = self.start_iterator()
         for _ in order:
             if turn != self.turn:
                 raise RuntimeError(f"epoch {epoch} was given up: another one, or close(), came in between")
@@ -111,8 +111,8 @@ class Reader:
                 raise UserError(f"an image cannot be read: {places}\n{self.samples.files.remedy}")
             yield pixels, places, boxes
 
-    def begin(self) -> Iterator[tuple]:
-        """The loader's iterator over what Order says, from the same workers as before if there are any."""
+    def start_iterator(self) -> Iterator[tuple]:
+        """The loader's iterator over what BatchOrder says, from the same workers as before if there are any."""
         if self.loader is not None:
             return iter(self.loader)
         self.loader = DataLoader(
@@ -139,7 +139,7 @@ class Reader:
         self.loader = self.batches = None  # the last reference to the loader's iterator: it ends them
 
 
-class Order:
+class BatchOrder:
     """What the loader is to read next: it asks at the start of each epoch, and is never made anew."""
 
     def __init__(self):
@@ -151,7 +151,7 @@ class Order:
         return ((epoch, index.tolist()) for index in batches)
 
 
-class Samples(Dataset):
+class BatchDataset(Dataset):
     """What the workers hold. A batch is asked for as (epoch, indices), since a worker outlives the epoch."""
 
     def __init__(self, files: ImageFiles, seed: int):

@@ -30,7 +30,7 @@ def get_statistics(dataset: str, norm: str) -> tuple[tuple[float, ...], tuple[fl
 
 @dataclass
 class ImageSet:
-    """One part of a data set: pixels in a uint8 tensor (N, H, W, 3), or files that are decoded batch by batch."""
+    """One split of a data set: pixels in a uint8 tensor (N, H, W, 3), or files that are decoded batch by batch."""
 
     pixels: torch.Tensor | ImageFiles
     labels: torch.Tensor  # (N,) long
@@ -120,41 +120,43 @@ def split_by_class(
     return train.take(torch.cat(kept).sort().values), valid
 
 
-def image_set_from_files(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
+def make_image_set(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
     pixels = ImageFiles(found.files, view, on_bad_image)
     return ImageSet(pixels, found.labels, found.classes, str(found.root), files=found.files)
 
 
-def load_into_memory(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
+def load_into_memory(image_set: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
     """The set with its image files decoded, unless that takes more than MAX_MEMORY_BYTES."""
-    if isinstance(part.pixels, torch.Tensor) or 3 * len(part) * part.pixels.size**2 > MAX_MEMORY_BYTES:
-        return part
-    return decode_all(part, workers, progress, warnings)
+    if isinstance(image_set.pixels, torch.Tensor) or 3 * len(image_set) * image_set.pixels.size**2 > MAX_MEMORY_BYTES:
+        return image_set
+    return decode_all(image_set, workers, progress, warnings)
 
 
-def select_classes(part: ImageSet, class_map: torch.Tensor, classes: list[str]) -> ImageSet:
-    """The images whose class is one of `classes`, with labels among these. class_map (len(part.classes),): which of
-    them each class of the set is; -1: none.
+def select_classes(image_set: ImageSet, class_map: torch.Tensor, classes: list[str]) -> ImageSet:
+    """The images whose class is one of `classes`, with labels among these. class_map (len(image_set.classes),):
+    which of them each class of the set is; -1: none.
     """
-    labels = class_map[part.labels]
+    labels = class_map[image_set.labels]
     known = (labels >= 0).nonzero().flatten()
-    return replace(part.take(known), labels=labels[known], classes=classes)
+    return replace(image_set.take(known), labels=labels[known], classes=classes)
 
 
-def decode_all(part: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
+def decode_all(image_set: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
     """The set with its images decoded into one tensor."""
-    pixels, loaded_index = part.pixels.read_all(workers, progress)
-    if skipped := int((loaded_index != torch.arange(len(part))).sum()):
-        warnings.append(f"{skipped} unreadable files of {part.origin} were skipped")
-    return replace(part, pixels=pixels, labels=part.labels[loaded_index], files=part.pixels.files[loaded_index])
+    pixels, loaded_index = image_set.pixels.read_all(workers, progress)
+    if skipped := int((loaded_index != torch.arange(len(image_set))).sum()):
+        warnings.append(f"{skipped} unreadable files of {image_set.origin} were skipped")
+    return replace(
+        image_set, pixels=pixels, labels=image_set.labels[loaded_index], files=image_set.pixels.files[loaded_index]
+    )
 
 
 def check_same_images(data: Data) -> None:
     """Raise UserError if the processes found different images."""
     parts = {"training images": data.train, "test images": data.test, "validation images": data.valid}
-    found = {name: f"{len(part)}" for name, part in parts.items() if part}
+    found = {name: f"{len(image_set)}" for name, image_set in parts.items() if image_set}
     found["classes"] = ", ".join(data.classes)
-    found |= {f"labels of the {name}": hash_labels(part.labels) for name, part in parts.items() if part}
+    found |= {f"labels of the {name}": hash_labels(image_set.labels) for name, image_set in parts.items() if image_set}
     check_same_value("data", found, "every machine needs the same copy of the data set")
 
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from engine.data.augment import Augmentation, apply_colors, compose_colors, crop_and_flip
-from engine.data.image_files import Reader
+from engine.data.augment import Augmentation, apply_colors, compose_color_matrix, crop_and_flip
+from engine.data.image_files import BatchReader
 from engine.data.image_set import ImageSet
 from engine.errors import UserError
 from engine.runtime.distributed import rank, world_size
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     box: torch.Tensor | None = None  # (B, 4) on the device: y1, y2, x1, x2 of a random crop, in 0..1
 
 
-def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+def make_epoch_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch * 0x85EBCA77 + 0xC2B2AE3D) % 2**63)
 
 
@@ -56,7 +56,7 @@ class Shard:
 WHOLE_BATCH = Shard()
 
 
-def process_shard(micro_batches: int = 1) -> Shard:
+def get_process_shard(micro_batches: int = 1) -> Shard:
     """The shard of this process among those that torchrun started."""
     return Shard(rank(), world_size(), micro_batches)
 
@@ -75,7 +75,7 @@ class DeviceLoader:
 
     def __init__(
         self,
-        part: ImageSet,
+        image_set: ImageSet,
         batch_size: int,
         *,
         device: torch.device,
@@ -94,24 +94,24 @@ class DeviceLoader:
                 f"a batch of {batch_size} cannot be cut into {shard.world_size} ranks times "
                 f"{shard.micro_batches} pieces"
             )
-        self.part, self.batch_size, self.device = part, batch_size, device
+        self.image_set, self.batch_size, self.device = image_set, batch_size, device
         self.shuffle, self.drop_last, self.seed, self.channels_last = shuffle, drop_last, seed, channels_last
         self.augmentation, self.shard, self.micro_batches = augmentation, shard, shard.micro_batches
-        self.labels = part.labels.to(device)
-        self.resident = part.pixels.to(device) if isinstance(part.pixels, torch.Tensor) else None
+        self.labels = image_set.labels.to(device)
+        self.resident = image_set.pixels.to(device) if isinstance(image_set.pixels, torch.Tensor) else None
         self.reader, view = None, augmentation and augmentation.view
         if self.resident is None:
-            files = part.pixels.with_view(view or part.pixels.view)
-            self.reader = Reader(files, seed=seed, workers=workers, pin=device.type == "cuda")
+            files = image_set.pixels.with_view(view or image_set.pixels.view)
+            self.reader = BatchReader(files, seed=seed, workers=workers, pin=device.type == "cuda")
         elif view is not None:
-            raise ValueError(f"{view} is for image files; the images of {part.origin} lie in a tensor")
+            raise ValueError(f"{view} is for image files; the images of {image_set.origin} lie in a tensor")
         self.copy_stream = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
         self.skipped = 0  # unreadable files of the last epoch
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.part), self.batch_size)
+        whole, rest = divmod(len(self.image_set), self.batch_size)
         least = self.shard.parts if self.shuffle else 1
         return whole + (rest >= least and not self.drop_last)
 
@@ -146,7 +146,7 @@ class DeviceLoader:
 
     def draw(self, epoch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The order (N,) of the set in this epoch, and what is drawn for each position in it, (..., N), on the host."""
-        count, generator = len(self.part), epoch_generator(self.seed, epoch)
+        count, generator = len(self.image_set), make_epoch_generator(self.seed, epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         return order, self.augmentation.draw(count, generator) if self.augmentation else {}
 
@@ -181,7 +181,7 @@ class DeviceLoader:
     def normalize(self, pixels: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
         """uint8 (B, H, W, 3) -> normalised floats (B, 3, H, W), with the drawn changes of colour."""
         images = pixels.permute(0, 3, 1, 2).float()
-        affine = compose_colors(images, drawn)
+        affine = compose_color_matrix(images, drawn)
         if affine is None:
             torch.addcmul(self.offset, images, self.scale, out=images)
         else:

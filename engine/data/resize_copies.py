@@ -25,7 +25,7 @@ from PIL import Image
 
 from engine.config.parser import Parser
 from engine.data.decode import convert_to_rgb
-from engine.data.folders import ENDINGS, find_training
+from engine.data.folders import IMAGE_EXTENSIONS, find_training_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import Data, ImageSet
 from engine.errors import UserError
@@ -38,7 +38,7 @@ SPARE = 2  # a JPEG is decoded at reduced size only while it stays this much lar
 
 
 @dataclass
-class Report:
+class ResizeReport:
     """What was done; bad: the files that could not be read, and why."""
 
     made: int = 0
@@ -54,7 +54,7 @@ class Report:
         return [first, *(f"  {path}: {reason}" for path, reason in self.bad)]
 
 
-class Outcome(NamedTuple):
+class CopyResult(NamedTuple):
     name: str
     made: int
     skipped: int
@@ -68,14 +68,14 @@ def resize_copies(
     *,
     workers: int | None = None,
     progress: Callable = lambda items, **kwargs: items,
-) -> Report:
+) -> ResizeReport:
     """For each size S, dest/S/ with the tree of `source`: shorter side S, bicubic, RGB JPEG; one process a core.
 
     progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError for an empty source, for places
     that lie in each other, and where a copy cannot be written.
     """
     source, dest, begin = Path(source), Path(dest), time.perf_counter()
-    check_places(source, dest, sizes)
+    check_folders(source, dest, sizes)
     images, lists = walk_images(source)
     if not images:
         raise UserError(f"no images below {source}\nname the folder that holds train/ and val/")
@@ -83,9 +83,9 @@ def resize_copies(
         for size in sizes:
             target = dest / str(size) / name
             if not target.exists():
-                with check_writable(target) as side:
+                with atomic_file(target) as side:
                     shutil.copyfile(source / name, side)
-    report = Report()
+    report = ResizeReport()
     work = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
     with start_pool(workers or cores_per_process()) as pool:
         outcomes = pool.map(work, images, chunksize=8)
@@ -99,7 +99,7 @@ def resize_copies(
     return report
 
 
-def check_places(source: Path, dest: Path, sizes: list[int]) -> None:
+def check_folders(source: Path, dest: Path, sizes: list[int]) -> None:
     if not source.is_dir():
         raise UserError(f"no folder {source}\nname the folder that holds train/ and val/")
     whole, target = source.resolve(), dest.resolve()
@@ -119,19 +119,19 @@ def walk_images(source: Path) -> tuple[list[str], list[str]]:
         below = os.path.relpath(root, source)
         for name in sorted(files):
             path = os.path.normpath(os.path.join(below, name))
-            if os.path.splitext(name)[1].lower() in ENDINGS:
+            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
                 images.append(path)
             elif any(fnmatch(name, pattern) for pattern in LISTS):
                 lists.append(path)
     return images, lists
 
 
-def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) -> Outcome:
+def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) -> CopyResult:
     """The copies of one image that are not there yet, from one decoding. sizes: the largest first."""
     targets = {size: Path(dest, str(size), name) for size in sizes}
     wanted = [size for size in sizes if not targets[size].exists()]
     if not wanted:
-        return Outcome(name, 0, len(sizes), None)
+        return CopyResult(name, 0, len(sizes), None)
     try:
         with Image.open(os.path.join(source, name)) as image:
             if image.format == "JPEG":
@@ -139,18 +139,18 @@ def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) ->
                 image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
             picture = convert_to_rgb(image)
     except Exception as error:
-        return Outcome(name, 0, len(sizes) - len(wanted), str(error) or type(error).__name__)
+        return CopyResult(name, 0, len(sizes) - len(wanted), str(error) or type(error).__name__)
     for size in wanted:
         scale = size / min(picture.size)
         shape = tuple(max(size, round(side * scale)) for side in picture.size)
-        with check_writable(targets[size]) as side:
+        with atomic_file(targets[size]) as side:
             copy = picture.resize(shape, Image.Resampling.BICUBIC)
             copy.save(side, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
-    return Outcome(name, len(wanted), len(sizes) - len(wanted), None)
+    return CopyResult(name, len(wanted), len(sizes) - len(wanted), None)
 
 
 @contextmanager
-def check_writable(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path) -> Iterator[Path]:
     """A side file to fill; it gets the name `target` when it is whole, and goes when that fails or is broken off.
 
     Not flushed to the disk as engine.runtime.files does it: a million flushes take hours, and the originals are still
@@ -207,7 +207,7 @@ def find_copies(data: Data, places: dict[str, str | None]) -> dict[str, ImageSet
     names, found = data.train.pixels.files.names(), {}
     for name, place in places.items():
         if place:
-            copies = find_training(f"--data_{name}", Path(place))
+            copies = find_training_images(f"--data_{name}", Path(place))
             there = dict(zip(copies.files.names(), range(len(copies.files)), strict=True))
             index = torch.tensor([there.get(file, -1) for file in names])
             check_copies(f"--data_{name} {place}", data.train, [names[i] for i in (index < 0).nonzero().flatten()])

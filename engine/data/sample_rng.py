@@ -58,13 +58,13 @@ def normal(
     return radius * torch.cos((bits & 0xFFFFFFFF).float() * (2.0**-32 * 2 * math.pi))
 
 
-def sample_keys(seed: int, epoch: int, index: list[int]) -> torch.Tensor:
+def hash_samples(seed: int, epoch: int, index: list[int]) -> torch.Tensor:
     """int64 (B,): a key for each sample of an epoch."""
     key = mix_bits(torch.tensor((seed + 2**63) % 2**64 - 2**63))
     return mix_bits(mix_bits(key + epoch) + torch.tensor(index, dtype=torch.int64))
 
 
-def crop_draws(seed: int, epoch: int, index: list[int]) -> torch.Tensor:
+def draw_crop_numbers(seed: int, epoch: int, index: list[int]) -> torch.Tensor:
     """float64 (B, CROP_TRIES, DRAWS_PER_TRY) in [0, 1) for engine.data.views.RandomCrop."""
-    bits = expand_keys(sample_keys(seed, epoch, index), CROP_TRIES * DRAWS_PER_TRY)
+    bits = expand_keys(hash_samples(seed, epoch, index), CROP_TRIES * DRAWS_PER_TRY)
     return (shift_right(bits, 11).double() * 2.0**-53).view(-1, CROP_TRIES, DRAWS_PER_TRY)

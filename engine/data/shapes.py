@@ -30,18 +30,18 @@ def draw_shapes(
         images, masks = draw_chunk(labels, size, generator)
         parts.append((images, labels, masks))
     images, labels, masks = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
-    return {"images": images, "labels": labels, "boxes": mask_boxes(masks), "masks": masks}
+    return {"images": images, "labels": labels, "boxes": masks_to_boxes(masks), "masks": masks}
 
 
-def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
+def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
     """Tight boxes of masks (N, H, W) that are nowhere empty: (N, 4) long as y1, y2, x1, x2, half-open."""
     rows, columns = masks.any(2), masks.any(1)
 
-    def ends(line: torch.Tensor) -> list[torch.Tensor]:
+    def find_ends(line: torch.Tensor) -> list[torch.Tensor]:
         first = line.int().argmax(1)
         return [first, line.shape[1] - line.flip(1).int().argmax(1)]
 
-    return torch.stack([*ends(rows), *ends(columns)], dim=1)
+    return torch.stack([*find_ends(rows), *find_ends(columns)], dim=1)
 
 
 def draw_chunk(labels: torch.Tensor, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,23 +56,23 @@ def draw_chunk(labels: torch.Tensor, size: int, generator: torch.Generator) -> t
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     canvas = (
-        noise(count, fine, 4, generator) * 0.5
-        + noise(count, fine, 12, generator) * 0.25
+        draw_noise(count, fine, 4, generator) * 0.5
+        + draw_noise(count, fine, 12, generator) * 0.25
         + uniform(count, 3, 1, 1) * 0.5
     )
     for _ in range(4):  # scraps: small discs and squares of two colours
-        scrap = local_frame(
+        scrap = to_local_frame(
             y, x, uniform(count, 2, low=-1, high=1), uniform(count, low=0.06, high=0.18), uniform(count, high=7.0)
         )
         inside = torch.where(uniform(count, 1, 1) < 0.5, scrap.square().sum(0) < 1, scrap.abs().amax(0) < 0.8)
         canvas = torch.where(inside.unsqueeze(1), fill_texture(scrap, count, uniform), canvas)
     radius = uniform(count, low=0.46, high=0.8)
     centre = uniform(count, 2, low=-1, high=1) * (0.98 - radius).unsqueeze(1)
-    frame = local_frame(y, x, centre, radius, uniform(count, low=-0.6, high=0.6))
+    frame = to_local_frame(y, x, centre, radius, uniform(count, low=-0.6, high=0.6))
     inside = torch.zeros(count, fine, fine, dtype=torch.bool)
     for kind in labels.unique().tolist():
         of_kind = labels == kind
-        inside[of_kind] = outline(CLASSES[kind], frame[0][of_kind], frame[1][of_kind])
+        inside[of_kind] = is_inside(CLASSES[kind], frame[0][of_kind], frame[1][of_kind])
     fill = fill_texture(frame, count, uniform)
     strength = uniform(count, 1, 1, 1, low=0.65, high=1.0)  # how much the object hides what is behind it
     canvas = torch.where(inside.unsqueeze(1), strength * fill + (1 - strength) * canvas, canvas)
@@ -81,13 +81,13 @@ def draw_chunk(labels: torch.Tensor, size: int, generator: torch.Generator) -> t
     return (canvas.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), masks
 
 
-def noise(count: int, size: int, cells: int, generator: torch.Generator) -> torch.Tensor:
+def draw_noise(count: int, size: int, cells: int, generator: torch.Generator) -> torch.Tensor:
     """Smooth coloured noise, 0..1, with `cells` cells a side: (count, 3, size, size)."""
     coarse = torch.rand(count, 3, cells, cells, generator=generator)
     return F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
 
 
-def local_frame(
+def to_local_frame(
     y: torch.Tensor, x: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor, angle: torch.Tensor
 ) -> torch.Tensor:
     """Coordinates (2, N, H, W) in which the object has radius 1, stands upright and lies at the origin."""
@@ -109,7 +109,7 @@ def fill_texture(frame: torch.Tensor, count: int, uniform) -> torch.Tensor:
     return share * first + (1 - share) * second
 
 
-def outline(name: str, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+def is_inside(name: str, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Whether the points (v down, u right) lie inside the shape of radius 1 around the origin."""
     r2 = u.square() + v.square()
     if name == "disc":

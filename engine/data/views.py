@@ -12,7 +12,7 @@ Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
 class FixedView:
     """A view that shows the same pixels of an image whenever it is asked: where a box of that image comes to lie."""
 
-    def placed(self, box: tuple[int, int, int, int], width: int, height: int) -> Box:
+    def place_box(self, box: tuple[int, int, int, int], width: int, height: int) -> Box:
         """Where the box x0, y0, x1, y1 of an image of width x height pixels lies in the pixels that are cut out of it.
 
         Clipped to these, and cut to whole pixels towards zero; a box that the view does not show comes back empty.
@@ -59,7 +59,7 @@ class RandomCrop:
     margin: ClassVar[int] = 1  # never to be enlarged again
 
     def plan(self, height: int, width: int, draws: torch.Tensor | None) -> tuple[Box, tuple[int, int]]:
-        """As CenterCrop.plan(). draws: one sample's of engine.data.sample_rng.crop_draws()."""
+        """As CenterCrop.plan(). draws: one sample's of engine.data.sample_rng.draw_crop_numbers()."""
         for share, shape, down, across in draws.tolist():
             area = height * width * (self.min_scale + (self.max_scale - self.min_scale) * share)
             ratio = (4 / 3) ** (2 * shape - 1)  # uniform in its logarithm

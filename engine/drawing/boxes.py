@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from engine.drawing.figures import allow_missing_glyphs, save_figure, shorten
+from engine.drawing.figures import ignore_missing_glyphs, save_figure, shorten
 
 
 class DrawnBox(NamedTuple):
@@ -23,7 +23,7 @@ class DrawnBox(NamedTuple):
     alarm: bool = False  # the label has a cross and stands on red
 
 
-@allow_missing_glyphs()
+@ignore_missing_glyphs()
 def draw_box_pairs(
     path: Path, rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]], heads: tuple[str, str], legend: str
 ) -> None:
@@ -99,7 +99,7 @@ def pairwise_intersection(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (np.minimum(some[..., 2:], others[:, 2:]) - np.maximum(some[..., :2], others[:, :2])).clip(0).prod(-1)
 
 
-@allow_missing_glyphs()
+@ignore_missing_glyphs()
 def draw_precision_recall(path: Path, panels: list[tuple[str, list[float], list[float]]], title: str) -> None:
     """A panel for each class: precision against recall. Dots are the interpolated precision at the 11 recalls of
     VOC2007: the highest at that recall or beyond it.

@@ -18,7 +18,7 @@ MAX_PIXELS = 60_000  # of a side of a picture: matplotlib's limit is 65,536
 
 
 @contextmanager
-def allow_missing_glyphs() -> Iterator[None]:
+def ignore_missing_glyphs() -> Iterator[None]:
     """Without matplotlib's warning about letters that its own font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
@@ -217,7 +217,7 @@ def draw_comparison(
             figure.text(middle / width, 1 - (top + tall + 0.04) / height, shorten(text), fontsize=7, **look)
         top += tall + below
     figure.figimage(canvas)
-    with allow_missing_glyphs():
+    with ignore_missing_glyphs():
         save_figure(figure, path, dpi=dpi)
 
 

@@ -15,7 +15,7 @@ from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
 
 
-def find_best(path: Path | str) -> Path:
+def find_best_checkpoint(path: Path | str) -> Path:
     """A file, or the best.pt of a run folder."""
     place = Path(path)
     if place.is_dir() and not (place / "best.pt").is_file():
@@ -30,7 +30,7 @@ class SavedClassifier:
     """
 
     def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
-        self.path = find_best(path)
+        self.path = find_best_checkpoint(path)
         content = read_file(self.path) if content is None else content
         self.weights = extract_weights(content, self.path, averaged=averaged)
         self.options = content["config"] if is_checkpoint(content) else {}
@@ -48,14 +48,20 @@ class SavedClassifier:
         return get_statistics(trained, norm)
 
     def build(
-        self, build_model: Callable, matching_models: Callable, *, model: str | None, num_classes: int, image_size: int
+        self,
+        build_model: Callable,
+        find_matching_models: Callable,
+        *,
+        model: str | None,
+        num_classes: int,
+        image_size: int,
     ) -> torch.nn.Module:
         """The network with these weights. model None: the one whose shapes fit; `resnet50` also means the one of that
         name with the other stem. Raises UserError if none fits.
         """
-        matches = matching_models(self.weights)
+        matches = find_matching_models(self.weights)
         if model:
-            model = next(iter(matching_models(self.weights, like=model)), model)
+            model = next(iter(find_matching_models(self.weights, like=model)), model)
         if not model and not matches:
             raise UserError(
                 f"{self.path}: the file does not say which network it is and none of ours fits; name it with --model"
@@ -99,13 +105,13 @@ class Classifier:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: list[str] = field(default_factory=list)
-    count: int = 1000  # K
+    num_classes: int = 1000  # K
     image_size: int | None = None
     titles: list[str] = field(default_factory=list)
     options: dict = field(default_factory=dict)
     path: str = ""
     epoch: int | None = None
-    torchvision: bool = False  # whether the network is one of torchvision's
+    is_torchvision: bool = False  # whether the network is one of torchvision's
     resize: int | None = None  # shorter side that images are resized to before the crop, if its weights say so
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -124,7 +130,7 @@ def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
 
 def load_classifier(
     word: str,
-    zoo: ModuleType,
+    models: ModuleType,
     *,
     model: str | None = None,
     image_size: int | None = None,
@@ -134,15 +140,15 @@ def load_classifier(
     """The classifier that a word means, on the CPU: a file or run folder, of ours or of another code; NAME, a network
     of torchvision with torchvision's weights; or NAME=FILE.
 
-    zoo: the package models. model: the network of a file that does not say which, one of ours or torchvision's.
+    models: the package models. model: the network of a file that does not say which, one of ours or torchvision's.
     image_size: of a file that does not say it. weights: which of torchvision's; later ones than the first were trained
     with Mixup and CutMix. Raises UserError for any other word, and for weights that are not available.
     """
     name, equals, file = word.partition("=")
-    if Path(word).exists() or not (equals or is_torchvision(word)):
+    if Path(word).exists() or not (equals or is_torchvision_model(word)):
         name, file = model, word
     if not file:
-        return load_torchvision(name, None, zoo, weights)
+        return load_torchvision(name, None, models, weights)
     if not Path(file).exists() and not equals and model is None:
         raise UserError(
             f"classifier {word!r}: no such file or run folder, and no network of torchvision's"
@@ -150,31 +156,35 @@ def load_classifier(
             f"ImageNet, NAME=FILE for one with other weights"
         )
     saved = SavedClassifier(file, averaged=averaged)
-    fits = zoo.matching_models(saved.weights, like=name)
-    if not fits and name and is_torchvision(name):
-        return load_torchvision(name, saved, zoo, weights)
-    if name and name not in zoo.MODELS and name not in zoo.ALIASES and not fits:
-        names = [*zoo.MODELS, *torchvision_names()]
+    fits = models.find_matching_models(saved.weights, like=name)
+    if not fits and name and is_torchvision_model(name):
+        return load_torchvision(name, saved, models, weights)
+    if name and name not in models.MODELS and name not in models.ALIASES and not fits:
+        names = [*models.MODELS, *torchvision_names()]
         raise UserError(f"--model {name}: neither ours nor torchvision's{suggest_closest(name, names)}")
     if not (name := name or saved.options.get("model")) and not fits:
         raise UserError(
             f"{saved.path}: the file does not say which network it is, and none of ours fits\nname it with --model; if "
             f"it is one of torchvision's, say NAME={file}"
         )
-    side = image_size or saved.image_size or (224 if fits and fits[0] in zoo.IMAGENET_MODELS else 32)
-    return build_saved(saved, name, zoo, side, Path(file).resolve().name if Path(file).is_dir() else saved.path.stem)
+    side = image_size or saved.image_size or (224 if fits and fits[0] in models.IMAGENET_MODELS else 32)
+    return build_saved(saved, name, models, side, Path(file).resolve().name if Path(file).is_dir() else saved.path.stem)
 
 
-def build_saved(saved: SavedClassifier, model: str | None, zoo: ModuleType, image_size: int, name: str) -> Classifier:
+def build_saved(
+    saved: SavedClassifier, model: str | None, models: ModuleType, image_size: int, name: str
+) -> Classifier:
     """The classifier of a file, as one of our networks. model: see SavedClassifier.build(). name: of the classifier."""
-    count = zoo.class_count(saved.weights)
-    network = saved.build(zoo.build_model, zoo.matching_models, model=model, num_classes=count, image_size=image_size)
+    num_classes = models.count_classes(saved.weights)
+    network = saved.build(
+        models.build_model, models.find_matching_models, model=model, num_classes=num_classes, image_size=image_size
+    )
     return Classifier(
         name,
         network.eval(),
         *saved.statistics,
         classes=saved.classes,
-        count=count,
+        num_classes=num_classes,
         image_size=image_size,
         titles=saved.classes,
         options=saved.options,
@@ -198,14 +208,14 @@ def torchvision_names() -> list[str]:
     return list_models()
 
 
-def is_torchvision(name: str) -> bool:
+def is_torchvision_model(name: str) -> bool:
     """Whether torchvision has a classifier of this name."""
-    from torchvision import models
+    from torchvision import models as torchvision_models
 
-    return name in models.list_models(module=models)
+    return name in torchvision_models.list_models(module=torchvision_models)
 
 
-def load_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, weights: str) -> Classifier:
+def load_torchvision(name: str, saved: SavedClassifier | None, models: ModuleType, weights: str) -> Classifier:
     """torchvision's network with the weights of a file, else its own. Images are normalised as for its own weights."""
     from torchvision.models import get_model_weights
 
@@ -217,17 +227,19 @@ def load_torchvision(name: str, saved: SavedClassifier | None, zoo: ModuleType, 
             f"give them as {name}=FILE"
         )
     try:
-        state = saved.weights if saved else zoo.fetch(own.url)
+        state = saved.weights if saved else models.download_weights(own.url)
     except ValueError as error:
         raise UserError(f"classifier {name}: {error}, or give it as {name}=FILE") from error
     path = str(saved.path) if saved else own.url
     network = build_torchvision(name, state, path)
-    count = count_torchvision_classes(name, state)
-    titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == count else []
+    num_classes = count_torchvision_classes(name, state)
+    titles = list(own.meta["categories"]) if own and len(own.meta["categories"]) == num_classes else []
     mean, std = map(tuple, (own.transforms().mean, own.transforms().std) if own else STATISTICS["imagenet"])
     side, resize = (own.transforms().crop_size[0], own.transforms().resize_size[0]) if own else (224, 256)
-    classifier = Classifier(name, network, mean, std, count=count, image_size=side, titles=titles, path=path)
-    classifier.torchvision, classifier.resize = True, resize
+    classifier = Classifier(
+        name, network, mean, std, num_classes=num_classes, image_size=side, titles=titles, path=path
+    )
+    classifier.is_torchvision, classifier.resize = True, resize
     return classifier
 
 

@@ -11,7 +11,7 @@ from engine.config.resolve import fill_in_options
 from engine.config.select import select_kwargs
 from engine.data.datasets import load_data
 from engine.data.image_set import check_same_images
-from engine.data.loader import DeviceLoader, process_shard
+from engine.data.loader import DeviceLoader, get_process_shard
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.inference.metrics import format_accuracy
@@ -43,10 +43,10 @@ def evaluate(network: torch.nn.Module, loader: DeviceLoader, bar: bool) -> dict[
     return compute_scores(logits, labels) if is_main_process() else {}
 
 
-def init_from(model: torch.nn.Module, path: str, num_classes: int, matching_models: Callable) -> str:
+def init_from(model: torch.nn.Module, path: str, num_classes: int, find_matching_models: Callable) -> str:
     """Load the weights of a file into the network; the last layer starts anew where the classes differ. A note."""
     weights = SavedClassifier(path).weights
-    matches = matching_models(weights)
+    matches = find_matching_models(weights)
     fresh = load_weights(model, weights, Path(path), num_classes=num_classes, new_head=True, matches=matches)
     head = f"; the last layer starts anew, with {num_classes} classes" if fresh else ""
     return f"--init_from {path}: weights taken{head}"
@@ -71,7 +71,7 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
     print("\n".join([data.test.summary("test"), *(f"note: {line}" for line in data.warnings)]))
     name, count = typed.get("model") or file.options.get("model"), len(data.classes)
     network = file.build(
-        models.build_model, models.matching_models, model=name, num_classes=count, image_size=data.image_size
+        models.build_model, models.find_matching_models, model=name, num_classes=count, image_size=data.image_size
     )
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     loader = DeviceLoader(
@@ -80,7 +80,7 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
         device=device,
         mean=data.mean,
         std=data.std,
-        shard=process_shard(),
+        shard=get_process_shard(),
         **select_kwargs(options, ["workers", "channels_last"]),
     )
     result = evaluate(network.to(device, memory_format=layout), loader, bar=False)

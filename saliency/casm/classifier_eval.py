@@ -174,7 +174,7 @@ def sum_altered(
 def map_classifier_labels(classifier: Classifier, part: ImageSet, images: int, class_list: str | None) -> torch.Tensor:
     """map_labels() of a classifier. Raises UserError if it knows the class of none of the first so many images."""
     try:
-        label_map = map_labels(part.classes, classifier.classes, class_list, classifier.count)
+        label_map = map_labels(part.classes, classifier.classes, class_list, classifier.num_classes)
     except UserError as error:
         raise UserError(f"classifier {classifier.name}: {error}") from error
     if (label_map[part.labels[:images]] < 0).all():

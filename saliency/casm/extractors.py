@@ -92,7 +92,7 @@ def wrap_classifier(classifier: Classifier, device: torch.device) -> Extractor:
         options=classifier.options,
         path=classifier.path,
         classifier=classifier.network.to(device, memory_format=torch.channels_last).requires_grad_(False),
-        num_classes=classifier.count,
+        num_classes=classifier.num_classes,
     )
 
 

@@ -45,7 +45,7 @@ def score(
     mean, std = ((0.0,) * 3, (1.0,) * 3) if config.not_normalize else (extractor.mean, extractor.std)
     batches = DeviceLoader(part, config.batch_size, device=device, mean=mean, std=std, workers=config.workers)
     label_map = map_labels(part.classes, extractor.classes, config.class_list, extractor.num_classes).to(device)
-    judge_map = judge and map_labels(part.classes, judge.classes, config.class_list, judge.count).to(device)
+    judge_map = judge and map_labels(part.classes, judge.classes, config.class_list, judge.num_classes).to(device)
     statistics, scores, correct, known, metrics = MaskStatistics(), [], [], [], []
     iterations = count_iterations(len(batches), config.pot)
     with Progress(extractor.name, iterations, bar=use_progress_bar(False)) as progress:

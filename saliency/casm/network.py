@@ -14,7 +14,7 @@ from engine.data.image_set import STATISTICS
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.runtime.checkpoint import is_checkpoint, list_first_keys, read_file
-from models import build_model, matching_models
+from models import build_model, find_matching_models
 
 UPSAMPLE_MODES = ("nearest", "bilinear")
 SUFFIX = ".chk"  # of the files that hold trained masks
@@ -167,7 +167,7 @@ def build_saved_casm(path: Path, content) -> SavedCasm:
     classes, image_size = list(content.get("classes", [])), content.get("image_size", 224)
     classifier = SavedClassifier(path, content=content).build(
         build_model,
-        matching_models,
+        find_matching_models,
         model=options["model"],
         num_classes=len(classes) or 1000,
         image_size=image_size,

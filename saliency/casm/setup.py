@@ -14,7 +14,7 @@ from engine.data.views import RandomCrop
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.runtime.distributed import rank_environment
-from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, matching_models
+from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, find_matching_models
 from models.imagenet_resnet import load_pretrained
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import NEVER, SMALL, preset
@@ -106,8 +106,8 @@ def choose_classifier(
             f"({', '.join(data.classes[:5])} ...)\nboth must be the same, in the same order"
         )
     shape = {"num_classes": len(data.classes), "image_size": data.image_size}
-    network = file.build(build_model, matching_models, model=arch, **shape)
-    return matching_models(file.weights, like=arch)[0], network, []
+    network = file.build(build_model, find_matching_models, model=arch, **shape)
+    return find_matching_models(file.weights, like=arch)[0], network, []
 
 
 def build_pool(network: torch.nn.Module, *, f_size: int, smf: int, pool_device: str) -> ClassifierPool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.data.image_files import Reader
+from engine.data.image_files import BatchReader
 from engine.data.views import CenterCrop
 from engine.errors import UserError
 from evaluation.corruption_benchmarks import (
@@ -223,7 +223,7 @@ def test_a_bad_file_stops_or_is_skipped(tmp_path, on_bad_image):
         assert values(part) == [11, 11]
     else:
         with pytest.raises(UserError, match=r"0\.png: not an image"):
-            list(Reader(part.pixels).read([torch.arange(2)]))
+            list(BatchReader(part.pixels).read([torch.arange(2)]))
 
 
 def test_a_class_folder_without_images_is_named(tmp_path):

@@ -61,7 +61,7 @@ def test_a_box_lies_where_its_pixels_are_seen(tmp_path, view, size):
         decode_into(seen, tmp_path / "box.png", view, None)
         rows, columns = (np.flatnonzero((seen[..., 0] > 127).any(axis)) for axis in (1, 0))
         expected = [rows[0], rows[-1] + 1, columns[0], columns[-1] + 1]
-        found = view.placed((x0, y0, x1, y1), width, height)
+        found = view.place_box((x0, y0, x1, y1), width, height)
         assert all(isinstance(side, int) for side in found)
         assert max(abs(one - other) for one, other in zip(found, expected, strict=True)) <= 1, (found, expected)
 
@@ -69,15 +69,15 @@ def test_a_box_lies_where_its_pixels_are_seen(tmp_path, view, size):
 def test_a_box_is_clipped_and_cut_towards_zero():
     view = CenterCrop(224, 256)  # 500 x 375 -> 341 x 256, from which column 58 and row 16 on are seen
     assert view.plan(375, 500, None)[1] == (256, 341)
-    assert view.placed((0, 0, 500, 375), 500, 375) == (0, 224, 0, 224)
-    assert view.placed((150, 100, 250, 200), 500, 375) == (52, 120, 44, 112)  # 68.3, 136.5 - 16; 102.3, 170.5 - 58
-    assert SquashedView(10).placed((1, 1, 2, 2), 3, 3) == (3, 6, 3, 6)
+    assert view.place_box((0, 0, 500, 375), 500, 375) == (0, 224, 0, 224)
+    assert view.place_box((150, 100, 250, 200), 500, 375) == (52, 120, 44, 112)  # 68.3, 136.5 - 16; 102.3, 170.5 - 58
+    assert SquashedView(10).place_box((1, 1, 2, 2), 3, 3) == (3, 6, 3, 6)
 
 
 def test_boxes_that_the_crop_loses_are_dropped():
     lost, kept = (0, 0, 20, 48), (10, 10, 60, 30)
     view = CenterCrop(32, 48)  # shows columns 24 to 56, rows 8 to 40
-    y1, y2, x1, x2 = view.placed(lost, 80, 48)
+    y1, y2, x1, x2 = view.place_box(lost, 80, 48)
     assert x1 == x2 and 0 <= y1 <= y2 <= 32
     seen = project_boxes([BoxAnnotation([lost, kept], 80, 48), None, BoxAnnotation([lost], 80, 48)], view)
     assert seen[0].tolist() == [[2, 22, 0, 32]] and seen[1] is None

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from engine.data.datasets import load_evaluation
-from engine.data.image_files import Reader
+from engine.data.image_files import BatchReader
 from engine.data.views import CenterCrop
 from engine.errors import UserError
 from evaluation.ood_images import load_ood_set
@@ -147,7 +147,7 @@ def test_an_empty_file_stops_or_is_skipped(tmp_path, bad):
     (tmp_path / bad).write_bytes(b"")
     with pytest.raises(UserError, match=rf"{bad}: not an image\n.*--on_bad_image skip"):
         part = load_ood_set(str(tmp_path), image_size=8)[1]
-        list(Reader(part.pixels).read([torch.arange(3)]))
+        list(BatchReader(part.pixels).read([torch.arange(3)]))
     part = load_ood_set(str(tmp_path), image_size=8, on_bad_image="skip")[1]
     assert read(part)[:, 0, 0, 0].tolist() == ([10, 10, 20] if bad == "0.png" else [0, 20, 20])
 

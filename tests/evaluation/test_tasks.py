@@ -248,7 +248,7 @@ def test_a_network_of_torchvision_sees_images_of_its_own_size(dataset, sizes):
     """The size of its weights, on whatever files; here 299 pixels cut out of 342."""
     parser, typed = build_parser(), {"dataset": dataset}
     classifier = Classifier(
-        "net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, torchvision=True, resize=342
+        "net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, is_torchvision=True, resize=342
     )
     options = add_trained_options(parser, typed, parser.defaults | typed, classifier)
     assert (options["image_size"], options["eval_resize"]) == sizes

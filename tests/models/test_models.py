@@ -11,10 +11,10 @@ from models import (
     IMAGENET_MODELS,
     MODELS,
     build_model,
-    class_count,
-    matching_models,
-    parameter_counts,
-    stem_stride,
+    count_classes,
+    count_parameters,
+    find_matching_models,
+    get_stem_stride,
 )
 from models.imagenet_resnet import PRETRAINED, load_pretrained, zero_init
 
@@ -62,7 +62,7 @@ def test_the_stem_has_stride_two_at_64_pixels(network_golden):
     expected = torch.from_numpy(network_golden["model_preactresnet18_stride2_logits"])
     logits = logits_of("preactresnet18", 200, 64, network_golden["model_x64"])
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert (stem_stride(32), stem_stride(64)) == (1, 2)
+    assert (get_stem_stride(32), get_stem_stride(64)) == (1, 2)
 
 
 PARAMETERS = {  # with 100 classes; resnet20 to 110 with 10, Table 6 of arXiv 1512.03385
@@ -74,10 +74,10 @@ PARAMETERS = {  # with 100 classes; resnet20 to 110 with 10, Table 6 of arXiv 15
 
 
 def test_parameter_counts():
-    counts = parameter_counts(MODELS, 100)
+    counts = count_parameters(MODELS, 100)
     assert counts.keys() == MODELS.keys()
     assert {name: counts[name] for name in PARAMETERS} == PARAMETERS
-    narrow = parameter_counts(MODELS)
+    narrow = count_parameters(MODELS)
     millions = {
         name: round(narrow[name] / 1e6, 2) for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
     }
@@ -119,10 +119,10 @@ def test_narrow_resnet_pads_the_shortcut_with_zeros_half_on_each_side():
 def test_a_file_is_told_by_its_shapes_whatever_the_classes():
     with torch.device("meta"):
         state = build_model("preactresnet34", 37).state_dict()
-    assert matching_models(state) == ["preactresnet34"]
-    assert matching_models({k: v for k, v in state.items() if "num_batches" not in k}) == ["preactresnet34"]
-    assert matching_models(dict(sorted(state.items()))) == ["preactresnet34"], "whatever the order"
-    assert matching_models({"weight": torch.zeros(3)}) == []
+    assert find_matching_models(state) == ["preactresnet34"]
+    assert find_matching_models({k: v for k, v in state.items() if "num_batches" not in k}) == ["preactresnet34"]
+    assert find_matching_models(dict(sorted(state.items()))) == ["preactresnet34"], "whatever the order"
+    assert find_matching_models({"weight": torch.zeros(3)}) == []
     with pytest.raises(ValueError, match="resnet20"):
         build_model("resnet21", 10)
 
@@ -155,7 +155,7 @@ def test_imagenet_resnets_start_and_compute_as_torchvisions(name, shape):
 
 
 def test_imagenet_resnets_have_their_published_size():
-    counts = parameter_counts(MODELS, 1000)
+    counts = count_parameters(MODELS, 1000)
     published = [11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808]
     assert [counts[name] for name in IMAGENET_MODELS] == published
 
@@ -196,25 +196,27 @@ def test_networks_for_small_images_refuse_large_ones_and_name_the_right_one(size
 def test_every_network_is_told_from_all_others(name):
     with torch.device("meta"):
         state = build_model(name, 12).state_dict()
-    assert matching_models(state) == matching_models(state, like=name) == [name] and class_count(state) == 12
+    assert (
+        find_matching_models(state) == find_matching_models(state, like=name) == [name] and count_classes(state) == 12
+    )
 
 
 def test_a_typed_name_means_the_network_that_fits_the_weights():
     with torch.device("meta"):
         small, large = build_model("resnet50", 10).state_dict(), theirs("resnet50").state_dict()
-    assert matching_models(small, like="resnet50") == ["resnet50"]
+    assert find_matching_models(small, like="resnet50") == ["resnet50"]
     assert IMAGENET_ALIASES["resnet50"] == "imagenet_resnet50" and "preactresnet50" not in IMAGENET_ALIASES
-    assert matching_models(large, like="resnet50") == ["imagenet_resnet50"]
-    assert matching_models(large, like="resnet34") == matching_models(small, like="imagenet_resnet50") == []
-    assert matching_models(large, like="wideresnet") == matching_models(large, like="densenet121") == []
+    assert find_matching_models(large, like="resnet50") == ["imagenet_resnet50"]
+    assert find_matching_models(large, like="resnet34") == find_matching_models(small, like="imagenet_resnet50") == []
+    assert find_matching_models(large, like="wideresnet") == find_matching_models(large, like="densenet121") == []
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11", "mobilenet_v3_small", "vit_b_16", "resnext50_32x4d"])
 def test_weights_of_none_of_ours_match_none(name):
     with torch.device("meta"):
         state = theirs(name).state_dict()
-    assert matching_models(state) == [] and class_count(state) in (0, 1000)
-    assert class_count({"fc.bias": None}) == class_count({"linear.bias": 3}) == 0
+    assert find_matching_models(state) == [] and count_classes(state) in (0, 1000)
+    assert count_classes({"fc.bias": None}) == count_classes({"linear.bias": 3}) == 0
 
 
 @pytest.fixture

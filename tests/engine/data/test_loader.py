@@ -21,14 +21,14 @@ from engine.data.augment import (
     add_lighting,
     apply_colors,
     color_jitter,
-    identity_colors,
+    identity_color_matrix,
 )
 from engine.data.decode import BadImage, decode_into
 from engine.data.folders import FileList, find_folder, find_imagenet
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader, Shard
-from engine.data.sample_rng import GOLDEN, crop_draws, mix_bits
+from engine.data.sample_rng import GOLDEN, draw_crop_numbers, mix_bits
 from engine.data.views import CenterCrop, RandomCrop
 from engine.errors import UserError
 
@@ -203,7 +203,7 @@ def test_the_box_of_a_batch_is_what_it_shows(photos):
 @pytest.mark.parametrize(("height", "width"), [(100, 130), (200, 60)])
 def test_random_views_are_spread_as_torchvisions(height, width):
     view, count = RandomCrop(16, 0.08), 3000
-    ours = [view.plan(height, width, draws)[0] for draws in crop_draws(0, 0, list(range(count)))]
+    ours = [view.plan(height, width, draws)[0] for draws in draw_crop_numbers(0, 0, list(range(count)))]
     ours = [(y1, x1, y2 - y1, x2 - x1) for y1, y2, x1, x2 in ours]
     blank = torch.empty(3, height, width)
     theirs = [RandomResizedCrop.get_params(blank, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(count)]
@@ -217,10 +217,14 @@ def test_random_views_are_spread_as_torchvisions(height, width):
 
 def test_the_draws_of_a_sample_are_a_hash_of_seed_epoch_and_index():
     assert int(mix_bits(torch.tensor(GOLDEN))) % 2**64 == 0xE220A8397B1DCDAF, "splitmix64 from 0"
-    many = crop_draws(1, 2, list(range(5000)))
+    many = draw_crop_numbers(1, 2, list(range(5000)))
     assert abs(many.mean() - 0.5) < 0.003 and 0 <= many.min() and many.max() < 1
-    assert torch.equal(crop_draws(1, 2, [7, 3])[1], many[3])
-    for other in (crop_draws(2, 1, list(range(5000))), crop_draws(1, 3, list(range(5000))), many.roll(1, 0)):
+    assert torch.equal(draw_crop_numbers(1, 2, [7, 3])[1], many[3])
+    for other in (
+        draw_crop_numbers(2, 1, list(range(5000))),
+        draw_crop_numbers(1, 3, list(range(5000))),
+        many.roll(1, 0),
+    ):
         assert abs(np.corrcoef(many.ravel(), other.ravel())[0, 1]) < 0.01
 
 
@@ -475,7 +479,7 @@ def test_jitter_is_torchvisions_in_any_order(order):
 def test_lighting_shifts_every_pixel_by_the_same_colour():
     images, strength = torch.rand(2, 3, 4, 4), torch.tensor([[0.1, 0.0], [0.0, -0.2], [0.0, 0.3]])
     shift = torch.tensor(EIGENVECTORS) @ (torch.tensor(EIGENVALUES).unsqueeze(1) * strength)  # (3 colours, 2 images)
-    lit = apply_colors(images, add_lighting(identity_colors(2), strength))
+    lit = apply_colors(images, add_lighting(identity_color_matrix(2), strength))
     torch.testing.assert_close(lit - images, shift.T[:, :, None, None].expand_as(images), atol=1e-6, rtol=0)
     assert lit[0, 0, 0, 0] - images[0, 0, 0, 0] == pytest.approx(-0.5675 * 0.2175 * 0.1, abs=1e-6)
 

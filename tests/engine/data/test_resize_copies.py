@@ -126,7 +126,7 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch, failure):
     full = isinstance(failure, OSError)
     with (
         pytest.raises(UserError if full else KeyboardInterrupt, match="disk is full\nmake room" if full else None),
-        copies.check_writable(tmp_path / "copies" / "a.JPEG") as side,
+        copies.atomic_file(tmp_path / "copies" / "a.JPEG") as side,
     ):
         side.write_bytes(b"half")
     assert files(tmp_path / "copies") == []

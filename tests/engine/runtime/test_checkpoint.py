@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.runtime.checkpoint import find_checkpoint, read_checkpoint, read_file, save_checkpoint
 from engine.runtime.files import delay_interrupt, write_atomic
 from engine.runtime.foreign_weights import extract_weights, load_weights
-from models import build_model, matching_models
+from models import build_model, find_matching_models
 
 
 class Recorder:
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_told():
     with pytest.raises(
         UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nit fits resnet32: give --model resnet32"
     ):
-        load_weights(model, other, Path("f"), num_classes=10, matches=matching_models(other))
+        load_weights(model, other, Path("f"), num_classes=10, matches=find_matching_models(other))
     with pytest.raises(UserError, match=r"detect.py"):
         extract_weights(
             {"model": {"backbone.body.conv1.weight": torch.zeros(1), "rpn.head.bias": torch.zeros(1)}}, Path("f")

@@ -18,7 +18,7 @@ import models
 import train
 from engine.data.augment import Augmentation
 from engine.data.image_set import ImageSet
-from engine.data.loader import DeviceLoader, Shard, process_shard
+from engine.data.loader import DeviceLoader, Shard, get_process_shard
 from engine.errors import Terminated, UserError
 from engine.inference.predict import predict
 from engine.runtime import distributed
@@ -89,11 +89,11 @@ def setting(case: str, model: nn.Module, images: int) -> tuple:
 
 def step_of(case: str, model, batches, network=None, steps: int = 1, lr: float = 0.0):
     """Some steps of a case; what is left in .grad, and the weights."""
-    mixer, source = setting(case, model, len(batches.part))
+    mixer, source = setting(case, model, len(batches.image_set))
     mixer.start_epoch(0, 1, len(batches))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     state = TrainingState(model, optimizer, mixer=mixer, source=source, network=network)
-    config, monitor = StepConfig(LOSSES["ce"], len(batches.part.classes)), EpochMonitor(device(), log_every=1)
+    config, monitor = StepConfig(LOSSES["ce"], len(batches.image_set.classes)), EpochMonitor(device(), log_every=1)
     train_one_epoch(state, batches, config, epoch=0, monitor=monitor, max_steps=steps)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
@@ -146,7 +146,7 @@ def weights(ports) -> dict:
         step_of(case, model, batches_for(case, rank(), world_size()), network=network, steps=3, lr=0.1)
         found[case] = model.state_dict()
     part = noise(37)
-    logits, labels = predict(model, DeviceLoader(part, 8, device=CPU, shard=process_shard(), **HALF))
+    logits, labels = predict(model, DeviceLoader(part, 8, device=CPU, shard=get_process_shard(), **HALF))
     found["validation"] = logits, labels, float(distributed.all_reduce_sum(torch.tensor(float(len(labels)))))
     one = torch.ones(())
     found["sum"] = float(distributed.all_reduce_sum(one)), float(one)
@@ -307,7 +307,7 @@ def one_step(model, mixer, source, batches: DeviceLoader, step: int) -> None:
     """The step number `step` of the epoch, without an update; gradients are left in .grad."""
 
     class Later:
-        part, micro_batches, device = batches.part, batches.micro_batches, batches.device
+        part, micro_batches, device = batches.image_set, batches.micro_batches, batches.device
 
         def __len__(self):
             return 1

@@ -176,7 +176,7 @@ def test_a_network_of_torchvision_is_read_from_a_file_of_half_precision(squeezen
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(judge(pixels), network.eval()((pixels - mean) / std), atol=1e-5, rtol=1e-5)
-    assert (judge.name, judge.classes, judge.count) == ("squeezenet1_1", [], 1000)
+    assert (judge.name, judge.classes, judge.num_classes) == ("squeezenet1_1", [], 1000)
     assert not judge.network.training and not any(p.requires_grad for p in judge.network.parameters())
 
 
@@ -194,14 +194,14 @@ def test_torchvisions_own_files_of_densenets_have_older_names(tmp_path):
     (judge,) = load_classifiers([f"densenet121={tmp_path / 'dense.pth'}"], CPU)
     pixels = torch.rand(1, 3, 32, 32)
     with torch.no_grad():
-        assert judge.count == 3 and not torch.equal(judge(pixels), network(pixels)), "the judge normalises"
+        assert judge.num_classes == 3 and not torch.equal(judge(pixels), network(pixels)), "the judge normalises"
     assert all(torch.equal(a, b) for a, b in zip(judge.network.state_dict().values(), old.values(), strict=True))
 
 
 def test_our_own_files_and_run_folders_judge_under_their_names(run, maps):
     folder, file, chk = load_classifiers([str(run), str(run / "last.pt"), str(maps)], CPU)
     assert [folder.name, file.name, chk.name] == ["base", "last", "map"]
-    assert folder.mean == (0.5, 0.5, 0.5) and folder.classes[0] == "disc" and folder.count == 10
+    assert folder.mean == (0.5, 0.5, 0.5) and folder.classes[0] == "disc" and folder.num_classes == 10
     again = load_classifiers([str(run / "best.pt"), str(run), str(run.parent / "base" / "best.pt")], CPU)
     assert [judge.name for judge in again] == ["best", "base"], "one word is one judge"
     part = load_evaluation("shapes", image_size=64, limit=20)
@@ -253,7 +253,7 @@ class Harmful:
 
 def test_a_file_of_weights_runs_nothing(tmp_path, capsys):
     torch.save({"state_dict": get_model("squeezenet1_1").state_dict(), "args": Harmful()}, tmp_path / "bad.pt")
-    assert load_classifiers([f"squeezenet1_1={tmp_path / 'bad.pt'}"], CPU)[0].count == 1000
+    assert load_classifiers([f"squeezenet1_1={tmp_path / 'bad.pt'}"], CPU)[0].num_classes == 1000
     assert "harm was done" not in capsys.readouterr().out
 
 
@@ -307,7 +307,7 @@ def test_classes_are_found_by_name_and_unknown_ones_are_marked():
     assert map_labels(["b", "x", "a"], ["a", "b", "c"]).tolist() == [1, -1, 0]
     assert map_labels(["b", "a"], ["a", "b"], class_list="not read").tolist() == [1, 0], "a file that knows is believed"
     assert torch.equal(map_labels([str(n) for n in range(1000)], []), torch.arange(1000))
-    assert map_labels(["a", "b", "c"], [], count=3).tolist() == [0, 1, 2]
+    assert map_labels(["a", "b", "c"], [], num_classes=3).tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="--class_list FILE"):
         map_labels(["a", "b"], [])
 
@@ -323,7 +323,7 @@ def test_classes_are_found_by_name_and_unknown_ones_are_marked():
 )
 def test_class_lists_are_read_in_every_form(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    found = map_labels(["n00000001", "n00000003", "n99999999"], [], str(tmp_path / name), count=3)
+    found = map_labels(["n00000001", "n00000003", "n99999999"], [], str(tmp_path / name), num_classes=3)
     assert found.tolist() == [1, 0, -1]
 
 
@@ -340,9 +340,9 @@ def test_class_lists_are_read_in_every_form(tmp_path, name, text):
 def test_faults_of_class_lists_are_explained(tmp_path, name, content, told):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=told):
-        map_labels(["a"], [], str(tmp_path / name), count=3)
+        map_labels(["a"], [], str(tmp_path / name), num_classes=3)
     with pytest.raises(UserError, match="No such file"):
-        map_labels(["a"], [], str(tmp_path / "gone"), count=3)
+        map_labels(["a"], [], str(tmp_path / "gone"), num_classes=3)
 
 
 # the numbers

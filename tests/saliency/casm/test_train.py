@@ -238,7 +238,7 @@ def tiny_casm(**options) -> tuple:
 
 
 class TinyNet(nn.Module):
-    """As models.stages.Staged, small."""
+    """As models.stages.StagedNetwork, small."""
 
     raw_stem = False
 
@@ -382,7 +382,7 @@ def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_fol
     assert first.flip.any() and first.shift.abs().sum() > 0
     plain = next(test.epoch())
     assert plain.index.tolist() == list(range(8)) and plain.flip is None
-    assert len(few.part) == 40
+    assert len(few.image_set) == 40
     folders = load_data("folder", data_dir=str(class_folders), image_size=32)
     batch = next(build_loaders(folders, torch.device("cpu"), **settings)[0].epoch())
     assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "files are seen through random crops"
