@@ -1,19 +1,19 @@
-"""What the scripts and the other packages share. Importing it, or a package in it, does not import torch."""
+"""Code that the scripts and the other packages share. Importing it, or one of its packages, does not import torch."""
 
 from collections.abc import Callable
 from importlib import import_module
 
 
 def lazy_attributes(package: str, modules: dict[str, str]) -> Callable[[str], object]:
-    """A module's __getattr__ that hands out public names and imports their modules only then.
+    """Return the __getattr__ of a package that imports a module only when one of its public names is used.
 
     modules: module of the package -> its public names, separated by spaces.
     """
-    homes = {name: module for module, names in modules.items() for name in names.split()}
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
 
-    def get(name: str):
-        if name not in homes:
+    def get_attribute(name: str):
+        if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(f"{package}.{module_of[name]}"), name)
 
-    return get
+    return get_attribute

@@ -1,4 +1,4 @@
-"""Errors that any package may raise, and the suggestion for a mistyped name."""
+"""Exceptions that any package may raise, and suggestions for mistyped names."""
 
 import difflib
 import os
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what and how, in one or two lines; the exit code is 1."""
+    """An error that the user can fix. The message gives cause and remedy in one or two lines; the exit code is 1."""
 
 
 class Terminated(Exception):
-    """The work was stopped by SIGTERM and is kept. The message says where it stands; the exit code is 143."""
+    """SIGTERM stopped the program after it saved its state. The message says where; the exit code is 143."""
 
 
 def suggest_closest(word: str, names: Iterable[str]) -> str:
-    """'; did you mean x?' where one of the names is near, else nothing."""
-    found = difflib.get_close_matches(word, list(names), 3, 0.5)
-    best = max(found, key=lambda name: len(os.path.commonprefix([word, name])), default=None)
+    """Return '; did you mean x?' for the closest of the names, or '' if none is close to the word."""
+    matches = difflib.get_close_matches(word, list(names), 3, 0.5)
+    best = max(matches, key=lambda name: len(os.path.commonprefix([word, name])), default=None)
     return f"; did you mean {best}?" if best else ""

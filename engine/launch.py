@@ -1,4 +1,4 @@
-"""Run the main() of a script: exit codes, one line for each error, --debug for the traceback."""
+"""Run the main() of a script: exit codes, one-line error messages, and --debug for tracebacks."""
 
 import errno
 import os
@@ -11,15 +11,17 @@ from engine.errors import Terminated, UserError
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Call a script's main and leave with its exit code: 0 done, 1 an error explained in a line, 2 usage, 130 after
-    Ctrl-C, 143 after SIGTERM. Of several processes the first one speaks for all.
+    """Call the main() of a script and exit with its exit code.
+
+    The codes: 0 success, 1 an error that is explained in a line, 2 wrong usage, 130 Ctrl-C, 143 SIGTERM. Of several
+    processes only the main process prints.
     """
     debug = "--debug" in sys.argv
     if "WORLD_SIZE" in os.environ and not debug:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # read by torch, which would add a page to each line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # torch reads it; it would print a page per error
     try:
         main()
-    except BrokenPipeError:  # whoever read our output has left
+    except BrokenPipeError:  # the reader of our output has exited, as in `train.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -39,7 +41,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def report_error(text: str) -> None:
-    """Show an error that ends the program."""
+    """Print an error that ends the program, once for all processes."""
     if "WORLD_SIZE" in os.environ and "engine.runtime.distributed" in sys.modules:
         sys.modules["engine.runtime.distributed"].report_error(text)
     else:
@@ -47,17 +49,19 @@ def report_error(text: str) -> None:
 
 
 def explain_error(error: Exception) -> str:
-    """One or two lines for a person."""
+    """Return one or two lines that explain an error to the user."""
     if isinstance(error, UserError):
         return str(error)
     distributed = sys.modules.get("engine.runtime.distributed")
     if distributed and distributed.is_connection_error(error):
         first = distributed.first_error_line(error)
-        return f"lost contact with another process: {first}\nwhat was saved is intact: continue with --checkpoint auto"
+        return (
+            f"lost connection to another process: {first}\nsaved checkpoints are intact; resume with --checkpoint auto"
+        )
     if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
         remedy = "try a smaller --batch_size or --image_size (detect.py: --min_size)"
         return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}"
     first = (str(error).splitlines() or [""])[0]
-    return f"unexpected {type(error).__name__}: {first}\nrun again with --debug for the traceback"
+    return f"unexpected {type(error).__name__}: {first}\nrun again with --debug to see the traceback"

@@ -317,10 +317,10 @@ def test_options_of_another_script_are_refused(run, detector, shapes_run):
     import train
 
     config = shapes_run("--limit", "64", epochs=1) / "config.json"
-    with pytest.raises(UserError, match="config.json: of a run that trained a classifier\nhere one of a detector"):
+    with pytest.raises(UserError, match="this is the config.json of a classifier run; expected one of a detector run"):
         run("--config", str(config))
     mine = detector.replace("last.pt", "config.json")
-    with pytest.raises(UserError, match="config.json: of a run that trained a detector\nhere one of a classifier"):
+    with pytest.raises(UserError, match="this is the config.json of a detector run; expected one of a classifier run"):
         train.main(["--config", mine])
     _, result = run("--config", mine, "--frcnn_checkpoint", detector, "--log_off", start=False)
     assert result["iterations"] == 2, "what is typed takes the place of the backbone in the file"
@@ -328,8 +328,8 @@ def test_options_of_another_script_are_refused(run, detector, shapes_run):
 
 def test_a_place_for_detections_that_cannot_be_written_ends_before_the_work(run, tmp_path, capsys):
     for place, message in (
-        (tmp_path, "a folder; name a file in it"),
-        (tmp_path / "no" / "a.json", "there is no folder"),
+        (tmp_path, "this is a folder; give the name of a file"),
+        (tmp_path / "no" / "a.json", "does not exist"),
     ):
         with pytest.raises(SystemExit) as ended:
             run("--iters", "1", "--predictions", str(place))
@@ -378,7 +378,7 @@ def test_a_run_folder_without_a_best_epoch_names_its_last(run, detector, tmp_pat
         ("--pretrained --min_size 800 --max_size 600", "--min_size 800 is more than --max_size 600"),
         (
             "--pretrained --recipe moco",
-            "'moco' is none of auto, paper, replication, moco24k, fpn18k, shapes; did you mean",
+            "(choose from auto, paper, replication, moco24k, fpn18k, shapes)",
         ),
         ("--backbone_chekpoint a.pt", "unknown option --backbone_chekpoint; did you mean --backbone_checkpoint?"),
         ("--averaged --pretrained", "--averaged: of which file?"),
@@ -410,7 +410,7 @@ def test_files_of_the_other_kind_are_refused_with_the_right_option(run, detector
 
 
 def test_options_that_would_make_it_another_run_are_refused(detector):
-    with pytest.raises(UserError, match="the run to continue has other options.*\n  --lr +0.02 +->  0.5"):
+    with pytest.raises(UserError, match="the saved run has other options.*\n  --lr +0.02 +->  0.5"):
         detect.main(["--checkpoint", detector, "--lr", "0.5"])
     with pytest.raises(UserError, match="--neck: the saved state would not fit"):
         detect.main(["--checkpoint", detector, "--neck", "c5", "--force_config"])

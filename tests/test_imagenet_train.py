@@ -221,7 +221,7 @@ def test_what_follows_from_an_option_is_not_kept_against_a_new_value():
 def test_options_that_nothing_reads_are_named():
     typed = {"data_small": "x", "crop_padding": 4, "min_scale": 0.2, "trad_augment": False}
     notes = unused_options.collect_image_notes(settled("--trad_augment", "false", "--min_scale", 0.2), typed)
-    assert notes == ["without effect here: --data_small, --crop_padding, --min_scale"]
+    assert notes == ["no effect in this run: --data_small, --crop_padding, --min_scale"]
     assert unused_options.collect_image_notes(settled(), {}) == []
 
 
@@ -233,21 +233,21 @@ def test_typed_phases_say_how_long_the_run_is():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--phases", "5:small:64:0.1:32,3:large:96:0.2:16"], "the one that ends at 3 comes after 5; ends must rise"),
+        (["--phases", "5:small:64:0.1:32,3:large:96:0.2:16"], "end epochs must increase, but 3 follows 5"),
         (["--phases", "5:tiny:64:0.1:32"], "'5:tiny:64:0.1:32': expected end:folder:crop:min_scale:batch"),
-        (["--recipe", "fast100", "--epochs", "3"], "--epochs 3: --phases end at 100"),
-        (["--recipe", "fast100", "--batch_size", "64"], "--batch_size: --phases say it for each phase"),
-        (["--recipe", "fast100", "--lr", "0.1"], "--lr: --lr_points say the rates"),
-        (["--lr_points", "0:1,2:0"], "--scheduler multistep does not read them"),
-        (["--scheduler", "points", "--lr_points", "3:1,2:0"], "epoch 2 comes after 3"),
+        (["--recipe", "fast100", "--epochs", "3"], "--epochs 3: --phases ends at epoch 100"),
+        (["--recipe", "fast100", "--batch_size", "64"], "--batch_size: set by --phases for each phase"),
+        (["--recipe", "fast100", "--lr", "0.1"], "--lr: --lr_points sets the learning rates"),
+        (["--lr_points", "0:1,2:0"], "--lr_points has no effect with --scheduler multistep"),
+        (["--scheduler", "points", "--lr_points", "3:1,2:0"], "epochs must be in order, but 2 follows 3"),
         (["--scheduler", "points"], "needs --lr_points"),
-        (["--recipe", "none", "--lr", "1"], "--recipe none leaves it to you: give --epochs --batch_size"),
+        (["--recipe", "none", "--lr", "1"], "--recipe none does not set --epochs --batch_size; give a value"),
         (["--resize_to", "160"], "--resize_to needs --resize_dest"),
-        (["--resize_dest", "copies"], "only with --resize_to"),
+        (["--resize_dest", "copies"], "used only with --resize_to"),
         (["--recipe", "fast100", "--scheduler", "multistep"], "--scheduler multistep needs --schedule"),
         (["--pretrained", "--init_from", "x.pt"], "give one of them"),
-        (["--model", "preactresnet18"], "none of imagenet_resnet18"),
-        (["--dataset", "cifar10"], "none of imagenet, tiny-imagenet, folder"),
+        (["--model", "preactresnet18"], "choose from imagenet_resnet18"),
+        (["--dataset", "cifar10"], "choose from imagenet, tiny-imagenet, folder"),
     ],
 )
 def test_contradictions_are_one_line(words, message, capsys):

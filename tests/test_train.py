@@ -397,7 +397,7 @@ def test_optional_packages_are_named(shapes_run, monkeypatch, flag, package):
 
 def test_notes_say_what_has_no_effect(shapes_run, capsys):
     shapes_run("--mixup_alpha", "0.3", "--saliency_scope", "batch", method="mixup", epochs=1)
-    assert "note: without effect with --method mixup: --saliency_scope\n" in capsys.readouterr().out
+    assert "note: no effect with --method mixup: --saliency_scope\n" in capsys.readouterr().out
     shapes_run("--scheduler", "multistep", "--schedule", "50", name="b", epochs=1)
     assert "the lr never drops" in capsys.readouterr().out
 

@@ -1,1 +1,1 @@
-"""Options: how they are declared, filled in and checked."""
+"""Command-line options: declare, fill in and check them."""

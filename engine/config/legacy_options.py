@@ -1,11 +1,11 @@
-"""Option names of the earlier codes: other spellings of our options, shorthands, and names without effect.
+"""Option names of earlier codes: aliases of our options, shorthands, and options that are ignored.
 
-Every command in the READMEs of those codes keeps working. `--help` shows none of these names.
+The commands in the READMEs of those codes keep working. `--help` shows none of these names.
 """
 
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
 
-OPTION_ALIASES = {  # our option -> other names for it, where a command has no option of that name itself
+OPTION_ALIASES = {  # our option -> aliases; an alias is dropped in a command that has an option of that name
     "arch": ["model"],
     "backbone_checkpoint": ["backbone"],
     "batch_size": ["cnn_batch_size"],
@@ -33,20 +33,20 @@ OPTION_ALIASES = {  # our option -> other names for it, where a command has no o
     "weight_decay": ["decay", "wd"],
     "workers": ["num_workers"],
 }
-IGNORED_LEGACY_OPTIONS = sorted(  # accepted without effect: graph-cut processes, unused flags, file names
+IGNORED_LEGACY_OPTIONS = sorted(  # accepted and ignored: processes for graph cuts, unused flags, file names
     "mp parallel mixing_workers initial_channels job_id env shuffle_data use_scheduler".split()
     + "cnn_save_path scheduler_save_path rl_save_path".split()
 )
-# hidden options by group: name -> how Parser.option declares it
+# hidden options by group: name -> arguments of Parser.option()
 LEGACY_DEVICE_OPTIONS = {
     "ngpu": {"type": int_at_least()},  # 0: --device cpu, 1: --device cuda
     "use_fp16": {"type": boolean, "default": False},  # --amp fp16
 }
-LEGACY_TRACKER_OPTIONS = {"wandb_key": {}}  # others can read it; better: the environment variable WANDB_API_KEY
-LEGACY_EVALUATION_OPTIONS = dict.fromkeys(  # without effect on an evaluation
+LEGACY_TRACKER_OPTIONS = {"wandb_key": {}}  # visible in the process list; WANDB_API_KEY in the environment is safer
+LEGACY_EVALUATION_OPTIONS = dict.fromkeys(  # accepted and ignored by evaluate.py
     ("cutout", "trad_augment", "log_off", "parallel", "evaluate"), {"type": boolean}
 )
-LEGACY_METHOD_OPTIONS = {"grad_sim": {"type": boolean}}  # rlmix: reward the similarity of saliency; there is no other
+LEGACY_METHOD_OPTIONS = {"grad_sim": {"type": boolean}}  # rlmix: reward similar saliency, the only reward
 LEGACY_MIXING_OPTIONS = {
     "saliency_probab": {"type": float_in_range(0, 1)},  # --method saliencymix --mix_prob P
     "cutmix_probab": {"type": float_in_range(0, 1)},  # --method cutmix --mix_prob P
@@ -54,36 +54,38 @@ LEGACY_MIXING_OPTIONS = {
     "box": {"type": boolean, "default": False},  # with --train mixup: cutmix
     "graph": {"type": boolean, "default": False},  # with --train mixup: puzzlemix
     "comix": {"type": boolean},  # --method comixup; false: --method none --recipe puzzle
-    "saliency_legacy_float": {"type": boolean, "default": False},  # SaliencyMix as its published code runs
+    "saliency_legacy_float": {"type": boolean, "default": False},  # SaliencyMix as in its published code
     **{name: {"nargs": "?"} for name in IGNORED_LEGACY_OPTIONS},
 }
 
 
 def translate_legacy(typed: dict) -> tuple[dict, list[str]]:
-    """The typed options in today's terms, and a line for each translation worth showing.
+    """Return the typed options under their current names, and notes on the translations that a user should know.
 
-    Raises ValueError where two methods are asked for at once, or several GPUs.
+    Raises ValueError if two options name different methods, and for --ngpu above 1.
     """
-    typed, lines = translate_methods(typed)
+    typed, notes = translate_methods(typed)
     if typed.pop("use_fp16", False):
         typed["amp"] = "fp16"
     if (gpus := typed.pop("ngpu", None)) is not None:
         if gpus > 1:
-            raise ValueError(f"--ngpu {gpus}: several GPUs are used by torchrun --nproc_per_node {gpus} in front")
+            raise ValueError(
+                f"--ngpu {gpus}: start the script with torchrun --nproc_per_node {gpus} to use several GPUs"
+            )
         typed["device"] = "cuda" if gpus else "cpu"
     if typed.pop("saliency_legacy_float", False):
         typed = {"saliency": "float_bytes", "saliency_scope": "batch", **typed}
-        lines.append("--saliency_legacy_float is --saliency float_bytes --saliency_scope batch")
+        notes.append("--saliency_legacy_float means --saliency float_bytes --saliency_scope batch")
     if "per_sample" in typed and "saliencymix" in typed.get("method", []):
         typed.setdefault("saliency_scope", "sample" if typed["per_sample"] else "batch")
         if "cutmix" not in typed["method"]:
             del typed["per_sample"]
-    return typed, lines
+    return typed, notes
 
 
 def translate_methods(typed: dict) -> tuple[dict, list[str]]:
-    """The same for the shorthands that name a method. The ignored options go too."""
-    typed, lines = dict(typed), []
+    """Translate the shorthands that name a method, and remove the ignored options. Return as translate_legacy()."""
+    typed, notes = dict(typed), []
     named = {"--method " + " ".join(typed["method"]): typed["method"]} if "method" in typed else {}
     for option, method in (("saliency_probab", "saliencymix"), ("cutmix_probab", "cutmix")):
         if chance := typed.pop(option, 0):
@@ -92,19 +94,21 @@ def translate_methods(typed: dict) -> tuple[dict, list[str]]:
     box, graph = typed.pop("box", False), typed.pop("graph", False)
     if train := typed.pop("train", None):
         mixed = "puzzlemix" if graph else "cutmix" if box else "mixup"
-        today = {"vanilla": "none", "mixup": mixed, "mixup_hidden": "manifold"}[train]
+        method = {"vanilla": "none", "mixup": mixed, "mixup_hidden": "manifold"}[train]
         old = f"--train {train}" + (" --box" if box else "") + (" --graph" if graph else "")
-        named[old] = [today]
-        lines.append(f"{old} is --method {today}")
+        named[old] = [method]
+        notes.append(f"{old} means --method {method}")
     if (comix := typed.pop("comix", None)) is not None:
-        old, today = f"--comix {str(comix).lower()}", "comixup" if comix else "none"
-        named[old] = [today]
+        old, method = f"--comix {str(comix).lower()}", "comixup" if comix else "none"
+        named[old] = [method]
         typed = typed if comix else {"recipe": "puzzle", **typed}
-        lines.append(f"{old} is --method {today}" + ("" if comix else " --recipe puzzle"))
+        notes.append(f"{old} means --method {method}" + ("" if comix else " --recipe puzzle"))
     if ignored := [f"--{key}" for key in IGNORED_LEGACY_OPTIONS if typed.pop(key, None) is not None]:
-        lines.append(f"{' '.join(ignored)}: of an earlier code, without meaning here")
+        notes.append(f"{' '.join(ignored)}: ignored; used by an earlier code only")
     if len({tuple(methods) for methods in named.values()}) > 1:
-        raise ValueError(f"{' and '.join(named)} name different methods; several drawn per batch are --method A B")
+        raise ValueError(
+            f"{' and '.join(named)} name different methods; to draw one of several per batch, use --method A B"
+        )
     if named:
         typed["method"] = next(iter(named.values()))
-    return typed, lines
+    return typed, notes

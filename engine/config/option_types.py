@@ -1,4 +1,4 @@
-"""Option types: each converts the text of a command line, or raises ArgumentTypeError with what is allowed."""
+"""Option types: convert the text of an option, or raise ArgumentTypeError with the allowed values."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +11,10 @@ YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 @dataclass(frozen=True, eq=False)
 class OptionType:
-    """A conversion. metavar stands for the value in --help; where it is NAME, the help text begins with the `names`."""
+    """A conversion of text to a value.
+
+    metavar: placeholder of the value in --help. If it is NAME, the help text begins with the `names` to choose from.
+    """
 
     convert: Callable[[str], object]
     metavar: str
@@ -22,10 +25,11 @@ class OptionType:
 
 
 class ValueList(list):
-    """The values of one word, such as "8 16"; Parser.read joins them with those of the next word."""
+    """The values in one argument, such as "8 16". Parser.read() joins them with those of the next argument."""
 
 
 def boolean(text: str) -> bool:
+    """Convert true, yes, 1, on and false, no, 0, off, in any case."""
     if text.lower() in YES | NO:
         return text.lower() in YES
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
@@ -34,7 +38,7 @@ def boolean(text: str) -> bool:
 def int_at_least(minimum: int = 0) -> OptionType:
     def convert(text: str) -> int:
         if not text.lstrip("+-").isdigit() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
         return int(text)
 
     return OptionType(convert, "N")
@@ -47,7 +51,7 @@ def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> Optio
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
         if not minimum <= value <= maximum:
-            limits = f"at least {minimum:g}" if maximum == float("inf") else f"between {minimum:g} and {maximum:g}"
+            limits = f"of at least {minimum:g}" if maximum == float("inf") else f"between {minimum:g} and {maximum:g}"
             raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
         return value
 
@@ -55,7 +59,7 @@ def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> Optio
 
 
 def choice(names: Iterable[str], aliases: dict[str, str] | None = None) -> OptionType:
-    """One of `names`, ignoring case; an alias stands for its name. The error lists the names and the closest one."""
+    """Return the type of one of `names`, in any case. aliases: alias -> name. Errors suggest the closest name."""
     names, aliases = list(names), aliases or {}
 
     def convert(text: str) -> str:
@@ -63,7 +67,7 @@ def choice(names: Iterable[str], aliases: dict[str, str] | None = None) -> Optio
         if word in names or word in aliases:
             return aliases.get(word, word)
         raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join(names)}{suggest_closest(word, [*names, *aliases])}"
+            f"invalid choice {text!r}{suggest_closest(word, [*names, *aliases])} (choose from {', '.join(names)})"
         )
 
     short = "|".join(names)
@@ -71,26 +75,28 @@ def choice(names: Iterable[str], aliases: dict[str, str] | None = None) -> Optio
 
 
 def choices(names: Iterable[str], aliases: dict[str, str] | None = None) -> OptionType:
-    """As choice(), but a word may hold several names."""
+    """Return the type of an argument that may hold several names separated by spaces; otherwise like choice()."""
     one = choice(names, aliases)
     return OptionType(lambda text: ValueList(map(one, text.split())), "NAME", one.names)
 
 
 positive_or_minus_one = OptionType(lambda text: -1 if text == "-1" else int_at_least(1)(text), "N")
-fraction_or_off = OptionType(lambda text: 0.0 if text.lower() in NO else float_in_range(0, 1)(text), "X")
+fraction_or_off = OptionType(  # an earlier code writes "--dropout False"
+    lambda text: 0.0 if text.lower() in NO else float_in_range(0, 1)(text), "X"
+)
 int_list = OptionType(  # positive integers, separated by spaces or commas
     lambda text: ValueList(map(int_at_least(1), text.replace(",", " ").split())), "N"
 )
 
 
 def pixel_fraction(text: str) -> float:
-    """A pixel difference in 0..1, as --eps takes it: `8/255`, `0.03`, `0`."""
-    above, slash, below = text.partition("/")
+    """Convert a pixel difference in 0..1, such as `8/255`, `0.03` or `0`."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        value = float(above) / (float(below) if slash else 1)
+        value = float(numerator) / (float(denominator) if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
     if not 0 <= value <= 1:
         remedy = f"; write {text.strip()}/255" if not slash and 1 < value <= 255 else ""
-        raise argparse.ArgumentTypeError(f"pixels are in 0..1, got {text!r}{remedy}")
+        raise argparse.ArgumentTypeError(f"expected a value between 0 and 1, got {text!r}{remedy}")
     return value

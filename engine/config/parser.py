@@ -1,4 +1,4 @@
-"""The command-line parser: every spelling that users know, help by group, and usage errors in one line."""
+"""The command-line parser: aliases of options, help by group, and usage errors in one line."""
 
 import argparse
 import json
@@ -14,11 +14,11 @@ from engine.errors import UserError, suggest_closest
 
 
 class Parser(argparse.ArgumentParser):
-    """Options with underscores that hyphens reach too.
+    """An ArgumentParser whose options can be written with underscores or hyphens.
 
-    `read` returns only what was typed and `defaults` holds the rest, so that a recipe or a checkpoint can fill in
-    between. prog: how the program is called. positional: the program takes words without an option name. An optional
-    value would swallow them, so switches take none.
+    read() returns only the options that were typed. Their defaults are in `defaults`, so that a recipe or a checkpoint
+    can fill in the others. prog: name of the program. positional: the program takes arguments without an option name;
+    its switches then have no value, because an optional value would swallow such an argument.
     """
 
     def __init__(self, description: str, prog: str | None = None, positional: bool = False):
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.defaults: dict[str, object] = {}
         self.positional = positional
-        self._groups: dict[str, dict[argparse.Action, str]] = {}  # title -> its options, with their help texts
+        self._groups: dict[str, dict[argparse.Action, str]] = {}  # title -> options and their help texts
         self._folded: list[str] = []
         self.group("options")
         self._group.add_argument(
@@ -42,11 +42,12 @@ class Parser(argparse.ArgumentParser):
             action=ShowHelp,
             nargs=0 if positional else "?",
             metavar="GROUP",
-            help="show this help" + ("" if positional else ", the options of one group, or all"),
+            help="show this help (defaults are in brackets)"
+            + ("" if positional else ", the options of one group, or all options"),
         )
 
     def group(self, title: str, folded: bool = False) -> None:
-        """The options that follow stand under this title in --help. A folded group is only shown by `--help TITLE`."""
+        """Start a group of options with this title in --help. Only `--help TITLE` shows a folded group."""
         self._group, self._title = self.add_argument_group(title), title
         self._groups.setdefault(title, {})
         if folded:
@@ -54,13 +55,13 @@ class Parser(argparse.ArgumentParser):
             self.epilog = f"More options: --help GROUP, where GROUP is one of {', '.join(self._folded)}, or all."
 
     def get_option_names(self, *titles: str) -> set[str]:
-        """The options of these groups."""
+        """Return the names of the options in these groups."""
         return {action.dest for title in titles for action in self._groups[title]}
 
     def option(
         self, name: str, *aliases: str, default=None, shown="", help: str = "", hidden: bool = False, **kwargs
     ) -> None:
-        """Add an option to the current group. shown: what --help says of the default where that is None."""
+        """Add an option to the current group. shown: what --help shows as its default if the default is None."""
         kind = kwargs.get("type")
         if kind is boolean and self.positional:
             kwargs = {"action": "store_true"}
@@ -79,36 +80,39 @@ class Parser(argparse.ArgumentParser):
             action.help = argparse.SUPPRESS
 
     def hidden_options(self, declarations: dict[str, dict]) -> None:
-        """Options of the current group that --help never shows. declarations: name -> arguments of `option`."""
+        """Add options to the current group that --help never shows. declarations: name -> arguments of option()."""
         for name, declaration in declarations.items():
             self.option(f"--{name}", hidden=True, **declaration)
 
     def show_help(self, title: str | None) -> None:
-        """Print the options of one group (any word of its title), of `all`, or, without a title, of all but the folded
-        groups, and exit.
+        """Print the help and exit.
+
+        title: a group (any word of its title) or `all`. None: all groups except the folded ones.
         """
         if title and title != "all":
             found = {name for name in self._groups if title in (name, *name.split(", "))}
             if not found:
                 names = [*self._groups, "all"]
-                self.error(f"--help {title}: the groups are {', '.join(names)}{suggest_closest(title, names)}")
+                self.error(
+                    f"--help {title}: no such group{suggest_closest(title, names)} (choose from {', '.join(names)})"
+                )
             for action in self._actions:
                 action.help = argparse.SUPPRESS
         else:
             found = self._folded if title else ()
-        for action, text in (one for name in found for one in self._groups[name].items()):
+        for action, text in (item for name in found for item in self._groups[name].items()):
             action.help = text
         self.print_help()
         self.exit()
 
     def find_aliases(self) -> dict[str, str]:
-        """Other names of the options -> their names, as they are typed."""
+        """Return other spellings of the options -> their names, both with leading hyphens."""
         own = {option.removeprefix("--") for option in self._option_string_actions}
         found = {alias: name for name, aliases in OPTION_ALIASES.items() if name in own for alias in aliases}
         return {f"--{alias}": f"--{name}" for alias, name in found.items() if alias not in own}
 
     def read(self, argv: list[str] | None = None) -> dict[str, object]:
-        """The options given in argv (default: the command line). An error ends with one line, exit code 2."""
+        """Return the options in argv (default: the command line). An error prints one line and exits with code 2."""
         words, aliases = [], self.find_aliases()
         for word in map(str, sys.argv[1:] if argv is None else argv):
             name, equals, value = word.partition("=")
@@ -125,50 +129,50 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def usage_errors(self, option: str = "") -> Iterator[None]:
-        """Around code that raises ValueError for bad values: it becomes a usage error. option: named before it."""
+        """Turn a ValueError of the code inside into a usage error. option: prefix of the message."""
         try:
             yield
         except ValueError as error:
             self.error(f"{option}: {error}" if option else str(error))
 
     def error(self, message: str):
-        """End with one line and exit code 2. Of several processes, the first one of each machine prints it."""
+        """Print the message in one line and exit with code 2. Of several processes, one per machine prints it."""
         self.exit(2, f"{self.prog}: {message}\n" if os.environ.get("LOCAL_RANK", "0") == "0" else None)
 
 
 class ShowHelp(argparse.Action):
-    """-h, --help [GROUP]: print help and exit."""
+    """The action of -h, --help [GROUP]."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         parser.show_help(values or None)
 
 
 def join_values(value):
-    """[ValueList(8), ValueList(16)] -> [8, 16]; anything else as it is."""
+    """Convert [ValueList(8), ValueList(16)] to [8, 16]; return anything else unchanged."""
     if isinstance(value, list) and value and isinstance(value[0], ValueList):
         return [one for part in value for one in part]
     return value
 
 
 def read_config(path: str, kind: str = "classifier") -> dict[str, object]:
-    """The options in the config.json of an earlier run of this kind. Raises UserError for another file."""
+    """Return the options in the config.json of an earlier run of this kind. Raises UserError for any other file."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        options, held = content["options"], content.get("kind", "classifier")
+        options, saved_kind = content["options"], content.get("kind", "classifier")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--config {path}: not the config.json of a run ({type(error).__name__}: {error})") from error
-    if held != kind:
-        raise UserError(f"--config {path}: of a run that trained a {held}\nhere one of a {kind} is wanted")
+    if saved_kind != kind:
+        raise UserError(f"--config {path}: this is the config.json of a {saved_kind} run; expected one of a {kind} run")
     return options
 
 
 def check_output_path(parser: Parser, option: str, file: Path) -> None:
-    """End with a usage error if `file` could not be written, before the work rather than after it."""
+    """Exit with a usage error if `file` cannot be written, so that the run fails at its start and not at its end."""
     file = file.absolute()
     if not file.parent.is_dir():
-        parser.error(f"{option} {file}: there is no folder {file.parent}")
+        parser.error(f"{option} {file}: the folder {file.parent} does not exist")
     if file.is_dir():
-        parser.error(f"{option} {file}: a folder; name a file in it")
+        parser.error(f"{option} {file}: this is a folder; give the name of a file")
     if not os.access(file.parent, os.W_OK):
         parser.error(f"{option} {file}: no permission to write in {file.parent}")

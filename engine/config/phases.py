@@ -1,24 +1,24 @@
-"""Phases of a run, each with its own images, crops and batch size, and learning rates at points in time."""
+"""Training phases with their own images, crops and batch size (--phases), and piecewise linear learning rates."""
 
 from typing import NamedTuple
 
 IMAGE_COPIES = ("small", "large", "original")
-LARGE_SIDE = 128  # side in pixels above which a network sees the centre of a larger image, not all of a smaller one
+# networks for images larger than this side in pixels see a centre crop; those for smaller ones see the whole image
+LARGE_SIDE = 128
 
 
 class Phase(NamedTuple):
-    """Epochs up to `end` on the copies `images` (small, large or original), cropped to `crop` pixels."""
+    """The epochs up to `end`, trained on one kind of copies of the images."""
 
     end: int
-    images: str
-    crop: int
-    min_scale: float  # smallest share of the image's area that a crop takes
-    batch_size: int  # in total, over all processes
+    images: str  # small, large or original
+    crop: int  # side of the crops in pixels
+    min_scale: float  # minimum area of a crop as a fraction of the image
+    batch_size: int  # over all processes
 
 
 def parse_phases(text: str) -> list[Phase]:
-    """`end:folder:crop:min_scale:batch,...` as phases. Raises ValueError for other text, and where the ends do not
-    rise."""
+    """Parse `end:folder:crop:min_scale:batch,...`. Raises ValueError for other text and if the ends do not increase."""
     phases = []
     for entry in text.replace(" ", "").split(","):
         try:
@@ -30,17 +30,17 @@ def parse_phases(text: str) -> list[Phase]:
             valid = False
         if not valid:
             raise ValueError(
-                f"--phases {entry!r}: expected end:folder:crop:min_scale:batch with a folder of "
-                f"{', '.join(IMAGE_COPIES)}, such as 15:small:128:0.08:1024"
+                f"--phases {entry!r}: expected end:folder:crop:min_scale:batch, with a folder of "
+                f"{', '.join(IMAGE_COPIES)}; for example 15:small:128:0.08:1024"
             )
         if phases and phase.end <= phases[-1].end:
-            raise ValueError(f"--phases: the one that ends at {phase.end} comes after {phases[-1].end}; ends must rise")
+            raise ValueError(f"--phases: end epochs must increase, but {phase.end} follows {phases[-1].end}")
         phases.append(phase)
     return phases
 
 
 def build_phases(options: dict) -> list[Phase]:
-    """Those of --phases, or the one that --epochs, --crop_size, --min_scale and --batch_size describe."""
+    """Return the phases of --phases, or the one of --epochs, --crop_size, --min_scale and --batch_size."""
     if options["phases"]:
         return parse_phases(options["phases"])
     images = "large" if options["data_large"] else "original"
@@ -48,25 +48,25 @@ def build_phases(options: dict) -> list[Phase]:
 
 
 def default_eval_resize(size: int) -> int:
-    """The shorter side of an image of which the centre of `size` pixels is evaluated: 256 for 224."""
+    """Return the shorter side to which an image is resized before the centre crop of `size` pixels: 256 for 224."""
     return round(size * 256 / 224)
 
 
 def find_phase(phases: list[Phase], epoch: int) -> int:
-    """The number of the phase that an epoch, counted from 0, belongs to."""
+    """Return the index of the phase of an epoch, both counted from 0."""
     return next((number for number, phase in enumerate(phases) if epoch < phase.end), len(phases) - 1)
 
 
 def parse_lr_points(text: str) -> list[tuple[float, float]]:
-    """`epoch:lr,epoch:lr` as pairs. Raises ValueError for other text, and for epochs out of order."""
+    """Parse `epoch:lr,epoch:lr` as pairs. Raises ValueError for other text and for epochs out of order."""
     try:
         points = [tuple(map(float, pair.split(":"))) for pair in text.replace(" ", "").split(",")]
         valid = all(len(point) == 2 and min(point) >= 0 for point in points)
     except ValueError:
         valid = False
     if not valid:
-        raise ValueError(f"--lr_points {text}: expected epoch:lr,epoch:lr, such as 0:0.5,8:1.0,15:0.125")
+        raise ValueError(f"--lr_points {text}: expected epoch:lr,epoch:lr, for example 0:0.5,8:1.0,15:0.125")
     for (earlier, _), (later, _) in zip(points, points[1:], strict=False):
         if later < earlier:
-            raise ValueError(f"--lr_points {text}: epoch {later:g} comes after {earlier:g}; give them in order")
+            raise ValueError(f"--lr_points {text}: epochs must be in order, but {later:g} follows {earlier:g}")
     return points

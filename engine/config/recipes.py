@@ -1,12 +1,12 @@
-"""Published training set-ups, `--recipe NAME`: each fills in the options that were not given. A typed option always
-wins.
+"""Recipes: published training settings. `--recipe NAME` sets the options that are not given; a typed option wins.
 
-`shapes` is ours; `saliencymix` Uddin et al. (arXiv 2006.01791); `puzzle` the setting that Puzzle Mix, Co-Mixup and SAGE
-share (300 epochs); `rmix` R-Mix (arXiv 2212.04875). On ImageNet `cutmix300` is that of CutMix and SaliencyMix, and
-`fast100` the three phases of Puzzle Mix, Co-Mixup and R-Mix.
+For small images: `shapes` is this project's own; `saliencymix` follows Uddin et al. (arXiv 2006.01791); `puzzle` is the
+setting that Puzzle Mix, Co-Mixup and SAGE share (300 epochs); `rmix` follows R-Mix (arXiv 2212.04875). For ImageNet:
+`cutmix300` is the setting of CutMix and SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three
+phases.
 """
 
-COMMON = {  # what nearly all of them share
+COMMON = {  # shared by nearly all recipes
     "momentum": 0.9,
     "nesterov": True,
     "weight_decay": 1e-4,
@@ -74,7 +74,7 @@ RECIPES = {
         "drop_last": True,
     },
 }
-IMAGENET_METHOD_OPTIONS = {  # hyper-parameters by method; sage's offsets are as many as 0.01 means at 32 pixels
+IMAGENET_METHOD_OPTIONS = {  # by method; sage then tries as many offsets at 224 pixels as with 0.01 at 32 pixels
     "cutmix": {"mix_prob": 1.0},
     "saliencymix": {"mix_prob": 1.0},
     "puzzlemix": {"neigh_size": 2, "t_size": -1},
@@ -128,21 +128,21 @@ IMAGENET_RECIPES = {
 RECIPE_METHODS = {
     "puzzle": {"mixup", "manifold", "puzzlemix", "comixup", "sage"},
     "rmix": {"rmix", "rlmix"},
-}  # the others: saliencymix
+}  # all other methods: saliencymix
 
 
 def choose_recipe(methods: list[str], dataset: str | None, named: bool) -> str:
-    """The recipe of `--recipe auto`. named: whether the user chose a method, a model or a data set at all."""
+    """Return the recipe that `--recipe auto` means. named: whether the user chose a method, a model or a dataset."""
     if dataset == "shapes" or not named:
         return "shapes"
     return next((recipe for recipe, family in RECIPE_METHODS.items() if methods[0] in family), "saliencymix")
 
 
 def get_recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
-    """The options of a recipe for this data set and model (None: the recipe's own).
+    """Return the options of a recipe for this dataset and model. None: those of the recipe.
 
-    `method_options` are those of single methods: hyper-parameters by method name; `phase_options` those that a phase of
-    the run adds to them.
+    `method_options` maps a method to its hyper-parameters. `phase_options` lists, for each phase, hyper-parameters that
+    are added to them.
     """
     if name in IMAGENET_RECIPES:
         return dict(IMAGENET_RECIPES[name])
@@ -164,7 +164,7 @@ def get_recipe_options(name: str, *, dataset: str | None, model: str | None) -> 
 
 
 def get_sage_options(dataset: str, model: str) -> dict[str, float]:
-    """SAGE's published upper_lambda and update_ratio; elsewhere those of PreActResNet-18 on CIFAR-10."""
+    """Return the published upper_lambda and update_ratio of SAGE; by default those of PreActResNet-18 on CIFAR-10."""
     if model.startswith(("wrn", "wideresnet", "resnext")):
         return {"upper_lambda": 0.7, "update_ratio": 0.5}
     return {"upper_lambda": 0.5 if dataset == "cifar100" else 0.6, "update_ratio": 0.7}

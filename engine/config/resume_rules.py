@@ -1,6 +1,6 @@
-"""Where the value of an option comes from, and which options may change when a run is resumed.
+"""Rules for options: where the value of an option comes from, and which options may change when a run is resumed.
 
-This is one mechanism for every kind of run (classifier, detector, saliency maps); a kind hands in its OptionRules.
+All kinds of runs (classifier, detector, mask network) share this code; each passes its own OptionRules.
 """
 
 from collections.abc import Callable, Mapping, Set
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from engine.errors import UserError
 
-RESUME_CHANGEABLE = (  # of every kind of run
+RESUME_CHANGEABLE = (  # for every kind of run
     {"epochs", "checkpoint", "evaluate", "force_config", "config"}
     | {"device", "workers", "amp", "timeout", "debug", "data_dir", "val_data_dir", "download"}
     | {"root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "use_tensorboard"}
@@ -21,25 +21,26 @@ PER_CALL_OPTIONS = {"checkpoint", "config", "evaluate", "force_config", "overwri
 class OptionRules:
     """Sets of option names.
 
-    changeable: they may change when a run is resumed. architecture: no saved state fits after they change, so that not
-    even force allows it. per_call: they are given to one call of a command and never taken from a saved run. replaces:
-    an option -> the saved ones that no longer count once it is typed. remedy: what a user can do about other changes.
+    changeable: may change when a run is resumed. architecture: must not change even with force, because the saved state
+    would no longer fit. per_call: belong to a single call of a command and are never taken from a saved run. replaces:
+    a typed option -> saved options that it overrides. remedy: advice in the error about all other changes.
     """
 
     changeable: Set[str] = frozenset(RESUME_CHANGEABLE)
     architecture: Set[str] = frozenset()
     per_call: Set[str] = frozenset(PER_CALL_OPTIONS)
     replaces: Mapping[str, Set[str]] = field(default_factory=dict)
-    remedy: str = "leave them out to continue it, or say --force_config"
+    remedy: str = "leave these options out to resume the run, or add --force_config"
 
 
 def merge_options(
     typed: dict, saved: dict, defaults: dict, *, rules: OptionRules, recipe: Callable[[dict], dict]
 ) -> dict[str, object]:
-    """Every option: what was typed, else saved (in a checkpoint or the file of --config), else the recipe's, else the
-    default. A typed `--recipe auto` is that of the saved run.
+    """Return every option: the typed value, else the saved one, else that of the recipe, else the default.
 
-    recipe: a function of the options that were typed or saved; it returns what the recipe sets, its name included.
+    saved: options from a checkpoint or from the file of --config. recipe: a function of the options that were typed or
+    saved; it returns the options that the recipe sets, including its name. A typed `--recipe auto` means the recipe of
+    the saved run.
     """
     typed = {key: value for key, value in typed.items() if (key, value) != ("recipe", "auto")}
     replaced = set().union(*(keys for option, keys in rules.replaces.items() if option in typed))
@@ -49,14 +50,14 @@ def merge_options(
 
 
 def find_changes(typed: dict, saved: dict) -> set[str]:
-    """The options that were typed with another value than the saved one; `auto` is never another one."""
+    """Return the options whose typed value differs from the saved one. The value `auto` never counts as different."""
     return {key for key in typed.keys() & saved.keys() if saved[key] != typed[key] and typed[key] != "auto"}
 
 
 def check_changed_options(typed: dict, saved: dict, *, rules: OptionRules, force: bool = False) -> None:
-    """Raise UserError, with both values of each, where typed options are not those that the run was started with.
+    """Raise UserError, with the saved and the typed values, if options were typed that must not change.
 
-    force: all may change but rules.architecture.
+    force: all options may change except rules.architecture.
     """
     changes = find_changes(typed, saved)
     if force and changes & rules.architecture:
@@ -67,8 +68,9 @@ def check_changed_options(typed: dict, saved: dict, *, rules: OptionRules, force
     if not force and (refused := changes - rules.changeable):
         width = max(map(len, refused))
         rows = "\n".join(f"  --{key:<{width}}  {saved[key]}  ->  {typed[key]}" for key in sorted(refused))
-        raise UserError(f"the run to continue has other options (saved -> given):\n{rows}\n{rules.remedy}")
+        raise UserError(f"the saved run has other options (saved -> given):\n{rows}\n{rules.remedy}")
 
 
 def format_flags(keys: Set[str]) -> str:
+    """Return the options as sorted flags."""
     return " ".join(f"--{key}" for key in sorted(keys))

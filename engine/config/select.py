@@ -5,6 +5,6 @@ from collections.abc import Callable
 
 
 def select_kwargs(options: dict, wanted: Callable | list[str]) -> dict:
-    """Those of the options that `wanted` names: a list, or a function, by its parameters."""
+    """Return the options that `wanted` names: a list of names, or a function that has parameters of these names."""
     names = inspect.signature(wanted).parameters if callable(wanted) else wanted
     return {key: options[key] for key in names if key in options}

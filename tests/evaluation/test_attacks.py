@@ -222,7 +222,7 @@ def test_pixel_units_are_read(text, value):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("8", r"pixels are in 0\.\.1, got '8'; write 8/255$"),
+        ("8", r"expected a value between 0 and 1, got '8'; write 8/255$"),
         ("256", r"got '256'$"),
         ("300/255", r"got '300/255'$"),
         ("-1/255", r"got '-1/255'$"),

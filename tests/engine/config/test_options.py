@@ -238,7 +238,7 @@ def test_shorthands_are_translated():
     assert translate_legacy({"saliency_probab": 0.0})[0] == {}
     assert translate_legacy({"train": "mixup", "box": True}) == (
         {"method": ["cutmix"]},
-        ["--train mixup --box is --method cutmix"],
+        ["--train mixup --box means --method cutmix"],
     )
     assert translate_legacy({"train": "mixup_hidden"})[0] == {"method": ["manifold"]}
     assert translate_legacy({"saliency_legacy_float": True})[0] == {
@@ -298,8 +298,8 @@ def test_the_earlier_evaluation_command_is_taken():
 
 def test_shorthands_of_the_gradient_methods():
     puzzle, lines = translate_legacy({"train": "mixup", "graph": True, "mp": 8})
-    assert puzzle == {"method": ["puzzlemix"]} and lines[0] == "--train mixup --graph is --method puzzlemix"
-    assert lines[1] == "--mp: of an earlier code, without meaning here"
+    assert puzzle == {"method": ["puzzlemix"]} and lines[0] == "--train mixup --graph means --method puzzlemix"
+    assert lines[1] == "--mp: ignored; used by an earlier code only"
     assert translate_legacy({"comix": True})[0] == {"method": ["comixup"]}
     assert translate_legacy({"comix": False})[0] == {"method": ["none"], "recipe": "puzzle"}
     with pytest.raises(ValueError, match="different methods"):
@@ -325,8 +325,8 @@ def test_published_settings_follow_method_data_and_network():
     ("words", "message"),
     [
         ("--method comixup --batch_size 1", "several images"),
-        ("--method rlmix --mix_off_epoch 2", "use rmix"),
-        ("--method rlmix --mix_schedule scheduled --mix_scheduled_epoch 2", "use rmix"),
+        ("--method rlmix --mix_off_epoch 2", "use --method rmix"),
+        ("--method rlmix --mix_schedule scheduled --mix_scheduled_epoch 2", "use --method rmix"),
         ("--method sage --adv_p 0.1", "only puzzlemix"),
         ("--method puzzlemix --adv_p 0.1 --saliency static", "signed gradient"),
     ],

@@ -36,7 +36,7 @@ def test_saved_options_of_one_call_or_that_a_typed_one_replaces_do_not_count():
 def test_changes_are_refused_with_both_values_unless_forced():
     saved = {"lr": 0.1, "size": 32, "device": "cuda"}
     check_changed_options({"lr": 0.1, "size": 32, "device": "cpu"}, saved, rules=RULES)
-    with pytest.raises(UserError, match=r"\n  --lr    0.1  ->  0.2\n  --size  32  ->  64\nleave them out"):
+    with pytest.raises(UserError, match=r"\n  --lr    0.1  ->  0.2\n  --size  32  ->  64\nleave these options out"):
         check_changed_options({"lr": 0.2, "size": 64}, saved, rules=RULES)
     check_changed_options({"lr": 0.2}, saved, rules=RULES, force=True)
     with pytest.raises(UserError, match="--size: the saved state would not fit"):

@@ -498,4 +498,4 @@ def test_a_first_process_alone_prints_the_usage(monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             train.main(["--epochs", "none"])
         assert ended.value.code == 2
-    assert len(re.findall("expected a whole number", capsys.readouterr().err)) == 1
+    assert len(re.findall("expected an integer", capsys.readouterr().err)) == 1

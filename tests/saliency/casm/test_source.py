@@ -148,7 +148,7 @@ def test_what_is_missing_is_said(tmp_path, casm_file, capsys):
     with pytest.raises(UserError, match="no such file"):
         train.main(shapes_command(tmp_path, "--saliency", "casm", "--casm", "gone.chk", method="puzzlemix"))
     train.main(shapes_command(tmp_path, "--casm", casm_file, method="puzzlemix", epochs=1))
-    assert "without effect with --method puzzlemix: --casm" in capsys.readouterr().out
+    assert "no effect with --method puzzlemix: --casm" in capsys.readouterr().out
 
 
 def test_it_is_shown(tmp_path, casm_file, monkeypatch, capsys):
