@@ -6,7 +6,13 @@ from engine.config.mixing_options import OPTION_GROUPS
 from engine.config.parser import Parser
 from engine.config.phases import build_phases
 
-GRADIENT_SOURCE_OPTIONS = {"clean_lam", "update_ratio", "blur_sigma", "kernel_size", "eval_mode"}  # used by this source only
+GRADIENT_SOURCE_OPTIONS = {
+    "clean_lam",
+    "update_ratio",
+    "blur_sigma",
+    "kernel_size",
+    "eval_mode",
+}  # read by no other source
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 

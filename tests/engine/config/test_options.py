@@ -328,7 +328,7 @@ def test_published_settings_follow_method_data_and_network():
         ("--method rlmix --mix_off_epoch 2", "use --method rmix"),
         ("--method rlmix --mix_schedule scheduled --mix_scheduled_epoch 2", "use --method rmix"),
         ("--method sage --adv_p 0.1", "only puzzlemix"),
-        ("--method puzzlemix --adv_p 0.1 --saliency static", "signed gradient"),
+        ("--method puzzlemix --adv_p 0.1 --saliency static", "signed pixel gradient"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, message, capsys):
