@@ -121,7 +121,7 @@ def test_the_recipe_table_is_true():
 
 
 def test_the_corruptions_are_described():
-    page = (ROOT / "docs" / "methods.md").read_text().lower()
+    page = (ROOT / "docs" / "evaluate.md").read_text().lower()
     for name, function in CORRUPTIONS.items():
         text = " ".join(function.__doc__.split()).partition(". ")[0].rstrip(".")
         assert f"| `{name}` | {text} |".lower() in page
