@@ -62,7 +62,7 @@ def load_images(session: EvalSession, limit_typed: bool, *, limit: int, **where)
 
     def load() -> ImageSet:
         data = load_evaluation(progress=progress_bar, limit=limit, **where)
-        check_same_value("data", {"test images": len(data)}, "every machine needs the same copy of the data set")
+        check_same_value("data", {"test images": len(data)}, "use the same copy of the data set on every machine")
         print(data.summary("test"))
         if limit:
             origin = "" if limit_typed else ", as in its training; --limit 0 takes all"

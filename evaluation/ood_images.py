@@ -40,7 +40,7 @@ def load_ood_set(
         return name, replace(image_set, pixels=resize_images(image_set.pixels, image_size))
     first, fault, _ = image_set.pixels.read([0])  # now, not after hours with the images inside
     if first is None:
-        remedy = "replace the file, or leave such files out with --on_bad_image skip"
+        remedy = "replace the file, or skip unreadable files with --on_bad_image skip"
         raise UserError(f"{origin}: {fault}\n{'name other pictures' if on_bad_image == 'skip' else remedy}")
     return name, image_set
 

@@ -115,7 +115,7 @@ def iter_images(files: list[Path], on_bad_image: str) -> Iterator[tuple[Path, np
             yield file, open_image(file)
         except BadImage as error:
             if on_bad_image == "stop":
-                remedy = "replace the file, or leave such files out with --on_bad_image skip"
+                remedy = "replace the file, or skip unreadable files with --on_bad_image skip"
                 raise UserError(f"a picture cannot be read: {error}\n{remedy}") from error
             print_line(f"note: left out: {error}")
 

@@ -263,7 +263,7 @@ def test_wrong_folders_are_named(place, tmp_path):
         path.rename(flat / "val" / f"{path.parent.name}{path.name}")
     for name in "abc":
         (flat / "val" / name).rmdir()
-    with pytest.raises(UserError, match=r"9 loose images.*\n.*--val_labels FILE"):
+    with pytest.raises(UserError, match=r"images outside class folders \(9\).*\n.*--val_labels FILE"):
         imagenet_train.main(command(place, tmp_path, "--data_dir", flat))
     labels = tmp_path / "labels.txt"
     labels.write_text("".join(f"{path.name} {path.name[0]}\n" for path in (flat / "val").iterdir()))
@@ -274,11 +274,11 @@ def test_wrong_folders_are_named(place, tmp_path):
     for path in (fewer / "train").rglob("*.jpg"):
         path.rename(path.with_name(f"other{path.name}"))
     with pytest.raises(
-        UserError, match=r"--data_small .*: copies of other images than the 12 .*; no a/other0.jpg there"
+        UserError, match=r"--data_small .*: the copies are not of the 12 images .*; a/other0.jpg is missing"
     ):
         imagenet_train.main(command(place, tmp_path, "--data_dir", fewer))
     with pytest.raises(
-        UserError, match=r"--data_small .*typo: no train/<class>/\*.jpg there\nmake it with --resize_to"
+        UserError, match=r"--data_small .*typo: no train/<class>/\*.jpg in it\nmake the copies with --resize_to"
     ):
         imagenet_train.main(command(place, tmp_path, "--data_small", tmp_path / "typo"))
     with pytest.raises(UserError, match="imagenet has 1000 classes, .* has 2\n.*--num_classes 2"):
@@ -292,7 +292,7 @@ def test_images_without_a_copy_are_left_out_or_named(place, tmp_path, capsys):
     with pytest.raises(UserError, match=r"--data_small .*: no copy of a/6.jpg and 2 more\n.*--on_bad_image skip"):
         imagenet_train.main(command(place, tmp_path, *words))
     imagenet_train.main(command(place, tmp_path, *words, "--on_bad_image", "skip"))
-    assert "3 training images have no copy and are left out" in capsys.readouterr().out
+    assert "left out because they have no copy: 3" in capsys.readouterr().out
     data = load_data("folder", data_dir=str(more), on_bad_image="skip")
     copies = find_copies(data, {"small": str(place.parent / "copies" / "20"), "large": None})
     assert len(copies["small"]) == len(copies["original"]) == 18 and copies["large"] is data.train

@@ -383,7 +383,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_run(shapes_run, monkeypatch)
 
 
 def test_too_large_a_batch_for_drop_last(shapes_run):
-    with pytest.raises(UserError, match="--batch_size 100: only 48 training images"):
+    with pytest.raises(UserError, match="--batch_size 100: larger than the 48 training images"):
         shapes_run("--batch_size", "100", "--drop_last")
 
 

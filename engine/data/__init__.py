@@ -1,4 +1,4 @@
-"""Data sets: from files to batches on the device."""
+"""Load data sets, from image files to normalised batches on the device."""
 
 from engine import lazy_attributes
 

@@ -1,7 +1,7 @@
-"""True object boxes: of shapes and Tiny-ImageNet, from XML files as ImageNet and VOC have them, from CSV and JSON.
+"""Read ground-truth boxes: from shapes, Tiny-ImageNet, XML files in the format of ImageNet and VOC, CSV and JSON.
 
-Upper bounds in a file count as exclusive, without the "+1" of inclusive ones: so does the published code of CASM (Zolna
-et al., arXiv 1805.08249), and its figures are of such boxes. Tiny-ImageNet's own files alone are read as inclusive.
+Upper bounds in a file are read as exclusive, without adding 1. The published code of CASM (Zolna et al., arXiv
+1805.08249) does the same, so its figures refer to such boxes. Only Tiny-ImageNet's own files are read as inclusive.
 """
 
 import csv
@@ -31,40 +31,40 @@ COLUMNS = (("xmin", "ymin", "xmax", "ymax"), ("x0", "y0", "x1", "y1"))
 
 
 class BoxAnnotation(NamedTuple):
-    """The objects of one image that are of its class."""
+    """The boxes of the objects in one image that belong to the class of the image."""
 
-    boxes: list[Box]  # in pixels of an image of width x height, x1 and y1 exclusive
+    boxes: list[Box]  # in pixels of an image of size width x height; x1 and y1 are exclusive
     width: int
     height: int
 
 
 class AnnotationRow(NamedTuple):
-    """What a list says of one object; None: it does not say."""
+    """One object in an annotation list. None means that the list does not give this value."""
 
     box: Box | None
-    category: str | None = None
+    class_name: str | None = None
     size: tuple[int, int] | None = None  # width, height
 
 
 @dataclass
 class BoxAnnotations:
-    """The annotations of a set of images, in their order. Names are relative to the root of the set."""
+    """The annotations of an image set, in the order of its images. Names are relative to the root of the set."""
 
     per_image: list[BoxAnnotation | None]  # None: the image has no usable box
-    missing: list[str]  # images without an annotation
-    empty: list[str]  # images whose annotation has no usable box of their class
+    missing: list[str]  # names of images without an annotation
+    empty: list[str]  # names of images whose annotation has no usable box of their class
     masks: torch.Tensor | None = None  # (N, H, W) bool, if the set has masks
-    broken: list[str] = field(default_factory=list)  # `image (reason)`, images whose annotation cannot be read
+    broken: list[str] = field(default_factory=list)  # `name (reason)` of images with unreadable annotations
 
     def notes(self) -> list[str]:
-        """Lines for the user: how many images are left out of the scores, and why."""
+        """Return one line per reason why images are left out of the scores, with their number and the first names."""
         reasons = {
-            "have no annotation": self.missing,
-            "have no usable box of their class": self.empty,
-            "have an annotation that cannot be read": self.broken,
+            "no annotation": self.missing,
+            "no usable box of their class": self.empty,
+            "unreadable annotation": self.broken,
         }
         return [
-            f"{len(names):,} of {len(self.per_image):,} images {reason} and are left out of the scores: "
+            f"{len(names):,} of {len(self.per_image):,} images left out of the scores ({reason}): "
             + "; ".join(names[:3] + ["..."] * (len(names) > 3))
             for reason, names in reasons.items()
             if names
@@ -72,7 +72,7 @@ class BoxAnnotations:
 
 
 Lookup = Callable[[int, str, str], BoxAnnotation | None]  # (index, file, class) -> None if there is no annotation
-DescribePlaces = Callable[[str, str], str]  # (file, class) -> where its annotation was looked for
+DescribeSources = Callable[[str, str], str]  # (file, class) -> where its annotation was looked for
 
 
 def find_boxes(
@@ -84,8 +84,8 @@ def find_boxes(
 ) -> BoxAnnotations:
     """Read the ground-truth boxes of an image set from annotation_path (see ANNOTATION_FORMATS) or from the data set.
 
-    progress: as for load_data(). Raises UserError if there is no annotation at all, and for a list that cannot be read;
-    a single broken XML file is counted instead.
+    progress: see load_data(). Raises UserError if no image has an annotation, or if an annotation list cannot be read.
+    A single broken XML file does not raise; its image is counted as broken.
     """
     if not annotation_path and dataset == "shapes":
         return get_shapes_boxes(image_set)
@@ -93,87 +93,89 @@ def find_boxes(
     lookup, describe = (
         open_annotations(image_set, Path(annotation_path)) if annotation_path else open_tiny_annotations(image_set)
     )
-    found = BoxAnnotations([], [], [])
+    annotations = BoxAnnotations([], [], [])
     names, labels = image_set.files.names(), image_set.labels.tolist()
     for index, name in enumerate(progress(names, total=len(names), desc="reading boxes", unit="image")):
         annotation = None
         try:
             annotation = lookup(index, name, image_set.classes[labels[index]])
             if annotation is None:
-                found.missing.append(name)
+                annotations.missing.append(name)
             elif not annotation.boxes:
-                found.empty.append(name)
+                annotations.empty.append(name)
         except (ValueError, OSError) as error:
-            found.broken.append(f"{name} ({error or type(error).__name__})")
-        found.per_image.append(annotation if annotation and annotation.boxes else None)
-    if names and len(found.missing) == len(names):
+            annotations.broken.append(f"{name} ({error or type(error).__name__})")
+        annotations.per_image.append(annotation if annotation and annotation.boxes else None)
+    if names and len(annotations.missing) == len(names):
         raise UserError(
-            f"{annotation_path or image_set.origin}: boxes of none of the {len(names):,} images in {image_set.origin}; "
+            f"{annotation_path or image_set.origin}: no boxes for any of the {len(names):,} images in "
+            f"{image_set.origin}; "
             f"looked for {describe(names[0], image_set.classes[labels[0]])}\n{REMEDY}"
         )
-    return found
+    return annotations
 
 
 def check_annotations_given(image_set: ImageSet, dataset: str, annotation_path: str | None) -> None:
-    """Raise UserError if there cannot be boxes, or if they are not given."""
+    """Raise UserError if the data set cannot take box annotations, or if it needs them and none are given."""
     if image_set.files is None:
-        own = "leave --annotation-path out: shapes has boxes of its own"
+        own = "leave out --annotation-path: shapes comes with its own boxes"
         raise UserError(
-            f"{dataset} has no image files that boxes could be given for\n"
-            f"{own if dataset == 'shapes' else 'take a data set of image files, or shapes, which has boxes'}"
+            f"{dataset} has no image files, so it cannot take box annotations\n"
+            f"{own if dataset == 'shapes' else 'use a data set of image files, or shapes, which comes with boxes'}"
         )
     if not annotation_path and dataset != "tiny-imagenet":
-        raise UserError(f"{dataset} comes without true boxes: give them with --annotation-path\n{REMEDY}")
+        raise UserError(f"{dataset} comes without ground-truth boxes; give them with --annotation-path\n{REMEDY}")
 
 
 def get_shapes_boxes(image_set: ImageSet) -> BoxAnnotations:
+    """Return the boxes and masks that were drawn with the shapes."""
     side = image_set.pixels.shape[1]
     boxes = image_set.annotations["boxes"].tolist()
     per_image = [BoxAnnotation([(x1, y1, x2, y2)], side, side) for y1, y2, x1, x2 in boxes]
     return BoxAnnotations(per_image, [], [], image_set.annotations["masks"])
 
 
-def open_annotations(image_set: ImageSet, path: Path) -> tuple[Lookup, DescribePlaces]:
-    """Raises UserError for a path that is not one of ANNOTATION_FORMATS."""
+def open_annotations(image_set: ImageSet, path: Path) -> tuple[Lookup, DescribeSources]:
+    """Open annotations in any of ANNOTATION_FORMATS. Raises UserError for any other path."""
     if path.is_dir():
-        return make_xml_lookup(path), lambda name, category: " and ".join(
-            map(str, list_xml_candidates(path, name, category))
+        return make_xml_lookup(path), lambda name, class_name: " and ".join(
+            map(str, list_xml_candidates(path, name, class_name))
         )
     if not path.is_file():
         raise UserError(f"--annotation-path {path}: no such file or folder\n{REMEDY}")
     reader = {".csv": read_csv, ".json": read_json}.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"--annotation-path {path}: neither a folder nor a .csv or .json\n{REMEDY}")
+        raise UserError(f"--annotation-path {path}: not a folder, a .csv or a .json file\n{REMEDY}")
     try:
         rows = reader(path)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
-        raise UserError(f"--annotation-path {path}: it cannot be read ({error})\n{REMEDY}") from error
-    first = next(iter(rows), "nothing")
-    return make_row_lookup(image_set, rows), lambda name, category: f"{name}, where its first line is of {first}"
+        raise UserError(f"--annotation-path {path}: cannot be read ({error})\n{REMEDY}") from error
+    first = next(iter(rows), "missing")
+    return make_row_lookup(image_set, rows), lambda name, class_name: f"{name} (the first image it lists is {first})"
 
 
-def list_xml_candidates(folder: Path, name: str, category: str) -> list[Path]:
-    stem = PurePosixPath(name).stem  # of the file alone: a dot in a folder's name, as in ../ann, ends nothing
-    return [folder / category / f"{stem}.xml", folder / f"{stem}.xml"]
+def list_xml_candidates(folder: Path, name: str, class_name: str) -> list[Path]:
+    stem = PurePosixPath(name).stem  # of the file name only, because a folder may have a dot in its name, as in ../ann
+    return [folder / class_name / f"{stem}.xml", folder / f"{stem}.xml"]
 
 
 def make_xml_lookup(folder: Path) -> Lookup:
-    def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
-        path = next((path for path in list_xml_candidates(folder, name, category) if path.is_file()), None)
-        return path and read_xml(path, category)
+    def lookup(index: int, name: str, class_name: str) -> BoxAnnotation | None:
+        path = next((path for path in list_xml_candidates(folder, name, class_name) if path.is_file()), None)
+        return path and read_xml(path, class_name)
 
     return lookup
 
 
-def read_xml(path: Path, category: str) -> BoxAnnotation:
-    """The objects of this class. Raises ValueError for a broken file."""
+def read_xml(path: Path, class_name: str) -> BoxAnnotation:
+    """Read the boxes of the objects of this class. Raises ValueError for a broken file."""
     try:
         root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an encoding Python does not know
-        raise ValueError(f"no XML: {error}") from error
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: unknown encoding
+        raise ValueError(f"not valid XML: {error}") from error
     width, height = (parse_pixel(read_tag(root, f"size/{side}")) for side in ("width", "height"))
     check_size(width, height)
-    objects = [tag for tag in root.iter("object") if read_tag(tag, "name") == category]
+    objects = [tag for tag in root.iter("object") if read_tag(tag, "name") == class_name]
     boxes = [tuple(parse_pixel(read_tag(tag, f"bndbox/{side}")) for side in COLUMNS[0]) for tag in objects]
     return BoxAnnotation(list(filter(is_usable_box, boxes)), width, height)
 
@@ -186,16 +188,16 @@ def read_tag(root: ElementTree.Element, tag: str) -> str:
 
 
 def parse_pixel(text: str | float) -> int:
-    """The nearest whole number of pixels. Raises ValueError for text that is not a finite number."""
+    """Round a number of pixels to the nearest integer. Raises ValueError for text that is not a finite number."""
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text!r} is no number of pixels")
+        raise ValueError(f"{text!r} is not a finite number of pixels")
     return math.floor(number + 0.5)
 
 
 def check_size(width: int, height: int) -> None:
     if width <= 0 or height <= 0:
-        raise ValueError(f"it says a size of {width} x {height}")
+        raise ValueError(f"the annotated image size is {width} x {height}, but both sides must be positive")
 
 
 def is_usable_box(box: Box) -> bool:
@@ -203,7 +205,7 @@ def is_usable_box(box: Box) -> bool:
 
 
 def read_csv(path: Path) -> dict[str, list[AnnotationRow]]:
-    """File -> its rows. Raises UserError, with the line, for a row that is not a box."""
+    """Read a CSV list: file name -> its rows. Raises UserError, with the line number, for a row that is not a box."""
     rows: dict[str, list[AnnotationRow]] = {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.reader(file, skipinitialspace=True)
@@ -216,28 +218,30 @@ def read_csv(path: Path) -> dict[str, list[AnnotationRow]]:
             if not any(cells.values()):
                 continue
             try:
-                category = cells.get("wnid") or cells.get("class") or None
-                row = AnnotationRow(parse_numbers(cells, columns), category, parse_numbers(cells, ("width", "height")))
+                class_name = cells.get("wnid") or cells.get("class") or None
+                row = AnnotationRow(
+                    parse_numbers(cells, columns), class_name, parse_numbers(cells, ("width", "height"))
+                )
             except ValueError as error:
                 raise UserError(
-                    f"--annotation-path {path}, line {lines.line_num}: {','.join(line)!r} is no box ({error})\n"
-                    f"mend that line; {REMEDY}"
+                    f"--annotation-path {path}, line {lines.line_num}: {','.join(line)!r} is not a box ({error})\n"
+                    f"fix that line; {REMEDY}"
                 ) from error
             rows.setdefault(normalize_name(cells["file"]), []).append(row)
     return rows
 
 
 def parse_numbers(cells: dict[str, str], columns: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Pixels; None if all these cells are empty or absent."""
-    found = [cells.get(name, "") for name in columns]
-    return tuple(map(parse_pixel, found)) if any(found) else None
+    """Parse these cells as pixels. Returns None if all of them are empty or absent."""
+    values = [cells.get(name, "") for name in columns]
+    return tuple(map(parse_pixel, values)) if any(values) else None
 
 
 def read_json(path: Path) -> dict[str, list[AnnotationRow]]:
-    """File -> its boxes. Raises UserError, with the file, for anything but a list of boxes."""
+    """Read a JSON file: file name -> its boxes. Raises UserError for anything but lists of boxes."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise UserError(f"--annotation-path {path}: it holds no {{...}}\n{REMEDY}")
+        raise UserError(f"--annotation-path {path}: not a JSON object {{...}}\n{REMEDY}")
     rows = {}
     for name, boxes in content.items():
         try:
@@ -245,9 +249,11 @@ def read_json(path: Path) -> dict[str, list[AnnotationRow]]:
                 AnnotationRow(tuple(parse_pixel(number) for number in box)) for box in boxes
             ] or [AnnotationRow(None)]
             if any(row.box is not None and len(row.box) != 4 for row in rows[normalize_name(name)]):
-                raise ValueError("a box has four numbers")
+                raise ValueError("a box needs four numbers")
         except (TypeError, ValueError) as error:
-            raise UserError(f"--annotation-path {path}: {name!r} has no list of boxes ({error})\n{REMEDY}") from error
+            raise UserError(
+                f"--annotation-path {path}: {name!r} does not hold a list of boxes ({error})\n{REMEDY}"
+            ) from error
     return rows
 
 
@@ -256,19 +262,22 @@ def normalize_name(name: str) -> str:
 
 
 def make_row_lookup(image_set: ImageSet, rows: dict[str, list[AnnotationRow]]) -> Lookup:
-    """Finds rows by the path of the image relative to the root of the set, or else by its base name if that is unique
-    both in the set and in the list.
+    """Look up rows by the path of the image relative to the root of the set.
+
+    Where that fails, the base name of the file is used if it is unique both in the set and in the list.
     """
     in_set = Counter(PurePosixPath(name).name for name in set(image_set.files.names()))
     in_list = Counter(PurePosixPath(name).name for name in rows)
-    by_base = {PurePosixPath(name).name: found for name, found in rows.items()}
+    by_base_name = {PurePosixPath(name).name: found for name, found in rows.items()}
 
-    def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
+    def lookup(index: int, name: str, class_name: str) -> BoxAnnotation | None:
         base = PurePosixPath(name).name
-        found = rows.get(normalize_name(name)) or (by_base.get(base) if in_set[base] == in_list[base] == 1 else None)
+        found = rows.get(normalize_name(name)) or (
+            by_base_name.get(base) if in_set[base] == in_list[base] == 1 else None
+        )
         if found is None:
             return None
-        found = [row for row in found if row.category in (None, category)]
+        found = [row for row in found if row.class_name in (None, class_name)]
         boxes = [row.box for row in found if row.box and is_usable_box(row.box)]
         if not boxes:
             return BoxAnnotation([], 0, 0)
@@ -280,40 +289,43 @@ def make_row_lookup(image_set: ImageSet, rows: dict[str, list[AnnotationRow]]) -
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """Width and height, from the header of an image file."""
+    """Return width and height from the header of an image file."""
     with Image.open(path) as image:
         return image.size
 
 
-def open_tiny_annotations(image_set: ImageSet) -> tuple[Lookup, DescribePlaces]:
-    """val_annotations.txt in or beside the folder of the images, else <wnid>/<wnid>_boxes.txt in it."""
-    where = Path(image_set.origin)
-    lists = [folder / "val_annotations.txt" for folder in (where, where.parent)]
+def open_tiny_annotations(image_set: ImageSet) -> tuple[Lookup, DescribeSources]:
+    """Open val_annotations.txt in or beside the image folder, or else <wnid>/<wnid>_boxes.txt inside it."""
+    root = Path(image_set.origin)
+    lists = [folder / "val_annotations.txt" for folder in (root, root.parent)]
     rows: dict[str, list[AnnotationRow]] = {}
     if path := next(filter(Path.is_file, lists), None):
         read_tiny(path, rows)
     else:
         for wnid in image_set.classes:
-            path = where / wnid / f"{wnid}_boxes.txt"
+            path = root / wnid / f"{wnid}_boxes.txt"
             if path.is_file():
                 read_tiny(path, rows, wnid)
 
-    def lookup(index: int, name: str, category: str) -> BoxAnnotation | None:
+    def lookup(index: int, name: str, class_name: str) -> BoxAnnotation | None:
         found = rows.get(PurePosixPath(name).name)
-        boxes = [row.box for row in found or [] if row.category == category and is_usable_box(row.box)]
+        boxes = [row.box for row in found or [] if row.class_name == class_name and is_usable_box(row.box)]
         return None if found is None else BoxAnnotation(boxes, TINY_SIDE, TINY_SIDE)
 
     return (
         lookup,
-        lambda name, category: (
+        lambda name, class_name: (
             f"{PurePosixPath(name).name} in {' and '.join(map(str, lists))} and in "
-            + str(where / category / f"{category}_boxes.txt")
+            + str(root / class_name / f"{class_name}_boxes.txt")
         ),
     )
 
 
 def read_tiny(path: Path, rows: dict[str, list[AnnotationRow]], wnid: str | None = None) -> None:
-    """Add the lines `file wnid x0 y0 x1 y1`, without the wnid where it is given. Raises UserError for other ones."""
+    """Add the lines `file wnid x0 y0 x1 y1` of a file to rows. If wnid is given, the lines have no wnid column.
+
+    Raises UserError for lines of another form.
+    """
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         cells = line.split("\t")
         if not line.strip():
@@ -323,7 +335,7 @@ def read_tiny(path: Path, rows: dict[str, list[AnnotationRow]], wnid: str | None
         except ValueError as error:
             form = "file x0 y0 x1 y1" if wnid else "file wnid x0 y0 x1 y1"
             raise UserError(
-                f"{path}, line {number}: {line!r} is not of the form `{form}`, with tabs\nmend that line"
+                f"{path}, line {number}: {line!r} does not have the form `{form}`, separated by tabs\nfix that line"
             ) from error
-        box = (x0, y0, x1 + 1, y1 + 1)  # its upper bounds are the last pixels of the object: 0 to 63 is all of 64
+        box = (x0, y0, x1 + 1, y1 + 1)  # upper bounds are inclusive here: 0 to 63 covers all 64 pixels
         rows.setdefault(cells[0], []).append(AnnotationRow(box, wnid or cells[1]))

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their python pickles, without letting a pickle run anything."""
+"""Read CIFAR-10 and CIFAR-100 from their Python pickles without executing code from them."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from engine.runtime.safe_unpickle import load_arrays
 
 
 class Layout(NamedTuple):
-    """What the archive of a set unpacks to."""
+    """The files that the archive of a data set unpacks to."""
 
     folder: str
     train: list[str]
@@ -46,18 +46,18 @@ LAYOUTS = {
 
 
 def find_cifar(name: str, data_dir: Path, download: bool) -> Path:
-    """The folder with the files, fetched if need be. Raises UserError that says what was looked for where."""
+    """Return the folder with the files; download them if allowed. Raises UserError with the paths that were tried."""
     layout = LAYOUTS[name]
     needed = [*layout.train, layout.test, layout.meta]
-    places = [data_dir / layout.folder, data_dir]
-    for place in places:
-        missing = [file for file in needed if not (place / file).is_file()]
+    folders = [data_dir / layout.folder, data_dir]
+    for folder in folders:
+        missing = [file for file in needed if not (folder / file).is_file()]
         if not missing:
-            return place
-        if place.name == layout.folder and place.is_dir():
+            return folder
+        if folder.name == layout.folder and folder.is_dir():
             raise UserError(
-                f"{name} in {place} is incomplete: {', '.join(missing)} missing\ndelete the folder and try again, "
-                "or put the files there"
+                f"{name} in {folder} is incomplete: {', '.join(missing)} missing\n"
+                "put the missing files there, or delete the folder to download it again"
             )
     reason = ""
     if download:
@@ -65,39 +65,40 @@ def find_cifar(name: str, data_dir: Path, download: bool) -> Path:
             from torchvision import datasets
 
             {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name](str(data_dir), download=True)
-            return places[0]
+            return folders[0]
         except Exception as error:
-            reason = f"; downloading it failed ({type(error).__name__}: {error})"
+            reason = f"; the download failed ({type(error).__name__}: {error})"
     sizes = ", ".join(f"{file} ({layout.sizes[file]:,} bytes)" for file in needed)
     raise UserError(
-        f"{name} not found: looked for {sizes} in {' and '.join(map(str, places))}{reason}\nunpack the python version "
-        f"of {name} there, or name its place with --data_dir; --dataset shapes needs no files"
+        f"{name} not found: looked for {sizes} in {' and '.join(map(str, folders))}{reason}\n"
+        f"unpack the Python version of {name} there, or name its folder with --data_dir; --dataset shapes needs no "
+        "files"
     )
 
 
-def read_cifar(name: str, place: Path, files: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 (N, 32, 32, 3) and labels (N,) long of the named files."""
-    contents = [read_pickle(place / file, LAYOUTS[name].sizes[file]) for file in files]
+def read_cifar(name: str, folder: Path, files: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read images uint8 (N, 32, 32, 3) and labels (N,) long from the named files."""
+    contents = [read_pickle(folder / file, LAYOUTS[name].sizes[file]) for file in files]
     pixels = np.concatenate([content["data"] for content in contents]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     labels = [label for content in contents for label in content[LAYOUTS[name].label_key]]
     return torch.from_numpy(np.ascontiguousarray(pixels)), torch.tensor(labels)
 
 
-def read_class_names(name: str, place: Path) -> list[str]:
+def read_class_names(name: str, folder: Path) -> list[str]:
     layout = LAYOUTS[name]
-    return list(read_pickle(place / layout.meta, layout.sizes[layout.meta])[layout.names_key])
+    return list(read_pickle(folder / layout.meta, layout.sizes[layout.meta])[layout.names_key])
 
 
 def read_pickle(path: Path, size: int) -> dict:
-    """One file, whole. Raises UserError with the expected and the found size when it is damaged."""
+    """Read one file. If it is damaged, raises UserError with its expected and its actual size."""
     try:
         with open(path, "rb") as file:
             content = load_arrays(file, encoding="latin1")
         if "data" in content and content["data"].shape[1:] != (3072,):
-            raise ValueError(f"an image has {content['data'].shape[1:]} numbers")
+            raise ValueError(f"each image has shape {content['data'].shape[1:]}, expected (3072,)")
         return content
     except Exception as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): expected {size:,} bytes, found "
-            f"{path.stat().st_size:,}\ndelete it and unpack or download the archive again"
+            f"{path.stat().st_size:,}\ndelete it, then unpack or download the archive again"
         ) from error

@@ -1,4 +1,4 @@
-"""Which class of a data set is which of a network's."""
+"""Match class names: between a data set and a network, and between a user's words and a network."""
 
 import csv
 import re
@@ -24,75 +24,81 @@ def map_labels(
     if not classes and class_list:
         classes = read_class_list(class_list)
         if num_classes not in (None, len(classes)):
-            raise UserError(f"--class_list {class_list}: {len(classes)} classes, where the network has {num_classes}")
+            raise UserError(f"--class_list {class_list}: {len(classes)} classes, but the network has {num_classes}")
     if not classes and num_classes not in (None, len(data_classes)):
         raise UserError(
-            f"the data has {len(data_classes)} classes, the network {num_classes}, and its file does not name them\n"
-            "name them, in the order of the network, in a file: --class_list FILE, one a line or a .csv with a column "
-            "wnid"
+            f"the data has {len(data_classes)} classes and the network {num_classes}, and the network's file stores no "
+            "class names\nlist all classes of the network, in order, in --class_list FILE: one per line, or a .csv "
+            "with a column wnid"
         )
-    place = {name: position for position, name in enumerate(classes or data_classes)}
-    if not place.keys() & set(data_classes):
+    positions = {name: position for position, name in enumerate(classes or data_classes)}
+    if not positions.keys() & set(data_classes):
         raise UserError(
-            f"the network knows none of the classes of the data ({', '.join(data_classes[:3])} ...): its own are "
-            f"{', '.join(list(place)[:3])} ..."
+            f"the network knows none of the classes of the data ({', '.join(data_classes[:3])} ...); its classes are "
+            f"{', '.join(list(positions)[:3])} ..."
         )
-    return torch.tensor([place.get(name, -1) for name in data_classes])
+    return torch.tensor([positions.get(name, -1) for name in data_classes])
 
 
 def read_class_list(file: str) -> list[str]:
-    """Classes, one a line (of a line `n01440764 tench, ...` the WordNet id alone), or in the column wnid or class of a
-    .csv. Raises UserError for another file, and for a class that comes twice.
+    """Read class names from a file: one per line, or the column wnid or class of a .csv.
+
+    Only the WordNet id of a line like `n01440764 tench, ...` is used. Raises UserError for an unreadable file and for a
+    class that is listed twice.
     """
     names = read_column(file, "class_list", ("wnid", "class"))
     names = [re.sub(r"^(n\d{8})\s.*", r"\1", name) for name in names]
-    twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice:
-        raise UserError(f"--class_list {file}: {twice[0]!r} is there more than once")
+    duplicates = [name for name, number in Counter(names).items() if number > 1]
+    if duplicates:
+        raise UserError(f"--class_list {file}: {duplicates[0]!r} is listed more than once; list each class once")
     return names
 
 
 def read_titles(file: str) -> list[str]:
-    """The names of classes for people, one a line (of a line `n01440764 tench, ...` what follows the WordNet id), or in
-    the column name, class or wnid of a .csv. Raises UserError for another file.
+    """Read class names to display: one per line, or the column name, names, class or wnid of a .csv.
+
+    Of a line like `n01440764 tench, ...`, the part after the WordNet id is used. Raises UserError for an unreadable
+    file.
     """
     names = read_column(file, "labels", ("name", "names", "class", "wnid"))
     return [re.sub(r"^n\d{8}\s+", "", name) for name in names]
 
 
-def find_class(word: str, titles: list[str], count: int) -> int:
-    """The class that a word means: an index below `count`, a title, one of the names of a title such as `crane, bird`,
-    or a part of one title alone; not by case, and `_` is a blank.
+def find_class(query: str, titles: list[str], num_classes: int) -> int:
+    """Return the index of the class that a query names.
 
-    Raises ValueError where none or several fit.
+    The query is an index below num_classes, a title, one name of a title such as `crane, bird`, or a part of exactly
+    one title. Case is ignored, and `_` stands for a space. Raises ValueError if no class or several classes match.
     """
-    if re.fullmatch("-?[0-9]+", word) and word not in titles:
-        if 0 <= int(word) < count:
-            return int(word)
-        raise ValueError(f"its classes are 0 to {count - 1}")
+    if re.fullmatch("-?[0-9]+", query) and query not in titles:
+        if 0 <= int(query) < num_classes:
+            return int(query)
+        raise ValueError(f"there is no class {query}; give an index from 0 to {num_classes - 1}")
     if not titles:
-        raise ValueError("its classes have no names\ngive an index, or the names with --labels FILE")
-    sought, *names = (name.lower().replace("_", " ") for name in (word, *titles))
+        raise ValueError("its classes have no names\ngive an index, or name the classes with --labels FILE")
+    sought, *names = (name.lower().replace("_", " ") for name in (query, *titles))
     for fits in (
-        [place for place, title in enumerate(titles) if word == title],
-        [place for place, name in enumerate(names) if sought == name],
-        [place for place, name in enumerate(names) if sought in re.split(", *", name)],
-        [place for place, name in enumerate(names) if sought in name],
+        [index for index, title in enumerate(titles) if query == title],
+        [index for index, name in enumerate(names) if sought == name],
+        [index for index, name in enumerate(names) if sought in re.split(", *", name)],
+        [index for index, name in enumerate(names) if sought in name],
     ):
         if len(fits) == 1:
             return fits[0]
         if fits:
-            some = ", ".join(f"{titles[place]} ({place})" for place in fits[:8]) + (", ..." if fits[8:] else "")
-            raise ValueError(f"{len(fits)} classes fit: {some}\ngive the whole name or the index")
-    raise ValueError(f"no class is called so{suggest_closest(sought, names)}\ngive a name, a part of one, or an index")
+            shown = ", ".join(f"{titles[index]} ({index})" for index in fits[:8]) + (", ..." if fits[8:] else "")
+            raise ValueError(f"{len(fits)} classes match: {shown}\ngive the full name or the index")
+    raise ValueError(
+        f"no class has this name{suggest_closest(sought, names)}\ngive a name, a part of a name, or an index"
+    )
 
 
 def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:
-    """The lines of a file, or the first of these columns that a .csv has. option: what the file was given by."""
+    """Read the lines of a file, or the first of these columns that a .csv has. option: the flag that named the file."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "no text"
+        reason = (error.strerror if isinstance(error, OSError) else None) or "not a text file"
         raise UserError(f"--{option} {file}: cannot be read ({reason})") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not file.lower().endswith(".csv"):
@@ -100,5 +106,5 @@ def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:
     rows = list(csv.DictReader(lines))
     column = next((name for name in columns if rows and name in rows[0]), None)
     if column is None:
-        raise UserError(f"--{option} {file}: no column {columns[0]} and none called {columns[-1]} in its first line")
-    return [row[column] or "" for row in rows]  # a row may be too short
+        raise UserError(f"--{option} {file}: the first line has none of the columns {', '.join(columns)}")
+    return [row[column] or "" for row in rows]  # a short row has None in its last columns

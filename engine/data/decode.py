@@ -1,9 +1,9 @@
 """Decode image files into RGB uint8 pixels.
 
-JPEGs are decoded by OpenCV, at a half, a quarter or an eighth of the size where the part that is wanted stays large
-enough, and resized by torch's anti-aliased uint8 kernel. On one core that takes about half of Pillow's time, and the
-pixels are Pillow's to within one level of 255 (reduced decoding apart); Pillow reads the header and whatever is no
-plain JPEG. An EXIF orientation is ignored by both.
+OpenCV decodes JPEGs, at a half, a quarter or an eighth of the size if the crop stays large enough, and torch's
+anti-aliased uint8 kernel resizes them. On one core this takes about half of Pillow's time, and the pixels equal
+Pillow's to within one level of 255 (except for reduced decoding). Pillow reads the header and every file that is not a
+plain JPEG. Both ignore the EXIF orientation.
 """
 
 import io
@@ -26,23 +26,26 @@ OPENCV_FLAGS = {
 
 
 class BadImage(Exception):
-    """A file that cannot be decoded."""
+    """Raised for an image file that cannot be decoded."""
 
 
 def describe_error(error: Exception) -> str:
-    """The decoder's message; Pillow's names an object of ours instead of a file."""
+    """Return the decoder's message. Pillow's own message names a Python object instead of the file."""
     return "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
 
 
 def decode_center(path: str | os.PathLike, size: int) -> np.ndarray:
-    """RGB uint8 (size, size, 3): the shorter side resized to `size`, then the centre."""
+    """Resize the shorter side to `size`, then crop the centre: RGB uint8 (size, size, 3)."""
     out = np.empty((size, size, 3), np.uint8)
     decode_into(out, path, CenterCrop(size, size), None)
     return out
 
 
 def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: torch.Tensor | None) -> list[float]:
-    """Fill out, RGB uint8 (size, size, 3), and return the box that is seen: y1, y2, x1, x2 in shares of the image."""
+    """Decode an image into out, RGB uint8 (size, size, 3).
+
+    Returns the box that is visible in it: y1, y2, x1, x2 as fractions of the image. Raises BadImage.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             raw = file.read()
@@ -59,13 +62,14 @@ def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: tor
     return [reduced * top / height, reduced * (top + h) / height, reduced * left / width, reduced * (left + w) / width]
 
 
-def load_pixels(image: Image.Image, raw: bytes, spare: int) -> tuple[np.ndarray, int]:
-    """BGR uint8 pixels of an image whose header is read, and the divisor of their size: at most `spare`, and 1, 2, 4
-    or 8.
+def load_pixels(image: Image.Image, raw: bytes, max_reduction: int) -> tuple[np.ndarray, int]:
+    """Decode an image whose header has been read.
+
+    Returns BGR uint8 pixels and the factor 1, 2, 4 or 8, at most max_reduction, by which they are reduced.
     """
-    # OpenCV fills up a JPEG that was cut short; Pillow, which has the last word, refuses it
+    # OpenCV pads a truncated JPEG without an error, so only complete ones go to it; Pillow rejects truncated files
     if image.format == "JPEG" and image.mode in ("RGB", "L") and raw.endswith(b"\xff\xd9"):
-        reduced = next(divisor for divisor in (8, 4, 2, 1) if divisor <= max(spare, 1))
+        reduced = next(divisor for divisor in (8, 4, 2, 1) if divisor <= max(max_reduction, 1))
         try:
             pixels = cv2.imdecode(np.frombuffer(raw, np.uint8), OPENCV_FLAGS[reduced] | cv2.IMREAD_IGNORE_ORIENTATION)
         except cv2.error:
@@ -76,15 +80,16 @@ def load_pixels(image: Image.Image, raw: bytes, spare: int) -> tuple[np.ndarray,
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would cut off at 255
+    """Convert an image of any mode to RGB with 8 bits per channel."""
+    if image.mode.startswith("I;16"):  # Pillow would clip values at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def resize_image(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """uint8 (H, W, 3) -> (rows, columns, 3), bilinear and anti-aliased."""
+    """Resize uint8 (H, W, 3) to (rows, columns, 3), bilinear with anti-aliasing."""
     if pixels.shape[:2] == (rows, columns):
         return pixels
-    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # in this order torch sees channels last: 1.5x faster
+    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # torch sees this as channels_last: 1.5x faster
     images = F.interpolate(images, (rows, columns), mode="bilinear", antialias=True)
     return images.permute(0, 2, 3, 1)[0].numpy()

@@ -1,4 +1,4 @@
-"""Image files as square uint8 pixels, decoded in worker processes."""
+"""Read image files as square uint8 pixels, decoded in worker processes."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -18,12 +18,13 @@ from engine.runtime.distributed import cores_per_process
 
 
 class ImageFiles:
-    """Files as a sequence of square images. An index tensor gives a sub-sequence.
+    """A sequence of image files that are read as square images. Indexing with a tensor returns a subset.
 
-    on_bad_image: `stop`, or `skip` to let the next readable file, with its index, serve.
+    on_bad_image: what to do with an unreadable file. `stop` raises an error; `skip` reads the next readable file
+    instead and returns the index of that file.
     """
 
-    remedy: ClassVar[str] = "replace the file, or leave such files out with --on_bad_image skip"
+    remedy: ClassVar[str] = "replace the file, or skip unreadable files with --on_bad_image skip"
 
     def __init__(self, files: FileList, view: View, on_bad_image: str = "stop"):
         self.files, self.view, self.on_bad_image = files, view, on_bad_image
@@ -42,77 +43,80 @@ class ImageFiles:
         return ImageFiles(self.files, view, self.on_bad_image)
 
     def read(self, index: list[int], seed: int = 0, epoch: int = 0) -> tuple:
-        """Images uint8 (B, size, size, 3), the indices (B,) of the files they are of, and for a random view what
-        part of the file each shows, (B, 4) as y1, y2, x1, x2 in 0..1. (None, what is wrong, None) for a bad file: an
-        error raised here would come out of a worker as a page of text.
+        """Read a batch: images uint8 (B, size, size, 3), the indices (B,) of the files that were read, and boxes.
+
+        boxes (B, 4), only for a random view: the visible part of each file as y1, y2, x1, x2 in 0..1. For an unreadable
+        file the result is (None, reason, None). An exception is not raised here, because the DataLoader would show it
+        with the full traceback of the worker.
         """
         pixels = torch.empty(len(index), self.size, self.size, 3, dtype=torch.uint8)
         random = isinstance(self.view, RandomCrop)
         draws = draw_crop_numbers(seed, epoch, index) if random else [None] * len(index)
-        places, boxes = [], []
-        for place, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
+        indices, boxes = [], []
+        for wanted, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
             try:
-                served, box = self.read_one(place, drawn, out)
+                served, box = self.read_one(wanted, drawn, out)
             except BadImage as error:
                 return None, str(error), None
-            places.append(served)
+            indices.append(served)
             boxes.append(box)
-        return pixels, torch.tensor(places), torch.tensor(boxes) if random else None
+        return pixels, torch.tensor(indices), torch.tensor(boxes) if random else None
 
     def read_one(self, index: int, draws: torch.Tensor | None, out: np.ndarray) -> tuple[int, list[float]]:
-        """Fill `out` with the image at `index` or, where allowed, the next one that can be read; its index and box."""
+        """Read the image at `index` (with `skip`, or the next readable one) into `out`; return its index and box."""
         for step in range(len(self)):
-            place = (index + step) % len(self)
+            served = (index + step) % len(self)
             try:
-                return place, decode_into(out, self.files.path(place), self.view, draws)
+                return served, decode_into(out, self.files.path(served), self.view, draws)
             except BadImage:
                 if self.on_bad_image == "stop":
                     raise
-        raise BadImage("no file of this part can be read")
+        raise BadImage("none of the image files can be read")
 
     def read_all(self, workers: int, progress: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every image, uint8 (N, size, size, 3), and the indices (N,) of the files that served."""
+        """Read all images: uint8 (N, size, size, 3), and the indices (N,) of the files that were read."""
         order = torch.arange(len(self)).split(256)
         reader = BatchReader(self, workers=workers)
         bar = progress(reader.read(order), total=len(order), desc="reading images", unit="batch")
-        pixels, places, _ = zip(*bar, strict=True)
+        pixels, indices, _ = zip(*bar, strict=True)
         reader.close()
-        return torch.cat(pixels), torch.cat(places)
+        return torch.cat(pixels), torch.cat(indices)
 
 
 class BatchReader:
-    """Batches of image files, read ahead by worker processes that start with the first batch and end with close().
+    """Read batches of image files ahead of time in worker processes.
 
-    files: ImageFiles, or what else has a read() and a remedy like theirs.
+    The workers start with the first batch and live until close(). files: ImageFiles, or another object with the same
+    read() and remedy.
     """
 
     def __init__(self, files: ImageFiles, *, seed: int = 0, workers: int = 0, pin: bool = False):
         self.samples, self.order = BatchDataset(files, seed), BatchOrder()
-        self.workers, self.pin = min(workers, cores_per_process()), pin  # more workers would only wait
-        self.loader, self.batches, self.turn = None, None, 0
+        self.workers, self.pin = min(workers, cores_per_process()), pin  # more workers than cores do not help
+        self.loader, self.batches, self.calls = None, None, 0
 
     def read(self, order: list[torch.Tensor], epoch: int = 0) -> Iterator[tuple]:
-        """Of each index tensor (B,): pixels, indices and boxes, as ImageFiles.read() gives them.
+        """Yield pixels, indices and boxes for each index tensor (B,) in order; see ImageFiles.read().
 
-        Calling it again gives up what an earlier call has not delivered.
+        A new call cancels the batches that an earlier call has not yielded yet.
         """
-        self.turn += 1
-        turn, self.order.epoch, self.order.batches = self.turn, epoch, order
+        self.calls += 1
+        call, self.order.epoch, self.order.batches = self.calls, epoch, order
         self.batches = self.start_iterator()
         for _ in order:
-            if turn != self.turn:
-                raise RuntimeError(f"epoch {epoch} was given up: another one, or close(), came in between")
+            if call != self.calls:
+                raise RuntimeError(f"epoch {epoch} was cancelled by a later call of read() or by close()")
             try:
-                pixels, places, boxes = next(self.batches)
-            except Exception:  # a worker died: the next epoch shall have new ones
+                pixels, indices, boxes = next(self.batches)
+            except Exception:  # a worker died: the next epoch starts new ones
                 self.close()
                 raise
             if pixels is None:
-                raise UserError(f"an image cannot be read: {places}\n{self.samples.files.remedy}")
-            yield pixels, places, boxes
+                raise UserError(f"cannot read an image: {indices}\n{self.samples.files.remedy}")
+            yield pixels, indices, boxes
 
     def start_iterator(self) -> Iterator[tuple]:
-        """The loader's iterator over what BatchOrder says, from the same workers as before if there are any."""
+        """Return the DataLoader's iterator over the current order. Existing workers are reused."""
         if self.loader is not None:
             return iter(self.loader)
         self.loader = DataLoader(
@@ -124,23 +128,26 @@ class BatchReader:
             collate_fn=identity_collate,
             worker_init_fn=start_worker,
             pin_memory=self.pin,
-            generator=torch.Generator(),  # the loader draws a number; it shall not be one of the run's
+            generator=torch.Generator(),  # the loader draws a seed, which must not come from the global generator
         )
         threads = cv2.getNumThreads()
-        cv2.setNumThreads(1)  # before the workers are forked: in them it would wait for threads that fork left behind
+        cv2.setNumThreads(1)  # must precede the fork: a forked worker would wait for threads that fork does not copy
         try:
             return iter(self.loader)
         finally:
             cv2.setNumThreads(threads)
 
     def close(self) -> None:
-        """End the workers."""
-        self.turn += 1
-        self.loader = self.batches = None  # the last reference to the loader's iterator: it ends them
+        """Stop the workers."""
+        self.calls += 1
+        self.loader = self.batches = None  # dropping the last reference to the iterator stops the workers
 
 
 class BatchOrder:
-    """What the loader is to read next: it asks at the start of each epoch, and is never made anew."""
+    """The batch sampler of the DataLoader: it returns the batches that are set for the next epoch.
+
+    The DataLoader asks for them at the start of each epoch and is never recreated, so that its workers stay alive.
+    """
 
     def __init__(self):
         self.epoch: int = 0
@@ -152,7 +159,7 @@ class BatchOrder:
 
 
 class BatchDataset(Dataset):
-    """What the workers hold. A batch is asked for as (epoch, indices), since a worker outlives the epoch."""
+    """The dataset in the workers. A batch is requested as (epoch, indices), because workers outlive an epoch."""
 
     def __init__(self, files: ImageFiles, seed: int):
         self.files, self.seed = files, seed
@@ -160,8 +167,8 @@ class BatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, wanted: tuple[int, list[int]]) -> tuple:
-        epoch, index = wanted
+    def __getitems__(self, request: tuple[int, list[int]]) -> tuple:
+        epoch, index = request
         return self.files.read(index, self.seed, epoch)
 
 
@@ -170,10 +177,12 @@ def identity_collate(batch: tuple) -> tuple:
 
 
 def start_worker(worker: int) -> None:
-    """One thread each; and SIGTERM, which schedulers send to all processes, is left to the one that trains: it needs
-    the images of the step it finishes, and ends its workers itself.
+    """Initialise a worker: one thread, and SIGTERM is ignored.
+
+    Job schedulers send SIGTERM to all processes. The training process handles it: it still needs the images of the step
+    that it finishes, and it stops its workers itself.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-    if cv2.getNumThreads() != 1:  # a worker that was not forked
+    if cv2.getNumThreads() != 1:  # in a worker that was spawned, not forked
         cv2.setNumThreads(1)

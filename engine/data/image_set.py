@@ -1,4 +1,4 @@
-"""Image sets: uint8 images with labels, in memory or as files; a data set is up to three of them."""
+"""Hold the splits of a data set: uint8 images with labels, in memory or as files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,12 @@ STATISTICS = {  # mean and std of pixels in 0..1
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-DEFAULT_STATISTICS = {"folder": "imagenet", "shapes": "half"}  # of data sets without their own
-MAX_MEMORY_BYTES = 2**31  # of decoded images that are kept in memory
+DEFAULT_STATISTICS = {"folder": "imagenet", "shapes": "half"}  # for data sets without their own statistics
+MAX_MEMORY_BYTES = 2**31  # limit for decoded images that load_into_memory() keeps
 
 
 def get_statistics(dataset: str, norm: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std to normalise a data set by. norm: `own`, or a name in STATISTICS."""
+    """Return the mean and std to normalise a data set with. norm: `own`, or a name in STATISTICS."""
     return STATISTICS[DEFAULT_STATISTICS.get(dataset, dataset) if norm == "own" else norm]
 
 
@@ -35,34 +35,36 @@ class ImageSet:
     pixels: torch.Tensor | ImageFiles
     labels: torch.Tensor  # (N,) long
     classes: list[str]
-    origin: str  # where the images come from, for messages
-    annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # boxes and masks, of sets that have them
-    files: FileList | None = None  # the file of each image, if it came from one
+    origin: str  # source of the images, shown in messages
+    annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # boxes and masks, if the set has any
+    files: FileList | None = None  # the file of each image, if the images are from files
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: torch.Tensor) -> "ImageSet":
-        """The images at these positions, in this order."""
+        """Return the images at these indices, in this order."""
         annotations = {key: value[index] for key, value in self.annotations.items()}
         files = self.files[index] if self.files is not None else None
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], annotations=annotations, files=files)
 
-    def first(self, most: int) -> "ImageSet":
-        """At most so many images, from the first on."""
-        return self.take(torch.arange(min(most, len(self))))
+    def first(self, max_count: int) -> "ImageSet":
+        """Return the first max_count images, or all if there are fewer."""
+        return self.take(torch.arange(min(max_count, len(self))))
 
-    def subsample(self, most: int) -> "ImageSet":
-        """At most so many images, from all over the set and always the same: one is drawn from each of as many equal
-        stretches. Evenly spaced images would be of few classes where the classes take turns.
+    def subsample(self, max_count: int) -> "ImageSet":
+        """Return max_count images from all parts of the set, the same ones in every call.
+
+        The set is cut into max_count equal intervals, and one image is drawn from each. Evenly spaced images would
+        cover only a few classes where the classes alternate.
         """
-        count = min(most, len(self))
+        count = min(max_count, len(self))
         ends = torch.arange(count + 1) * len(self) // max(count, 1)
         drawn = uniform(torch.arange(count), (), seed=0, purpose="a few of a part")
         return self.take(ends[:-1] + (drawn * ends.diff()).long())
 
     def with_view(self, view: View) -> "ImageSet":
-        """The same image files, cut out by another view."""
+        """Return the same image files with another crop and resize."""
         return replace(self, pixels=self.pixels.with_view(view))
 
     def summary(self, name: str) -> str:
@@ -75,15 +77,15 @@ class ImageSet:
 
 @dataclass
 class Data:
-    """The parts of a data set, and the mean and std to normalise by."""
+    """The splits of a data set, and the mean and std to normalise them with."""
 
     train: ImageSet
     test: ImageSet
     valid: ImageSet | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    image_size: int
-    warnings: list[str]
+    image_size: int  # side of the images in pixels
+    warnings: list[str]  # lines that are shown to the user
 
     @property
     def classes(self) -> list[str]:
@@ -91,32 +93,33 @@ class Data:
 
     @property
     def held_out(self) -> dict[str, ImageSet]:
-        """The parts that are evaluated after each epoch, by name."""
+        """The splits that are evaluated after each epoch, by name."""
         return {"test": self.test, **({"valid": self.valid} if self.valid else {})}
 
 
 def split_by_class(
     train: ImageSet, labels_per_class: int, valid_labels_per_class: int, seed: int
 ) -> tuple[ImageSet, ImageSet | None]:
-    """Training images, labels_per_class of each class (0: all the rest), and validation images, valid_labels_per_class
-    of each.
+    """Split the training images: labels_per_class training and valid_labels_per_class validation images of each class.
+
+    labels_per_class 0 keeps all remaining images. Raises UserError if a class has too few images.
     """
     if not labels_per_class and not valid_labels_per_class:
         return train, None
     generator = torch.Generator().manual_seed(seed)
-    kept, held = [], []
+    kept, held_out = [], []
     for label, name in enumerate(train.classes):
-        of_class = (train.labels == label).nonzero().flatten()
-        if labels_per_class + valid_labels_per_class > len(of_class):
+        indices = (train.labels == label).nonzero().flatten()
+        if labels_per_class + valid_labels_per_class > len(indices):
             raise UserError(
-                f"class {name!r} has {len(of_class)} images, fewer than --labels_per_class {labels_per_class} and "
-                f"--valid_labels_per_class {valid_labels_per_class} together"
+                f"class {name!r} has {len(indices)} images, fewer than --labels_per_class {labels_per_class} plus "
+                f"--valid_labels_per_class {valid_labels_per_class}; lower one of them"
             )
-        shuffled = of_class[torch.randperm(len(of_class), generator=generator)]
+        shuffled = indices[torch.randperm(len(indices), generator=generator)]
         rest = shuffled[valid_labels_per_class:]
-        held.append(shuffled[:valid_labels_per_class])
+        held_out.append(shuffled[:valid_labels_per_class])
         kept.append(rest[:labels_per_class] if labels_per_class else rest)
-    valid = train.take(torch.cat(held).sort().values) if valid_labels_per_class else None
+    valid = train.take(torch.cat(held_out).sort().values) if valid_labels_per_class else None
     return train.take(torch.cat(kept).sort().values), valid
 
 
@@ -126,15 +129,16 @@ def make_image_set(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
 
 
 def load_into_memory(image_set: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
-    """The set with its image files decoded, unless that takes more than MAX_MEMORY_BYTES."""
+    """Decode the image files of the set, unless they need more than MAX_MEMORY_BYTES."""
     if isinstance(image_set.pixels, torch.Tensor) or 3 * len(image_set) * image_set.pixels.size**2 > MAX_MEMORY_BYTES:
         return image_set
     return decode_all(image_set, workers, progress, warnings)
 
 
 def select_classes(image_set: ImageSet, class_map: torch.Tensor, classes: list[str]) -> ImageSet:
-    """The images whose class is one of `classes`, with labels among these. class_map (len(image_set.classes),):
-    which of them each class of the set is; -1: none.
+    """Keep the images whose class is in `classes`, and relabel them.
+
+    class_map (len(image_set.classes),): index in `classes` of each class of the set; -1: not in `classes`.
     """
     labels = class_map[image_set.labels]
     known = (labels >= 0).nonzero().flatten()
@@ -142,25 +146,25 @@ def select_classes(image_set: ImageSet, class_map: torch.Tensor, classes: list[s
 
 
 def decode_all(image_set: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
-    """The set with its images decoded into one tensor."""
+    """Decode all images of the set into one tensor. Adds a warning if unreadable files were skipped."""
     pixels, loaded_index = image_set.pixels.read_all(workers, progress)
     if skipped := int((loaded_index != torch.arange(len(image_set))).sum()):
-        warnings.append(f"{skipped} unreadable files of {image_set.origin} were skipped")
+        warnings.append(f"{skipped} unreadable files in {image_set.origin} skipped; their neighbours are used instead")
     return replace(
         image_set, pixels=pixels, labels=image_set.labels[loaded_index], files=image_set.pixels.files[loaded_index]
     )
 
 
 def check_same_images(data: Data) -> None:
-    """Raise UserError if the processes found different images."""
-    parts = {"training images": data.train, "test images": data.test, "validation images": data.valid}
-    found = {name: f"{len(image_set)}" for name, image_set in parts.items() if image_set}
+    """Raise UserError if the processes loaded different images."""
+    splits = {"training images": data.train, "test images": data.test, "validation images": data.valid}
+    found = {name: f"{len(image_set)}" for name, image_set in splits.items() if image_set}
     found["classes"] = ", ".join(data.classes)
-    found |= {f"labels of the {name}": hash_labels(image_set.labels) for name, image_set in parts.items() if image_set}
-    check_same_value("data", found, "every machine needs the same copy of the data set")
+    found |= {f"labels of the {name}": hash_labels(image_set.labels) for name, image_set in splits.items() if image_set}
+    check_same_value("data", found, "use the same copy of the data set on every machine")
 
 
 def hash_labels(labels: torch.Tensor) -> int:
-    """A checksum."""
+    """Return a checksum of the labels, to compare them between processes."""
     weights = torch.arange(1, len(labels) + 1) % 1_000_003
     return int((labels.long() * weights).sum())

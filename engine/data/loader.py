@@ -1,7 +1,7 @@
-"""Batches on the device: order, crop, flip, colour and normalisation, all as batched tensor operations.
+"""Load batches on the device: shuffle, crop, flip, change colours and normalise, all as batched tensor operations.
 
-Which images make up a batch and how each is cropped, flipped and coloured depends on (seed, epoch, position in the set)
-alone: not on workers, not on where a run was stopped, and not on the generators that the mixing methods draw from.
+The images of a batch and their random crops, flips and colours depend only on (seed, epoch, index in the set). They do
+not depend on the workers, on where a run was interrupted, or on the generators that the mixing methods draw from.
 """
 
 from collections.abc import Iterator
@@ -18,34 +18,39 @@ from engine.runtime.distributed import rank, world_size
 
 
 class Batch(NamedTuple):
+    """One batch (or micro-batch) of images, with the random numbers of its augmentation."""
+
     images: torch.Tensor  # (B, 3, H, W) normalised floats on the device
     labels: torch.Tensor  # (B,) long on the device
-    index: torch.Tensor  # (B,) long, positions in the set, on the host
-    loaded_index: torch.Tensor  # (B,) long on the device: the same but for unreadable files, whose neighbours are shown
-    shift: torch.Tensor | None = None  # (2, B) long on the device: first row and column of each crop; None: none
-    flip: torch.Tensor | None = None  # (B,) bool on the device: which images are mirrored
-    box: torch.Tensor | None = None  # (B, 4) on the device: y1, y2, x1, x2 of a random crop, in 0..1
+    index: torch.Tensor  # (B,) long, indices in the set, on the CPU
+    loaded_index: torch.Tensor  # (B,) long on the device: as index, but for an unreadable file the one read instead
+    shift: torch.Tensor | None = None  # (2, B) long on the device: first row and column of each crop; None: no crop
+    flip: torch.Tensor | None = None  # (B,) bool on the device: whether an image is flipped horizontally
+    box: torch.Tensor | None = None  # (B, 4) on the device: random crop as y1, y2, x1, x2 in 0..1
 
 
 def make_epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return a generator whose seed mixes `seed` and `epoch`."""
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch * 0x85EBCA77 + 0xC2B2AE3D) % 2**63)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The share of every batch that one process reads: `micro_batches` of `world_size * micro_batches` parts."""
+    """The part of every batch that one process reads: `micro_batches` of `world_size * micro_batches` parts."""
 
     rank: int = 0
     world_size: int = 1
-    micro_batches: int = 1  # that the process takes one after the other in an optimizer step, accumulating gradients
+    micro_batches: int = 1  # per optimizer step and process; their gradients are accumulated
 
     @property
     def parts(self) -> int:
         return self.world_size * self.micro_batches
 
     def split(self, batch: torch.Tensor, *, even: bool) -> list[torch.Tensor]:
-        """The micro-batches that this process reads of a batch of indices. even: all are of one length, and the rest of
-        the batch is left out; otherwise their lengths differ by one at most, and empty ones are missing.
+        """Return the micro-batches of this process from a batch of indices.
+
+        even: all parts have the same length, and the remainder of the batch is dropped. Otherwise their lengths differ
+        by at most one, and empty micro-batches are omitted.
         """
         if even:
             batch = batch[: len(batch) // self.parts * self.parts]
@@ -57,20 +62,20 @@ WHOLE_BATCH = Shard()
 
 
 def get_process_shard(micro_batches: int = 1) -> Shard:
-    """The shard of this process among those that torchrun started."""
+    """Return the shard of this process among the processes of a torchrun job."""
     return Shard(rank(), world_size(), micro_batches)
 
 
 class DeviceLoader:
-    """Batches of an image set. `epoch(n)` yields those of epoch n; len() is the number of optimizer steps in an epoch.
+    """Batches of an image set. epoch(n) yields those of epoch n; len() is the number of optimizer steps per epoch.
 
-    Images in a tensor are kept on the device; files are decoded ahead of time by worker processes, which live until
-    close(). augmentation: of training images, see there; None: images as they are.
+    Images in a tensor are kept on the device. Image files are decoded ahead of time by worker processes, which live
+    until close(). augmentation: random changes of training images; None: no augmentation.
 
-    batch_size is the total over all processes and micro-batches of an optimizer step; `shard` tells which of its parts
-    this process reads, and epoch() yields them one by one. With shuffle, the rest of a last batch that the parts do not
-    divide is left out; without, the parts differ by one image and may be missing, so that all processes together read
-    each image once.
+    batch_size is the total over all processes and micro-batches of an optimizer step. `shard` says which parts of it
+    this process reads, and epoch() yields these one by one. With shuffle, the images of a last batch that do not fill
+    equal parts are dropped. Without shuffle, parts may differ by one image or be empty, so that all processes together
+    read each image once.
     """
 
     def __init__(
@@ -91,8 +96,8 @@ class DeviceLoader:
     ):
         if shuffle and batch_size % shard.parts:
             raise ValueError(
-                f"a batch of {batch_size} cannot be cut into {shard.world_size} ranks times "
-                f"{shard.micro_batches} pieces"
+                f"batch_size {batch_size} must be divisible by {shard.world_size} processes x {shard.micro_batches} "
+                "micro-batches"
             )
         self.image_set, self.batch_size, self.device = image_set, batch_size, device
         self.shuffle, self.drop_last, self.seed, self.channels_last = shuffle, drop_last, seed, channels_last
@@ -104,35 +109,35 @@ class DeviceLoader:
             files = image_set.pixels.with_view(view or image_set.pixels.view)
             self.reader = BatchReader(files, seed=seed, workers=workers, pin=device.type == "cuda")
         elif view is not None:
-            raise ValueError(f"{view} is for image files; the images of {image_set.origin} lie in a tensor")
+            raise ValueError(f"{view} works only with image files; the images of {image_set.origin} are in a tensor")
         self.copy_stream = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
-        self.skipped = 0  # unreadable files of the last epoch
+        self.skipped = 0  # number of unreadable files in the last epoch
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.image_set), self.batch_size)
-        least = self.shard.parts if self.shuffle else 1
-        return whole + (rest >= least and not self.drop_last)
+        min_rest = self.shard.parts if self.shuffle else 1
+        return whole + (rest >= min_rest and not self.drop_last)
 
     def close(self) -> None:
-        """End the worker processes, if there are any."""
+        """Stop the worker processes, if there are any."""
         if self.reader:
             self.reader.close()
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of this process from step `start` on; the micro-batches of a step follow one another."""
+        """Yield the batches of this process from step `start` on. The micro-batches of a step follow one another."""
         order, drawn = self.draw(epoch)
         steps = order.split(self.batch_size)[start : len(self)]
         indices = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
         drawn = {name: values.to(self.device) for name, values in drawn.items()}
-        # copied once an epoch: a copy in every step would hold up the device
+        # one copy per epoch: a copy in every step would stall the device
         device_indices = torch.cat([order[:0], *indices]).to(self.device).split([len(index) for index in indices])
         self.skipped = 0
         for index, device_index, read in zip(indices, device_indices, self.read(epoch, indices), strict=True):
             pixels, loaded_index, box = read
-            own = {name: values[..., device_index] for name, values in drawn.items()}
-            shift, flip = own.get("shift"), own.get("flip")
+            batch_drawn = {name: values[..., device_index] for name, values in drawn.items()}
+            shift, flip = batch_drawn.get("shift"), batch_drawn.get("flip")
             if shift is not None:
                 row = device_index if pixels is self.resident else torch.arange(len(index), device=self.device)
                 pixels = crop_and_flip(pixels, row, *shift, flip)
@@ -141,11 +146,11 @@ class DeviceLoader:
             elif flip is not None:
                 pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(2), pixels)
             loaded_index = device_index if loaded_index is None else loaded_index
-            images = self.normalize(pixels, own)
+            images = self.normalize(pixels, batch_drawn)
             yield Batch(images, self.labels[loaded_index], index, loaded_index, shift, flip, box)
 
     def draw(self, epoch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The order (N,) of the set in this epoch, and what is drawn for each position in it, (..., N), on the host."""
+        """Draw the order (N,) of the images in this epoch and their augmentation, name -> (..., N), on the CPU."""
         count, generator = len(self.image_set), make_epoch_generator(self.seed, epoch)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         return order, self.augmentation.draw(count, generator) if self.augmentation else {}
@@ -153,8 +158,9 @@ class DeviceLoader:
     def read(
         self, epoch: int, indices: list[torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]]:
-        """Of each batch of files: pixels, the positions they were loaded from, and boxes, on the device. Of a set that
-        lies on the device: all its pixels, for every batch.
+        """Yield pixels, the indices that were loaded, and boxes for each batch, on the device.
+
+        For a set that is kept on the device, yields all its pixels for every batch, and None for the rest.
         """
         if self.resident is not None:
             yield from ((self.resident, None, None) for _ in indices)
@@ -164,8 +170,10 @@ class DeviceLoader:
             yield tuple(self.copy_to_device([pixels, loaded_index, box]))
 
     def copy_to_device(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """The tensors on the device. On CUDA a stream of its own copies them out of pinned memory, beside the steps
-        that the host has queued already, and the current stream waits for nothing but this copy.
+        """Copy tensors to the device.
+
+        On CUDA, a separate stream copies them from pinned memory while the steps that are already queued run. The
+        current stream waits only for this copy.
         """
         if self.copy_stream is None:
             return [tensor if tensor is None else tensor.to(self.device) for tensor in tensors]
@@ -175,11 +183,11 @@ class DeviceLoader:
         current.wait_stream(self.copy_stream)
         for copy in copies:
             if copy is not None:
-                copy.record_stream(current)  # its memory belongs to the copying stream, which must not reuse it yet
+                copy.record_stream(current)  # keeps the copying stream from reusing this memory too early
         return copies
 
     def normalize(self, pixels: torch.Tensor, drawn: dict[str, torch.Tensor]) -> torch.Tensor:
-        """uint8 (B, H, W, 3) -> normalised floats (B, 3, H, W), with the drawn changes of colour."""
+        """Convert uint8 (B, H, W, 3) to normalised floats (B, 3, H, W), with the drawn colour changes applied."""
         images = pixels.permute(0, 3, 1, 2).float()
         affine = compose_color_matrix(images, drawn)
         if affine is None:
@@ -192,14 +200,18 @@ class DeviceLoader:
 
 
 def check_batch_size(batch_size: int, accumulate: int, images: int, drop_last: bool) -> None:
-    """Raise UserError where a batch cannot be cut into equal parts for all processes, or is larger than the data."""
-    cut = world_size() * accumulate
-    if batch_size % cut:
-        by = f"{world_size()} processes" + (f" x --accumulate {accumulate}" if accumulate > 1 else "")
-        below, above = batch_size // cut * cut, (batch_size // cut + 1) * cut
-        raise UserError(
-            f"--batch_size {batch_size}: the total, which {by} = {cut} do not divide\n"
-            f"take {f'{below} or ' if below else ''}{above}"
+    """Raise UserError if a batch cannot be split into equal parts for all processes, or if it exceeds the data."""
+    parts = world_size() * accumulate
+    if batch_size % parts:
+        factors = f"{world_size()} process{'es' if world_size() > 1 else ''}" + (
+            f" x --accumulate {accumulate}" if accumulate > 1 else ""
         )
-    if images < (batch_size if drop_last else cut):
-        raise UserError(f"--batch_size {batch_size}: only {images} training images; take a smaller one")
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        raise UserError(
+            f"--batch_size {batch_size}: the total batch size must be divisible by {factors} = {parts}\n"
+            f"use {f'{below} or ' if below else ''}{above}"
+        )
+    if images < (batch_size if drop_last else parts):
+        raise UserError(
+            f"--batch_size {batch_size}: larger than the {images} training images; use a smaller batch size"
+        )

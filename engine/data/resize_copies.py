@@ -1,7 +1,8 @@
-"""Copies of an image set with a smaller shorter side: they are decoded in a fraction of the time.
+"""Make resized copies of an image set, which are decoded in a fraction of the time.
 
-The tree, the file names and the lists of labels stay, so a folder of copies is read like the original. A copy is a JPEG
-whatever its name ends in; readers go by the content. A run that was stopped goes on where it was.
+The folder tree, the file names and the label lists are kept, so a folder of copies is read like the original. Every
+copy is a JPEG, whatever its extension; readers detect the format from the content. An interrupted run can be repeated:
+it makes only the copies that are missing.
 """
 
 import errno
@@ -32,29 +33,33 @@ from engine.errors import UserError
 from engine.runtime.distributed import cores_per_process
 from engine.runtime.progress import progress_bar
 
-LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # copied as they are
+LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # label lists, copied unchanged
 QUALITY, SUBSAMPLING = 95, 0  # full colour resolution: a fifth more bytes and a fifth more time to decode than 4:2:0
-SPARE = 2  # a JPEG is decoded at reduced size only while it stays this much larger than the largest copy
+MIN_REDUCED_RATIO = 2  # a JPEG decoded at reduced size stays at least this much larger than its largest copy
 
 
 @dataclass
 class ResizeReport:
-    """What was done; bad: the files that could not be read, and why."""
+    """The numbers of copies. bad: the files that could not be read, and why."""
 
     made: int = 0
-    skipped: int = 0
+    skipped: int = 0  # copies that existed already
     bad: list[tuple[Path, str]] = field(default_factory=list)
     seconds: float = 0.0
 
     def lines(self) -> list[str]:
-        """For a person: one line, and one more for each bad file."""
+        """Return lines to print: a summary and one line for each unreadable file."""
         rate = self.made / max(self.seconds, 1e-9)
-        bad = f", {len(self.bad):,} files could not be read:" if self.bad else ""
-        first = f"made {self.made:,} copies in {self.seconds:.0f} s ({rate:.0f}/s), {self.skipped:,} were there{bad}"
+        bad = f"; unreadable files: {len(self.bad):,}" if self.bad else ""
+        first = (
+            f"made {self.made:,} copies in {self.seconds:.0f} s ({rate:.0f}/s); existed already: {self.skipped:,}{bad}"
+        )
         return [first, *(f"  {path}: {reason}" for path, reason in self.bad)]
 
 
 class CopyResult(NamedTuple):
+    """The result for one image: its name, the numbers of copies, and the reason if it could not be read."""
+
     name: str
     made: int
     skipped: int
@@ -69,56 +74,61 @@ def resize_copies(
     workers: int | None = None,
     progress: Callable = lambda items, **kwargs: items,
 ) -> ResizeReport:
-    """For each size S, dest/S/ with the tree of `source`: shorter side S, bicubic, RGB JPEG; one process a core.
+    """Write copies of all images in `source` to dest/S/ for each size S, with the same folder tree.
 
-    progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError for an empty source, for places
-    that lie in each other, and where a copy cannot be written.
+    The shorter side of a copy has S pixels (bicubic, RGB JPEG). workers: number of processes; None: one per core.
+    progress: wraps an iterable in a progress bar, with tqdm's signature. Raises UserError for an empty source, if
+    source and dest contain each other, and if a copy cannot be written.
     """
-    source, dest, begin = Path(source), Path(dest), time.perf_counter()
+    source, dest, start = Path(source), Path(dest), time.perf_counter()
     check_folders(source, dest, sizes)
     images, lists = walk_images(source)
     if not images:
-        raise UserError(f"no images below {source}\nname the folder that holds train/ and val/")
+        raise UserError(f"no images in {source}\ngive the folder that contains train/ and val/ with --data_dir")
     for name in lists:
         for size in sizes:
             target = dest / str(size) / name
             if not target.exists():
-                with atomic_file(target) as side:
-                    shutil.copyfile(source / name, side)
+                with atomic_file(target) as temporary:
+                    shutil.copyfile(source / name, temporary)
     report = ResizeReport()
-    work = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
+    copy_image = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
     with start_pool(workers or cores_per_process()) as pool:
-        outcomes = pool.map(work, images, chunksize=8)
+        outcomes = pool.map(copy_image, images, chunksize=8)
         for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
             report.made += outcome.made
             report.skipped += outcome.skipped
             if outcome.problem:
                 report.bad.append((source / outcome.name, outcome.problem))
     report.bad.sort()
-    report.seconds = time.perf_counter() - begin
+    report.seconds = time.perf_counter() - start
     return report
 
 
 def check_folders(source: Path, dest: Path, sizes: list[int]) -> None:
+    """Raise UserError if source does not exist, or if source and a folder of copies contain each other."""
     if not source.is_dir():
-        raise UserError(f"no folder {source}\nname the folder that holds train/ and val/")
-    whole, target = source.resolve(), dest.resolve()
-    if target == whole or whole in target.parents:
-        raise UserError(f"--resize_dest {dest} is in {source}, which is copied\nname a place outside it")
+        raise UserError(f"no folder {source}\ngive the folder that contains train/ and val/ with --data_dir")
+    source_path, dest_path = source.resolve(), dest.resolve()
+    if dest_path == source_path or source_path in dest_path.parents:
+        raise UserError(f"--resize_dest {dest} is inside the source folder {source}\ngive a folder outside it")
     for size in sizes:
-        if whole == target / str(size) or target / str(size) in whole.parents:
-            raise UserError(f"{source}, which is copied, is in {dest / str(size)}\nname another --resize_dest")
+        if source_path == dest_path / str(size) or dest_path / str(size) in source_path.parents:
+            raise UserError(f"the source folder {source} is inside {dest / str(size)}\ngive another --resize_dest")
 
 
 def walk_images(source: Path) -> tuple[list[str], list[str]]:
-    """Images and lists of labels below source, relative to it, sorted. Links to folders are followed, not upwards."""
+    """Find the images and label lists in a folder tree: sorted paths relative to source.
+
+    Links to folders are followed, except links to a parent folder.
+    """
     images, lists = [], []
     for root, folders, files in os.walk(source, followlinks=True):
-        here = os.path.realpath(root) + os.sep
-        folders[:] = sorted(name for name in folders if not here.startswith(os.path.realpath(here + name) + os.sep))
-        below = os.path.relpath(root, source)
+        folder = os.path.realpath(root) + os.sep
+        folders[:] = sorted(name for name in folders if not folder.startswith(os.path.realpath(folder + name) + os.sep))
+        relative = os.path.relpath(root, source)
         for name in sorted(files):
-            path = os.path.normpath(os.path.join(below, name))
+            path = os.path.normpath(os.path.join(relative, name))
             if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
                 images.append(path)
             elif any(fnmatch(name, pattern) for pattern in LISTS):
@@ -127,51 +137,54 @@ def walk_images(source: Path) -> tuple[list[str], list[str]]:
 
 
 def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) -> CopyResult:
-    """The copies of one image that are not there yet, from one decoding. sizes: the largest first."""
+    """Make the missing copies of one image; it is decoded once. sizes: in descending order."""
     targets = {size: Path(dest, str(size), name) for size in sizes}
-    wanted = [size for size in sizes if not targets[size].exists()]
-    if not wanted:
+    missing = [size for size in sizes if not targets[size].exists()]
+    if not missing:
         return CopyResult(name, 0, len(sizes), None)
     try:
         with Image.open(os.path.join(source, name)) as image:
             if image.format == "JPEG":
-                factor = SPARE * wanted[0] / min(image.size)  # draft() gives no less than it is asked for
+                factor = MIN_REDUCED_RATIO * missing[0] / min(image.size)  # draft() never goes below the requested size
                 image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
-            picture = convert_to_rgb(image)
+            rgb = convert_to_rgb(image)
     except Exception as error:
-        return CopyResult(name, 0, len(sizes) - len(wanted), str(error) or type(error).__name__)
-    for size in wanted:
-        scale = size / min(picture.size)
-        shape = tuple(max(size, round(side * scale)) for side in picture.size)
-        with atomic_file(targets[size]) as side:
-            copy = picture.resize(shape, Image.Resampling.BICUBIC)
-            copy.save(side, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
-    return CopyResult(name, len(wanted), len(sizes) - len(wanted), None)
+        return CopyResult(name, 0, len(sizes) - len(missing), str(error) or type(error).__name__)
+    for size in missing:
+        scale = size / min(rgb.size)
+        shape = tuple(max(size, round(temporary * scale)) for temporary in rgb.size)
+        with atomic_file(targets[size]) as temporary:
+            copy = rgb.resize(shape, Image.Resampling.BICUBIC)
+            copy.save(temporary, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
+    return CopyResult(name, len(missing), len(sizes) - len(missing), None)
 
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A side file to fill; it gets the name `target` when it is whole, and goes when that fails or is broken off.
+    """Yield a temporary path to write to. It is renamed to `target` at the end, and deleted after an error.
 
-    Not flushed to the disk as engine.runtime.files does it: a million flushes take hours, and the originals are still
-    there.
+    The file is not flushed to disk, unlike in engine.runtime.files: a million flushes take hours, and the originals
+    still exist. Raises UserError if the file cannot be written.
     """
-    side = target.with_name(f".{target.name}.part")
+    temporary = target.with_name(f".{target.name}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield side
-        os.replace(side, target)
+        yield temporary
+        os.replace(temporary, target)
     except OSError as error:
-        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise UserError(f"could not write {target}: {what}\nmake room, or name another --resize_dest") from error
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(f"cannot write {target}: {reason}\nfree disk space, or give another --resize_dest") from error
     finally:
         with suppress(OSError):
-            side.unlink()
+            temporary.unlink()
 
 
 @contextmanager
 def start_pool(workers: int) -> Iterator[Executor]:
-    """Processes by fork, which imports nothing anew; threads where there is no fork (Pillow lets go of the lock)."""
+    """Yield a pool of forked processes, which need no new imports.
+
+    Where fork is not available, the pool has threads; Pillow releases the GIL.
+    """
     if sys.platform == "linux" and workers > 1:
         fork = multiprocessing.get_context("fork")
         pool = ProcessPoolExecutor(workers, mp_context=fork, initializer=ignore_interrupt)
@@ -180,59 +193,61 @@ def start_pool(workers: int) -> Iterator[Executor]:
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)  # what is at work is finished
+        pool.shutdown(cancel_futures=True)  # running tasks finish first
 
 
 def ignore_interrupt() -> None:
-    """Ctrl-C is for the parent, which then lets its workers finish what they are at."""
+    """Ignore Ctrl-C in a worker: the parent handles it and lets its workers finish their current tasks."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which takes a side file away
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs `finally`, which deletes a temporary file
 
 
 def resize_data_set(parser: Parser, typed: dict) -> None:
-    """--resize_to of imagenet_train.py: make smaller copies of the images, which are quicker to read."""
+    """Carry out --resize_to of imagenet_train.py: make resized copies of the images, which are faster to read."""
     if "resize_dest" not in typed:
-        parser.error("--resize_to needs --resize_dest DIR: where shall the copies go?")
+        parser.error("--resize_to needs --resize_dest DIR, the folder for the copies")
     source, dest = Path(typed.get("data_dir", parser.defaults["data_dir"])), Path(typed["resize_dest"])
     report = resize_copies(source, typed["resize_to"], dest, workers=typed.get("workers"), progress=progress_bar)
     print("\n".join(report.lines()))
 
 
-def find_copies(data: Data, places: dict[str, str | None]) -> dict[str, ImageSet]:
-    """The training images `original`, and their resized copies by name (the originals where there is no place).
+def find_copies(data: Data, folders: dict[str, str | None]) -> dict[str, ImageSet]:
+    """Return the training images as `original`, and their resized copies by name.
 
-    places: name -> folder, as --data_NAME gives it. With --on_bad_image skip, images without a copy leave the training
-    part. Raises UserError for copies of other images, and otherwise where some are missing.
+    folders: name -> folder given by --data_NAME; a name without a folder gets the originals. With --on_bad_image skip,
+    images without a copy are removed from data.train. Raises UserError if the copies are of other images or, without
+    skip, if copies are missing.
     """
     names, found = data.train.pixels.files.names(), {}
-    for name, place in places.items():
-        if place:
-            copies = find_training_images(f"--data_{name}", Path(place))
-            there = dict(zip(copies.files.names(), range(len(copies.files)), strict=True))
-            index = torch.tensor([there.get(file, -1) for file in names])
-            check_copies(f"--data_{name} {place}", data.train, [names[i] for i in (index < 0).nonzero().flatten()])
+    for name, folder in folders.items():
+        if folder:
+            copies = find_training_images(f"--data_{name}", Path(folder))
+            positions = dict(zip(copies.files.names(), range(len(copies.files)), strict=True))
+            index = torch.tensor([positions.get(file, -1) for file in names])
+            check_copies(f"--data_{name} {folder}", data.train, [names[i] for i in (index < 0).nonzero().flatten()])
             found[name] = copies, index
     kept = torch.stack([torch.ones(len(names)) >= 0, *(index >= 0 for _, index in found.values())]).all(0)
     if not kept.all():
-        data.warnings.append(f"{int((~kept).sum()):,} training images have no copy and are left out")
+        data.warnings.append(f"training images left out because they have no copy: {int((~kept).sum()):,}")
         data.train = data.train.take(kept.nonzero().flatten())
-    parts = dict.fromkeys(["original", *places], data.train)
+    image_sets = dict.fromkeys(["original", *folders], data.train)
     for name, (copies, index) in found.items():
         files = copies.files[index[kept]]
         pixels = ImageFiles(files, data.train.pixels.view, data.train.pixels.on_bad_image)
-        parts[name] = replace(data.train, pixels=pixels, origin=str(copies.root), files=files)
-    return parts
+        image_sets[name] = replace(data.train, pixels=pixels, origin=str(copies.root), files=files)
+    return image_sets
 
 
-def check_copies(what: str, originals: ImageSet, missing: list[str]) -> None:
+def check_copies(flag: str, originals: ImageSet, missing: list[str]) -> None:
+    """Raise UserError if too many originals have no copy. flag: the option and its folder, for messages."""
     if len(missing) > len(originals) / 2:
         raise UserError(
-            f"{what}: copies of other images than the {len(originals):,} in {originals.origin}; no {missing[0]} there"
-            "\nmake them anew with --resize_to"
+            f"{flag}: the copies are not of the {len(originals):,} images in {originals.origin}; {missing[0]} is "
+            "missing\nmake new copies with --resize_to"
         )
     if missing and originals.pixels.on_bad_image == "stop":
         more = f" and {len(missing) - 1:,} more" if missing[1:] else ""
         raise UserError(
-            f"{what}: no copy of {missing[0]}{more}\ncomplete them with --resize_to, which lists what it cannot read; "
-            "--on_bad_image skip leaves such images out"
+            f"{flag}: no copy of {missing[0]}{more}\nmake the missing copies with --resize_to, which lists unreadable "
+            "images, or leave out images without a copy with --on_bad_image skip"
         )

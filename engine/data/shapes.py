@@ -1,8 +1,7 @@
-"""`shapes`: a drawn data set of ten textured shapes on clutter, with true boxes and masks. Nothing is downloaded.
+"""Draw `shapes`, a synthetic data set of ten textured shapes on clutter, with ground-truth boxes and masks.
 
-Every picture has one object of random place, size, angle, colours and texture on a background of coloured noise and
-small scraps of the same textures; contrast may be low. Neither colour nor texture tells the class, only the outline
-does.
+Every image shows one object of random position, size, angle, colours and texture. The background is coloured noise with
+small distractors of the same textures; contrast may be low. Only the outline tells the class, not colour or texture.
 """
 
 import math
@@ -12,16 +11,16 @@ import torch
 from torch.nn import functional as F
 
 CLASSES = ["disc", "square", "triangle", "star", "cross", "ring", "crescent", "heart", "bar", "bow"]
-CHUNK = 100  # pictures of one seed: the first N do not depend on how many follow
+CHUNK = 100  # images per seed, so that the first N images do not depend on the size of the set
 
 
 def draw_shapes(
     count: int, size: int, *, num_classes: int = 10, seed: int = 0, progress: Callable = lambda items, **kwargs: items
 ) -> dict[str, torch.Tensor]:
-    """images uint8 (N, size, size, 3), labels (N,) long, boxes (N, 4) long as y1, y2, x1, x2 half-open, masks bool (N,
-    size, size).
+    """Draw images uint8 (N, size, size, 3), labels (N,) long, boxes (N, 4) long and masks bool (N, size, size).
 
-    Classes alternate, so every part of the set is balanced. The global generators are left alone.
+    Boxes are y1, y2, x1, x2, half-open. Classes alternate, so every contiguous part of the set is balanced. The global
+    random generators are not used.
     """
     parts = []
     for chunk, start in enumerate(progress(range(0, count, CHUNK), desc="drawing shapes")):
@@ -34,7 +33,7 @@ def draw_shapes(
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Tight boxes of masks (N, H, W) that are nowhere empty: (N, 4) long as y1, y2, x1, x2, half-open."""
+    """Return the tight boxes of non-empty masks (N, H, W): (N, 4) long as y1, y2, x1, x2, half-open."""
     rows, columns = masks.any(2), masks.any(1)
 
     def find_ends(line: torch.Tensor) -> list[torch.Tensor]:
@@ -45,8 +44,9 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def draw_chunk(labels: torch.Tensor, size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """labels (N,) -> images uint8 (N, size, size, 3), masks bool (N, size, size). Drawn at twice the size, then
-    averaged.
+    """Draw images uint8 (N, size, size, 3) and masks bool (N, size, size) for labels (N,).
+
+    They are drawn at twice the size and averaged, which smooths the edges.
     """
     count, fine = len(labels), 2 * size
     line = (torch.arange(fine) + 0.5) / fine * 2 - 1
@@ -55,34 +55,38 @@ def draw_chunk(labels: torch.Tensor, size: int, generator: torch.Generator) -> t
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
+    # ---- Background ----
     canvas = (
         draw_noise(count, fine, 4, generator) * 0.5
         + draw_noise(count, fine, 12, generator) * 0.25
         + uniform(count, 3, 1, 1) * 0.5
     )
-    for _ in range(4):  # scraps: small discs and squares of two colours
-        scrap = to_local_frame(
+    # ---- Distractors: small discs and squares of two colours ----
+    for _ in range(4):
+        local = to_local_frame(
             y, x, uniform(count, 2, low=-1, high=1), uniform(count, low=0.06, high=0.18), uniform(count, high=7.0)
         )
-        inside = torch.where(uniform(count, 1, 1) < 0.5, scrap.square().sum(0) < 1, scrap.abs().amax(0) < 0.8)
-        canvas = torch.where(inside.unsqueeze(1), fill_texture(scrap, count, uniform), canvas)
+        inside = torch.where(uniform(count, 1, 1) < 0.5, local.square().sum(0) < 1, local.abs().amax(0) < 0.8)
+        canvas = torch.where(inside.unsqueeze(1), fill_texture(local, count, uniform), canvas)
+    # ---- Object ----
     radius = uniform(count, low=0.46, high=0.8)
     centre = uniform(count, 2, low=-1, high=1) * (0.98 - radius).unsqueeze(1)
     frame = to_local_frame(y, x, centre, radius, uniform(count, low=-0.6, high=0.6))
     inside = torch.zeros(count, fine, fine, dtype=torch.bool)
     for kind in labels.unique().tolist():
-        of_kind = labels == kind
-        inside[of_kind] = is_inside(CLASSES[kind], frame[0][of_kind], frame[1][of_kind])
+        selected = labels == kind
+        inside[selected] = is_inside(CLASSES[kind], frame[0][selected], frame[1][selected])
     fill = fill_texture(frame, count, uniform)
-    strength = uniform(count, 1, 1, 1, low=0.65, high=1.0)  # how much the object hides what is behind it
-    canvas = torch.where(inside.unsqueeze(1), strength * fill + (1 - strength) * canvas, canvas)
+    opacity = uniform(count, 1, 1, 1, low=0.65, high=1.0)
+    canvas = torch.where(inside.unsqueeze(1), opacity * fill + (1 - opacity) * canvas, canvas)
+    # ---- Down to the final size, with pixel noise ----
     canvas = F.avg_pool2d(canvas, 2) + 0.03 * torch.randn(count, 3, size, size, generator=generator)
     masks = F.avg_pool2d(inside.float().unsqueeze(1), 2).squeeze(1) >= 0.5
     return (canvas.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous(), masks
 
 
 def draw_noise(count: int, size: int, cells: int, generator: torch.Generator) -> torch.Tensor:
-    """Smooth coloured noise, 0..1, with `cells` cells a side: (count, 3, size, size)."""
+    """Draw smooth coloured noise in 0..1 from `cells` x `cells` random colours: (count, 3, size, size)."""
     coarse = torch.rand(count, 3, cells, cells, generator=generator)
     return F.interpolate(coarse, (size, size), mode="bilinear", align_corners=False)
 
@@ -90,14 +94,14 @@ def draw_noise(count: int, size: int, cells: int, generator: torch.Generator) ->
 def to_local_frame(
     y: torch.Tensor, x: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor, angle: torch.Tensor
 ) -> torch.Tensor:
-    """Coordinates (2, N, H, W) in which the object has radius 1, stands upright and lies at the origin."""
+    """Return coordinates (2, N, H, W) in which the object has radius 1, is upright and is centred at the origin."""
     cos, sin = (angle.cos() / radius).view(-1, 1, 1), (angle.sin() / radius).view(-1, 1, 1)
     down, right = y - centre[:, :1, None], x - centre[:, 1:, None]
     return torch.stack([cos * down - sin * right, sin * down + cos * right])
 
 
 def fill_texture(frame: torch.Tensor, count: int, uniform) -> torch.Tensor:
-    """Stripes, checks or a gradient between two random colours: (N, 3, H, W)."""
+    """Draw stripes, checks or a gradient between two random colours: (N, 3, H, W)."""
     first, second = uniform(count, 3, 1, 1), uniform(count, 3, 1, 1)
     frequency, phase = uniform(count, 1, 1, low=3.0, high=9.0), uniform(count, 1, 1, high=6.3)
     down, right = frame
@@ -110,7 +114,7 @@ def fill_texture(frame: torch.Tensor, count: int, uniform) -> torch.Tensor:
 
 
 def is_inside(name: str, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Whether the points (v down, u right) lie inside the shape of radius 1 around the origin."""
+    """Return whether the points (v down, u right) are inside the shape of radius 1 around the origin."""
     r2 = u.square() + v.square()
     if name == "disc":
         return r2 < 0.8

@@ -164,7 +164,7 @@ def test_labels_that_are_cut_short_or_missing_are_named(tmp_path):
     with pytest.raises(UserError, match=r"labels\.npy is damaged"):
         find_corrupted_set(tmp_path, CLASSES)
     (tmp_path / "labels.npy").unlink()
-    with pytest.raises(UserError, match=r"no .*labels\.npy: it tells the classes.*\n.*holds fog\.npy"):
+    with pytest.raises(UserError, match=r"no .*labels\.npy: it tells the classes.*\n.*contains fog\.npy"):
         find_corrupted_set(tmp_path, CLASSES)
 
 
@@ -241,10 +241,10 @@ def test_what_was_looked_for_and_what_is_there_are_said(tmp_path):
     (tmp_path / "train" / "ape").mkdir(parents=True)
     (tmp_path / "labels.npy").write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"<corruption>\.npy with labels.*<severity>/<class>.*\n.*holds labels\.npy, train"
+        UserError, match=r"<corruption>\.npy with labels.*<severity>/<class>.*\n.*contains labels\.npy, train"
     ):
         find_corrupted_set(tmp_path, CLASSES, view=VIEW)
-    with pytest.raises(UserError, match=r"no folder .*gone\n.*holds labels\.npy, train"):
+    with pytest.raises(UserError, match=r"no folder .*gone\n.*contains labels\.npy, train"):
         find_corrupted_set(tmp_path / "gone", CLASSES, view=VIEW)
     with pytest.raises(UserError, match=r"no folder .*labels\.npy\n"):
         find_corrupted_set(tmp_path / "labels.npy", CLASSES, view=VIEW)

@@ -155,16 +155,16 @@ def test_an_empty_file_stops_or_is_skipped(tmp_path, bad):
 def test_pictures_none_of_which_can_be_decoded_are_refused_at_once(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=rf"{tmp_path}: no file of this part can be read\nname other pictures"):
+    with pytest.raises(UserError, match=rf"{tmp_path}: none of the image files can be read\nname other pictures"):
         load_ood_set(str(tmp_path), image_size=8, on_bad_image="skip")
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no images there or in its folders\n.*holds nothing"):
+    with pytest.raises(UserError, match=r"empty: no images there or in its folders\n.*contains nothing"):
         load_ood_set(str(tmp_path / "empty"), image_size=8)
     (tmp_path / "empty" / "notes.txt").write_text("")
-    with pytest.raises(UserError, match="holds notes.txt"):
+    with pytest.raises(UserError, match="contains notes.txt"):
         load_ood_set(str(tmp_path / "empty"), image_size=8)
 
 

@@ -334,7 +334,7 @@ def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
         ("localization", "--method gradcam --layer linear", r"layer 'linear' must give maps"),
         ("localization", "--background rep --limit 1 --ece 0", "--background rep: a background is another image"),
         ("localization", "--background_dir /nowhere", "leave it out"),
-        ("localization", "--annotation_path boxes.csv", "shapes has boxes of its own"),
+        ("localization", "--annotation_path boxes.csv", "shapes comes with its own boxes"),
     ],
 )
 def test_what_is_missing_is_said_before_the_work(runs, alone, words, message, task):

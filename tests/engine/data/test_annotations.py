@@ -81,7 +81,7 @@ def test_a_folder_of_classes_may_be_named_itself(tmp_path):
 
 def test_loose_images_need_their_labels_and_are_never_a_class(tmp_path):
     write_images(tmp_path / "val", ["a.png", "b.png"])
-    with pytest.raises(UserError, match=r"val holds 2 loose images.*\n.*--val_labels"):
+    with pytest.raises(UserError, match=r"val has images outside class folders \(2\).*\n.*--val_labels"):
         load_evaluation("folder", data_dir=str(tmp_path))
     labels = write(tmp_path / "labels.txt", "a.png dog\nb.png cat\n")
     part = load_evaluation("folder", data_dir=str(tmp_path), val_labels=labels)
@@ -94,7 +94,7 @@ def test_loose_images_need_their_labels_and_are_never_a_class(tmp_path):
 
 def test_places_without_evaluation_images_are_listed(tmp_path):
     write_images(tmp_path / "train", ["cat/0.png"])
-    with pytest.raises(UserError, match=rf"{tmp_path}/val, {tmp_path}/test, {tmp_path}\n.*--data_dir.*holds train"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/val, {tmp_path}/test, {tmp_path}\n.*--data_dir.*contains train"):
         load_evaluation("folder", data_dir=str(tmp_path))
     with pytest.raises(UserError, match=rf"{tmp_path}/tiny-imagenet-200/val.*\n.*--data_dir"):
         load_evaluation("tiny-imagenet", data_dir=str(tmp_path))
@@ -266,11 +266,13 @@ def test_missing_empty_and_broken_annotations_are_told_apart(tmp_path):
     truths = find_boxes(part, "folder", str(tmp_path / "ann"))
     assert truths.per_image == [BoxAnnotation([(1, 2, 3, 4)], 80, 48)] + [None] * 9
     assert truths.missing == ["cat/1.png"] and truths.empty == ["cat/2.png", "cat/3.png", "cat/4.png"]
-    reasons = ["no XML", "size of 0 x 48", "'far'", "no <size/width> in <annotation>", "klingon"]
+    reasons = ["not valid XML", "size is 0 x 48", "'far'", "no <size/width> in <annotation>", "klingon"]
     for number, (line, reason) in enumerate(zip(truths.broken, reasons, strict=True), 5):
         assert line.startswith(f"cat/{number}.png (") and reason in line
     missing, empty, broken = truths.notes()
-    assert missing.startswith("1 of 10 images have no annotation") and missing.endswith(": cat/1.png")
+    assert missing.startswith("1 of 10 images left out of the scores (no annotation)") and missing.endswith(
+        ": cat/1.png"
+    )
     assert empty.startswith("3 of 10") and empty.endswith(": cat/2.png; cat/3.png; cat/4.png")
     assert broken.startswith("5 of 10") and "cat/7.png" in broken and "cat/8.png" not in broken
 
@@ -282,7 +284,7 @@ def test_numbers_may_have_spaces_and_fractions(tmp_path, pets):
 
 def test_a_folder_of_other_annotations_is_an_error_that_names_the_first_sought(tmp_path, pets):
     write(tmp_path / "ann" / "val" / "0.xml", xml(80, 48, ("cat", 1, 2, 3, 4)))
-    with pytest.raises(UserError, match=r"none of the 4 images.*ann/cat/0\.xml and .*ann/0\.xml\n--annotation-path"):
+    with pytest.raises(UserError, match=r"any of the 4 images.*ann/cat/0\.xml and .*ann/0\.xml\n--annotation-path"):
         find_boxes(pets, "folder", str(tmp_path / "ann"))
 
 
@@ -315,7 +317,7 @@ def test_a_csv_of_base_names_serves_where_they_are_unique(tmp_path, pets):
     assert truths.missing == ["cat/0.png", "cat/tom.2.png", "dog/0.png"]
     few = pets.take(torch.tensor([0]))  # 0.png is unique in it, but not in the list below
     path = write(tmp_path / "all.csv", "file,x0,y0,x1,y1\ndog/0.png,5,6,7,8\nval/0.png,1,1,2,2\n")
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with pytest.raises(UserError, match="any of the 1 images"):
         find_boxes(few, "folder", path)
 
 
@@ -324,9 +326,12 @@ def test_a_csv_of_base_names_serves_where_they_are_unique(tmp_path, pets):
     [
         ("", r"header is missing"),
         ("name,xmin,ymin,xmax,ymax\n", r"header is name,xmin"),
-        ("file,xmin,ymin,xmax,ymax\ncat/0.png,1,2,3,4\ncat/0.png,1,2,x,4\n", r"line 3: 'cat/0.png,1,2,x,4'.*\nmend"),
+        (
+            "file,xmin,ymin,xmax,ymax\ncat/0.png,1,2,3,4\ncat/0.png,1,2,x,4\n",
+            r"line 3: 'cat/0.png,1,2,x,4'.*\nfix that line",
+        ),
         ("file,xmin,ymin,xmax,ymax\ncat/0.png,1,2,3\n", r"line 2"),
-        ("file,xmin,ymin,xmax,ymax\ncat/9.png,1,2,3,4\n", r"none of the 4.*cat/0.png, where.*cat/9.png"),
+        ("file,xmin,ymin,xmax,ymax\ncat/9.png,1,2,3,4\n", r"any of the 4.*cat/0.png \(.*cat/9.png\)"),
     ],
 )
 def test_faults_of_a_csv_are_named(tmp_path, pets, text, message):
@@ -365,10 +370,10 @@ def test_faults_of_a_json_are_named(tmp_path, pets, text):
 def test_paths_that_are_no_annotations_are_named(tmp_path, pets):
     with pytest.raises(UserError, match=r"gone: no such file or folder\n.*takes a folder of XML"):
         find_boxes(pets, "folder", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"boxes\.txt: neither a folder nor"):
+    with pytest.raises(UserError, match=r"boxes\.txt: not a folder, a \.csv or a \.json"):
         find_boxes(pets, "folder", write(tmp_path / "boxes.txt", ""))
     for dataset in ("folder", "imagenet"):
-        with pytest.raises(UserError, match=rf"{dataset} comes without true boxes.*-path\n.*XML.*csv.*json"):
+        with pytest.raises(UserError, match=rf"{dataset} comes without ground-truth boxes.*-path\n.*XML.*csv.*json"):
             find_boxes(pets, dataset)
 
 
@@ -383,7 +388,7 @@ def test_shapes_bring_boxes_and_masks(tmp_path):
         ((x0, y0, x1, y1),) = boxes
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0 and (width, height) == (24, 24)
         assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
-    with pytest.raises(UserError, match=r"shapes has no image files.*\nleave --annotation-path out"):
+    with pytest.raises(UserError, match=r"shapes has no image files.*\nleave out --annotation-path"):
         find_boxes(part, "shapes", str(tmp_path))
     with pytest.raises(UserError, match="cifar10 has no image files"):
         find_boxes(part, "cifar10")
@@ -420,10 +425,10 @@ def test_tiny_imagenet_without_its_lists_and_with_faults_in_them(tmp_path):
     part = load_evaluation("tiny-imagenet", data_dir=str(tmp_path))
     path = tmp_path / "val" / "val_annotations.txt"
     path.write_text("val_0.JPEG\tn02\t0\t0\t9\t9\nval_1.JPEG\tn01\n")
-    with pytest.raises(UserError, match=r"val_annotations.txt, line 2: .*file wnid x0 y0 x1 y1.*\nmend"):
+    with pytest.raises(UserError, match=r"val_annotations.txt, line 2: .*file wnid x0 y0 x1 y1.*\nfix that line"):
         find_boxes(part, "tiny-imagenet")
     path.unlink()
-    with pytest.raises(UserError, match=r"none of the 3 images.*val_annotations.txt.*n01_boxes.txt\n--annotation-path"):
+    with pytest.raises(UserError, match=r"any of the 3 images.*val_annotations.txt.*n01_boxes.txt\n--annotation-path"):
         find_boxes(part, "tiny-imagenet")
 
 

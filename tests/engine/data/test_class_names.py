@@ -42,8 +42,8 @@ def test_a_class_is_told_by_its_index_or_name(word, found):
     [
         ("9", "0 to 8"),
         ("-1", "0 to 8"),
-        ("CARDIGAN", r"2 classes fit: Cardigan \(3\), cardigan \(4\)"),
-        ("shark", "2 classes fit: tiger shark"),
+        ("CARDIGAN", r"2 classes match: Cardigan \(3\), cardigan \(4\)"),
+        ("shark", "2 classes match: tiger shark"),
         ("tensh", "did you mean tench"),
     ],
 )

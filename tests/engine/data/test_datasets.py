@@ -115,7 +115,7 @@ def test_images_read_as_one_class_is_caught(tmp_path):
     with pytest.raises(UserError, match="val_annotations.txt"):
         load_data("tiny-imagenet", data_dir=str(tmp_path))
     (tmp_path / "val" / "images").rename(tmp_path / "val" / "pictures")
-    with pytest.raises(UserError, match="reads images/ as a class"):
+    with pytest.raises(UserError, match="was read as a class"):
         load_data("tiny-imagenet", data_dir=str(tmp_path))
 
 

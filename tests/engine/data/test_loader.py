@@ -20,7 +20,7 @@ from engine.data.augment import (
     Augmentation,
     add_lighting,
     apply_colors,
-    color_jitter,
+    compose_jitter,
     identity_color_matrix,
 )
 from engine.data.decode import BadImage, decode_into
@@ -120,7 +120,7 @@ def test_an_epoch_given_up_does_not_spill_into_the_next(photos, workers):
     kept = batches.epoch(0)
     next(kept)
     assert same(batches.epoch(1), expected)
-    with pytest.raises(RuntimeError, match="epoch 0 was given up"):
+    with pytest.raises(RuntimeError, match="epoch 0 was cancelled"):
         next(kept)
     batches.close()
 
@@ -162,9 +162,9 @@ def test_evaluation_reads_each_image_once(count, ranks, pieces):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="batch of 10 .* 4 ranks times 1"):
+    with pytest.raises(ValueError, match="batch_size 10 .* 4 processes x 1"):
         batches_of(numbered(20), 10, None, shard=Shard(0, 4))
-    with pytest.raises(ValueError, match="is for image files"):
+    with pytest.raises(ValueError, match="works only with image files"):
         batches_of(numbered(20), 10)
 
 
@@ -246,7 +246,9 @@ def test_a_large_jpeg_is_decoded_small_but_never_enlarged(tmp_path, monkeypatch,
     assert used == [decode.OPENCV_FLAGS[divisor] | cv2.IMREAD_IGNORE_ORIENTATION]
     assert np.allclose(box, np.array([16, 16 + side, 64, 64 + side]) / np.repeat([side + 40, side + 90], 2), atol=0.03)
     monkeypatch.setattr(decode, "OPENCV_FLAGS", dict.fromkeys((1, 2, 4, 8), None) | {1: cv2.IMREAD_COLOR})
-    monkeypatch.setattr(decode, "load_pixels", lambda image, raw, spare, load=decode.load_pixels: load(image, raw, 1))
+    monkeypatch.setattr(
+        decode, "load_pixels", lambda image, raw, max_reduction, load=decode.load_pixels: load(image, raw, 1)
+    )
     decode_into(full, path, RandomCrop(32, 0.0), draws)
     assert np.abs(out.astype(int) - full).mean() < 4, "half an output pixel of rounding, and JPEG's own low-pass"
 
@@ -266,7 +268,7 @@ def test_centre_view_is_resize_and_centre_crop(tmp_path):
     decode_into(out, tmp_path / "a.png", CenterCrop(24, 28), None)
     expected = Image.fromarray(pixels).resize((40, 28), Image.Resampling.BILINEAR).crop((8, 2, 32, 26))
     assert np.abs(out.astype(int) - np.asarray(expected)).max() <= 1
-    with pytest.raises(ValueError, match="centre of 24 pixels does not fit"):
+    with pytest.raises(ValueError, match="centre crop of 24 pixels does not fit"):
         CenterCrop(24, 20)
 
 
@@ -340,7 +342,7 @@ def test_bad_files_are_named_or_replaced_in_training_too(photos, workers):
     batches.close()
     for path in photos.pixels.files:
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="no file of this part can be read"):
+    with pytest.raises(UserError, match="none of the image files can be read"):
         list(batches_of(photos, workers=workers).epoch(0))
 
 
@@ -394,7 +396,7 @@ def test_imagenet_where_it_is_usually_unpacked(tmp_path, monkeypatch, place):
 def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"data/ILSVRC2012, .*CLS-LOC, imagenet\n.*--data_dir; .* holds nothing"):
+    with pytest.raises(UserError, match=r"data/ILSVRC2012, .*CLS-LOC, imagenet\n.*--data_dir; .* contains nothing"):
         find_imagenet(Path("data"), None)
     (tmp_path / "imagenet" / "train" / "n01").mkdir(parents=True)
     with pytest.raises(UserError, match="not found"):  # a mistyped folder is not another one that happens to be there
@@ -404,7 +406,9 @@ def test_missing_imagenet_says_where_it_looked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("find", [find_imagenet, find_folder])
 def test_a_flat_val_needs_labels(tmp_path, find):
     write_imagenet(tmp_path, "flat")
-    with pytest.raises(UserError, match=r"val holds 4 loose images.*\n.*<class>/.*--val_labels FILE .*`file wnid`"):
+    with pytest.raises(
+        UserError, match=r"val has images outside class folders \(4\).*\n.*<class>/.*--val_labels FILE .*`file class`"
+    ):
         find(tmp_path, None)
     labels = tmp_path / "labels.txt"
     labels.write_text("val_00.JPEG n02\nval_10.JPEG\tn01\n\nval_11.JPEG n01\nval_01.JPEG  n01\n")
@@ -422,7 +426,7 @@ def test_a_flat_val_needs_labels(tmp_path, find):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("val_00.JPEG n01\nval_01.JPEG\n", r"line 2: 'val_01.JPEG' is not of the form `file wnid`"),
+        ("val_00.JPEG n01\nval_01.JPEG\n", r"line 2: 'val_01.JPEG' does not have the form `file class`"),
         ("val_99.JPEG n01\n", r"line 1: 'val_99.JPEG n01' names a file that is not in .*val"),
         ("val_00.JPEG n01\n", r"only the first has n02 \(1\), only the second has none"),
     ],
@@ -436,7 +440,7 @@ def test_faulty_labels_are_named(tmp_path, text, message):
 
 def test_labels_that_are_missing_or_not_needed(tmp_path):
     write_imagenet(tmp_path)
-    with pytest.raises(UserError, match=r"holds no loose images\nleave it out"):
+    with pytest.raises(UserError, match=r"has no images outside class folders\nleave out --val_labels"):
         find_imagenet(tmp_path, None, tmp_path / "labels.txt")
     write_imagenet(tmp_path / "other", "flat")
     with pytest.raises(UserError, match="--val_labels .*labels.txt: .*No such file"):
@@ -468,7 +472,7 @@ def test_the_names_that_the_other_side_lacks_are_shown(tmp_path):
 def test_jitter_is_torchvisions_in_any_order(order):
     images = 0.35 + 0.25 * torch.rand(6, 3, 5, 7)  # so that nothing leaves 0..1, where torchvision clamps
     factors = torch.tensor([0.9, 1.2, 0.8]).unsqueeze(1) * torch.linspace(0.95, 1.1, 6)
-    out = apply_colors(images, color_jitter(images.mean((2, 3)), factors))
+    out = apply_colors(images, compose_jitter(images.mean((2, 3)), factors))
     adjust = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation)
     for k, image in enumerate(images):
         for kind in order:
@@ -500,7 +504,7 @@ def test_batches_are_coloured_before_they_are_normalised(photos):
     coloured = batches_of(photos, 10, COLOURED_CROPS)
     one, other = next(plain.epoch(1)), next(coloured.epoch(1))
     drawn = {name: values[..., other.index] for name, values in coloured.draw(1)[1].items()}
-    affine = color_jitter(one.images.mean((2, 3)), drawn["factors"])
+    affine = compose_jitter(one.images.mean((2, 3)), drawn["factors"])
     expected = (apply_colors(one.images, add_lighting(affine, drawn["strength"])) - 0.5) / 0.5
     torch.testing.assert_close(other.images, expected, atol=1e-4, rtol=0)
     assert torch.equal(one.box, other.box) and torch.equal(one.flip, other.flip), "colour changes no other draw"

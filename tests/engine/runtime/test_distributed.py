@@ -44,8 +44,8 @@ CASES = {  # name -> method, its hyper-parameters, the source where it is not th
     "sage in two pieces": ("sage", {}, None, 2),
 }
 REFUSED = {  # options -> message
-    ("--batch_size", "7"): r"--batch_size 7: the total, which 2 processes = 2 do not divide\ntake 6 or 8",
-    ("--batch_size", "6", "--accumulate", "2"): r"2 processes x --accumulate 2 = 4 do not divide\ntake 4 or 8",
+    ("--batch_size", "7"): r"--batch_size 7: the total .* divisible by 2 processes = 2\nuse 6 or 8",
+    ("--batch_size", "6", "--accumulate", "2"): r"divisible by 2 processes x --accumulate 2 = 4\nuse 4 or 8",
     ("--sync_bn",): "batch norm over all processes: torch has it for GPUs alone; on a CPU leave --sync_bn out",
     ("--device", "mps"): "several processes take --device auto, cuda or cpu",
 }

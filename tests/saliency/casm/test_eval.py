@@ -330,10 +330,10 @@ def test_class_lists_are_read_in_every_form(tmp_path, name, text):
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("list.txt", b"a\nb\n", "2 classes, where the network has 3"),
+        ("list.txt", b"a\nb\n", "2 classes, but the network has 3"),
         ("list.txt", b"a\nb\na\n", "more than once"),
-        ("list.csv", b"index,name\n0,a\n", "no column wnid"),
-        ("list.csv", b"", "no column wnid"),
+        ("list.csv", b"index,name\n0,a\n", "none of the columns wnid, class"),
+        ("list.csv", b"", "none of the columns wnid, class"),
         ("list.txt", b"\xff\xfe\x00", "cannot be read"),
     ],
 )

@@ -71,7 +71,7 @@ def test_an_extractor_of_ones_own_is_scored(pictures, tmp_path, capsys):
     assert result["LE"] == 0 and result["OM"] == 0.5 and result["accuracy"] == 40
     assert result["F1"] == pytest.approx(1, abs=1e-5) and result["avg_mask"] > 0.1
     said = capsys.readouterr().out
-    assert "1 of 5 images have no annotation and are left out" in said and "n02/n02_2.png" in said
+    assert "1 of 5 images left out of the scores (no annotation)" in said and "n02/n02_2.png" in said
     assert "mine" in said.splitlines()[-1] and "0.500" in said.splitlines()[-1]
 
 
