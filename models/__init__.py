@@ -1,4 +1,4 @@
-"""The classifiers by name. Importing this package does not import torch: the names serve `--help` as well."""
+"""Build classifiers by name. Importing this package does not import torch, so that `--help` is fast."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -16,33 +16,32 @@ MODELS = {  # name -> (module, constructor, its first arguments)
 }
 ALIASES = {"wideresnet": "wrn28_10", "wrn28-10": "wrn28_10", "wrn16-8": "wrn16_8", "resnext29-4-24": "resnext29_4_24"}
 IMAGENET_MODELS = [name for name in MODELS if name.startswith("imagenet_")]
-IMAGENET_ALIASES = {name.removeprefix("imagenet_"): name for name in IMAGENET_MODELS}  # where images are large
+IMAGENET_ALIASES = {name.removeprefix("imagenet_"): name for name in IMAGENET_MODELS}  # for large images
 DROPOUT_MODELS = {"wrn28_10", "wrn16_8"}
-MAX_IMAGE_SIZE = 128  # side in pixels of the largest images for the other networks, which are for small ones
+MAX_IMAGE_SIZE = 128  # largest side in pixels for all other networks, which are for small images
 
 
 def __getattr__(name: str):
-    """What only training on large images needs, without importing torch before it is used."""
+    """Import load_pretrained and zero_init, which need torch, on first use."""
     if name in ("load_pretrained", "zero_init"):
         return getattr(import_module("models.imagenet_resnet"), name)
     raise AttributeError(f"module 'models' has no attribute {name!r}")
 
 
 def get_stem_stride(image_size: int) -> int:
-    """1 up to 63 pixels, 2 from 64 on (Tiny-ImageNet), as the Puzzle Mix family of codes has it."""
+    """Return the stride of the stem: 1 below 64 pixels, 2 from 64 on (Tiny-ImageNet), as in Puzzle Mix's code."""
     return 1 if image_size < 64 else 2
 
 
 def build_model(name: str, num_classes: int, image_size: int = 32, dropout: float = 0.0):
-    """The network `name` for square images of `image_size` pixels, with freshly drawn weights: (B, 3, H, W) -> (B,
-    num_classes).
+    """Build the network `name` for square images of `image_size` pixels: (B, 3, H, W) -> (B, num_classes).
 
-    dropout counts in the wide networks only. Raises ValueError for an unknown name, and for images that are too large
-    for the network.
+    The weights are initialised at random. dropout is used only by the wide ResNets. Raises ValueError for an unknown
+    name, and if images are too large for the network.
     """
     name = ALIASES.get(name, name)
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     module, constructor, *arguments = MODELS[name]
     extra = {"dropout": dropout} if name in DROPOUT_MODELS else {}
     if name not in IMAGENET_MODELS:
@@ -52,36 +51,39 @@ def build_model(name: str, num_classes: int, image_size: int = 32, dropout: floa
 
 
 def check_image_size(name: str, image_size: int) -> None:
-    """Raise ValueError, with the network to take instead, if images are too large for `name`, one for small images."""
+    """Raise ValueError, with a suitable network, if images are too large for `name`, a network for small images."""
     if image_size > MAX_IMAGE_SIZE:
-        right = IMAGENET_ALIASES.get(name) or f"one of {', '.join(IMAGENET_MODELS)}"
+        replacement = IMAGENET_ALIASES.get(name) or f"one of {', '.join(IMAGENET_MODELS)}"
         side = image_size // get_stem_stride(image_size)
         raise ValueError(
-            f"{name} is for images of at most {MAX_IMAGE_SIZE} pixels: at {image_size} its first stage would work on "
-            f"{side}x{side}, 4 times the pixels that an ImageNet stem leaves it; take {right}"
+            f"{name} is for images of at most {MAX_IMAGE_SIZE} pixels; at {image_size} its first stage would work on "
+            f"{side}x{side}, 4 times as many pixels as behind an ImageNet stem; use {replacement}"
         )
 
 
 def find_matching_models(state: dict, like: str | None = None) -> list[str]:
-    """Names of the networks whose state-dict keys and shapes equal those of `state`, whatever the number of classes.
+    """Return the names of the networks whose state-dict keys and shapes equal those of `state`.
 
-    The step counters of batch norm do not count: files of old torch versions lack them. like: only the networks that
-    this name may mean: `resnet50` is also said of imagenet_resnet50.
+    The number of classes may be any. The num_batches_tracked of batch norm is ignored, because files from old versions
+    of torch lack it. like: consider only the networks that this name can mean; `resnet50` can also mean
+    imagenet_resnet50.
     """
     names = [ALIASES.get(like, like), IMAGENET_ALIASES.get(like)] if like else MODELS
-    classes = count_classes(state)
-    if not classes:
+    num_classes = count_classes(state)
+    if not num_classes:
         return []
-    wanted = get_shapes(state)
-    return [name for name in names if name in MODELS and get_model_shapes(name, classes) == wanted]
+    expected = get_shapes(state)
+    return [name for name in names if name in MODELS and get_model_shapes(name, num_classes) == expected]
 
 
 def get_shapes(state: dict) -> dict[str, tuple[int, ...]]:
+    """Return key -> shape, without num_batches_tracked."""
     return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
 @cache
 def get_model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+    """Return get_shapes() of the network `name`."""
     import torch
 
     with torch.device("meta"):
@@ -89,7 +91,7 @@ def get_model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
 
 
 def count_classes(state: dict) -> int:
-    """How many classes the weights of one of our networks are for; 0 if they are of none."""
+    """Return the number of classes of weights of one of our networks; 0 if they are of none."""
     import torch
 
     bias = next((state[f"{head}.bias"] for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
@@ -97,7 +99,7 @@ def count_classes(state: dict) -> int:
 
 
 def count_parameters(names: Iterable[str], num_classes: int = 10) -> dict[str, int]:
-    """Name -> number of parameters; nothing is allocated."""
+    """Return name -> number of parameters. No memory is allocated for the weights."""
     import torch
 
     with torch.device("meta"):
@@ -105,23 +107,28 @@ def count_parameters(names: Iterable[str], num_classes: int = 10) -> dict[str, i
 
 
 def list_models(names: Iterable[str], num_classes: int = 10) -> str:
-    """A line for each network: its name and number of parameters."""
+    """Return one line per network with its name and number of parameters."""
     counts = count_parameters(names, num_classes)
     return "\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items())
 
 
 def download_weights(url: str) -> dict:
-    """The state dict at `url`, which torch.hub keeps in its cache; a download is compared with the hash in its name."""
+    """Return the state dict at `url`, from torch.hub's cache or by download. The hash in the file name is checked.
+
+    Raises ValueError, with the file and its folder, if the download fails or the file is damaged.
+    """
     import torch
 
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     file = cache / url.rsplit("/", 1)[-1]
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:  # of the network, the disk, the hash or the unpickler
+    except Exception as error:  # from the network, the disk, the hash check or the unpickler
         reason = (str(error).splitlines() or [""])[0][:200]
         if file.is_file():
-            raise ValueError(f"{file}: damaged ({type(error).__name__}: {reason})\ndelete it and try again") from error
+            raise ValueError(
+                f"{file} is damaged ({type(error).__name__}: {reason})\ndelete it and try again"
+            ) from error
         raise ValueError(
             f"cannot download {url} ({type(error).__name__}: {reason})\nput the file {file.name} into {cache}"
         ) from error

@@ -1,8 +1,8 @@
-"""ResNets for ImageNet, with the names, shapes and outputs of torchvision's.
+"""ResNets for ImageNet, with the parameter names, shapes and outputs of torchvision's ResNets.
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, Table 1: a 7x7 stem of stride 2 and
-max-pooling of stride 2, so that the stages see a quarter of the side of the image. As in torchvision the stride of a
-bottleneck is on its 3x3 convolution.
+max-pooling of stride 2, so that the first stage sees a quarter of the image side. As in torchvision, the 3x3
+convolution of a bottleneck has the stride.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from models import IMAGENET_ALIASES, download_weights
 from models.resnet import TABLE_1, BasicBlock, Bottleneck, ResNet
 
-# The plainly trained weights, torchvision's IMAGENET1K_V1. The later V2 were trained with Mixup and CutMix themselves,
-# which would blur a comparison of mixing methods, and there are none of the 18 and 34 layers.
+# torchvision's IMAGENET1K_V1 weights, trained without mixing. The later V2 weights were trained with Mixup and CutMix,
+# which would bias a comparison of mixing methods, and they do not exist for 18 and 34 layers.
 PRETRAINED = {
     "imagenet_resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "imagenet_resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
@@ -21,33 +21,32 @@ PRETRAINED = {
     "imagenet_resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "imagenet_resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
 }
-LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # of the residual branch
+LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # last batch norm of the residual branch
 
 
 class ImageNetResNet(ResNet):
-    """(B, 3, H, W) -> (B, num_classes), H and W of any size."""
+    """ResNet for large images: (B, 3, H, W) -> (B, num_classes), H and W of any size."""
 
     def __init__(self, block: type[nn.Module], depths: tuple[int, ...], num_classes: int):
         super().__init__(block, depths, num_classes, stride=2, kernel=7)
 
     def stem(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, 64, H / 4, W / 4), rounded up."""
+        """Apply convolution and max-pooling: (B, 3, H, W) -> (B, 64, H / 4, W / 4), rounded up."""
         return F.max_pool2d(super().stem(images), 3, stride=2, padding=1)
 
 
 @torch.no_grad()
 def zero_init(model: nn.Module) -> None:
-    """Start every residual block as the identity: the last batch norm of its branch gets the scale 0. The weights of
-    the classifier become N(0, 0.01), its biases 0.
+    """Initialise every residual block as the identity: the last batch norm of its branch gets scale 0.
 
-    Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, Sec. 5.1. Raises ValueError for a network of other
-    blocks.
+    The weights of the last layer are drawn with mean 0 and standard deviation 0.01; its biases are 0. Goyal et al.,
+    "Accurate, Large Minibatch SGD", arXiv 1706.02677, Sec. 5.1. Raises ValueError for a network with other blocks.
     """
     if not isinstance(model, ResNet):
-        able = ", ".join([*IMAGENET_ALIASES, *IMAGENET_ALIASES.values()])
+        supported = ", ".join([*IMAGENET_ALIASES, *IMAGENET_ALIASES.values()])
         raise ValueError(
-            f"{type(model).__name__} has no residual blocks that end in a batch norm, which zero_init sets to 0; "
-            f"these have: {able}"
+            f"zero_init needs residual blocks that end in a batch norm; {type(model).__name__} has none; use one of "
+            f"{supported}"
         )
     for block in model.modules():
         if type(block) in LAST_NORM:
@@ -57,17 +56,17 @@ def zero_init(model: nn.Module) -> None:
 
 
 def load_pretrained(model: nn.Module, name: str) -> bool:
-    """Put torchvision's ImageNet weights into the network `name`, from the cache or the network. Returns whether the
-    last layer was left as it was, because its number of classes is another.
+    """Load torchvision's ImageNet weights into the network `name`, from the cache or by download.
 
-    Raises ValueError, with the file and where to put it, if the weights cannot be had; and for a name without weights.
+    Returns whether the last layer was left unchanged because its number of classes differs. Raises ValueError if there
+    are no weights for the name, or if they are unavailable; the message names the file and where to put it.
     """
     name = IMAGENET_ALIASES.get(name, name)
     if name not in PRETRAINED or not isinstance(model, ImageNetResNet):
-        raise ValueError(f"no ImageNet weights for {name!r}; there are those of {', '.join(PRETRAINED)}")
-    weights, own = download_weights(PRETRAINED[name]), model.state_dict()
-    fresh = weights["fc.bias"].shape != own["fc.bias"].shape
-    head = {key: own[key] for key in ("fc.weight", "fc.bias")} if fresh else {}
+        raise ValueError(f"no ImageNet weights for {name!r}; they exist for {', '.join(PRETRAINED)}")
+    weights, state = download_weights(PRETRAINED[name]), model.state_dict()
+    fresh = weights["fc.bias"].shape != state["fc.bias"].shape
+    head = {key: state[key] for key in ("fc.weight", "fc.bias")} if fresh else {}
     model.load_state_dict({**weights, **head})
     return fresh
 

@@ -1,7 +1,7 @@
 """Pre-activation ResNets for small images.
 
-He et al., "Identity Mappings in Deep Residual Networks", arXiv 1603.05027, with the names of the Puzzle Mix, Co-Mixup,
-SAGE and R-Mix codes. As there, neither batch norm nor ReLU follows the last stage.
+He et al., "Identity Mappings in Deep Residual Networks", arXiv 1603.05027, with the parameter names of the codes of
+Puzzle Mix, Co-Mixup, SAGE and R-Mix. As in these codes, neither batch norm nor ReLU follows the last stage.
 """
 
 import torch
@@ -54,7 +54,7 @@ class PreActBottleneck(nn.Module):
         return self.conv3(F.relu(self.bn3(out))) + shortcut
 
 
-BLOCKS = {  # layers -> block, and how many of it a stage has
+BLOCKS = {  # depth -> block, and number of blocks per stage
     18: (PreActBlock, (2, 2, 2, 2)),
     34: (PreActBlock, (3, 4, 6, 3)),
     50: (PreActBottleneck, (3, 4, 6, 3)),
@@ -64,7 +64,7 @@ BLOCKS = {  # layers -> block, and how many of it a stage has
 
 
 class PreActResNet(StagedNetwork):
-    """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
+    """Pre-activation ResNet: (B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 for 32 pixels, 2 for 64."""
 
     stages = ("layer1", "layer2", "layer3", "layer4")
     raw_stem = True

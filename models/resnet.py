@@ -1,7 +1,7 @@
-"""ResNets for small images; models/imagenet_resnet.py has those for large ones.
+"""ResNets for small images; those for large images are in models/imagenet_resnet.py.
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: resnet18 to resnet152 are the networks of
-Table 1 with torchvision's parameter names, but a 3x3 stem and no max-pooling; resnet20 to resnet110 are the narrow
+Table 1 with torchvision's parameter names, but with a 3x3 stem and no max-pooling; resnet20 to resnet110 are the narrow
 networks of Sec. 4.2 (16-32-64 channels, parameter-free shortcuts, option A).
 """
 
@@ -13,7 +13,7 @@ from models.stages import StagedNetwork
 
 
 def init_kaiming(model: nn.Module) -> None:
-    """He initialisation of every convolution, fan-out mode, as torchvision's ResNet has it."""
+    """Initialise every convolution with He initialisation in fan-out mode, as in torchvision's ResNet."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -37,7 +37,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Stride on the 3x3 convolution, as in torchvision ("v1.5")."""
+    """Bottleneck block with the stride on the 3x3 convolution, as in torchvision ("v1.5")."""
 
     expansion = 4
 
@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(out)) + shortcut)
 
 
-TABLE_1 = {  # layers -> block, and how many of it a stage has
+TABLE_1 = {  # depth -> block, and number of blocks per stage
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
@@ -68,7 +68,10 @@ TABLE_1 = {  # layers -> block, and how many of it a stage has
 
 
 class ResNet(StagedNetwork):
-    """(B, 3, H, W) -> (B, num_classes). torchvision's names; a stem of the given stride and kernel, no max-pooling."""
+    """ResNet with torchvision's parameter names: (B, 3, H, W) -> (B, num_classes).
+
+    stride, kernel: stride and kernel size of the stem, which has no max-pooling.
+    """
 
     stages = ("layer1", "layer2", "layer3", "layer4")
     last_layer = "fc"
@@ -97,13 +100,14 @@ class ResNet(StagedNetwork):
         init_kaiming(self)
 
     def stem(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, 64, H / stride, W / stride), what the first stage takes."""
+        """Return the input of the first stage: (B, 3, H, W) -> (B, 64, H / stride, W / stride)."""
         return F.relu(self.bn1(self.conv1(images)))
 
 
 class NarrowBlock(nn.Module):
-    """Where the stage changes, the shortcut takes every second pixel and pads the channels with zeros, half on each
-    side.
+    """Basic block with a parameter-free shortcut (option A).
+
+    Where the shape changes, the shortcut takes every second pixel and pads the channels with zeros, half on each side.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int):
@@ -125,7 +129,7 @@ class NarrowBlock(nn.Module):
 
 
 class NarrowResNet(StagedNetwork):
-    """(B, 3, H, W) -> (B, num_classes). depth = 6n + 2 layers, 16-32-64 channels."""
+    """Narrow ResNet: (B, 3, H, W) -> (B, num_classes). depth = 6n + 2 layers, 16-32-64 channels."""
 
     stages = ("layer1", "layer2", "layer3")
 

@@ -1,7 +1,7 @@
 """ResNeXt-29 (4x24) for small images.
 
-Xie et al., "Aggregated Residual Transformations", arXiv 1611.05431, with the names of the Co-Mixup, SAGE and R-Mix
-codes.
+Xie et al., "Aggregated Residual Transformations", arXiv 1611.05431, with the parameter names of the codes of Co-Mixup,
+SAGE and R-Mix.
 """
 
 import math
@@ -36,7 +36,7 @@ class ResNeXtBlock(nn.Module):
 
 
 class ResNeXt29(StagedNetwork):
-    """(B, 3, H, W) -> (B, num_classes). stride: of the stem, 1 at 32 pixels and 2 at 64."""
+    """ResNeXt-29: (B, 3, H, W) -> (B, num_classes). stride: stride of the stem, 1 for 32 pixels, 2 for 64."""
 
     stages = ("stage_1", "stage_2", "stage_3")
     last_layer = "classifier"

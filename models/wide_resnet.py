@@ -1,8 +1,8 @@
 """Wide ResNets for small images.
 
-Zagoruyko and Komodakis, arXiv 1605.07146, with the names of the Puzzle Mix, Co-Mixup, SAGE and R-Mix codes. As there,
-every convolution has a bias, the second one of a block carries the stride, the shortcut takes the raw input, and the
-last batch norm has momentum 0.9.
+Zagoruyko and Komodakis, arXiv 1605.07146, with the parameter names of the codes of Puzzle Mix, Co-Mixup, SAGE and
+R-Mix. As in these codes, every convolution has a bias, the second convolution of a block has the stride, the shortcut
+takes the input before batch norm, and the last batch norm has momentum 0.9.
 """
 
 import torch
@@ -30,7 +30,10 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(StagedNetwork):
-    """(B, 3, H, W) -> (B, num_classes). depth = 6n + 4; stride: of the first stage, 1 at 32 pixels and 2 at 64."""
+    """Wide ResNet: (B, 3, H, W) -> (B, num_classes). depth = 6n + 4 layers.
+
+    widen: factor of the channels. stride: stride of the first stage, 1 for 32 pixels, 2 for 64.
+    """
 
     stages = ("layer1", "layer2", "layer3")
     raw_stem = True

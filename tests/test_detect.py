@@ -361,7 +361,7 @@ def test_what_a_detectors_file_says_serves_unless_it_is_typed(run, detector, tmp
 
 def test_a_run_folder_without_a_best_epoch_names_its_last(run, detector, tmp_path):
     (tmp_path / "last.pt").symlink_to(detector)
-    with pytest.raises(UserError, match="holds no best.pt; give a file; its last.pt is .*last.pt"):
+    with pytest.raises(UserError, match="contains no best.pt; give a checkpoint file, such as .*last.pt"):
         run("--frcnn_checkpoint", str(tmp_path), start=False)
 
 

@@ -1,1 +1,1 @@
-"""Figures and tables."""
+"""Draw figures and format tables."""

@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes in images, and precision against recall."""
+"""Draw detections: boxes in images, and precision-recall curves."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +14,23 @@ from engine.drawing.figures import ignore_missing_glyphs, save_figure, shorten
 
 
 class DrawnBox(NamedTuple):
-    """A box in a picture, and its label."""
+    """A labelled box to draw."""
 
-    box: Sequence[float]  # x0, y0, x1, y1 in pixels of the picture
+    box: Sequence[float]  # x0, y0, x1, y1 in pixels of the image
     text: str
     colour: tuple[float, float, float]  # RGB in 0..1
     dashed: bool = False
-    alarm: bool = False  # the label has a cross and stands on red
+    error: bool = False  # marks the label with a cross on red
 
 
 @ignore_missing_glyphs()
 def draw_box_pairs(
-    path: Path, rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]], heads: tuple[str, str], legend: str
+    path: Path, rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]], titles: tuple[str, str], legend: str
 ) -> None:
-    """Two columns, under the two heads: each picture with its first boxes, and with its second ones; a text below.
+    """Draw every image twice, in two columns with the given titles: with its first boxes and with its second boxes.
 
-    rows: text, picture uint8 (H, W, 3), first boxes, second boxes; later boxes are drawn over earlier ones. Pictures
-    are scaled so that their longer side has 500 pixels.
+    rows: text below the images, image uint8 (H, W, 3), first boxes, second boxes; later boxes are drawn over earlier
+    ones. Images are scaled to a longer side of 500 pixels. legend: text at the bottom.
     """
     side, gap, above, below, foot, dpi = 500, 10, 24, 24, 20 * (1 + legend.count("\n")) + 6, 100
     scales = [side / max(picture.shape[:2]) for _, picture, _, _ in rows]
@@ -38,12 +38,14 @@ def draw_box_pairs(
     width, height = 2 * side + 3 * gap, above + sum(heights) + below * len(rows) + foot
     canvas = np.full((height, width, 3), 255, np.uint8)
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-    FigureCanvasAgg(figure)  # with it texts can be measured
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1)  # a unit is a pixel of the page
+    FigureCanvasAgg(figure)  # needed to measure the size of texts
+    axes = figure.add_axes(
+        (0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1
+    )  # one unit is one pixel of the figure
     axes.axis("off")
     style = {"fontsize": 8, "parse_math": False}
-    for column, head in enumerate(heads):
-        axes.text(gap + column * (side + gap) + side / 2, above / 2, head, ha="center", va="center", **style)
+    for column, column_title in enumerate(titles):
+        axes.text(gap + column * (side + gap) + side / 2, above / 2, column_title, ha="center", va="center", **style)
     top = above
     for scale, tall, (text, picture, *both) in zip(scales, heights, rows, strict=True):
         wide = max(1, round(scale * picture.shape[1]))
@@ -60,8 +62,9 @@ def draw_box_pairs(
 
 
 def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], scale: float) -> None:
-    """Boxes on a picture that fills the frame x0, y0, x1, y1 of the axes, scaled by `scale`. Labels are placed where
-    they overlap least.
+    """Draw boxes on an image that fills the frame x0, y0, x1, y1 of the axes, scaled by `scale`.
+
+    Labels are placed where they overlap least.
     """
     left, top, right, bottom = frame
     pixel = 72 / axes.figure.dpi  # in points
@@ -74,9 +77,9 @@ def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], sc
     taken = np.empty((0, 4))
     for number, (one, (x0, y0, x1, y1)) in enumerate(zip(boxes, edges, strict=True)):
         background, ink = (
-            ("#d00000", "white") if one.alarm else (one.colour, "black" if is_bright(one.colour) else "white")
+            ("#d00000", "white") if one.error else (one.colour, "black" if is_bright(one.colour) else "white")
         )
-        label = f"\u2717 {shorten(one.text)}" if one.alarm else shorten(one.text)
+        label = f"\u2717 {shorten(one.text)}" if one.error else shorten(one.text)
         text = axes.text(0, 0, label, fontsize=7, va="top", color=ink, parse_math=False)
         text.set_bbox({"facecolor": background, "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
         size = text.get_window_extent()
@@ -84,41 +87,42 @@ def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], sc
         corners = np.array([(x, y) for y in (y0 - h, y0, y1 - h, y1, y0 + h, y0 + 2 * h) for x in (x0, x1 - w)])
         corners = np.clip(corners, (left, top), (max(left, right - w), max(top, bottom - h)))
         places = np.hstack([corners, corners + (w, h)])
-        chosen = places[pairwise_intersection(places, taken).sum(1).argmin()]  # of equal ones the first
+        chosen = places[pairwise_intersection(places, taken).sum(1).argmin()]  # the first one on a tie
         taken = np.vstack([taken, chosen])
         text.set(x=chosen[0] + 2, y=chosen[1] + 2, zorder=4 + number / 1000)
 
 
 def is_bright(colour: tuple[float, float, float]) -> bool:
+    """Return whether black text is more readable than white text on this colour."""
     return float(np.dot(colour, (0.3, 0.59, 0.11))) > 0.5
 
 
-def pairwise_intersection(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Areas (n, m) that boxes (n, 4) and (m, 4), as x0, y0, x1, y1, have in common."""
-    some = some[:, None]
-    return (np.minimum(some[..., 2:], others[:, 2:]) - np.maximum(some[..., :2], others[:, :2])).clip(0).prod(-1)
+def pairwise_intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return the intersection areas (n, m) of boxes (n, 4) and others (m, 4), as x0, y0, x1, y1."""
+    boxes = boxes[:, None]
+    return (np.minimum(boxes[..., 2:], others[:, 2:]) - np.maximum(boxes[..., :2], others[:, :2])).clip(0).prod(-1)
 
 
 @ignore_missing_glyphs()
 def draw_precision_recall(path: Path, panels: list[tuple[str, list[float], list[float]]], title: str) -> None:
-    """A panel for each class: precision against recall. Dots are the interpolated precision at the 11 recalls of
-    VOC2007: the highest at that recall or beyond it.
+    """Draw a precision-recall curve for each class.
 
-    panels: text, recall and precision in 0..1, both empty if nothing was found.
+    Dots mark the interpolated precision at the 11 recall levels of VOC2007: the highest precision at that recall or
+    above. panels: title, recall and precision in 0..1, both empty if there are no detections.
     """
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(2.3 * columns, 6), 2.2 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    eleven = np.arange(11) / 10
-    for axes, (text, recall, precision) in zip(grid.flat, panels, strict=False):
+    recall_levels = np.arange(11) / 10
+    for axes, (panel_title, recall, precision) in zip(grid.flat, panels, strict=False):
         highest = [
-            max((p for r, p in zip(recall, precision, strict=True) if r >= least), default=0) for least in eleven
+            max((p for r, p in zip(recall, precision, strict=True) if r >= level), default=0) for level in recall_levels
         ]
-        axes.vlines(eleven, 0, 1, color="0.9", linewidth=0.8, zorder=0)
+        axes.vlines(recall_levels, 0, 1, color="0.9", linewidth=0.8, zorder=0)
         axes.plot(recall, precision, color="tab:blue", linewidth=1.3, zorder=2)
-        axes.plot(eleven, highest, ".", color="tab:orange", markersize=5, zorder=3, clip_on=False)
-        axes.set_title(text, fontsize=9, parse_math=False)
+        axes.plot(recall_levels, highest, ".", color="tab:orange", markersize=5, zorder=3, clip_on=False)
+        axes.set_title(panel_title, fontsize=9, parse_math=False)
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)

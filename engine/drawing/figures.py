@@ -1,4 +1,4 @@
-"""Pictures: learning curves, mixed batches, confusion. PNG files, drawn without a window."""
+"""Draw learning curves, mixed batches and confusion matrices as PNG files, without a display."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,32 +14,33 @@ from matplotlib.figure import Figure
 from engine.runtime.files import write_atomic
 
 Box = tuple[int, int, int, int]  # y1, y2, x1, x2, half-open
-MAX_PIXELS = 60_000  # of a side of a picture: matplotlib's limit is 65,536
+MAX_PIXELS = 60_000  # largest side of a figure; matplotlib's limit is 65,536
 
 
 @contextmanager
 def ignore_missing_glyphs() -> Iterator[None]:
-    """Without matplotlib's warning about letters that its own font lacks."""
+    """Suppress matplotlib's warning about characters that are missing in its font."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         yield
 
 
 def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
+    """Save a figure as PNG. Creates missing folders and replaces the file atomically."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda side: figure.savefig(side, dpi=dpi, format="png"))
 
 
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
-    """Loss and accuracy against epoch."""
+    """Draw loss and accuracy over epochs."""
     loss = {"train_loss": "training (mixed)", "test_loss": "test"}
     accuracy = {"train_acc": "training (mixed labels)", "test_top1": "test top-1", "valid_top1": "validation top-1"}
-    accuracy["ema_top1"] = "test top-1, averaged weights"
+    accuracy["ema_top1"] = "test top-1, averaged weights (EMA)"
     draw_epoch_panels(path, history, {"loss": loss, "accuracy (%)": accuracy}, title)
 
 
 def draw_epoch_panels(path: Path, history: list[dict], panels: dict[str, dict[str, str]], title: str) -> None:
-    """A panel for each label of an axis, with the columns of `history` it is to show, column -> name, against epoch."""
+    """Draw columns of `history` over epochs, one panel per y-axis label. panels: y label -> {column: curve name}."""
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axes, (unit, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for column, label in columns.items():
@@ -55,7 +56,7 @@ def draw_epoch_panels(path: Path, history: list[dict], panels: dict[str, dict[st
 
 
 def format_label(weights: torch.Tensor, classes: list[str]) -> str:
-    """The classes of a soft label and their weights, largest first, a line each: at most three."""
+    """Format a soft label: up to three classes with their weights, largest first, one per line."""
     top = weights.sort(descending=True)
     pairs = [(float(w), classes[int(k)]) for w, k in zip(top.values[:3], top.indices[:3], strict=False) if w > 0.005]
     return "\n".join(f"{weight:.2f} {name}" if weight < 0.995 else name for weight, name in pairs)
@@ -74,7 +75,7 @@ def draw_mixed_batch(
     classes: list[str],
     title: str,
 ) -> None:
-    """Originals, their saliency if there is one, and the mixed images with their label weights, in columns.
+    """Draw the original images, their saliency maps if given, and the mixed images with their soft labels.
 
     images, mixed (B, 3, H, W) normalised; targets, soft (B, K); saliency (B, H, W).
     """
@@ -87,26 +88,26 @@ def draw_mixed_batch(
 
 
 def draw_image_rows(path: Path, rows: list[tuple[str, np.ndarray, list[str] | None]], title: str = "") -> None:
-    """Each row: its name, pictures (n, H, W, 3) in 0..1 or maps (n, H, W), and a text above each, or None."""
+    """Draw rows of images. A row: its name, images (n, H, W, 3) in 0..1 or maps (n, H, W), and their titles or None."""
     count = max(len(pictures) for _, pictures, _ in rows)
     heights = [1.4 if texts is None else 1.7 for _, _, texts in rows]
     figure = Figure(figsize=(1.35 * count + 0.4, sum(heights) + 0.4), layout="constrained")
     grid = figure.subplots(len(rows), count, squeeze=False, height_ratios=heights)
-    for axes_of_row, (name, pictures, texts) in zip(grid, rows, strict=True):
-        for column, (axes, picture) in enumerate(zip(axes_of_row, pictures, strict=True)):
+    for row_axes, (name, pictures, texts) in zip(grid, rows, strict=True):
+        for column, (axes, picture) in enumerate(zip(row_axes, pictures, strict=True)):
             axes.imshow(picture, cmap="magma" if picture.ndim == 2 else None, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             if texts is not None:
                 axes.set_title(texts[column], fontsize=8)
-        axes_of_row[0].set_ylabel(name)
+        row_axes[0].set_ylabel(name)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
 
 def draw_tight_grid(path: Path | str, rows: list[np.ndarray], inches: float = 1.5, dpi: int = 300) -> None:
-    """Rows of pictures, each (n, H, W, 3) in 0..1, with a twentieth of a picture between them and nothing around.
+    """Draw rows of images (n, H, W, 3) in 0..1 without margins; the gaps are 5 % of the image size.
 
-    inches: the width of a picture.
+    inches: width of an image.
     """
     count, height, width, _ = rows[0].shape
     gap = 0.05
@@ -118,8 +119,8 @@ def draw_tight_grid(path: Path | str, rows: list[np.ndarray], inches: float = 1.
     for axes, picture in zip(grid.flat, (picture for row in rows for picture in row), strict=True):
         axes.imshow(picture, interpolation="nearest", vmin=0, vmax=1)
         axes.axis("off")
-    look = {"dpi": dpi, "format": "png", "bbox_inches": "tight", "pad_inches": 0}
-    write_atomic(path, lambda side: figure.savefig(side, **look))
+    style = {"dpi": dpi, "format": "png", "bbox_inches": "tight", "pad_inches": 0}
+    write_atomic(path, lambda side: figure.savefig(side, **style))
 
 
 def draw_mixtures(
@@ -134,11 +135,11 @@ def draw_mixtures(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> None:
-    """The inputs, each in its colour, and their saliency; then for each method its mixed images with their label
-    weights, and whose pixels they show in the colours of the inputs.
+    """Draw the inputs, their saliency, and for each method the mixed images and the source of every pixel.
 
-    images (B, 3, H, W) normalised; saliency (B, H, W), from `guide`; rows: text, mixed images (n, 3, H, W), colours
-    (n, H, W, 3), label weights (n, B); colours (B, 3).
+    Each input has a colour, and next to every mixed image its pixels are shown in the colours of the inputs they come
+    from. images (B, 3, H, W) normalised; saliency (B, H, W); guide: name of the saliency source; rows: name, mixed
+    images (n, 3, H, W), colours (n, H, W, 3), label weights (n, B); colours (B, 3): colours of the inputs.
     """
     columns = max(len(images), *(2 * len(mixed) for _, mixed, _, _ in rows))
     tall = len(rows) + 2
@@ -165,7 +166,7 @@ def draw_mixtures(
 
 
 def to_pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Normalised (B, 3, H, W) -> (B, H, W, 3) in 0..1."""
+    """Undo the normalisation: (B, 3, H, W) -> (B, H, W, 3) in 0..1."""
     back = images.float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     return back.clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
@@ -173,10 +174,10 @@ def to_pixels(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
 def overlay_heatmap(
     picture: np.ndarray, heat: np.ndarray, alpha: float = 0.4, colormap: str = "jet", box: Box | None = None
 ) -> np.ndarray:
-    """A map in 0..1 in colours over a picture uint8 (H, W, 3), with the weight alpha -> uint8 (H, W, 3).
+    """Blend a colour-coded heat map in 0..1 over a picture uint8 (H, W, 3) with weight alpha -> uint8 (H, W, 3).
 
-    box: y1, y2, x1, x2 of what the map is about, and as large as the map; outside of it the picture stays as it is.
-    None: all of the picture.
+    box: the part y1, y2, x1, x2 of the picture that the map covers, of the same size as the map; None: the whole
+    picture. Pixels outside the box are unchanged.
     """
     y1, y2, x1, x2 = box or (0, heat.shape[0], 0, heat.shape[1])
     colours = (255 * colormaps[colormap](np.arange(256))[:, :3]).round().astype(np.uint8)
@@ -195,26 +196,26 @@ def draw_comparison(
     overlays: list[list[np.ndarray]],
     texts: list[list[str]],
 ) -> None:
-    """A row a picture (H, W, 3), of any size: the picture itself, then an overlay for each of the columns, and a text
-    below each.
-    """
+    """Draw one row per picture (H, W, 3) of any size: the picture, then one overlay per column, with texts below."""
     wide, gap, below = 2.1, 0.08, 0.3  # inches
     heights = [wide * min(max(picture.shape[0] / picture.shape[1], 0.1), 2.0) for picture in pictures]
     above = 0.3 + 0.15 * max(column.count("\n") for column in columns)
     width, height = gap + (wide + gap) * (1 + len(columns)), above + sum(heights) + below * len(heights)
     dpi = min(110, MAX_PIXELS / max(width, height))
-    canvas = np.full((round(height * dpi), round(width * dpi), 3), 255, np.uint8)  # an axes each would take far longer
+    canvas = np.full(
+        (round(height * dpi), round(width * dpi), 3), 255, np.uint8
+    )  # pasting is much faster than one Axes per image
     figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi))
-    look = {"ha": "center", "va": "top", "parse_math": False}  # names of files hold what they like
+    style = {"ha": "center", "va": "top", "parse_math": False}  # file names may contain $
     middles = [gap + number * (wide + gap) + wide / 2 for number in range(1 + len(columns))]
     for middle, column in zip(middles[1:], columns, strict=True):
         lines = "\n".join(shorten(line, 28) for line in column.split("\n"))
-        figure.text(middle / width, 1 - gap / height, lines, fontsize=9, **look)
+        figure.text(middle / width, 1 - gap / height, lines, fontsize=9, **style)
     top = above
-    for tall, name, picture, row, said in zip(heights, names, pictures, overlays, texts, strict=True):
-        for middle, image, text in zip(middles, [picture, *row], [name, *said], strict=True):
+    for tall, name, picture, row, row_texts in zip(heights, names, pictures, overlays, texts, strict=True):
+        for middle, image, text in zip(middles, [picture, *row], [name, *row_texts], strict=True):
             paste_picture(canvas, image, middle * dpi, (top + tall / 2) * dpi, wide * dpi, tall * dpi)
-            figure.text(middle / width, 1 - (top + tall + 0.04) / height, shorten(text), fontsize=7, **look)
+            figure.text(middle / width, 1 - (top + tall + 0.04) / height, shorten(text), fontsize=7, **style)
         top += tall + below
     figure.figimage(canvas)
     with ignore_missing_glyphs():
@@ -222,20 +223,21 @@ def draw_comparison(
 
 
 def paste_picture(canvas: np.ndarray, picture: np.ndarray, x: float, y: float, width: float, height: float) -> None:
-    """A picture uint8 (H, W, 3) into a canvas, around x, y, as large as fits into width and height."""
+    """Paste a picture uint8 (H, W, 3) into a canvas, centred at x, y and scaled to fit into width x height."""
     scale = min(width / picture.shape[1], height / picture.shape[0])
     size = max(1, int(scale * picture.shape[1])), max(1, int(scale * picture.shape[0]))
     left, top = int(x - size[0] / 2), int(y - size[1] / 2)
     canvas[top : top + size[1], left : left + size[0]] = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
 
 
-def shorten(text: str, most: int = 32) -> str:
-    text = text.encode(errors="replace").decode()  # of a file's name that is no text
-    return text if len(text) <= most else text[: most - 1] + "\u2026"
+def shorten(text: str, max_length: int = 32) -> str:
+    """Cut a text to at most max_length characters, with an ellipsis at the end."""
+    text = text.encode(errors="replace").decode()  # a file name may contain undecodable bytes
+    return text if len(text) <= max_length else text[: max_length - 1] + "\u2026"
 
 
 def draw_confusion(path: Path, counts: torch.Tensor, classes: list[str], title: str) -> None:
-    """Rows: the true class; columns: the predicted one; colour and number: percent of the row."""
+    """Draw a confusion matrix: rows are true classes, columns predicted ones, values the percentage of the row."""
     share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     few = len(classes) <= 20
     side = 0.5 * len(classes) + 2 if few else 9

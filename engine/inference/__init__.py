@@ -1,1 +1,1 @@
-"""Trained classifiers: loading, predictions, metrics."""
+"""Load trained classifiers, predict with them and measure their accuracy."""

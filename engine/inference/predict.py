@@ -1,4 +1,4 @@
-"""Predictions of a classifier on an image set, and their loss and accuracies."""
+"""Predict the classes of an image set, and compute the loss and accuracies."""
 
 from collections.abc import Callable
 
@@ -15,42 +15,44 @@ from engine.runtime.distributed import gather_object
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    batches: DeviceLoader,
+    loader: DeviceLoader,
     *,
     precision: torch.dtype | None = None,
     progress: Callable | None = None,
     transform: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K) float32 and labels (N,) of a whole part, on the host, network in evaluation mode (put back
-    afterwards). Of several processes each takes its images, and only the first one gets the whole; the others get
-    nothing (0 rows). transform(images, labels, index): gives what the network sees instead.
+    """Predict a whole image set: logits (N, K) float32 and labels (N,) on the CPU, in the order of the set.
+
+    The network runs in evaluation mode, and its mode is restored afterwards. With several processes, each predicts its
+    own images. Only the main process gets the results; the others get 0 rows. progress: called with the number of
+    finished batches. transform(images, labels, index): returns the images that the network gets instead.
     """
     training = model.training
     model.eval()
-    logits, labels, places = [], [], []
+    logits, labels, indices = [], [], []
     try:
-        for step, batch in enumerate(batches.epoch()):
+        for step, batch in enumerate(loader.epoch()):
             with exact_float32():
                 images = transform(batch.images, batch.labels, batch.index) if transform else batch.images
-                with autocast(batches.device, precision):
+                with autocast(loader.device, precision):
                     logits.append(model(images).float())
             labels.append(batch.labels)
-            places.append(batch.index)
+            indices.append(batch.index)
             if progress:
                 progress(step + 1)
     finally:
         model.train(training)
-    own = [torch.cat(parts).cpu() for parts in (logits, labels, places)] if places else None
+    own = [torch.cat(parts).cpu() for parts in (logits, labels, indices)] if indices else None
     parts = [part for part in gather_object(own) or [] if part]
     if not parts:
         return torch.zeros(0, 0), torch.zeros(0, dtype=torch.long)
-    logits, labels, places = map(torch.cat, zip(*parts, strict=True))
-    order = places.argsort()
+    logits, labels, indices = map(torch.cat, zip(*parts, strict=True))
+    order = indices.argsort()
     return logits[order], labels[order]
 
 
 def compute_scores(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...] = (1, 5)) -> dict[str, float]:
-    """Cross-entropy and top-k accuracies in percent; k above the number of classes is left out."""
+    """Return the cross-entropy and the top-k accuracies in percent. A k above the number of classes is left out."""
     ks = tuple(k for k in ks if k <= logits.shape[1])
     correct = topk_correct(logits, labels, ks).double() * (100 / len(labels)) if ks else []
     loss = F.cross_entropy(logits.float(), F.one_hot(labels, logits.shape[1]).float())

@@ -283,7 +283,7 @@ def test_pages_of_images_from_all_over_the_part(tmp_path):
 
 
 def describe(drawn: list[DrawnBox]) -> list[tuple]:
-    return [(one.text, one.dashed, one.alarm, one.box) for one in drawn]
+    return [(one.text, one.dashed, one.error, one.box) for one in drawn]
 
 
 def test_mistakes_are_marked():
@@ -314,7 +314,7 @@ def test_the_object_that_was_found_is_the_one_overlapped_most():
     truth = GroundTruth(np.array([[0.0, 0.0, 40.0, 40.0], [0.0, 8.0, 40.0, 48.0]]), np.array([1, 1]), np.zeros(2, bool))
     found = Detections(truth.boxes[1:] + 1, np.array([1]), np.array([0.9]))
     left, _, _ = report.mark_mistakes(found, truth, ["cat"], threshold=0.5)
-    assert [box.alarm for box in left] == [True, False]
+    assert [box.error for box in left] == [True, False]
 
 
 def test_the_images_of_a_step_are_drawn_even_where_they_hold_nan(tmp_path):

@@ -277,7 +277,7 @@ def test_what_cannot_be_counted_is_refused(function):
     with pytest.raises(ValueError, match=r"0\.\.2, got -1"):
         function(logits, torch.tensor([0, 1, 2, -1, 0, 0]))
     for wrong in (labels[:5], labels.float(), labels.unsqueeze(1)):
-        with pytest.raises(ValueError, match="labels must be 6"):
+        with pytest.raises(ValueError, match=r"labels must be torch.long of shape \(6,\)"):
             function(logits, wrong)
 
 

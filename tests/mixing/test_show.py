@@ -61,7 +61,7 @@ def test_a_torchvision_network_guides_too(pictures, tmp_path):
     words = ["--images", *pictures[:2], "--image_size", "64", "--method", "rmix", "-o", str(tmp_path / "mix.png")]
     words += ["--model_path", str(tmp_path / "net.pt")]
     assert show.main([*words, "--model", "squeezenet1_1"])["rmix"].shape == (4, 2)
-    with pytest.raises(UserError, match="holds no squeezenet1_0"):
+    with pytest.raises(UserError, match="does not hold a squeezenet1_0"):
         show.main([*words, "--model", "squeezenet1_0"])
     with pytest.raises(UserError, match="did you mean squeezenet1_"):
         show.main([*words, "--model", "squeezenet"])

@@ -178,13 +178,13 @@ def test_zero_init_makes_every_block_the_identity(name):
 def test_zero_init_refuses_networks_of_other_blocks(name):
     with torch.device("meta"):
         model = build_model(name, 10)
-    with pytest.raises(ValueError, match="these have: resnet18, .*imagenet_resnet152"):
+    with pytest.raises(ValueError, match="use one of resnet18, .*imagenet_resnet152"):
         zero_init(model)
 
 
 @pytest.mark.parametrize("size", [129, 224])
 def test_networks_for_small_images_refuse_large_ones_and_name_the_right_one(size):
-    for name, remedy in (("resnet50", "take imagenet_resnet50"), ("wrn16_8", "take one of imagenet_resnet18, ")):
+    for name, remedy in (("resnet50", "use imagenet_resnet50"), ("wrn16_8", "use one of imagenet_resnet18, ")):
         with pytest.raises(ValueError, match=f"{name} is for .* at most 128 .* at {size} .*{remedy}"):
             build_model(name, 10, size)
     with torch.device("meta"):
@@ -262,7 +262,7 @@ def test_pretrained_weights_that_cannot_be_had_are_explained(cache):
     assert f"put the file resnet50-0676ba61.pth into {cache}" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     (cache / "resnet50-0676ba61.pth").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="resnet50-0676ba61.pth: damaged .*\ndelete it"):
+    with pytest.raises(ValueError, match="resnet50-0676ba61.pth is damaged .*\ndelete it"):
         load_pretrained(model, "imagenet_resnet50")
     for network, name in ((small, "resnet50"), (model, "wrn16_8")):
         with pytest.raises(ValueError, match="no ImageNet weights for .* imagenet_resnet18, "):

@@ -261,7 +261,7 @@ def test_words_that_mean_nothing_are_explained(tmp_path, squeezenet):
     for word, told in {
         "resnet19": "did you mean resnet18",
         f"squeezenet1_1={tmp_path / 'gone.pt'}": "no such file",
-        f"squeezenet1_0={squeezenet}": "holds no squeezenet1_0",
+        f"squeezenet1_0={squeezenet}": "does not hold a squeezenet1_0",
         str(squeezenet): "say NAME=",
         str(tmp_path): "no best.pt",
         "vit_h_14": "give them as vit_h_14=FILE",
