@@ -34,7 +34,11 @@ def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
     """Draw loss and accuracy over epochs."""
     loss = {"train_loss": "training (mixed)", "test_loss": "test"}
-    accuracy = {"train_acc": "training (mixed labels)", "test_top1": "test top-1", "valid_top1": "validation top-1"}
+    accuracy = {
+        "train_acc": "training (mixed labels, reads low)",
+        "test_top1": "test top-1",
+        "valid_top1": "validation top-1",
+    }
     accuracy["ema_top1"] = "test top-1, averaged weights (EMA)"
     draw_epoch_panels(path, history, {"loss": loss, "accuracy (%)": accuracy}, title)
 
