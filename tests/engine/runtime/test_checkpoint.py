@@ -143,7 +143,7 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"\n.*--checkpoint .*previous.pt"):
         read_file(file)
     torch.save({"some": 1, "thing": "else"}, file)
-    with pytest.raises(UserError, match=r"no checkpoint that training can continue from \(found: some, thing\)"):
+    with pytest.raises(UserError, match=r"not a checkpoint that a run can resume from \(found: some, thing\)"):
         read_checkpoint(file)
     with pytest.raises(UserError, match="no weights found.*some, thing"):
         extract_weights(read_file(file), file)
@@ -162,12 +162,12 @@ def test_one_flipped_byte_is_noticed(tmp_path):
 def test_what_does_not_fit_is_told():
     model = build_model("resnet20", 10)
     with pytest.raises(
-        UserError, match=r"made for 7 classes \(linear.weight is 7 x 64\), the data has 10\n.*--init_from f"
+        UserError, match=r"has 7 classes \(linear.weight is 7 x 64\), but the data has 10\n.*--init_from f"
     ):
         load_weights(model, weights_of(classes=7), Path("f"), num_classes=10)
     other = weights_of("resnet32")
     with pytest.raises(
-        UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nit fits resnet32: give --model resnet32"
+        UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nthe weights fit resnet32: use --model resnet32"
     ):
         load_weights(model, other, Path("f"), num_classes=10, matches=find_matching_models(other))
     with pytest.raises(UserError, match=r"detect.py"):

@@ -183,7 +183,7 @@ def test_devices_and_precisions_that_are_not_there_are_explained():
         assert choose_device("cuda:1").index == 1
         for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
             patch.setenv(name, value)
-        with pytest.raises(UserError, match="2 CUDA devices, counted from 0 for 3 processes"):
+        with pytest.raises(UserError, match="2 CUDA devices, counted from 0, for 3 processes"):
             choose_device("auto")  # in the first process too, which speaks for all
     with pytest.raises(UserError, match="bf16 or off"):
         choose_precision("fp16", CPU)
