@@ -14,7 +14,7 @@ from engine.data.folders import FileList
 from engine.data.sample_rng import draw_crop_numbers
 from engine.data.views import RandomCrop, View
 from engine.errors import UserError
-from engine.runtime.distributed import cores_per_process
+from engine.runtime.distributed import count_cores_per_process
 
 
 class ImageFiles:
@@ -92,7 +92,7 @@ class BatchReader:
 
     def __init__(self, files: ImageFiles, *, seed: int = 0, workers: int = 0, pin: bool = False):
         self.samples, self.order = BatchDataset(files, seed), BatchOrder()
-        self.workers, self.pin = min(workers, cores_per_process()), pin  # more workers than cores do not help
+        self.workers, self.pin = min(workers, count_cores_per_process()), pin  # more workers than cores do not help
         self.loader, self.batches, self.calls = None, None, 0
 
     def read(self, order: list[torch.Tensor], epoch: int = 0) -> Iterator[tuple]:
