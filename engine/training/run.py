@@ -186,7 +186,7 @@ class Run:
         """Say once that maps of the saliency source could not be used. Every process calls it."""
         unusable = 0
         if self.state.mixer and not self.warned_maps:
-            unusable = int(all_reduce_sum(torch.as_tensor(self.state.mixer.unusable)))
+            unusable = int(all_reduce_sum(torch.as_tensor(self.state.mixer.replaced_maps)))
         if unusable:
             self.warned_maps = True
             self.log.say(f"note: {unusable} saliency maps were all zero or no numbers, and were taken as uniform")

@@ -146,7 +146,7 @@ class TrainingState:
         """Share between processes what the sources have learned since the last call."""
         if world_size() > 1:
             for source in self.sources:
-                source.exchange(all_reduce_sum)
+                source.sync(all_reduce_sum)
 
     @contextmanager
     def preserved(self):
@@ -222,7 +222,7 @@ class SourceBuilder:
         self.learning: dict[str, object] = {}
         self.values = {
             "model": state.model,
-            "images_count": len(data.train),
+            "num_images": len(data.train),
             "device": state.device,
             "mean": data.mean,
             "std": data.std,
