@@ -120,7 +120,7 @@ def make_casm_explainer(
     @torch.no_grad()
     def compute_masks(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         with autocast(images.device, precision):
-            return network.masks(images)[:, 0].float()
+            return network.predict_masks(images)[:, 0].float()
 
     view = make_view(image_size or saved.image_size, resize)
     return Explainer(classifier, {"casm": compute_masks}, [-1], view, device)

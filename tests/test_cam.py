@@ -133,7 +133,7 @@ def test_trained_masks_are_drawn_as_they_are(casm_file, photo, tmp_path, capsys)
     saved = load_casm(casm_file)
     crop = torch.from_numpy(crop_for_model(pixels(photo), CenterCrop(32, 32))[0]).permute(2, 0, 1) / 255
     with torch.no_grad():
-        mask = saved.network.masks(((crop - 0.5) / 0.25)[None])[0, 0]
+        mask = saved.network.predict_masks(((crop - 0.5) / 0.25)[None])[0, 0]
     heat = np.load(row["raw"])[:, 40:200]
     assert row["method"] == "casm" and row["predicted"] in saved.classes
     expected = torch.nn.functional.interpolate(mask[None, None], (160, 160), mode="bilinear")[0, 0]

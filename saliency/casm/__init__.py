@@ -1,1 +1,1 @@
-"""CASM: classifier-agnostic saliency maps, Zolna, Geras and Cho, arXiv 1805.08249."""
+"""CASM: classifier-agnostic saliency map extraction, Zolna, Geras and Cho, arXiv 1805.08249."""

@@ -1,4 +1,4 @@
-"""How well classifiers do on images that the masks of an extractor have altered."""
+"""Evaluate masks by how well classifiers do on the images that they alter: masked in, masked out and inpainted."""
 
 import itertools
 from collections import Counter
@@ -20,13 +20,13 @@ from saliency.casm.masking import inpaint, mask_in, mask_out
 from saliency.casm.results import ScoringConfig
 from saliency.casm.training import count_iterations
 
-PUBLISHED_CLASSIFIERS = [  # torchvision's names of the 17 networks of the published program
+PUBLISHED_CLASSIFIERS = [  # the 17 networks of the published program, by their torchvision names
     *(f"densenet{depth}" for depth in (121, 161, 169, 201)),
     *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
     *(f"vgg{depth}{norm}" for norm in ("", "_bn") for depth in (11, 13, 16, 19)),
 ]
 IMAGENET_CLASSES = 1000
-KINDS = {  # of image -> how it is made of pixels and of what is selected; the published program has no clean ones
+KINDS = {  # kind of image -> function of pixels and selected pixels; the published program has no clean images
     "clean": lambda pixels, selected: pixels,
     "masked_in": mask_in,
     "masked_out": mask_out,
@@ -35,9 +35,10 @@ KINDS = {  # of image -> how it is made of pixels and of what is selected; the p
 
 
 def load_classifiers(words: list[str], device: torch.device) -> list[Classifier]:
-    """The classifiers that words name: torchvision's NAME, with its ImageNet weights, NAME=FILE, with those of a file,
-    or a file or run folder of ours. No two have one name. Raises UserError for anything else, and for weights that
-    cannot be had.
+    """Load the classifiers that words name, and give them unique names.
+
+    A word is a torchvision NAME (with its ImageNet weights), NAME=FILE (with weights from a file), or a checkpoint or
+    run folder of train.py. Raises UserError for anything else, and if weights are not available.
     """
     words = list(dict.fromkeys(words))
     classifiers = [load_classifier(word, models) for word in words]
@@ -49,12 +50,13 @@ def load_classifiers(words: list[str], device: torch.device) -> list[Classifier]
 
 
 def load_resnets(folder: str, device: torch.device) -> list[Classifier]:
-    """Every file of a folder as a ResNet-50 of the PyTorch ImageNet example, named after its file. Raises UserError
-    for a folder without files, and for a file of anything else.
+    """Load every file of a folder as a ResNet-50 of the PyTorch ImageNet example, named after its file.
+
+    Raises UserError for a folder without files, and for any other file.
     """
     files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()] if Path(folder).is_dir() else []
     if not files:
-        raise UserError(f"--resnets-path {folder}: no such folder, or no file in it")
+        raise UserError(f"--resnets-path {folder}: no such folder, or it holds no files")
     classifiers = [load_classifier(str(file), models, model="resnet50") for file in files]
     for file, classifier in zip(files, classifiers, strict=True):
         classifier.name = file.name
@@ -63,8 +65,10 @@ def load_resnets(folder: str, device: torch.device) -> list[Classifier]:
 
 
 class ClassifierPanel:
-    """The classifiers that images are shown to: those that words name and those of a folder of ResNets; without words
-    the published ones for a network of 1000 classes, for any other the classifier that the masks were trained with.
+    """The classifiers that are evaluated on the altered images.
+
+    They are those that `words` name, plus those of the folder `resnets`. Without words, they are the published ones for
+    1000 classes, and otherwise the classifier that the decoder was trained with.
     """
 
     def __init__(
@@ -74,18 +78,20 @@ class ClassifierPanel:
         self.named = load_classifiers(words, device) if words else None
         self.resnets = load_resnets(resnets, device) if resnets else []
 
-    def select(self, extractor: Extractor, part: ImageSet) -> list[Classifier]:
-        """Those for the masks of an extractor. Raises UserError where there are none, or two of one name."""
-        named = self.select_default(extractor, part) if self.named is None else self.named
+    def select(self, extractor: Extractor, image_set: ImageSet) -> list[Classifier]:
+        """Return the classifiers for the masks of an extractor. Raises UserError if there are none, or if two share a
+        name.
+        """
+        named = self.select_default(extractor, image_set) if self.named is None else self.named
         classifiers = named + self.resnets
         names = [classifier.name for classifier in classifiers]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise UserError(f"two classifiers are called {twice[0]}\nrename the file of one of them")
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two classifiers have the name {duplicates[0]}\nrename the file of one of them")
         return classifiers
 
-    def select_default(self, extractor: Extractor, part: ImageSet) -> list[Classifier]:
-        if (extractor.num_classes or len(part.classes)) == IMAGENET_CLASSES:
-            map_labels(part.classes, [], self.class_list)  # raises before 3 GB are fetched
+    def select_default(self, extractor: Extractor, image_set: ImageSet) -> list[Classifier]:
+        if (extractor.num_classes or len(image_set.classes)) == IMAGENET_CLASSES:
+            map_labels(image_set.classes, [], self.class_list)  # raises an error before 3 GB are downloaded
             self.published = self.published or load_classifiers(PUBLISHED_CLASSIFIERS, self.device)
             return self.published
         if extractor.classifier is not None:
@@ -95,110 +101,123 @@ class ClassifierPanel:
         if self.resnets:
             return []
         raise UserError(
-            f"{extractor.name}: which classifiers shall judge images of {len(part.classes)} classes?\n"
-            "name them with --classifiers"
+            f"{extractor.name}: there is no default classifier for images of {len(image_set.classes)} classes\n"
+            "name one or more with --classifiers"
         )
 
 
-def sum_batch(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """logits (B, K), labels (B,), -1 where an image does not count -> (5,) on the device: sums over those that do of
-    cross-entropy, top-1 and top-5 hits, entropy of the prediction in nats, and their number.
+def sum_batch_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum cross-entropy, top-1 hits, top-5 hits, prediction entropy (nats) and number of images: (5,) on the device.
+
+    logits (B, K); labels (B,), -1 for images that do not count.
     """
-    exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    logs = logits.to(exact).log_softmax(1)
-    loss = -logs.gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
+    log_probs = logits.to(dtype).log_softmax(1)
+    loss = -log_probs.gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
     hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels.unsqueeze(1)
-    entropy = -(logs.exp() * logs).sum(1)
+    entropy = -(log_probs.exp() * log_probs).sum(1)
     rows = torch.stack([loss, hits[:, 0], hits.any(1), entropy, torch.ones_like(loss)])
     return torch.where(labels >= 0, rows, 0).sum(1)
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_classifiers(
     extractor: Extractor,
-    part: ImageSet,
+    image_set: ImageSet,
     classifiers: list[Classifier],
     config: ScoringConfig,
     *,
     device: torch.device,
     precision: torch.dtype | None = None,
 ) -> dict:
-    """The numbers of every classifier for every kind of image. Raises UserError where a classifier knows the class of
-    none of the images.
+    """Return loss, accuracies and entropy of every classifier on every kind of image.
+
+    Raises UserError if a classifier knows the class of none of the images.
     """
-    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}  # pixels in 0..1
-    batches = DeviceLoader(part, config.batch_size, device=device, workers=config.workers, **plain)
-    iterations = count_iterations(len(batches), config.pot)
-    positions = {name: position for position, name in enumerate(extractor.classes or part.classes)}
-    mask_labels = torch.tensor([positions.get(name, -1) for name in part.classes], device=device)  # none need be known
-    read, class_list = iterations * config.batch_size, config.class_list
-    maps = [map_classifier_labels(one, part, read, class_list).to(device) for one in classifiers]
+    unnormalized = {"mean": (0, 0, 0), "std": (1, 1, 1)}  # masking works on pixels in 0..1
+    loader = DeviceLoader(image_set, config.batch_size, device=device, workers=config.workers, **unnormalized)
+    iterations = count_iterations(len(loader), config.pot)
+    # Unlike map_labels(), this accepts data none of whose classes the extractor knows: masks need no labels.
+    positions = {name: position for position, name in enumerate(extractor.classes or image_set.classes)}
+    mask_labels = torch.tensor([positions.get(name, -1) for name in image_set.classes], device=device)
+    max_images, class_list = iterations * config.batch_size, config.class_list
+    label_maps = [map_classifier_labels(one, image_set, max_images, class_list).to(device) for one in classifiers]
     totals, images = torch.zeros((), device=device), 0
     try:
         with Progress(extractor.name, iterations, bar=use_progress_bar(False)) as progress, disable_tf32():
-            for step, batch in enumerate(itertools.islice(batches.epoch(), iterations)):
+            for step, batch in enumerate(itertools.islice(loader.epoch(), iterations)):
                 images += len(batch.labels)
                 with autocast(device, precision):
                     normalized = normalize(batch.images, extractor.mean, extractor.std)
                     selected = binarize(extractor.extract(normalized, mask_labels[batch.labels]).masks)
-                    labels = [label_map[batch.labels] for label_map in maps]
-                    totals = totals + sum_altered(batch.images, selected, classifiers, labels)
+                    labels = [label_map[batch.labels] for label_map in label_maps]
+                    totals = totals + sum_image_kinds(batch.images, selected, classifiers, labels)
                 progress(step + 1, **(top1_by_kind(totals) if (step + 1) % config.print_freq == 0 else {}))
     finally:
-        batches.close()
+        loader.close()
     return {
         "name": extractor.name,
         "path": extractor.path,
         "images": images,
         "left_out": count_left_out(images, classifiers, totals),
-        "unreadable": batches.skipped,
-        **{kind: average_by_classifier(classifiers, table) for kind, table in zip(KINDS, totals, strict=True)},
+        "unreadable": loader.skipped,
+        **{kind: average_by_classifier(classifiers, sums) for kind, sums in zip(KINDS, totals, strict=True)},
     }
 
 
-def sum_altered(
+def sum_image_kinds(
     pixels: torch.Tensor, selected: torch.Tensor, classifiers: list[Classifier], labels: list[torch.Tensor]
 ) -> torch.Tensor:
-    """sum_batch for every kind of image and classifier: (kinds, classifiers, 5).
+    """Return sum_batch_metrics() of every kind of image and every classifier, (kinds, classifiers, 5).
 
-    pixels (B, 3, H, W) in 0..1, selected bool (B, H, W), labels (B,) in the classes of each classifier.
+    pixels (B, 3, H, W) in 0..1; selected (B, H, W) bool; labels: (B,) for each classifier, in its own classes.
     """
     tables = []
     for alter in KINDS.values():
         altered = alter(pixels, selected)
-        rows = [sum_batch(classifier(altered), own) for classifier, own in zip(classifiers, labels, strict=True)]
-        tables.append(torch.stack(rows))
+        sums = [sum_batch_metrics(one(altered), own) for one, own in zip(classifiers, labels, strict=True)]
+        tables.append(torch.stack(sums))
     return torch.stack(tables)
 
 
-def map_classifier_labels(classifier: Classifier, part: ImageSet, images: int, class_list: str | None) -> torch.Tensor:
-    """map_labels() of a classifier. Raises UserError if it knows the class of none of the first so many images."""
+def map_classifier_labels(
+    classifier: Classifier, image_set: ImageSet, max_images: int, class_list: str | None
+) -> torch.Tensor:
+    """Return map_labels() for a classifier. Raises UserError if it knows the class of none of the first images."""
     try:
-        label_map = map_labels(part.classes, classifier.classes, class_list, classifier.num_classes)
+        label_map = map_labels(image_set.classes, classifier.classes, class_list, classifier.num_classes)
     except UserError as error:
         raise UserError(f"classifier {classifier.name}: {error}") from error
-    if (label_map[part.labels[:images]] < 0).all():
+    if (label_map[image_set.labels[:max_images]] < 0).all():
+        count = min(max_images, len(image_set))
         raise UserError(
-            f"classifier {classifier.name} knows the class of none of the {min(images, len(part)):,} images used"
+            f"classifier {classifier.name} knows the class of none of the {count:,} images used\n"
+            "name a classifier of these classes with --classifiers, or the classes of this one with --class_list"
         )
     return label_map
 
 
 def count_left_out(images: int, classifiers: list[Classifier], totals: torch.Tensor) -> dict[str, int]:
-    """Images of classes that a classifier does not know, where there are any. totals (kinds, classifiers, 5)."""
-    counts = {one.name: images - int(row[4]) for one, row in zip(classifiers, totals[0], strict=True)}
+    """Return the number of images of unknown classes, for each classifier that has any.
+
+    totals (kinds, classifiers, 5).
+    """
+    counts = {one.name: images - int(sums[4]) for one, sums in zip(classifiers, totals[0], strict=True)}
     return {name: count for name, count in counts.items() if count}
 
 
-def average_by_classifier(classifiers: list[Classifier], table: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Rows of sum_batch(), (classifiers, 5), as means: l, cross-entropy; t1 and t5, percent; e, entropy in nats."""
-    scale = table.new_tensor([1, 100, 100, 1])
-    rows = (table[:, :4] * scale / table[:, 4:]).tolist()
+def average_by_classifier(classifiers: list[Classifier], sums: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Turn sums (classifiers, 5) into means: l, cross-entropy; t1 and t5, accuracy in percent; e, entropy in nats."""
+    scale = sums.new_tensor([1, 100, 100, 1])
+    rows = (sums[:, :4] * scale / sums[:, 4:]).tolist()
     means = [dict(zip(("l", "t1", "t5", "e"), row, strict=True)) for row in rows]
     return {classifier.name: row for classifier, row in zip(classifiers, means, strict=True)}
 
 
 def top1_by_kind(totals: torch.Tensor) -> dict[str, float]:
-    """totals (kinds, classifiers, 5) -> top-1 percent of each kind over all classifiers. Waits for the device."""
+    """Return the top-1 accuracy (percent) on each kind of image, over all classifiers. Waits for the device.
+
+    totals (kinds, classifiers, 5).
+    """
     hits, images = totals.sum(1)[:, [1, 4]].unbind(1)
     return dict(zip(KINDS, (100 * hits / images.clamp_min(1)).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Where masks come from when they are scored: trained decoders, any source of saliency, naive masks, your own file."""
+"""Extractors produce the masks to score: trained decoders, saliency sources, naive masks, or a user's Python file."""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,15 +17,17 @@ from saliency.casm.boxes import find_rectangles
 from saliency.casm.network import SavedCasm
 
 REQUIRED_FUNCTIONS = ("load_model", "get_masks_and_check_predictions")
-CENTER_BOX_SIDE = 158 / 224  # of the image's: the published naive box, half of the area
-NAIVE_MASKS = ("max", "center")  # of score
-TOY_MASKS = ("zero", "one", "random56", "random224")  # of eval
+CENTER_BOX_SIDE = 158 / 224  # fraction of the image side, as published: half of the area
+NAIVE_MASKS = ("max", "center")  # score --toy
+TOY_MASKS = ("zero", "one", "random56", "random224")  # eval --toy
 
 
 @dataclass
 class MaskBatch:
-    """masks (B, H, W) float in 0..1 on the device; correct (B,) bool: whether the classifier is right about the images;
-    rectangles (B, 4) as y1, y2, x1, x2 where the extractor draws its own.
+    """The masks of a batch.
+
+    masks (B, H, W) float in 0..1, on the device; correct (B,) bool: whether the classifier is right; rectangles (B, 4)
+    as y1, y2, x1, x2, if the extractor computes its own.
     """
 
     masks: torch.Tensor
@@ -33,20 +35,20 @@ class MaskBatch:
     rectangles: torch.Tensor | None = None
 
 
-Extract = Callable[[torch.Tensor, torch.Tensor], MaskBatch]
+ExtractFunction = Callable[[torch.Tensor, torch.Tensor], MaskBatch]
 
 
 @dataclass
 class Extractor:
-    """A name, and a function of normalised images (B, 3, H, W) and labels (B,) on the device, -1 for a class it does
-    not know, to MaskBatch.
+    """A named source of masks.
 
-    classes: in the order of its labels, empty where they are not known. options: those it was trained with, as far as
-    they are known. path: the file it came from. num_classes: of its network; None where it takes any.
+    extract: maps normalized images (B, 3, H, W) and labels (B,), -1 for unknown classes, to a MaskBatch. classes: in
+    the order of its labels; empty if unknown. options: those it was trained with, as far as they are known. path: the
+    file that it was loaded from. num_classes: of its network; None if it takes any number.
     """
 
     name: str
-    extract: Extract | None
+    extract: ExtractFunction | None
     mean: tuple[float, ...] = STATISTICS["imagenet"][0]
     std: tuple[float, ...] = STATISTICS["imagenet"][1]
     image_size: int | None = None
@@ -58,7 +60,7 @@ class Extractor:
 
 
 def build_casm_extractor(saved: SavedCasm, device: torch.device) -> Extractor:
-    """A trained decoder, on the device."""
+    """Return the extractor of a trained mask decoder, on the device."""
     network = saved.network.to(device, memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -81,7 +83,7 @@ def build_casm_extractor(saved: SavedCasm, device: torch.device) -> Extractor:
 
 
 def wrap_classifier(classifier: Classifier, device: torch.device) -> Extractor:
-    """A plain classifier, on the device, for extractors that are built on one. It draws no masks itself."""
+    """Wrap a classifier, on the device, as a base for other extractors. It has no masks of its own."""
     return Extractor(
         name=classifier.name,
         extract=None,
@@ -96,35 +98,37 @@ def wrap_classifier(classifier: Classifier, device: torch.device) -> Extractor:
     )
 
 
-def build_source_extractor(name: str, like: Extractor) -> Extractor:
-    """A source of saliency that reads the classifier of `like`; it gets the true class where it asks for one. Each map
-    is divided by its largest value.
+def build_source_extractor(name: str, base: Extractor) -> Extractor:
+    """Return an extractor of the maps of a saliency source that reads the classifier of `base`.
+
+    Class-specific sources get the true class. Each map is divided by its maximum.
     """
-    network = like.classifier
-    source = build_source(name, model=network, mean=like.mean, std=like.std)
+    network = base.classifier
+    source = build_source(name, model=network, mean=base.mean, std=base.std)
 
     def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
         with torch.no_grad():
             logits = network(images)
         targets = F.one_hot(labels.clamp_min(0), logits.shape[1]).float()
         maps = source(images, targets).float()
-        peaks = maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # an all-zero map stays
+        peaks = maps.amax((1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)  # an all-zero map stays zero
         return MaskBatch(maps / peaks, logits.argmax(1) == labels)
 
-    return replace(like, name=f"{name} of {like.name}", extract=extract)
+    return replace(base, name=f"{name} of {base.name}", extract=extract)
 
 
-def build_naive_extractor(name: str, like: Extractor | None = None, *, seed: int = 0) -> Extractor:
-    """The published naive masks, of images as `like` sees them.
+def build_naive_extractor(name: str, base: Extractor | None = None, *, seed: int = 0) -> Extractor:
+    """Return an extractor of a published naive mask, for images as `base` takes them.
 
-    `max` and `one`: all of the image; `center`: half of its area in the middle; `zero`: nothing; a fair coin for each
-    block of a 56th of the side (`random56`) or for each pixel (`random224`). For `max` and `center` the classifier of
-    `like` says what is correct; without one, and for the others, everything counts as correct, as published.
+    `max` and `one` select the whole image, `center` a central box of half its area, and `zero` nothing. `random56` and
+    `random224` toss a fair coin for each block of height // 56 pixels or for each pixel. For `max` and `center` the
+    classifier of `base` decides which images are correct. Without one, and for the other masks, all images count as
+    correct, as published.
     """
     generator = torch.Generator().manual_seed(seed)
-    classifier = like.classifier if like and name in NAIVE_MASKS else None
+    classifier = base.classifier if base and name in NAIVE_MASKS else None
 
-    def draw(count: int, height: int, width: int) -> torch.Tensor:
+    def draw_masks(count: int, height: int, width: int) -> torch.Tensor:
         if name in ("max", "one"):
             return torch.ones(count, height, width)
         masks = torch.zeros(count, height, width)
@@ -139,20 +143,21 @@ def build_naive_extractor(name: str, like: Extractor | None = None, *, seed: int
 
     @torch.no_grad()
     def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
-        masks = draw(len(images), *images.shape[-2:]).to(images.device)
+        masks = draw_masks(len(images), *images.shape[-2:]).to(images.device)
         correct = classifier(images).argmax(1) == labels if classifier else torch.ones_like(labels, dtype=torch.bool)
         return MaskBatch(masks, correct)
 
-    return replace(like, name=name, extract=extract) if like else Extractor(name, extract)
+    return replace(base, name=name, extract=extract) if base else Extractor(name, extract)
 
 
 def load_basics_extractor(file: str, path: str) -> Extractor:
-    """The extractor of a Python file with load_model(path) and get_masks_and_check_predictions(images, targets, model).
+    """Load an extractor from a Python file that defines load_model(path) and get_masks_and_check_predictions(images,
+    targets, model).
 
-    The latter takes and returns numpy arrays: images (B, 3, H, W) float32, targets (B,), -1 for a class unknown to the
-    network -> masks (B, H, W) in 0..1, rectangles (B, H, W) of 0 and 1, and whether the prediction is right, (B,). The
-    file may also define image_size, mean, std (of pixels in 0..1) and classes. Raises UserError for a file that cannot
-    be run or lacks one of the two.
+    The second function takes NumPy arrays: images (B, 3, H, W) float32, normalized, and targets (B,), -1 for unknown
+    classes. It returns masks (B, H, W) in 0..1, rectangles (B, H, W) of 0 and 1, and whether the predictions are
+    correct, (B,). The file may also define image_size, mean and std (of pixels in 0..1) and classes. Raises UserError
+    if the file cannot be run or lacks one of the two functions.
     """
     if not Path(file).is_file():
         raise UserError(f"--basics {file}: no such file")
@@ -161,40 +166,40 @@ def load_basics_extractor(file: str, path: str) -> Extractor:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"--basics {file}: cannot be run ({type(error).__name__}: {error})") from error
-    defined = vars(module)
-    if missing := [name for name in REQUIRED_FUNCTIONS if not callable(defined.get(name))]:
+        raise UserError(f"--basics {file}: cannot run this file ({type(error).__name__}: {error})") from error
+    names = vars(module)
+    if missing := [name for name in REQUIRED_FUNCTIONS if not callable(names.get(name))]:
         raise UserError(
-            f"--basics {file}: no function {' and no '.join(missing)}; {' and '.join(REQUIRED_FUNCTIONS)} are wanted"
+            f"--basics {file}: no function {' and no '.join(missing)}; define {' and '.join(REQUIRED_FUNCTIONS)}"
         )
     try:
         model = module.load_model(path)
     except Exception as error:
         raise UserError(
-            f"--basics {file}: load_model({path!r}) failed ({type(error).__name__}: {error})\nits path comes from "
-            "--casms-path"
+            f"--basics {file}: load_model({path!r}) failed ({type(error).__name__}: {error})\nits argument is the "
+            "path given by --casms-path"
         ) from error
 
     def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
         try:
-            answer = module.get_masks_and_check_predictions(images.cpu().numpy(), labels.cpu().numpy(), model)
+            outputs = module.get_masks_and_check_predictions(images.cpu().numpy(), labels.cpu().numpy(), model)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"--basics {file}: {REQUIRED_FUNCTIONS[1]} failed ({reason})") from error
-        return check_basics_answer(file, images, answer)
+        return check_basics_outputs(file, images, outputs)
 
-    known = {key: defined[key] for key in ("mean", "std", "image_size", "classes") if key in defined}
-    return Extractor(Path(path).stem if path else Path(file).stem, extract, path=path or file, **known)
+    attributes = {key: names[key] for key in ("mean", "std", "image_size", "classes") if key in names}
+    return Extractor(Path(path).stem if path else Path(file).stem, extract, path=path or file, **attributes)
 
 
-def check_basics_answer(file: str, images: torch.Tensor, answer: tuple) -> MaskBatch:
-    """The arrays of get_masks_and_check_predictions on the device. Raises UserError where their shapes are wrong."""
-    masks, rectangles, correct = (torch.as_tensor(one, device=images.device) for one in answer)
+def check_basics_outputs(file: str, images: torch.Tensor, outputs: tuple) -> MaskBatch:
+    """Return the arrays of get_masks_and_check_predictions as a MaskBatch. Raises UserError if a shape is wrong."""
+    masks, rectangles, correct = (torch.as_tensor(one, device=images.device) for one in outputs)
     shape = (len(images), *images.shape[-2:])
     got = [tuple(one.shape) for one in (masks, rectangles, correct)]
     if got != [shape, shape, shape[:1]]:
         raise UserError(
-            f"--basics {file}: for images {tuple(images.shape)} masks and rectangles must be {shape} and correctness "
+            f"--basics {file}: for images {tuple(images.shape)} masks and rectangles must be {shape} and correct "
             f"{shape[:1]}, got {', '.join(map(str, got))}"
         )
     return MaskBatch(masks.float(), correct.bool(), find_rectangles(rectangles > 0.5))

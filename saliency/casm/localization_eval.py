@@ -1,4 +1,4 @@
-"""How well the masks of one extractor find the objects in an image set."""
+"""Evaluate how well the masks of an extractor localize the objects in an image set."""
 
 import itertools
 
@@ -21,35 +21,39 @@ from saliency.casm.metrics import (
     map_box_to_crop,
     score_image,
 )
-from saliency.casm.results import ScoringConfig
+from saliency.casm.results import ScoringConfig, format_count
 from saliency.casm.training import count_iterations
 
-ANNOTATED_DATASETS = ("shapes", "tiny-imagenet")  # they come with boxes
+ANNOTATED_DATASETS = ("shapes", "tiny-imagenet")  # datasets that come with boxes
 EMPTY_SCORES = dict.fromkeys(("F1", "F1a", "LE", "OM", "precision", "recall"))
 
 
-def score(
+def evaluate_localization(
     extractor: Extractor,
-    part: ImageSet,
+    image_set: ImageSet,
     annotations: BoxAnnotations,
     config: ScoringConfig,
     *,
     device: torch.device,
-    judge: Classifier | None = None,
+    sm_classifier: Classifier | None = None,
     precision: torch.dtype | None = None,
 ) -> dict:
-    """Localisation over the images that have a true box, mask statistics over all of them; with a judge, a classifier,
-    also the saliency metric. Numbers are fractions; None where there was nothing to average. An image of a class that
-    the network does not know is left out of OM and accuracy, one that replaces an unreadable file out of all scores.
+    """Return localization scores of the images with ground-truth boxes, and mask statistics of all images.
+
+    sm_classifier: the classifier of the saliency metric (SM), which is left out without one. Scores are fractions,
+    accuracy is in percent, and a value is None if there was nothing to average. Images of classes that the network does
+    not know do not count for OM and accuracy. Images that replace an unreadable file do not count for any score.
     """
     mean, std = ((0.0,) * 3, (1.0,) * 3) if config.not_normalize else (extractor.mean, extractor.std)
-    batches = DeviceLoader(part, config.batch_size, device=device, mean=mean, std=std, workers=config.workers)
-    label_map = map_labels(part.classes, extractor.classes, config.class_list, extractor.num_classes).to(device)
-    judge_map = judge and map_labels(part.classes, judge.classes, config.class_list, judge.num_classes).to(device)
+    loader = DeviceLoader(image_set, config.batch_size, device=device, mean=mean, std=std, workers=config.workers)
+    label_map = map_labels(image_set.classes, extractor.classes, config.class_list, extractor.num_classes).to(device)
+    if sm_classifier:
+        sm_classes, sm_num_classes = sm_classifier.classes, sm_classifier.num_classes
+        sm_label_map = map_labels(image_set.classes, sm_classes, config.class_list, sm_num_classes).to(device)
     statistics, scores, correct, known, metrics = MaskStatistics(), [], [], [], []
-    iterations = count_iterations(len(batches), config.pot)
+    iterations = count_iterations(len(loader), config.pot)
     with Progress(extractor.name, iterations, bar=use_progress_bar(False)) as progress:
-        for step, batch in enumerate(itertools.islice(batches.epoch(), iterations)):
+        for step, batch in enumerate(itertools.islice(loader.epoch(), iterations)):
             labels = label_map[batch.labels]
             with autocast(device, precision):
                 found = extractor.extract(batch.images, labels)
@@ -59,28 +63,29 @@ def score(
             statistics.add(masks)
             correct.append(found.correct.cpu())
             known.append((labels >= 0).cpu())
-            readable = batch.loaded_index.cpu() == batch.index  # otherwise another image was read in its place
+            readable = batch.loaded_index.cpu() == batch.index  # else a neighbor was read instead
             truths = [
                 annotations.per_image[index] if ok else None for index, ok in zip(batch.index, readable, strict=True)
             ]
             scores += score_annotated(masks, rectangles, correct[-1], known[-1], truths, config.break_ratio)
-            if judge:
-                metrics.append(score_crops(batch.images, rectangles, judge_map[batch.labels], extractor, judge))
+            if sm_classifier:
+                sm_labels = sm_label_map[batch.labels]
+                metrics.append(score_crops(batch.images, rectangles, sm_labels, extractor, sm_classifier))
             shown = scores and ((step + 1) % config.print_freq == 0 or step + 1 == iterations)
             progress(step + 1, **({"LE": sum(row["LE"] for row in scores) / len(scores)} if shown else {}))
-    batches.close()
+    loader.close()
     correct, known = torch.cat(correct), torch.cat(known)
     rule = config.rule if found.rectangles is None else "its own"
     result = {"name": extractor.name, "path": extractor.path, "rule": rule, "images": len(correct)}
-    result |= {"scored": len(scores), "unknown": int((~known).sum()), "unreadable": batches.skipped}
-    result |= {"accuracy": average(100 * correct[known]), **(average_scores(scores) if scores else EMPTY_SCORES)}
+    result |= {"scored": len(scores), "unknown": int((~known).sum()), "unreadable": loader.skipped}
+    result |= {"accuracy": mean_or_none(100 * correct[known]), **(average_scores(scores) if scores else EMPTY_SCORES)}
     if metrics:
-        result |= {key: average(torch.cat([one[key] for one in metrics])) for key in metrics[0]}
-        result["judge"] = judge.name
+        result |= {key: mean_or_none(torch.cat([one[key] for one in metrics])) for key in metrics[0]}
+        result["judge"] = sm_classifier.name
     return result | statistics.means()
 
 
-def average(values: torch.Tensor) -> float | None:
+def mean_or_none(values: torch.Tensor) -> float | None:
     return float(values.double().mean()) if len(values) else None  # JSON has no NaN
 
 
@@ -92,55 +97,61 @@ def score_annotated(
     truths: list[BoxAnnotation | None],
     break_ratio: bool,
 ) -> list[dict]:
-    """score_image() of those images of a batch that have a true box, OM None where the network does not know the class.
-    masks (B, H, W), rectangles (B, 4); correct, known (B,) bool: whether the classifier is right and knows the class.
+    """Return score_image() of the images of a batch that have a ground-truth box.
+
+    masks (B, H, W), rectangles (B, 4); correct, known (B,) bool: whether the classifier is right, and whether it knows
+    the class. OM is None for images of an unknown class.
     """
     scores = []
     columns = (masks.cpu(), rectangles.tolist(), correct.tolist(), known.tolist(), truths)
-    for mask, rectangle, right, sure, truth in zip(*columns, strict=True):
+    for mask, rectangle, is_correct, is_known, truth in zip(*columns, strict=True):
         if truth:
             size = (truth.width, truth.height, mask.shape[-1])
             boxes = [map_box_to_crop(box, *size, break_ratio) for box in truth.boxes]
-            row = score_image(mask, rectangle, boxes, right)
-            scores.append(row if sure else row | {"OM": None})
+            row = score_image(mask, rectangle, boxes, is_correct)
+            scores.append(row if is_known else row | {"OM": None})
     return scores
 
 
 @torch.no_grad()
 def score_crops(
-    images: torch.Tensor, rectangles: torch.Tensor, labels: torch.Tensor, extractor: Extractor, judge: Classifier
+    images: torch.Tensor, rectangles: torch.Tensor, labels: torch.Tensor, extractor: Extractor, classifier: Classifier
 ) -> dict[str, torch.Tensor]:
-    """The saliency metric of a batch, of the images whose class the judge knows: it sees each rectangle alone, enlarged
-    to the size of the image.
+    """Return the saliency metric of the images whose class the classifier knows.
+
+    The classifier is given each rectangle alone, enlarged to the size of the image. labels (B,): -1 if unknown.
     """
     height, width = images.shape[-2:]
-    own, other = (
-        torch.tensor([who.mean, who.std], device=images.device).view(2, 3, 1, 1) for who in (extractor, judge)
+    source, target = (
+        torch.tensor([one.mean, one.std], device=images.device).view(2, 3, 1, 1) for one in (extractor, classifier)
     )
-    crops = crop_rectangles((images * own[1] + own[0] - other[0]) / other[1], rectangles)
-    probabilities = judge.network(crops).float().softmax(1).gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
+    crops = crop_rectangles((images * source[1] + source[0] - target[0]) / target[1], rectangles)
+    probabilities = classifier.network(crops).float().softmax(1).gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
     y1, y2, x1, x2 = rectangles.unbind(1)
     metric = compute_saliency_metric((y2 - y1) * (x2 - x1) / (height * width), probabilities)
     known = (labels >= 0).cpu()
     return {key: value.cpu()[known] for key, value in metric.items()}
 
 
-def find_annotations(part: ImageSet, dataset: str, annotation_path: str | None) -> BoxAnnotations:
-    """The true boxes of a part, none of any image where the data set has none and no path is given. Prints notes."""
+def find_annotations(image_set: ImageSet, dataset: str, annotation_path: str | None) -> BoxAnnotations:
+    """Return the ground-truth boxes of an image set, and print notes on them.
+
+    Without a path, the images of a dataset that has no boxes of its own get none.
+    """
     if annotation_path or dataset in ANNOTATED_DATASETS:
-        annotations = find_boxes(part, dataset, annotation_path, progress=progress_bar)
+        annotations = find_boxes(image_set, dataset, annotation_path, progress=progress_bar)
     else:
-        annotations = BoxAnnotations([None] * len(part), [], [])
-        print("note: no --annotation-path, so there are only statistics of the masks")
+        annotations = BoxAnnotations([None] * len(image_set), [], [])
+        print("note: without --annotation-path only mask statistics are reported")
     for line in annotations.notes():
         print(f"note: {line}")
     return annotations
 
 
 def list_notes(result: dict) -> list[str]:
-    """What the user should know of the images behind a result of score()."""
+    """Return notes on images that a result of evaluate_localization() leaves out."""
     reasons = {
-        "unknown": "are of a class that the network does not know, and have no say in OM",
-        "unreadable": "cannot be read, and are left out of the scores",
+        "unknown": "of classes that the network does not know; left out of OM and accuracy",
+        "unreadable": "that cannot be read; left out of the scores",
     }
-    return [f"{result[key]} images {reason}" for key, reason in reasons.items() if result[key]]
+    return [f"{format_count(result[key], 'image')} {reason}" for key, reason in reasons.items() if result[key]]

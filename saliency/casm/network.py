@@ -1,6 +1,6 @@
-"""The mask decoder, the network it forms with a classifier, and how both are read from a file.
+"""The mask decoder, its network with the classifier as encoder, and the loading of both from a file.
 
-Zolna, Geras and Cho, "Classifier-agnostic saliency map extraction", arXiv 1805.08249, in the form of their program.
+Zolna, Geras and Cho, "Classifier-agnostic saliency map extraction", arXiv 1805.08249. Details follow the authors' code.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from engine.runtime.checkpoint import is_checkpoint, list_first_keys, read_file
 from models import build_model, find_matching_models
 
 UPSAMPLE_MODES = ("nearest", "bilinear")
-SUFFIX = ".chk"  # of the files that hold trained masks
-PUBLISHED_MODEL = "imagenet_resnet50"  # the only network of the published program
+SUFFIX = ".chk"  # of CASM checkpoints
+PUBLISHED_MODEL = "imagenet_resnet50"  # the only architecture of the published program
 
 
 class Lateral(nn.Module):
@@ -34,11 +34,11 @@ class Lateral(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Feature maps of a classifier, shallow to deep, to masks in 0..1.
+    """Predict masks in 0..1 from the feature maps of a classifier, shallow to deep.
 
-    The first feature map enters as it is, or through a lateral of its own (lateral_zero), which it needs where it is
-    neither normalised nor rectified. All others pass a lateral and are enlarged to the grid of the first. A 3x3
-    convolution and a sigmoid make the mask on that grid, which `upsample` (`nearest` or `bilinear`) then enlarges.
+    The first feature map is used as it is, or through its own lateral (lateral_zero), which it needs unless it comes
+    after batch norm and ReLU. All others pass a lateral and are upsampled to the grid of the first. A 3x3 convolution
+    and a sigmoid compute the mask on that grid, and `upsample` (`nearest` or `bilinear`) enlarges it to the image.
 
     channels: of each feature map. width: channels of the laterals.
     """
@@ -53,11 +53,11 @@ class MaskDecoder(nn.Module):
         self.widths = [width if lateral_zero else first] + [width] * len(deeper)
         self.final = nn.Conv2d(sum(self.widths), 1, 3, padding=1)
         for layer in self.modules():
-            if isinstance(layer, nn.Conv2d):  # published so: the sigmoid starts nearly saturated
+            if isinstance(layer, nn.Conv2d):  # as published, though it nearly saturates the sigmoid
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, features: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        """features: one (B, C, h, w) for each of `channels` -> (B, 1, *size)."""
+        """Return masks (B, 1, *size). features: one (B, C, h, w) for each entry of `channels`."""
         mask = self.predict_on_grid(features)
         if mask.shape[-2:] == tuple(size):
             return mask
@@ -65,11 +65,11 @@ class MaskDecoder(nn.Module):
         return F.interpolate(mask, tuple(size), mode=self.upsample, **corners)
 
     def predict_on_grid(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """The masks (B, 1, h, w) float32 on the grid of the first feature map.
+        """Return masks (B, 1, h, w) in float32 on the grid of the first feature map.
 
-        The published program enlarges every lateral and convolves all of them at once. Mixing channels and enlarging
-        commute, so here each level is reduced to the nine taps of the convolution on its own small grid, nine maps are
-        enlarged in place of 64, and the taps are shifted and summed last: the same numbers at a fraction of the work.
+        The published program upsamples every lateral and convolves all of them at once. Upsampling commutes with sums
+        over channels. So each level is first reduced to the nine taps of the convolution on its own small grid, then
+        nine maps are upsampled in place of 64, and the taps are shifted and summed last. The result is the same.
         """
         levels = [] if self.lateral_zero else [features[0]]
         rest = features if self.lateral_zero else features[1:]
@@ -83,13 +83,13 @@ class MaskDecoder(nn.Module):
             if level_taps.shape[-2:] != grid:
                 level_taps = F.interpolate(level_taps, grid, mode="bilinear", align_corners=False)
             taps = taps + level_taps
-        # fold adds the value at (u, v) of a window, a convolution reads it from there: reverse the order of the taps
+        # fold() adds a tap where a convolution would read it, so the order of the taps is reversed
         folded = F.fold(taps.flip(1).flatten(2), grid, 3, padding=1)
         return torch.sigmoid(folded + self.final.bias.to(folded.dtype).view(1, 1, 1, 1))
 
 
-class Casm(nn.Module):
-    """images (B, 3, H, W) -> masks (B, 1, H, W) in 0..1, logits (B, K)."""
+class CasmNetwork(nn.Module):
+    """A classifier and a mask decoder: images (B, 3, H, W) -> masks (B, 1, H, W) in 0..1, logits (B, K)."""
 
     def __init__(self, classifier: nn.Module, decoder: MaskDecoder):
         super().__init__()
@@ -99,18 +99,18 @@ class Casm(nn.Module):
         logits, features = self.classifier.forward_features(images)
         return self.decoder(features, images.shape[-2:]), logits.float()
 
-    def masks(self, images: torch.Tensor) -> torch.Tensor:
+    def predict_masks(self, images: torch.Tensor) -> torch.Tensor:
         return self.forward(images)[0]
 
 
 def build_decoder(classifier: nn.Module, width: int = 64, upsample: str = "nearest") -> MaskDecoder:
-    """A fresh decoder for the feature maps of one of our networks."""
+    """Return a new decoder for the feature maps of a classifier of the package models."""
     return MaskDecoder(get_feature_channels(classifier), width, upsample, lateral_zero=classifier.raw_stem)
 
 
 @torch.no_grad()
 def get_feature_channels(classifier: nn.Module) -> list[int]:
-    """Channels of the feature maps behind the stem and behind each stage."""
+    """Return the number of channels of the feature maps after the stem and after each stage."""
     training = classifier.training
     weight = next(classifier.parameters())
     features = classifier.eval().forward_features(torch.zeros(1, 3, 32, 32, device=weight.device))[1]
@@ -120,13 +120,14 @@ def get_feature_channels(classifier: nn.Module) -> list[int]:
 
 @dataclass
 class SavedCasm:
-    """The content of a file of saliency.casm train, or of one of the published program. `network` is on the CPU, in
-    evaluation mode, without gradients.
+    """The content of a checkpoint of saliency.casm train or of the published program.
+
+    `network` is on the CPU, in evaluation mode, and its parameters do not require gradients.
     """
 
     path: Path
-    network: Casm
-    classes: list[str]  # empty where the file does not say: 1000 of ImageNet
+    network: CasmNetwork
+    classes: list[str]  # empty if the file does not name them: those of ImageNet
     mean: tuple[float, ...]
     std: tuple[float, ...]
     image_size: int
@@ -139,19 +140,19 @@ class SavedCasm:
 
 
 def load_casm(path: Path | str) -> SavedCasm:
-    """Read a file of trained masks; no code in it can run. Raises UserError for any other file."""
+    """Load a CASM checkpoint, without running code that the file may hold. Raises UserError for any other file."""
     content = read_file(Path(path))
     try:
         return build_saved_casm(Path(path), content)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: no mask decoder of ours or of the published program ({type(error).__name__}: {error})\n"
+            f"{path}: not a CASM checkpoint of this or of the published program ({type(error).__name__}: {error})\n"
             "make one with python -m saliency.casm train"
         ) from error
 
 
 def build_saved_casm(path: Path, content) -> SavedCasm:
-    """load_casm of a file that has this content."""
+    """Build the network that the content of a checkpoint describes. path: for messages."""
     if is_checkpoint(content) and "decoder" in content:
         options = content["config"]
         decoder, width, upsample = content["decoder"], options["width"], options["upsample"]
@@ -162,7 +163,7 @@ def build_saved_casm(path: Path, content) -> SavedCasm:
     else:
         raise UserError(
             f"{path}: holds no mask decoder (found: {list_first_keys(content)})\n"
-            "make one with python -m saliency.casm train; a plain classifier goes to --classifier"
+            "make one with python -m saliency.casm train, or pass a plain classifier by --classifier"
         )
     classes, image_size = list(content.get("classes", [])), content.get("image_size", 224)
     classifier = SavedClassifier(path, content=content).build(
@@ -172,11 +173,13 @@ def build_saved_casm(path: Path, content) -> SavedCasm:
         num_classes=len(classes) or 1000,
         image_size=image_size,
     )
-    network = Casm(classifier, build_decoder(classifier, width, upsample))
+    network = CasmNetwork(classifier, build_decoder(classifier, width, upsample))
     try:
         network.decoder.load_state_dict(decoder)
     except RuntimeError as error:
-        raise UserError(f"{path}: its decoder does not fit {options['model']}: {str(error).splitlines()[1]}") from error
+        raise UserError(
+            f"{path}: its decoder does not fit {options['model']}: {str(error).splitlines()[1].strip()}"
+        ) from error
     mean, std = (content["mean"], content["std"]) if content.get("mean") else STATISTICS["imagenet"]
     return SavedCasm(
         path=path,
@@ -191,32 +194,33 @@ def build_saved_casm(path: Path, content) -> SavedCasm:
 
 
 def rename_published_keys(decoder: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The published program's weights of the decoder, under the names of ours."""
+    """Rename the decoder's state-dict keys from those of the published program to ours."""
     renamed = {}
     for key, value in decoder.items():
         module, _, rest = key.removeprefix("module.").partition(".")
         layer, _, leaf = rest.partition(".")
         if module == "final":
             renamed[f"final.{leaf}"] = value
-        else:  # conv1x1_2.1.bias: of the second lateral, its batch norm
+        else:  # for example conv1x1_2.1.bias: batch norm of the second lateral
             number = int(module.removeprefix("conv1x1_")) - 1
             renamed[f"laterals.{number}.{('conv', 'bn')[int(layer)]}.{leaf}"] = value
     return renamed
 
 
-def find_casm_files(places: list[str]) -> list[Path]:
-    """The files that --casms-path means: files, and every .chk of folders. Raises UserError where there is none."""
-    found = []
-    for place in map(Path, places):
-        if place.is_dir():
-            files = sorted(place.glob(f"*{SUFFIX}"))
+def find_casm_files(paths: list[str]) -> list[Path]:
+    """Return the files of --casms-path, including every .chk file of folders. Raises UserError if a path has none."""
+    checkpoints = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(path.glob(f"*{SUFFIX}"))
             if not files:
                 raise UserError(
-                    f"--casms-path {place}: no file ending in {SUFFIX} there; make one with train. DATA goes first"
+                    f"--casms-path {path}: no {SUFFIX} file in this folder; make one with python -m saliency.casm "
+                    "train. DATA must come before --casms-path"
                 )
-            found += files
-        elif place.is_file():
-            found.append(place)
+            checkpoints += files
+        elif path.is_file():
+            checkpoints.append(path)
         else:
-            raise UserError(f"--casms-path {place}: no such file or folder")
-    return found
+            raise UserError(f"--casms-path {path}: no such file or folder")
+    return checkpoints

@@ -1,6 +1,6 @@
-"""Past states of a classifier, one of which classifies the masked images now and then.
+"""The pool of past classifiers, one of which classifies the masked images in some of the iterations.
 
-Zolna, Geras and Cho, arXiv 1805.08249, Sec. 3: what hides the object from all of them cannot be a trick on one.
+Zolna, Geras and Cho, arXiv 1805.08249, Sec. 3: a mask that works against all of them does not exploit a single one.
 """
 
 import torch
@@ -8,10 +8,11 @@ from torch import nn
 
 
 class ClassifierPool:
-    """Up to f_size snapshots, one every smf iterations; once full, each new one replaces a random one.
+    """Up to f_size snapshots of a classifier, taken every smf iterations. In a full pool each new snapshot replaces a
+    random one.
 
-    device: where the snapshots are kept. pinned: in pinned memory of the host, so that loading one to a GPU does not
-    make the host wait.
+    device: where the snapshots are kept. pinned: keep them in pinned host memory, so that the host does not wait when
+    one is loaded to a GPU.
     """
 
     def __init__(self, f_size: int = 30, smf: int = 1000, device: torch.device | str = "cpu", pinned: bool = False):
@@ -24,11 +25,11 @@ class ClassifierPool:
         return len(self.snapshots)
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a snapshot is taken after this iteration of an epoch (from 0)."""
+        """Return whether a snapshot is due in this iteration of an epoch (counted from 0)."""
         return iteration % self.smf == self.smf - 1 or not self.snapshots
 
     def add(self, classifier: nn.Module) -> None:
-        """Take a snapshot: a copy, which later steps do not change."""
+        """Add a copy of the classifier to the pool."""
         position = len(self.snapshots) if len(self) < self.f_size else int(torch.randint(self.f_size, ()))
         if position == len(self.snapshots):
             self.snapshots.append([self.allocate_like(tensor) for tensor in get_tensors(classifier)])
@@ -40,13 +41,13 @@ class ClassifierPool:
 
     @torch.no_grad()
     def load_random(self, classifier: nn.Module) -> None:
-        """Load a uniformly drawn snapshot into `classifier`."""
+        """Copy a uniformly drawn snapshot into `classifier`."""
         snapshot = self.snapshots[int(torch.randint(len(self), ()))]
         for tensor, stored in zip(get_tensors(classifier), snapshot, strict=True):
             tensor.copy_(stored, non_blocking=True)
 
     def state_dict(self) -> list[list[torch.Tensor]]:
-        if self.pinned:  # copies into it may still be under way
+        if self.pinned:  # copies to pinned memory are asynchronous
             torch.cuda.synchronize()
         return self.snapshots
 
@@ -55,10 +56,10 @@ class ClassifierPool:
 
 
 def get_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers, in the order of the state dict."""
+    """Return the parameters and buffers in the order of the state dict."""
     return [tensor.detach() for tensor in model.state_dict().values()]
 
 
-def snapshot_megabytes(model: nn.Module) -> float:
-    """Memory of one snapshot, in MB."""
+def compute_snapshot_megabytes(model: nn.Module) -> float:
+    """Return the size of one snapshot in MB."""
     return sum(tensor.numel() * tensor.element_size() for tensor in get_tensors(model)) / 1e6

@@ -1,4 +1,4 @@
-"""What the scoring commands share: which extractors, on which images, and where results are kept."""
+"""What score and eval share: which masks, on which images, and the files that hold results."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -32,13 +32,13 @@ EXTRACTOR_OPTIONS = ("casms_path", "basics", "sources", "classifier", "arch", "i
 DATA_OPTIONS = ("data", "dataset", "val_data_dir", "val_labels", "num_classes", "image_size", "limit", "on_bad_image")
 SCORE_OPTIONS = ("annotation_path", "break_ratio", "not_normalize", "class_list", "rule", "judge", "basics", "pot")
 EVAL_OPTIONS = ("batch_size", "classifiers", "resnets_path", "classifier", "amp")
-RESULT_OPTIONS = (*DATA_OPTIONS, "seed", *SCORE_OPTIONS, *EVAL_OPTIONS)  # options that decide a result
-PLACE_OPTIONS = ("val_data_dir", "val_labels", "num_classes")  # options of images that a trained file may know
+RESULT_OPTIONS = (*DATA_OPTIONS, "seed", *SCORE_OPTIONS, *EVAL_OPTIONS)  # all options that a result depends on
+SAVED_IMAGE_OPTIONS = ("val_data_dir", "val_labels", "num_classes")  # taken from the checkpoint where not given
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """The options of these names; the last three are of score alone."""
+    """Options of score and eval, under the names of their flags. The last three belong to score only."""
 
     batch_size: int = 128
     workers: int = 0
@@ -62,9 +62,11 @@ def iter_extractors(
     image_size: int | None = None,
     seed: int = 0,
 ) -> Iterator[Extractor]:
-    """The extractors of the command line, one after the other, so that one network at a time is in memory: trained
-    masks or those of `basics`; `sources` and naive masks that read `classifier`, else the first of casms_path; other
-    naive masks of images as the first extractor sees them. Raises UserError for files that cannot be used.
+    """Yield the extractors of the command line one by one, so that only one network at a time is in memory.
+
+    First come the CASM checkpoints, or the extractors of the file `basics`; then `sources`, then the `naive` masks.
+    Sources and the naive masks of score read `classifier`, or else the first checkpoint. The other naive masks are
+    drawn for images as the first extractor takes them. Raises UserError for files that cannot be used.
     """
     files, first = find_casm_files(casms_path or []) if not basics else [], None
     names = [path.stem for path in files]
@@ -78,21 +80,22 @@ def iter_extractors(
         extractor = load_basics_extractor(basics, path)
         first = first or extractor
         yield extractor
-    seen = None
+    base = None
     if classifier:
-        seen = wrap_classifier(load_classifier(classifier, models, model=arch, image_size=image_size), device)
+        base = wrap_classifier(load_classifier(classifier, models, model=arch, image_size=image_size), device)
     elif files and (sources or set(naive) & set(NAIVE_MASKS)):
-        seen = build_casm_extractor(load_casm(files[0]), device)
+        base = build_casm_extractor(load_casm(files[0]), device)
     for name in sources or []:
-        yield build_source_extractor(name, seen)
+        yield build_source_extractor(name, base)
     for name in naive:
-        yield build_naive_extractor(name, seen if name in NAIVE_MASKS else first, seed=seed)
+        yield build_naive_extractor(name, base if name in NAIVE_MASKS else first, seed=seed)
 
 
 @dataclass
 class ImageSetCache:
-    """The evaluation images as the extractors want to see them, each kind read once. What the options of these names
-    give goes before what a trained file says.
+    """Evaluation images as the extractors take them; images that several extractors share are read once.
+
+    The fields are options under the names of their flags. They override what a checkpoint says of its data.
     """
 
     parser: Parser
@@ -106,38 +109,42 @@ class ImageSetCache:
     on_bad_image: str = "stop"
     loaded: dict[tuple, ImageSet] = field(default_factory=dict)
 
-    def load(self, extractor: Extractor, *, larger: bool = False, squeezed: bool = False) -> tuple[ImageSet, str]:
-        """The images, and the name of their data set. larger: cut out of a larger image, as classifiers are evaluated,
-        where images are large; otherwise the shorter side is kept whole. squeezed: the whole image, out of proportion.
+    def load(self, extractor: Extractor, *, margin: bool = False, squash: bool = False) -> tuple[ImageSet, str]:
+        """Return the images and the name of their dataset.
+
+        By default the shorter side is resized to the size of the crop. margin: resize large images to more than that
+        before the center crop, as classifiers are evaluated. squash: resize both sides and ignore the aspect ratio.
         """
-        trained = extractor.options
-        dataset = trained.get("dataset") or "folder"
-        if dataset == "shapes" and self.data:  # a folder was named, and shapes has none
+        saved = extractor.options
+        dataset = saved.get("dataset") or "folder"
+        if dataset == "shapes" and self.data:  # shapes is generated, so a given folder means another dataset
             dataset = "folder"
         dataset = self.dataset or dataset
-        data_dir = self.data or trained.get("data_dir")
+        data_dir = self.data or saved.get("data_dir")
         if data_dir is None and dataset in ("folder", "imagenet"):
-            self.parser.error("DATA is missing: the folder that holds val/ with class folders; or name a --dataset")
-        place = {key: trained[key] for key in PLACE_OPTIONS if trained.get(key)} if not self.data else {}
+            self.parser.error("DATA is missing: name the folder that holds val/ with class folders, or give --dataset")
+        image_options = {key: saved[key] for key in SAVED_IMAGE_OPTIONS if saved.get(key)} if not self.data else {}
         if dataset not in ("shapes", "imagenet"):
-            place.pop("num_classes", None)
+            image_options.pop("num_classes", None)
         given = vars(self)
-        place |= {key: given[key] for key in (*PLACE_OPTIONS, "limit", "on_bad_image") if given[key]}
+        image_options |= {key: given[key] for key in (*SAVED_IMAGE_OPTIONS, "limit", "on_bad_image") if given[key]}
         size, view = self.image_size or extractor.image_size, None
         if dataset in ("folder", "imagenet", "tiny-imagenet"):
             size = size or 224
-            resize = default_eval_resize(size) if larger and size > LARGE_SIDE else size
-            view = SquashedView(size) if squeezed else CenterCrop(size, resize)
-        key = (dataset, data_dir, size, view, tuple(place.items()))
+            resize = default_eval_resize(size) if margin and size > LARGE_SIDE else size
+            view = SquashedView(size) if squash else CenterCrop(size, resize)
+        key = (dataset, data_dir, size, view, tuple(image_options.items()))
         if key not in self.loaded:
-            place |= {"view": view} if view else {"image_size": size}
-            self.loaded[key] = load_evaluation(dataset, data_dir=data_dir or "data", **place, progress=progress_bar)
+            image_options |= {"view": view} if view else {"image_size": size}
+            self.loaded[key] = load_evaluation(
+                dataset, data_dir=data_dir or "data", **image_options, progress=progress_bar
+            )
             print(self.loaded[key].summary("validation"), flush=True)
         return self.loaded[key], dataset
 
 
 class ResultFolder:
-    """Where --save-to-file keeps a JSON file for each extractor, with those of the options that decide a result."""
+    """The folder of --save_to_file: one JSON file per extractor, with the options that the result depends on."""
 
     def __init__(self, options: dict):
         self.folder = Path(options["log_path"]) if options["save_to_file"] else None
@@ -147,12 +154,13 @@ class ResultFolder:
         return self.folder / f"{name.replace('/', '_')}.json"
 
     def describe(self, extractor: Extractor) -> dict:
-        """What the result of an extractor depends on: its file and the settings, files with their size and time."""
+        """Return what the result of an extractor depends on: its file and the options, with the state of each file."""
         return {key: add_file_state(value) for key, value in {"file": extractor.path, **self.settings}.items()}
 
     def read(self, extractor: Extractor, expected_key: str) -> dict | None:
-        """The kept result of this extractor under these settings, None where there is none. Raises UserError for a file
-        without `expected_key`, which belongs to another command.
+        """Return the saved result of this extractor with these options, or None.
+
+        Raises UserError for a file without `expected_key`, which another command wrote.
         """
         if not self.folder or not (path := self.get_path(extractor.name)).is_file():
             return None
@@ -165,12 +173,13 @@ class ResultFolder:
                 f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"
             ) from error
         if result.get("made_of") != self.describe(extractor):
-            print(f"{extractor.name}: {path} is of another file or other options, and is made anew")
+            print(f"{extractor.name}: {path} was made from another file or with other options; computing it again")
             return None
-        print(f"{extractor.name}: done already, read from {path}")
+        print(f"{extractor.name}: done already; read from {path}")
         return result
 
     def write(self, result: dict, extractor: Extractor) -> None:
+        """Save a result if --save_to_file was given."""
         if self.folder:
             result["made_of"] = self.describe(extractor)
             path = self.get_path(result["name"])
@@ -179,8 +188,13 @@ class ResultFolder:
 
 
 def add_file_state(value):
-    """The path of a file with its size and time, which tell it from another of that name; anything else as it is."""
+    """Return the path, size and modification time of an existing file, to notice when it changes; else the value."""
     if not isinstance(value, str) or not Path(value).is_file():
         return value
     stat = Path(value).stat()
     return {"path": str(Path(value).resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 image", "1,000 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""What a training run of maps has of its own: its files, its log, its pictures."""
+"""The files of a CASM training run: checkpoint, pool of past classifiers, log and plots."""
 
 import glob
 import tempfile
@@ -18,11 +18,11 @@ from engine.runtime.checkpoint import Checkpoint, read_file, save_checkpoint
 from engine.runtime.files import write_atomic
 from engine.training.run_folder import RunFolder
 from engine.training.start import RunKind, Start
-from saliency.casm.network import SUFFIX, Casm
-from saliency.casm.setup import RULES, resolve_options
+from saliency.casm.network import SUFFIX, CasmNetwork
+from saliency.casm.setup import RESUME_RULES, resolve_options
 from saliency.casm.training import NONFINITE_REMEDY, CasmStats
 
-LOG_COLUMNS = {  # as published: title -> column of the history, in training and (val_) on evaluation images
+LOG_COLUMNS = {  # published title -> key of the history; each is logged for training and for evaluation images
     "accuracy": "accuracy",
     "masked_accuracy": "masked_accuracy",
     "mask_mean": "avg_mask",
@@ -30,24 +30,24 @@ LOG_COLUMNS = {  # as published: title -> column of the history, in training and
     "mask_entropy": "entropy",
     "mask_tv": "tv",
 }
-CURVES = {  # axis -> column of the history -> name
+CURVES = {  # y axis -> key of the history -> label of the curve
     "accuracy (%)": {
         "accuracy": "training",
         "val_accuracy": "evaluation",
         "masked_accuracy": "training, masked out",
         "val_masked_accuracy": "evaluation, masked out",
     },
-    "area of the masks": {"avg_mask": "training", "val_avg_mask": "evaluation"},
+    "mask area": {"avg_mask": "training", "val_avg_mask": "evaluation"},
 }
 
 
-def casm_runs(options: dict) -> tuple[Path, str]:
-    """Where runs are kept, and how unnamed ones begin."""
+def locate_casm_runs(options: dict) -> tuple[Path, str]:
+    """Return the folder of CASM runs and the prefix of the names of unnamed ones."""
     return Path(options["casms_path"]), options["reproduce"] or "casm"
 
 
 def find_resume(options: dict, locate_runs: Callable) -> Path | None:
-    """The checkpoint that --resume means, or None. `auto`: that of --name, if it is there."""
+    """Return the checkpoint to resume from, or None. `auto` means that of --name, if it exists."""
     if options["resume"] != "auto":
         return options["resume"] and Path(options["resume"])
     path = locate_runs(options)[0] / (options["name"] + SUFFIX)
@@ -55,19 +55,19 @@ def find_resume(options: dict, locate_runs: Callable) -> Path | None:
 
 
 def choose_checkpoint(options: dict, resume: Path | None, locate_runs: Callable) -> Path:
-    """NAME.chk, where the run is kept. Raises UserError rather than write over another run."""
-    parent, begins = locate_runs(options)
-    path = resume or parent / ((options["name"] or f"{begins}_{datetime.now():%Y%m%d-%H%M%S}") + SUFFIX)
+    """Return the path of the run's checkpoint, NAME.chk. Raises UserError if it would overwrite another run."""
+    parent, prefix = locate_runs(options)
+    path = resume or parent / ((options["name"] or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}") + SUFFIX)
     if not resume and path.exists() and not options["overwrite"]:
         raise UserError(
-            f"{path} is there already\ngo on with it by --resume {path}, start it anew with --overwrite, or give "
+            f"{path} exists already\nresume the run with --resume {path}, start it again with --overwrite, or give "
             "another --name"
         )
     return path
 
 
 def check_writable(folders: list[Path]) -> None:
-    """Make these folders where they are missing. Raises UserError where that fails or they cannot be written to."""
+    """Create these folders if they are missing. Raises UserError if one cannot be created or written to."""
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,14 +75,14 @@ def check_writable(folders: list[Path]) -> None:
                 pass
         except OSError as error:
             raise UserError(
-                f"cannot write to the folder {folder}: {error.strerror}\nname another with --casms-path, --log-path"
+                f"cannot write to the folder {folder}: {error.strerror}\nname another with --casms-path or --log-path"
             ) from error
 
 
 class CasmFolder(RunFolder):
-    """The files of a run: its checkpoint NAME.chk (`path`) and its pool beside it, NAME.log and pictures in log_path.
+    """The files of a run: the checkpoint NAME.chk (`path`) with its pool next to it; NAME.log and plots in log_path.
 
-    fresh: what an earlier run of this name has left goes.
+    fresh: delete the checkpoint and pool of an earlier run of this name.
     """
 
     resume_flag = "--resume"
@@ -108,11 +108,11 @@ class CasmFolder(RunFolder):
         print(text, flush=True)
 
     def write_config(self, options: dict, device: torch.device, kind: str) -> None:
-        """The options stand in the first line of NAME.log."""
+        """Remember the options; write_log() puts them in the first line of NAME.log."""
         self.options, self.log_path = options, Path(options["log_path"] or self.path.parent)
 
     def write_log(self, history: list[dict]) -> None:
-        """Every option, the columns, and a line an epoch, as the published program has them, and the curves."""
+        """Write NAME.log (options, column titles, one line per epoch, as published) and plot the curves as NAME.png."""
         titles = [f"{title}_{part}" for title in self.columns for part in ("train", "val")]
         lines = [", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))]
         lines += [" ".join(["epoch", "seconds", *titles])]
@@ -126,8 +126,9 @@ class CasmFolder(RunFolder):
             figures.draw_epoch_panels(self.log_path / f"{self.name}.png", history, CURVES, self.name)
 
     def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
-        """Write the snapshots of `pool` to a file of its own, then the checkpoint, which names it. The file of the pool
-        before goes last: whenever the run is killed, a checkpoint and its own pool are there.
+        """Write the snapshots of the pool to their own file, then the checkpoint, which names that file.
+
+        The previous pool file is deleted last, so that a run killed at any moment leaves a checkpoint with its pool.
         """
         pool = None
         if content["pool"]:
@@ -140,58 +141,59 @@ class CasmFolder(RunFolder):
                 stale.unlink()
 
     @torch.no_grad()
-    def draw_masks(self, network: Casm, data: Data) -> Path:
-        """NAME_masks.png: eight evaluation images, their masks, and what the masks leave of them."""
-        first = data.test.subsample(8)
+    def draw_masks(self, network: CasmNetwork, data: Data) -> Path:
+        """Draw NAME_masks.png: eight evaluation images, their masks, and the masked-out images. Return its path."""
+        examples = data.test.subsample(8)
         device = next(network.parameters()).device
-        (batch,) = DeviceLoader(first, len(first), device=device, mean=data.mean, std=data.std).epoch()
+        (batch,) = DeviceLoader(examples, len(examples), device=device, mean=data.mean, std=data.std).epoch()
         masks = network.eval()(batch.images)[0]
-        shown, hidden = (
+        pixels, masked_out = (
             figures.to_pixels(images, data.mean, data.std) for images in (batch.images, batch.images * (1 - masks))
         )
-        names = [data.classes[label] for label in first.labels]
-        rows = [("images", shown, names), ("mask", masks[:, 0].cpu().numpy(), None), ("masked out", hidden, None)]
+        names = [data.classes[label] for label in examples.labels]
+        rows = [("images", pixels, names), ("mask", masks[:, 0].cpu().numpy(), None), ("masked out", masked_out, None)]
         path = self.log_path / f"{self.name}_masks.png"
         figures.draw_image_rows(path, rows, self.name)
         return path
 
 
 def load_saved_pool(start: Start) -> None:
-    """Put the snapshots of a saved run into its checkpoint. Raises UserError where their file is gone."""
+    """Load the pool of a saved run into its checkpoint. Raises UserError if the pool file is missing."""
     saved = start.saved
-    if isinstance(saved["rng"], dict):  # by a version that saved between epochs only
+    if isinstance(saved["rng"], dict):  # checkpoint of a version that saved only between epochs
         saved |= {"rng": [saved["rng"]], "best": {"value": -1.0, "epoch": 0}, "before": None, "inside": None}
     path = saved["pool"] and start.folder.with_name(saved["pool"])
     if path and not path.is_file():
         raise UserError(
-            f"{path}: the past classifiers of this run are gone, and without them it cannot go on as it was"
+            f"{path} is missing: it holds the past classifiers, without which this run cannot be resumed\n"
+            "put the file back, or start again with --overwrite"
         )
     saved["pool"] = read_file(path) if path else []
 
 
 def check_same_classes(start: Start, data: Data) -> None:
-    """Raise UserError where a run would be resumed on data with other classes."""
+    """Raise UserError if a run would be resumed on data with other classes."""
     if start.saved and start.saved["classes"] != data.classes:
         raise UserError(
-            f"{start.folder}: the run knows other classes ({', '.join(start.saved['classes'][:5])} ...) than the data "
-            f"({', '.join(data.classes[:5])} ...)\ncontinue it on its own data"
+            f"{start.folder}: the classes of the run ({', '.join(start.saved['classes'][:5])} ...) are not those of "
+            f"the data ({', '.join(data.classes[:5])} ...)\nresume it on the data that it was started with"
         )
 
 
 def format_epoch(row: dict, epochs: int, options: dict) -> str:
-    """One epoch in a line."""
+    """Return the console line of an epoch."""
     return (
-        f"epoch {row['epoch']}/{epochs}  right {row['accuracy']:.1f} (val {row['val_accuracy']:.1f}) %  masked out "
-        f"{row['masked_accuracy']:.1f} ({row['val_masked_accuracy']:.1f}) %  mask {row['avg_mask']:.3f} "
-        f"({row['val_avg_mask']:.3f})  confused {row['confused']:.1f} %  {row['seconds']:.1f} s"
+        f"epoch {row['epoch']}/{epochs}  acc {row['accuracy']:.1f} (val {row['val_accuracy']:.1f}) %  masked-out acc "
+        f"{row['masked_accuracy']:.1f} (val {row['val_masked_accuracy']:.1f}) %  mask area {row['avg_mask']:.3f} "
+        f"(val {row['val_avg_mask']:.3f})  confused {row['confused']:.1f} %  {row['seconds']:.1f} s"
     )
 
 
-CASM = RunKind(
+CASM_RUN = RunKind(
     name="casm",
     resolve=resolve_options,
-    check_resume=partial(check_changed_options, rules=RULES),
-    locate_runs=casm_runs,
+    check_resume=partial(check_changed_options, rules=RESUME_RULES),
+    locate_runs=locate_casm_runs,
     format_epoch=format_epoch,
     columns=list(LOG_COLUMNS),
     find_resume=find_resume,

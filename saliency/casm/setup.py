@@ -1,4 +1,4 @@
-"""What follows from the options of a training run, and what its user should know of it."""
+"""Set up a CASM training run: resolve options, build classifier, pool and loaders, and describe the run to the user."""
 
 from pathlib import Path
 
@@ -17,43 +17,44 @@ from engine.runtime.distributed import rank_environment
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, find_matching_models
 from models.imagenet_resnet import load_pretrained
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
-from saliency.casm.options import NEVER, SMALL, preset
-from saliency.casm.pool import ClassifierPool, snapshot_megabytes
+from saliency.casm.options import FIRST_SNAPSHOT_ONLY, SMALL_SET_BATCHES, get_preset
+from saliency.casm.pool import ClassifierPool, compute_snapshot_megabytes
+from saliency.casm.results import format_count
 from saliency.casm.training import CasmState
 
-FOLDER_DATASETS = ("folder", "imagenet")  # data sets that have no place or size of their own
+FOLDER_DATASETS = ("folder", "imagenet")  # they need DATA, and have no fixed image size
 DATA_OPTIONS = ("dataset", "data_dir", "val_data_dir", "image_size", "eval_resize", "norm", "num_classes", "val_labels")
-RULES = OptionRules(
+RESUME_RULES = OptionRules(
     changeable={"data", "log_path", "casms_path", "classifier", "resume", "pool_device"} | RESUME_CHANGEABLE,
-    remedy="leave them out",
+    remedy="leave these options out, or start another run under another --name",
 )
 
 
-def check_call(parser: Parser, typed: dict) -> None:
-    """A usage error where --resume names no run, or under torchrun."""
+def check_typed_options(parser: Parser, typed: dict) -> None:
+    """Exit with a usage error if --resume names no run, or under torchrun."""
     resume = typed.get("resume")
     if rank_environment()[1] > 1:
-        parser.error("it trains in one process: leave torchrun away")
+        parser.error("CASM trains in a single process; start it without torchrun")
     if resume == "auto" and "name" not in typed:
-        parser.error("--resume auto needs --name, the run to go on with")
+        parser.error("--resume auto needs --name, the run to resume")
     if resume not in (None, "auto") and not Path(resume).is_file():
-        parser.error(f"--resume {resume}: no such file; it ends in {SUFFIX}")
+        parser.error(f"--resume {resume}: no such file; name the {SUFFIX} file of the run")
 
 
 def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
-    """Every option by merge_options(). A usage error where the place of the data is missing."""
+    """Return every option as merge_options() does. Exits with a usage error if the dataset folder is missing."""
     if saved:
-        place = {"data_dir": typed["data"]} if "data" in typed else {}
-        return merge_options(typed, saved, parser.defaults | saved, rules=RULES, recipe=lambda given: {}) | place
-    options = merge_options(typed, {}, parser.defaults, rules=RULES, recipe=get_start_options)
-    if "data" in typed and "dataset" not in typed and options["dataset"] == "shapes":  # which has no place
+        moved = {"data_dir": typed["data"]} if "data" in typed else {}
+        return merge_options(typed, saved, parser.defaults | saved, rules=RESUME_RULES, recipe=lambda given: {}) | moved
+    options = merge_options(typed, {}, parser.defaults, rules=RESUME_RULES, recipe=get_start_options)
+    if "data" in typed and "dataset" not in typed and options["dataset"] == "shapes":  # shapes has no folder
         options["dataset"] = None
     options["dataset"] = options["dataset"] or "folder"
     options["norm"] = options["norm"] or "own"
     if "data" in typed:
         options["data_dir"] = typed["data"]
     if "data_dir" not in options and options["dataset"] in FOLDER_DATASETS:
-        parser.error("DATA is missing: the folder that holds train/ and val/; or name another --dataset")
+        parser.error("DATA is missing: name the folder that holds train/ and val/, or give another --dataset")
     options.setdefault("data_dir", "data")
     if options["dataset"] in FOLDER_DATASETS:
         options["image_size"] = options["image_size"] or 224
@@ -65,45 +66,49 @@ def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
 
 
 def get_start_options(given: dict) -> dict:
-    """The data that the classifier was trained on, and what the preset of --reproduce sets."""
-    found = {}
+    """Return the data options that the classifier was trained with, and what the preset of --reproduce sets."""
+    options = {}
     if "classifier" in given:
-        own = SavedClassifier(given["classifier"]).options
-        found |= {key: own[key] for key in DATA_OPTIONS if key in own} | {"arch": own.get("model")}
+        saved = SavedClassifier(given["classifier"]).options
+        options |= {key: saved[key] for key in DATA_OPTIONS if key in saved} | {"arch": saved.get("model")}
     if "reproduce" in given:
-        found |= preset(given["reproduce"].upper(), given.get("adversarial", False))
-    return found
+        options |= get_preset(given["reproduce"].upper(), given.get("adversarial", False))
+    return options
 
 
 def fill_from_data(options: dict, data: Data) -> None:
-    """Fill in the options whose defaults depend on the size and number of the images."""
+    """Set the options whose defaults depend on the size and number of the images."""
     if options["crop_padding"] is None:
         options["crop_padding"] = data.image_size // 16
     if options["pot"] is None:
-        options["pot"] = 1.0 if -(-len(data.train) // options["batch_size"]) < SMALL else 0.2
+        options["pot"] = 1.0 if -(-len(data.train) // options["batch_size"]) < SMALL_SET_BATCHES else 0.2
 
 
 def choose_classifier(
     parser: Parser, data: Data, *, classifier: str | None, arch: str | None
 ) -> tuple[str, torch.nn.Module, list[str]]:
-    """The network of the file `classifier`, or torchvision's for ImageNet: its name, itself, and notes for the user.
-    Raises UserError where it does not fit the data.
+    """Return the name of the architecture, the network and notes for the user.
+
+    The network is that of the file `classifier`, or torchvision's with ImageNet weights. Raises UserError if it does
+    not fit the data.
     """
     if not classifier:
         name = IMAGENET_ALIASES.get(arch, arch) or PUBLISHED_MODEL
         if name not in IMAGENET_MODELS:
-            parser.error(f"--arch {name}: there are no ready weights of it; name a trained file with --classifier")
+            parser.error(
+                f"--arch {name}: torchvision has no weights for it; name a trained checkpoint with --classifier"
+            )
         network = build_model(name, len(data.classes), data.image_size)
         try:
             fresh = load_pretrained(network, name)
         except ValueError as error:
-            raise UserError(f"{error}\nor start from a classifier of your own, with --classifier") from error
-        return name, network, ["torchvision's weights for ImageNet, with a new last layer"] if fresh else []
+            raise UserError(f"{error}\nor start from your own classifier with --classifier") from error
+        return name, network, ["torchvision's ImageNet weights with a new last layer"] if fresh else []
     file = SavedClassifier(classifier)
     if file.classes and file.classes != data.classes:
         raise UserError(
             f"{file.path}: its classes ({', '.join(file.classes[:5])} ...) are not those of the data "
-            f"({', '.join(data.classes[:5])} ...)\nboth must be the same, in the same order"
+            f"({', '.join(data.classes[:5])} ...)\nboth must have the same classes in the same order"
         )
     shape = {"num_classes": len(data.classes), "image_size": data.image_size}
     network = file.build(build_model, find_matching_models, model=arch, **shape)
@@ -111,25 +116,27 @@ def choose_classifier(
 
 
 def build_pool(network: torch.nn.Module, *, f_size: int, smf: int, pool_device: str) -> ClassifierPool:
-    """An empty pool for snapshots of a network. pool_device: device, that of the network; host; or auto: on a GPU
-    unless the snapshots would take more than half of its free memory.
+    """Return an empty pool for snapshots of a network.
+
+    pool_device: `device` (that of the network), `host`, or `auto` (the GPU unless a full pool would take more than half
+    of its free memory).
     """
     device = next(network.parameters()).device
-    host = device.type != "cuda" or pool_device == "host"
-    if not host and pool_device == "auto":
-        host = 1e6 * f_size * snapshot_megabytes(network) > torch.cuda.mem_get_info(device)[0] / 2
-    return ClassifierPool(f_size, smf, device="cpu" if host else device, pinned=host and device.type == "cuda")
+    on_host = device.type != "cuda" or pool_device == "host"
+    if not on_host and pool_device == "auto":
+        on_host = 1e6 * f_size * compute_snapshot_megabytes(network) > torch.cuda.mem_get_info(device)[0] / 2
+    return ClassifierPool(f_size, smf, device="cpu" if on_host else device, pinned=on_host and device.type == "cuda")
 
 
 def build_loaders(
     data: Data, device: torch.device, *, batch_size: int, crop_padding: int, seed: int, workers: int
 ) -> tuple[DeviceLoader, DeviceLoader, DeviceLoader]:
-    """Training batches; those of all evaluation images, and of about a thousand of them."""
+    """Return loaders of the training images, the evaluation images, and at most 1000 of the evaluation images."""
     common = {"device": device, "mean": data.mean, "std": data.std, "workers": workers}
     view = None if isinstance(data.train.pixels, torch.Tensor) else RandomCrop(data.image_size)
     augmentation = Augmentation(crop_padding, view)
     train = DeviceLoader(data.train, batch_size, shuffle=True, augmentation=augmentation, seed=seed, **common)
-    return train, *(DeviceLoader(part, batch_size, **common) for part in (data.test, data.test.subsample(1000)))
+    return train, *(DeviceLoader(images, batch_size, **common) for images in (data.test, data.test.subsample(1000)))
 
 
 def describe_run(
@@ -143,56 +150,58 @@ def describe_run(
     adversarial: bool,
     lambda_r: float,
 ) -> list[str]:
-    """What is about to run, on what. iterations: of an epoch. The parameters by name are options."""
+    """Return lines that describe the run. iterations: per epoch. The keyword parameters are options."""
     lines = [
         image_sets.train.summary("training"),
         image_sets.test.summary("validation"),
-        f"{model}: {epochs} epochs of {iterations} iterations of {batch_size} images, "
-        f"{'adversarial' if adversarial else 'entropy'} form, lambda_r {lambda_r:g}, classifier "
-        f"{'trained along' if state.train_classifier else 'fixed'}",
+        f"{model}: {format_count(epochs, 'epoch')} of {format_count(iterations, 'iteration')}, batch size "
+        f"{batch_size}, {'adversarial' if adversarial else 'entropy'} form, lambda_r {lambda_r:g}, classifier "
+        f"{'trained with the decoder' if state.train_classifier else 'fixed'}",
     ]
     if state.past_classifier:
-        size = snapshot_megabytes(state.past_classifier)
-        lines += pool_notes(state.pool, size, epochs=epochs, iterations=iterations)
+        size = compute_snapshot_megabytes(state.past_classifier)
+        lines += list_pool_notes(state.pool, size, epochs=epochs, iterations=iterations)
     return lines
 
 
-def pool_notes(pool: ClassifierPool, megabytes: float, *, epochs: int, iterations: int) -> list[str]:
-    """What the pool takes with snapshots of so many megabytes, and what to change where a run of so many iterations an
-    epoch leaves it nearly empty.
+def list_pool_notes(pool: ClassifierPool, megabytes: float, *, epochs: int, iterations: int) -> list[str]:
+    """Return the size of the pool, and advice on --smf if the run is too short to fill it.
+
+    megabytes: of one snapshot. iterations: per epoch.
     """
-    count, every = pool.f_size, pool.smf
-    taken = min(count, 1 + epochs * (iterations // every))
+    used = min(pool.f_size, 1 + epochs * (iterations // pool.smf))
     lines = [
-        f"pool: {taken} of {count} past classifiers of {megabytes:.1f} MB each, {taken * megabytes:,.0f} MB in all, in "
-        f"the memory of the {'host' if pool.device.type == 'cpu' else 'GPU'}, and as much in a file beside the "
-        "checkpoint"
+        f"pool: up to {used} of {pool.f_size} past classifiers, {megabytes:.1f} MB each, {used * megabytes:,.0f} MB in "
+        f"{'host' if pool.device.type == 'cpu' else 'GPU'} memory and as much on disk next to the checkpoint"
     ]
-    if every < NEVER and taken < count:
-        better = min(iterations, max(1, epochs * iterations // (2 * count)))
-        lines.append(f"note: --smf {every} leaves places of the pool empty; --smf {better} would fill them")
+    if pool.smf < FIRST_SNAPSHOT_ONLY and used < pool.f_size:
+        better = min(iterations, max(1, epochs * iterations // (2 * pool.f_size)))
+        lines.append(f"note: --smf {pool.smf} does not fill the pool in this run; --smf {better} would")
     return lines
 
 
-def skill_notes(accuracy: float, classes: int) -> list[str]:
-    chance = 100 / classes
-    lines = [f"before training the classifier is right on {accuracy:.1f} % of the evaluation images looked at"]
+def list_accuracy_notes(accuracy: float, num_classes: int) -> list[str]:
+    """Return the accuracy (in percent) before training, with a warning if the classifier is too weak for CASM."""
+    chance = 100 / num_classes
+    lines = [f"val acc of the classifier before training: {accuracy:.1f} % (on at most 1,000 images)"]
     if accuracy < min(5 * chance, (100 + chance) / 2):
         lines.append(
-            f"warning: chance is {chance:.1f} %. The decoder learns from images that the classifier gets right, so "
-            "here it will learn little: train the classifier first, or check --classifier and the data"
+            f"warning: chance level is {chance:.1f} %. The decoder learns only from images that the classifier gets "
+            "right, so it will learn little here: train the classifier first, or check --classifier and the data"
         )
     return lines
 
 
-def mask_notes(row: dict, lambda_r: float) -> list[str]:
-    """What is wrong with the masks of an epoch, and what to change."""
+def list_mask_notes(row: dict, lambda_r: float) -> list[str]:
+    """Return a warning if the masks of an epoch are degenerate, with a remedy."""
     area = 100 * row["val_avg_mask"]
-    nobody = "no image was right and then wrong behind its mask, so that nothing holds its area"
     if area < 1:
-        return [f"warning: the masks are all but empty ({area:.2f} % of the image): lower --lambda-r ({lambda_r:g})"]
-    if row["confused"] == 0:
-        return [f"warning: {nobody} ({area:.0f} %) down: is the classifier any good? more epochs may help"]
+        return [f"warning: masks are almost empty ({area:.2f} % of the image): lower --lambda-r ({lambda_r:g})"]
+    if row["confused"] == 0:  # the area term has no gradient then, so lambda_r has no effect
+        return [
+            f"warning: the masks (area {area:.0f} %) turned no correct prediction into a wrong one, so nothing limits "
+            "their area: train for more epochs, or check the accuracy of the classifier"
+        ]
     if area > 90:
-        return [f"warning: the masks are all but full ({area:.0f} % of the image): raise --lambda-r ({lambda_r:g})"]
+        return [f"warning: masks cover almost the whole image ({area:.0f} %): raise --lambda-r ({lambda_r:g})"]
     return []

@@ -1,9 +1,10 @@
-"""Training the decoder and its classifier side by side: the loss, the step, the epoch, and what a checkpoint keeps.
+"""Train a mask decoder together with its classifier: loss, training step, epoch, evaluation and training state.
 
-Zolna, Geras and Cho, arXiv 1805.08249, Alg. 1, in the form of their public program. One order differs from it: there
-the classifier steps between the masked forward pass and the decoder's backward pass, which current torch refuses, since
-the weights of that pass are gone; here both gradients are taken first. A past classifier and a frozen one get no weight
-gradients, nor does the current one from the decoder's loss, which saves a third of a plain training step.
+Zolna, Geras and Cho, arXiv 1805.08249, Alg. 1, as in the authors' code, with one change of order. There the classifier
+is updated between the masked forward pass and the backward pass of the decoder. Current PyTorch refuses that, because
+the backward pass needs the old weights, so here both gradients are computed before either update. No weight gradients
+are computed for a past or frozen classifier, nor for the current one from the decoder's loss, which saves a third of a
+plain training step.
 """
 
 import copy
@@ -24,20 +25,22 @@ from engine.training.monitor import EpochMonitor
 from engine.training.running_sums import EpochStats
 from engine.training.state import TrainingState
 from saliency.casm.metrics import MaskStatistics
-from saliency.casm.network import Casm
+from saliency.casm.network import CasmNetwork
 from saliency.casm.pool import ClassifierPool
 from saliency.gradient import in_mode
 
-MAX_DECODER_GRAD_NORM = 10.0
+MAX_DECODER_GRAD_NORM = 10.0  # as published
 NONFINITE_REMEDY = "a lower --lr or --lr-casme, or --amp off"
 LOSSES = ("clean_loss", "masked_loss", "total")
-PROGRESS = {"accuracy": "accuracy", "masked": "masked_accuracy", "mask": "avg_mask", "confused": "confused"}
+PROGRESS = {"acc": "accuracy", "masked-out acc": "masked_accuracy", "area": "avg_mask", "confused": "confused"}
 
 
 @dataclass(frozen=True)
 class StepConfig:
-    """hp: chance that a past classifier classifies the masked images. lambda_r, adversarial: as in masker_loss.
-    precision: autocast type, None for float32.
+    """Options of a training step.
+
+    hp: probability that a past classifier classifies the masked images. lambda_r, adversarial: see masker_loss().
+    precision: autocast dtype; None for float32.
     """
 
     hp: float
@@ -55,15 +58,15 @@ def masker_loss(
     lambda_r: float,
     adversarial: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """The decoder's loss and its terms.
+    """Return the loss of the decoder and its terms.
 
-    clean_logits and masked_logits (B, K) of the images and of what the masks leave of them, labels (B,), masks (B, 1,
-    H, W) in 0..1. An image classified correctly before but not after masking is confused, and earns lambda_r * (1 -
-    area of its mask). The main term raises the entropy of the masked prediction where the clean one was correct;
-    adversarial: it raises the masked cross-entropy instead.
+    clean_logits, masked_logits (B, K): of the images and of the masked-out images; labels (B,); masks (B, 1, H, W) in
+    0..1. An image is confused if it is classified correctly before masking but not after it. The area term rewards each
+    confused image with lambda_r * (1 - area of its mask). The main term maximizes the entropy of the masked prediction
+    where the clean one is correct; adversarial: it maximizes the masked cross-entropy instead.
 
-    Returns total, area, main, masked_loss (the masked cross-entropy), each (), and correct, mistaken and confused, each
-    (B,) bool.
+    Keys: total, area, main and masked_loss (the masked cross-entropy), scalars; correct, mistaken and confused, (B,)
+    bool.
     """
     correct = clean_logits.argmax(1) == labels
     mistaken = masked_logits.argmax(1) != labels
@@ -74,8 +77,8 @@ def masker_loss(
     if adversarial:
         main = -masked_loss
     else:
-        logs = F.log_softmax(masked_logits, 1)
-        main = (correct * (logs.exp() * logs).sum(1)).mean()
+        log_probs = F.log_softmax(masked_logits, 1)
+        main = (correct * (log_probs.exp() * log_probs).sum(1)).mean()
     return {
         "total": area + main,
         "area": area,
@@ -89,12 +92,12 @@ def masker_loss(
 
 @dataclass
 class CasmStats(EpochStats):
-    """Sums over the images of an epoch, on the device until they are read."""
+    """Sums over the images of an epoch, kept on the device until they are read."""
 
     masks: MaskStatistics = field(default_factory=MaskStatistics)
 
     def add_step(self, step: dict[str, torch.Tensor]) -> None:
-        """step: what train_step returns."""
+        """Add the results of train_step()."""
         count = len(step["correct"])
         self.masks.add(step["masks"][:, 0])
         counted = {key: step[key].sum() for key in ("correct", "mistaken", "confused")}
@@ -108,10 +111,14 @@ class CasmStats(EpochStats):
         self.masks.load_state_dict(state["masks"], device)
 
     def means(self) -> dict[str, float]:
-        """Percentages and number of images, mean losses; waits for the device. Raises UserError without images."""
+        """Return accuracies in percent, mean losses, mask statistics and the number of images. Waits for the device.
+
+        Raises UserError if there were no images.
+        """
         if not self.seen:
             raise UserError(
-                "no batch of more than one image, which the last maps, of one place, need: raise --batch-size"
+                "every batch holds a single image, but batch norm on the last feature maps, of 1x1 pixel, needs more\n"
+                "raise --batch-size"
             )
         means = super().means()
         return {
@@ -126,11 +133,13 @@ class CasmStats(EpochStats):
 
 @dataclass(kw_only=True)
 class CasmState(TrainingState):
-    """Everything that a checkpoint must restore. model: classifier and decoder; optimizer: of the classifier.
-    past_classifier: where a snapshot of the pool is loaded to.
+    """Everything that a checkpoint restores.
+
+    model: classifier and decoder. optimizer: that of the classifier. past_classifier: the network that snapshots of the
+    pool are loaded into.
     """
 
-    model: Casm
+    model: CasmNetwork
     decoder_optimizer: torch.optim.Optimizer
     pool: ClassifierPool
     past_classifier: nn.Module | None
@@ -138,9 +147,9 @@ class CasmState(TrainingState):
 
     @property
     def stateful(self) -> dict:
-        """What has a state dict of its own, by its name in a Checkpoint. The pool's belongs into a file of its own."""
-        own = {"optimizer": self.optimizer, "decoder_optimizer": self.decoder_optimizer, "scaler": self.scaler}
-        return {"model": self.model.classifier, "decoder": self.model.decoder, **own, "pool": self.pool}
+        """Objects with a state dict, by their checkpoint keys. CasmFolder.save() puts the pool in its own file."""
+        optimizers = {"optimizer": self.optimizer, "decoder_optimizer": self.decoder_optimizer, "scaler": self.scaler}
+        return {"model": self.model.classifier, "decoder": self.model.decoder, **optimizers, "pool": self.pool}
 
     def state_dict(self, stats: CasmStats | None = None) -> dict:
         inside = [{"tally": stats.state_dict()}] if stats else None
@@ -158,7 +167,7 @@ class CasmState(TrainingState):
 
 
 def build_casm_state(
-    network: Casm,
+    network: CasmNetwork,
     pool: ClassifierPool,
     *,
     fixed_classifier: bool,
@@ -169,7 +178,7 @@ def build_casm_state(
     weight_decay: float,
     precision: torch.dtype | None,
 ) -> CasmState:
-    """Build the optimizers, and room for a past classifier where the pool is used."""
+    """Return the training state: both optimizers, and a network for past classifiers if the pool is used."""
     device = next(network.parameters()).device
     network.classifier.requires_grad_(not fixed_classifier)
     past_classifier = None
@@ -190,32 +199,33 @@ def build_casm_state(
 
 
 def decay_lr(base: float, epoch: int, lrde: int) -> float:
-    """The learning rate of an epoch (from 0): divided by ten after every `lrde` epochs."""
+    """Return the learning rate of an epoch (counted from 0): `base` divided by ten after every `lrde` epochs."""
     return base * 0.1 ** (epoch // lrde)
 
 
 def set_learning_rates(state: CasmState, epoch: int, *, lr: float, lr_casme: float, lrde: int) -> None:
-    """Set the rates of the classifier (lr) and of the decoder (lr_casme) for this epoch (from 0)."""
+    """Set the learning rates of the classifier (lr) and the decoder (lr_casme) for an epoch (counted from 0)."""
     for optimizer, base in ((state.optimizer, lr), (state.decoder_optimizer, lr_casme)):
         for group in optimizer.param_groups:
             group["lr"] = decay_lr(base, epoch, lrde)
 
 
 def count_iterations(batches: int, pot: float) -> int:
-    """Iterations of an epoch over a share `pot` of so many batches; one more than the share, as published."""
+    """Return the iterations of an epoch over a fraction `pot` of the batches; one more than it, as published."""
     return min(batches, int(batches * pot) + 1)
 
 
 def train_step(
     state: CasmState, images: torch.Tensor, labels: torch.Tensor, config: StepConfig, *, iteration: int
 ) -> dict[str, torch.Tensor]:
-    """One iteration (from 0, of its epoch) on images (B, 3, H, W) and labels (B,).
+    """Run one iteration on images (B, 3, H, W) and labels (B,). iteration: counted from 0 in each epoch.
 
-    The classifier learns from the images; the decoder learns to hide what a classifier needs, the current or a past
-    one; the current one then learns from the masked images too. Returns what masker_loss does, with masks, clean_loss
-    and the logits.
+    The classifier is updated on the clean images, unless it is fixed. The decoder is updated to hide what the current
+    or a past classifier needs. In the first case the current classifier is also updated on the masked-out images.
+    Returns the results of masker_loss(), with masks, clean_loss, logits and masked_logits.
     """
     classifier, decoder = state.model.classifier, state.model.decoder
+    # ---- Clean images ----
     with autocast(state.device, config.precision), torch.set_grad_enabled(state.train_classifier):
         logits, features = classifier.forward_features(images)
         clean_loss = F.cross_entropy(logits.float(), labels)
@@ -226,25 +236,26 @@ def train_step(
         state.scaler.update()
         if config.hp > 0 and state.pool.is_due(iteration):
             state.pool.add(classifier)
+    # ---- Masked-out images ----
     with autocast(state.device, config.precision):
         masks = decoder([maps.detach() for maps in features], images.shape[-2:])
         use_past = state.train_classifier and config.hp > 0 and float(torch.rand(())) <= config.hp
         if use_past:
             state.pool.load_random(state.past_classifier)
         masked_logits = (state.past_classifier if use_past else classifier)(images * (1 - masks)).float()
-    weights = {"lambda_r": config.lambda_r, "adversarial": config.adversarial}
-    loss = masker_loss(logits.detach().float(), masked_logits, labels, masks, **weights)
-    update_weights(state, loss, masked_too=state.train_classifier and not use_past)
+    form = {"lambda_r": config.lambda_r, "adversarial": config.adversarial}
+    loss = masker_loss(logits.detach().float(), masked_logits, labels, masks, **form)
+    update_weights(state, loss, update_classifier=state.train_classifier and not use_past)
     loss |= {"masks": masks, "clean_loss": clean_loss, "logits": logits, "masked_logits": masked_logits}
     return {key: value.detach() for key, value in loss.items()}
 
 
-def update_weights(state: CasmState, loss: dict[str, torch.Tensor], *, masked_too: bool) -> None:
-    """Step the decoder by the total loss; masked_too: and the classifier by the masked cross-entropy."""
+def update_weights(state: CasmState, loss: dict[str, torch.Tensor], *, update_classifier: bool) -> None:
+    """Update the decoder by the total loss and, with update_classifier, the classifier by the masked cross-entropy."""
     decoder = state.model.decoder
-    backward_into(state.scaler.scale(loss["total"]), decoder, retain_graph=masked_too)
-    if masked_too:
-        backward_into(state.scaler.scale(loss["masked_loss"]), state.model.classifier)
+    assign_gradients(state.scaler.scale(loss["total"]), decoder, retain_graph=update_classifier)
+    if update_classifier:
+        assign_gradients(state.scaler.scale(loss["masked_loss"]), state.model.classifier)
         state.scaler.step(state.optimizer)
     state.scaler.unscale_(state.decoder_optimizer)
     nn.utils.clip_grad_norm_(decoder.parameters(), MAX_DECODER_GRAD_NORM)
@@ -252,8 +263,8 @@ def update_weights(state: CasmState, loss: dict[str, torch.Tensor], *, masked_to
     state.scaler.update()
 
 
-def backward_into(loss: torch.Tensor, module: nn.Module, *, retain_graph: bool = False) -> None:
-    """Set the gradients of this module's parameters, and of nothing else."""
+def assign_gradients(loss: torch.Tensor, module: nn.Module, *, retain_graph: bool = False) -> None:
+    """Compute the gradients of the loss for the parameters of this module only, and assign them to .grad."""
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(loss, parameters, retain_graph=retain_graph)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -269,10 +280,10 @@ def train_one_epoch(
     iterations: int,
     monitor: EpochMonitor | None = None,
 ) -> dict[str, float]:
-    """Train on the first so many batches of an epoch. Returns the means of CasmStats.
+    """Train on the first `iterations` batches of an epoch. Return the means of CasmStats.
 
-    Losses stay on the device and are checked every `monitor.log_every` iterations. Raises NonFiniteLoss at the check
-    that finds a NaN or infinite one, and TrainingInterrupted before an iteration where the monitor is asked to stop.
+    The losses stay on the device and are checked every `monitor.log_every` iterations. Raises NonFiniteLoss at the
+    check that finds a NaN or infinite loss, and TrainingInterrupted before an iteration if a stop was requested.
     """
     monitor = monitor or EpochMonitor(state.device, CasmStats())
     stats, losses = monitor.stats, LossCheck(state.device, monitor.first_step or 0)
@@ -289,7 +300,7 @@ def train_one_epoch(
     for iteration in range(stats.step, iterations):
         monitor.raise_if_stopped(check=lambda: losses.check(stats.step - 1))
         batch = next(batches)
-        if len(batch.labels) > 1 or can_train_alone(state.model.classifier, batch.images):
+        if len(batch.labels) > 1 or can_train_on_one_image(state.model.classifier, batch.images):
             step = train_step(state, batch.images, batch.labels, config, iteration=iteration)
             stats.add_step(step)
             losses.add(iteration, sum(step[key] for key in LOSSES), batch.index)
@@ -298,23 +309,24 @@ def train_one_epoch(
 
 
 @torch.no_grad()
-def can_train_alone(classifier: nn.Module, images: torch.Tensor) -> bool:
-    """Whether one image can be trained on: batch norm needs more than one value per channel."""
+def can_train_on_one_image(classifier: nn.Module, images: torch.Tensor) -> bool:
+    """Return whether a batch of one image can be trained on: batch norm needs more than one value per channel."""
     with in_mode(classifier, "eval"):
         return classifier.forward_features(images)[1][-1][0, 0].numel() > 1
 
 
 @torch.no_grad()
 def evaluate(
-    network: Casm, batches: DeviceLoader, config: StepConfig, *, progress: Callable | None = None
+    network: CasmNetwork, loader: DeviceLoader, config: StepConfig, *, progress: Callable | None = None
 ) -> dict[str, float]:
-    """The same means over all batches, with the current classifier and the network in evaluation mode. Raises UserError
-    where a loss is not finite.
+    """Return the means of CasmStats over all batches, with the current classifier and in evaluation mode.
+
+    Raises UserError if a loss is NaN or infinite.
     """
     network.eval()
     stats = CasmStats()
-    for step, batch in enumerate(batches.epoch()):
-        with autocast(batches.device, config.precision):
+    for step, batch in enumerate(loader.epoch()):
+        with autocast(loader.device, config.precision):
             masks, logits = network(batch.images)
             masked_logits = network.classifier(batch.images * (1 - masks)).float()
         loss = masker_loss(
@@ -325,5 +337,5 @@ def evaluate(
             progress(step + 1)
     means = stats.means()
     if bad := [key for key in LOSSES if not math.isfinite(means[key])]:
-        raise UserError(f"{bad[0]} of the evaluation images is not finite\ntry {NONFINITE_REMEDY}")
+        raise UserError(f"{bad[0]} of the evaluation images is NaN or infinite\ntry {NONFINITE_REMEDY}")
     return means

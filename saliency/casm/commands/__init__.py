@@ -1,1 +1,1 @@
-"""The commands of python -m saliency.casm."""
+"""The commands of python -m saliency.casm: train, score, eval and plot."""

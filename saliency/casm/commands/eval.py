@@ -1,48 +1,53 @@
-"""Judge masks by what classifiers make of the images without the object, and of the object without the rest:
-python -m saliency.casm eval DATA --casms-path FILE
-"""
+"""Evaluate masks by how classifiers do on the altered images: python -m saliency.casm eval DATA --casms-path FILE"""
 
 from pathlib import Path
 
 from engine.config.options import add_common_options, add_single_device_options
 from engine.config.parser import Parser
-from saliency.casm.options import casm_parser, check_scoring, scoring_options, where_options
+from saliency.casm.options import add_mask_options, add_scoring_options, build_casm_parser, check_scoring_options
 
 COLUMNS = {"l": ("loss", ".4f"), "t1": ("top-1 %", ".2f"), "t5": ("top-5 %", ".2f"), "e": ("entropy", ".4f")}
 
 
 def build_parser() -> Parser:
-    parser = casm_parser(
+    parser = build_casm_parser(
         "eval",
-        "Loss, accuracy and entropy of classifiers on images masked in, masked out and inpainted: good masks keep the "
-        "first accuracy high and make the other two low.",
+        "Report loss, accuracy and entropy of classifiers on altered images: masked in (only the masked object is "
+        "left), masked out (the object is black) and inpainted (the object is filled in from its surroundings). Good "
+        "masks keep the masked-in accuracy high and make the other two low.",
     )
-    where_options(parser)
-    scoring_options(parser)
-    parser.group("judges")
+    add_mask_options(parser)
+    parser.group("classifiers")
     parser.option(
         "--classifiers",
         nargs="+",
-        metavar="WORD",
-        shown="17 of torchvision's for 1000 classes, else the one trained with the masks",
-        help="torchvision's NAME, NAME=FILE for it with weights from FILE, or a file or run folder of ours",
+        metavar="NAME",
+        shown="the 17 published torchvision networks for 1000 classes, else the checkpoint's classifier",
+        help="a torchvision NAME (with its ImageNet weights), NAME=FILE (with weights from FILE), or a "
+        "checkpoint or run folder of train.py",
     )
-    parser.option("--resnets_path", metavar="DIR", help="besides: every file of it, a ResNet-50 of the PyTorch example")
+    parser.option(
+        "--resnets_path",
+        metavar="DIR",
+        help="in addition: every file in DIR, a ResNet-50 saved by the PyTorch ImageNet example",
+    )
     add_common_options(parser, "class_list")
+    parser.group("scoring")
+    add_scoring_options(parser)
     add_single_device_options(parser, amp="off")
     return parser
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Evaluate every extractor; returns what --output holds."""
+    """Evaluate the masks of every extractor. Return the results that --output holds."""
     parser = build_parser()
     options = {**parser.defaults, **parser.read(argv)}
-    check_scoring(parser, options)
+    check_scoring_options(parser, options)
 
     from engine.config.select import select_kwargs
     from engine.runtime.device import choose_device, choose_precision, setup_backends
     from engine.runtime.files import write_json
-    from saliency.casm.classifier_eval import ClassifierPanel, evaluate
+    from saliency.casm.classifier_eval import ClassifierPanel, evaluate_classifiers
     from saliency.casm.extractors import TOY_MASKS
     from saliency.casm.results import EXTRACTOR_OPTIONS, ImageSetCache, ResultFolder, ScoringConfig, iter_extractors
 
@@ -57,9 +62,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for extractor in iter_extractors(device, naive=naive, **select_kwargs(options, EXTRACTOR_OPTIONS)):
         result = folder.read(extractor, "masked_in")
         if result is None:
-            part, _ = images.load(extractor, larger=True)
-            classifiers = panel.select(extractor, part)
-            result = evaluate(extractor, part, classifiers, config, device=device, precision=precision)
+            image_set, _ = images.load(extractor, margin=True)
+            classifiers = panel.select(extractor, image_set)
+            result = evaluate_classifiers(extractor, image_set, classifiers, config, device=device, precision=precision)
             folder.write(result, extractor)
         results.append(result)
         print(format_result(result), flush=True)
@@ -69,15 +74,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def format_result(result: dict) -> str:
-    """A table with a row for every classifier and kind of image, under the name of the masks."""
+    """Return a table with one row per classifier and kind of image, under the name of the extractor."""
     from engine.drawing import tables
     from saliency.casm.classifier_eval import KINDS
+    from saliency.casm.results import format_count
 
-    lines = [f"\n{result['name']}: {result['images']:,} images"]
+    lines = [f"\n{result['name']}: {format_count(result['images'], 'image')}"]
     for name, count in result["left_out"].items():
-        lines.append(f"note: {name} does not know the classes of {count:,} of them, which do not count")
+        lines.append(f"note: {name}: left out {format_count(count, 'image')} of classes that it does not know")
     if result["unreadable"]:
-        lines.append(f"note: {result['unreadable']} files could not be read; neighbours served in their place")
+        lines.append(f"note: unreadable files: {result['unreadable']}; neighboring images were used in their place")
     names = list(result["clean"])
     width = max(map(len, names))
     rows = [{"name": f"{name:{width}}  {kind}", **result[kind][name]} for name in names for kind in KINDS]

@@ -1,4 +1,4 @@
-"""Draw images, and what the masks leave and hide of them: python -m saliency.casm plot DATA --casm-path FILE"""
+"""Draw images masked in, masked out and inpainted: python -m saliency.casm plot DATA --casm-path FILE"""
 
 from pathlib import Path
 
@@ -6,39 +6,48 @@ from engine.config.option_types import int_at_least
 from engine.config.options import add_single_device_options
 from engine.config.parser import Parser
 from engine.errors import UserError
-from saliency.casm.options import casm_parser, where_options
+from saliency.casm.options import build_casm_parser
 
-GREY, SEED = 0.35, 931001  # of what is hidden; of the order of the batches: both published
+FILL_GRAY = 0.35  # of hidden pixels, in 0..1, as published
+PUBLISHED_SEED = 931001  # it decides which batches are drawn
 
 
 def build_parser() -> Parser:
-    parser = casm_parser("plot", "Pictures of images: as they are, masked in, masked out and inpainted.")
-    where_options(parser, seed=SEED)
-    parser.group("pictures")
-    parser.option("--casm_path", metavar="FILE", help="trained maps, a .chk file")
-    parser.option(
-        "--plots_path", metavar="DIR", default="plots", help="where they are written, each called after its batch"
+    parser = build_casm_parser(
+        "plot",
+        "Draw figures of images in four rows: original, masked in (only the object is left), masked out (the object is "
+        "gray) and inpainted (the object is filled in from its surroundings).",
+        seed=PUBLISHED_SEED,
     )
-    parser.option("--plots", type=int, default=16, help="how many, of a random batch each; 0 or less: all batches")
-    parser.option("--columns", type=int_at_least(1), default=7, help="images in a picture, the first of the batch")
-    parser.option("--batch_size", "-b", type=int_at_least(1), default=128, help="images that are counted as a batch")
+    parser.group("figures")
+    parser.option("--casm_path", metavar="FILE", help="CASM checkpoint (.chk), made by train")
+    parser.option("--plots_path", metavar="DIR", default="plots", help="output folder; figures are named BATCH.png")
+    parser.option(
+        "--plots",
+        type=int,
+        default=16,
+        metavar="N",
+        help="number of figures, each of a random batch; 0 or less: one of every batch",
+    )
+    parser.option("--columns", type=int_at_least(1), default=7, help="images per figure: the first ones of the batch")
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=128, help="images per batch")
     parser.option(
         "--resize",
         type=int_at_least(8),
         metavar="PIXELS",
         shown="256 for 224 pixels, image_size for small images",
-        help="shorter side of image files before the centre is cut out",
+        help="resize the shorter side of image files to this before the center crop",
     )
     add_single_device_options(parser, amp="off", workers=False)
     return parser
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
-    """Draw; returns the files written."""
+    """Draw the figures. Return the paths of the files written."""
     parser = build_parser()
     options = {**parser.defaults, **parser.read(argv)}
     if not options["casm_path"]:
-        parser.error("--casm-path FILE: which trained maps?")
+        parser.error("no masks given: name a checkpoint with --casm-path FILE")
 
     from engine.config.select import select_kwargs
     from engine.drawing.figures import draw_tight_grid
@@ -52,43 +61,47 @@ def main(argv: list[str] | None = None) -> list[Path]:
     precision, _ = choose_precision(options["amp"], device)
     setup_backends(device, seed=options["seed"], deterministic=False)
     extractor = build_casm_extractor(load_casm(options["casm_path"]), device)
-    part, _ = ImageSetCache(parser, **select_kwargs(options, ImageSetCache)).load(extractor, larger=True)
+    image_set, _ = ImageSetCache(parser, **select_kwargs(options, ImageSetCache)).load(extractor, margin=True)
     if options["resize"]:
-        part = resize_images(parser, part, options["resize"])
-    make_folder(options["plots_path"])
-    size, written = options["batch_size"], []
-    for batch in choose_plot_batches(-(-len(part) // size), options["plots"], options["seed"]):
-        last = min(batch * size + min(options["columns"], size), len(part))
-        rows = make_rows(extractor, part, range(batch * size, last), device, precision)
-        written.append(Path(options["plots_path"]) / f"{batch}.png")
-        draw_tight_grid(written[-1], rows)
-        print(f"written: {written[-1]}", flush=True)
-    return written
+        image_set = resize_images(parser, image_set, options["resize"])
+    create_folder(options["plots_path"])
+    batch_size, paths = options["batch_size"], []
+    for batch in choose_plot_batches(-(-len(image_set) // batch_size), options["plots"], options["seed"]):
+        start = batch * batch_size
+        stop = min(start + min(options["columns"], batch_size), len(image_set))
+        rows = build_image_rows(extractor, image_set, range(start, stop), device, precision)
+        paths.append(Path(options["plots_path"]) / f"{batch}.png")
+        draw_tight_grid(paths[-1], rows)
+        print(f"wrote {paths[-1]}", flush=True)
+    return paths
 
 
-def resize_images(parser: Parser, part, resize: int):
-    """The same images, cut out of ones whose shorter side is `resize`. A usage error where that cannot be."""
+def resize_images(parser: Parser, image_set, resize: int):
+    """Return the same images, cropped after their shorter side was resized to `resize` pixels.
+
+    Exits with a usage error for images in memory, and if `resize` is smaller than the crop.
+    """
     import torch
 
     from engine.data.views import CenterCrop
 
-    if isinstance(part.pixels, torch.Tensor):
-        parser.error(f"--resize {resize}: is for image files, and {part.origin} holds images of one size")
-    if resize < part.pixels.size:
-        parser.error(f"--resize {resize}: smaller than the {part.pixels.size} pixels that are cut out of it")
-    return part.with_view(CenterCrop(part.pixels.size, resize))
+    if isinstance(image_set.pixels, torch.Tensor):
+        parser.error(f"--resize {resize}: only for image files; the images of {image_set.origin} have one size")
+    if resize < image_set.pixels.size:
+        parser.error(f"--resize {resize}: smaller than the crop of {image_set.pixels.size} pixels; give at least that")
+    return image_set.with_view(CenterCrop(image_set.pixels.size, resize))
 
 
-def make_folder(path: str) -> None:
+def create_folder(path: str) -> None:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--plots-path {path}: cannot be made ({error.strerror})") from error
+        raise UserError(f"--plots-path {path}: cannot create this folder ({error.strerror})") from error
 
 
-def make_rows(extractor, part, positions: range, device, precision=None) -> list:
-    """Four rows of pictures, each (n, H, W, 3) in 0..1, of the images at these positions: as they are, masked in,
-    masked out, and masked out with the hole inpainted.
+def build_image_rows(extractor, image_set, positions: range, device, precision=None) -> list:
+    """Return four arrays (n, H, W, 3) in 0..1 of the images at these positions: original, masked in, masked out, and
+    masked out with the hole inpainted.
     """
     import torch
 
@@ -98,10 +111,10 @@ def make_rows(extractor, part, positions: range, device, precision=None) -> list
     from saliency.casm.boxes import binarize
     from saliency.casm.masking import inpaint, mask_in, mask_out
 
-    shown = part.take(torch.tensor(positions))
-    (batch,) = DeviceLoader(shown, len(shown), device=device, mean=(0, 0, 0), std=(1, 1, 1)).epoch()  # plain pixels
+    shown = image_set.take(torch.tensor(positions))
+    (batch,) = DeviceLoader(shown, len(shown), device=device, mean=(0, 0, 0), std=(1, 1, 1)).epoch()  # pixels in 0..1
     with disable_tf32(), autocast(device, precision):
         images = normalize(batch.images, extractor.mean, extractor.std)
         selected = binarize(extractor.extract(images, batch.labels).masks)
-    altered = [alter(batch.images, selected, GREY) for alter in (mask_in, mask_out, inpaint)]
+    altered = [alter(batch.images, selected, FILL_GRAY) for alter in (mask_in, mask_out, inpaint)]
     return [row.permute(0, 2, 3, 1).cpu().numpy() for row in (batch.images, *altered)]

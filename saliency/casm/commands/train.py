@@ -1,26 +1,27 @@
-"""Train saliency maps: python -m saliency.casm train DATA --classifier FILE --reproduce L100"""
+"""Train a mask decoder: python -m saliency.casm train DATA --classifier FILE --reproduce l100"""
 
 from pathlib import Path
 
 from engine.config.options import add_single_device_options
 from engine.config.parser import Parser
-from saliency.casm.options import casm_parser, train_options, where_options
+from saliency.casm.options import add_train_options, build_casm_parser
 
 
 def build_parser() -> Parser:
-    parser = casm_parser(
+    parser = build_casm_parser(
         "train",
-        "Train a decoder that draws, without a label, a mask of what a classifier needs; with a pool of its past "
-        "states (L100, L1000), of what any classifier would need.",
+        "Train a decoder that predicts a mask over the object in an image from the features of a classifier, without a "
+        "label. It learns to hide what the classifier needs. A pool of past classifiers (--reproduce l100 or l1000) "
+        "makes the masks classifier-agnostic. Writes NAME.chk, the checkpoint that score, eval, plot and train.py "
+        "--saliency casm read.",
     )
-    where_options(parser)
-    train_options(parser)
+    add_train_options(parser)
     add_single_device_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Train; returns the last row of the history."""
+    """Train a decoder. Return the last row of the history."""
     parser = build_parser()
     typed = parser.read(argv)
 
@@ -31,8 +32,8 @@ def main(argv: list[str] | None = None) -> dict:
     from engine.data import load_data
     from models import build_model
     from saliency.casm import setup
-    from saliency.casm.network import Casm, build_decoder
-    from saliency.casm.run_files import CASM, check_same_classes, check_writable, load_saved_pool
+    from saliency.casm.network import CasmNetwork, build_decoder
+    from saliency.casm.run_files import CASM_RUN, check_same_classes, check_writable, load_saved_pool
     from saliency.casm.training import (
         StepConfig,
         build_casm_state,
@@ -42,8 +43,8 @@ def main(argv: list[str] | None = None) -> dict:
         train_one_epoch,
     )
 
-    setup.check_call(parser, typed)
-    start = training.start_run(parser, typed, {**parser.defaults, **typed}, [], CASM)
+    setup.check_typed_options(parser, typed)
+    start = training.start_run(parser, typed, {**parser.defaults, **typed}, [], CASM_RUN)
     if start.saved:
         load_saved_pool(start)
     else:
@@ -57,21 +58,22 @@ def main(argv: list[str] | None = None) -> dict:
     check_same_classes(start, data)
     setup.fill_from_data(options, data)
     loading = select_kwargs(options, ["batch_size", "crop_padding", "seed", "workers"])
-    train, test, few = setup.build_loaders(data, device, **loading)
-    iterations = count_iterations(len(train), options["pot"])
+    train_loader, test_loader, subset_loader = setup.build_loaders(data, device, **loading)
+    iterations = count_iterations(len(train_loader), options["pot"])
 
     # ---- Classifier and decoder ----
     notes = list(data.warnings)
     if start.saved:
         classifier = build_model(options["model"], len(data.classes), data.image_size)
     else:
-        chosen = setup.choose_classifier(parser, data, **select_kwargs(options, ["classifier", "arch"]))
-        options["model"], classifier, more = chosen
-        notes = [*more, *notes]
-    network = Casm(classifier, build_decoder(classifier, **select_kwargs(options, ["width", "upsample"])))
+        options["model"], classifier, classifier_notes = setup.choose_classifier(
+            parser, data, **select_kwargs(options, ["classifier", "arch"])
+        )
+        notes = [*classifier_notes, *notes]
+    network = CasmNetwork(classifier, build_decoder(classifier, **select_kwargs(options, ["width", "upsample"])))
     network.to(device, memory_format=torch.channels_last)
 
-    # ---- Optimizers, pool of past classifiers ----
+    # ---- Optimizers and pool of past classifiers ----
     pool = setup.build_pool(classifier, **select_kwargs(options, setup.build_pool))
     state = build_casm_state(network, pool, precision=precision, **select_kwargs(options, build_casm_state))
     config = StepConfig(precision=precision, **select_kwargs(options, ["hp", "lambda_r", "adversarial"]))
@@ -80,25 +82,25 @@ def main(argv: list[str] | None = None) -> dict:
     lines = setup.describe_run(data, state, iterations, **select_kwargs(options, setup.describe_run))
     run.log_header(lines, notes)
     if not start.saved:
-        skill = evaluate(network, few, config)["accuracy"]
-        few.close()
-        run.log.say("\n".join(setup.skill_notes(skill, len(data.classes))))
+        accuracy = evaluate(network, subset_loader, config)["accuracy"]
+        subset_loader.close()
+        run.log.say("\n".join(setup.list_accuracy_notes(accuracy, len(data.classes))))
 
     # ---- Epochs ----
     for epoch in run.epochs:
         with run.save_on_interrupt():
             set_learning_rates(state, epoch, **select_kwargs(options, ["lr", "lr_casme", "lrde"]))
             with run.monitor(epoch) as monitor:
-                row = train_one_epoch(state, train, config, epoch=epoch, iterations=iterations, monitor=monitor)
-            with runtime.Progress("evaluating", len(test), bar=run.bar, lines=False) as progress:
-                held_out = evaluate(network, test, config, progress=progress)
+                row = train_one_epoch(state, train_loader, config, epoch=epoch, iterations=iterations, monitor=monitor)
+            with runtime.Progress("evaluating", len(test_loader), bar=run.bar, lines=False) as progress:
+                held_out = evaluate(network, test_loader, config, progress=progress)
             run.end_epoch(row | {f"val_{key}": value for key, value in held_out.items() if key != "images"})
-            for note in setup.mask_notes(run.history[-1], options["lambda_r"]):
+            for note in setup.list_mask_notes(run.history[-1], options["lambda_r"]):
                 run.log.say(note)
-            if skipped := train.skipped + test.skipped:
-                run.log.say(f"note: {skipped} unreadable files skipped; neighbours served in their place")
+            if skipped := train_loader.skipped + test_loader.skipped:
+                run.log.say(f"note: unreadable files: {skipped}; neighboring images were used in their place")
     run.guard.restore()
-    run.log.say(f"masks drawn in {run.log.draw_masks(network, data)}")
-    train.close()
-    test.close()
+    run.log.say(f"example masks: {run.log.draw_masks(network, data)}")
+    train_loader.close()
+    test_loader.close()
     return run.history[-1]

@@ -1,4 +1,4 @@
-"""Training of classifier-agnostic saliency maps: decoder, losses, pool, the step, the command."""
+"""CASM training: decoder, loss, pool, training step and the train command."""
 
 import argparse
 import contextlib
@@ -25,10 +25,17 @@ from engine.runtime.checkpoint import read_checkpoint
 from engine.training import NonFiniteLoss
 from models import MODELS, build_model
 from saliency.casm.commands import train as casm_train
-from saliency.casm.network import Casm, MaskDecoder, build_decoder, find_casm_files, get_feature_channels, load_casm
-from saliency.casm.options import PRESETS, preset
-from saliency.casm.pool import ClassifierPool, snapshot_megabytes
-from saliency.casm.setup import build_loaders, fill_from_data, mask_notes, pool_notes, skill_notes
+from saliency.casm.network import (
+    CasmNetwork,
+    MaskDecoder,
+    build_decoder,
+    find_casm_files,
+    get_feature_channels,
+    load_casm,
+)
+from saliency.casm.options import PRESETS, get_preset
+from saliency.casm.pool import ClassifierPool, compute_snapshot_megabytes
+from saliency.casm.setup import build_loaders, fill_from_data, list_accuracy_notes, list_mask_notes, list_pool_notes
 from saliency.casm.training import (
     MAX_DECODER_GRAD_NORM,
     StepConfig,
@@ -44,45 +51,45 @@ from saliency.casm.training import (
 CASES = json.loads((GOLDEN / "casm.json").read_text())
 
 
-def line(count: int, *place: int) -> torch.Tensor:
-    """0, 1, ... as float64, along one of several dimensions: line(5, 1, -1, 1)."""
-    return torch.arange(count, dtype=torch.float64).view(place)
+def ramp(count: int, *shape: int) -> torch.Tensor:
+    """Return 0, 1, ... as float64 along one of several dimensions: ramp(5, 1, -1, 1)."""
+    return torch.arange(count, dtype=torch.float64).view(shape)
 
 
-# the decoder
+# ---- Decoder ----
 
 
-def recorded_decoder() -> tuple[MaskDecoder, list[torch.Tensor], dict]:
+def build_golden_decoder() -> tuple[MaskDecoder, list[torch.Tensor], dict]:
     case, expect = CASES["decoder"][0]["case"], CASES["decoder"][0]["expect"]
     channels, grid = [64, *case["in_planes"]], case["grid"]
     decoder, features = MaskDecoder(channels).double(), []
     for k, (count, side) in enumerate(zip(channels, (grid, grid, grid // 2, grid // 4, grid // 8), strict=True)):
-        place = 0.05 * line(count, 1, -1, 1, 1) + 0.4 * line(side, 1, 1, -1, 1) + 0.23 * line(side, 1, 1, 1, -1)
-        features.append(torch.sin(place + 0.9 * k + line(2, -1, 1, 1, 1)))
+        place = 0.05 * ramp(count, 1, -1, 1, 1) + 0.4 * ramp(side, 1, 1, -1, 1) + 0.23 * ramp(side, 1, 1, 1, -1)
+        features.append(torch.sin(place + 0.9 * k + ramp(2, -1, 1, 1, 1)))
     with torch.no_grad():
         for k, (lateral, count) in enumerate(zip(decoder.laterals, case["in_planes"], strict=True), 1):
-            weight = case["wl"] * torch.sin(1 + 0.7 * line(64, -1, 1, 1, 1) + 0.3 * line(count, 1, -1, 1, 1) + k)
+            weight = case["wl"] * torch.sin(1 + 0.7 * ramp(64, -1, 1, 1, 1) + 0.3 * ramp(count, 1, -1, 1, 1) + k)
             lateral.conv.weight.copy_(weight)
-        place = 0.11 * line(320, 1, -1, 1, 1) + 0.5 * line(3, 1, 1, -1, 1) - 0.3 * line(3, 1, 1, 1, -1)
+        place = 0.11 * ramp(320, 1, -1, 1, 1) + 0.5 * ramp(3, 1, 1, -1, 1) - 0.3 * ramp(3, 1, 1, 1, -1)
         decoder.final.weight.copy_(case["wf"] * torch.cos(place))
         decoder.final.bias.fill_(case["bias"])
     return decoder, features, expect
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
-def test_the_decoder_gives_the_recorded_masks(mode):
-    decoder, features, expect = recorded_decoder()
-    masks, wanted = decoder.train(mode == "train")(features, (32, 32)), expect[mode]
-    assert list(masks.shape) == wanted["shape"]
+def test_decoder_matches_the_golden_masks(mode):
+    decoder, features, expect = build_golden_decoder()
+    masks, expected = decoder.train(mode == "train")(features, (32, 32)), expect[mode]
+    assert list(masks.shape) == expected["shape"]
     assert sum(p.numel() for p in decoder.parameters()) == expect["parameters"]
     for found, name in ((masks.mean(), "mean"), (masks.min(), "min"), (masks.max(), "max")):
-        assert found.item() == pytest.approx(wanted[name], abs=1e-6)
-    for image, row, column, value in wanted["samples"]:
+        assert found.item() == pytest.approx(expected[name], abs=1e-6)
+    for image, row, column, value in expected["samples"]:
         assert masks[image, 0, row, column].item() == pytest.approx(value, abs=1e-6)
 
 
 @pytest.mark.parametrize("lateral_zero", [False, True])
-def test_the_decoder_equals_one_convolution_over_all_enlarged_maps(lateral_zero):
+def test_decoder_equals_one_convolution_over_all_upsampled_maps(lateral_zero):
     decoder = MaskDecoder([5, 6, 7], width=4, lateral_zero=lateral_zero).double()
     features = [torch.randn(3, 5, 9, 11), torch.randn(3, 6, 9, 11), torch.randn(3, 7, 4, 5)]
     features = [maps.double() for maps in features]
@@ -90,16 +97,16 @@ def test_the_decoder_equals_one_convolution_over_all_enlarged_maps(lateral_zero)
     levels = [] if lateral_zero else [features[0]]
     for lateral, maps in zip(decoder.laterals, deeper, strict=True):
         levels.append(F.interpolate(lateral(maps), (9, 11), mode="bilinear", align_corners=False))
-    wanted = torch.sigmoid(decoder.final(torch.cat(levels, 1)))
-    torch.testing.assert_close(decoder.predict_on_grid(features), wanted)
+    expected = torch.sigmoid(decoder.final(torch.cat(levels, 1)))
+    torch.testing.assert_close(decoder.predict_on_grid(features), expected)
     enlarged = decoder(features, (18, 22))
     assert (
-        torch.equal(enlarged, wanted.to(enlarged.dtype).repeat_interleave(2, 2).repeat_interleave(2, 3))
-        or (enlarged - wanted.repeat_interleave(2, 2).repeat_interleave(2, 3)).abs().max() < 1e-12
+        torch.equal(enlarged, expected.to(enlarged.dtype).repeat_interleave(2, 2).repeat_interleave(2, 3))
+        or (enlarged - expected.repeat_interleave(2, 2).repeat_interleave(2, 3)).abs().max() < 1e-12
     )
 
 
-def test_the_decoder_of_the_published_network_has_the_published_size():
+def test_decoder_of_resnet50_has_the_published_number_of_parameters():
     with torch.device("meta"):
         network = build_model("imagenet_resnet50", 1000, 224)
         logits, features = network.forward_features(torch.empty(1, 3, 224, 224))
@@ -107,48 +114,48 @@ def test_the_decoder_of_the_published_network_has_the_published_size():
         assert decoder(features, (224, 224)).shape == (1, 1, 224, 224)
     assert logits.shape == (1, 1000)
     assert [tuple(maps.shape[1:]) for maps in features] == [
-        *[(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)],
+        *[(64, 56, 56), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
     ]
     assert sum(p.numel() for p in decoder.parameters()) == 249_153
 
 
-def test_the_decoder_starts_with_the_published_spread():
+def test_decoder_is_initialized_with_the_published_std():
     decoder = MaskDecoder([64, 256, 512, 1024, 2048])
     assert decoder.final.weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
     assert decoder.laterals[1].conv.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "preactresnet18", "wrn16_8", "resnext29_4_24"])
-def test_every_kind_of_network_shows_its_stages_and_takes_a_decoder(name):
+def test_every_architecture_returns_features_for_a_decoder(name):
     network = build_model(name, 7, 32).eval()
     images = torch.randn(2, 3, 32, 32)
     logits, features = network.forward_features(images)
     assert torch.equal(logits, network(images)) and len(features) == len(network.stages) + 1
     assert [maps.shape[1] for maps in features] == get_feature_channels(network)
-    masks, again = Casm(network, build_decoder(network)).eval()(images)
+    masks, again = CasmNetwork(network, build_decoder(network)).eval()(images)
     assert masks.shape == (2, 1, 32, 32) and masks.min() >= 0 and masks.max() <= 1 and torch.equal(again, logits)
     stem = features[0]
-    assert network.raw_stem == bool(stem.min() < 0), "maps that are not rectified need a lateral of their own"
+    assert network.raw_stem == bool(stem.min() < 0), "a first feature map without ReLU needs its own lateral"
     assert build_decoder(network).lateral_zero == network.raw_stem
 
 
-def test_finding_the_channels_leaves_the_network_alone():
+def test_get_feature_channels_does_not_change_the_network():
     network = build_model("resnet20", 5, 32).train()
     before = copy.deepcopy(network.state_dict())
     get_feature_channels(network)
     assert network.training and same_state(before, network.state_dict())
 
 
-# the losses
+# ---- Loss ----
 
 
 @pytest.mark.parametrize("number", range(len(CASES["loss"])))
-def test_the_loss_and_its_gradients_are_the_recorded_ones(number):
+def test_loss_and_gradients_match_the_golden_file(number):
     case, expect = CASES["loss"][number]["case"], CASES["loss"][number]["expect"]
-    sample, kind, side = line(case["n"], -1, 1), line(case["classes"], 1, -1), case["size"]
+    sample, kind, side = ramp(case["n"], -1, 1), ramp(case["classes"], 1, -1), case["size"]
     clean = case["amp"] * torch.sin(case["a"] * sample + case["b"] * kind + case["phase"])
     masked = (case["amp_m"] * torch.cos(case["am"] * sample + case["bm"] * kind)).requires_grad_()
-    place = 0.9 * line(case["n"], -1, 1, 1, 1) + 0.4 * line(side, 1, 1, -1, 1) + 0.7 * line(side, 1, 1, 1, -1)
+    place = 0.9 * ramp(case["n"], -1, 1, 1, 1) + 0.4 * ramp(side, 1, 1, -1, 1) + 0.7 * ramp(side, 1, 1, 1, -1)
     masks = (0.5 + 0.5 * torch.sin(place)).requires_grad_()
     form = {key: case[key] for key in ("lambda_r", "adversarial")}
     loss = masker_loss(clean, masked, torch.tensor(case["targets"]), masks, **form)
@@ -159,14 +166,14 @@ def test_the_loss_and_its_gradients_are_the_recorded_ones(number):
     assert loss["mistaken"].int().tolist() == expect["mistaken_on_masked"]
     assert loss["confused"].int().tolist() == expect["confused"]
     of_masks, of_logits = torch.autograd.grad(loss["total"], [masks, masked])
-    wanted = torch.tensor(expect["grad_mask_per_pixel"], dtype=torch.float64).view(-1, 1, 1, 1)
-    torch.testing.assert_close(of_masks, wanted.expand_as(of_masks), atol=1e-6, rtol=0)
+    expected = torch.tensor(expect["grad_mask_per_pixel"], dtype=torch.float64).view(-1, 1, 1, 1)
+    torch.testing.assert_close(of_masks, expected.expand_as(of_masks), atol=1e-6, rtol=0)
     row = torch.tensor(expect["grad_masked_logits_row0"], dtype=torch.float64)
     torch.testing.assert_close(of_logits[0], row, atol=1e-6, rtol=0)
     assert float(of_logits.norm()) == pytest.approx(expect["grad_masked_logits_norm"], abs=1e-6)
 
 
-def test_an_image_that_is_confused_pays_for_its_mask_and_no_other_does():
+def test_only_confused_images_pay_for_their_mask_area():
     clean = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 2.0]])
     masked = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, 2.0]])
     masks = torch.full((3, 1, 4, 4), 0.25).requires_grad_()
@@ -176,15 +183,15 @@ def test_an_image_that_is_confused_pays_for_its_mask_and_no_other_does():
     assert gradient[0].eq(8 / (3 * 16)).all() and gradient[1:].eq(0).all()
 
 
-# presets and schedules
+# ---- Presets and schedules ----
 
 
 @pytest.mark.parametrize("case", CASES["reproduce"], ids=lambda case: f"{case['preset']}-{case['adversarial']}")
-def test_presets_are_the_published_ones(case):
-    assert preset(case["preset"], case["adversarial"]) == case["expect"]
+def test_presets_match_the_published_program(case):
+    assert get_preset(case["preset"], case["adversarial"]) == case["expect"]
 
 
-def test_iterations_and_rates_are_the_published_ones():
+def test_iterations_and_learning_rates_match_the_published_program():
     for case in CASES["iterations"]:
         assert count_iterations(case["batches_in_loader"], case["pot"]) == case["expect_iterations"]
     for case in CASES["learning_rate"]:
@@ -192,7 +199,7 @@ def test_iterations_and_rates_are_the_published_ones():
 
 
 @pytest.mark.parametrize("number", range(len(CASES["history"])))
-def test_snapshots_are_taken_when_the_published_program_takes_them(number):
+def test_snapshots_are_taken_as_in_the_published_program(number):
     case, expect = CASES["history"][number]["case"], CASES["history"][number]["expect"]
     pool, events = ClassifierPool(case["f_size"], case["smf"]), []
     classifier = nn.Linear(1, 1)
@@ -204,31 +211,31 @@ def test_snapshots_are_taken_when_the_published_program_takes_them(number):
     assert events == expect["events"] and len(pool) == expect["final_size"]
 
 
-def test_a_snapshot_is_a_copy_and_a_full_pool_replaces_at_random():
+def test_snapshots_are_copies_and_a_full_pool_replaces_random_ones():
     pool, classifier = ClassifierPool(3, 1), nn.BatchNorm1d(2)
     for value in range(20):
         classifier.weight.data.fill_(value)
         classifier.running_mean.fill_(-value)
         pool.add(classifier)
     values = {float(snapshot[0][0]) for snapshot in pool.snapshots}
-    assert len(pool) == 3 and len(values) == 3 and 19.0 in values, "not aliases of the current weights"
-    assert not values & {0.0, 1.0, 2.0}, "every place is written to"
-    judge, seen = nn.BatchNorm1d(2).requires_grad_(False), set()
+    assert len(pool) == 3 and len(values) == 3 and 19.0 in values, "snapshots are copies of the weights"
+    assert not values & {0.0, 1.0, 2.0}, "every snapshot was replaced"
+    past_classifier, seen = nn.BatchNorm1d(2).requires_grad_(False), set()
     for _ in range(40):
-        pool.load_random(judge)
-        assert judge.running_mean[0] == -judge.weight[0]
-        seen.add(float(judge.weight[0]))
+        pool.load_random(past_classifier)
+        assert past_classifier.running_mean[0] == -past_classifier.weight[0]
+        seen.add(float(past_classifier.weight[0]))
     assert seen == values
     assert classifier.weight.data[0] == 19
-    assert snapshot_megabytes(classifier) == pytest.approx((4 * 4 * 2 + 8) / 1e6)
+    assert compute_snapshot_megabytes(classifier) == pytest.approx((4 * 4 * 2 + 8) / 1e6)
 
 
-# the step
+# ---- Training step ----
 
 
-def tiny_casm(**options) -> tuple:
-    """The training state of a network for 8x8 images, images and labels."""
-    network = Casm(TinyNet(), MaskDecoder([4, 6], width=5))
+def build_tiny_state(**options) -> tuple:
+    """Return the training state of a tiny network, images (6, 3, 8, 8) and labels."""
+    network = CasmNetwork(TinyNetwork(), MaskDecoder([4, 6], width=5))
     settings = {"fixed_classifier": False, "hp": 0.5, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
     settings |= {"weight_decay": 1e-4, "precision": None} | options
     state = build_casm_state(network, ClassifierPool(30, 5), **settings)
@@ -237,8 +244,8 @@ def tiny_casm(**options) -> tuple:
     return state, torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-class TinyNet(nn.Module):
-    """As models.stages.StagedNetwork, small."""
+class TinyNetwork(nn.Module):
+    """A small network with the interface of models.stages.StagedNetwork."""
 
     raw_stem = False
 
@@ -257,8 +264,8 @@ class TinyNet(nn.Module):
         return self.forward_features(images)[0]
 
 
-def counted(state, images, labels, hp: float) -> dict:
-    """What one step moves: how often the classifier stepped, its statistics, and whether the rest changed."""
+def count_updates(state, images, labels, hp: float) -> dict:
+    """Run one step. Return the number of updates of classifier, decoder and batch norm statistics, and what changed."""
     steps = {"classifier": 0, "decoder": 0}
     state.optimizer.register_step_post_hook(lambda *_: steps.update(classifier=steps["classifier"] + 1))
     state.decoder_optimizer.register_step_post_hook(lambda *_: steps.update(decoder=steps["decoder"] + 1))
@@ -270,21 +277,21 @@ def counted(state, images, labels, hp: float) -> dict:
     return steps | {"statistics": int(seen), "changed": changed}
 
 
-def test_the_classifier_steps_twice_unless_a_snapshot_sees_the_masked_images():
+def test_classifier_is_updated_twice_unless_a_snapshot_classifies_the_masked_images():
     both = {"classifier", "decoder"}
-    found = counted(*tiny_casm(hp=0.0), hp=0.0)
+    found = count_updates(*build_tiny_state(hp=0.0), hp=0.0)
     assert found == {"classifier": 2, "decoder": 1, "statistics": 2, "changed": both}
-    found = counted(*tiny_casm(hp=1.0), hp=1.0)
+    found = count_updates(*build_tiny_state(hp=1.0), hp=1.0)
     assert found == {"classifier": 1, "decoder": 1, "statistics": 1, "changed": both}
 
 
-def test_a_fixed_classifier_neither_steps_nor_moves_its_statistics():
-    found = counted(*tiny_casm(fixed_classifier=True, hp=0.5), hp=0.5)
+def test_a_fixed_classifier_keeps_its_weights_and_batch_norm_statistics():
+    found = count_updates(*build_tiny_state(fixed_classifier=True, hp=0.5), hp=0.5)
     assert found == {"classifier": 0, "decoder": 1, "statistics": 0, "changed": {"decoder"}}
 
 
-def test_a_stored_snapshot_is_the_classifier_after_its_clean_step_and_stays():
-    state, images, labels = tiny_casm(hp=1.0)
+def test_a_snapshot_is_the_classifier_after_its_clean_update_and_does_not_change():
+    state, images, labels = build_tiny_state(hp=1.0)
     train_step(state, images, labels, StepConfig(1.0, 10.0), iteration=0)
     kept = [one.clone() for one in state.pool.snapshots[0]]
     assert all(map(torch.equal, kept, state.network.classifier.state_dict().values()))
@@ -294,8 +301,8 @@ def test_a_stored_snapshot_is_the_classifier_after_its_clean_step_and_stays():
 
 @pytest.mark.parametrize("hp", [0.0, 1.0])
 @pytest.mark.parametrize("adversarial", [False, True])
-def test_the_step_is_the_published_one_with_both_gradients_taken_first(hp, adversarial):
-    state, images, labels = tiny_casm(hp=hp)
+def test_step_matches_a_plain_implementation_with_both_gradients_computed_first(hp, adversarial):
+    state, images, labels = build_tiny_state(hp=hp)
     plain = copy.deepcopy(state.network)
     train_step(state, images, labels, StepConfig(hp, 10.0, adversarial=adversarial), iteration=0)
 
@@ -305,16 +312,16 @@ def test_the_step_is_the_published_one_with_both_gradients_taken_first(hp, adver
     logits, features = classifier.forward_features(images)
     F.cross_entropy(logits, labels).backward()
     sgd.step()
-    judge = copy.deepcopy(classifier).eval() if hp else classifier
+    past_classifier = copy.deepcopy(classifier).eval() if hp else classifier
     masks = decoder([maps.detach() for maps in features], (8, 8))
-    masked = judge(images * (1 - masks))
+    masked = past_classifier(images * (1 - masks))
     loss = masker_loss(logits.detach(), masked, labels, masks, lambda_r=10.0, adversarial=adversarial)
     sgd.zero_grad()
-    wanted = torch.autograd.grad(loss["total"], list(decoder.parameters()), retain_graph=True)
+    expected = torch.autograd.grad(loss["total"], list(decoder.parameters()), retain_graph=True)
     if not hp:
         loss["masked_loss"].backward()
         sgd.step()
-    for parameter, gradient in zip(decoder.parameters(), wanted, strict=True):
+    for parameter, gradient in zip(decoder.parameters(), expected, strict=True):
         parameter.grad = gradient
     nn.utils.clip_grad_norm_(decoder.parameters(), 10.0)
     adam.step()
@@ -322,95 +329,100 @@ def test_the_step_is_the_published_one_with_both_gradients_taken_first(hp, adver
         torch.testing.assert_close(state.network.state_dict()[key], value, msg=key)
 
 
-def test_a_batch_of_one_image_trains():
-    state, images, labels = tiny_casm()
+def test_a_batch_of_one_image_can_be_trained_on():
+    state, images, labels = build_tiny_state()
     found = train_step(state, images[:1], labels[:1], StepConfig(0.5, 10.0), iteration=0)
     assert found["masks"].shape == (1, 1, 8, 8) and all(value.isfinite().all() for value in found.values())
 
 
-def test_the_gradient_of_the_decoder_is_clipped():
-    state, images, labels = tiny_casm(hp=0.0)
+def test_decoder_gradients_are_clipped():
+    state, images, labels = build_tiny_state(hp=0.0)
     train_step(state, images, labels, StepConfig(0.0, 1e7), iteration=0)
     norm = torch.stack([parameter.grad.norm() for parameter in state.network.decoder.parameters()]).norm()
     assert norm.item() == pytest.approx(MAX_DECODER_GRAD_NORM, rel=1e-3)
 
 
-class Fed:
-    """Batches that note which epochs are asked for."""
+class FakeLoader:
+    """A loader that records which epochs were requested."""
 
     device = torch.device("cpu")
 
     def __init__(self, images, labels, count: int = 5):
-        self.batch, self.count, self.asked = Batch(images, labels, torch.arange(len(labels)), None), count, []
+        self.batch, self.count, self.epochs = Batch(images, labels, torch.arange(len(labels)), None), count, []
 
     def __len__(self):
         return self.count
 
     def epoch(self, number: int = 0, start: int = 0):
-        self.asked.append(number)
+        self.epochs.append(number)
         return iter([self.batch] * (self.count - start))
 
 
-def test_an_epoch_takes_its_share_of_its_own_batches_at_its_own_rates():
-    state, images, labels = tiny_casm()
-    batches = Fed(images, labels)
+def test_an_epoch_uses_its_own_batches_and_learning_rates():
+    state, images, labels = build_tiny_state()
+    loader = FakeLoader(images, labels)
     set_learning_rates(state, 5, lr=0.5, lr_casme=0.25, lrde=2)
-    train_one_epoch(state, batches, StepConfig(hp=0.5, lambda_r=10.0), epoch=5, iterations=3)
-    assert batches.asked == [5]
+    train_one_epoch(state, loader, StepConfig(hp=0.5, lambda_r=10.0), epoch=5, iterations=3)
+    assert loader.epochs == [5]
     assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
     assert state.decoder_optimizer.param_groups[0]["lr"] == pytest.approx(0.0025)
     assert {int(one["step"]) for one in state.decoder_optimizer.state.values()} == {3}
     assert state.decoder_optimizer.param_groups[0]["weight_decay"] == 1e-4
 
 
-def test_a_loss_that_is_no_number_ends_training():
-    state, images, labels = tiny_casm()
+def test_a_nan_loss_stops_training():
+    state, images, labels = build_tiny_state()
     state.network.decoder.final.bias.data.fill_(float("nan"))
     with pytest.raises(NonFiniteLoss, match="step 0"):
-        train_one_epoch(state, Fed(images, labels), StepConfig(hp=0.5, lambda_r=1.0), epoch=0, iterations=5)
+        train_one_epoch(state, FakeLoader(images, labels), StepConfig(hp=0.5, lambda_r=1.0), epoch=0, iterations=5)
 
 
-def test_training_images_are_shuffled_and_augmented_and_others_are_not(class_folders):
+def test_only_training_images_are_shuffled_and_augmented(class_folders):
     options = {"crop_padding": None, "pot": None, "batch_size": 8}
     shapes = load_data("shapes", limit=40)
     fill_from_data(options, shapes)
     assert options["crop_padding"] == 2 and options["pot"] == 1.0
     settings = {"batch_size": 8, "crop_padding": 2, "seed": 0, "workers": 0}
-    train, test, few = build_loaders(shapes, torch.device("cpu"), **settings)
-    first, second = (next(train.epoch(number)) for number in (0, 1))
+    train_loader, test_loader, subset_loader = build_loaders(shapes, torch.device("cpu"), **settings)
+    first, second = (next(train_loader.epoch(number)) for number in (0, 1))
     assert first.index.tolist() != second.index.tolist() and first.index.tolist() != list(range(8))
     assert first.flip.any() and first.shift.abs().sum() > 0
-    plain = next(test.epoch())
+    plain = next(test_loader.epoch())
     assert plain.index.tolist() == list(range(8)) and plain.flip is None
-    assert len(few.image_set) == 40
+    assert len(subset_loader.image_set) == 40
     folders = load_data("folder", data_dir=str(class_folders), image_size=32)
     batch = next(build_loaders(folders, torch.device("cpu"), **settings)[0].epoch())
-    assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "files are seen through random crops"
+    assert (batch.box[:, 1] - batch.box[:, 0] < 1).any(), "image files are read with random crops"
 
 
-# what the user is told
+# ---- Warnings ----
 
 
-def test_the_user_is_told_of_masks_and_classifiers_that_lead_nowhere():
-    usual = {"val_avg_mask": 0.3, "confused": 20.0}
-    assert mask_notes(usual, 10.0) == []
-    assert "lower --lambda-r (10)" in mask_notes(usual | {"val_avg_mask": 0.001}, 10.0)[0]
-    assert "raise --lambda-r" in mask_notes(usual | {"val_avg_mask": 0.97}, 10.0)[0]
-    assert "--lambda-r" not in mask_notes({"val_avg_mask": 0.97, "confused": 0.0}, 10.0)[0], "it has no gradient then"
-    assert "no image was right and then wrong" in mask_notes(usual | {"confused": 0.0}, 10.0)[0]
-    assert len(skill_notes(80.0, 10)) == 1 and "warning: chance is 10.0 %" in skill_notes(20.0, 10)[1]
-    assert len(skill_notes(90.0, 2)) == 1 and len(skill_notes(51.0, 2)) == 2
-    (told,) = pool_notes(ClassifierPool(30, 100), 102.4, epochs=60, iterations=2003)
-    assert "30 of 30" in told and "3,072 MB" in told and "memory of the host" in told
-    assert "--smf 10 would fill" in pool_notes(ClassifierPool(30, 100), 1.0, epochs=60, iterations=10)[1]
+def test_warnings_name_degenerate_masks_weak_classifiers_and_unfilled_pools():
+    row = {"val_avg_mask": 0.3, "confused": 20.0}
+    assert list_mask_notes(row, 10.0) == []
+    assert "lower --lambda-r (10)" in list_mask_notes(row | {"val_avg_mask": 0.001}, 10.0)[0]
+    assert "raise --lambda-r" in list_mask_notes(row | {"val_avg_mask": 0.97}, 10.0)[0]
+    assert "--lambda-r" not in list_mask_notes({"val_avg_mask": 0.97, "confused": 0.0}, 10.0)[0], (
+        "the area term has no gradient then"
+    )
+    assert "turned no correct prediction into a wrong one" in list_mask_notes(row | {"confused": 0.0}, 10.0)[0]
+    assert (
+        len(list_accuracy_notes(80.0, 10)) == 1
+        and "warning: chance level is 10.0 %" in list_accuracy_notes(20.0, 10)[1]
+    )
+    assert len(list_accuracy_notes(90.0, 2)) == 1 and len(list_accuracy_notes(51.0, 2)) == 2
+    (note,) = list_pool_notes(ClassifierPool(30, 100), 102.4, epochs=60, iterations=2003)
+    assert "up to 30 of 30" in note and "3,072 MB in host memory" in note
+    assert "--smf 10 would" in list_pool_notes(ClassifierPool(30, 100), 1.0, epochs=60, iterations=10)[1]
 
 
-# the command
+# ---- The train command ----
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> str:
-    """A barely trained classifier of shapes."""
+    """The checkpoint of a classifier trained on shapes for one epoch."""
     from support import shapes_command
 
     root = tmp_path_factory.mktemp("classifier")
@@ -418,42 +430,42 @@ def classifier(tmp_path_factory) -> str:
     return str(root / "shapes" / "resnet20" / "base" / "last.pt")
 
 
-def command(root, classifier: str, *words: str, name: str = "map") -> list[str]:
+def build_command(root, classifier: str, *words: str, name: str = "map") -> list[str]:
     return [
         *("--classifier", classifier, "--casms-path", str(root), "--name", name, "--limit", "40", "--batch-size", "13"),
         *("--epochs", "2", "--pot", "1", "--smf", "2", "--no-progress", "--device", "cpu", *words),
     ]
 
 
-TIMES = {"seconds", "images_per_second", "peak_memory_mb"}  # columns that differ from run to run
+TIMING_COLUMNS = {"seconds", "images_per_second", "peak_memory_mb"}  # columns that differ from run to run
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """The same weights, optimizers, generators, pool and history, bit for bit."""
+    """Check that weights, optimizers, random states, pool and history are equal bit for bit."""
     runs = [read_checkpoint(folder / "map.chk", kind="casm") for folder in (one, other)]
     for key in ("model", "decoder", "optimizer", "decoder_optimizer", "rng", "step"):
         assert same_state(*(run[key] for run in runs)), key
     pools = [torch.load(folder / run["pool"]) for folder, run in zip((one, other), runs, strict=True)]
     assert same_state(*pools) and len(pools[0]) > 2
-    rows = [[{key: row[key] for key in row.keys() - TIMES} for row in run["history"]] for run in runs]
+    rows = [[{key: row[key] for key in row.keys() - TIMING_COLUMNS} for row in run["history"]] for run in runs]
     assert rows[0] == rows[1] and [row["epoch"] for row in rows[0]] == [1, 2, 3]
-    assert sorted(path.name for path in other.iterdir()) == FILES
+    assert sorted(path.name for path in other.iterdir()) == RUN_FILES
 
 
-FILES = ["map.chk", "map.log", "map.png", "map.pool_003.pt", "map_masks.png"]
-PUBLISHED_RUN = ["--reproduce", "L100", "--epochs", "3", "--print-freq", "1"]
+RUN_FILES = ["map.chk", "map.log", "map.png", "map.pool_003.pt", "map_masks.png"]
+RUN_OPTIONS = ["--reproduce", "L100", "--epochs", "3", "--print-freq", "1"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, classifier) -> Path:
-    """The folder of a run of three epochs of four iterations each that nothing interrupted."""
-    root = tmp_path_factory.mktemp("whole")
-    casm_train.main(command(root, classifier, *PUBLISHED_RUN))
+def uninterrupted_run(tmp_path_factory, classifier) -> Path:
+    """The folder of an uninterrupted run of three epochs with four iterations each."""
+    root = tmp_path_factory.mktemp("uninterrupted_run")
+    casm_train.main(build_command(root, classifier, *RUN_OPTIONS))
     return root
 
 
-class At(io.StringIO):
-    """An output that does something once a line begins with `start`."""
+class ActionOnLine(io.StringIO):
+    """A text stream that calls `action` when a line that begins with `start` is written."""
 
     def __init__(self, start: str, action):
         super().__init__()
@@ -465,70 +477,72 @@ class At(io.StringIO):
         return super().write(text)
 
 
-def resume(folder: Path) -> dict:
+def resume_run(folder: Path) -> dict:
     return casm_train.main(["--resume", str(folder / "map.chk"), "--epochs", "3", "--device", "cpu"])
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, classifier, whole):
-    casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN, "--epochs", "1"))
+def test_a_killed_run_resumes_bit_for_bit(tmp_path, classifier, uninterrupted_run):
+    casm_train.main(build_command(tmp_path, classifier, *RUN_OPTIONS, "--epochs", "1"))
     half = read_checkpoint(tmp_path / "map.chk", kind="casm")
-    assert resume(tmp_path)["epoch"] == 3
-    assert_same_run(whole, tmp_path)
-    assert not same_state(half["decoder"], read_checkpoint(whole / "map.chk", kind="casm")["decoder"])
+    assert resume_run(tmp_path)["epoch"] == 3
+    assert_same_run(uninterrupted_run, tmp_path)
+    assert not same_state(half["decoder"], read_checkpoint(uninterrupted_run / "map.chk", kind="casm")["decoder"])
 
 
 @pytest.mark.parametrize(("epoch", "iteration"), [(1, 2), (2, 3)])
-def test_stopped_in_the_middle_of_an_epoch_it_ends_with_the_same_weights(
-    epoch, iteration, tmp_path, classifier, whole, capsys
+def test_a_run_stopped_within_an_epoch_ends_with_the_same_weights(
+    epoch, iteration, tmp_path, classifier, uninterrupted_run, capsys
 ):
     before = signal.getsignal(signal.SIGTERM)
-    stop = At(f"epoch {epoch}/3 {iteration}/4", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    told = f"^{iteration} steps into the epoch; resume with --resume {tmp_path / 'map.chk'}"
-    with pytest.raises(Terminated, match=told), contextlib.redirect_stdout(stop):
-        casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN))
+    stdout = ActionOnLine(f"epoch {epoch}/3 {iteration}/4", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    message = f"^{iteration} steps into the epoch; resume with --resume {tmp_path / 'map.chk'}"
+    with pytest.raises(Terminated, match=message), contextlib.redirect_stdout(stdout):
+        casm_train.main(build_command(tmp_path, classifier, *RUN_OPTIONS))
     assert signal.getsignal(signal.SIGTERM) is before
     saved = read_checkpoint(tmp_path / "map.chk", kind="casm")
     assert saved["step"] == 4 * (epoch - 1) + iteration and len(saved["history"]) == epoch - 1
     assert [path.name for path in tmp_path.glob("*.pool_*")] == [saved["pool"]]
-    assert load_casm(tmp_path / "map.chk").epoch == epoch - 1, "its maps can be looked at already"
-    resume(tmp_path)
-    assert f"note: epoch {epoch} resumes after {iteration} of its" in capsys.readouterr().out
-    assert_same_run(whole, tmp_path)
+    assert load_casm(tmp_path / "map.chk").epoch == epoch - 1, "the checkpoint can be loaded for its masks"
+    resume_run(tmp_path)
+    assert f"note: epoch {epoch} resumes after {iteration} of its steps" in capsys.readouterr().out
+    assert_same_run(uninterrupted_run, tmp_path)
 
 
-def test_a_kill_between_the_pool_and_the_checkpoint_loses_nothing(tmp_path, classifier, whole):
-    obstacle = tmp_path / ".map.chk.part"  # no checkpoint can be written over it
+def test_a_kill_between_writing_pool_and_checkpoint_loses_nothing(tmp_path, classifier, uninterrupted_run):
+    obstacle = tmp_path / ".map.chk.part"  # a folder of this name makes writing the checkpoint fail
     with pytest.raises(UserError, match="could not write .*map.chk"):
-        with contextlib.redirect_stdout(At("epoch 2/3 1/4", obstacle.mkdir)):
-            casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN))
+        with contextlib.redirect_stdout(ActionOnLine("epoch 2/3 1/4", obstacle.mkdir)):
+            casm_train.main(build_command(tmp_path, classifier, *RUN_OPTIONS))
     obstacle.rmdir()
     assert {path.name for path in tmp_path.glob("*.pool_*")} == {"map.pool_001.pt", "map.pool_002.pt"}
     assert read_checkpoint(tmp_path / "map.chk", kind="casm")["pool"] == "map.pool_001.pt"
-    resume(tmp_path)
-    assert_same_run(whole, tmp_path)
+    resume_run(tmp_path)
+    assert_same_run(uninterrupted_run, tmp_path)
 
 
-def test_a_file_of_the_version_that_saved_between_epochs_only_goes_on(tmp_path, classifier, whole):
-    casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN, "--epochs", "2"))
+def test_checkpoints_of_the_version_that_saved_only_between_epochs_resume(tmp_path, classifier, uninterrupted_run):
+    casm_train.main(build_command(tmp_path, classifier, *RUN_OPTIONS, "--epochs", "2"))
     saved = torch.load(tmp_path / "map.chk")
     saved["rng"] = saved["rng"][0]
     for key in ("step", "best", "before", "inside"):
         del saved[key]
     torch.save(saved, tmp_path / "map.chk")
-    resume(tmp_path)
-    assert_same_run(whole, tmp_path)
+    resume_run(tmp_path)
+    assert_same_run(uninterrupted_run, tmp_path)
 
 
-def test_a_loss_that_is_not_finite_leaves_its_evidence(tmp_path, classifier):
-    with pytest.raises(UserError, match="try a lower --lr or --lr-casme, or --amp off; there is no checkpoint") as told:
-        casm_train.main(command(tmp_path, classifier, "--lr", "1e30", "--print-freq", "1"))
-    assert "lr by now 1e+30; weights" in str(told.value) and "loss scale" not in str(told.value)
+def test_a_nonfinite_loss_saves_its_batch_and_weights(tmp_path, classifier):
+    with pytest.raises(
+        UserError, match="try a lower --lr or --lr-casme, or --amp off; there is no checkpoint"
+    ) as caught:
+        casm_train.main(build_command(tmp_path, classifier, "--lr", "1e30", "--print-freq", "1"))
+    assert "lr by now 1e+30; weights" in str(caught.value) and "loss scale" not in str(caught.value)
     evidence = torch.load(tmp_path / "map_nonfinite.pt")
     assert len(evidence["index"]) == 13 and evidence["step"] <= evidence["weights_of_step"] < 4
 
 
-def test_the_log_has_the_published_columns(tmp_path, classifier):
-    casm_train.main(command(tmp_path, classifier, "--reproduce", "F", "--log-path", str(tmp_path / "logs")))
+def test_log_has_the_published_columns(tmp_path, classifier):
+    casm_train.main(build_command(tmp_path, classifier, "--reproduce", "F", "--log-path", str(tmp_path / "logs")))
     options, titles, *rows = (tmp_path / "logs" / "map.log").read_text().splitlines()
     assert "lambda_r=2.5, " in options and "fixed_classifier=True" in options and "hp=0.0" in options
     assert titles.split()[:6] == ["epoch", "seconds", "accuracy_train", "accuracy_val"] + [
@@ -539,30 +553,30 @@ def test_the_log_has_the_published_columns(tmp_path, classifier):
     assert (tmp_path / "logs" / "map.png").exists() and not list(tmp_path.glob("*.pool_*"))
 
 
-def test_a_fixed_classifier_stays_and_a_typed_option_beats_the_preset(tmp_path, classifier, capsys):
-    casm_train.main(command(tmp_path, classifier, "--reproduce", "f", "--lambda-r", "4"))
+def test_typed_options_override_the_preset(tmp_path, classifier, capsys):
+    casm_train.main(build_command(tmp_path, classifier, "--reproduce", "f", "--lambda-r", "4"))
     saved = read_checkpoint(tmp_path / "map.chk", kind="casm")
     assert same_state(saved["model"], read_checkpoint(classifier)["model"])
     assert saved["config"]["lambda_r"] == 4 and saved["config"]["dataset"] == "shapes"
-    assert "warning: chance is 10.0 %" in capsys.readouterr().out
+    assert "warning: chance level is 10.0 %" in capsys.readouterr().out
 
 
-def test_a_run_is_not_written_over_and_other_options_are_refused(tmp_path, classifier):
-    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+def test_a_run_is_not_overwritten_and_changed_options_are_refused(tmp_path, classifier):
+    casm_train.main(build_command(tmp_path, classifier, "--epochs", "1"))
     with pytest.raises(UserError, match="--resume .*--overwrite"):
-        casm_train.main(command(tmp_path, classifier))
+        casm_train.main(build_command(tmp_path, classifier))
     with pytest.raises(UserError, match="--lambda_r  10.0  ->  3.0"):
         casm_train.main(["--resume", str(tmp_path / "map.chk"), "--lambda-r", "3"])
-    casm_train.main(command(tmp_path, classifier, "--epochs", "1", "--overwrite", "--lambda-r", "3"))
+    casm_train.main(build_command(tmp_path, classifier, "--epochs", "1", "--overwrite", "--lambda-r", "3"))
     assert read_checkpoint(tmp_path / "map.chk", kind="casm")["config"]["lambda_r"] == 3
     for path in tmp_path.glob("*.pool_*"):
         path.unlink()
-    with pytest.raises(UserError, match="past classifiers of this run are gone"):
+    with pytest.raises(UserError, match="is missing: it holds the past classifiers"):
         casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2"])
 
 
-def test_maps_and_classifiers_are_not_mistaken_for_each_other(tmp_path, classifier, capsys):
-    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+def test_casm_and_classifier_checkpoints_are_told_apart(tmp_path, classifier, capsys):
+    casm_train.main(build_command(tmp_path, classifier, "--epochs", "1"))
     with pytest.raises(UserError, match="a checkpoint of saliency maps"):
         train_script.main(["--checkpoint", str(tmp_path / "map.chk")])
     with pytest.raises(UserError, match="a checkpoint of a classifier"):
@@ -570,13 +584,13 @@ def test_maps_and_classifiers_are_not_mistaken_for_each_other(tmp_path, classifi
     with pytest.raises(UserError, match="holds no mask decoder"):
         load_casm(classifier)
     evaluate_script.main(["--model_path", str(tmp_path / "map.chk"), "--limit", "40", "--device", "cpu"])
-    assert "Top-1 Accuracy" in capsys.readouterr().out, "its classifier can be evaluated like any other"
+    assert "Top-1 Accuracy" in capsys.readouterr().out, "the classifier of a CASM checkpoint can be evaluated"
 
 
-def test_the_classifier_must_know_the_classes_of_the_data(tmp_path, classifier, class_folders):
+def test_classifier_and_data_must_have_the_same_classes(tmp_path, classifier, class_folders):
     with pytest.raises(UserError, match="its classes .* are not those of the data"):
         casm_train.main(
-            [*command(tmp_path, classifier), "--dataset", "folder", str(class_folders), "--image_size", "32"]
+            [*build_command(tmp_path, classifier), "--dataset", "folder", str(class_folders), "--image_size", "32"]
         )
     with pytest.raises(SystemExit):
         casm_train.main(["--casms-path", str(tmp_path)])
@@ -596,7 +610,7 @@ def class_folders(tmp_path):
     return tmp_path / "data"
 
 
-def test_folders_of_images_are_trained_on(tmp_path, class_folders):
+def test_training_on_an_image_folder(tmp_path, class_folders):
     network = build_model("imagenet_resnet18", 2, 64)
     torch.save(network.state_dict(), tmp_path / "net.pt")
     words = ["--classifier", str(tmp_path / "net.pt"), "--image-size", "64", "--workers", "0", "--epochs", "1"]
@@ -610,7 +624,7 @@ def test_folders_of_images_are_trained_on(tmp_path, class_folders):
     assert find_casm_files([str(tmp_path)]) == [tmp_path / "m.chk"]
 
 
-def test_files_of_the_published_program_load_and_run_nothing(tmp_path):
+def test_checkpoints_of_the_published_program_load(tmp_path):
     network = build_model("imagenet_resnet50", 1000, 224)
     decoder = build_decoder(network)
     nn.init.normal_(decoder.laterals[2].bn.running_mean)
@@ -626,17 +640,17 @@ def test_files_of_the_published_program_load_and_run_nothing(tmp_path):
     content = {"epoch": 3, "state_dict_classifier": network.state_dict(), "state_dict_decoder": names, "args": args}
     torch.save(content, tmp_path / "old.chk")
     saved = load_casm(tmp_path / "old.chk")
-    assert saved.network.decoder.upsample == "bilinear", "the mode comes from the file"
+    assert saved.network.decoder.upsample == "bilinear", "the upsampling mode is read from the file"
     images = torch.randn(1, 3, 64, 64)
-    wanted = MaskDecoder(get_feature_channels(network), upsample="bilinear")
-    wanted.load_state_dict(decoder.state_dict())
-    masks = Casm(network, wanted).eval()(images)[0]
+    expected = MaskDecoder(get_feature_channels(network), upsample="bilinear")
+    expected.load_state_dict(decoder.state_dict())
+    masks = CasmNetwork(network, expected).eval()(images)[0]
     torch.testing.assert_close(saved.network(images)[0], masks)
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_every_preset_runs(name, tmp_path, classifier):
-    row = casm_train.main(command(tmp_path, classifier, "--reproduce", name, "--epochs", "1", "--limit", "20"))
+def test_every_preset_trains(name, tmp_path, classifier):
+    row = casm_train.main(build_command(tmp_path, classifier, "--reproduce", name, "--epochs", "1", "--limit", "20"))
     assert all(value is None or math.isfinite(value) for value in row.values())
 
 
@@ -648,8 +662,8 @@ def test_all_networks_have_stages():
 
 
 @pytest.mark.slow
-def test_the_pool_finds_the_objects_of_shapes(tmp_path):
-    """What the README shows: localisation errors well below that of the fixed classifier and of a box in the middle."""
+def test_pool_lowers_the_localization_error_on_shapes(tmp_path):
+    """The documented result: the localization error is well below that of preset F and of a central box."""
     from saliency.casm.commands import score
 
     words = [
@@ -674,7 +688,7 @@ def test_the_pool_finds_the_objects_of_shapes(tmp_path):
     assert errors["l100"] < 0.7 * errors["f"] and errors["l100"] < 0.8 * errors["center"]
 
 
-def test_a_last_batch_of_one_image_is_passed_over_where_batch_norm_cannot_take_it(tmp_path, class_folders):
+def test_a_last_batch_of_one_image_is_skipped_if_batch_norm_cannot_use_it(tmp_path, class_folders):
     network = build_model("imagenet_resnet18", 2, 32)
     torch.save(network.state_dict(), tmp_path / "net.pt")
     words = [str(class_folders), "--classifier", str(tmp_path / "net.pt"), "--image-size", "32", "--workers", "0"]
@@ -685,23 +699,23 @@ def test_a_last_batch_of_one_image_is_passed_over_where_batch_norm_cannot_take_i
         casm_train.main([*words, "--batch-size", "1", "--name", "b"])
 
 
-def test_nothing_is_lost_before_the_new_run_can_begin(tmp_path, classifier):
-    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(tmp_path, classifier):
+    casm_train.main(build_command(tmp_path, classifier, "--epochs", "1"))
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UserError, match="no folder"):
-        casm_train.main([str(tmp_path / "gone"), *command(tmp_path, classifier, "--overwrite")])
+        casm_train.main([str(tmp_path / "gone"), *build_command(tmp_path, classifier, "--overwrite")])
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_run_goes_on_only_with_its_own_classes(tmp_path, classifier):
-    casm_train.main(command(tmp_path, classifier, "--epochs", "1"))
+def test_a_run_resumes_only_with_its_own_classes(tmp_path, classifier):
+    casm_train.main(build_command(tmp_path, classifier, "--epochs", "1"))
     content = torch.load(tmp_path / "map.chk")
     torch.save({**content, "classes": content["classes"][::-1]}, tmp_path / "map.chk")
-    with pytest.raises(UserError, match="knows other classes"):
+    with pytest.raises(UserError, match="the classes of the run .* are not those of the data"):
         casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2", "--device", "cpu"])
 
 
-def test_files_that_hold_no_maps_are_explained(tmp_path, casm_file):
+def test_errors_explain_files_that_are_no_casm_checkpoints(tmp_path, casm_file):
     content = torch.load(casm_file)
     broken = {
         "config": {**content, "config": {}},
@@ -709,22 +723,22 @@ def test_files_that_hold_no_maps_are_explained(tmp_path, casm_file):
     }
     for name, what in broken.items():
         torch.save(what, tmp_path / f"{name}.chk")
-        with pytest.raises(UserError, match="no mask decoder of ours or of the published program"):
+        with pytest.raises(UserError, match="not a CASM checkpoint of this or of the published program"):
             load_casm(tmp_path / f"{name}.chk")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("hp", [0.0, 0.5])
 @pytest.mark.parametrize("pinned", [False, True])
-def test_a_step_never_waits_for_the_gpu(hp, pinned):
+def test_a_step_does_not_synchronize_with_the_gpu(hp, pinned):
     device = torch.device("cuda", 0)
-    network = Casm(TinyNet(), MaskDecoder([4, 6], width=5)).to(device)
+    network = CasmNetwork(TinyNetwork(), MaskDecoder([4, 6], width=5)).to(device)
     pool = ClassifierPool(3, 2, "cpu" if pinned else device, pinned=pinned)
     settings = {"fixed_classifier": False, "hp": hp, "lr": 0.1, "lr_casme": 0.01, "momentum": 0.9}
     state = build_casm_state(network, pool, **settings, weight_decay=1e-4, precision=torch.bfloat16)
     images, labels = torch.randn(6, 3, 8, 8, device=device), torch.arange(6, device=device) % 3
     config = StepConfig(hp, lambda_r=10.0, precision=torch.bfloat16)
-    for iteration in range(3):  # buffers of the optimizers are made
+    for iteration in range(3):  # the first steps create optimizer buffers
         train_step(state, images, labels, config, iteration=iteration)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -739,11 +753,11 @@ def test_a_step_never_waits_for_the_gpu(hp, pinned):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("words", [["--amp", "fp16"], ["--amp", "bf16", "--pool-device", "host"], ["--deterministic"]])
-def test_training_on_a_gpu_goes_on_where_it_stopped(words, tmp_path, classifier):
-    given = [*command(tmp_path / "a", classifier, "--reproduce", "L100"), *words, "--device", "cuda"]
+def test_training_on_a_gpu_resumes(words, tmp_path, classifier):
+    given = [*build_command(tmp_path / "a", classifier, "--reproduce", "L100"), *words, "--device", "cuda"]
     casm_train.main(given)
     casm_train.main(
-        [*command(tmp_path / "b", classifier, "--reproduce", "L100", "--epochs", "1"), *words, "--device", "cuda"]
+        [*build_command(tmp_path / "b", classifier, "--reproduce", "L100", "--epochs", "1"), *words, "--device", "cuda"]
     )
     casm_train.main(["--resume", str(tmp_path / "b" / "map.chk"), "--epochs", "2", "--device", "cuda"])
     one, other = (read_checkpoint(tmp_path / part / "map.chk", kind="casm") for part in "ab")
