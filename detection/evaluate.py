@@ -17,7 +17,7 @@ from detection.load import load_image_sets
 from detection.loader import DetectionLoader
 from detection.loop import predict
 from detection.metrics import Detections, GroundTruth, coco_metrics, voc_metrics
-from detection.resolve import KIND, describe_unused_options, detector_runs
+from detection.resolve import KIND, describe_unused_options, locate_detector_runs
 from engine.config.select import select_kwargs
 from engine.data.loader import get_process_shard
 from engine.runtime.device import setup_backends
@@ -93,7 +93,7 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
 
     # ---- Run folder ----
     named = options | {"name": options["name"] or f"evaluate_{datetime.now():%Y%m%d-%H%M%S}", "overwrite": False}
-    folder = broadcast_from_main(lambda: choose_run_folder(named, None, detector_runs))
+    folder = broadcast_from_main(lambda: choose_run_folder(named, None, locate_detector_runs))
     log = RunFolder(folder, off=options["log_off"] or not is_main_process())
     log.write_config(options, device, kind=KIND)
     log.say(test.summary("test"))

@@ -137,6 +137,6 @@ def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
     check_changed_options(typed, saved, rules=RULES, force=force)
 
 
-def detector_runs(options: dict) -> tuple[Path, str]:
+def locate_detector_runs(options: dict) -> tuple[Path, str]:
     """Return the folder of detector runs on this data set, and the prefix of the names of unnamed runs."""
     return Path(options["root_dir"]) / options["dataset"] / "frcnn", options["recipe"]

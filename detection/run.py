@@ -12,7 +12,7 @@ from detection.dataset import DetectionSet
 from detection.evaluate import EvalResult, evaluate, report_result
 from detection.loader import DetectionLoader
 from detection.loop import LOSS_NAMES
-from detection.resolve import KIND, check_resume_options, detector_runs, resolve_resumed_options
+from detection.resolve import KIND, check_resume_options, locate_detector_runs, resolve_resumed_options
 from engine.config.select import select_kwargs
 from engine.errors import UserError
 from engine.runtime.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ DETECTOR = RunKind(
     name=KIND,
     resolve=resolve_resumed_options,
     check_resume=check_resume_options,
-    runs_of=detector_runs,
+    runs_of=locate_detector_runs,
     format_epoch=format_epoch,
     columns=LOG_COLUMNS,
     metric="map07",
