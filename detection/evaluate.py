@@ -52,7 +52,7 @@ def evaluate(model: FasterRCNN, loader: DetectionLoader, *, count_difficult: boo
 
     count_difficult: whether COCO's metrics count objects marked difficult. bar: show a progress bar.
     """
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with Progress("evaluating", len(loader), bar=bar, lines=False) as progress:
         detections = predict(model, loader, progress=progress)
     if not is_main_process():
@@ -61,7 +61,7 @@ def evaluate(model: FasterRCNN, loader: DetectionLoader, *, count_difficult: boo
     classes = loader.image_set.classes
     coco = coco_metrics(detections, truths, len(classes), count_difficult=count_difficult)
     voc = voc_metrics(detections, truths, classes)
-    return EvalResult(detections, truths, voc, coco, time.perf_counter() - begin)
+    return EvalResult(detections, truths, voc, coco, time.perf_counter() - start)
 
 
 def make_test_loader(image_set: DetectionSet, *, device: torch.device, workers: int) -> DetectionLoader:

@@ -307,8 +307,8 @@ def mark_errors(
     boxes, objects = stack_images([kept], [truth], len(classes))
     matches = match_boxes(boxes, objects)
     is_tp, is_counted = (mask[:, 0] for mask in match_voc(matches, objects.extra, len(boxes.labels)))  # at IoU 0.5
-    pairs_of_tps = [matches.detection == index for index in np.flatnonzero(is_tp)]
-    detected = {matches.truth[pairs][matches.iou[pairs].argmax()] for pairs in pairs_of_tps}
+    tp_pairs = [matches.detection == index for index in np.flatnonzero(is_tp)]
+    detected = {matches.truth[pairs][matches.iou[pairs].argmax()] for pairs in tp_pairs}
     left = [
         DrawnBox(box, classes[label - 1], colours[label - 1], difficult, not difficult and index not in detected)
         for index, (box, label, difficult) in enumerate(to_rows(objects.boxes, objects.labels, objects.extra))
