@@ -1,11 +1,11 @@
-"""Faster R-CNN on PASCAL VOC with a trained classifier as backbone: python detect.py --backbone-checkpoint FILE"""
+"""Train Faster R-CNN on PASCAL VOC with a trained classifier as its backbone: detect.py --backbone-checkpoint FILE"""
 
 import math
 from pathlib import Path
 
 import detection
 from detection.options import build_parser
-from detection.resolve import KIND, check_start_options, option_notes, resolve_options, scale_schedule
+from detection.resolve import KIND, check_start_options, describe_unused_options, resolve_options, scale_schedule
 from engine import data, runtime, training  # torch is imported when they are first used
 from engine.config.parser import check_output_path, read_config
 from engine.config.resolve import read_options
@@ -14,7 +14,8 @@ from engine.launch import run_main
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    """Train, or evaluate; returns what results.json holds."""
+    """Train or evaluate a detector. Returns the content of results.json; None in the other processes."""
+    # ---- Options ----
     parser = build_parser()
     typed, notes = read_options(parser, argv)
     options = resolve_options(parser, typed, read_config(typed["config"], KIND) if "config" in typed else {})
@@ -22,18 +23,21 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options["predictions"]:
         check_output_path(parser, "--predictions", Path(options["predictions"]))
     if options["export_shapes"]:
-        parts = detection.load_image_sets(dataset="shapes", limit=options["limit"], progress=runtime.progress_bar)
-        detection.export_voc(Path(options["export_shapes"]), dict(zip(("trainval", "test"), parts, strict=True)))
-        return print(f"drawn scenes written: --data_dir {options['export_shapes']} --train_sets 2007_trainval")
+        folder, limit = options["export_shapes"], options["limit"]
+        image_sets = detection.load_image_sets(dataset="shapes", limit=limit, progress=runtime.progress_bar)
+        detection.export_voc(Path(folder), dict(zip(("trainval", "test"), image_sets, strict=True)))
+        return print(f"wrote {folder}; train on it with --data_dir {folder} --train_sets 2007_trainval")
     if options["evaluate"]:
         return detection.evaluate_detector(typed, options)
+
+    # ---- Start: a new run or a resumed one ----
     start = training.start_run(parser, typed, options, notes, detection.DETECTOR)
     options, device, precision = start.options, start.device, start.precision
     if not start.saved:
         check_start_options(parser, options)
-    initial = detection.find_initial_weights(start.saved, **select_kwargs(options, detection.find_initial_weights))
+    initial = detection.load_initial_weights(start.saved, **select_kwargs(options, detection.load_initial_weights))
     options |= {"model": initial.body, "neck": typed.get("neck", initial.options.get("neck", options["neck"]))}
-    notes += option_notes(options, typed, resumed=bool(start.saved))
+    notes += describe_unused_options(options, typed, resumed=bool(start.saved))
 
     # ---- Data ----
     train_set, test_set = detection.load_image_sets(
@@ -53,13 +57,13 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     # ---- Network ----
     config = detection.DetectorConfig(initial.mean, initial.std, **select_kwargs(options, detection.DetectorConfig))
-    detector, more = detection.build_initialized(
-        initial, train_set.classes, config, **select_kwargs(options, detection.build_initialized)
+    detector, build_notes = detection.build_initialized_detector(
+        initial, train_set.classes, config, **select_kwargs(options, detection.build_initialized_detector)
     )
     sync_bn = options["norm"] == "syncbn"
     detector = training.place_network(detector, device, options["channels_last"], sync_bn, remedy="take --norm bn")
 
-    # ---- Optimizer, schedule ----
+    # ---- Optimizer and schedule ----
     options |= scale_schedule(options, len(train))
     steps, epochs = training.StepSchedule([(1, len(train))]), math.ceil(options["iters"] / len(train))
     optimizer = training.build_optimizer(
@@ -68,6 +72,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     scheduler = detection.build_scheduler(optimizer, **select_kwargs(options, detection.build_scheduler))
     state = training.build_training_state(detector, optimizer, scheduler, precision, ema=options["ema"])
 
+    # ---- Run: resume, log ----
     detection.reopen_last_epoch(start, len(train))
     info = detection.DataInfo(train_set.classes, initial.mean, initial.std)
     extra = {"backbone": initial.backbone, "images": len(train_set)}
@@ -75,10 +80,10 @@ def main(argv: list[str] | None = None) -> dict | None:
     lines = detection.describe_run(
         train_set, test_set, initial.backbone, len(train), **select_kwargs(options, detection.describe_run)
     )
-    run.log_header(lines, [*notes, *more, *train_set.warnings, *test_set.warnings])
+    run.log_header(lines, [*notes, *build_notes, *train_set.warnings, *test_set.warnings])
 
     # ---- Epochs ----
-    result = None
+    result = None  # of the last evaluation
     for epoch in run.epochs:
         with run.save_on_interrupt():
             with run.monitor(epoch) as monitor:
@@ -96,6 +101,8 @@ def main(argv: list[str] | None = None) -> dict | None:
                 row |= columns
             run.end_epoch(row)
             detection.draw_epoch(run)
+
+    # ---- Results ----
     content = detection.finish_run(run, result, test)
     train.close()
     test.close()

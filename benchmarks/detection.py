@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.models.detection.faster_rcnn import FasterRCNN
 
-    from detection.faster_rcnn import DetectorConfig, build_detector, load_detector, set_learning
+    from detection.faster_rcnn import DetectorConfig, build_detector, load_detector, set_trainable_layers
     from detection.load import load_image_sets
     from detection.loader import DetectionLoader
     from engine.data.image_set import STATISTICS
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
     config = DetectorConfig(mean, std, min_size=[options["min_size"]], max_size=options["max_size"])
     ours = build_detector(options["model"], len(part.classes), config)
     load_detector(ours, theirs.state_dict(), "theirs")
-    set_learning(ours, trainable_layers=3)
+    set_trainable_layers(ours, trainable_layers=3)
     ours, theirs = ours.to(device, memory_format=torch.channels_last), theirs.to(device)
     common = {"device": device, "workers": options["workers"]}
     feed = DetectionLoader(part, options["batch_size"], shuffle=True, augment="flip", **common)

@@ -1,4 +1,4 @@
-"""Transfer to object detection: Faster R-CNN on PASCAL VOC with a backbone trained here."""
+"""Transfer learning to object detection: Faster R-CNN on PASCAL VOC with a backbone trained by this project."""
 
 from engine import lazy_attributes
 
@@ -7,7 +7,7 @@ __getattr__ = lazy_attributes(
     {
         "evaluate": "EvalResult evaluate_detector make_test_loader",
         "faster_rcnn": "DetectorConfig build_detector",
-        "initialize": "build_initialized find_initial_weights",
+        "initialize": "build_initialized_detector load_initial_weights",
         "load": "load_image_sets",
         "loader": "DetectionLoader",
         "loop": "train_one_epoch",

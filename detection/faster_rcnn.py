@@ -1,7 +1,7 @@
-"""Faster R-CNN on the ResNets of this project: torchvision's detector, with our classifier as its backbone.
+"""Faster R-CNN on the ResNets of this project: torchvision's detector with one of our classifiers as its backbone.
 
 Ren et al., "Faster R-CNN", arXiv 1506.01497; Lin et al., "Feature Pyramid Networks", arXiv 1612.03144. The neck `fpn`
-hands all four stages to a feature pyramid; `c5` hands over the last stage alone, one map of stride 32.
+builds a feature pyramid from all four stages; `c5` uses only the last stage, one feature map of stride 32.
 """
 
 import re
@@ -21,20 +21,21 @@ from engine.inference.classifier import SavedClassifier
 from models import find_matching_models
 
 BODIES = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
-BACKBONES = [*(f"imagenet_{name}" for name in BODIES), *BODIES]  # classifiers whose weights fit
-STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")  # from the top; the stem's batch norm goes with conv1
-NORM_AFTER = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}  # convolution -> the batch norm behind it
+BACKBONES = [*(f"imagenet_{name}" for name in BODIES), *BODIES]  # classifiers whose weights fit a body
+STAGES = ("layer4", "layer3", "layer2", "layer1", "conv1")  # from the top; conv1 includes the batch norm of the stem
+NORM_AFTER = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3", "0": "1"}  # convolution -> the batch norm that follows
 ANCHOR_SIDES = (32, 64, 128, 256, 512)  # in pixels of the resized image
 PREDICTOR = "roi_heads.box_predictor."
 
 
 class FoldedConv2d(nn.Conv2d):
-    """A convolution that multiplies the frozen batch norm behind it into its own weights. This saves two passes over
-    every feature map, and the maps that they would keep for the backward pass. The weights still learn, and the names
-    in a state dict stay the same.
+    """A convolution that folds the frozen batch norm after it into its weights.
+
+    This saves two passes over every feature map and the activations that they would keep for the backward pass. The
+    weights remain trainable, and the keys of the state dict do not change.
     """
 
-    norm: list[FrozenBatchNorm2d]  # a list, so that the norm stays registered in one place only
+    norm: list[FrozenBatchNorm2d]  # in a list, so that the batch norm is not registered as a submodule here too
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         norm = self.norm[0]
@@ -43,14 +44,14 @@ class FoldedConv2d(nn.Conv2d):
 
 
 class FoldedNorm(FrozenBatchNorm2d):
-    """A frozen batch norm that a FoldedConv2d applies."""
+    """A frozen batch norm that is the identity, because a FoldedConv2d applies it."""
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return features
 
 
-def conv_norm_pairs(body: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
-    """Every convolution of a ResNet with its batch norm: their stage, the module that holds both, and their names."""
+def list_conv_norm_pairs(body: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
+    """List every convolution of a ResNet with its batch norm: stage, parent module, and the names of both."""
     return [
         (path.split(".")[0] or "conv1", parent, name, NORM_AFTER[name])
         for path, parent in body.named_modules()
@@ -60,8 +61,8 @@ def conv_norm_pairs(body: nn.Module) -> list[tuple[str, nn.Module, str, str]]:
 
 
 def fold_norms(body: nn.Module) -> None:
-    """Let the convolutions of a ResNet apply the frozen batch norms behind them."""
-    for _, parent, conv_name, norm_name in conv_norm_pairs(body):
+    """Fold the frozen batch norms of a ResNet into the convolutions before them."""
+    for _, parent, conv_name, norm_name in list_conv_norm_pairs(body):
         conv, norm = parent.get_submodule(conv_name), parent.get_submodule(norm_name)
         if isinstance(norm, FrozenBatchNorm2d):
             norm.__class__ = FoldedNorm
@@ -69,7 +70,7 @@ def fold_norms(body: nn.Module) -> None:
 
 
 class C5(nn.Module):
-    """The last stage of a ResNet as the one feature map: (B, 3, H, W) -> {"0": (B, C, H / 32, W / 32)}."""
+    """A backbone whose only feature map is the last stage: (B, 3, H, W) -> {"0": (B, C, H / 32, W / 32)}."""
 
     def __init__(self, body: nn.Module, out_channels: int):
         super().__init__()
@@ -82,24 +83,24 @@ class C5(nn.Module):
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What a detector is built with, besides its body and the number of its classes."""
+    """The settings of a detector other than its body and its number of classes."""
 
-    mean: Sequence[float]  # of the pixels in 0..1 that the backbone was trained with
+    mean: Sequence[float]  # normalisation of pixels in 0..1, as the backbone was trained
     std: Sequence[float]
-    neck: str = "fpn"  # fpn, c5
-    min_size: Sequence[int] = (600,)  # shorter side; of several, one is drawn per training image and the last evaluates
-    max_size: int = 1000  # of the longer side, in pixels
-    score_thr: float = 0.05  # lowest score of a detection
-    nms_thr: float = 0.5  # IoU at which the weaker of two detections is suppressed
-    max_dets: int = 100  # per image
-    rois: int = 512  # proposals per image that the head learns from
-    proposals: Sequence[int] = (2000, 1000)  # kept per feature map before NMS, and per image after; training, test
+    neck: str = "fpn"  # fpn or c5
+    min_size: Sequence[int] = (600,)  # shorter side in pixels: drawn per training image; the last is for evaluation
+    max_size: int = 1000  # limit of the longer side in pixels
+    score_thr: float = 0.05  # minimum score of a detection
+    nms_thr: float = 0.5  # IoU above which NMS removes the detection with the lower score
+    max_dets: int = 100  # maximum number of detections per image
+    rois: int = 512  # proposals sampled per image to train the box head
+    proposals: Sequence[int] = (2000, 1000)  # kept per feature map before NMS and per image after it; training, test
 
 
 def build_detector(body: str, num_classes: int, config: DetectorConfig) -> FasterRCNN:
-    """torchvision's Faster R-CNN with fresh weights, and all batch norm of its ResNet frozen.
+    """Build torchvision's Faster R-CNN with random weights; all batch norm of its ResNet is frozen.
 
-    body: one of BODIES. num_classes: without background.
+    body: one of BODIES. num_classes: number of classes without the background.
     """
     network = torchvision.models.get_model(body, weights=None, norm_layer=FrozenBatchNorm2d)
     channels = network.fc.in_features
@@ -107,7 +108,7 @@ def build_detector(body: str, num_classes: int, config: DetectorConfig) -> Faste
     if config.neck == "fpn":
         widths = [channels // 8, channels // 4, channels // 2, channels]
         backbone = BackboneWithFPN(network, {f"layer{n}": str(n - 1) for n in (1, 2, 3, 4)}, widths, 256)
-        anchors = pool = None  # torchvision's own, for the maps of a pyramid
+        anchors = pool = None  # torchvision's defaults for a feature pyramid
     else:
         backbone = C5(network, channels)
         anchors = AnchorGenerator((ANCHOR_SIDES,), ((0.5, 1.0, 2.0),))
@@ -132,63 +133,68 @@ def build_detector(body: str, num_classes: int, config: DetectorConfig) -> Faste
     )
 
 
-def set_learning(
-    detector: FasterRCNN, *, trainable_layers: int, norm: str = "frozen", stem_learns: bool = False
+def set_trainable_layers(
+    detector: FasterRCNN, *, trainable_layers: int, norm: str = "frozen", train_stem: bool = False
 ) -> None:
-    """Choose what of the backbone learns: `trainable_layers` of its stages from the top (5: all of them and the stem),
-    with their batch norm unless norm is `frozen`. Frozen statistics cannot move: no call of train() reaches them.
+    """Select the stages of the backbone that are trained.
 
-    To be called once, on a detector with frozen batch norm. stem_learns: the stem learns in any case.
+    trainable_layers: number of stages from the top; 5 is all four stages and the stem. norm: `frozen`, or else the
+    batch norm of these stages is trained too. Frozen statistics do not change, because train() has no effect on them.
+    train_stem: train the stem in any case. Call this once, on a detector whose batch norm is frozen.
     """
     body = detector.backbone.body
-    learning = {*STAGES[:trainable_layers], *(["conv1"] if stem_learns else [])}
+    trainable = {*STAGES[:trainable_layers], *(["conv1"] if train_stem else [])}
     for name, parameter in body.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in learning)
+        parameter.requires_grad_(name.split(".")[0] in trainable)
     if norm != "frozen":
-        for stage, parent, _, name in conv_norm_pairs(body):
-            if stage in learning:
+        for stage, parent, _, name in list_conv_norm_pairs(body):
+            if stage in trainable:
                 parent.set_submodule(name, unfreeze(parent.get_submodule(name)))
     fold_norms(body)
 
 
 def unfreeze(frozen: FrozenBatchNorm2d) -> nn.BatchNorm2d:
+    """Return a trainable batch norm with the same parameters and statistics."""
     norm = nn.BatchNorm2d(len(frozen.weight), eps=frozen.eps)
-    norm.load_state_dict(frozen.state_dict(), strict=False)  # it has no num_batches_tracked
+    norm.load_state_dict(frozen.state_dict(), strict=False)  # a frozen one has no num_batches_tracked
     return norm
 
 
 def identify_backbone(saved: SavedClassifier, model: str | None = None) -> str:
-    """The name of the classifier in a file, one of BACKBONES. model: what the user says it is, `resnet50` or
-    `imagenet_resnet50`. Raises UserError for a network that cannot be a backbone.
+    """Return the name of the classifier in a file, one of BACKBONES.
+
+    model: the name given by the user, such as `resnet50` or `imagenet_resnet50`. Raises UserError for a network that
+    cannot be a backbone.
     """
-    remedy = f"backbones are the ResNets: {', '.join(BACKBONES)}"
+    remedy = f"use one of these ResNets: {', '.join(BACKBONES)}"
     matches = find_matching_models(saved.weights)
     usable = [name for name in matches if name in BACKBONES]
     if model and (same := [name for name in usable if name in (model, f"imagenet_{model}")]):
         return same[0]
     if model and usable:
-        raise UserError(f"--model {model}: {saved.path} holds {usable[0]}\nleave --model out, the file says what it is")
+        raise UserError(
+            f"--model {model}: {saved.path} holds {usable[0]}\nomit --model: the architecture is read from the file"
+        )
     if usable:
         return usable[0]
     if matches:
         raise UserError(f"{saved.path}: {matches[0]} cannot be the backbone of a detector\n{remedy}")
     body = (model or saved.options.get("model") or "").removeprefix("imagenet_")
     if body not in BODIES:
-        raise UserError(f"{saved.path}: it holds none of the networks that can be a backbone\n{remedy}")
+        raise UserError(f"{saved.path}: the weights fit no network that can be a backbone\n{remedy}")
     expected = torchvision.models.get_model(body, weights=None).state_dict()
     needed = [key for key in expected if not (key.startswith("fc.") or key.endswith("num_batches_tracked"))]
     missing = [key for key in needed if key not in saved.weights]
     listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-    raise UserError(f"{saved.path}: no {body}; missing: {listed or 'nothing, but shapes differ'}\n{remedy}")
+    raise UserError(f"{saved.path}: not a {body}; missing: {listed or 'nothing, but shapes differ'}\n{remedy}")
 
 
 def load_backbone(detector: FasterRCNN, weights: dict[str, torch.Tensor], *, stem: str = "embed") -> bool:
-    """Load the stem and the stages of a classifier into the body of a detector with frozen batch norm. Returns whether
-    the stem was one for small images.
+    """Load the stem and the stages of a classifier into the body of a detector whose batch norm is frozen.
 
-    The 3x3 kernel of such a stem is padded with zeros to 7x7, which gives its response at every second pixel. stem:
-    `embed`, or `random`, which leaves any stem fresh, with its batch norm. Raises ValueError where anything but the
-    last layer is missing or left over.
+    Returns whether the classifier has a stem for small images. stem: `embed` pads the 3x3 kernel of such a stem with
+    zeros to 7x7, which gives its response at every second pixel; `random` keeps the new stem and its batch norm.
+    Raises ValueError for missing or unexpected keys outside the last layer.
     """
     weights = {key: value.float() for key, value in weights.items() if not key.startswith("fc.")}
     small = weights["conv1.weight"].shape[-1] == 3
@@ -200,14 +206,14 @@ def load_backbone(detector: FasterRCNN, weights: dict[str, torch.Tensor], *, ste
         weights["conv1.weight"] = nn.functional.pad(weights["conv1.weight"], (2, 2, 2, 2))
     missing, unexpected = body.load_state_dict(weights, strict=False)
     if missing or unexpected:
-        raise ValueError(f"no weights of this backbone; missing: {missing[:5]}, unexpected: {unexpected[:5]}")
+        raise ValueError(f"the weights do not fit the backbone; missing: {missing[:5]}, unexpected: {unexpected[:5]}")
     return small
 
 
 def detect_config(weights: dict[str, torch.Tensor]) -> dict[str, object] | None:
-    """body, neck and num_classes of the detector with this state dict; None where it is not a Faster R-CNN on a ResNet.
+    """Infer body, neck and num_classes of a detector from the names and shapes in its state dict.
 
-    The architecture is inferred from the names and shapes of the tensors.
+    Returns None if it is not a Faster R-CNN on a ResNet. num_classes does not include the background.
     """
     head = weights.get(f"{PREDICTOR}cls_score.weight")
     matches = [re.match(r"backbone\.body\.layer(\d)\.(\d+)\.conv(\d)\.weight", key) for key in weights]
@@ -221,26 +227,28 @@ def detect_config(weights: dict[str, torch.Tensor]) -> dict[str, object] | None:
 
 
 def convert_legacy_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Today's names of the weights: torchvision before 0.13 had one level less in the pyramid and the RPN head."""
+    """Rename the keys of torchvision before 0.13, which had one level less in the pyramid and in the RPN head."""
     names = {key: re.sub(r"(fpn\.\w+_blocks\.\d)\.(\w+)$", r"\1.0.\2", key) for key in weights}
     names |= {key: re.sub(r"rpn\.head\.conv\.(\w+)$", r"rpn.head.conv.0.0.\1", name) for key, name in names.items()}
     return {names[key]: value for key, value in weights.items()}
 
 
 def load_detector(detector: FasterRCNN, weights: dict[str, torch.Tensor], path: object) -> None:
-    """Load the weights of a whole detector into one with frozen batch norm; the predictor stays fresh where its number
-    of classes differs. Raises UserError, which names the file, where the weights do not fit.
+    """Load the weights of a whole detector into one whose batch norm is frozen.
+
+    The predictor keeps its random weights if its number of classes differs. Raises UserError, which names the file
+    `path`, if the weights do not fit.
     """
-    own, weights = detector.state_dict(), convert_legacy_keys(weights)
-    if len(weights[f"{PREDICTOR}cls_score.weight"]) != len(own[f"{PREDICTOR}cls_score.weight"]):
-        weights |= {key: value for key, value in own.items() if key.startswith(PREDICTOR)}
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own and not key.endswith("num_batches_tracked")]
-    reshaped = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    expected, weights = detector.state_dict(), convert_legacy_keys(weights)
+    if len(weights[f"{PREDICTOR}cls_score.weight"]) != len(expected[f"{PREDICTOR}cls_score.weight"]):
+        weights |= {key: value for key, value in expected.items() if key.startswith(PREDICTOR)}
+    missing = [key for key in expected if key not in weights]
+    unexpected = [key for key in weights if key not in expected and not key.endswith("num_batches_tracked")]
+    reshaped = [key for key in expected if key in weights and expected[key].shape != weights[key].shape]
     if missing or unexpected or reshaped:
         raise UserError(
-            f"{path}: another detector; missing: {', '.join(missing[:5]) or 'none'}; unexpected: "
+            f"{path}: a different detector; missing: {', '.join(missing[:5]) or 'none'}; unexpected: "
             f"{', '.join(unexpected[:5]) or 'none'}; of another shape: {', '.join(reshaped[:5]) or 'none'}\n"
-            "detectors are Faster R-CNNs on ResNets, made by detect.py, or torchvision's fasterrcnn_resnet50_fpn"
+            "use a Faster R-CNN on a ResNet, made by detect.py, or torchvision's fasterrcnn_resnet50_fpn"
         )
-    detector.load_state_dict({key: weights[key] for key in own})
+    detector.load_state_dict({key: weights[key] for key in expected})

@@ -1,4 +1,4 @@
-"""The initial weights of a detector: a classifier as its backbone, another detector, or those of the resumed run."""
+"""Load the initial weights of a detector: a classifier as its backbone, another detector, or those of a resumed run."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from detection.faster_rcnn import (
     identify_backbone,
     load_backbone,
     load_detector,
-    set_learning,
+    set_trainable_layers,
 )
 from engine.data.image_set import STATISTICS
 from engine.errors import UserError
@@ -25,28 +25,28 @@ from engine.runtime.foreign_weights import extract_weights
 from models import download_weights
 from models.imagenet_resnet import PRETRAINED
 
-DETECTOR_OPTIONS = ("neck", "min_size", "max_size", "proposals")  # what a checkpoint says of its detector
-DATA_OPTIONS = ("dataset", "data_dir", "test_set")  # and of the data it was evaluated on
+DETECTOR_OPTIONS = ("neck", "min_size", "max_size", "proposals")  # options of the detector that its checkpoint records
+DATA_OPTIONS = ("dataset", "data_dir", "test_set")  # options of the data that it was evaluated on
 
 
 @dataclass
 class InitialWeights:
-    """Weights of a backbone or of a whole detector, and what is known of them."""
+    """The weights of a backbone or of a whole detector, and their origin."""
 
     body: str  # one of BODIES
-    mean: tuple[float, ...]  # of the pixels in 0..1 that the backbone was trained with
+    mean: tuple[float, ...]  # normalisation of pixels in 0..1, as the backbone was trained
     std: tuple[float, ...]
-    weights: dict[str, torch.Tensor] | None = None  # None: those of the run that is resumed
+    weights: dict[str, torch.Tensor] | None = None  # None: the weights come from the run that is resumed
     is_detector: bool = False
     path: str = ""
-    classes: list[str] = field(default_factory=list)  # of a detector, where its file says
-    num_classes: int = 0  # of a detector, without background
-    backbone: dict = field(default_factory=dict)  # where the backbone came from, as checkpoints keep it
-    options: dict = field(default_factory=dict)  # DETECTOR_OPTIONS, where the file says
-    data: dict = field(default_factory=dict)  # DATA_OPTIONS, likewise
+    classes: list[str] = field(default_factory=list)  # of a detector; empty if the file does not store them
+    num_classes: int = 0  # of a detector, without the background
+    backbone: dict = field(default_factory=dict)  # the origin of the backbone, as in checkpoints
+    options: dict = field(default_factory=dict)  # DETECTOR_OPTIONS that the file records
+    data: dict = field(default_factory=dict)  # DATA_OPTIONS that the file records
 
 
-def find_initial_weights(
+def load_initial_weights(
     saved: Checkpoint | None = None,
     *,
     frcnn_checkpoint: str | None,
@@ -55,8 +55,9 @@ def find_initial_weights(
     model: str | None,
     averaged: bool,
 ) -> InitialWeights:
-    """The weights that these options name, or those of the run that is resumed. saved: its checkpoint. Raises UserError
-    for a file that cannot be used.
+    """Load the weights that the options name. The parameters after `saved` are options of detect.py.
+
+    saved: the checkpoint of a run to resume; then no weights are loaded here. Raises UserError for an unusable file.
     """
     if saved:
         return InitialWeights(saved["config"]["model"], saved["mean"], saved["std"], backbone=saved["backbone"])
@@ -68,6 +69,7 @@ def find_initial_weights(
 
 
 def read_classifier(saved: SavedClassifier, model: str | None) -> InitialWeights:
+    """Return the weights of a classifier as a backbone. model: its architecture, if the user names it."""
     name, path = identify_backbone(saved, model), str(saved.path)
     mean, std = saved.statistics
     backbone = {"path": path, "model": name, "best": saved.best, "method": saved.options.get("method")}
@@ -75,35 +77,36 @@ def read_classifier(saved: SavedClassifier, model: str | None) -> InitialWeights
 
 
 def fetch_pretrained(model: str | None) -> InitialWeights:
-    """torchvision's ResNet for ImageNet, trained without mixing, of 50 layers unless a model is named."""
+    """Download the ImageNet weights of one of torchvision's ResNets, trained without mixing. model None: ResNet-50."""
     body = (model or "resnet50").removeprefix("imagenet_")
     if body not in BODIES:
-        raise UserError(f"--model {model}: there are no ready weights of it\nthere are of {', '.join(BODIES)}")
+        raise UserError(f"--model {model}: no pretrained weights\n--pretrained has weights for {', '.join(BODIES)}")
     url = PRETRAINED[f"imagenet_{body}"]
     try:
         weights = main_process_first(lambda: download_weights(url))
     except ValueError as error:
-        raise UserError(f"--pretrained: {error}, or give a classifier with --backbone_checkpoint") from error
+        raise UserError(f"--pretrained: {error}, or name a classifier with --backbone_checkpoint") from error
     backbone = {"path": url, "model": f"imagenet_{body}", "best": None, "method": None}
     return InitialWeights(body, *STATISTICS["imagenet"], weights, path=url, backbone=backbone)
 
 
-def read_detector(word: str, *, averaged: bool = False, model: str | None = None) -> InitialWeights:
-    """A file of ours, the best.pt of a run folder, or a bare state dict of torchvision's detector. model: what the user
-    says its backbone is.
+def read_detector(path: str, *, averaged: bool = False, model: str | None = None) -> InitialWeights:
+    """Read a detector from a checkpoint of this project, the best.pt of a run folder, or a state dict of torchvision.
+
+    averaged: take the weight average of the file. model: the architecture of the backbone, if the user names it.
     """
-    path = find_best_checkpoint(word)
+    path = find_best_checkpoint(path)
     content = read_file(path)
     weights = extract_weights(content, path, averaged=averaged, kind="detector")
     detected = detect_config(convert_legacy_keys(weights))
     if detected is None or detected["body"] not in BODIES:
         raise UserError(
-            f"{path}: a detector of another kind\ndetectors are Faster R-CNNs on ResNets, made by detect.py, or "
-            "torchvision's fasterrcnn_resnet50_fpn"
+            f"{path}: not a Faster R-CNN on a ResNet\nuse a detector made by detect.py, or torchvision's "
+            "fasterrcnn_resnet50_fpn"
         )
     body = detected["body"]
     if model and model.removeprefix("imagenet_") != body:
-        raise UserError(f"--model {model}: {path} holds {body}\nleave --model out, the file says what it is")
+        raise UserError(f"--model {model}: {path} holds {body}\nomit --model: the architecture is read from the file")
     ours = content if is_checkpoint(content) else {}
     mean, std = (ours["mean"], ours["std"]) if ours else STATISTICS["imagenet"]
     return InitialWeights(
@@ -121,7 +124,7 @@ def read_detector(word: str, *, averaged: bool = False, model: str | None = None
     )
 
 
-def build_initialized(
+def build_initialized_detector(
     initial: InitialWeights,
     classes: list[str],
     detector_config: DetectorConfig,
@@ -131,43 +134,46 @@ def build_initialized(
     trainable_layers: int,
     evaluate: bool,
 ) -> tuple[FasterRCNN, list[str]]:
-    """A detector for these classes with the initial weights, set to learn what the options say, and notes for the user.
-    Raises UserError where a detector has another neck, or is for other classes and shall only be evaluated.
+    """Build a detector with the initial weights and select the stages to train. Returns it, and notes for the user.
+
+    The parameters by name are options of detect.py. Raises UserError if the initial weights are a detector with another
+    neck, or if they are to be evaluated and are for other classes.
     """
     detector = build_detector(initial.body, len(classes), detector_config)
     notes = []
     if initial.is_detector:
         neck, own_neck = detector_config.neck, initial.options["neck"]
         if neck != own_neck:
-            raise UserError(f"--neck {neck}: {initial.path} has the neck {own_neck}\nleave it out")
+            raise UserError(f"--neck {neck}: {initial.path} has the neck {own_neck}\nomit --neck")
         if evaluate:
             check_classes(initial, classes)
         load_detector(detector, initial.weights, initial.path)
         if initial.num_classes != len(classes):
             notes.append(
-                f"{initial.path} is for {initial.num_classes} classes: the predictor starts anew, for {len(classes)}"
+                f"{initial.path} has {initial.num_classes} classes: the predictor for the {len(classes)} classes of "
+                "this data starts from random weights"
             )
     elif initial.weights is not None:
         if load_backbone(detector, initial.weights, stem=stem):
             notes.append(
-                f"{initial.path} has a stem for small images, 3x3 and without pooling: features learnt on such images "
-                f"transfer poorly; better is a classifier trained with --model imagenet_{initial.body}"
+                f"{initial.path} has a stem for small images (3x3, no pooling), whose features transfer poorly; prefer "
+                f"a classifier trained with --model imagenet_{initial.body}"
             )
     if norm == "syncbn" and world_size() == 1:
-        notes.append("--norm syncbn: in one process this is bn")
-    set_learning(detector, trainable_layers=trainable_layers, norm=norm, stem_learns=stem == "random")
+        notes.append("--norm syncbn is the same as bn in a single process")
+    set_trainable_layers(detector, trainable_layers=trainable_layers, norm=norm, train_stem=stem == "random")
     return detector, notes
 
 
 def check_classes(initial: InitialWeights, classes: list[str]) -> None:
-    """Raise UserError where a detector that shall be evaluated is not for these classes."""
+    """Raise UserError if a detector that is to be evaluated has other classes than the data."""
     if initial.num_classes != len(classes):
         raise UserError(
-            f"{initial.path}: a detector for {initial.num_classes} classes; the data has {len(classes)}\nevaluate it "
-            "on data of its own classes, or train it on these: leave --evaluate out"
+            f"{initial.path}: a detector for {initial.num_classes} classes, but the data has {len(classes)}\nevaluate "
+            "it on data with its own classes, or omit --evaluate to train it on these"
         )
     if initial.classes and initial.classes != list(classes):
         raise UserError(
-            f"{initial.path}: its classes ({', '.join(initial.classes[:5])} ...) are not those of the data "
+            f"{initial.path}: its classes ({', '.join(initial.classes[:5])} ...) differ from those of the data "
             f"({', '.join(classes[:5])} ...)\nboth must be the same, in the same order"
         )

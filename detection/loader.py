@@ -1,7 +1,7 @@
-"""Batches of images and their objects: read ahead, augmented, on the device.
+"""Load batches of images and targets: prefetched, augmented and moved to the device.
 
-Which images make up a batch and what happens to each depends on (seed, epoch, position in the set) alone: not on the
-workers, and not on where a run was stopped.
+The composition of a batch and the augmentation of each image depend only on (seed, epoch, position in the set). They
+do not depend on the number of workers or on where a run was interrupted.
 """
 
 import math
@@ -20,11 +20,11 @@ from engine.data.sample_rng import hash_samples
 
 
 def get_box_labels(sample: tuple) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tensors of a target that lose a row where a box is left out."""
+    """Return the target tensors from which v2.SanitizeBoundingBoxes also removes the row of a dropped box."""
     return sample[1]["labels"], sample[1]["difficult"]
 
 
-AUGMENTATIONS = {  # of training images; multi-scale is --min_size with several sizes
+AUGMENTATIONS = {  # for training images; multi-scale training is --min_size with several sizes
     "none": lambda: None,
     "flip": lambda: v2.RandomHorizontalFlip(0.5),
     "ssd": lambda: v2.Compose(  # Liu et al., "SSD", arXiv 1512.02325, Sec. 2.2 and 3.6
@@ -40,34 +40,36 @@ AUGMENTATIONS = {  # of training images; multi-scale is --min_size with several 
 
 
 class DetectionViews:
-    """The images of a set as training sees them, for engine.data.image_files.BatchReader."""
+    """The augmented images of a set, in the form that engine.data.image_files.BatchReader reads."""
 
     remedy = (
-        "replace the file or its annotation; without it in ImageSets/Main it is another run, from --frcnn_checkpoint"
+        "replace the file or its annotation; if you remove it from ImageSets/Main, start a new run from "
+        "--frcnn_checkpoint"
     )
 
-    def __init__(self, part: DetectionSet, augment: str = "none"):
-        self.part, self.transform = part, AUGMENTATIONS[augment]()
+    def __init__(self, image_set: DetectionSet, augment: str = "none"):
+        self.image_set, self.transform = image_set, AUGMENTATIONS[augment]()
 
     def __len__(self) -> int:
-        return len(self.part)
+        return len(self.image_set)
 
-    def read(self, index: list[int], seed: int = 0, epoch: int = 0) -> tuple:
-        """Images uint8 (3, H, W) and their targets, as two lists, and None; or (None, the error, None)."""
-        state = torch.get_rng_state()  # without workers this is the training process: its draws stay as they were
+    def read(self, indices: list[int], seed: int = 0, epoch: int = 0) -> tuple:
+        """Return a list of images uint8 (3, H, W), a list of their targets, and None; or (None, error, None)."""
+        state = torch.get_rng_state()  # without workers this is the training process, whose draws must not change
         samples = []
         try:
-            for position, key in zip(index, hash_samples(seed, epoch, index).tolist(), strict=True):
+            for index, key in zip(indices, hash_samples(seed, epoch, indices).tolist(), strict=True):
                 torch.default_generator.manual_seed(key)
-                samples.append(self.read_one(position))
+                samples.append(self.read_sample(index))
         except BadImage as error:
             return None, str(error), None
         finally:
             torch.set_rng_state(state)
         return [image for image, _ in samples], [target for _, target in samples], None
 
-    def read_one(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        image, target = self.part.read(index), self.part.targets[index]
+    def read_sample(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return one augmented image and its target. The draws come from torch's global generator."""
+        image, target = self.image_set.read(index), self.image_set.targets[index]
         if self.transform is None:
             return image, target
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])
@@ -79,21 +81,21 @@ class DetectionViews:
 class Batch(NamedTuple):
     images: list[torch.Tensor]  # (3, H, W) in 0..1, on the device
     targets: list[dict[str, torch.Tensor]]  # boxes (N, 4), labels (N,), difficult (N,), on the device
-    index: torch.Tensor  # (B,) long, positions in the set, on the host
+    index: torch.Tensor  # (B,) long, positions in the image set, on the host
 
 
 class DetectionLoader:
-    """Batches of an image set. `epoch(n)` yields those of epoch n; len() is the number of optimizer steps in an epoch.
+    """Batches of an image set. `epoch(n)` yields those of epoch n; len() is the number of optimizer steps per epoch.
 
-    batch_size is the total over all processes and micro-batches, as for engine.data.loader.DeviceLoader. With shuffle,
-    images higher than wide make batches of their own, which spares padding; an epoch ends with what is left of both
-    kinds, and, where the shards do not divide that, with the epoch's first images again: so it has as many steps for
-    any number of processes.
+    batch_size is the total over all processes and micro-batches, as in engine.data.loader.DeviceLoader. With shuffle,
+    portrait images form their own batches, which saves padding, and the last batches hold the rest of both
+    orientations. If the shards do not divide the last batch, the first images of the epoch fill it up. An epoch thus
+    has the same number of steps for any number of processes.
     """
 
     def __init__(
         self,
-        part: DetectionSet,
+        image_set: DetectionSet,
         batch_size: int,
         *,
         device: torch.device,
@@ -103,26 +105,25 @@ class DetectionLoader:
         workers: int = 0,
         shard: Shard = WHOLE_BATCH,
     ):
-        self.part, self.batch_size, self.device = part, batch_size, device
+        self.image_set, self.batch_size, self.device = image_set, batch_size, device
         self.shuffle, self.seed, self.shard, self.micro_batches = shuffle, seed, shard, shard.micro_batches
-        drawn = part.images and isinstance(part.images[0], torch.Tensor)  # nothing to read: workers would only copy
+        if image_set.images and isinstance(image_set.images[0], torch.Tensor):
+            workers = 0  # the images are in memory: workers would only copy them
         self.pinned = device.type == "cuda"
-        self.reader = BatchReader(
-            DetectionViews(part, augment), seed=seed, workers=0 if drawn else workers, pin=self.pinned
-        )
+        self.reader = BatchReader(DetectionViews(image_set, augment), seed=seed, workers=workers, pin=self.pinned)
 
     def __len__(self) -> int:
-        return math.ceil(len(self.part) / self.batch_size)
+        return math.ceil(len(self.image_set) / self.batch_size)
 
     def close(self) -> None:
-        """End the worker processes, if there are any."""
+        """Stop the worker processes, if there are any."""
         self.reader.close()
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches of this rank, from step `start` on; the micro-batches of a step follow one another."""
+        """Yield the batches of this process from step `start` on; the micro-batches of a step are consecutive."""
         steps = self.order(epoch).split(self.batch_size)[start : len(self)]
-        chosen = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
-        for index, (images, targets, _) in zip(chosen, self.reader.read(chosen, epoch), strict=True):
+        indices = [index for batch in steps for index in self.shard.split(batch, even=self.shuffle)]
+        for index, (images, targets, _) in zip(indices, self.reader.read(indices, epoch), strict=True):
             images = [image.to(self.device, non_blocking=self.pinned).float().div_(255) for image in images]
             targets = [
                 {key: value.to(self.device, non_blocking=self.pinned) for key, value in target.items()}
@@ -131,12 +132,12 @@ class DetectionLoader:
             yield Batch(images, targets, index)
 
     def order(self, epoch: int) -> torch.Tensor:
-        """The positions of all images, batch after batch."""
-        count = len(self.part)
+        """Return the positions of all images in the order of the batches: (N,) long, or a few more with shuffle."""
+        count = len(self.image_set)
         if not self.shuffle:
             return torch.arange(count)
-        portrait = [height > width for height, width in self.part.sizes]
-        order, waiting = [], {False: [], True: []}
+        portrait = [height > width for height, width in self.image_set.sizes]
+        order, waiting = [], {False: [], True: []}  # waiting: incomplete batches of landscape and portrait images
         for position in torch.randperm(count, generator=make_epoch_generator(self.seed, epoch)).tolist():
             batch = waiting[portrait[position]]
             batch.append(position)
@@ -144,5 +145,5 @@ class DetectionLoader:
                 order += batch
                 batch.clear()
         order += [*waiting[False], *waiting[True]]
-        missing = -(count % self.batch_size) % self.shard.parts  # until the shards divide the last batch
+        missing = -(count % self.batch_size) % self.shard.parts  # images to add until the shards divide the last batch
         return torch.tensor(order + order[:missing], dtype=torch.long)

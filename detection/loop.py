@@ -1,4 +1,4 @@
-"""One epoch of training a detector, and its detections on a whole image set."""
+"""Train a detector for one epoch, and detect objects in a whole image set."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from engine.training.monitor import EpochMonitor
 from engine.training.running_sums import EpochStats, NonFiniteLoss
 from engine.training.state import TrainingState
 
-LOSS_NAMES = {  # of the loss terms, for the progress bar
+LOSS_NAMES = {  # torchvision's name of a loss term -> the short name on the console
     "loss_classifier": "class",
     "loss_box_reg": "box",
     "loss_objectness": "object",
@@ -35,11 +35,11 @@ def train_one_epoch(
     clip_grad: float = 0.0,
     monitor: EpochMonitor | None = None,
 ) -> dict[str, float]:
-    """Train for `steps` optimizer steps of an epoch, which may be fewer than it has. Returns the means of the loss and
-    of its terms, and the number of images.
+    """Train up to optimizer step `steps` of an epoch, which may have more. Returns the mean losses and the image count.
 
-    Raises NonFiniteLoss, before the weights are touched, for a loss that is NaN or infinite, and TrainingInterrupted
-    before a step where the monitor is asked to stop.
+    precision: dtype of autocast; None: float32. clip_grad: maximum gradient norm; 0: no limit. Raises NonFiniteLoss,
+    before the weights change, for a loss that is NaN or infinite, and TrainingInterrupted before the next step if the
+    monitor was asked to stop.
     """
     monitor = monitor or EpochMonitor(loader.device)
     stats, watch = monitor.stats, monitor.watch
@@ -59,17 +59,17 @@ def train_one_epoch(
             count = len(batches[-1].images)
             stats.add(count, **{name: value * count for name, value in losses[-1].items()})
             watch.lap("network")
-        # torchvision's detectors make the host wait in every step anyway, so checking the loss costs nothing more
-        check_finite(losses, batches, loader.part.names, first_step + step + 1)
+        # torchvision's detectors synchronise with the device in every step anyway, so checking the loss costs nothing
+        check_finite(losses, batches, loader.image_set.names, first_step + step + 1)
         optimizer_step(state, clip_grad, loader.micro_batches)
-        monitor.end_step(steps, state.optimizer, lambda: shown_means(stats))
+        monitor.end_step(steps, state.optimizer, lambda: get_progress_means(stats))
     return stats.means()
 
 
 def backward_batch(
     state: TrainingState, batch: Batch, precision: torch.dtype | None, *, sync: bool
 ) -> dict[str, torch.Tensor]:
-    """Add the gradient of the loss of a batch to .grad. Returns the loss and its terms, each ().
+    """Add the gradient of the loss on a batch to .grad. Returns the loss and its terms, each of shape ().
 
     sync: whether DistributedDataParallel averages the gradients over the processes in this backward pass.
     """
@@ -81,15 +81,17 @@ def backward_batch(
     return {name: value.detach() for name, value in {"loss": loss, **terms}.items()}
 
 
-def shown_means(stats: EpochStats) -> dict[str, float]:
-    """The means of the loss and its terms, under their short names."""
+def get_progress_means(stats: EpochStats) -> dict[str, float]:
+    """Return the means of the loss and its terms, under their short names."""
     means = stats.means()
     return {"loss": means["loss"], **{name: means[key] for key, name in LOSS_NAMES.items()}}
 
 
 def check_finite(losses: list[dict[str, torch.Tensor]], batches: list[Batch], names: list[str], step: int) -> None:
-    """Raise NonFiniteLoss in all processes, with the loss terms, the images and their objects, where a loss of one of
-    them is NaN or infinite. losses, batches: of the micro-batches of the step. names: of all images.
+    """Raise NonFiniteLoss in all processes if the loss of any of them is NaN or infinite.
+
+    losses, batches: those of the micro-batches of this step. names: names of all images in the set. The error carries
+    the loss terms, the images and their targets, as evidence.
     """
     values = torch.stack([torch.stack(list(terms.values())) for terms in losses])
     evidence = []
@@ -97,22 +99,24 @@ def check_finite(losses: list[dict[str, torch.Tensor]], batches: list[Batch], na
         for terms, batch in zip(losses, batches, strict=True):
             terms = {name: value.item() for name, value in terms.items() if name != "loss"}
             if not math.isfinite(sum(terms.values())):
-                content = {"terms": terms, "names": [names[position] for position in batch.index.tolist()]}
+                content = {"terms": terms, "names": [names[index] for index in batch.index.tolist()]}
                 evidence.append(move_to_host(content | batch._asdict()))
     bad = [batch for process in all_gather_object(evidence) for batch in process]
     if bad:
         terms = ", ".join(f"{name} {value:g}" for name, value in bad[0]["terms"].items())
-        where = ", ".join(name for batch in bad for name in batch["names"])
+        image_names = ", ".join(name for batch in bad for name in batch["names"])
         index = torch.cat([batch["index"] for batch in bad])
-        raise NonFiniteLoss(step, index, step, f"the loss ({terms}) on {where}", {"batches": bad})
+        raise NonFiniteLoss(step, index, step, f"the loss ({terms}) on {image_names}", {"batches": bad})
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module, loader: DetectionLoader, *, precision: torch.dtype | None = None, progress: Callable | None = None
 ) -> list[Detections]:
-    """The detections of each image of a set, in its order, in float32 unless a precision is given; the network is in
-    evaluation mode meanwhile. Each process takes its share of the images, and only the main one gets the list.
+    """Return the detections in each image of a set, in its order. Each process takes its share of the images.
+
+    Only the main process gets the full list; the others get an empty one. precision: dtype of autocast; None: float32.
+    progress: called with the number of finished steps. The model is in evaluation mode only during the call.
     """
     training, detections = model.training, {}
     model.eval()
@@ -120,12 +124,12 @@ def predict(
         for step, batch in enumerate(loader.epoch()):
             with disable_tf32(), autocast(loader.device, precision):
                 results = model(batch.images)
-            for position, result in zip(batch.index.tolist(), results, strict=True):
+            for index, result in zip(batch.index.tolist(), results, strict=True):
                 boxes, labels, scores = (result[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
-                detections[position] = Detections(boxes.astype(np.float64), labels, scores.astype(np.float64))
+                detections[index] = Detections(boxes.astype(np.float64), labels, scores.astype(np.float64))
             if progress:
                 progress(step + 1)
     finally:
         model.train(training)
-    merged = {position: image for process in gather_object(detections) or [] for position, image in process.items()}
-    return [merged[position] for position in sorted(merged)]
+    merged = {index: image for process in gather_object(detections) or [] for index, image in process.items()}
+    return [merged[index] for index in sorted(merged)]

@@ -1,4 +1,4 @@
-"""The options of detect.py."""
+"""Declare the options of detect.py."""
 
 from detection.recipes import RECIPES
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
@@ -16,8 +16,8 @@ from engine.config.parser import Parser
 
 def build_parser() -> Parser:
     parser = Parser(
-        "Train Faster R-CNN on PASCAL VOC with a classifier of this project as its backbone, and evaluate it by every "
-        "protocol in use."
+        "Train Faster R-CNN on PASCAL VOC with a classifier of this project as its backbone, and evaluate it by the "
+        "VOC and COCO protocols."
     )
     add_start_options(parser)
     add_resume_options(parser)
@@ -33,52 +33,71 @@ def build_parser() -> Parser:
 
 
 def add_start_options(parser: Parser) -> None:
-    """What is run, and from which weights it starts."""
+    """Add the options that select the task and the initial weights."""
     parser.group("run")
-    parser.option("--backbone_checkpoint", metavar="FILE", help="classifier whose ResNet becomes the backbone")
     parser.option(
-        "--pretrained", type=boolean, default=False, help="torchvision's ImageNet weights instead: the baseline"
+        "--backbone_checkpoint",
+        metavar="FILE",
+        help="classifier whose ResNet becomes the backbone: a file or a run folder (best.pt)",
     )
     parser.option(
-        "--frcnn_checkpoint", metavar="FILE", help="a detector: to evaluate, or to start from; ours or torchvision's"
+        "--pretrained",
+        type=boolean,
+        default=False,
+        help="use torchvision's ImageNet weights as the backbone: the baseline",
+    )
+    parser.option(
+        "--frcnn_checkpoint",
+        metavar="FILE",
+        help="detector to start from or to evaluate: file, run folder or torchvision's weights",
     )
     parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --frcnn_checkpoint and exit")
     parser.option(
-        "--averaged", type=boolean, default=False, help="take the weight average of the file, of a run with --ema"
+        "--averaged",
+        type=boolean,
+        default=False,
+        help="load the weight average that a run with --ema stored in the file",
     )
     parser.option(
         "--recipe",
         type=choice(["auto", *RECIPES]),
         default="auto",
-        help="fills in what is not given; auto: paper, or shapes for the drawn scenes",
+        help="sets the options that are not given; auto: shapes for the drawn scenes, else paper",
     )
 
 
 def add_network_options(parser: Parser) -> None:
+    """Add the options of the architecture and of what is trained."""
     parser.group("network")
     parser.option(
-        "--model", metavar="NAME", shown="from the file", help="resnet18, 34, 50, 101 or 152; --pretrained: 50"
+        "--model",
+        metavar="NAME",
+        shown="from the file",
+        help="backbone: resnet18, 34, 50, 101 or 152; with --pretrained resnet50",
     )
     parser.option(
         "--neck",
         type=choice(["fpn", "c5"]),
         shown="recipe",
-        help="feature pyramid, or the last stage with anchors 32-512",
+        help="fpn: feature pyramid; c5: only the last stage, anchors of 32 to 512 pixels",
     )
     parser.option(
-        "--trainable_layers", type=int_at_least(), shown="recipe", help="stages that learn, from the top; 5: all"
+        "--trainable_layers",
+        type=int_at_least(),
+        shown="recipe",
+        help="number of backbone stages to train, from the top; 5: all and the stem",
     )
     parser.option(
-        "--norm", type=choice(["frozen", "bn", "syncbn"]), shown="recipe", help="batch norm of the stages that learn"
+        "--norm", type=choice(["frozen", "bn", "syncbn"]), shown="recipe", help="batch norm of the trained stages"
     )
     parser.option(
         "--stem",
         type=choice(["embed", "random"]),
         default="embed",
-        help="the backbone's, its 3x3 in a 7x7 convolution, or a new one that learns",
+        help="embed: keep the stem, pad 3x3 kernels to 7x7; random: train a new stem",
     )
     parser.option(
-        "--rois", type=int_at_least(1), shown="recipe", help="proposals of an image that the head learns from"
+        "--rois", type=int_at_least(1), shown="recipe", help="proposals sampled per image to train the box head"
     )
     parser.option(
         "--proposals",
@@ -86,11 +105,12 @@ def add_network_options(parser: Parser) -> None:
         nargs=2,
         shown="recipe",
         metavar=("TRAIN", "TEST"),
-        help="kept of a feature map, and of an image",
+        help="proposals kept per feature map before NMS, and per image after it",
     )
 
 
 def add_image_options(parser: Parser) -> None:
+    """Add the options of the image sets, their size and augmentation."""
     parser.group("data")
     add_dataset_option(parser, ["voc", "shapes"], aliases={"fake": "shapes"}, dataset="voc")
     add_common_options(parser, "data_dir", "limit", download={"default": False})
@@ -99,12 +119,15 @@ def add_image_options(parser: Parser) -> None:
         nargs="+",
         default=["2007_trainval", "2012_trainval"],
         metavar="YEAR_LIST",
-        help="lists in VOC<YEAR>/ImageSets/Main",
+        help="training images: lists in VOC<YEAR>/ImageSets/Main",
     )
-    parser.option("--test_set", default="2007_test", metavar="YEAR_LIST")
-    parser.option("--use_difficult", type=boolean, shown="recipe", help="train on objects marked difficult too")
+    parser.option("--test_set", default="2007_test", metavar="YEAR_LIST", help="test images")
+    parser.option("--use_difficult", type=boolean, shown="recipe", help="also train on objects marked difficult")
     parser.option(
-        "--augment", type=choice(["none", "flip", "ssd"]), shown="recipe", help="ssd: colours, zoom out, crops, flip"
+        "--augment",
+        type=choice(["none", "flip", "ssd"]),
+        shown="recipe",
+        help="ssd: colour distortion, zoom-out, crops and flip",
     )
     parser.option(
         "--min_size",
@@ -112,21 +135,22 @@ def add_image_options(parser: Parser) -> None:
         nargs="+",
         shown="recipe",
         metavar="PIXELS",
-        help="shorter side; of several one is drawn for each training image, and the last is for evaluation",
+        help="shorter side; of several, one is drawn per training image and the last is for evaluation",
     )
-    parser.option("--max_size", type=int_at_least(8), shown="recipe", metavar="PIXELS", help="of the longer side")
-    parser.option(
-        "--export_shapes", metavar="DIR", help="write the drawn scenes in the layout of VOC into DIR, and exit"
-    )
+    parser.option("--max_size", type=int_at_least(8), shown="recipe", metavar="PIXELS", help="limit of the longer side")
+    parser.option("--export_shapes", metavar="DIR", help="write the drawn scenes to DIR in the layout of VOC, and exit")
 
 
 def add_schedule_options(parser: Parser) -> None:
-    """The length of a run and its learning rate, in optimizer steps, and when it is evaluated and saved."""
+    """Add the options of the length, the learning rate (in optimizer steps), the evaluations and the saves of a run."""
     parser.group("schedule")
-    parser.option("--iters", type=int_at_least(1), shown="recipe", help="optimizer steps; wins over --epochs")
-    parser.option("--epochs", type=int_at_least(1), help="the same as so many passes over the images")
+    parser.option("--iters", type=int_at_least(1), shown="recipe", help="number of optimizer steps; overrides --epochs")
+    parser.option("--epochs", type=int_at_least(1), help="length of the run in epochs instead of --iters")
     parser.option(
-        "--scale_lr", type=boolean, default=False, help="the recipe's lr times --batch_size over the recipe's batch"
+        "--scale_lr",
+        type=boolean,
+        default=False,
+        help="multiply the recipe's lr by --batch_size / the recipe's batch size",
     )
     parser.option(
         "--schedule",
@@ -134,33 +158,34 @@ def add_schedule_options(parser: Parser) -> None:
         nargs="*",
         metavar="ITERATION",
         shown="recipe",
-        help="where the lr drops; in a recipe it scales with --iters",
+        help="steps at which the lr drops; those of a recipe scale with --iters",
     )
     parser.option(
-        "--gammas", type=float_in_range(), nargs="+", default=[0.1], help="one factor for all drops, or one each"
+        "--gammas", type=float_in_range(), nargs="+", default=[0.1], help="factor of all drops, or one per drop"
     )
-    parser.option(
-        "--warmup_iters", type=int_at_least(), shown="recipe", help="linear rise of the lr from a thousandth of it"
-    )
-    parser.option("--eval_every", type=int_at_least(), default=0, help="epochs between evaluations; 0: at the end only")
-    parser.option("--save_iters", type=int_at_least(), default=0, help="save last.pt every N steps too; 0: never")
+    parser.option("--warmup_iters", type=int_at_least(), shown="recipe", help="steps of linear warm-up from lr / 1000")
+    parser.option("--eval_every", type=int_at_least(), default=0, help="evaluate every N epochs; 0: only at the end")
+    parser.option("--save_iters", type=int_at_least(), default=0, help="also save last.pt every N steps; 0: never")
 
 
 def add_detection_options(parser: Parser) -> None:
-    """What counts as a detection, and what is kept of them."""
+    """Add the options of the detections and of their evaluation."""
     parser.group("detections")
     parser.option(
-        "--score_thr", type=float_in_range(0, 1), default=0.05, help="detections below this score are left out"
+        "--score_thr", type=float_in_range(0, 1), default=0.05, help="discard detections with a score below this"
     )
     parser.option(
-        "--nms_thr", type=float_in_range(0, 1), default=0.5, help="overlap at which the weaker detection goes"
+        "--nms_thr",
+        type=float_in_range(0, 1),
+        default=0.5,
+        help="IoU above which NMS removes the detection with the lower score",
     )
-    parser.option("--max_dets", type=int_at_least(1), default=100, help="detections of an image")
+    parser.option("--max_dets", type=int_at_least(1), default=100, help="maximum number of detections per image")
     parser.option(
         "--coco_count_difficult",
         type=boolean,
         default=False,
-        help="COCO's numbers: count difficult objects, as the replication had it",
+        help="count difficult objects in COCO's metrics, as the replication did",
     )
-    parser.option("--vis", type=int_at_least(), default=0, help="draw N test images with boxes")
-    parser.option("--predictions", metavar="FILE.json", help="all detections, as COCO's tools read them")
+    parser.option("--vis", type=int_at_least(), default=0, help="draw the detections in N test images")
+    parser.option("--predictions", metavar="FILE.json", help="write all detections in COCO's results format")

@@ -1,7 +1,7 @@
-"""Training recipes for detectors."""
+"""Training recipes of detect.py: values for the options that are not given."""
 
-SCALES = list(range(480, 801, 32))  # of multi-scale training
-PAPER = {  # Uddin et al., arXiv 2006.01791; length and drop of the rate from memory
+SCALES = list(range(480, 801, 32))  # shorter sides for multi-scale training, in pixels
+PAPER = {  # Uddin et al., arXiv 2006.01791; iters and schedule are from memory, not from the text
     "batch_size": 8,
     "lr": 0.004,
     "weight_decay": 5e-4,
@@ -30,7 +30,7 @@ LARGE_BATCH = {
 RECIPES = {
     "paper": PAPER,
     "replication": {**PAPER, "iters": 28_966, "schedule": [20_690], "neck": "c5", "use_difficult": True},
-    "moco24k": {  # the schedule of He et al., "Momentum Contrast", arXiv 1911.05722, Sec. 4.2.1, whose neck is C4
+    "moco24k": {  # schedule of He et al., "Momentum Contrast", arXiv 1911.05722, Sec. 4.2.1, which uses a C4 neck
         **PAPER,
         **LARGE_BATCH,
         "iters": 24_000,
@@ -39,7 +39,7 @@ RECIPES = {
         "norm": "syncbn",
     },
     "fpn18k": {**PAPER, **LARGE_BATCH, "iters": 18_000, "schedule": [12_000, 16_000]},
-    "shapes": {  # ours, for a CPU
+    "shapes": {  # our own, short enough for a CPU
         **PAPER,
         "lr": 0.02,
         "iters": 500,

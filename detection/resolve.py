@@ -1,4 +1,4 @@
-"""From typed options to the options of a detector's run."""
+"""Resolve the options of a detector's run: typed options, recipe, and the options of the run that is resumed."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from engine.config.resume_rules import (
     check_changed_options,
     merge_options,
 )
+from engine.runtime.text import format_count
 
-KIND = "detector"  # of checkpoints and runs
-START_OPTIONS = {"backbone_checkpoint", "pretrained", "frcnn_checkpoint"}  # what a new detector starts from
-TRAINING_OPTIONS = (  # what an evaluation does not read
+KIND = "detector"  # kind of checkpoints and runs
+START_OPTIONS = {"backbone_checkpoint", "pretrained", "frcnn_checkpoint"}  # initial weights of a new detector
+TRAINING_OPTIONS = (  # options that an evaluation does not use
     {"recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"}
     | {"batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"}
     | {"clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"}
@@ -27,14 +28,15 @@ RULES = OptionRules(
     architecture={"model", "neck", "stem", "norm", "trainable_layers", "ema", "dataset", "train_sets", "limit"}
     | {"batch_size"},
     per_call=PER_CALL_OPTIONS | {"vis", "predictions", "export_shapes"},
-    replaces=dict.fromkeys(START_OPTIONS, START_OPTIONS),  # one of them takes the place of all
+    replaces=dict.fromkeys(START_OPTIONS, START_OPTIONS),  # a typed one replaces all of them
 )
 
 
 def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
-    """Every option, filled in and checked. A contradiction is a usage error.
+    """Return every option, filled in and checked. Options that contradict each other are a usage error.
 
-    Of a new run iters, schedule and warmup_iters are None unless they are typed: scale_schedule() fills them in.
+    typed: options on the command line. saved: those of --config or of the run that is resumed, or {}. For a new run,
+    iters, schedule and warmup_iters are None unless they are typed; scale_schedule() sets them.
     """
     options = merge_options(typed, saved, parser.defaults, rules=RULES, recipe=get_recipe)
     with parser.usage_errors():
@@ -49,7 +51,7 @@ def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
 
 
 def get_recipe(given: dict) -> dict[str, object]:
-    """What the recipe of a run sets, which the given options may name."""
+    """Return the options that the recipe sets. given: the options that may name a recipe."""
     name = given.get("recipe") or ("shapes" if given.get("dataset") == "shapes" else "paper")
     recipe = {**RECIPES[name], "recipe": name}
     if given.get("scale_lr"):
@@ -57,51 +59,49 @@ def get_recipe(given: dict) -> dict[str, object]:
     return recipe
 
 
-def resolve_resumed(parser: Parser, typed: dict, saved: dict) -> dict:
-    """The same for a run that is resumed, and so starts from nothing else."""
+def resolve_resumed_options(parser: Parser, typed: dict, saved: dict) -> dict:
+    """Resolve the options of a resumed run, which ignores the options for initial weights."""
     return resolve_options(parser, {key: value for key, value in typed.items() if key not in START_OPTIONS}, saved)
 
 
 def check_combinations(options: dict, typed: dict) -> None:
     """Raise ValueError, with the remedy, for options that exclude each other."""
     if options["config"] and "recipe" in typed:
-        raise ValueError("--recipe: the file of --config brings every option with it; leave one of them out")
+        raise ValueError("--recipe: the file of --config already sets every option; omit --recipe or --config")
     if options["trainable_layers"] > 5:
         raise ValueError(
-            f"--trainable_layers {options['trainable_layers']}: a ResNet has a stem and 4 stages; 5 is all"
+            f"--trainable_layers {options['trainable_layers']}: at most 5 (the 4 stages of a ResNet and its stem)"
         )
     if len(options["gammas"]) not in (1, len(options["schedule"])):
-        raise ValueError(
-            f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} drops of --schedule; "
-            "give one for all, or one each"
-        )
+        counts = f"{len(options['gammas'])} factors for {format_count(len(options['schedule']), 'drop')}"
+        raise ValueError(f"--gammas: {counts} of --schedule; give one factor for all, or one per drop")
     if max(options["min_size"]) > options["max_size"]:
-        raise ValueError(f"--min_size {max(options['min_size'])} is more than --max_size {options['max_size']}")
+        raise ValueError(f"--min_size {max(options['min_size'])} exceeds --max_size {options['max_size']}")
     if options["stem"] == "random" and options["frcnn_checkpoint"]:
-        raise ValueError("--stem random: it says how a classifier becomes a backbone; --frcnn_checkpoint has one")
+        raise ValueError("--stem random: only for a classifier; the backbone of --frcnn_checkpoint has a stem already")
     if options["averaged"] and not (options["frcnn_checkpoint"] or options["backbone_checkpoint"]):
-        raise ValueError("--averaged: of which file? give --backbone_checkpoint or --frcnn_checkpoint")
+        raise ValueError("--averaged: needs a file; give --backbone_checkpoint or --frcnn_checkpoint")
     if options["evaluate"] and not options["frcnn_checkpoint"]:
-        raise ValueError("--evaluate needs --frcnn_checkpoint FILE: a backbone alone detects nothing")
+        raise ValueError("--evaluate: needs a detector; give --frcnn_checkpoint FILE")
 
 
 def check_start_options(parser: Parser, options: dict) -> None:
-    """A usage error unless exactly one option says what a new detector starts from."""
+    """End with a usage error unless exactly one option names the initial weights of a new detector."""
     starts = [f"--{key}" for key in sorted(START_OPTIONS) if options[key]]
     if not starts:
         parser.error(
-            "--backbone_checkpoint FILE: which classifier shall be the backbone? --pretrained takes torchvision's, "
-            "--frcnn_checkpoint FILE starts from a detector"
+            "no initial weights: give --backbone_checkpoint FILE for a classifier, --pretrained for torchvision's "
+            "backbone, or --frcnn_checkpoint FILE for a detector"
         )
     if len(starts) > 1:
-        parser.error(f"{' and '.join(starts)} both say what to start from; give one of them")
+        parser.error(f"{' and '.join(starts)}: each sets the initial weights; give only one of them")
 
 
 def scale_schedule(options: dict, steps_per_epoch: int) -> dict:
-    """iters, schedule and warmup_iters of a run, in optimizer steps.
+    """Return iters, schedule and warmup_iters of a run, in optimizer steps.
 
-    The drops of a recipe keep their share of the run where its length is another one; its warm-up then takes a tenth of
-    the run at most.
+    If a run is longer or shorter than its recipe, the lr drops scale with its length. In a shorter run the recipe's
+    warm-up takes at most a tenth of the steps.
     """
     recipe = RECIPES[options["recipe"]]
     length = options["iters"] or (options["epochs"] and options["epochs"] * steps_per_epoch) or recipe["iters"]
@@ -113,30 +113,30 @@ def scale_schedule(options: dict, steps_per_epoch: int) -> dict:
     return {"iters": length, "schedule": drops, "warmup_iters": warmup}
 
 
-def option_notes(options: dict, typed: dict, resumed: bool = False) -> list[str]:
-    """What was typed and nothing reads."""
-    idle = set()
+def describe_unused_options(options: dict, typed: dict, resumed: bool = False) -> list[str]:
+    """Return a note on the typed options that have no effect, in a list that may be empty."""
+    unused = set()
     if options["dataset"] == "shapes":
-        idle |= {"data_dir", "train_sets", "test_set", "download", "workers"}
+        unused |= {"data_dir", "train_sets", "test_set", "download", "workers"}
     if "lr" in typed or resumed:
-        idle |= {"scale_lr"}
+        unused |= {"scale_lr"}
     if "iters" in typed:
-        idle |= {"epochs"}
+        unused |= {"epochs"}
     if options["log_off"]:
-        idle |= {"vis", "name", "save_every", "save_iters"}
+        unused |= {"vis", "name", "save_every", "save_iters"}
     if resumed:
-        idle |= START_OPTIONS
+        unused |= START_OPTIONS
     if options["evaluate"]:
-        idle |= TRAINING_OPTIONS | {"amp", "backbone_checkpoint", "pretrained"}
-    found = sorted(f"--{key}" for key in typed.keys() & idle)
-    return [f"without effect here: {', '.join(found)}"] if found else []
+        unused |= TRAINING_OPTIONS | {"amp", "backbone_checkpoint", "pretrained"}
+    names = sorted(f"--{key}" for key in typed.keys() & unused)
+    return [f"no effect in this run: {', '.join(names)}"] if names else []
 
 
 def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
-    """check_changed_options() for a detector."""
+    """Raise UserError if typed options differ from those of the saved run and may not change on a resume."""
     check_changed_options(typed, saved, rules=RULES, force=force)
 
 
-def detector_runs(options: dict) -> tuple[Path, str]:
-    """The folder of the detectors for this data set, and how the names of unnamed ones begin."""
+def locate_detector_runs(options: dict) -> tuple[Path, str]:
+    """Return the folder of detector runs on this data set, and the prefix of the names of unnamed runs."""
     return Path(options["root_dir"]) / options["dataset"] / "frcnn", options["recipe"]

@@ -1,7 +1,7 @@
-"""PASCAL VOC: images, object boxes and lists of images in the folders of a VOCdevkit (Everingham et al., IJCV 2010).
+"""Read PASCAL VOC: images, object boxes and lists of images in a VOCdevkit (Everingham et al., IJCV 2010).
 
-On disk, boxes are 1-based and inclusive. Here they are continuous, (xmin - 1, ymin - 1, xmax, ymax), so that plain
-areas and overlaps are those of the "+1" arithmetic of the VOC tools.
+On disk, boxes are 1-based and inclusive. Here they are continuous, (xmin - 1, ymin - 1, xmax, ymax), so that areas and
+overlaps equal those of the "+1" arithmetic in the VOC tools.
 """
 
 import math
@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import torch
 import torchvision
 
-from detection.dataset import DetectionSet, list_first_names
+from detection.dataset import DetectionSet, format_first_names
 from engine.data.annotations import read_image_size
 from engine.data.folders import describe_folder
 from engine.errors import UserError, suggest_closest
@@ -26,145 +26,154 @@ CLASSES = (
 ).split()
 SET_SIZES = {"2007_train": 2501, "2007_val": 2510, "2007_trainval": 5011, "2007_test": 4952}
 SET_SIZES |= {"2012_train": 5717, "2012_val": 5823, "2012_trainval": 11540}
-ARCHIVES = {  # (year, whether it is the test set) -> published archive
+ARCHIVES = {  # (year, whether it holds the test set) -> published archive
     ("2007", False): "VOCtrainval_06-Nov-2007.tar",
     ("2007", True): "VOCtest_06-Nov-2007.tar",
     ("2012", False): "VOCtrainval_11-May-2012.tar",
 }
-SUFFIXES = (".jpg", ".jpeg", ".png")  # of images; where one has several files, the first of these counts
+SUFFIXES = (".jpg", ".jpeg", ".png")  # of image files; if an image has several files, the first suffix is used
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-FLAGS = ("-1", "0", "1")  # in the list of one class: absent, present but difficult, present
+CLASS_LIST_FLAGS = ("-1", "0", "1")  # in the list of a class: absent, only difficult objects, present
 
 
 class Annotation(NamedTuple):
-    """The objects of one image."""
+    """The ground-truth objects of one image."""
 
     boxes: list[tuple[float, float, float, float]]
     labels: list[int]
     difficult: list[bool]
     size: tuple[int, int]  # height, width
-    clipped: int  # number of boxes that reached outside the image
+    clipped: int  # number of boxes that extended beyond the image
     dropped: int  # number of boxes without area, which are not in `boxes`
 
 
-# where the files are
+# ---- Folders and downloads ----
 
 
-def candidate_folders(data_dir: Path) -> list[Path]:
+def list_candidate_folders(data_dir: Path) -> list[Path]:
+    """Return the folders that may be the devkit, best first."""
     return [data_dir, data_dir / "VOCdevkit", data_dir / "VOCdevkit" / "VOCdevkit"]
 
 
 def list_years(folder: Path) -> list[str]:
-    """The years of the folders VOC<year> in it, sorted."""
+    """Return the years of its subfolders VOC<year>, sorted."""
     names = os.listdir(folder) if folder.is_dir() else []
     return sorted(name[3:] for name in names if re.fullmatch(r"VOC\d{4}", name))
 
 
 def find_devkit(data_dir: Path) -> Path:
-    """The folder that holds VOC2007/ and VOC2012/: data_dir, VOCdevkit in it, or a doubled VOCdevkit/VOCdevkit.
+    """Return the folder that holds VOC2007/ and VOC2012/: data_dir, VOCdevkit in it, or a nested VOCdevkit/VOCdevkit.
 
-    Raises UserError that says what was looked for where.
+    Raises UserError with the folders that were searched.
     """
-    if found := next(filter(list_years, candidate_folders(data_dir)), None):
+    if found := next(filter(list_years, list_candidate_folders(data_dir)), None):
         return found
-    folders, archives = ", ".join(map(str, candidate_folders(data_dir))), ", ".join(ARCHIVES.values())
+    folders, archives = ", ".join(map(str, list_candidate_folders(data_dir))), ", ".join(ARCHIVES.values())
     raise UserError(
         f"PASCAL VOC not found: looked for VOC2007/ and VOC2012/, each with JPEGImages/, Annotations/ and "
-        f"ImageSets/Main/, in {folders}\nunpack {archives} there, get them with --download true, or name their place "
-        f"with --data_dir{describe_folder(data_dir)}"
+        f"ImageSets/Main/, in {folders}\nunpack {archives} there, download them with --download true, or set "
+        f"--data_dir to their folder{describe_folder(data_dir)}"
     )
 
 
 def prepare_devkit(data_dir: Path, sets: list[str], download: bool) -> Path:
-    """The devkit; with `download`, the archives of missing sets are first downloaded and unpacked."""
+    """Return the devkit. With `download`, first download and unpack the archives of missing sets."""
     for name in sets if download else []:
-        year, part = split_name(name)
-        devkit = next(filter(list_years, candidate_folders(data_dir)), None)
-        if devkit is None or not list_file(devkit, year, part).is_file():
-            fresh = data_dir if data_dir.name == "VOCdevkit" else data_dir / "VOCdevkit"
-            download_archive(devkit or fresh, year, part)
+        year, split = split_set_name(name)
+        devkit = next(filter(list_years, list_candidate_folders(data_dir)), None)
+        if devkit is None or not get_list_path(devkit, year, split).is_file():
+            new_devkit = data_dir if data_dir.name == "VOCdevkit" else data_dir / "VOCdevkit"
+            download_archive(devkit or new_devkit, year, split)
     return find_devkit(data_dir)
 
 
-def download_archive(devkit: Path, year: str, part: str) -> None:
-    """Download and unpack the archive with this set. Raises UserError where that fails."""
-    test = part == "test" or part.endswith("_test")
+def download_archive(devkit: Path, year: str, split: str) -> None:
+    """Download and unpack the archive that holds this set. Raises UserError if that fails."""
+    test = split == "test" or split.endswith("_test")
     archive = ARCHIVES.get((year, test))
     root = devkit.absolute().parent
     if archive is None:
-        raise UserError(f"no published archive has {year}_{part}\nput it into {devkit}/VOC{year} yourself")
+        raise UserError(f"no published archive holds {year}_{split}\nput it into {devkit}/VOC{year} yourself")
     if devkit.absolute().name != "VOCdevkit":
         raise UserError(
-            f"{archive} unpacks into a folder VOCdevkit, and {devkit} is called otherwise\nrename it, or unpack "
-            "the archive elsewhere and move what is in it there"
+            f"{archive} unpacks into a folder named VOCdevkit, but the devkit is {devkit}\nrename it to VOCdevkit, or "
+            "unpack the archive elsewhere and move its content there"
         )
     try:
         torchvision.datasets.VOCDetection(str(root), year=year, image_set="test" if test else "trainval", download=True)
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(
-            f"downloading {archive} failed ({type(error).__name__}: {reason})\nget it elsewhere and unpack it in "
-            f"{root}, so that {root / 'VOCdevkit' / f'VOC{year}'} is there; --dataset shapes needs no files"
+            f"downloading {archive} failed ({type(error).__name__}: {reason})\nobtain it elsewhere and unpack it in "
+            f"{root}, so that {root / 'VOCdevkit' / f'VOC{year}'} exists; --dataset shapes needs no files"
         ) from error
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """2007_trainval -> year and list."""
+def split_set_name(name: str) -> tuple[str, str]:
+    """Split the name of an image set into year and list: 2007_trainval -> 2007, trainval."""
     match = re.fullmatch(r"(\d{4})_([\w-]+)", name)
     if not match:
-        raise UserError(f"{name!r} names no image set\nsets are called YEAR_LIST, as {', '.join(SET_SIZES)}")
+        raise UserError(
+            f"{name!r} is not the name of an image set\nnames have the form YEAR_LIST, such as {', '.join(SET_SIZES)}"
+        )
     return match[1], match[2]
 
 
-def list_file(devkit: Path, year: str, part: str) -> Path:
-    return devkit / f"VOC{year}" / "ImageSets" / "Main" / f"{part}.txt"
+def get_list_path(devkit: Path, year: str, split: str) -> Path:
+    return devkit / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt"
 
 
-# reading
+# ---- Image sets and annotations ----
 
 
 def read_sets(devkit: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items) -> DetectionSet:
-    """The images of these sets, each once, in the order of the lists.
+    """Read the images of these sets, each image once, in the order of the lists.
 
-    The classes are VOC's, or those in the file classes.txt of the devkit, one name a line. Raises UserError that names
-    the file for whatever is missing or broken; boxes that are clipped or dropped are counted in the warnings.
+    The classes are those of VOC, or those in the file classes.txt of the devkit, one name per line. Raises UserError,
+    which names the file, for missing or broken files. Warnings report boxes that were clipped or dropped.
     """
+    # ---- Lists ----
     classes = read_classes(devkit)
-    label_of = {name: label for label, name in enumerate(classes, 1)}
-    part = DetectionSet(classes, [], [], [], [], f"{devkit} ({', '.join(sets)})")
+    label_by_class = {name: label for label, name in enumerate(classes, 1)}
+    image_set = DetectionSet(classes, [], [], [], [], f"{devkit} ({', '.join(sets)})")
     listed = []
     for name in sets:
         names = read_list(devkit, name)
         listed += names
         if classes == CLASSES and len(names) != SET_SIZES.get(name, len(names)):
-            part.warnings.append(
-                f"{name} usually has {SET_SIZES[name]:,} images, here are {len(names):,}: figures cannot be set "
-                "against published ones"
+            image_set.warnings.append(
+                f"{name} has {len(names):,} images here instead of {SET_SIZES[name]:,}: do not compare the results "
+                "with published ones"
             )
-    part.names = list(dict.fromkeys(listed))
-    folders = dict.fromkeys(name.split("/")[0] for name in part.names)
+    image_set.names = list(dict.fromkeys(listed))
+
+    # ---- Images and annotations ----
+    folders = dict.fromkeys(name.split("/")[0] for name in image_set.names)
     files = {folder: list_image_files(devkit / folder / "JPEGImages") for folder in folders}
     annotations = []
-    for name in progress(part.names, total=len(part.names), desc="reading annotations", unit="image"):
-        folder, identity = name.split("/", 1)
-        file = files[folder].get(identity)
+    for name in progress(image_set.names, total=len(image_set.names), desc="reading annotations", unit="image"):
+        folder, image_id = name.split("/", 1)
+        file = files[folder].get(image_id)
         if file is None:
             raise UserError(
-                f"no image {devkit / folder / 'JPEGImages' / identity}{' or '.join(SUFFIXES)}\n"
-                f"put it there, or take {identity} out of the lists"
+                f"no image {devkit / folder / 'JPEGImages' / image_id}{' or '.join(SUFFIXES)}\n"
+                f"put it there, or remove {image_id} from the lists"
             )
-        part.images.append(devkit / folder / "JPEGImages" / file)
-        annotation_file = devkit / folder / "Annotations" / f"{identity}.xml"
-        annotations.append(read_annotation(annotation_file, part.images[-1], label_of))
-    part.sizes = [annotation.size for annotation in annotations]
-    part.targets = [make_target(annotation) for annotation in annotations]
-    part.warnings += describe_defects(part.names, annotations)
-    if repeated := len(listed) - len(part.names):
-        part.warnings.append(f"images that are listed more than once and taken once: {repeated:,}")
-    return part
+        image_set.images.append(devkit / folder / "JPEGImages" / file)
+        annotation_file = devkit / folder / "Annotations" / f"{image_id}.xml"
+        annotations.append(read_annotation(annotation_file, image_set.images[-1], label_by_class))
+    image_set.sizes = [annotation.size for annotation in annotations]
+    image_set.targets = [make_target(annotation) for annotation in annotations]
+
+    # ---- Warnings ----
+    image_set.warnings += describe_defects(image_set.names, annotations)
+    if repeated := len(listed) - len(image_set.names):
+        image_set.warnings.append(f"images listed more than once (used only once): {repeated:,}")
+    return image_set
 
 
 def make_target(annotation: Annotation) -> dict[str, torch.Tensor]:
+    """Convert an annotation to the target tensors of a DetectionSet."""
     return {
         "boxes": torch.tensor(annotation.boxes, dtype=torch.float32).reshape(-1, 4),
         "labels": torch.tensor(annotation.labels, dtype=torch.int64),
@@ -173,53 +182,55 @@ def make_target(annotation: Annotation) -> dict[str, torch.Tensor]:
 
 
 def describe_defects(names: list[str], annotations: list[Annotation]) -> list[str]:
-    """A line for each kind of defect, with how often it occurs and where."""
+    """Return a line for each kind of defect, with the number of cases and the first images."""
     defects = {
-        "boxes that reach outside their image and are cut": [one.clipped for one in annotations],
-        "boxes that have no area and are dropped": [one.dropped for one in annotations],
-        "images without any object, which stay as such": [not one.boxes for one in annotations],
+        "boxes clipped to their image": [annotation.clipped for annotation in annotations],
+        "boxes dropped because they have no area": [annotation.dropped for annotation in annotations],
+        "images kept although they have no objects": [not annotation.boxes for annotation in annotations],
     }
     return [
-        f"{text}: {sum(counts):,}, {list_first_names([name for name, n in zip(names, counts, strict=True) if n])}"
+        f"{text}: {sum(counts):,} ({format_first_names([name for name, n in zip(names, counts, strict=True) if n])})"
         for text, counts in defects.items()
         if any(counts)
     ]
 
 
 def read_classes(devkit: Path) -> list[str]:
+    """Read classes.txt of the devkit, or return the classes of VOC if there is no such file."""
     path = devkit / "classes.txt"
     if not path.is_file():
         return list(CLASSES)
     names = [line.strip() for line in read_lines(path) if line.strip()]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}: {'a class is named twice' if names else 'no class'}\nit takes one name a line")
+        problem = "a class name occurs twice" if names else "the file has no class names"
+        raise UserError(f"{path}: {problem}\nwrite one class name per line")
     return names
 
 
 def read_list(devkit: Path, name: str) -> list[str]:
-    """The images of a set, as VOC2007/000005, each once. Lines are `id`, or `id flag` in the list of one class."""
-    year, part = split_name(name)
-    path = list_file(devkit, year, part)
+    """Return the images of a set, each once, as VOC2007/000005. Lines are `id`, or `id flag` in the list of a class."""
+    year, split = split_set_name(name)
+    path = get_list_path(devkit, year, split)
     if not path.is_file():
         available = [
             f"{other}_{file.stem}"
             for other in list_years(devkit)
-            for file in sorted(list_file(devkit, other, part).parent.glob("*.txt"))
-            if not file.stem.startswith(tuple(f"{word}_" for word in CLASSES))  # 20 times as many as the others
+            for file in sorted(get_list_path(devkit, other, split).parent.glob("*.txt"))
+            if not file.stem.startswith(tuple(f"{word}_" for word in CLASSES))  # lists of one class: too many to show
         ]
         raise UserError(
-            f"no image set {name}: there is no {path}{suggest_closest(name, available)}\n"
-            f"the sets in {devkit} are {', '.join(available) or 'none'}; --download true gets those of 2007 and 2012"
+            f"no image set {name}: {path} does not exist{suggest_closest(name, available)}\n"
+            f"sets in {devkit}: {', '.join(available) or 'none'}; --download true downloads those of 2007 and 2012"
         )
     names = []
     for number, line in enumerate(read_lines(path), 1):
         words = line.split()
-        if len(words) > 2 or words[1:] and words[1] not in FLAGS:
-            raise UserError(f"{path}, line {number}: {line!r} is neither `id` nor `id flag`\nmend that line")
+        if len(words) > 2 or words[1:] and words[1] not in CLASS_LIST_FLAGS:
+            raise UserError(f"{path}, line {number}: {line!r} is neither `id` nor `id flag`\ncorrect the line")
         if words and words[1:] != ["-1"]:
             names.append(f"VOC{year}/{words[0]}")
     if not names:
-        raise UserError(f"{path}: no image in it\nit takes one id a line")
+        raise UserError(f"{path}: the list is empty\nwrite one image id per line")
     return list(dict.fromkeys(names))
 
 
@@ -227,39 +238,41 @@ def read_lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}\nit takes one name a line, in UTF-8") from error
+        raise UserError(f"{path}: {error}\nthe file must be UTF-8 text with one name per line") from error
 
 
 def list_image_files(folder: Path) -> dict[str, str]:
-    """Id -> file name of the images in a folder. It is listed once: a look-up of each file takes far longer."""
+    """Return id -> file name of the images in a folder. Listing it once is much faster than a look-up per image."""
     files = {}
     names = os.listdir(folder) if folder.is_dir() else []
     for suffix in SUFFIXES:
         for name in names:
-            stem, own = os.path.splitext(name)
-            if own.lower() == suffix:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() == suffix:
                 files.setdefault(stem, name)
     return files
 
 
-def read_annotation(path: Path, image: Path, label_of: dict[str, int]) -> Annotation:
-    """The objects in an XML file; their parts (heads, hands and feet of persons) do not count.
+def read_annotation(path: Path, image: Path, label_by_class: dict[str, int]) -> Annotation:
+    """Read the objects of an XML file. Parts of objects (heads, hands and feet of persons) are ignored.
 
-    image: its header is read where the file gives no size. Raises UserError, which names the file, where it is broken.
+    image: the image file, whose header is read if the annotation gives no size. Raises UserError, which names the
+    file, if it is broken.
     """
     try:
         root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
-            raise ValueError(f"it begins with <{root.tag}>, not with <annotation>")
+            raise ValueError(f"the root element is <{root.tag}> instead of <annotation>")
         height, width = read_size(root) or read_image_size(image)[::-1]
         boxes, labels, difficult, clipped, dropped = [], [], [], 0, 0
         for element in root.iterfind("object"):
             name = (element.findtext("name") or "").strip()
-            if name not in label_of:
-                classes = f"none of the {len(label_of)} classes{suggest_closest(name, label_of)}"
+            if name not in label_by_class:
+                hint = suggest_closest(name, label_by_class)
                 raise UserError(
-                    f"{path}: an object is called {name!r}, {classes}\nfor classes of your own put classes.txt, one "
-                    f"name a line, beside the folders VOC<year>"
+                    f"{path}: an object has the class {name!r}, which is none of the {len(label_by_class)} "
+                    f"classes{hint}\nfor your own classes, put a file classes.txt with one name per line next to the "
+                    "folders VOC<year>"
                 )
             xmin, ymin, xmax, ymax = (read_number(element, f"bndbox/{side}") for side in CORNERS)
             box = (xmin - 1, ymin - 1, xmax, ymax)
@@ -269,22 +282,22 @@ def read_annotation(path: Path, image: Path, label_of: dict[str, int]) -> Annota
                 continue
             clipped += inside != box
             boxes.append(inside)
-            labels.append(label_of[name])
+            labels.append(label_by_class[name])
             difficult.append(bool(read_number(element, "difficult", 0)))
-    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # LookupError: an unknown encoding
+    except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # LookupError: unknown encoding
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(f"{path}: {reason}\nmend the file, or take {path.stem} out of the lists") from error
+        raise UserError(f"{path}: {reason}\ncorrect the file, or remove {path.stem} from the lists") from error
     return Annotation(boxes, labels, difficult, (height, width), clipped, dropped)
 
 
 def read_size(root: ElementTree.Element) -> tuple[int, int] | None:
-    """Height and width, None where the file gives no usable ones: some tools write 0."""
+    """Return height and width; None if the file has no usable ones, since some tools write 0."""
     height, width = (round(read_number(root, f"size/{side}", 0)) for side in ("height", "width"))
     return (height, width) if height > 0 and width > 0 else None
 
 
 def read_number(root: ElementTree.Element, tag: str, default: float | None = None) -> float:
-    """The number in a tag; the default where it is empty or missing. Raises ValueError for anything else."""
+    """Return the number in a tag, or the default if the tag is empty or missing. Raises ValueError otherwise."""
     text = (root.findtext(tag) or "").strip()
     if not text and default is not None:
         return default
@@ -293,5 +306,6 @@ def read_number(root: ElementTree.Element, tag: str, default: float | None = Non
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"<{tag}> in <{root.tag}> is {text!r}, no number" if text else f"no <{tag}> in <{root.tag}>")
+        problem = f"<{tag}> in <{root.tag}> is {text!r}, not a finite number"
+        raise ValueError(problem if text else f"<{root.tag}> has no <{tag}>")
     return value

@@ -1,4 +1,4 @@
-"""Where a network looks: explanations of single images."""
+"""Explain the predictions of classifiers on single images by heatmaps."""
 
 from engine import lazy_attributes
 

@@ -1,4 +1,4 @@
-"""Explainers: a classifier and the methods that map where it sees a class in a picture."""
+"""Compute heatmaps of single images: an explainer is a classifier with one or more methods."""
 
 import re
 from collections import Counter
@@ -29,43 +29,44 @@ from saliency.casm.network import load_casm
 
 
 class Explanation(NamedTuple):
-    """Where a classifier sees one class in a picture, according to one method."""
+    """The heatmap of one image for one classifier, method and class."""
 
     classifier: Classifier
     method: str
-    target: int  # the class
-    probabilities: torch.Tensor  # (K,), of all classes for this picture
+    target: int  # index of the class
+    probabilities: torch.Tensor  # (K,), of all classes for this image
     heatmap: torch.Tensor  # (h, w) in 0..1
-    box: Box  # the part of the picture that the classifier saw
+    box: Box  # the part of the image that the classifier saw
 
 
 @dataclass(frozen=True)
 class Explainer:
-    """methods: name -> a function of normalised images (B, 3, S, S) and classes (B,) that gives maps (B, h, w) in 0..1.
-    targets: the classes to explain; -1 is the most probable one, -2 the next.
-    """
+    """A classifier, the methods that explain it, and the classes to explain."""
 
     classifier: Classifier
-    methods: dict[str, Callable]
-    targets: list[int]
-    view: FixedView
+    methods: dict[str, Callable]  # name -> function of normalised images (B, 3, S, S), classes (B,) -> maps (B, h, w)
+    targets: list[int]  # class indices; -1 is the most probable class, -2 the next
+    view: FixedView  # selects the part of an image that the classifier sees
     device: torch.device
 
-    def explain(self, pictures: list[np.ndarray]) -> list[list[Explanation]]:
-        """Pictures uint8 (H, W, 3) -> for each of them an explanation per method and target."""
-        crops, boxes = zip(*(crop_for_model(picture, self.view) for picture in pictures), strict=True)
+    def explain(self, images: list[np.ndarray]) -> list[list[Explanation]]:
+        """Explain images uint8 (H, W, 3) of any sizes. Returns, for each, an explanation per method and target.
+
+        Raises UserError if the classifier cannot take the images or its outputs are NaN or infinite.
+        """
+        crops, boxes = zip(*(crop_for_model(image, self.view) for image in images), strict=True)
         pixels = torch.from_numpy(np.stack(crops)).to(self.device).permute(0, 3, 1, 2).float() / 255
-        images = normalize(pixels, self.classifier.mean, self.classifier.std)
-        explanations = [[] for _ in pictures]
+        inputs = normalize(pixels, self.classifier.mean, self.classifier.std)
+        explanations = [[] for _ in images]
         with translate_errors(self.classifier.name, self.view.size):
             with torch.no_grad():
                 probabilities = self.classifier(pixels).softmax(1)
             if not probabilities.isfinite().all():
-                raise UserError(f"{self.classifier.name}: its scores are not finite: the weights are damaged")
+                raise UserError(f"{self.classifier.name}: the outputs are NaN or infinite\nuse undamaged weights")
             ranking = probabilities.argsort(1, descending=True)
             for (method, compute_maps), target in product(self.methods.items(), self.targets):
                 classes = ranking[:, -target - 1] if target < 0 else torch.full_like(ranking[:, 0], target)
-                maps = compute_maps(images, classes).cpu()
+                maps = compute_maps(inputs, classes).cpu()
                 columns = zip(classes.tolist(), probabilities.cpu(), maps, boxes, strict=True)
                 for row, column in zip(explanations, columns, strict=True):
                     row.append(Explanation(self.classifier, method, *column))
@@ -84,7 +85,7 @@ def make_cam_explainer(
     device: torch.device,
     precision: torch.dtype | None,
 ) -> Explainer:
-    """Activation maps of a classifier. The parameters are named after the options of cam.py."""
+    """Make an explainer that draws activation maps. The parameters by name are options of cam.py."""
     view = make_view(image_size or classifier.image_size, resize)
     targets = [target for word in target_class for target in parse_target_class(word, classifier)]
     network = classifier.network.to(device).requires_grad_(False)
@@ -108,7 +109,10 @@ def make_casm_explainer(
     device: torch.device,
     precision: torch.dtype | None,
 ) -> Explainer:
-    """The masks of the trained decoder in the file `casm`, which depend on no class."""
+    """Make an explainer that draws the masks of the trained network in the file `casm`, which depend on no class.
+
+    The parameters are options of cam.py.
+    """
     saved = load_casm(casm)
     network = saved.network.to(device).eval().requires_grad_(False)
     count = len(saved.classes) or 1000
@@ -128,7 +132,7 @@ def make_casm_explainer(
 
 @contextmanager
 def translate_errors(name: str, size: int) -> Iterator[None]:
-    """Raises UserError where the classifier `name` does not serve for a method, or for images of `size` pixels."""
+    """Raise UserError if a method cannot explain the classifier `name`, or if that takes no images of `size` pixels."""
     try:
         yield
     except ValueError as error:
@@ -137,73 +141,79 @@ def translate_errors(name: str, size: int) -> Iterator[None]:
         if "memory" in str(error) or "CUDA" in str(error):
             raise
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{name} cannot take images of {size} pixels ({reason})\nset --image_size") from error
+        raise UserError(f"{name} cannot take images of {size} pixels ({reason})\nset another --image_size") from error
 
 
 def make_view(size: int, resize: str) -> FixedView:
-    """How a picture is cut out for a network that takes images of size x size. resize: as --resize has it."""
+    """Return how an image is resized and cropped to size x size pixels. resize: a value of --resize."""
     side = default_eval_resize(size) if size > LARGE_SIDE else size
     views = {"keep": CenterCrop(size, side), "square": SquashedView(size, side), "whole": SquashedView(size, size)}
     return views[resize]
 
 
-def crop_for_model(picture: np.ndarray, view: FixedView) -> tuple[np.ndarray, Box]:
-    """uint8 (H, W, 3) -> what the view shows of it, (size, size, 3), and which part of the picture that is.
+def crop_for_model(image: np.ndarray, view: FixedView) -> tuple[np.ndarray, Box]:
+    """Resize and crop an image uint8 (H, W, 3) as the view does.
 
-    Only this part of the resized picture is computed; its pixels are those that resizing the whole picture would give.
+    Returns the crop (size, size, 3) and its box y1, y2, x1, x2 in the image. Only the crop is computed; its pixels
+    equal those of resizing the whole image.
     """
-    height, width = sides = picture.shape[:2]
+    height, width = sides = image.shape[:2]
     _, resized = view.plan(height, width, None)
     starts = np.array(center_offset(view.size, *resized))
     (y1, x1), (y2, x2) = starts * sides / resized, (starts + view.size) * sides / resized
-    box = (x1, y1, min(x2, width), min(y2, height))  # rounding must not step over the border
-    pixels = Image.fromarray(picture).resize((view.size, view.size), Image.Resampling.BILINEAR, box=box)
+    box = (x1, y1, min(x2, width), min(y2, height))  # rounding must not exceed the border
+    pixels = Image.fromarray(image).resize((view.size, view.size), Image.Resampling.BILINEAR, box=box)
     return np.array(pixels), (*round_to_pixels(y1, y2, height), *round_to_pixels(x1, x2, width))
 
 
-def round_to_pixels(begin: float, end: float, side: int) -> tuple[int, int]:
-    """A half-open range inside 0..side, of at least one pixel."""
-    first = min(round(begin), side - 1)
+def round_to_pixels(start: float, end: float, side: int) -> tuple[int, int]:
+    """Round to a half-open range inside 0..side of at least one pixel."""
+    first = min(round(start), side - 1)
     return first, min(max(round(end), first + 1), side)
 
 
 def load_classifiers(
     model_path: list[str], model: str | None, weights: str, image_size: int | None, norm: str | None, labels: str | None
 ) -> list[Classifier]:
-    """Each once, with a name of its own, and with the class names of the file `labels` where one is given."""
+    """Load each classifier once and give it a unique name. The parameters are options of cam.py."""
     settings = {"model": model, "weights": weights, "image_size": image_size}
-    classifiers = [load_classifier(word, models, **settings) for word in dict.fromkeys(model_path)]
+    classifiers = [load_classifier(path, models, **settings) for path in dict.fromkeys(model_path)]
     make_names_unique(classifiers)
-    slugs = [slugify(one.name).lower() for one in classifiers]
+    slugs = [slugify(classifier.name).lower() for classifier in classifiers]
     counts = Counter(slugs)
-    for number, (one, slug) in enumerate(zip(classifiers, slugs, strict=True), 1):
-        set_titles(one, labels)
-        if counts[slug] > 1:  # cut short, they would name the same files
-            one.name = f"{number} {one.name}"
+    for number, (classifier, slug) in enumerate(zip(classifiers, slugs, strict=True), 1):
+        set_titles(classifier, labels)
+        if counts[slug] > 1:  # truncated names must not lead to the same output files
+            classifier.name = f"{number} {classifier.name}"
+        known_norm = not classifier.path or classifier.options or classifier.is_torchvision
         if norm:
-            one.mean, one.std = STATISTICS[norm]
-        elif one.path and not one.options and not one.is_torchvision and one.image_size <= LARGE_SIDE:
-            print(f"note: {one.path} does not say how its images were normalised; taken: as imagenet (--norm)")
+            classifier.mean, classifier.std = STATISTICS[norm]
+        elif not known_norm and classifier.image_size <= LARGE_SIDE:
+            print(
+                f"note: {classifier.path} does not store the normalisation of its images; assuming that of imagenet "
+                "(set --norm)"
+            )
     return classifiers
 
 
 def set_titles(classifier: Classifier, labels: str | None) -> None:
-    """Call its classes what the file `labels` calls them."""
+    """Replace the class names of a classifier by those in the file `labels`, if it is given."""
     if labels:
         classifier.titles = read_titles(labels)
         if len(classifier.titles) != classifier.num_classes:
-            counts = f"{len(classifier.titles)} names, {classifier.name} has {classifier.num_classes} classes"
-            raise UserError(f"--labels {labels}: {counts}\none name a line, in the order of the classes")
+            counts = f"{len(classifier.titles)} names, but {classifier.name} has {classifier.num_classes} classes"
+            raise UserError(f"--labels {labels}: {counts}\nwrite one name per line, in the order of the classes")
 
 
 def parse_target_class(word: str, classifier: Classifier) -> list[int]:
-    """The classes that a word of --target_class means, as an Explainer takes them."""
+    """Convert a value of --target_class to the targets of an Explainer."""
     if word.lower() == "predicted":
         return [-1]
     if top := re.fullmatch(r"top([0-9]+)", word.lower()):
         if not 1 <= int(top[1]) <= classifier.num_classes:
             raise UserError(
-                f"--target_class {word}: of {classifier.name} there are top1 to top{classifier.num_classes}"
+                f"--target_class {word}: must be top1 to top{classifier.num_classes}, the number of classes of "
+                f"{classifier.name}"
             )
         return [-rank for rank in range(1, int(top[1]) + 1)]
     try:
@@ -213,11 +223,12 @@ def parse_target_class(word: str, classifier: Classifier) -> list[int]:
 
 
 def print_layers(classifier: Classifier, image_size: int | None) -> dict:
-    """The layers whose maps can be taken, in the order of the forward pass."""
+    """Print the layers that --layer accepts, in the order of the forward pass. Returns the model and their names."""
     side = image_size or classifier.image_size
     with translate_errors(classifier.name, side):
-        found = list_layers(classifier.network, side)
+        layers = list_layers(classifier.network, side)
     print(f"{classifier.name}: layer and shape (channels, height, width)")
-    for name, shape, is_default in found:
-        print(f"  {name:40} {' x '.join(map(str, shape))}{'   the last before the average' if is_default else ''}")
-    return {"model": classifier.name, "layers": [name for name, _, _ in found]}
+    for name, shape, is_default in layers:
+        default = "   (default: the last one before the average pooling)" if is_default else ""
+        print(f"  {name:40} {' x '.join(map(str, shape))}{default}")
+    return {"model": classifier.name, "layers": [name for name, _, _ in layers]}

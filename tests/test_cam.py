@@ -1,4 +1,4 @@
-"""cam.py, as a user calls it on pictures of all kinds."""
+"""End-to-end tests of cam.py on images of all kinds."""
 
 import sys
 import types
@@ -32,8 +32,8 @@ def net(tmp_path_factory) -> str:
     return f"squeezenet1_1={path}"
 
 
-class Bright(nn.Module):
-    """Class 0 is seen where it is bright, class 1 where it is dark; class 2 nowhere, class 3 less than class 0."""
+class BrightnessNet(nn.Module):
+    """A network that sees class 0 in bright areas, class 1 in dark ones, class 2 nowhere, class 3 like 0 but weaker."""
 
     def __init__(self, average: bool = True, scale: float = 1.0):
         super().__init__()
@@ -48,24 +48,25 @@ class Bright(nn.Module):
 
 
 @pytest.fixture
-def toy(monkeypatch):
-    """A function that makes every --model_path mean a Bright for images of `size` pixels: no file can hold a network
-    that is neither ours nor torchvision's.
+def use_toy(monkeypatch):
+    """A function that makes every --model_path load a BrightnessNet for images of `size` pixels.
+
+    No file can hold a network that is neither of this project nor of torchvision.
     """
 
     def use(size: int = 64, titles: tuple[str, ...] = (), **settings) -> None:
-        network = Bright(**settings).eval()
-        made = lambda word, models, **_: Classifier(  # noqa: E731
+        network = BrightnessNet(**settings).eval()
+        load_toy = lambda word, models, **_: Classifier(  # noqa: E731
             word, network, (0.0,) * 3, (1.0,) * 3, num_classes=4, image_size=size, titles=list(titles)
         )
-        monkeypatch.setattr("explanation.explainer.load_classifier", made)
+        monkeypatch.setattr("explanation.explainer.load_classifier", load_toy)
 
     return use
 
 
 @pytest.fixture
 def photo(tmp_path) -> str:
-    """Dark noise of 160 x 240 with a bright square in rows 80..100, columns 60..80."""
+    """An image of dark noise, 160 x 240, with a bright square in rows 80..100, columns 60..80."""
     values = np.random.RandomState(0).randint(0, 60, (160, 240, 3)).astype(np.uint8)
     values[80:100, 60:80] = 250
     Image.fromarray(values).save(tmp_path / "photo.png")
@@ -76,26 +77,26 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path))
 
 
-def many(root: Path, names: list[str], size=(20, 16)) -> list[str]:
+def write_images(root: Path, names: list[str], size=(20, 16)) -> list[str]:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", size, RED).save(root / name)
     return [str(root / name) for name in names]
 
 
-# the map lies on the part of the picture that the classifier sees
+# ---- The map lies on the part of the image that the classifier sees ----
 
 
 @pytest.mark.parametrize(
     ("resize", "box"),
     [
-        ("keep", (10, 150, 50, 190)),  # 160 x 240 stays so, and 140 x 140 of it are seen
-        ("square", (10, 150, 15, 225)),  # 160 x 160, of which 140 x 140 are seen
+        ("keep", (10, 150, 50, 190)),  # 160 x 240 is not resized, and the centre 140 x 140 is seen
+        ("square", (10, 150, 15, 225)),  # squeezed to 160 x 160, of which 140 x 140 is seen
         ("whole", (0, 160, 0, 240)),
     ],
 )
-def test_the_map_lies_on_the_crop_and_nothing_outside_is_touched(toy, photo, tmp_path, resize, box):
-    toy(140)
+def test_map_covers_the_crop_and_leaves_the_rest_unchanged(use_toy, photo, tmp_path, resize, box):
+    use_toy(140)
     words = ["--image_path", photo, "--model_path", "a", "--resize", resize, "--raw", "--target_class", "0", "1"]
     bright, dark = cam.main([*words, "-o", str(tmp_path / "out"), "--alpha", "0.3", "--colormap", "viridis"])
     y1, y2, x1, x2 = box
@@ -107,24 +108,24 @@ def test_the_map_lies_on_the_crop_and_nothing_outside_is_touched(toy, photo, tmp
     assert heat[y1:y2, x1:x2].min() == 0 and heat.max() == 1
     colours = np.array(matplotlib.colormaps["viridis"](heat))[..., :3] * 255
     expected = np.where(outside[..., None], before, 0.7 * before + 0.3 * colours)
-    assert np.abs(drawn - expected).max() < 2, "what --raw holds is what is drawn"
+    assert np.abs(drawn - expected).max() < 2, "--raw saves the map that is drawn"
     peak = np.unravel_index(heat.argmax(), heat.shape)
-    assert 76 <= peak[0] < 104 and 52 <= peak[1] < 88, "the bright square, give or take a cell of the map"
+    assert 76 <= peak[0] < 104 and 52 <= peak[1] < 88, "the peak is on the bright square, within one cell of the map"
     assert np.load(dark["raw"])[90, 70] < 0.2 and np.load(dark["raw"]).max() == 1
 
 
-def test_a_constant_map_is_zero_and_the_picture_keeps_its_own_place(toy, photo, tmp_path):
-    toy()
+def test_constant_map_is_zero_and_alpha_zero_shows_only_the_image(use_toy, photo, tmp_path):
+    use_toy()
     words = ["--image_path", photo, "--model_path", "a", "--target_class", "2", "--raw", "--method", "cam", "gradcam"]
     for row in cam.main([*words, "-o", str(tmp_path / "out")]):
         assert not np.load(row["raw"]).any()
     assert cam.main([*words[:4], "-o", str(tmp_path / "out" / "one.png"), "--alpha", "0"])[0]["output"].endswith(
         "one.png"
     )
-    assert np.array_equal(pixels(tmp_path / "out" / "one.png"), pixels(photo)), "alpha 0 shows the picture alone"
+    assert np.array_equal(pixels(tmp_path / "out" / "one.png"), pixels(photo)), "alpha 0 shows only the image"
 
 
-def test_trained_masks_are_drawn_as_they_are(casm_file, photo, tmp_path, capsys):
+def test_casm_masks_are_drawn_without_rescaling(casm_file, photo, tmp_path, capsys):
     from saliency.casm.network import load_casm
 
     words = ["--image_path", photo, "--casm", casm_file, "--raw", "-o", str(tmp_path)]
@@ -137,23 +138,24 @@ def test_trained_masks_are_drawn_as_they_are(casm_file, photo, tmp_path, capsys)
     heat = np.load(row["raw"])[:, 40:200]
     assert row["method"] == "casm" and row["predicted"] in saved.classes
     expected = torch.nn.functional.interpolate(mask[None, None], (160, 160), mode="bilinear")[0, 0]
-    torch.testing.assert_close(torch.from_numpy(heat), expected)  # not stretched
-    said = capsys.readouterr().out
-    assert "note: without effect on casm: --batch_size, --target_class" in said
-    assert "  casm  " in said and " of " not in said
+    torch.testing.assert_close(torch.from_numpy(heat), expected)  # not rescaled
+    printed = capsys.readouterr().out
+    assert "note: no effect with casm: --batch_size, --target_class" in printed
+    assert "  casm mask  " in printed and " of " not in printed
 
 
-# figures, names and places
+# ---- Figures and output files ----
 
 
-def test_a_figure_has_a_row_an_image_and_a_column_a_model_and_method(
+def test_figure_has_a_row_per_image_and_a_column_per_model_and_method(
     net, casm_file, tmp_path, monkeypatch, capsys, recwarn
 ):
     texts, inner = [], Figure.text
     monkeypatch.setattr(
         Figure, "text", lambda figure, *words, **look: (texts.append(words[2]), inner(figure, *words, **look))
     )
-    files = many(tmp_path, ["a b.png", "$\\frac$ \u65e5\u672c.png"], (90, 40)) + many(tmp_path, ["c.png"], (20, 130))
+    files = write_images(tmp_path, ["a b.png", "$\\frac$ \u65e5\u672c.png"], (90, 40))
+    files += write_images(tmp_path, ["c.png"], (20, 130))
     words = ["--image_path", *files, "--model_path", net, casm_file, "--image_size", "64", "--casm", casm_file]
     words += ["--method", "cam", "layercam", "--target_class", "top2", "--figure", str(tmp_path / "figs" / "all.png")]
     rows = cam.main([*words, "-o", str(tmp_path / "out")])
@@ -166,31 +168,35 @@ def test_a_figure_has_a_row_an_image_and_a_column_a_model_and_method(
     assert width > 10 * 200 and height > 3 * 100
     assert not [one for one in recwarn if "Glyph" in str(one.message)]
     assert len({row["output"] for row in rows}) == 27
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for row in rows:
         assert Image.open(row["output"]).size == Image.open(row["image"]).size
-        assert f"{row['predicted']} {row['predicted_probability']:.1%}" in said and row["output"] in said
-    for first, second in zip(rows[0:4:2], rows[1:4:2], strict=True):  # top2 of the first model, by each method
+        assert (
+            f"  predicted {row['predicted']} {row['predicted_probability']:.1%}  " in printed
+            and row["output"] in printed
+        )
+    for first, second in zip(rows[0:4:2], rows[1:4:2], strict=True):  # top2 of the first model, per method
         assert first["target_probability"] == first["predicted_probability"] >= second["target_probability"]
 
 
-def test_no_two_outputs_share_a_name(toy, tmp_path, capsys):
-    toy(titles=("Crane", "crane", "a" * 300, "\u65e5" * 300))
-    files = many(tmp_path, ["a/x.png", "b/x.png", "a/x.jpg", "z.png", "\u65e5" * 70 + "1.png", "\u65e5" * 70 + "2.png"])
+def test_output_names_are_unique(use_toy, tmp_path, capsys):
+    use_toy(titles=("Crane", "crane", "a" * 300, "\u65e5" * 300))
+    names = ["a/x.png", "b/x.png", "a/x.jpg", "z.png", "\u65e5" * 70 + "1.png", "\u65e5" * 70 + "2.png"]
+    files = write_images(tmp_path, names)
     words = ["--image_path", *files, "--model_path", "m" * 200, "--target_class", "0", "1", "2", "3"]
     rows = cam.main([*words, "-o", str(tmp_path / "out"), "--raw"])
     outputs = {Path(row["output"]).name.lower() for row in rows}
-    assert len(outputs) == 6 * 4, "one a picture and class"
-    assert len(list((tmp_path / "out").iterdir())) == 2 * 6 * 4, "and its map, and nothing half-written"
+    assert len(outputs) == 6 * 4, "one file per image and class"
+    assert len(list((tmp_path / "out").iterdir())) == 2 * 6 * 4, "also its raw map, and no temporary files"
     capsys.readouterr()
 
 
-# pictures as people have them
+# ---- Unusual images ----
 
 
-def test_odd_shapes_are_drawn(net, tmp_path):
+def test_images_of_extreme_shapes_are_drawn(net, tmp_path):
     sizes = [(1, 1), (1, 400), (400, 1), (2000, 7)]
-    files = [many(tmp_path, [f"{number}.png"], size)[0] for number, size in enumerate(sizes)]
+    files = [write_images(tmp_path, [f"{number}.png"], size)[0] for number, size in enumerate(sizes)]
     words = ["--image_path", *files, "--model_path", net, "--image_size", "64", "--figure", str(tmp_path / "f.png")]
     rows = cam.main([*words, "-o", str(tmp_path / "out"), "--raw"])
     assert [Image.open(row["output"]).size for row in rows] == sizes and all(
@@ -198,8 +204,8 @@ def test_odd_shapes_are_drawn(net, tmp_path):
     )
 
 
-def test_a_file_that_cannot_be_read_stops_or_is_left_out(toy, photo, tmp_path, capsys):
-    toy()
+def test_unreadable_image_raises_or_is_skipped(use_toy, photo, tmp_path, capsys):
+    use_toy()
     bad = [str(tmp_path / name) for name in ("bad.jpg", "empty.jpg")]
     for file, text in zip(bad, ["no picture", ""], strict=True):
         Path(file).write_text(text)
@@ -208,37 +214,37 @@ def test_a_file_that_cannot_be_read_stops_or_is_left_out(toy, photo, tmp_path, c
         cam.main(words)
     assert not (tmp_path / "out").exists()
     (row,) = cam.main([*words, "--on_bad_image", "skip", "--figure", str(tmp_path / "f.png")])
-    assert row["image"] == photo and capsys.readouterr().out.count("note: left out: ") == len(bad)
-    with pytest.raises(UserError, match="none of the 2 pictures"):
+    assert row["image"] == photo and capsys.readouterr().out.count("note: skipped: ") == len(bad)
+    with pytest.raises(UserError, match="2 images found, but none can be read"):
         cam.main(["--image_path", *bad, "--model_path", "a", "--on_bad_image", "skip"])
 
 
-# classes
+# ---- Target classes ----
 
 
-def test_several_classes_and_names_from_a_file(toy, photo, tmp_path):
-    toy()
+def test_several_target_classes_with_names_from_a_file(use_toy, photo, tmp_path):
+    use_toy()
     (tmp_path / "names.txt").write_text("n01440764 light, bright\ndark\n\nnone\nhalf\n")
     words = ["--image_path", photo, "--model_path", "a", "--labels", str(tmp_path / "names.txt")]
     rows = cam.main([*words, "--target_class", "none", "TOP2", "1", "none", "-o", str(tmp_path / "out")])
-    assert [row["target_index"] for row in rows] == [2, 0, 3, 1], "what is asked for twice is drawn once"
+    assert [row["target_index"] for row in rows] == [2, 0, 3, 1], "a class given twice is drawn once"
     assert rows[0]["predicted"] == "light, bright" and rows[0]["target"] == "none"
     assert Path(rows[1]["output"]).name == "photo_a_cam_light_bright.png"
     assert sum(row["target_probability"] for row in rows) == pytest.approx(1)
 
 
-# what is wrong is said in a line
+# ---- Errors ----
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--image_path FILE"),
+        ([], "--image_path is missing"),
         (["--image_path", "PHOTO", "--method", "casm"], "needs --casm FILE"),
         (["--image_path", "PHOTO", "--method", "grad-cam"], "did you mean gradcam"),
         (["--image_path", "PHOTO", "--colormap", "jett"], "did you mean jet"),
-        (["--image_path", "PHOTO", "--figure", "f.pdf"], "a .png"),
-        (["--image_path", "PHOTO", "--output", "f.jpg"], "a folder, or a .png"),
+        (["--image_path", "PHOTO", "--figure", "f.pdf"], "must end in .png"),
+        (["--image_path", "PHOTO", "--output", "f.jpg"], "must be a folder or end in .png"),
         (["--image_path", "PHOTO", "--layer", "features"], "--method gradcam"),
         (["--image_path", "PHOTO", "--alpha", "1.5"], "between 0 and 1"),
     ],
@@ -253,28 +259,28 @@ def test_usage_errors(photo, words, message, capsys):
     ("words", "message"),
     [
         (["--image_path", "nothing.jpg"], "nothing.jpg: no such file"),
-        (["--image_path", "*.gif"], r"\*.gif: no picture fits"),
-        (["--image_path", "hollow"], "hollow: no pictures in this folder"),
+        (["--image_path", "*.gif"], r"\*.gif: no image matches"),
+        (["--image_path", "hollow"], "hollow: no images in this folder"),
         (["--output", "names.txt"], "names.txt is a file, not a folder"),
         (["--output", "names.txt/deep/a.png"], "names.txt is a file, not a folder"),
-        (["--output", "photo.png"], "one of the pictures"),
-        (["--figure", "./photo.png"], "one of the pictures"),
-        (["--output", "x.png", "--target_class", "top2"], "several pictures"),
-        (["--output", "folder.png"], "that is a folder"),
+        (["--output", "photo.png"], "one of the input images"),
+        (["--figure", "./photo.png"], "one of the input images"),
+        (["--output", "x.png", "--target_class", "top2"], "2 maps need a folder"),
+        (["--output", "folder.png"], "a folder; give a file"),
         (["--target_class", "4"], "--target_class 4: .*0 to 3"),
         (["--target_class", "top0"], "top1 to top4"),
         (["--target_class", "top5"], "top1 to top4"),
         (["--target_class", "brigth"], "did you mean bright"),
         (["--target_class", "none", "r"], "3 classes match"),
-        (["--labels", "names.txt"], "2 names, a has 4 classes"),
+        (["--labels", "names.txt"], "2 names, but a has 4 classes"),
         (["--labels", "photo.png"], "not a text file"),
         (["--method", "gradcam", "--layer", "cnov"], "nearest is 'conv'"),
         (["--method", "gradcam", "--layer", "linear"], "must return maps"),
         (["--image_size", "8", "--method", "cam", "layercam", "--layer", "linear"], "linear"),
     ],
 )
-def test_errors_end_before_anything_is_written(toy, photo, tmp_path, monkeypatch, words, message):
-    toy(titles=("bright", "dark", "none", "other"))
+def test_user_errors_are_raised_before_anything_is_written(use_toy, photo, tmp_path, monkeypatch, words, message):
+    use_toy(titles=("bright", "dark", "none", "other"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "names.txt").write_text("a\nb\n")
     (tmp_path / "hollow").mkdir()
@@ -285,20 +291,20 @@ def test_errors_end_before_anything_is_written(toy, photo, tmp_path, monkeypatch
     assert sorted(map(str, tmp_path.rglob("*"))) == before
 
 
-def test_networks_that_cannot_be_asked_are_named(toy, net, photo, tmp_path):
+def test_errors_of_a_network_name_the_classifier(use_toy, net, photo, tmp_path):
     words = ["--image_path", photo, "-o", str(tmp_path / "out"), "--model_path"]
     with pytest.raises(UserError, match=r"squeezenet1_1 cannot take images of 8 pixels .*\n.*--image_size"):
         cam.main([*words, net, "--image_size", "8"])
-    toy(average=False)
+    use_toy(average=False)
     with pytest.raises(UserError, match="a: .*gradcam"):
         cam.main([*words, "a"])
-    toy(scale=float("nan"))
-    with pytest.raises(UserError, match="a: its scores are not finite"):
+    use_toy(scale=float("nan"))
+    with pytest.raises(UserError, match="a: the outputs are NaN or infinite"):
         cam.main([*words, "a"])
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_classifier_it_says_where_to_put_the_weights(photo, monkeypatch):
+def test_failed_download_error_says_where_to_put_the_weights(photo, monkeypatch):
     def no_network(url, **_):
         raise OSError("Name or service not known")
 
@@ -307,11 +313,11 @@ def test_without_a_classifier_it_says_where_to_put_the_weights(photo, monkeypatc
         cam.main(["--image_path", photo])
 
 
-# windows, layers, networks of other sizes
+# ---- Windows, layers, other networks ----
 
 
-def test_a_window_is_opened_only_when_asked_for_and_possible(toy, photo, tmp_path, monkeypatch, capsys):
-    toy()
+def test_windows_open_only_with_show_and_a_display(use_toy, photo, tmp_path, monkeypatch, capsys):
+    use_toy()
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
@@ -320,7 +326,7 @@ def test_a_window_is_opened_only_when_asked_for_and_possible(toy, photo, tmp_pat
     assert "note" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "platform", "linux")
     cam.main([*words, "--show"])
-    assert "no display here" in capsys.readouterr().out and "matplotlib.pyplot" not in sys.modules
+    assert "no display is available" in capsys.readouterr().out and "matplotlib.pyplot" not in sys.modules
 
     shown = []
     fake = types.ModuleType("matplotlib.pyplot")
@@ -338,19 +344,22 @@ def test_a_window_is_opened_only_when_asked_for_and_possible(toy, photo, tmp_pat
     assert shown.count(str(tmp_path / "f.png")) == 1 + 10
 
 
-def test_layers_are_listed(net, casm_file, toy, capsys):
+def test_list_layers_prints_names_and_shapes(net, casm_file, use_toy, capsys):
     listed = cam.main(["--list_layers", "--model_path", net, casm_file, "--casm", casm_file])
     assert [one["model"] for one in listed] == ["squeezenet1_1", "random"]
     assert listed[0]["layers"][0] == "features.0" and "layer3.2" in listed[1]["layers"]
-    said = capsys.readouterr().out
-    assert "features.0                               64 x 111 x 111" in said and said.count("the last before") == 2
-    toy()
+    printed = capsys.readouterr().out
+    assert (
+        "features.0                               64 x 111 x 111" in printed
+        and printed.count("(default: the last one before") == 2
+    )
+    use_toy()
     assert cam.main(["--list_layers", "--method", "casm", "--casm", casm_file]) == [
         {"model": "resnet50", "layers": ["conv", "pool"]}
     ]
 
 
-def test_a_network_for_small_images_sees_the_middle_square(shapes_run, photo, tmp_path, capsys):
+def test_network_for_small_images_sees_the_centre_square(shapes_run, photo, tmp_path, capsys):
     run = shapes_run(epochs=1)
     capsys.readouterr()
     words = ["--image_path", photo, "--model_path", str(run), str(run / "last.pt"), "-o", str(tmp_path / "out")]
@@ -362,8 +371,8 @@ def test_a_network_for_small_images_sees_the_middle_square(shapes_run, photo, tm
 
 
 @pytest.mark.data
-def test_a_real_bird_is_seen_where_it_sits(real_data, tmp_path):
-    """The brambling fills rows 85 to 125 and columns 160 to 195 of the picture, 256 x 340."""
+def test_map_of_a_real_bird_covers_the_bird(real_data, tmp_path):
+    """The brambling fills rows 85 to 125 and columns 160 to 195 of the image, 256 x 340."""
     model = f"mobilenet_v2={real_data / 'weights' / 'mobilenet_v2_imagenet_f16.pt'}"
     image = str(real_data / "imagenet_samples" / "n01530575" / "n01530575.jpg")
     words = ["--image_path", image, "--model_path", model, "--raw", "-o", str(tmp_path)]
@@ -376,7 +385,7 @@ def test_a_real_bird_is_seen_where_it_sits(real_data, tmp_path):
     assert np.abs(np.load(other["raw"]) - heat).max() > 0.3
 
 
-def test_long_names_of_classifiers_name_no_file_twice(photo, tmp_path):
+def test_long_classifier_names_give_different_files(photo, tmp_path):
     words = [str(tmp_path / f"{'a' * 70}{number}.pt") for number in (0, 1)]
     for file in words:
         torch.save(build_model("resnet20", 10).state_dict(), file)
@@ -384,8 +393,8 @@ def test_long_names_of_classifiers_name_no_file_twice(photo, tmp_path):
     assert len({row["output"] for row in rows}) == 2 == len(list((tmp_path / "out").iterdir()))
 
 
-def test_a_class_that_is_also_the_predicted_one_is_written_once(toy, photo, tmp_path, capsys):
-    toy()
+def test_class_given_twice_is_written_once(use_toy, photo, tmp_path, capsys):
+    use_toy()
     words = ["--image_path", photo, "--model_path", "x", "--output", str(tmp_path / "out")]
     (row,) = cam.main(words)
     capsys.readouterr()
@@ -393,10 +402,10 @@ def test_a_class_that_is_also_the_predicted_one_is_written_once(toy, photo, tmp_
     assert [one["output"] for one in again] == [row["output"]] * 2 and capsys.readouterr().out.count(row["output"]) == 1
 
 
-def test_the_normalisation_is_that_of_the_file_or_of_norm(photo, tmp_path, capsys):
+def test_normalisation_comes_from_the_file_or_norm(photo, tmp_path, capsys):
     torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
     words = ["--image_path", photo, "--model_path", str(tmp_path / "bare.pt"), "--output", str(tmp_path / "out")]
     (plain,) = cam.main(words)
-    assert "taken: as imagenet (--norm)" in capsys.readouterr().out
+    assert "assuming that of imagenet (set --norm)" in capsys.readouterr().out
     (half,) = cam.main([*words, "--norm", "half"])
-    assert "taken" not in capsys.readouterr().out and half["predicted_probability"] != plain["predicted_probability"]
+    assert "assuming" not in capsys.readouterr().out and half["predicted_probability"] != plain["predicted_probability"]

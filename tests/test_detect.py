@@ -1,4 +1,4 @@
-"""detect.py from end to end, on a few drawn scenes."""
+"""End-to-end tests of detect.py on a few drawn scenes."""
 
 import csv
 import functools
@@ -26,7 +26,7 @@ LOSSES = ["loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rp
 
 
 class SmallHead(TwoMLPHead):
-    """Half of a detector's weights are those between 7x7 features and 1024: without them tests write half as much."""
+    """A box head with fewer weights: those between 7x7 features and 1024 units are half of a detector's file."""
 
     def __init__(self, in_channels: int, representation_size: int):
         super().__init__(in_channels, 32)
@@ -50,12 +50,12 @@ def backbone(tmp_path_factory) -> str:
 
 @pytest.fixture
 def run(tmp_path, backbone):
-    """A function that calls detect.py with few small images; the folder of the run and what it returned."""
+    """A function that calls detect.py with a few small images and returns the run folder and the result."""
 
     def call(*words: str, name: str = "run", start: bool = True) -> tuple:
-        begin = ["--backbone_checkpoint", backbone] if start else []
-        place = ["--root_dir", str(tmp_path), "--name", name, "--device", "cpu", "--workers", "0"]
-        result = detect.main([*begin, *TINY.split(), *place, *words])
+        initial = ["--backbone_checkpoint", backbone] if start else []
+        output = ["--root_dir", str(tmp_path), "--name", name, "--device", "cpu", "--workers", "0"]
+        result = detect.main([*initial, *TINY.split(), *output, *words])
         return tmp_path / "shapes" / "frcnn" / name, result
 
     return call
@@ -63,39 +63,41 @@ def run(tmp_path, backbone):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory, backbone) -> str:
-    """The file of a detector that has made two steps."""
+    """The checkpoint of a detector that was trained for two steps."""
     root = tmp_path_factory.mktemp("detector")
     words = ["--iters", "2", "--root_dir", str(root), "--name", "one", "--device", "cpu"]
     detect.main(["--backbone_checkpoint", backbone, *TINY.split(), *words])
     return str(root / "shapes" / "frcnn" / "one" / "last.pt")
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
+def load_weights(folder) -> dict[str, torch.Tensor]:
+    """Load weights, momentum and weight average of a run."""
     saved = torch.load(folder / "last.pt", weights_only=True)
     momentum = {f"momentum {key}": one["momentum_buffer"] for key, one in saved["optimizer"]["state"].items()}
     return {**saved["model"], **momentum, **{f"ema {key}": value for key, value in (saved["ema"] or {}).items()}}
 
 
-def rows(folder) -> list[dict]:
+def read_log(folder) -> list[dict]:
     with open(folder / "log.csv") as file:
         return list(csv.DictReader(file))
 
 
-def assert_same(one, other) -> None:
-    first, second = weights(one), weights(other)
+def assert_same_runs(one, other) -> None:
+    """Assert that two run folders have the same weights and log, bit for bit."""
+    first, second = load_weights(one), load_weights(other)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    for row, same in zip(rows(one), rows(other), strict=True):
+    for row, same in zip(read_log(one), read_log(other), strict=True):
         for key in (*LOSSES, "iteration", "lr", "map07"):
             assert row[key] == same[key], key
 
 
-def test_a_run_leaves_numbers_pictures_and_a_file_that_says_what_it_is(run, tmp_path, capsys):
+def test_run_writes_log_plots_results_and_checkpoint(run, tmp_path, capsys):
     folder, result = run("--iters", "3", "--vis", "2", "--predictions", str(tmp_path / "all.json"), "--ema", "0.5")
     files = {path.name for path in folder.iterdir()}
     assert {"last.pt", "best.pt", "log.csv", "log.txt", "config.json", "curves.png", "results.json"} <= files
     assert {"precision_recall.png", "vis"} <= files and (folder / "vis" / "page_01.png").is_file()
-    (row,) = rows(folder)
+    (row,) = read_log(folder)
     assert row["epoch"] == "1" and row["iteration"] == "3" and row["ema_map07"]
     terms = [float(row[key]) for key in LOSSES]
     assert all(np.isfinite(terms)) and terms[0] == pytest.approx(sum(terms[1:]), rel=1e-4)
@@ -112,34 +114,34 @@ def test_a_run_leaves_numbers_pictures_and_a_file_that_says_what_it_is(run, tmp_
     )
 
 
-def test_a_run_that_goes_on_inside_an_epoch_is_the_run_it_would_have_been(run):
+def test_run_resumed_within_an_epoch_equals_the_uninterrupted_run(run):
     same = ("--schedule", "4", "--warmup_iters", "2", "--norm", "bn", "--augment", "ssd", "--eval_every", "0")
-    whole, _ = run("--iters", "5", *same, name="whole")
+    full, _ = run("--iters", "5", *same, name="full")
     stopped, _ = run("--iters", "4", *same, name="stopped")  # inside the second epoch, which has three steps
     resumed = detect.main(["--checkpoint", str(stopped / "last.pt"), "--iters", "5"])
     assert resumed["iterations"] == 5
-    assert_same(whole, stopped)
+    assert_same_runs(full, stopped)
 
 
-def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
+def test_run_resumed_after_sigterm_and_kill_equals_the_uninterrupted_run(run, monkeypatch):
     import detection.loop
     import detection.run
 
-    whole, _ = run("--iters", "3", "--ema", "0.9", name="whole")
+    full, _ = run("--iters", "3", "--ema", "0.9", name="full")
     original, done = detection.loop.optimizer_step, []
 
-    def counted(*args, **kwargs):
+    def stop_after_update(*args, **kwargs):
         done.append(1)
         if len(done) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(detection.loop, "optimizer_step", counted)
+    monkeypatch.setattr(detection.loop, "optimizer_step", stop_after_update)
     with pytest.raises(Terminated, match="2 steps into the epoch; resume with --checkpoint .*last.pt"):
         run("--iters", "3", "--ema", "0.9", "--save_iters", "2", name="stopped")
     monkeypatch.undo()
-    folder = whole.parent / "stopped"
-    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2, "saved by --save_iters too"
+    folder = full.parent / "stopped"
+    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2, "--save_iters saved it too"
 
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
@@ -149,75 +151,75 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(*again, name="stopped", start=False)
     monkeypatch.undo()
-    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3, "saved before the evaluation"
+    assert torch.load(folder / "last.pt", weights_only=True)["step"] == 3, "the run is saved before the evaluation"
     run(*again, name="stopped", start=False)
-    assert_same(whole, folder)
+    assert_same_runs(full, folder)
 
 
-def test_the_best_epoch_is_that_of_the_figure_papers_compare(run, monkeypatch):
+def test_best_epoch_is_chosen_by_voc07_map(run, monkeypatch):
     import detection.run
 
     original, figures = detection.run.evaluate, iter([(0.3, 0.4), (0.2, 0.9)])
 
-    def told(*args, **kwargs):
-        judged = original(*args, **kwargs)
-        judged.voc["map07"], judged.voc["map"] = next(figures)
-        return judged
+    def with_given_metrics(*args, **kwargs):
+        evaluated = original(*args, **kwargs)
+        evaluated.voc["map07"], evaluated.voc["map"] = next(figures)
+        return evaluated
 
-    monkeypatch.setattr(detection.run, "evaluate", told)
+    monkeypatch.setattr(detection.run, "evaluate", with_given_metrics)
     _, result = run("--iters", "4", "--eval_every", "1", "--log_off")
     assert result["best"] == {"value": 30.0, "epoch": 1, "split": "test"}
-    assert result["figures"]["VOC07 mAP@0.5 (11-point)"] == 20.0, "of the last epoch"
+    assert result["figures"]["VOC07 mAP@0.5 (11-point)"] == 20.0, "the figures are those of the last epoch"
 
 
-def test_evaluate_gives_the_last_row_of_the_log(run, backbone, tmp_path):
+def test_evaluate_equals_the_last_row_of_the_log(run, backbone, tmp_path):
     folder, trained = run("--iters", "3", "--ema", "0.5", "--lr", "0.02")
     saved, name = torch.load(folder / "last.pt", weights_only=True), "layer4.1.conv2.weight"
-    average, begin = saved["ema"][f"backbone.body.{name}"], torch.load(backbone)[name]
-    assert not torch.equal(average, begin) and not torch.equal(average, saved["model"][f"backbone.body.{name}"])
+    average, initial = saved["ema"][f"backbone.body.{name}"], torch.load(backbone)[name]
+    assert not torch.equal(average, initial) and not torch.equal(average, saved["model"][f"backbone.body.{name}"])
     words = ["--frcnn_checkpoint", str(folder / "last.pt"), "--evaluate", "--limit", "6", "--device", "cpu"]
     words += ["--dataset", "shapes", "--root_dir", str(tmp_path), "--predictions", str(tmp_path / "all.json")]
-    judged = detect.main(words)
-    assert judged["figures"] == trained["figures"] and judged["classes"] == trained["classes"]
-    assert judged["detector"] == str(folder / "last.pt")
+    evaluated = detect.main(words)
+    assert evaluated["figures"] == trained["figures"] and evaluated["classes"] == trained["classes"]
+    assert evaluated["detector"] == str(folder / "last.pt")
     averaged = detect.main([*words, "--averaged", "--log_off"])
     assert averaged["figures"]["VOC07 mAP@0.5 (11-point)"] == pytest.approx(
-        float(rows(folder)[-1]["ema_map07"]), rel=1e-4
+        float(read_log(folder)[-1]["ema_map07"]), rel=1e-4
     )
 
 
-def test_dumped_detections_give_the_same_numbers(run, tmp_path):
+def test_saved_detections_give_the_same_metrics(run, tmp_path):
     from detection.load import load_image_sets
 
     _, result = run("--iters", "2", "--predictions", str(tmp_path / "all.json"), "--score_thr", "0", "--log_off")
     _, test = load_image_sets(dataset="shapes", limit=6)
-    found = {name: [] for name in test.names}
+    results = {name: [] for name in test.names}
     for one in json.loads((tmp_path / "all.json").read_text()):
         x, y, width, height = one["bbox"]
-        found[one["image_id"]].append(((x, y, x + width, y + height), one["category_id"], one["score"]))
+        results[one["image_id"]].append(((x, y, x + width, y + height), one["category_id"], one["score"]))
         assert test.classes[one["category_id"] - 1] == one["category"]
     lists = [
         Detections(*(np.array(column) for column in zip(*some, strict=True)))
         if some
         else Detections(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
-        for some in found.values()
+        for some in results.values()
     ]
     truths = [GroundTruth(*(target[key].numpy() for key in GroundTruth._fields)) for target in test.targets]
     again = voc_metrics(lists, truths, test.classes)
     assert 100 * again["map"] == pytest.approx(result["figures"]["VOC mAP@0.5 (area)"], abs=1e-9)
-    assert sum(len(some) for some in found.values()) > 0
+    assert sum(len(some) for some in results.values()) > 0
 
 
-def test_a_finished_run_is_evaluated_again(run, capsys):
+def test_finished_run_is_evaluated_again(run, capsys):
     folder, first = run("--iters", "1")
-    before = weights(folder)
+    before = load_weights(folder)
     again = detect.main(["--checkpoint", str(folder)])
-    assert "this run was finished already; evaluated again" in capsys.readouterr().out
-    assert again["figures"] == first["figures"] and len(rows(folder)) == 1
-    assert all(torch.equal(value, before[key]) for key, value in weights(folder).items())
+    assert "this run is already finished; evaluated again" in capsys.readouterr().out
+    assert again["figures"] == first["figures"] and len(read_log(folder)) == 1
+    assert all(torch.equal(value, before[key]) for key, value in load_weights(folder).items())
 
 
-def test_training_starts_from_another_detector(run, detector, tmp_path, capsys):
+def test_training_can_start_from_another_detector(run, detector, tmp_path, capsys):
     content = torch.load(detector, weights_only=True)["model"]
     bare = {key: value for key, value in content.items() if "box_predictor" not in key}
     bare |= {"roi_heads.box_predictor.cls_score.weight": torch.zeros(4, 1024)}
@@ -227,42 +229,40 @@ def test_training_starts_from_another_detector(run, detector, tmp_path, capsys):
     torch.save(bare, tmp_path / "bare.pt")
     words = ("--frcnn_checkpoint", str(tmp_path / "bare.pt"), "--iters", "1")
     run(*words, "--lr", "0", "--log_off", start=False)
-    assert "is for 3 classes: the predictor starts anew, for 10" in capsys.readouterr().out
-    with pytest.raises(UserError, match="bare.pt: a detector for 3 classes; the data has 10"):
+    assert "has 3 classes: the predictor for the 10 classes of this data starts from" in capsys.readouterr().out
+    with pytest.raises(UserError, match="bare.pt: a detector for 3 classes, but the data has 10"):
         run(*words, "--evaluate", start=False)
 
 
-def test_the_baseline_starts_from_torchvisions_weights(run, monkeypatch, capsys):
+def test_pretrained_loads_torchvision_weights(run, monkeypatch, capsys):
     import detection.initialize
 
     monkeypatch.setattr(
         detection.initialize, "download_weights", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict()
     )
     run("--pretrained", "--model", "resnet18", "--iters", "1", "--log_off", start=False)
-    assert (
-        "on imagenet_resnet18 from https://download.pytorch.org/models/resnet18-f37072fd.pth" in capsys.readouterr().out
-    )
+    assert "imagenet_resnet18 from https://download.pytorch.org/models/resnet18-f37072fd.pth" in capsys.readouterr().out
 
     def offline(url):
         raise ValueError("cannot download")
 
     monkeypatch.setattr(detection.initialize, "download_weights", offline)
     with pytest.raises(
-        UserError, match="--pretrained: cannot download, or give a classifier with --backbone_checkpoint"
+        UserError, match="--pretrained: cannot download, or name a classifier with --backbone_checkpoint"
     ):
         run("--pretrained", start=False)
-    with pytest.raises(UserError, match="--model wrn28_10: there are no ready weights of it\nthere are of resnet18"):
+    with pytest.raises(UserError, match="--model wrn28_10: no pretrained weights\n--pretrained has .* resnet18"):
         run("--pretrained", "--model", "wrn28_10", start=False)
 
 
-def test_a_batch_in_pieces_is_one_step(run, capsys):
+def test_micro_batches_make_one_step(run, capsys):
     run("--iters", "3", "--accumulate", "2", "--log_off")
-    assert "3 steps (1.0 epochs of 3)" in capsys.readouterr().out
+    assert "3 steps (1.0 epochs of 3 steps)" in capsys.readouterr().out
     with pytest.raises(UserError, match="--batch_size 2: the total .* divisible by 1 process x --accumulate 4 = 4"):
         run("--iters", "3", "--accumulate", "4")
 
 
-def test_a_loss_that_is_no_number_names_the_images_and_keeps_them(run, tmp_path):
+def test_nonfinite_loss_error_names_and_saves_the_images(run, tmp_path):
     with pytest.raises(UserError) as caught:
         run("--iters", "6", "--lr", "1e30", "--warmup_iters", "0", "--clip_grad", "0")
     text = str(caught.value)
@@ -278,18 +278,18 @@ def test_a_loss_that_is_no_number_names_the_images_and_keeps_them(run, tmp_path)
     assert (folder / "nonfinite.png").stat().st_size > 10_000
 
 
-def test_a_run_is_not_cut_behind_where_it_stands(detector):
-    with pytest.raises(UserError, match="--iters 1: the run has made 2 steps\ngive more, or leave it out"):
+def test_resume_with_fewer_steps_than_made_raises(detector):
+    with pytest.raises(UserError, match="--iters 1: the run has already made 2 steps\ngive a larger number"):
         detect.main(["--checkpoint", detector, "--iters", "1"])
     assert torch.load(detector, weights_only=True)["step"] == 2
 
 
-def test_objects_marked_difficult_are_trained_on_only_if_asked_for(run, monkeypatch, capsys):
+def test_difficult_objects_are_trained_on_only_with_use_difficult(run, monkeypatch, capsys):
     import detection.load
 
     original = detection.load.load_image_sets
 
-    @functools.wraps(original)  # whose parameters say which options it is given
+    @functools.wraps(original)  # its parameters select the options that are passed
     def with_difficult(**options):
         train, test = original(**options)
         for target in train.targets:
@@ -297,27 +297,27 @@ def test_objects_marked_difficult_are_trained_on_only_if_asked_for(run, monkeypa
         return train, test
 
     monkeypatch.setattr(detection.load, "load_image_sets", with_difficult)
-    for asked, objects in (("true", "10 objects (6 difficult)"), ("false", "4 objects (0 difficult)")):
-        run("--iters", "1", "--log_off", "--use_difficult", asked)
-        assert f"train: 6 images with {objects}" in capsys.readouterr().out
+    for use_difficult, counts in (("true", "10 objects (6 difficult)"), ("false", "4 objects (0 difficult)")):
+        run("--iters", "1", "--log_off", "--use_difficult", use_difficult)
+        assert f"6 training images, {counts}" in capsys.readouterr().out
 
 
-def test_what_is_forced_on_a_run_that_goes_on_counts(run, monkeypatch, capsys):
+def test_forced_options_apply_to_a_resumed_run(run, monkeypatch, capsys):
     import detection.load
 
     folder, _ = run("--iters", "1")
     words = ("--checkpoint", str(folder), "--iters", "2")
     detect.main([*words, "--momentum", "0.5", "--force_config", "--score_thr", "0.2"])
     assert torch.load(folder / "last.pt", weights_only=True)["optimizer"]["param_groups"][0]["momentum"] == 0.5
-    assert "--score_thr changed: the best epoch is sought anew" in capsys.readouterr().out
+    assert "--score_thr changed: the best epoch is chosen among the epochs from here on" in capsys.readouterr().out
     original = detection.load.load_image_sets
     fewer = functools.wraps(original)(lambda **options: [part.take(range(5)) for part in original(**options)])
     monkeypatch.setattr(detection.load, "load_image_sets", fewer)
-    with pytest.raises(UserError, match="was trained on 6 images of 10 classes, here are 5 of 10\nname its data"):
+    with pytest.raises(UserError, match="was trained on 6 images of 10 classes, but .* 5 images of 10\npass its data"):
         detect.main(["--checkpoint", str(folder), "--iters", "3"])
 
 
-def test_options_of_another_script_are_refused(run, detector, shapes_run):
+def test_config_of_another_script_is_rejected(run, detector, shapes_run):
     import train
 
     config = shapes_run("--limit", "64", epochs=1) / "config.json"
@@ -327,43 +327,43 @@ def test_options_of_another_script_are_refused(run, detector, shapes_run):
     with pytest.raises(UserError, match="this is the config.json of a detector run; expected one of a classifier run"):
         train.main(["--config", mine])
     _, result = run("--config", mine, "--frcnn_checkpoint", detector, "--log_off", start=False)
-    assert result["iterations"] == 2, "what is typed takes the place of the backbone in the file"
+    assert result["iterations"] == 2, "the typed initial weights replace the backbone of the file"
 
 
-def test_a_place_for_detections_that_cannot_be_written_ends_before_the_work(run, tmp_path, capsys):
-    for place, message in (
+def test_unwritable_predictions_path_is_a_usage_error(run, tmp_path, capsys):
+    for path, message in (
         (tmp_path, "this is a folder; give the name of a file"),
         (tmp_path / "no" / "a.json", "does not exist"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            run("--iters", "1", "--predictions", str(place))
-        assert ended.value.code == 2 and message in capsys.readouterr().err
+        with pytest.raises(SystemExit) as exit_info:
+            run("--iters", "1", "--predictions", str(path))
+        assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_what_has_no_effect_is_told(run, detector, capsys):
+def test_options_without_effect_are_reported(run, detector, capsys):
     run("--iters", "1", "--epochs", "9", "--log_off", "--vis", "3", "--test_set", "2007_val")
     out = capsys.readouterr().out
-    assert "without effect here: --epochs, --name, --test_set, --vis, --workers" in out
+    assert "no effect in this run: --epochs, --name, --test_set, --vis, --workers" in out
     detect.main(["--checkpoint", detector, "--backbone_checkpoint", "another.pt"])
-    assert "without effect here: --backbone_checkpoint" in capsys.readouterr().out
+    assert "no effect in this run: --backbone_checkpoint" in capsys.readouterr().out
     assert torch.load(detector, weights_only=True)["config"]["backbone_checkpoint"] != "another.pt"
 
 
-def test_what_a_detectors_file_says_serves_unless_it_is_typed(run, detector, tmp_path):
+def test_evaluation_uses_the_recorded_options_unless_typed(run, detector, tmp_path):
     common = ["--frcnn_checkpoint", detector, "--evaluate", "--log_off", "--device", "cpu"]
     with pytest.raises(UserError, match="PASCAL VOC not found"):
-        detect.main([*common, "--data_dir", str(tmp_path)])  # of VOC, though it was trained on drawn scenes
-    with pytest.raises(UserError, match="--neck c5: .*last.pt has the neck fpn\nleave it out"):
+        detect.main([*common, "--data_dir", str(tmp_path)])  # then --dataset is voc, not the recorded shapes
+    with pytest.raises(UserError, match="--neck c5: .*last.pt has the neck fpn\nomit --neck"):
         detect.main([*common, "--limit", "2", "--neck", "c5"])
     with pytest.raises(UserError, match="--model resnet50: .*last.pt holds resnet18"):
         detect.main([*common, "--model", "resnet50"])
-    place = ["--root_dir", str(tmp_path), "--name", "run"]
+    output = ["--root_dir", str(tmp_path), "--name", "run"]
     run("--iters", "1")
     with pytest.raises(UserError, match="run already holds a run"):
-        detect.main([*common[:-3], *place, "--overwrite", "--limit", "2"])
+        detect.main([*common[:-3], *output, "--overwrite", "--limit", "2"])
 
 
-def test_a_run_folder_without_a_best_epoch_names_its_last(run, detector, tmp_path):
+def test_run_folder_without_best_pt_error_names_last_pt(run, detector, tmp_path):
     (tmp_path / "last.pt").symlink_to(detector)
     with pytest.raises(UserError, match="contains no best.pt; give a checkpoint file, such as .*last.pt"):
         run("--frcnn_checkpoint", str(tmp_path), start=False)
@@ -372,32 +372,32 @@ def test_a_run_folder_without_a_best_epoch_names_its_last(run, detector, tmp_pat
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("--evaluate", "--evaluate needs --frcnn_checkpoint FILE"),
-        ("", "--backbone_checkpoint FILE: which classifier shall be the backbone?"),
+        ("--evaluate", "--evaluate: needs a detector; give --frcnn_checkpoint FILE"),
+        ("", "no initial weights: give --backbone_checkpoint FILE"),
         (
             "--pretrained --backbone_checkpoint a.pt",
-            "--backbone_checkpoint and --pretrained both say what to start from",
+            "--backbone_checkpoint and --pretrained: each sets the initial weights",
         ),
-        ("--pretrained --trainable_layers 6", "--trainable_layers 6: a ResNet has a stem and 4 stages"),
-        ("--pretrained --min_size 800 --max_size 600", "--min_size 800 is more than --max_size 600"),
+        ("--pretrained --trainable_layers 6", "--trainable_layers 6: at most 5"),
+        ("--pretrained --min_size 800 --max_size 600", "--min_size 800 exceeds --max_size 600"),
         (
             "--pretrained --recipe moco",
             "(choose from auto, paper, replication, moco24k, fpn18k, shapes)",
         ),
         ("--backbone_chekpoint a.pt", "unknown option --backbone_chekpoint; did you mean --backbone_checkpoint?"),
-        ("--averaged --pretrained", "--averaged: of which file?"),
-        ("--stem random --frcnn_checkpoint a.pt", "--stem random: it says how a classifier becomes a backbone"),
-        ("--pretrained --gammas 0.1 0.2", "--gammas has 2 factors for the 1 drops of --schedule"),
+        ("--averaged --pretrained", "--averaged: needs a file"),
+        ("--stem random --frcnn_checkpoint a.pt", "--stem random: only for a classifier"),
+        ("--pretrained --gammas 0.1 0.2", "--gammas: 2 factors for 1 drop of --schedule"),
     ],
 )
-def test_a_contradiction_is_a_usage_error(words, message, capsys, tmp_path, monkeypatch):
+def test_contradicting_options_are_usage_errors(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as exit_info:
         detect.main(words.split())
-    assert ended.value.code == 2 and message in capsys.readouterr().err
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_files_of_the_other_kind_are_refused_with_the_right_option(run, detector, backbone, tmp_path):
+def test_checkpoint_of_another_kind_error_names_the_right_option(run, detector, backbone, tmp_path):
     import evaluate
     import train
 
@@ -415,20 +415,21 @@ def test_files_of_the_other_kind_are_refused_with_the_right_option(run, detector
         run("--frcnn_checkpoint", str(tmp_path / "nowhere.pt"), start=False)
 
 
-def test_options_that_would_make_it_another_run_are_refused(detector):
+def test_resume_with_other_options_raises(detector):
     with pytest.raises(UserError, match="the saved run has other options.*\n  --lr +0.02 +->  0.5"):
         detect.main(["--checkpoint", detector, "--lr", "0.5"])
     with pytest.raises(UserError, match="--neck: the saved state would not fit"):
         detect.main(["--checkpoint", detector, "--neck", "c5", "--force_config"])
 
 
-def settled(*words: str) -> dict:
+def resolve(*words: str) -> dict:
+    """Resolve the options of a new run with --pretrained."""
     parser = build_parser()
     return resolve_options(parser, parser.read([*words, "--pretrained"]), {})
 
 
-def test_recipes_are_the_published_ones():
-    steps = {8: 2069, 16: 1035}  # of an epoch of the 16,551 images of 2007 and 2012
+def test_recipes_have_the_published_values():
+    steps = {8: 2069, 16: 1035}  # batch size -> steps per epoch on the 16,551 images of 2007 and 2012
     table = {
         "paper": (8, 0.004, 41_000, [33_000], 5e-4, 1000, "fpn", 3, "frozen", False, [600], 1000),
         "replication": (8, 0.004, 14 * 2069, [10 * 2069], 5e-4, 1000, "c5", 3, "frozen", True, [600], 1000),
@@ -437,35 +438,35 @@ def test_recipes_are_the_published_ones():
     }
     keys = ("batch_size", "lr", "iters", "schedule", "weight_decay", "warmup_iters", "neck", "trainable_layers", "norm")
     keys += ("use_difficult", "min_size", "max_size")
-    for name, wanted in table.items():
-        options = settled("--recipe", name)
+    for name, expected in table.items():
+        options = resolve("--recipe", name)
         options |= scale_schedule(options, steps[options["batch_size"]])
         multi_scale = list(range(480, 801, 32))
-        assert [options[key] for key in keys] == [multi_scale if value is None else value for value in wanted], name
+        assert [options[key] for key in keys] == [multi_scale if value is None else value for value in expected], name
         assert options["augment"] == "flip" and options["momentum"] == 0.9
-    assert settled()["recipe"] == "paper" and settled("--dataset", "shapes")["recipe"] == "shapes"
+    assert resolve()["recipe"] == "paper" and resolve("--dataset", "shapes")["recipe"] == "shapes"
 
 
-def test_a_shorter_run_keeps_the_shape_of_its_recipe():
-    options = settled("--epochs", "10")
+def test_schedule_scales_with_the_length_of_the_run():
+    options = resolve("--epochs", "10")
     assert scale_schedule(options, 41) == {"iters": 410, "schedule": [330], "warmup_iters": 41}
-    assert scale_schedule(settled("--iters", "82000"), 2069) == {
+    assert scale_schedule(resolve("--iters", "82000"), 2069) == {
         "iters": 82_000,
         "schedule": [66_000],
         "warmup_iters": 1000,
     }
-    typed = settled("--iters", "100", "--epochs", "3", "--schedule", "90", "--warmup_iters", "7")
+    typed = resolve("--iters", "100", "--epochs", "3", "--schedule", "90", "--warmup_iters", "7")
     assert scale_schedule(typed, 10) == {"iters": 100, "schedule": [90], "warmup_iters": 7}
 
 
-def test_lr_follows_the_batch_only_when_asked_to():
-    assert settled("--batch_size", "2")["lr"] == 0.004
-    assert settled("--batch_size", "2", "--scale_lr")["lr"] == pytest.approx(0.001)
-    assert settled("--batch_size", "2", "--scale_lr", "--lr", "0.3")["lr"] == 0.3
+def test_lr_scales_with_the_batch_size_only_with_scale_lr():
+    assert resolve("--batch_size", "2")["lr"] == 0.004
+    assert resolve("--batch_size", "2", "--scale_lr")["lr"] == pytest.approx(0.001)
+    assert resolve("--batch_size", "2", "--scale_lr", "--lr", "0.3")["lr"] == 0.3
     assert RECIPES["paper"]["lr"] == 0.004
 
 
-def test_the_rate_rises_from_a_thousandth_and_drops_at_its_iterations():
+def test_lr_warms_up_from_a_thousandth_and_drops_at_the_schedule():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 2.0)
     scheduler = build_scheduler(optimizer, schedule=[6, 8], gammas=[0.1], warmup_iters=4)
     rates = []
@@ -477,7 +478,7 @@ def test_the_rate_rises_from_a_thousandth_and_drops_at_its_iterations():
     assert rates == pytest.approx([*rising, 2, 2, 0.2, 0.2, 0.02])
 
 
-def test_scenes_are_written_in_the_layout_of_voc(tmp_path, backbone, capsys):
+def test_exported_scenes_can_be_trained_on(tmp_path, backbone, capsys):
     detect.main(["--export_shapes", str(tmp_path / "set"), "--limit", "3"])
     assert "--train_sets 2007_trainval" in capsys.readouterr().out
     words = ["--data_dir", str(tmp_path / "set"), "--train_sets", "2007_trainval", "--iters", "1", "--log_off"]
@@ -487,95 +488,95 @@ def test_scenes_are_written_in_the_layout_of_voc(tmp_path, backbone, capsys):
 
 
 @pytest.mark.data
-def test_workers_change_nothing_on_real_images(real_data, backbone, tmp_path):
+def test_number_of_workers_does_not_change_training_on_real_images(real_data, backbone, tmp_path):
     small = TINY.split()[4:]
     words = ["--data_dir", str(real_data), "--train_sets", "2007_train", "--test_set", "2007_val", "--limit", "6"]
     words += ["--iters", "4", "--batch_size", "2", "--augment", "ssd", "--root_dir", str(tmp_path), "--device", "cpu"]
     for workers in ("0", "2"):
         name = ["--name", f"by{workers}", "--workers", workers, "--backbone_checkpoint", backbone]
         detect.main([*words, *small, *name])
-    assert_same(*(tmp_path / "voc" / "frcnn" / f"by{workers}" for workers in (0, 2)))
+    assert_same_runs(*(tmp_path / "voc" / "frcnn" / f"by{workers}" for workers in (0, 2)))
 
 
-def in_two(ports) -> dict:
-    """Gradients of two processes beside the mean of the local ones; runs whole and in parts, and what they found."""
+def train_in_two_processes(ports) -> dict:
+    """Train in two processes, without and with an interruption; compare DDP gradients with the mean of local ones."""
     import detection.loop as loop
-    from detection.faster_rcnn import DetectorConfig, build_detector, set_learning
+    from detection.faster_rcnn import DetectorConfig, build_detector, set_trainable_layers
     from engine.runtime import distributed
 
     faster_rcnn.TwoMLPHead = SmallHead
     folder, weights_file = os.environ["RUNS_OF_THIS_TEST"].split(os.pathsep)
-    found, ports = {}, iter(ports)
-    place = ["--root_dir", folder, "--device", "cpu", "--workers", "0", "--backbone_checkpoint", weights_file]
+    results, ports = {}, iter(ports)
+    output = ["--root_dir", folder, "--device", "cpu", "--workers", "0", "--backbone_checkpoint", weights_file]
 
-    def go(name: str, *words: str) -> dict | None:
+    def run_detect(name: str, *words: str) -> dict | None:
         os.environ["MASTER_PORT"] = str(next(ports))
-        return detect.main([*place, *TINY.split(), "--norm", "bn", "--iters", "6", "--name", name, *words])
+        return detect.main([*output, *TINY.split(), "--norm", "bn", "--iters", "6", "--name", name, *words])
 
-    found["result"] = go("whole")
+    results["result"] = run_detect("full")
     update, done = loop.optimizer_step, []
 
-    def counted(*args, **kwargs):  # SIGTERM to the second process within its fourth step, which both see a step later
+    def stop_after_update(*args, **kwargs):  # SIGTERM to the second process in its fourth step; both stop a step later
         done.append(update(*args, **kwargs))
         if len(done) == 4 and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.optimizer_step = counted
+    loop.optimizer_step = stop_after_update
     try:
-        go("parts")
-        found["message"] = "never stopped"
+        run_detect("interrupted")
+        results["message"] = "never stopped"
     except Terminated as stopped:
-        found["message"] = str(stopped)
+        results["message"] = str(stopped)
     loop.optimizer_step = update
     distributed.shut_down_processes()
-    go("parts", "--checkpoint", "auto")
+    run_detect("interrupted", "--checkpoint", "auto")
 
     os.environ["MASTER_PORT"] = str(next(ports))
     distributed.init_processes(torch.device("cpu"), 60)
     torch.manual_seed(1)
     config = DetectorConfig(mean=(0, 0, 0), std=(1, 1, 1), min_size=(64,), rois=8, proposals=(20, 1000))
     model = build_detector("resnet18", 3, config)
-    set_learning(model, trainable_layers=2)
+    set_trainable_layers(model, trainable_layers=2)
     torch.manual_seed(10 + distributed.rank())
     boxes = torch.tensor([[4.0, 8, 40, 50], [10, 2, 30, 30]])[: 2 - distributed.rank()]
     batch = [torch.rand(3, 64, 64)], [{"boxes": boxes, "labels": torch.ones(len(boxes), dtype=torch.long)}]
     gradients = []
     for network in (model, distributed.wrap_ddp(model)):
         model.zero_grad()
-        torch.manual_seed(20 + distributed.rank())  # of the proposals that are sampled
+        torch.manual_seed(20 + distributed.rank())  # for the sampling of proposals
         sum(network.train()(*batch).values()).backward()
         gradients.append([one.grad.clone() for one in model.parameters() if one.requires_grad])
     local, shared = gradients
-    found["apart"] = max(
+    results["difference"] = max(
         float((distributed.all_reduce_sum(one) / 2 - other).abs().max())
         for one, other in zip(local, shared, strict=True)
     )
-    found["largest"] = max(float(one.abs().max()) for one in shared)
+    results["largest"] = max(float(one.abs().max()) for one in shared)
     distributed.shut_down_processes()
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory, backbone):
+def two_process_runs(tmp_path_factory, backbone):
     from support import run_in_two_processes
 
     folder = tmp_path_factory.mktemp("two")
     os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"
-    return folder / "shapes" / "frcnn", run_in_two_processes(in_two, folder, meetings=4)
+    return folder / "shapes" / "frcnn", run_in_two_processes(train_in_two_processes, folder, meetings=4)
 
 
-def test_gradients_of_two_processes_are_the_mean_of_the_local_ones(of_two):
-    _, found = of_two
-    assert found["apart"] <= 1e-6 * max(1, found["largest"]) and found["largest"] > 0
+def test_ddp_gradients_are_the_mean_of_the_local_gradients(two_process_runs):
+    _, results = two_process_runs
+    assert results["difference"] <= 1e-6 * max(1, results["largest"]) and results["largest"] > 0
 
 
-def test_two_processes_go_on_exactly_and_count_every_image_once(of_two):
-    folder, found = of_two
-    assert "2 steps into the epoch" in found["message"]
-    assert_same(folder / "whole", folder / "parts")
-    result = found["result"]
+def test_two_processes_resume_exactly_and_evaluate_each_image_once(two_process_runs):
+    folder, results = two_process_runs
+    assert "2 steps into the epoch" in results["message"]
+    assert_same_runs(folder / "full", folder / "interrupted")
+    result = results["result"]
     assert result["images"] == 6
-    one = evaluate_alone(folder / "whole" / "last.pt")
+    one = evaluate_alone(folder / "full" / "last.pt")
     assert one["figures"] == result["figures"] and one["classes"] == result["classes"]
 
 
@@ -587,7 +588,7 @@ def evaluate_alone(path) -> dict:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_a_detector_trains_on_a_gpu_and_is_judged_there_as_on_a_cpu(run, amp):
+def test_detector_trains_on_gpu_and_evaluates_as_on_cpu(run, amp):
     folder, _ = run("--iters", "4", "--amp", amp, "--device", "cuda", "--score_thr", "0")
     assert torch.load(folder / "last.pt", weights_only=True)["step"] == 4
     words = "--dataset shapes --limit 6 --evaluate --log_off --score_thr 0 --frcnn_checkpoint".split()
@@ -596,9 +597,9 @@ def test_a_detector_trains_on_a_gpu_and_is_judged_there_as_on_a_cpu(run, amp):
 
 
 @pytest.mark.gpu
-def test_a_deterministic_run_goes_on_exactly_on_a_gpu(run):
+def test_deterministic_gpu_run_resumes_exactly(run):
     words = ("--device", "cuda", "--deterministic", "--schedule", "4", "--warmup_iters", "2")
-    whole, _ = run("--iters", "5", *words, name="whole")
+    full, _ = run("--iters", "5", *words, name="full")
     stopped, _ = run("--iters", "4", *words, name="stopped")
     detect.main(["--checkpoint", str(stopped / "last.pt"), "--iters", "5"])
-    assert_same(whole, stopped)
+    assert_same_runs(full, stopped)

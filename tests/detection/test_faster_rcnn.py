@@ -1,4 +1,4 @@
-"""A classifier as the backbone of a detector: the same features, and what of it learns."""
+"""A classifier as the backbone of a detector: equal features, and the parameters that are trained."""
 
 from dataclasses import replace
 
@@ -12,13 +12,13 @@ from detection.faster_rcnn import (
     BODIES,
     DetectorConfig,
     build_detector,
-    conv_norm_pairs,
     convert_legacy_keys,
     detect_config,
     identify_backbone,
+    list_conv_norm_pairs,
     load_backbone,
     load_detector,
-    set_learning,
+    set_trainable_layers,
 )
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
@@ -28,8 +28,8 @@ HALF = (0.5, 0.5, 0.5)
 CONFIG = DetectorConfig(HALF, HALF, min_size=(64,), max_size=128, rois=16, proposals=(20, 10))
 
 
-def classifier(name: str) -> nn.Module:
-    """With statistics of batch norm as after training."""
+def make_classifier(name: str) -> nn.Module:
+    """Build a classifier whose batch norm has statistics as after training."""
     model = build_model(name, 7, 64).eval()
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -40,108 +40,112 @@ def classifier(name: str) -> nn.Module:
     return model
 
 
-def detector(name: str = "imagenet_resnet18", *, stem: str = "embed", model: nn.Module | None = None, **learning):
-    built = build_detector(name.removeprefix("imagenet_"), 3, CONFIG)
-    load_backbone(built, (model or classifier(name)).state_dict(), stem=stem)
-    set_learning(built, **{"trainable_layers": 3, **learning})
-    return built
+def make_detector(name: str = "imagenet_resnet18", *, stem: str = "embed", model: nn.Module | None = None, **learning):
+    detector = build_detector(name.removeprefix("imagenet_"), 3, CONFIG)
+    load_backbone(detector, (model or make_classifier(name)).state_dict(), stem=stem)
+    set_trainable_layers(detector, **{"trainable_layers": 3, **learning})
+    return detector
 
 
-def stages_of(model: nn.Module, features: torch.Tensor) -> list[torch.Tensor]:
-    """Of an output of the stem, what each stage makes."""
+def run_stages(model: nn.Module, features: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output of each stage, given the output of the stem."""
     maps = [features]
     for name in model.stages:
         maps.append(getattr(model, name)(maps[-1]))
     return maps[1:]
 
 
-def batch(images: int = 2) -> tuple[list[torch.Tensor], list[dict]]:
+def make_batch(images: int = 2) -> tuple[list[torch.Tensor], list[dict]]:
     target = {"boxes": torch.tensor([[4.0, 8, 40, 50], [10, 2, 30, 30]]), "labels": torch.tensor([1, 3])}
     return [torch.rand(3, 64, 80) for _ in range(images)], [dict(target) for _ in range(images)]
 
 
-def train_step(built: FasterRCNN, lr: float = 0.01) -> None:
-    optimizer = torch.optim.SGD([one for one in built.parameters() if one.requires_grad], lr, weight_decay=0.1)
-    sum(built.train()(*batch()).values()).backward()
+def train_step(detector: FasterRCNN, lr: float = 0.01) -> None:
+    optimizer = torch.optim.SGD([one for one in detector.parameters() if one.requires_grad], lr, weight_decay=0.1)
+    sum(detector.train()(*make_batch()).values()).backward()
     optimizer.step()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["imagenet_resnet18", "imagenet_resnet34", "imagenet_resnet50"])
-def test_every_stage_of_the_body_gives_what_the_classifier_gives(name):
-    model = classifier(name)
-    built = detector(name, model=model).train()
+def test_body_features_equal_those_of_the_classifier(name):
+    model = make_classifier(name)
+    detector = make_detector(name, model=model).train()
     images = torch.randn(2, 3, 65, 90)
-    for wanted, found in zip(stages_of(model, model.stem(images)), built.backbone.body(images).values(), strict=True):
-        scale = float(wanted.abs().max())
-        torch.testing.assert_close(found, wanted, atol=5e-6 * scale, rtol=0)
-    model, built, images = model.double(), built.double(), images.double()
-    for wanted, found in zip(stages_of(model, model.stem(images)), built.backbone.body(images).values(), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    for expected, features in zip(
+        run_stages(model, model.stem(images)), detector.backbone.body(images).values(), strict=True
+    ):
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(features, expected, atol=5e-6 * scale, rtol=0)
+    model, detector, images = model.double(), detector.double(), images.double()
+    for expected, features in zip(
+        run_stages(model, model.stem(images)), detector.backbone.body(images).values(), strict=True
+    ):
+        torch.testing.assert_close(features, expected, atol=1e-12, rtol=0)
 
 
 @torch.no_grad()
-def test_the_stem_for_small_images_answers_at_every_second_pixel():
-    model = classifier("resnet18").double()
-    built = detector("resnet18", model=model).double()
+def test_embedded_stem_equals_the_small_stem_at_every_second_pixel():
+    model = make_classifier("resnet18").double()
+    detector = make_detector("resnet18", model=model).double()
     images = torch.randn(2, 3, 64, 80).double()
     kernels = F.conv2d(images, model.conv1.weight, stride=1, padding=1)[:, :, ::2, ::2]
     stem = F.max_pool2d(F.relu(model.bn1(kernels)), 3, stride=2, padding=1)
-    for wanted, found in zip(stages_of(model, stem), built.backbone.body(images).values(), strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    for expected, features in zip(run_stages(model, stem), detector.backbone.body(images).values(), strict=True):
+        torch.testing.assert_close(features, expected, atol=1e-12, rtol=0)
 
 
-def test_a_random_stem_is_new_and_learns():
-    model = classifier("resnet18")
-    built = detector("resnet18", model=model, stem="random", trainable_layers=1, stem_learns=True)
-    body, embedded = built.backbone.body, F.pad(model.conv1.weight, (2, 2, 2, 2))
+def test_random_stem_is_new_and_trainable():
+    model = make_classifier("resnet18")
+    detector = make_detector("resnet18", model=model, stem="random", trainable_layers=1, train_stem=True)
+    body, embedded = detector.backbone.body, F.pad(model.conv1.weight, (2, 2, 2, 2))
     assert body.conv1.weight.requires_grad and not torch.equal(body.conv1.weight, embedded)
     assert body.bn1.weight.eq(1).all() and body.bn1.running_mean.eq(0).all()
     assert torch.equal(body.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
 
 
 @pytest.mark.parametrize("norm", ["frozen", "bn"])
-def test_frozen_statistics_and_frozen_stages_do_not_move(norm):
-    built = detector(trainable_layers=2, norm=norm)
-    before = {key: value.clone() for key, value in built.state_dict().items()}
-    train_step(built)
-    moved = {key for key, value in built.state_dict().items() if not torch.equal(value, before[key])}
-    body = {key.removeprefix("backbone.body.") for key in moved if key.startswith("backbone.body.")}
+def test_frozen_statistics_and_stages_do_not_change(norm):
+    detector = make_detector(trainable_layers=2, norm=norm)
+    before = {key: value.clone() for key, value in detector.state_dict().items()}
+    train_step(detector)
+    changed = {key for key, value in detector.state_dict().items() if not torch.equal(value, before[key])}
+    body = {key.removeprefix("backbone.body.") for key in changed if key.startswith("backbone.body.")}
     assert {key.split(".")[0] for key in body} == {"layer3", "layer4"}
-    of_norms = {key for key in body if "running_" in key or ".bn" in key}
-    assert not of_norms if norm == "frozen" else {"layer3.0.bn1.running_mean", "layer4.1.bn2.weight"} <= of_norms
-    assert "roi_heads.box_predictor.cls_score.weight" in moved and "backbone.fpn.inner_blocks.0.0.weight" in moved
+    norm_keys = {key for key in body if "running_" in key or ".bn" in key}
+    assert not norm_keys if norm == "frozen" else {"layer3.0.bn1.running_mean", "layer4.1.bn2.weight"} <= norm_keys
+    assert "roi_heads.box_predictor.cls_score.weight" in changed and "backbone.fpn.inner_blocks.0.0.weight" in changed
 
 
 @pytest.mark.parametrize(
-    "layers, learning",
+    "layers, trainable",
     [(0, set()), (1, {"layer4"}), (5, {"layer4", "layer3", "layer2", "layer1", "conv1"})],
 )
-def test_so_many_layers_learn_from_the_top(layers, learning):
-    body = detector(trainable_layers=layers).backbone.body
-    assert {name.split(".")[0] for name, value in body.named_parameters() if value.requires_grad} == learning
+def test_trainable_layers_are_counted_from_the_top(layers, trainable):
+    body = make_detector(trainable_layers=layers).backbone.body
+    assert {name.split(".")[0] for name, value in body.named_parameters() if value.requires_grad} == trainable
 
 
-def test_a_folded_convolution_learns_as_one_before_its_norm_does():
-    model = classifier("imagenet_resnet18")
+def test_folded_convolution_has_the_gradient_of_the_unfolded_one():
+    model = make_classifier("imagenet_resnet18")
     plain = build_detector("resnet18", 3, CONFIG)
     load_backbone(plain, model.state_dict())
-    folded = detector(model=model, trainable_layers=5).double()
+    folded = make_detector(model=model, trainable_layers=5).double()
     plain, images = plain.double(), torch.randn(2, 3, 64, 64).double()
-    for built in (plain, folded):
-        sum(maps.square().mean() for maps in built.backbone.body(images).values()).backward()
+    for detector in (plain, folded):
+        sum(maps.square().mean() for maps in detector.backbone.body(images).values()).backward()
     for (name, one), other in zip(
         folded.backbone.body.named_parameters(), plain.backbone.body.parameters(), strict=True
     ):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=1e-8, msg=name)
 
 
-def test_names_in_a_file_do_not_tell_whether_norms_are_folded():
-    assert list(detector().state_dict()) == list(build_detector("resnet18", 3, CONFIG).state_dict())
-    assert len(conv_norm_pairs(detector("imagenet_resnet50").backbone.body)) == 53
+def test_folding_does_not_change_the_state_dict_keys():
+    assert list(make_detector().state_dict()) == list(build_detector("resnet18", 3, CONFIG).state_dict())
+    assert len(list_conv_norm_pairs(make_detector("imagenet_resnet50").backbone.body)) == 53
 
 
-def test_a_detector_is_one_of_torchvisions():
+def test_state_dict_matches_torchvision():
     with torch.device("meta"):
         theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=21).state_dict()
         ours = build_detector("resnet50", 20, CONFIG).state_dict()
@@ -151,68 +155,73 @@ def test_a_detector_is_one_of_torchvisions():
 
 
 @pytest.mark.parametrize("neck", ["fpn", "c5"])
-def test_weights_say_which_detector_they_are_of(neck):
+def test_detect_config_infers_the_architecture(neck):
     for body in BODIES:
         with torch.device("meta"):
             state = build_detector(body, 20, replace(CONFIG, neck=neck)).state_dict()
         assert detect_config(state) == {"body": body, "neck": neck, "num_classes": 20}
-    assert detect_config(classifier("imagenet_resnet18").state_dict()) is None
+    assert detect_config(make_classifier("imagenet_resnet18").state_dict()) is None
 
 
-def test_the_neck_c5_is_the_last_stage_with_all_anchors():
-    built = build_detector("resnet18", 3, replace(CONFIG, neck="c5")).eval()
-    maps = built.backbone(torch.rand(1, 3, 64, 96))
+def test_c5_neck_is_the_last_stage_with_all_anchors():
+    detector = build_detector("resnet18", 3, replace(CONFIG, neck="c5")).eval()
+    maps = detector.backbone(torch.rand(1, 3, 64, 96))
     assert {name: tuple(one.shape) for name, one in maps.items()} == {"0": (1, 512, 2, 3)}
-    assert built.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),)
-    assert set(built.train()(*batch())) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    assert detector.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),)
+    assert set(detector.train()(*make_batch())) == {
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_objectness",
+        "loss_rpn_box_reg",
+    }
 
 
-def test_old_names_of_torchvision_are_read():
-    built = detector()
-    old = {}
-    for key, value in built.state_dict().items():
+def test_legacy_torchvision_keys_are_converted():
+    detector = make_detector()
+    legacy = {}
+    for key, value in detector.state_dict().items():
         key = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
-        old[key.replace(".0.weight", ".weight").replace(".0.bias", ".bias") if "fpn" in key else key] = value
-    assert old.keys() != built.state_dict().keys()
-    assert convert_legacy_keys(old).keys() == built.state_dict().keys()
+        legacy[key.replace(".0.weight", ".weight").replace(".0.bias", ".bias") if "fpn" in key else key] = value
+    assert legacy.keys() != detector.state_dict().keys()
+    assert convert_legacy_keys(legacy).keys() == detector.state_dict().keys()
 
 
-def test_a_detector_for_other_classes_keeps_all_but_the_predictor():
-    trained, fresh = detector(), build_detector("resnet18", 5, CONFIG)
+def test_other_number_of_classes_keeps_all_weights_but_the_predictor():
+    trained, fresh = make_detector(), build_detector("resnet18", 5, CONFIG)
     head = fresh.roi_heads.box_predictor.cls_score.weight.clone()
     load_detector(fresh, trained.state_dict(), "trained.pt")
     assert torch.equal(fresh.roi_heads.box_predictor.cls_score.weight, head)
     assert torch.equal(fresh.roi_heads.box_head.fc6.weight, trained.roi_heads.box_head.fc6.weight)
-    with pytest.raises(UserError, match="trained.pt: another detector; missing: backbone.body.layer1.0.conv3"):
+    with pytest.raises(UserError, match="trained.pt: a different detector; missing: backbone.body.layer1.0.conv3"):
         load_detector(build_detector("resnet50", 3, CONFIG), trained.state_dict(), "trained.pt")
 
 
 @pytest.mark.parametrize(
-    "name, model, answer",
+    "name, model, expected",
     [
         ("imagenet_resnet18", None, "imagenet_resnet18"),
         ("imagenet_resnet18", "resnet18", "imagenet_resnet18"),
         ("resnet34", None, "resnet34"),
         ("resnet34", "resnet18", "--model resnet18: .*file.pt holds resnet34"),
-        ("wrn16_8", None, "wrn16_8 cannot be the backbone of a detector\nbackbones are the ResNets: imagenet_resnet18"),
+        ("wrn16_8", None, "wrn16_8 cannot be the backbone of a detector\nuse one of these ResNets: imagenet_resnet18"),
         ("preactresnet18", "resnet18", "preactresnet18 cannot be"),
         ("resnet20", None, "resnet20 cannot be the backbone"),
     ],
 )
-def test_a_backbone_is_told_by_its_weights(name, model, answer, tmp_path):
+def test_backbone_is_identified_by_its_weights(name, model, expected, tmp_path):
     torch.save(build_model(name, 10, 32).state_dict(), tmp_path / "file.pt")
     saved = SavedClassifier(tmp_path / "file.pt")
-    if answer == name:
-        assert identify_backbone(saved, model) == answer
+    if expected == name:
+        assert identify_backbone(saved, model) == expected
     else:
-        with pytest.raises(UserError, match=answer):
+        with pytest.raises(UserError, match=expected):
             identify_backbone(saved, model)
 
 
-def test_what_a_backbone_lacks_is_named(tmp_path):
-    state = classifier("imagenet_resnet18").state_dict()
+def test_missing_keys_of_a_backbone_are_named(tmp_path):
+    state = make_classifier("imagenet_resnet18").state_dict()
     torch.save({key: value for key, value in state.items() if "layer3" not in key}, tmp_path / "file.pt")
-    with pytest.raises(UserError, match="no resnet18; missing: layer3.0.conv1.weight, .* and 20 more"):
+    with pytest.raises(UserError, match="not a resnet18; missing: layer3.0.conv1.weight, .* and 20 more"):
         identify_backbone(SavedClassifier(tmp_path / "file.pt"), "resnet18")
-    with pytest.raises(UserError, match="it holds none of the networks that can be a backbone"):
+    with pytest.raises(UserError, match="the weights fit no network that can be a backbone"):
         identify_backbone(SavedClassifier(tmp_path / "file.pt"))

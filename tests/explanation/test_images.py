@@ -1,4 +1,4 @@
-"""Pictures as people have them: found, opened, named."""
+"""Find image files, open them, and name their outputs."""
 
 import struct
 import zlib
@@ -15,17 +15,17 @@ from explanation import chunk, find_images, open_image, unique_stems
 RED, BLUE = (200, 40, 20), (10, 30, 220)
 
 
-def test_pictures_are_found_once_and_in_order(tmp_path):
+def test_images_are_found_once_and_in_order(tmp_path):
     for name in ("b/2.png", "b/1.jpg", "b/.hidden.png", "b/deep/3.png", "[x]*.png"):
         write_image(tmp_path / name, 0)
-    (tmp_path / "b" / "notes.txt").write_text("no picture")
+    (tmp_path / "b" / "notes.txt").write_text("no image")
     (tmp_path / "b" / "folder.png").mkdir()
     found = find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
     assert [str(file.relative_to(tmp_path)) for file in found] == ["b/2.png", "b/1.jpg", "b/deep/3.png", "[x]*.png"]
 
 
-def sixteen_bits(path, values: np.ndarray, colours: int) -> None:
-    """A .png of 16 bits: big-endian values (H, W) or (H, W, 3)."""
+def write_16bit_png(path, values: np.ndarray, colours: int) -> None:
+    """Write a .png of 16 bits per channel from values (H, W) or (H, W, 3)."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -36,8 +36,8 @@ def sixteen_bits(path, values: np.ndarray, colours: int) -> None:
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-def odd_pictures(root: Path) -> dict[str, tuple[int, int, int]]:
-    """Writes pictures of 12 x 6 that are RED on the left and BLUE on the right, or grey; file -> colour on the left."""
+def write_unusual_images(root: Path) -> dict[str, tuple[int, int, int]]:
+    """Write images of 12 x 6, RED on the left and BLUE on the right, or grey. Returns file -> colour on the left."""
     plain = np.full((6, 12, 3), BLUE, np.uint8)
     plain[:, :6] = RED
     image, grey = Image.fromarray(plain), plain.mean(2)
@@ -53,14 +53,14 @@ def odd_pictures(root: Path) -> dict[str, tuple[int, int, int]]:
     image.quantize(4).save(root / "palette.png")
     image.convert("CMYK").save(root / "cmyk.jpg", **big)
     image.rotate(90, expand=True).save(root / "exif.jpg", exif=exif, **big)
-    turned = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"  # and before it a tag of an impossible type
+    turned = b"\x01\x12\x00\x03\x00\x00\x00\x01\x00\x06\x00\x00"  # after a tag of an invalid type
     damaged = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x40\0\x02\0\0\0\x06\0\0\0\x26" + turned + b"\0\0\0\0hello\0"
     image.rotate(90, expand=True).save(root / "damaged_exif.jpg", exif=damaged, **big)
     image.save(root / "no_exif.jpg", exif=b"Exif\0\0" + b"\xff" * 20, **big)
     for ending in ("gif", "png", "webp", "tif"):
         image.save(root / f"frames.{ending}", save_all=True, append_images=[Image.new("RGB", (12, 6))], lossless=True)
-    sixteen_bits(root / "rgb16.png", plain.astype(np.uint16) * 257, 2)
-    sixteen_bits(root / "grey16.png", (grey * 257).astype(np.uint16), 0)
+    write_16bit_png(root / "rgb16.png", plain.astype(np.uint16) * 257, 2)
+    write_16bit_png(root / "grey16.png", (grey * 257).astype(np.uint16), 0)
     Image.fromarray((grey * 257).astype(np.int32)).save(root / "grey32.tif")
     Image.fromarray((grey / 255).astype(np.float32)).save(root / "float.tif")
     Image.fromarray(grey.astype(np.float32)).save(root / "float255.tif")
@@ -70,19 +70,19 @@ def odd_pictures(root: Path) -> dict[str, tuple[int, int, int]]:
     return {file.name: special.get(file.name, RED) for file in root.iterdir()}
 
 
-def test_pictures_of_every_kind_are_opened_as_they_are_looked_at(tmp_path, recwarn, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # above which Pillow warns, and refuses the double
-    expected = odd_pictures(tmp_path)
+def test_images_of_every_kind_open_as_in_a_viewer(tmp_path, recwarn, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # above this Pillow warns, above the double it raises
+    expected = write_unusual_images(tmp_path)
     assert len(expected) == 18
     for name, colour in expected.items():
-        picture = open_image(tmp_path / name)
-        assert picture.dtype == np.uint8 and picture.shape == (6, 12, 3), name
-        assert np.abs(picture[3, 1].astype(int) - colour).max() <= 4, f"{name}: {picture[3, 1]}"
+        image = open_image(tmp_path / name)
+        assert image.dtype == np.uint8 and image.shape == (6, 12, 3), name
+        assert np.abs(image[3, 1].astype(int) - colour).max() <= 4, f"{name}: {image[3, 1]}"
     assert not recwarn.list
 
 
 @pytest.mark.parametrize("value", range(1, 9))
-def test_every_orientation_is_turned_upright(tmp_path, value):
+def test_every_exif_orientation_is_applied(tmp_path, value):
     exif = Image.Exif()
     exif[0x112] = value
     image = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(6, 4, 3))
@@ -91,15 +91,15 @@ def test_every_orientation_is_turned_upright(tmp_path, value):
     assert np.array_equal(open_image(tmp_path / "turned.png"), upright)
 
 
-def test_what_cannot_be_opened_is_told(tmp_path):
-    """Empty, cut short (two), text, and of more pixels than is safe."""
+def test_unreadable_images_raise_with_the_reason(tmp_path):
+    """The files are truncated (two), empty, too large, and text."""
     noise = Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 40, 3)).astype(np.uint8))
     for ending in ("jpg", "png"):
         noise.save(tmp_path / f"cut.{ending}")
         raw = (tmp_path / f"cut.{ending}").read_bytes()
         (tmp_path / f"cut.{ending}").write_bytes(raw[: len(raw) // 2])
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     noise.save(tmp_path / "huge.png")
     bomb = bytearray((tmp_path / "huge.png").read_bytes())
     bomb[16:24] = struct.pack(">II", 50_000, 50_000)
@@ -111,22 +111,22 @@ def test_what_cannot_be_opened_is_told(tmp_path):
             open_image(file)
 
 
-def test_few_pixels_are_held_at_a_time():
-    drawn = []
+def test_chunk_limits_images_and_pixels_and_does_not_read_ahead():
+    yielded = []
 
     def source():
         for side in (10, 10, 10, 30, 30, 30, 1):
-            drawn.append(side)
+            yielded.append(side)
             yield Path("a"), np.zeros((side, side, 3), np.uint8)
 
     sizes = []
     for group in chunk(source(), max_count=2, max_pixels=1000):
-        sizes.append([len(picture) for _, picture in group])
-        assert len(drawn) <= sum(map(len, sizes)) + 1, "read ahead by one at most"
+        sizes.append([len(image) for _, image in group])
+        assert len(yielded) <= sum(map(len, sizes)) + 1, "at most one image is read ahead"
     assert sizes == [[10, 10], [10, 30], [30], [30, 1]]
 
 
-def test_stems_are_told_apart_whatever_the_case():
+def test_stems_are_unique_even_if_case_is_ignored():
     files = [Path(name) for name in ("a/x.png", "b/x.png", "a/x.jpg", "z.png")]
     assert unique_stems(files) == ["a_x.png", "b_x.png", "x.jpg", "z"]
     assert unique_stems([Path("a/X.png"), Path("b/a/x.png")]) == ["a_X.png_1", "a_x.png_2"]
