@@ -9,11 +9,11 @@ import evaluation
 from engine import data, runtime
 from engine.config.select import select_kwargs
 from engine.launch import run_main
-from evaluation.options import REFERENCE_OPTIONS, add_trained_options, build_parser, list_measurements, read_options
+from evaluation.options import REFERENCE_OPTIONS, build_parser, list_measurements, merge_trained_options, read_options
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Evaluate every classifier; returns what --output holds."""
+    """Evaluate every classifier. Return one result for each, as in --output; [] in all but the main process."""
     parser = build_parser()
     typed, options, notes = read_options(parser, argv)
     if options["info"]:
@@ -29,10 +29,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for note in notes:
         print(f"note: {note}")
 
-    # ---- Classifiers: the images of each, and what is measured on them ----
+    # ---- Classifiers, their images, and what to measure ----
     contexts, plans, count = [], [], len(options["model_path"])
     for classifier in evaluation.load_classifiers(**select_kwargs(options, evaluation.load_classifiers)):
-        own = add_trained_options(parser, typed, options, classifier)
+        own = merge_trained_options(parser, typed, options, classifier)
         own |= REFERENCE_OPTIONS if len(contexts) == count else {}
         images = evaluation.load_images(session, "limit" in typed, **select_kwargs(own, data.load_evaluation))
         context = evaluation.build_context(classifier, images, session, **select_kwargs(own, evaluation.build_context))
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         plans.append(plan_task(context, own))
     evaluation.check_same_images(contexts, options["task"])
 
-    # ---- Measure ----
+    # ---- Measurements ----
     results = [evaluation.run_plan(context, plan) for context, plan in zip(contexts, plans, strict=True)]
     runtime.shut_down_processes()
     if not runtime.is_main_process():
@@ -57,9 +57,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 def plan_task(context, options: dict) -> Callable[[], dict]:
-    """Look up all that the task needs: what is missing is said now, not when the others have worked for an hour.
+    """Prepare the measurements of the task for one classifier and return a function that runs them.
 
-    Returns a function that does the work.
+    All inputs are looked up here, so that a missing file is reported at once and not after an hour of work.
     """
     planners = {name: evaluation.PLANNERS[name] for name in list_measurements(options)}
     with context.named_errors():

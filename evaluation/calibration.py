@@ -1,9 +1,10 @@
-"""Calibration: whether a classifier is right as often as it is confident, before and after temperature scaling.
+"""Calibration: how well confidence matches accuracy, before and after temperature scaling.
 
 Guo et al., "On calibration of modern neural networks", ICML 2017, arXiv 1706.04599; Nixon et al., "Measuring
-calibration in deep learning", 2019, arXiv 1904.01685. The confidence is the probability of the predicted class, the
-first of the highest logits. Everywhere logits are (N, K) and labels (N,) long on the same device, and all is computed
-in float64; functions raise ValueError for no images, for logits that are not finite and for labels that are no class.
+calibration in deep learning", 2019, arXiv 1904.01685. The confidence is the probability of the predicted class, which
+is the first of the highest logits. Everywhere logits are (N, K) and labels (N,) long on the same device, and all
+results are computed in float64. Functions raise ValueError for no images, for logits that are NaN or infinite, and for
+labels outside 0..K-1.
 """
 
 import math
@@ -13,32 +14,32 @@ from torch.nn import functional as F
 
 from engine.inference.metrics import validate_logits
 
-TEMPERATURES = (0.05, 20.0)  # bounds of the temperature
-MIN_COUNT = 10  # images below which the accuracy of a bin says little
-CHUNK_SIZE = 2**22  # probabilities of images x classes that are binned at a time: 32 MB
+TEMPERATURES = (0.05, 20.0)  # limits of the fitted temperature
+MIN_COUNT = 10  # bins with fewer images are drawn pale, as their accuracy is uncertain
+CHUNK_SIZE = 2**22  # probabilities (images x classes) that are binned at a time: 32 MB
 
 
 def calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """Expected calibration error (ECE), 0..1: mean over `bins` equal bins of |confidence - accuracy|, weighted by their
-    share.
+    """Return the expected calibration error (ECE), 0..1: the mean of |confidence - accuracy| over `bins` bins of equal
+    width, weighted by the fraction of images in each.
 
     Guo et al., Eq. 3; bins are (lower, upper].
     """
-    confidence, correct = confidence_and_correct(logits, labels)
-    gap = bin_sums(bin_index(confidence, bins), confidence - correct, bins)
+    confidence, correct = compute_confidence_and_correct(logits, labels)
+    gap = bin_sums(assign_bins(confidence, bins), confidence - correct, bins)
     return float(gap.abs().sum() / len(labels))
 
 
 def adaptive_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """The same with bins that hold equally many images, 0..1: by its rank in confidence, image i of N is in bin
+    """Return the ECE, 0..1, with bins that hold equally many images: image i of N, ranked by confidence, is in bin
     floor(i bins / N).
 
-    The binning is that of Nguyen and O'Connor, EMNLP 2015; Nixon et al., Sec. 3.2, say what equal widths hide: nearly
-    all images in the last bin. Of the predicted class alone: not the ACE of Nixon et al., which is of all classes. Each
-    of several equal confidences counts as right in their mean, so that the order of the images does not matter; with
-    fewer images than bins each is a bin of its own.
+    The binning is that of Nguyen and O'Connor, EMNLP 2015. Nixon et al., Sec. 3.2, explain why: with equal widths
+    nearly all images fall into the last bin. Only the predicted class counts, unlike in the ACE of Nixon et al., which
+    covers all classes. Images of equal confidence all count with their mean accuracy, so that their order does not
+    matter. With fewer images than bins, each image is a bin.
     """
-    confidence, correct = confidence_and_correct(logits, labels)
+    confidence, correct = compute_confidence_and_correct(logits, labels)
     values, index, count = confidence.unique(return_inverse=True, return_counts=True)
     correct = (bin_sums(index, correct, len(values)) / count)[index]
     rank = torch.arange(len(labels), device=labels.device)
@@ -47,31 +48,33 @@ def adaptive_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins:
 
 
 def classwise_calibration_error(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> float:
-    """Mean over the classes of the calibration error of the probability of each, all images counting, 0..1.
+    """Return the mean over all classes of the calibration error of the class's probability on all images, 0..1.
 
     The static calibration error (SCE) of Nixon et al.; classwise-ECE of Kull et al., NeurIPS 2019, arXiv 1910.12656,
-    Sec. 2. Equal bins (lower, upper]; 0 is in the first. Small wherever there are many classes, most being improbable
-    everywhere: to be compared at the same number of classes only.
+    Sec. 2. Bins of equal width (lower, upper]; 0 is in the first. The value is small whenever there are many classes,
+    since most have a low probability for every image: compare it only at the same number of classes.
     """
     logits = validate_logits(logits, labels)
     images, classes = logits.shape
-    first = torch.arange(classes, device=logits.device) * bins  # bin of each class
+    first = torch.arange(classes, device=logits.device) * bins  # index of the first bin of each class
     gap = logits.new_zeros(classes * bins)
-    rows = max(1, CHUNK_SIZE // classes)
-    for chunk, true in zip(logits.split(rows), labels.split(rows), strict=True):
+    chunk_size = max(1, CHUNK_SIZE // classes)
+    for chunk, targets in zip(logits.split(chunk_size), labels.split(chunk_size), strict=True):
         probability = chunk.softmax(1)
-        index = bin_index(probability, bins) + first
+        index = assign_bins(probability, bins) + first
         gap.index_add_(0, index.flatten(), probability.flatten())
-        gap.index_add_(0, index.gather(1, true.unsqueeze(1)).flatten(), gap.new_full((len(true),), -1.0))
+        gap.index_add_(0, index.gather(1, targets.unsqueeze(1)).flatten(), gap.new_full((len(targets),), -1.0))
     return float(gap.abs().sum() / (images * classes))
 
 
 def reliability_table(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15) -> dict[str, list]:
-    """What a reliability diagram shows (Guo et al., Sec. 2): of each of the bins of calibration_error() the mean
-    confidence and the accuracy, 0..1, None where it is empty, and the count of images; and the bins + 1 edges.
+    """Return the content of a reliability diagram (Guo et al., Sec. 2) with the bins of calibration_error().
+
+    `confidence` and `accuracy`: means over each bin, 0..1, None for an empty bin. `count`: images in each bin. `edges`:
+    the bins + 1 edges.
     """
-    confidence, correct = confidence_and_correct(logits, labels)
-    index = bin_index(confidence, bins)
+    confidence, correct = compute_confidence_and_correct(logits, labels)
+    index = assign_bins(confidence, bins)
     counts = bin_sums(index, torch.ones_like(confidence), bins).tolist()
     table = {"edges": [edge / bins for edge in range(bins + 1)]}
     for name, values in (("confidence", confidence), ("accuracy", correct)):
@@ -80,38 +83,39 @@ def reliability_table(logits: torch.Tensor, labels: torch.Tensor, bins: int = 15
     return table | {"count": [int(count) for count in counts]}
 
 
-def confidence_and_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) the highest probability, and (N,) 1 where its class is the label; float64."""
+def compute_confidence_and_correct(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the highest probability (N,), and 1 where its class is the label (N,); float64."""
     logits = validate_logits(logits, labels)
     return logits.softmax(1).amax(1), (logits.argmax(1) == labels).double()
 
 
-def bin_index(probability: torch.Tensor, bins: int) -> torch.Tensor:
-    """Which of `bins` equal bins (lower, upper] of 0..1 holds each probability, counted from 0; 0 is in the first."""
+def assign_bins(probability: torch.Tensor, bins: int) -> torch.Tensor:
+    """Return the index of the bin that holds each probability, for `bins` equal bins (lower, upper] of 0..1."""
     return (probability * check_bins(bins)).ceil().long().clamp(1, bins) - 1
 
 
 def check_bins(bins: int) -> int:
+    """Return `bins`; raise ValueError if it is below 1."""
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     return bins
 
 
 def bin_sums(index: torch.Tensor, values: torch.Tensor, size: int) -> torch.Tensor:
-    """(size,) of the values (N,) those added up that have the same index (N,)."""
+    """Return (size,) sums: the values (N,) with the same index (N,) are added up."""
     return values.new_zeros(size).index_add_(0, index, values)
 
 
 def negative_log_likelihood(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over the images, in nats."""
+    """Return the mean negative log-likelihood per image, in nats."""
     return float(F.cross_entropy(validate_logits(logits, labels), labels))
 
 
 def brier_score(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """Squared differences of the probabilities from 1 for the true class and 0 for the others, summed over the classes
-    and averaged over the images, 0..2.
+    """Return the Brier score, 0..2: the squared differences between the probabilities and the one-hot label, summed
+    over the classes and averaged over the images.
 
-    Brier, Monthly Weather Review 78(1), 1950, Eq. 2; other codes average over the classes as well.
+    Brier, Monthly Weather Review 78(1), 1950, Eq. 2; some implementations also average over the classes.
     """
     difference = validate_logits(logits, labels).softmax(1)
     difference.scatter_add_(1, labels.unsqueeze(1), -torch.ones_like(difference[:, :1]))
@@ -119,25 +123,26 @@ def brier_score(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The T whose logits / T have the least negative log-likelihood (Guo et al., Sec. 4.2), to a billionth.
+    """Return the T for which logits / T have the lowest negative log-likelihood (Guo et al., Sec. 4.2), to 1e-9.
 
-    Found in 1 / T, in which the likelihood is convex, by Newton's method inside a bracket that is halved (in its
-    logarithm) when a step leaves it. A result equal to either of TEMPERATURES means that beyond it lies a better one:
-    with every image right the best is 0, with every image worse than chance it is infinite. 1 where none matters.
+    The likelihood is convex in 1 / T, which is found by Newton's method inside a bracket; a step that leaves the
+    bracket is replaced by its geometric mean. A result equal to one of TEMPERATURES means that the optimum lies beyond
+    it: it is 0 if every image is classified correctly, and infinite if the classifier is worse than chance on every
+    image. Returns 1 if the temperature has no effect.
     """
     logits = validate_logits(logits, labels)
-    # over the true class: so that a slope keeps its sign however small it is
-    lead = logits - logits.gather(1, labels.unsqueeze(1))
+    # relative to the true class, so that the derivative keeps its sign however small it is
+    margin = logits - logits.gather(1, labels.unsqueeze(1))
 
-    def slope(inverse: float) -> list[float]:
-        """First and second derivative of the negative log-likelihood with respect to 1 / T."""
-        probability = (inverse * lead).softmax(1)
-        mean = (probability * lead).sum(1)
-        variance = (probability * (lead - mean.unsqueeze(1)).square()).sum(1)
+    def compute_derivatives(inverse: float) -> list[float]:
+        """Return the first and second derivative of the negative log-likelihood with respect to 1 / T."""
+        probability = (inverse * margin).softmax(1)
+        mean = (probability * margin).sum(1)
+        variance = (probability * (margin - mean.unsqueeze(1)).square()).sum(1)
         return torch.stack([mean.mean(), variance.mean()]).tolist()
 
     low, high = (1 / bound for bound in reversed(TEMPERATURES))
-    first, last = slope(low)[0], slope(high)[0]
+    first, last = compute_derivatives(low)[0], compute_derivatives(high)[0]
     if first == last == 0:
         return 1.0
     if first >= 0:
@@ -146,7 +151,7 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return TEMPERATURES[0]
     inverse = 1.0
     for _ in range(100):
-        first, second = slope(inverse)
+        first, second = compute_derivatives(inverse)
         low, high = (inverse, high) if first < 0 else (low, inverse)
         step = inverse - first / max(second, 1e-300)
         before, inverse = inverse, step if low <= step <= high else math.sqrt(low * high)
@@ -156,19 +161,20 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def measure_calibration(logits: torch.Tensor, labels: torch.Tensor, heldout: torch.Tensor, bins: int = 15) -> dict:
-    """All metrics above, before and, under `after`, with the temperature; plain numbers, ready for JSON.
+    """Return all metrics, before temperature scaling and, under `after`, with it; plain numbers, ready for JSON.
 
-    heldout (N,) bool: the images on which the temperature is fitted; all metrics are of the others, `images` in number.
-    In percent: ece, adaptive_ece, classwise_ece, accuracy (which no temperature changes), mean_confidence.
-    temperature_at_bound: see fit_temperature(). Raises ValueError where no image is held out, or no other left.
+    heldout (N,) bool: the images on which the temperature is fitted; the metrics are computed on the other `images`
+    images. In percent: ece, adaptive_ece, classwise_ece, accuracy (which no temperature changes), mean_confidence.
+    temperature_at_bound: see fit_temperature(). Raises ValueError if no image is held out or no other is left.
     """
     logits, heldout = validate_logits(logits, labels), heldout.to(logits.device)
     if heldout.shape != labels.shape or heldout.dtype != torch.bool:
-        raise ValueError(f"held must be {len(labels)} bools, got {heldout.dtype} of {tuple(heldout.shape)}")
+        raise ValueError(f"heldout must be {len(labels)} bools, got {heldout.dtype} of {tuple(heldout.shape)}")
     count = int(heldout.sum())
     if not 0 < count < len(labels):
         raise ValueError(
-            f"a temperature is fitted on some images and judged on others: {count} of {len(labels)} are held"
+            f"heldout selects {count} of {len(labels)} images; at least one is needed to fit the temperature, and one "
+            "more to evaluate it"
         )
     temperature = fit_temperature(logits[heldout], labels[heldout])
     logits, labels = logits[~heldout], labels[~heldout]
@@ -183,7 +189,8 @@ def measure_calibration(logits: torch.Tensor, labels: torch.Tensor, heldout: tor
 
 
 def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> dict:
-    confidence, correct = confidence_and_correct(logits, labels)
+    """Return the metrics that measure_calibration() reports before and after temperature scaling."""
+    confidence, correct = compute_confidence_and_correct(logits, labels)
     return {
         "ece": 100 * calibration_error(logits, labels, bins),
         "adaptive_ece": 100 * adaptive_calibration_error(logits, labels, bins),
@@ -196,12 +203,18 @@ def compute_metrics(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> di
     }
 
 
-def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False) -> None:
-    """A reliability diagram of results of measure_calibration(), (name, result) each: accuracy against confidence.
+def describe_bound(names: list[str]) -> str:
+    """Return the note on classifiers whose fitted temperature is one of TEMPERATURES."""
+    low, high = TEMPERATURES
+    return f"the best temperature of {', '.join(names)} lies outside {low:g} to {high:g}; the nearer limit is used"
 
-    One classifier: a bar for each bin and its gap to the mean confidence, pale where the bin holds fewer than MIN_COUNT
-    images, and above it a histogram of the confidences. Several: a line each, whose dots grow with the share of the
-    images. after: with the temperature.
+
+def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False) -> None:
+    """Draw a reliability diagram, accuracy against confidence, of (name, result of measure_calibration()) pairs.
+
+    One classifier: a bar for each bin and its gap to the mean confidence, pale if the bin holds fewer than MIN_COUNT
+    images, and a histogram of the confidences above. Several: one line each, with dots that grow with the fraction of
+    the images. after: with temperature scaling.
     """
     axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, zorder=3)
     for name, result in results:
@@ -213,12 +226,13 @@ def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False)
 
 
 def list_filled_bins(table: dict[str, list]) -> list[tuple]:
-    """Left edges, accuracies, confidences and counts of the bins that hold images."""
+    """Return left edges, accuracies, confidences and counts of the bins that hold images."""
     rows = zip(table["edges"][:-1], table["accuracy"], table["confidence"], table["count"], strict=True)
     return list(zip(*(row for row in rows if row[-1]), strict=True))
 
 
 def draw_bars(axes, table: dict[str, list], label: str) -> None:
+    """Draw the bins of one classifier as bars, with a histogram of the confidences above."""
     left, accuracy, confidence, count = list_filled_bins(table)
     size = {"width": 1 / len(table["count"]), "align": "edge", "linewidth": 0.6}
     solid = {"color": "tab:blue", "edgecolor": "white", **size}
@@ -229,17 +243,18 @@ def draw_bars(axes, table: dict[str, list], label: str) -> None:
         alpha = 0.3 if images < MIN_COUNT else None
         axes.bar(x, height, alpha=alpha, **solid)
         axes.bar(x, mean - height, bottom=height, alpha=alpha, **hatched)
-    above = axes.inset_axes([0, 1.03, 1, 0.18], sharex=axes)
-    above.bar(left, count, color="0.6", edgecolor="white", **size)
-    above.set(yscale="log", ylim=(0.5, None))  # so that a single image shows
-    above.yaxis.set_major_formatter("{x:g}")
-    above.yaxis.set_minor_formatter("")
-    above.tick_params(labelbottom=False, labelsize=7)
-    above.spines[["top", "right"]].set_visible(False)
-    above.set_ylabel("images", fontsize=8)
+    inset = axes.inset_axes([0, 1.03, 1, 0.18], sharex=axes)
+    inset.bar(left, count, color="0.6", edgecolor="white", **size)
+    inset.set(yscale="log", ylim=(0.5, None))  # below 1, so that a bin with a single image is visible
+    inset.yaxis.set_major_formatter("{x:g}")
+    inset.yaxis.set_minor_formatter("")
+    inset.tick_params(labelbottom=False, labelsize=7)
+    inset.spines[["top", "right"]].set_visible(False)
+    inset.set_ylabel("images", fontsize=8)
 
 
 def draw_line(axes, table: dict[str, list], label: str) -> None:
+    """Draw the bins of one of several classifiers as a line."""
     _, accuracy, confidence, count = list_filled_bins(table)
     (line,) = axes.plot(confidence, accuracy, linewidth=1.2, label=label)
     area = [8 + 80 * images / sum(count) for images in count]

@@ -1,15 +1,16 @@
-"""Image corruptions made on the device: noise, blur, weather and digital faults, fifteen of them at five severities.
+"""Image corruptions computed on the device: noise, blur, weather and digital, 15 corruptions at five severities.
 
 Hendrycks and Dietterich, "Benchmarking neural network robustness to common corruptions and perturbations", ICLR 2019,
-arXiv 1903.12261, Sec. 4.1 and Appendix B. The names, the ideas and the strengths are the paper's: those of CIFAR-10-C
-for images whose shorter side is below 96 pixels, those of ImageNet-C from there on, with lengths in pixels scaled by
-side / 32 and side / 224. The programs are ours (each says where it differs), so accuracies on them compare
-classifiers with each other, not with published tables. Some published steps are no steps up: snow of severity 2 is
-denser than that of 3, CIFAR-10-C's glass_blur of 3 blurs what 2 scatters, elastic_transform trades shift for wobble.
+arXiv 1903.12261, Sec. 4.1 and Appendix B. Names, ideas and strengths are the paper's. Images whose shorter side is
+below 96 pixels get the strengths of CIFAR-10-C, larger ones those of ImageNet-C; lengths in pixels are scaled by
+side / 32 and side / 224. The implementation is this project's own, and each function says where it differs. Accuracies
+therefore compare classifiers with each other, but not with published tables. Some published steps do not increase the
+strength: snow is denser at severity 2 than at 3, glass_blur of CIFAR-10-C blurs at 3 what it scatters at 2, and
+elastic_transform trades shift for distortion.
 
-An image's random numbers depend on the seed, the corruption, the severity and its position in the data set alone. All
-is gathers, shifts and elementwise arithmetic: a convolution's or a matrix product's last bits would depend on the size
-of the batch, and on CUDA on TF32, and a rounding or a threshold would make that visible.
+The random numbers of an image depend only on the seed, the corruption, the severity and its position in the data set.
+All operations are gathers, shifts and elementwise arithmetic. The last bits of a convolution or a matrix product would
+depend on the batch size, and on CUDA on TF32, and rounding or thresholding would make the difference visible.
 """
 
 import math
@@ -22,12 +23,12 @@ from torch.nn import functional as F
 from engine.errors import suggest_closest
 from evaluation.image_ops import (
     BatchRNG,
+    draw_plasma_fractal,
     gather_pixels,
     gaussian_blur,
     gaussian_kernel,
     motion_smear,
     pad_reflect,
-    plasma_fractal,
     prefix_sums,
     quantize,
     to_grayscale,
@@ -38,70 +39,71 @@ from evaluation.image_ops import (
 from evaluation.jpeg import jpeg_compression
 
 SEVERITIES = (1, 2, 3, 4, 5)
-MIN_IMAGENET_SIDE = 96  # pixels of the shorter side from which on ImageNet-C's strengths apply
+MIN_IMAGENET_SIDE = 96  # smallest shorter side, in pixels, that gets the strengths of ImageNet-C
 
 
 @torch.no_grad()
 def corrupt(pixels: torch.Tensor, name: str, severity: int, index: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """The images as corruption `name` of CORRUPTIONS leaves them: new float32 (B, 3, H, W) of the 256 levels k / 255.
+    """Apply the corruption `name` of CORRUPTIONS: return new float32 images (B, 3, H, W) on the 256 levels k / 255.
 
-    pixels (B, 3, H, W) in 0..1, H and W at least 8, are taken at the nearest of those levels. severity: 1 to 5.
-    index (B,): positions in the data set, to which the random numbers belong. ValueError for what is not so.
+    pixels (B, 3, H, W) in 0..1, H and W at least 8, are first rounded to these levels. severity: 1 to 5. index (B,):
+    positions in the data set, which determine the random numbers. Raises ValueError for other arguments.
     """
     if name not in CORRUPTIONS:
-        raise ValueError(f"{name!r} is none of {', '.join(CORRUPTIONS)}{suggest_closest(str(name), CORRUPTIONS)}")
+        closest = suggest_closest(str(name), CORRUPTIONS)
+        raise ValueError(f"corruption must be one of {', '.join(CORRUPTIONS)}, got {name!r}{closest}")
     if severity not in SEVERITIES:
         raise ValueError(f"severity must be one of 1, 2, 3, 4, 5, got {severity!r}")
     if pixels.ndim != 4 or pixels.shape[1] != 3 or min(pixels.shape[-2:]) < 8:
         raise ValueError(f"pixels must be (B, 3, H, W) with H and W of at least 8, got {tuple(pixels.shape)}")
     if index.shape != pixels.shape[:1]:
-        raise ValueError(f"index must name {len(pixels)} images, one each, got shape {tuple(index.shape)}")
+        raise ValueError(f"index must have one position for each of {len(pixels)} images, got {tuple(index.shape)}")
     side = min(pixels.shape[-2:])
     large = side >= MIN_IMAGENET_SIDE
     strength = STRENGTHS[name][large][severity - 1]
     rng = BatchRNG(index, seed, f"{name}/{severity}", pixels.device)
-    clean = quantize(pixels.float()).contiguous()  # one order of dimensions, one order of arithmetic
+    clean = quantize(pixels.float()).contiguous()  # so that the memory format cannot change the order of arithmetic
     return quantize(CORRUPTIONS[name](clean, strength, side / (224 if large else 32), rng))
 
 
 def gaussian_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Normal noise on every value; as published."""
+    """Add normal noise to every value; as published. strength: standard deviation."""
     return pixels + strength * rng.normal("noise", *pixels.shape[1:])
 
 
 def shot_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Poisson counts of light, exact; as published. strength: counts in a pixel of 1."""
+    """Replace every value by an exact Poisson count; as published. strength: mean count of a value of 1."""
     chance = (rng.uniform("count", *pixels.shape[1:]) * 2**24).long()
-    thresholds = poisson_thresholds(strength, pixels.device)
+    thresholds = compute_poisson_thresholds(strength, pixels.device)
     level = to_levels(pixels).long()
     index = torch.searchsorted(thresholds.flatten(), level * 2**24 + chance, right=True)
     return (index - level * thresholds.shape[1]) / strength
 
 
 @lru_cache(maxsize=16)
-def poisson_thresholds(strength: float, device: torch.device) -> torch.Tensor:
-    """int64 (256, K): 2^24 times the chance of at most k counts at each level, on top of 2^24 times the level.
+def compute_poisson_thresholds(strength: float, device: torch.device) -> torch.Tensor:
+    """Return int64 (256, K): for each level, 2^24 times (the level + the probability of at most k counts).
 
-    So all rows are one sorted list, in which the place of a uniform draw tells the count: inversion, exact to 2^-24.
-    K counts or more are white all the same.
+    All rows together are one sorted list, in which the position of a uniform draw gives the count. This is inverse
+    transform sampling, exact to 2^-24. K = strength is enough, since K or more counts are white anyway.
     """
     mean = torch.linspace(0, strength, 256, dtype=torch.float64).unsqueeze(1)
     count = torch.arange(strength, dtype=torch.float64)
-    at_most = torch.special.gammaincc(count + 1, mean)  # the Poisson distribution function
+    at_most = torch.special.gammaincc(count + 1, mean)  # the cumulative distribution function
     return ((at_most + torch.arange(256).unsqueeze(1)) * 2**24).long().to(device)
 
 
 def impulse_noise(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Single values set to 0 or 1; as published. strength: share of the values that are replaced."""
+    """Set single values to 0 or 1; as published. strength: fraction of the values that are replaced."""
     chance = rng.uniform("value", *pixels.shape[1:])
     return pixels.masked_fill(chance < strength / 2, 0).masked_fill(chance >= 1 - strength / 2, 1)
 
 
 def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Mean over a disk with softened edge; as published but for the mirrored border.
+    """Average over a disk with a softened edge; as published except for reflection at the border.
 
-    strength: the disk's radius and the deviation of the Gaussian that softens it, in pixels. The disk is a stack of
-    rows, each the difference of two prefix sums.
+    strength: radius of the disk, and standard deviation of the Gaussian that softens it, in pixels. The disk is a stack
+    of rows, each the difference of two prefix sums.
     """
     radius, soft = scale * strength[0], scale * strength[1]
     reach, (height, width) = int(radius), pixels.shape[-2:]
@@ -117,12 +119,12 @@ def defocus_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: Batch
 
 
 def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Pixels displaced at random between two Gaussian blurs; one normal displacement stands for the published chain of
-    swaps. strength: deviation of the blur and greatest swap in pixels, and rounds of swaps.
+    """Displace pixels at random between two Gaussian blurs; one normal displacement replaces the published swaps.
 
-    In a published round every pixel in turn is swapped with one up to `swap` away, by which some are carried far. A
-    normal displacement of deviation 0.55 (swap + 1) times the root of the rounds changes images as much on average,
-    to a tenth (measured on CIFAR-10 and ImageNet at all severities).
+    strength: standard deviation of the blur and largest swap in pixels, and number of rounds. In a published round
+    every pixel in turn is swapped with one up to `swap` away, so that some move far. A normal displacement with
+    standard deviation 0.55 (swap + 1) sqrt(rounds) changes images as much on average, to within a tenth (measured on
+    CIFAR-10 and ImageNet at all severities).
     """
     sigma, swap, rounds = strength
     height, width = pixels.shape[-2:]
@@ -135,13 +137,16 @@ def glass_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRN
 
 
 def motion_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """One-sided Gaussian trail at up to 45 degrees; as published. strength: radius and deviation in pixels."""
+    """Smear along one direction at up to 45 degrees, one-sided Gaussian; as published.
+
+    strength: radius and standard deviation in pixels.
+    """
     angle = (rng.uniform("angle", 1, 1) - 0.5) * (math.pi / 2)
     return motion_smear(pixels, scale * strength[0], scale * strength[1], angle)
 
 
 def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Mean of enlargements about the centre; as published. strength: their number, and the step between them."""
+    """Average enlargements about the centre; as published. strength: their number, and the step between them."""
     count, step = strength
     total = pixels.clone()
     for zoom in range(count):
@@ -150,15 +155,17 @@ def zoom_blur(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG
 
 
 def snow(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Whitened, with flakes from enlarged noise above a threshold, smeared in both senses of a steep direction; as
-    published. strength: mean and deviation of the noise, its enlargement, threshold, radius and deviation of the trail,
-    and the share of the image that is not whitened.
+    """Whiten the image and add flakes: enlarged noise above a threshold, smeared both ways along a steep line; as
+    published.
+
+    strength: mean and standard deviation of the noise, its enlargement, threshold, radius and standard deviation of the
+    smear, and the fraction of the image that is not whitened.
     """
-    mean, deviation, zoom, threshold, radius, sigma, keep = strength
+    mean, std, zoom, threshold, radius, sigma, keep = strength
     height, width = pixels.shape[-2:]
     zoom = max(1.0, scale * zoom)
     noise = rng.normal("flakes", 1, math.ceil(height / zoom), math.ceil(width / zoom))
-    flakes = zoom_image(mean + deviation * noise, zoom, height, width)
+    flakes = zoom_image(mean + std * noise, zoom, height, width)
     flakes = flakes.masked_fill(flakes < threshold, 0).clamp(max=1)
     angle = (rng.uniform("angle", 1, 1) - 1.5) * (math.pi / 2)  # -135 to -45 degrees
     flakes = motion_smear(flakes, scale * radius, scale * sigma, angle)
@@ -167,17 +174,19 @@ def snow(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> 
 
 
 def frost(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Image and ice blended with the published weights; the ice is feathers along random bent lines, not cut from
-    photographs. strength: weights of the image and of the ice.
+    """Blend the image with ice, with the published weights; the ice is generated, not cut from photographs.
+
+    strength: weights of the image and of the ice.
     """
     return strength[0] * pixels + strength[1] * draw_ice(rng, *pixels.shape[-2:])
 
 
 def draw_ice(rng: BatchRNG, height: int, width: int) -> torch.Tensor:
-    """(B, 3, H, W) in 0..1: bluish feathers, fine and coarse, along bent lines and at 60 degrees to them, here thick,
-    there thin.
+    """Return bluish ice (B, 3, H, W) in 0..1.
+
+    Fine and coarse feathers grow along random curved lines and at 60 degrees to them, with varying thickness.
     """
-    thick = ((plasma_fractal(rng, height, width, 2.0) - 0.25) * 2).clamp(0, 1)
+    thick = ((draw_plasma_fractal(rng, height, width, 2.0) - 0.25) * 2).clamp(0, 1)
     bend = rng.uniform("bend", 1, 3, 3) * (2 * math.pi)
     length = max(1.5, min(height, width) / 56)
     feather = torch.zeros_like(thick)
@@ -192,32 +201,33 @@ def draw_ice(rng: BatchRNG, height: int, width: int) -> torch.Tensor:
 
 
 def fog(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """A plasma fractal added and the sum rescaled; as published. strength: its height, and how much lower each finer
-    octave of it is.
+    """Add a plasma fractal and rescale the sum; as published.
+
+    strength: height of the fractal, and the factor by which each finer octave is lower.
     """
     height, decay = strength
     brightest = pixels.amax((1, 2, 3), keepdim=True)
-    return (pixels + height * plasma_fractal(rng, *pixels.shape[-2:], decay)) * (brightest / (brightest + height))
+    return (pixels + height * draw_plasma_fractal(rng, *pixels.shape[-2:], decay)) * (brightest / (brightest + height))
 
 
 def brightness(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """HSV value raised; as published. strength: added to the value, the largest channel; hue and saturation stay."""
+    """Raise the HSV value, keeping hue and saturation; as published. strength: added to the value."""
     value = pixels.amax(1, keepdim=True)
     raised = (value + strength).clamp(max=1)
     return torch.where(value > 0, pixels * (raised / value.clamp(min=1 / 255)), raised)
 
 
 def contrast(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Values drawn towards the image's mean colour; as published. strength: share of the distance that is left."""
-    total = to_levels(pixels).long().sum((2, 3), keepdim=True)  # whole numbers: the same in any order
+    """Move values towards the image's mean colour; as published. strength: fraction of the distance that stays."""
+    total = to_levels(pixels).long().sum((2, 3), keepdim=True)  # integers, so that the order of the sum cannot matter
     mean = total / (255 * pixels.shape[2] * pixels.shape[3])
     return (pixels - mean) * strength + mean
 
 
 def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """A random affine map and a smooth random displacement; as published but in one resampling.
+    """Apply a random affine map and a smooth random displacement; as published, but in a single resampling.
 
-    strength: height and smoothness (sigma) of the displacement and how far the affine map moves three corners of a
+    strength: height and smoothness (sigma) of the displacement, and how far the affine map moves three corners of a
     centred square, in pixels.
     """
     height, width = pixels.shape[-2:]
@@ -228,7 +238,7 @@ def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, rng: 
     first, middle, last = ((2 * rng.uniform("corners", 3, 2, 1, 1) - 1) * reach).unbind(1)  # (B, 2, 1, 1) each
     shift = middle + (down + half) / (2 * half) * (first - middle) + (across - half) / (2 * half) * (middle - last)
     if high:
-        cell = max(1, int(sigma / 4))  # a field so smooth needs no draw for every pixel
+        cell = max(1, int(sigma / 4))  # one draw per cell is enough for such a smooth field
         field = 2 * rng.uniform("field", 2, math.ceil(height / cell), math.ceil(width / cell)) - 1
         field = gaussian_blur(field, sigma / cell, 3.0) * (high / cell)
         shift = shift + F.interpolate(field, (height, width), mode="bilinear", align_corners=False)
@@ -238,12 +248,12 @@ def elastic_transform(pixels: torch.Tensor, strength: tuple, scale: float, rng: 
 
 
 def pixelate(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """Means over boxes of pixels; as published. strength: share of the rows and of the columns that is left."""
+    """Average over boxes of pixels; as published. strength: fraction of the rows and of the columns that is left."""
     whole = to_levels(pixels).int()
-    for dim in (3, 2):  # Pillow's order, and as there rounded in between
+    for dim in (3, 2):  # columns first and rounding in between, as in Pillow
         size = whole.shape[dim]
         cells = max(1, int(size * strength))
-        cell = (2 * torch.arange(size, device=pixels.device) + 1) * cells // (2 * size)  # of each pixel
+        cell = (2 * torch.arange(size, device=pixels.device) + 1) * cells // (2 * size)  # the cell of each pixel
         first = (2 * size * cell + cells) // (2 * cells)
         after = (2 * size * (cell + 1) + cells) // (2 * cells)
         sums = prefix_sums(whole, dim)
@@ -253,14 +263,14 @@ def pixelate(pixels: torch.Tensor, strength: float, scale: float, rng: BatchRNG)
     return whole / 255
 
 
-FAMILIES = {  # (pixels, strength, scale, rng) -> pixels, neither clipped nor rounded
+FAMILIES = {  # each maps (pixels, strength, scale, rng) to pixels that are neither clipped nor rounded
     "noise": (gaussian_noise, shot_noise, impulse_noise),
     "blur": (defocus_blur, glass_blur, motion_blur, zoom_blur),
     "weather": (snow, frost, fog, brightness),
     "digital": (contrast, elastic_transform, pixelate, jpeg_compression),
 }
 CORRUPTIONS: dict[str, Callable] = {each.__name__: each for family in FAMILIES.values() for each in family}
-STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C, as the authors' code has them
+STRENGTHS = {  # at the five severities: those of CIFAR-10-C and of ImageNet-C, from the authors' code
     "gaussian_noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "shot_noise": ((500, 250, 100, 75, 50), (60, 25, 12, 5, 3)),
     "impulse_noise": ((0.01, 0.02, 0.03, 0.05, 0.07), (0.03, 0.06, 0.09, 0.17, 0.27)),
@@ -303,7 +313,7 @@ STRENGTHS = {  # at the five severities: of CIFAR-10-C and of ImageNet-C, as the
     ),
     "brightness": ((0.05, 0.1, 0.15, 0.2, 0.3), (0.1, 0.2, 0.3, 0.4, 0.5)),
     "contrast": ((0.75, 0.5, 0.4, 0.3, 0.15), (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "elastic_transform": (  # the second in shares of 244 pixels, a slip for 224 that is in the published images
+    "elastic_transform": (  # ImageNet-C: fractions of 244 pixels, a slip for 224 that is in the published images
         ((0, 0, 2.56), (1.6, 6.4, 2.24), (2.56, 1.92, 1.92), (3.2, 1.28, 1.6), (3.2, 0.96, 0.96)),
         ((488, 170.8, 24.4), (488, 19.52, 48.8), (12.2, 2.44, 4.88), (17.08, 2.44, 4.88), (29.28, 2.44, 4.88)),
     ),

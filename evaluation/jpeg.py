@@ -27,14 +27,15 @@ CHROMA = (
 
 
 def jpeg_compression(pixels: torch.Tensor, strength: int, scale: float, rng: BatchRNG) -> torch.Tensor:
-    """JPEG's transform and quantisation, chroma at half resolution, at the published qualities; as a decoder shows it,
-    to about a level. strength: quality, 1 to 100, in the sense of libjpeg.
+    """Apply JPEG's transform and quantisation, with chroma at half resolution, at the published qualities.
+
+    The result is what a decoder shows, to within about one level. strength: libjpeg's quality, 1 to 100.
     """
     height, width = pixels.shape[-2:]
     padded = F.pad(to_levels(pixels), (0, -width % 16, 0, height % 2), mode="replicate")
     red, _, blue = padded.split(1, 1)
     luma = to_grayscale(padded)
-    chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1).round()  # around 0
+    chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1).round()  # Cb and Cr, centred on 0
     luma = quantize_blocks(luma.round() - 128, LUMA, strength) + 128
     chroma = quantize_blocks(round_half_up(F.avg_pool2d(chroma, 2)), CHROMA, strength)
     blue, red = F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False).split(1, 1)
@@ -44,17 +45,17 @@ def jpeg_compression(pixels: torch.Tensor, strength: int, scale: float, rng: Bat
 
 
 def round_half_up(values: torch.Tensor) -> torch.Tensor:
-    """To whole numbers; the margin makes what is a half but for float's last bits a half everywhere."""
+    """Round to integers, halves up; the margin makes values that miss a half by float error count as halves."""
     return (values + 0.5 + 1e-4).floor()
 
 
 def quantize_blocks(plane: torch.Tensor, table: tuple, quality: int) -> torch.Tensor:
-    """Whole numbers -128..127 (B, C, H, W) after the 8 x 8 cosine transform, quantised and back."""
+    """Apply the 8 x 8 DCT, quantise, and invert it. plane: integers -128..127 (B, C, H, W) -> the same."""
     size = plane.shape[2:]
     plane = F.pad(plane, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
     count, channels, height, width = plane.shape
-    share = 5000 // quality if quality < 50 else 200 - 2 * quality  # per cent of the table
-    steps = torch.tensor(table, device=plane.device).mul(share).add(50).div(100, rounding_mode="floor").clamp(1, 255)
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality  # scale of the table, as in libjpeg
+    steps = torch.tensor(table, device=plane.device).mul(percent).add(50).div(100, rounding_mode="floor").clamp(1, 255)
     position = torch.arange(8, device=plane.device)
     cosines = (position.unsqueeze(1) * (2 * position + 1) * (math.pi / 16)).cos() / 2  # (frequency, position)
     cosines = torch.cat([cosines[:1] / math.sqrt(2), cosines[1:]])
@@ -68,6 +69,6 @@ def quantize_blocks(plane: torch.Tensor, table: tuple, quality: int) -> torch.Te
 
 
 def dct_blocks(blocks: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """matrix @ block @ matrix.T for blocks (8, 8, N), term by term."""
+    """Return matrix @ block @ matrix.T for blocks (8, 8, N), summed term by term."""
     rows = sum(matrix[:, k].view(8, 1, 1) * blocks[k] for k in range(8))
     return sum(matrix[:, k].view(1, 8, 1) * rows[:, k : k + 1] for k in range(8))

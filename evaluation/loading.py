@@ -1,4 +1,4 @@
-"""The classifiers of an evaluation and their images."""
+"""Load the classifiers to evaluate and their test images."""
 
 from collections import Counter
 
@@ -15,19 +15,17 @@ from evaluation.options import ALEXNET
 
 
 def print_info(path: str) -> dict:
-    """What a file holds, as far as it says so or the shapes of its tensors tell."""
+    """Print and return what a checkpoint contains, as far as it is stored or can be inferred from the tensor shapes."""
     file = SavedClassifier(path)
     trained_with = [f"--{key} {file.options[key]}" for key in ("dataset", "method", "recipe") if file.options]
     info = {
         "file": str(file.path),
-        "network": file.options.get("model")
-        or " or ".join(models.find_matching_models(file.weights))
-        or "none of ours",
+        "network": file.options.get("model") or " or ".join(models.find_matching_models(file.weights)) or "unknown",
         "classes": models.count_classes(file.weights) or None,
         "epoch": file.epoch,
         "parameters": sum(value.numel() for value in file.weights.values()),
-        "entries": len(file.weights),
-        "first": ", ".join(list(file.weights)[:3]),
+        "tensors": len(file.weights),
+        "first keys": ", ".join(list(file.weights)[:3]),
         "trained with": " ".join(trained_with),
     }
     print("\n".join(f"{key:12} {value}" for key, value in info.items() if value not in (None, "")))
@@ -37,55 +35,55 @@ def print_info(path: str) -> dict:
 def load_classifiers(
     model_path: list[str], reference: str | None, model: str | None, image_size: int | None, ema: bool
 ) -> list[Classifier]:
-    """The classifiers of --model_path, then that of --reference if it names one, under names that tell them apart.
+    """Return the classifiers of --model_path, then that of --reference if it names one, under distinct names.
 
-    model: the network of files that do not say which. image_size: of files that do not say it. ema: take the averaged
-    weights.
+    model: architecture of files that do not store it. image_size: likewise. ema: load the averaged weights.
     """
-    words = [(path, model) for path in model_path]
-    words += [(reference, None)] if reference not in (None, ALEXNET) else []
-    found = [load_classifier(path, models, model=model, image_size=image_size, averaged=ema) for path, model in words]
-    make_names_unique(found)
+    paths = [(path, model) for path in model_path]
+    paths += [(reference, None)] if reference not in (None, ALEXNET) else []
+    loaded = [load_classifier(path, models, model=model, image_size=image_size, averaged=ema) for path, model in paths]
+    make_names_unique(loaded)
     count = Counter()
-    for classifier in found:  # the same file may be given twice
+    for classifier in loaded:  # the same file may be given twice
         count[classifier.name] += 1
         classifier.name += f" ({count[classifier.name]})" if count[classifier.name] > 1 else ""
-    return found
+    return loaded
 
 
-def load_images(session: EvalSession, limit_typed: bool, *, limit: int, **where) -> ImageSet:
-    """The test images, read once for all classifiers of the same data.
+def load_images(session: EvalSession, limit_typed: bool, *, limit: int, **options) -> ImageSet:
+    """Return the test images, read once for all classifiers that use the same data.
 
-    limit_typed: whether --limit was given; else it is that of a training. where: the other options of
+    limit_typed: whether --limit was typed; otherwise it comes from the training run. options: the other options of
     engine.data.datasets.load_evaluation().
     """
 
     def load() -> ImageSet:
-        data = load_evaluation(progress=progress_bar, limit=limit, **where)
+        data = load_evaluation(progress=progress_bar, limit=limit, **options)
         check_same_value("data", {"test images": len(data)}, "use the same copy of the data set on every machine")
         print(data.summary("test"))
         if limit:
-            origin = "" if limit_typed else ", as in its training; --limit 0 takes all"
+            origin = "" if limit_typed else " (from the training run; --limit 0 takes all images)"
             print(f"note: --limit {limit}{origin}: results are partial")
         return data
 
-    return session.cached(f"{limit} {where}", load)
+    return session.cached(f"{limit} {options}", load)
 
 
 def build_context(
     classifier: Classifier, data: ImageSet, session: EvalSession, dataset: str, class_list: str | None, norm: str | None
 ) -> EvalContext:
-    """The classifier with those of the images whose class it knows.
+    """Return the classifier with those of the images whose class it has.
 
-    class_list: a file of its classes, where its own does not name them. norm: whose mean and std it takes; None: those
-    of its training. Raises UserError where its classes cannot be told, and where it knows none of the images.
+    class_list: file that names the classes, for a checkpoint that does not. norm: whose mean and std to use; None:
+    those of its training. Raises UserError if the classes are unknown or no image is left.
     """
-    path, named = classifier.path, bool(classifier.classes or class_list)
-    if not named and classifier.num_classes != len(data.classes):
+    path, has_names = classifier.path, bool(classifier.classes or class_list)
+    if not has_names and classifier.num_classes != len(data.classes):
         raise UserError(
-            f"{path}: made for {classifier.num_classes} classes, which it does not name; "
-            f"the data has {len(data.classes)}\n"
-            f"name them in order with --class_list FILE; to fine-tune it, train with --init_from {path}"
+            f"{path} has {classifier.num_classes} classes and stores no class names; "
+            f"the data set has {len(data.classes)}\n"
+            "list all class names, in order, in --class_list FILE; to fine-tune on this data, train with "
+            f"--init_from {path}"
         )
     classes = classifier.classes or (read_class_list(class_list) if class_list else data.classes)
     class_map = map_labels(data.classes, classifier.classes, class_list, classifier.num_classes)
@@ -96,11 +94,15 @@ def build_context(
         name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm
         classifier.mean, classifier.std = STATISTICS[name]
         if not (norm or stated):
-            session.note(f"{path} does not say how its images were normalised; taken: as {name} (--norm names another)")
+            session.note(f"{path} does not store how images are normalised; using {name} (--norm changes it)")
     if (known := int((class_map >= 0).sum())) < len(classes):
-        session.note(f"{classifier.name} has {len(classes)} classes, of which the data has {known}")
+        session.note(f"{classifier.name} has {len(classes)} classes; the data set has {known} of them")
     if left_out := len(data) - len(image_set):
-        session.note(f"{left_out:,} images are of a class that {path} does not know, and are left out")
+        images = "1 image is" if left_out == 1 else f"{left_out:,} images are"
+        session.note(f"{images} left out: {path} does not have the class")
     if not len(image_set):
-        raise UserError(f"{path}: none of the {len(data):,} images is of a class that it knows\ntake more images")
+        raise UserError(
+            f"{path}: none of the {len(data):,} images belongs to one of its classes\n"
+            "evaluate more images (--limit 0), or choose another --dataset"
+        )
     return context

@@ -1,4 +1,4 @@
-"""Whether the maps of a classifier lie on the objects, also where the background was changed."""
+"""The localisation task: whether a classifier's activation maps lie on the objects, also on other backgrounds."""
 
 from collections.abc import Callable, Iterator
 
@@ -25,7 +25,7 @@ from evaluation.backgrounds import (
 from evaluation.context import UNNORMALIZED, EvalContext
 from evaluation.localization import (
     Boxes,
-    compute_overlaps,
+    compute_map_ious,
     list_thresholds,
     project_boxes,
     scale_maps,
@@ -34,42 +34,48 @@ from evaluation.localization import (
 )
 from saliency.cam import ActivationMaps, upsample_maps
 
-MapFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+MapFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see build_map_function()
+BACKGROUND_TITLES = {  # names of the backgrounds in tables and figures
+    "clean": "",
+    "rep": "background replaced",
+    "noise": "background noise",
+    "ready": "images of --background_dir",
+}
 COLUMNS = {  # of the table: key -> title and format
     "top1": ("top-1", ".2f"),
     "top5": ("top-5", ".2f"),
     "top1_loc": ("top-1 loc.", ".2f"),
     "gt_known": ("GT-known", ".2f"),
-    "best_gt_known": ("best", ".2f"),
-    "best_gt_known_th": ("at", ".2f"),
+    "best_gt_known": ("best GT-known", ".2f"),
+    "best_gt_known_th": ("at threshold", ".2f"),
     "best_top1_loc": ("best top-1 loc.", ".2f"),
     "max_box_acc_v2": ("MaxBoxAccV2", ".2f"),
 }
 
 
-def select_boxed(context: EvalContext, truths: list[BoxAnnotation | None]) -> tuple[ImageSet, Boxes]:
-    """The images whose true boxes are known, and the boxes in the pixels that the classifier sees."""
+def select_images_with_boxes(context: EvalContext, truths: list[BoxAnnotation | None]) -> tuple[ImageSet, Boxes]:
+    """Return the images with known ground-truth boxes, and these boxes in pixels of the network's input."""
     boxes = project_boxes(truths, context.view)
     known = [index for index, each in enumerate(boxes) if each is not None]
     if not known:
         raise UserError(
-            f"none of the {len(boxes):,} images of {context.image_set.origin} has a usable box of its class\n"
-            "give other boxes with --annotation_path"
+            f"none of the {len(boxes):,} images of {context.image_set.origin} has a ground-truth box of its class\n"
+            "give other annotations with --annotation_path"
         )
     return context.image_set.take(torch.tensor(known)), [boxes[index] for index in known]
 
 
-def load_background_dir(context: EvalContext, image_set: ImageSet, boxes: Boxes, place: str) -> tuple[ImageSet, Boxes]:
-    """The images of --background_dir and their true boxes: versions of the images of the set, or a pickled set."""
-    if has_pickles(place):
-        return read_pickles(place, context.image_set.classes, context.image_size)
-    return read_background_dir(place, image_set, context.view), boxes
+def load_background_dir(context: EvalContext, image_set: ImageSet, boxes: Boxes, path: str) -> tuple[ImageSet, Boxes]:
+    """Return the images of --background_dir, versions of those in the set or a pickled set, and their true boxes."""
+    if has_pickles(path):
+        return read_pickles(path, context.image_set.classes, context.image_size)
+    return read_background_dir(path, image_set, context.view), boxes
 
 
 def build_map_function(context: EvalContext, method: str, layer: str | None, classic: bool) -> MapFunction:
-    """A function of normalised images (B, 3, H, W) and labels (B,) that gives maps (B, H, W) in 0..1, and logits.
+    """Return a function: normalised images (B, 3, H, W), labels (B,) -> maps (B, H, W) in 0..1, and logits.
 
-    Raises ValueError where the network has no such maps.
+    Raises ValueError if the network has no such maps.
     """
     activation_maps = ActivationMaps(context.classifier.network, method, layer=layer)
 
@@ -77,7 +83,7 @@ def build_map_function(context: EvalContext, method: str, layer: str | None, cla
         raw, size = activation_maps(images, labels), tuple(images.shape[-2:])
         return scale_maps(smooth_maps(raw), size) if classic else upsample_maps(raw, size), activation_maps.logits
 
-    if method != "scorecam":  # which takes as many passes as there are channels
+    if method != "scorecam":  # try it on one image, to fail early; Score-CAM needs one pass per channel
         size, device = context.image_size, context.session.device
         compute_maps(torch.zeros(1, 3, size, size, device=device), torch.tensor([0], device=device))
     return compute_maps
@@ -93,35 +99,36 @@ def evaluate_localization(
     th: float,
     noise_std: float,
 ) -> dict:
-    """Accuracy and localisation on one background; empty in all processes but the first.
+    """Return accuracy and localisation scores on one background; empty in all processes but the main one.
 
-    compute_maps: gives maps of the true class, which is the predicted one wherever that is right. Raises ValueError for
-    logits that are NaN or infinite.
+    compute_maps: computes maps of the true class, which is the predicted one wherever that is correct. Raises
+    ValueError for logits that are NaN or infinite.
     """
     thresholds, rows = list_thresholds(th), []
-    for batch, own, pixels in iter_on_background(context, image_set, boxes, background, noise_std):
+    for batch, true_boxes, pixels in iter_on_background(context, image_set, boxes, background, noise_std):
         with disable_tf32():
             images = normalize(pixels, context.classifier.mean, context.classifier.std)
             maps, logits = compute_maps(images, batch.labels)
         context.check_finite(logits, background)
         hits = (logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels.unsqueeze(1)).cpu()
-        rows.append((batch.index, *compute_overlaps(maps, own, thresholds), hits[:, 0], hits.any(1)))
+        rows.append((batch.index, *compute_map_ious(maps, true_boxes, thresholds), hits[:, 0], hits.any(1)))
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
-    gathered = [one for one in gather_object(columns) or [] if one]
+    gathered = [columns for columns in gather_object(columns) or [] if columns]
     if not gathered:
         return {}
-    index, largest, best, top1, top5 = map(torch.cat, zip(*gathered, strict=True))
+    index, largest_iou, best_iou, top1, top5 = map(torch.cat, zip(*gathered, strict=True))
     scores = {"background": background, "top1": 100 * float(top1.double().mean())}
     scores["top5"] = 100 * float(top5.double().mean()) if len(image_set.classes) >= 5 else None
     heldout = context.heldout_mask(len(image_set))[index]
-    return scores | score_localization(largest, best, top1, heldout, thresholds, th)
+    return scores | score_localization(largest_iou, best_iou, top1, heldout, thresholds, th)
 
 
 def iter_on_background(
     context: EvalContext, image_set: ImageSet, boxes: Boxes, background: str, noise_std: float
 ) -> Iterator[tuple[Batch, Boxes, torch.Tensor]]:
-    """Batches, their true boxes, and their pixels in 0..1 on another background: rep is another image, noise Gaussian
-    noise; anything else leaves them as they are.
+    """Yield batches, their ground-truth boxes, and their pixels in 0..1 on another background.
+
+    background: rep (another image), noise (Gaussian noise), or anything else to leave the images as they are.
     """
     loaders, seed = [context.make_loader(image_set, **UNNORMALIZED)], context.session.seed
     if background == "rep":
@@ -130,14 +137,14 @@ def iter_on_background(
     title = f"{context.name} {background}"
     with Progress(title, len(loaders[0]), bar=use_progress_bar(False), lines=False) as bar:
         for step, (batch, *others) in enumerate(zip(*(loader.epoch() for loader in loaders), strict=True), 1):
-            own, pixels = [boxes[index] for index in batch.loaded_index.tolist()], batch.images
+            true_boxes, pixels = [boxes[index] for index in batch.loaded_index.tolist()], batch.images
             if background in ("rep", "noise"):
-                mask = build_object_mask(own, *pixels.shape[-2:], pixels.device)
+                mask = build_object_mask(true_boxes, *pixels.shape[-2:], pixels.device)
             if background == "rep":
                 pixels = replace_background(pixels, mask, others[0].images)
             elif background == "noise":
                 pixels = add_background_noise(pixels, mask, batch.index, seed, noise_std)
-            yield batch, own, pixels
+            yield batch, true_boxes, pixels
             bar(step)
     for loader in loaders:
         loader.close()
@@ -145,28 +152,28 @@ def iter_on_background(
 
 
 def format_report(results: list[dict]) -> str:
-    """A row for each classifier and background, and what fixed boxes get."""
+    """Return a table with a row for each classifier and background, and the scores of fixed boxes."""
     rows = [
-        {"name": result["name"] + ("" if key == "clean" else f", {key}"), **scores}
+        {"name": ", ".join(filter(None, (result["name"], BACKGROUND_TITLES[key]))), **scores}
         for result in results
         for key, scores in result["backgrounds"].items()
     ]
     baselines, first = results[0]["baselines"], rows[0]
     lines = [
-        f"localisation in percent, of {baselines['images']:,} images with true boxes: boxes of "
-        f"{results[0]['maps']} maps at {first['th']:g} of the maximum, right from an overlap of 0.5 on",
+        f"localisation in percent, {baselines['images']:,} images with ground-truth boxes; boxes around "
+        f"{results[0]['maps']} maps thresholded at {first['th']:g} of their maximum, correct from an IoU of 0.5",
         tables.format_text(rows, COLUMNS),
-        f"a centred box of 3/4 side gets GT-known {baselines['centre']:.2f}",
-        f"the whole image gets GT-known {baselines['whole']:.2f}",
+        f"GT-known of a centred box of 3/4 of the side: {baselines['centre']:.2f}",
+        f"GT-known of the whole image as the box: {baselines['whole']:.2f}",
         *describe_noise(results[0]),
     ]
     if first["max_box_acc_v2"] is None:
-        heldout = first["held_images"]
-        lines.append(f"no MaxBoxAccV2: its thresholds are chosen on held-out images, here {heldout} of all")
+        count = f"{first['held_images']:,} of {first['images']:,} images are"
+        lines.append(f"no MaxBoxAccV2: {count} held out; some must choose its thresholds and some be scored")
     return "\n".join(lines)
 
 
 def describe_noise(result: dict) -> list[str]:
-    """A line on the strength of the noise, where it is a background."""
-    line = f"noise: Gaussian, of deviation {result['noise_std']:g} in pixels of 0..1"
+    """Return a line on the strength of the background noise, or none if noise is not among the backgrounds."""
+    line = f"background noise: Gaussian with standard deviation {result['noise_std']:g}, for pixels in 0..1"
     return [line] if "noise" in result["backgrounds"] else []

@@ -1,4 +1,4 @@
-"""The options of evaluate.py: their declaration, what follows from several of them, and which have no effect."""
+"""The options of evaluate.py: how they are declared, which contradict each other, and which have no effect."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from engine.config.parser import Parser, check_output_path
 from engine.config.phases import LARGE_SIDE
 from saliency import CAM_METHODS
 
-TASKS = {  # name -> what it reads besides the options that all tasks read: groups, and single options of other groups
+TASKS = {  # name -> the option groups, and single options of other groups, that the task reads besides the common ones
     "accuracy": ("accuracy", "ece"),
     "robustness": ("robustness", "figure"),
     "calibration": ("calibration", "figure"),
@@ -23,28 +23,31 @@ CARD_DEFAULTS = {"robust_images": 1000, "output": "card.json"}
 ATTACKS = ("fgsm", "pgd")
 BACKGROUNDS = ("clean", "rep", "noise")
 BUILT_IN, NONE, ALEXNET = "built-in", "none", "alexnet"
-REFERENCE_OPTIONS = {"task": "robustness", "attack": [NONE], "occlusion": False}  # its errors under corruption alone
+REFERENCE_OPTIONS = {"task": "robustness", "attack": [NONE], "occlusion": False}  # mCE needs corruption errors only
 TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_size", "eval_resize", "num_classes"]
-TRAINED_OPTIONS += ["limit", "on_bad_image"]  # where they are not typed, those that the classifier was trained with
-FILE_DATASETS = ("imagenet", "tiny-imagenet", "folder")  # their images can be shown at any size
-BOX_DATASETS = ("shapes", "tiny-imagenet")  # they bring true boxes
+TRAINED_OPTIONS += ["limit", "on_bad_image"]  # default to the values that the classifier was trained with
+FILE_DATASETS = ("imagenet", "tiny-imagenet", "folder")  # image files, which can be resized to any size
+BOX_DATASETS = ("shapes", "tiny-imagenet")  # data sets with ground-truth boxes
 
 
 def severity(text: str) -> int:
+    """Option type: a severity from 1 to 5."""
     return int(choice("12345")(text))
 
 
 def build_parser() -> Parser:
-    parser = Parser("Evaluate one or more trained classifiers on the test images, which are never augmented.")
+    parser = Parser("Evaluate one or more trained classifiers on the test images, without augmentation.")
     parser.group("what")
-    weights = "files of weights, run folders (best.pt), or NAME=FILE for a network of torchvision's"
+    weights = "checkpoints, run folders (their best.pt), or NAME=FILE for a torchvision network"
     parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
-    parser.option("--info", type=boolean, default=False, help="tell what the files hold and evaluate nothing")
-    parser.option("--task", type=choice(TASKS), default="accuracy")
+    parser.option("--info", type=boolean, default=False, help="print what the checkpoints contain and exit")
+    parser.option("--task", type=choice(TASKS), default="accuracy", help="card: everything, in one report")
     add_common_options(parser, "model", "class_list", "seed")
-    parser.option("--ema", type=boolean, default=False, help="use the averaged weights of a run with --ema")
-    parser.option("--batch_size", "-b", type=int_at_least(1), default=500)
-    parser.option("--output", "-o", metavar="FILE.json", help="everything as JSON; card: and FILE.md and FILE.png")
+    parser.option("--ema", type=boolean, default=False, help="evaluate the averaged weights of a run with --ema")
+    parser.option("--batch_size", "-b", type=int_at_least(1), default=500, help="in total over all processes")
+    parser.option(
+        "--output", "-o", metavar="FILE.json", help="write all results as JSON; card: also FILE.md and FILE.png"
+    )
     add_task_options(parser)
     add_data_options(parser, DATASETS, dataset_default="from the file")
     add_device_options(parser, amp="off")
@@ -53,11 +56,11 @@ def build_parser() -> Parser:
 
 
 def add_task_options(parser: Parser) -> None:
-    """A group of options for each task."""
+    """Add a group of options for each task."""
     parser.group("accuracy")
-    parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], help="accuracies to print")
-    parser.option("--per_class", type=boolean, default=False, help="a table of the classes")
-    parser.option("--confusion", metavar="FILE.png", help="a picture of what is mistaken for what")
+    parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], help="top-k accuracies to print")
+    parser.option("--per_class", type=boolean, default=False, help="print the accuracy of each class")
+    parser.option("--confusion", metavar="FILE.png", help="draw the confusion matrix")
 
     parser.group("calibration")
     parser.option(
@@ -65,109 +68,127 @@ def add_task_options(parser: Parser) -> None:
         type=int_at_least(),
         metavar="BINS",
         default=15,
-        help="bins of the calibration errors; 0: leave them out",
+        help="bins of the calibration errors; 0: do not compute them",
     )
     parser.option(
         "--held_out",
         type=float_in_range(0.01, 0.9),
         default=0.2,
-        metavar="SHARE",
-        help="of the images, on which temperature and localisation thresholds are chosen; the figures are of the rest",
+        metavar="FRACTION",
+        help="of the images, to choose the temperature and the thresholds of MaxBoxAccV2; the rest is scored",
     )
 
     parser.group("robustness")
-    parser.option("--attack", type=choices([*ATTACKS, NONE]), nargs="+", default=list(ATTACKS))
+    parser.option(
+        "--attack", type=choices([*ATTACKS, NONE]), nargs="+", default=list(ATTACKS), help="white-box attacks"
+    )
     parser.option(
         "--eps",
         type=pixel_fraction,
         nargs="+",
         metavar="E",
         shown="fgsm 4/255 and 8/255, pgd 4/255",
-        help="largest change of a pixel in 0..1, as 8/255",
+        help="L-infinity bound of the perturbation, for pixels in 0..1, such as 8/255",
     )
-    parser.option("--steps", type=int_at_least(1), nargs="+", default=[20], help="of pgd; several: a row each")
-    parser.option("--step_size", type=pixel_fraction, metavar="S", shown="2/255", help="of pgd")
+    parser.option(
+        "--steps", type=int_at_least(1), nargs="+", default=[20], help="PGD steps; several values: one attack each"
+    )
+    parser.option("--step_size", type=pixel_fraction, metavar="S", shown="2/255, at most eps", help="PGD step size")
     parser.option(
         "--corruptions",
         default=BUILT_IN,
         metavar="DIR",
-        help="built-in: fifteen kinds made on the device; none; or the folder of a published set (CIFAR-10-C, "
+        help="built-in: 15 corruptions computed on the device; none; or the folder of a published set (CIFAR-10-C, "
         "CIFAR-100-C, Tiny-ImageNet-C, ImageNet-C)",
     )
     parser.option(
-        "--severities", type=severity, nargs="+", default=[1, 2, 3, 4, 5], metavar="S", help="of the built-in ones"
+        "--severities",
+        type=severity,
+        nargs="+",
+        default=[1, 2, 3, 4, 5],
+        metavar="S",
+        help="severities of the built-in corruptions",
     )
     parser.option(
         "--reference",
         metavar="FILE",
-        help="a classifier by whose errors those under corruption are divided (mCE); alexnet: the published ones",
+        help="checkpoint that the mean corruption error (mCE) is relative to; alexnet: its published errors",
     )
-    parser.option("--occlusion", type=boolean, default=True, help="accuracy while more and more of the image is hidden")
+    parser.option(
+        "--occlusion", type=boolean, default=True, help="measure accuracy as more and more of the image is hidden"
+    )
     parser.option(
         "--robust_images",
         type=int_at_least(),
         shown="all; card: 1000",
-        help="attacks, corruptions and occlusion take so many images from all over the set; 0: all",
+        help="images for attacks, corruptions and occlusion, spread over the test set; 0: all",
     )
 
     parser.group("ood")
     parser.option(
         "--ood",
         nargs="+",
-        metavar="WORD",
+        metavar="SET",
         shown="noise",
-        help="images of none of the classes: a data set's name, NAME=DIR, a folder of pictures, noise or uniform",
+        help="out-of-distribution images: the name of a data set, NAME=DIR, a folder of images, noise or uniform",
     )
 
     parser.group("localization")
     add_common_options(parser, "annotation_path", "layer")
-    parser.option("--method", type=choice(CAM_METHODS), default="cam")
+    parser.option("--method", type=choice(CAM_METHODS), default="cam", help="class activation map")
     parser.option(
-        "--th", type=float_in_range(0, 1), default=0.25, help="share of a map's maximum that counts as object"
+        "--th", type=float_in_range(0, 1), default=0.25, help="threshold of the map, as a fraction of its maximum"
     )
     parser.option(
-        "--classic", type=boolean, default=False, help="sum maps over 3x3 cells and enlarge them bicubically first"
+        "--classic",
+        type=boolean,
+        default=False,
+        help="sum maps over 3x3 cells and upsample them bicubically, as Co-Mixup did",
     )
     parser.option(
         "--background",
         type=choices(BACKGROUNDS),
         nargs="+",
         default=["clean"],
-        help="rep: outside the boxes another image; noise: Gaussian noise there",
+        help="outside the ground-truth boxes; rep: another image; noise: Gaussian noise is added",
     )
-    parser.option("--noise_std", type=float_in_range(), default=0.2, help="of the noisy background, in pixels of 0..1")
     parser.option(
-        "--background_dir", metavar="DIR", help="ready-made images with the names of the data set's, a row more"
+        "--noise_std", type=float_in_range(), default=0.2, help="std of the background noise, for pixels in 0..1"
+    )
+    parser.option(
+        "--background_dir", metavar="DIR", help="also evaluate on these images, named like those of the data set"
     )
 
     parser.group("pictures")
-    parser.option("--figure", metavar="FILE.png", shown="card: beside --output", help="what the task measured, drawn")
-    parser.option("--examples", type=int_at_least(), default=8, help="card: images shown with their maps")
+    parser.option("--figure", metavar="FILE.png", shown="card: next to --output", help="draw the results")
+    parser.option("--examples", type=int_at_least(), default=8, help="card: number of images shown with their maps")
 
 
 def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, list[str]]:
-    """The typed options, all options, and notes on those without effect. A contradiction ends with a usage error."""
+    """Return the typed options, all options, and notes on typed options without effect. Exit with a usage error for
+    options that contradict each other.
+    """
     typed, _ = resolve.read_options(parser, argv)
     if typed.get("task") == "card":
         parser.defaults |= CARD_DEFAULTS
     options = {**parser.defaults, **typed}
     if "model_path" not in typed:
-        parser.error("--model_path FILE: which classifier shall be evaluated?")
+        parser.error("--model_path is missing: give the checkpoints or run folders to evaluate")
     if options["confusion"] and len(options["model_path"]) > 1:
-        parser.error("--confusion draws one classifier; give one --model_path")
+        parser.error("--confusion draws the matrix of a single classifier; give one --model_path")
     try:
         check_task(options)
     except ValueError as error:
         parser.error(str(error))
     for key in ("figure", "confusion"):
         if not (options[key] or ".png").endswith(".png"):
-            parser.error(f"--{key} {options[key]}: the picture is a .png")
+            parser.error(f"--{key} {options[key]}: figures are written as PNG; give a file name ending in .png")
     for key in ("output", "figure", "confusion"):
         if options[key]:
             check_output_path(parser, f"--{key}", Path(options[key]))
     unused = {
-        "without effect on an evaluation": [name for name in LEGACY_EVALUATION_OPTIONS if name in typed],
-        "without effect here": list_unread(parser, typed, options),
+        "options without effect on an evaluation": [name for name in LEGACY_EVALUATION_OPTIONS if name in typed],
+        "options without effect in this call": find_unused_options(parser, typed, options),
     }
     notes = [f"{what}: {', '.join(f'--{name}' for name in names)}" for what, names in unused.items() if names]
     fixed = {"topk": [1, 5]} if options["task"] == "card" else {}
@@ -177,32 +198,41 @@ def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, li
 
 
 def check_task(options: dict) -> None:
-    """Raise ValueError, with the remedy, for options of the task that contradict each other."""
+    """Raise ValueError, with the remedy, if options of the task contradict each other."""
     task = options["task"]
     if task in ("robustness", "card"):
         if NONE in options["attack"] and len(set(options["attack"])) > 1:
-            raise ValueError(f"--attack {' '.join(options['attack'])}: none excludes the others")
+            raise ValueError(f"--attack {' '.join(options['attack'])}: none cannot be combined with an attack")
         if task == "robustness" and not measures_robustness(options):
-            raise ValueError("--attack none --corruptions none --occlusion false: nothing is left to measure")
+            raise ValueError(
+                "--attack none --corruptions none --occlusion false: nothing is left to measure; switch one of them on"
+            )
         if options["reference"] == ALEXNET and options["corruptions"] == BUILT_IN:
             raise ValueError(
-                "--reference alexnet: its errors are those of the published images; name their folder with "
-                "--corruptions DIR, or give the file of a classifier as reference"
+                "--reference alexnet: its errors were measured on the images of ImageNet-C; give their folder with "
+                "--corruptions DIR, or a checkpoint as the reference"
             )
     if task == "calibration" and not options["ece"]:
-        raise ValueError("--ece 0: without bins there are no calibration errors; give 1 or more")
+        raise ValueError("--ece 0: --task calibration needs bins; give 1 or more")
     if task in ("localization", "card") and options["layer"] and options["method"] == "cam":
-        raise ValueError(f"--layer {options['layer']}: --method cam has no choice of layers; take another, as gradcam")
+        raise ValueError(
+            f"--layer {options['layer']}: --method cam always uses the layer before the global average pooling; "
+            "choose another method, such as gradcam"
+        )
     if task == "card" and options["output"] and not options["output"].endswith(".json"):
-        raise ValueError(f"--output {options['output']}: of a card it is a .json; .md and .png come beside it")
+        raise ValueError(
+            f"--output {options['output']}: --task card writes JSON, with .md and .png next to it; give a file name "
+            "ending in .json"
+        )
 
 
 def measures_robustness(options: dict) -> bool:
+    """Return whether the options leave anything for the robustness task to measure."""
     return set(options["attack"]) != {NONE} or options["corruptions"] != NONE or options["occlusion"]
 
 
-def list_unread(parser: Parser, typed: dict, options: dict) -> list[str]:
-    """The typed options that nothing reads: those of other tasks, and of what is not measured."""
+def find_unused_options(parser: Parser, typed: dict, options: dict) -> list[str]:
+    """Return the typed options that have no effect: those of other tasks, and of measurements that are switched off."""
     read = set(TASKS[options["task"]])
     unread = parser.get_option_names(*(TASK_GROUPS - read)) - read
     if "pgd" not in options["attack"]:
@@ -219,7 +249,7 @@ def list_unread(parser: Parser, typed: dict, options: dict) -> list[str]:
 
 
 def list_measurements(options: dict) -> list[str]:
-    """What the task consists of, by the names of evaluation.tasks.PLANNERS: a card of all that the images allow."""
+    """Return the keys of evaluation.tasks.PLANNERS to run: the task itself, or for a card all that the images allow."""
     if options["task"] != "card":
         return [options["task"]]
     wanted = {
@@ -233,14 +263,14 @@ def list_measurements(options: dict) -> list[str]:
     return [name for name, value in wanted.items() if value]
 
 
-def add_trained_options(parser: Parser, typed: dict, options: dict, classifier) -> dict:
-    """All options for one classifier: where data options are not typed, those it was trained with, and its own image
-    size; norm is None then. A usage error where nothing names its data set.
+def merge_trained_options(parser: Parser, typed: dict, options: dict, classifier) -> dict:
+    """Return all options for one classifier. Data options that were not typed take the values of its training, and its
+    image size; `norm` becomes None. Exit with a usage error if neither names the data set.
     """
     trained = {key: classifier.options[key] for key in TRAINED_OPTIONS if key in classifier.options}
     options = {**options, **trained, "norm": None, **typed}
     if not options["dataset"]:
-        parser.error(f"--dataset: {classifier.path} does not say what it was trained on; name it")
+        parser.error(f"--dataset is missing: {classifier.path} does not store which data set it was trained on")
     if options["dataset"] in FILE_DATASETS and not options["image_size"] and classifier.image_size > LARGE_SIDE:
         options["image_size"] = classifier.image_size
         if options["dataset"] == "imagenet" and not options["eval_resize"]:

@@ -1,4 +1,4 @@
-"""What evaluate.py prints, writes and draws of the results of all classifiers."""
+"""Print, write and draw the results of all classifiers of a call to evaluate.py."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,13 +14,13 @@ from evaluation.options import TASKS
 
 CALIBRATION_COLUMNS = {  # key -> title and format
     "ece": ("ECE (%)", ".2f"),
-    "adaptive_ece": ("adaptive", ".2f"),
-    "classwise_ece": ("class-wise", ".2f"),
+    "adaptive_ece": ("adaptive ECE (%)", ".2f"),
+    "classwise_ece": ("class-wise ECE (%)", ".2f"),
     "nll": ("NLL", ".4f"),
-    "brier": ("Brier", ".4f"),
+    "brier": ("Brier score", ".4f"),
     "temperature": ("temperature", ".3f"),
-    "after_ece": ("ECE after", ".2f"),
-    "after_nll": ("NLL after", ".4f"),
+    "after_ece": ("scaled ECE (%)", ".2f"),
+    "after_nll": ("scaled NLL", ".4f"),
 }
 
 
@@ -35,7 +35,7 @@ def report_task(
     per_class: bool,
     confusion: str | None,
 ) -> None:
-    """Print the tables, write the JSON and draw the pictures."""
+    """Print the tables of a task, write the JSON file and draw the figures."""
     formats = {
         "accuracy": partial(format_accuracies, topk=topk),
         "calibration": format_calibration,
@@ -54,10 +54,10 @@ def report_task(
 
 
 def report_card(results: list[dict], command: str, *, seed: int, output: str, figure: str | None) -> None:
-    """The card: printed, and as FILE.json, FILE.md and FILE.png."""
+    """Print the card and write it as FILE.json, FILE.md and FILE.png."""
     from evaluation import card
 
-    pictures = [result.pop("pictures", None) for result in results]  # JSON has none
+    pictures = [result.pop("pictures", None) for result in results]  # images and maps do not go into the JSON file
     rows, notes = card.make_rows(results), [*card.collect_notes(results, seed), f"`{command}`"]
     print("\n".join([card.format_text(results, rows), *(f"- {note}" for note in notes)]))
     page = Path(figure or Path(output).with_suffix(".png"))
@@ -69,7 +69,7 @@ def report_card(results: list[dict], command: str, *, seed: int, output: str, fi
 
 
 def format_accuracies(results: list[dict], topk: list[int]) -> str:
-    """A row for each file, with a dash for what it does not have."""
+    """Return a table with a row for each file, and a dash for what a file does not have."""
     columns = {"epoch": ("epoch", "d"), "images": ("images", "d"), "loss": ("loss", ".4f")}
     columns |= {f"top{k}": (f"top-{k}", ".2f") for k in topk}
     columns |= {"ece": ("ECE (%)", ".2f"), "seconds": ("seconds", ".1f")}
@@ -77,32 +77,36 @@ def format_accuracies(results: list[dict], topk: list[int]) -> str:
 
 
 def format_calibration(results: list[dict]) -> str:
+    """Return a table with a row for each classifier, under a line that says how the metrics were computed."""
     first = results[0]
     rows = [result | {f"after_{key}": result["after"][key] for key in ("ece", "nll")} for result in results]
     lines = [
-        f"{first['images']:,} images, {first['bins']} bins; temperature fitted on {first['held_out']:,} other ones",
+        f"{first['images']:,} images, {first['bins']} bins; scaled: with the temperature, fitted on "
+        f"{first['held_out']:,} held-out images",
         tables.format_text(rows, CALIBRATION_COLUMNS),
     ]
     if bound := [result["name"] for result in results if result["temperature_at_bound"]]:
-        names = ", ".join(bound)
-        lines.append(f"note: no temperature in its bounds fits {names}: nearly all held-out images are right")
+        lines.append(f"note: {calibration.describe_bound(bound)}")
     return "\n".join(lines)
 
 
 def format_ood(results: list[dict]) -> str:
+    """Return a table with a row for each classifier and each set of out-of-distribution images."""
     rows, columns = [], {}
     for result in results:
         for name, found in result["outside"].items():
-            row = {"name": f"{result['name']} against {name} ({found['outside']:,})"}
+            row = {"name": f"{result['name']}, {name} ({found['outside']:,})"}
             for score, metrics in found["scores"].items():
+                title = ood.SCORE_TITLES[score]
                 row |= {f"{score}_auroc": metrics["auroc"], f"{score}_fpr": metrics["fpr95"]}
-                columns |= {f"{score}_auroc": (f"{score} AUROC", ".2f"), f"{score}_fpr": ("FPR95", ".2f")}
+                columns |= {f"{score}_auroc": (f"{title} AUROC", ".2f"), f"{score}_fpr": (f"{title} FPR95", ".2f")}
             rows.append(row)
-    head = f"{results[0]['images']:,} images inside, told from images outside; percent"
+    head = f"OOD detection in percent: {results[0]['images']:,} in-distribution test images against each OOD set"
     return f"{head}\n{tables.format_text(rows, columns)}"
 
 
 def draw_task(task: str, results: list[dict], path: str) -> None:
+    """Draw the results of a task, a panel for each plot, and save the figure."""
     from matplotlib.figure import Figure
 
     from engine.drawing import figures
@@ -122,24 +126,26 @@ def draw_task(task: str, results: list[dict], path: str) -> None:
 
 
 def make_calibration_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
+    """Return reliability diagrams before and after temperature scaling."""
     return [
-        ("as it is", partial(calibration.draw_reliability, results=named)),
+        ("before temperature scaling", partial(calibration.draw_reliability, results=named)),
         ("after temperature scaling", partial(calibration.draw_reliability, results=named, after=True)),
     ]
 
 
 def make_ood_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
-    """The distribution of the energy: a panel for each classifier and each set from outside."""
+    """Return histograms of the energy score: a panel for each classifier and each set of OOD images."""
     return [
-        (f"{name} against {outside}", partial(ood.draw_histogram, result=found, names=("the test images", outside)))
+        (f"{name}, OOD: {ood_name}", partial(ood.draw_histogram, result=found, names=("test images", ood_name)))
         for name, result in named
-        for outside, found in result["outside"].items()
+        for ood_name, found in result["outside"].items()
     ]
 
 
 def print_details(result: dict, per_class: bool, confusion: str | None) -> None:
-    """What is shown of a single classifier only; its accuracy comes last."""
+    """Print what is only shown for a single classifier; its accuracy comes last."""
     if per_class:
+        print("top-1 accuracy per class (%)")
         width, counts = max(map(len, result["classes"])), map(sum, result["confusion"])
         for name, accuracy, count in zip(result["classes"], result["per_class_top1"], counts, strict=True):
             if count:
@@ -147,7 +153,7 @@ def print_details(result: dict, per_class: bool, confusion: str | None) -> None:
     if confusion:
         from engine.drawing import figures
 
-        title = f"{Path(result['file']).name}: percent of each true class"
+        title = f"{Path(result['file']).name}: percent of the images of each true class"
         figures.draw_confusion(Path(confusion), torch.tensor(result["confusion"]), result["classes"], title)
-        print(f"confusion drawn in {confusion}")
+        print(f"written: {confusion}")
     print(format_accuracy(result))

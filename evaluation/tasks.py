@@ -1,5 +1,7 @@
-"""What evaluate.py measures. Each planner looks up all that it needs, so that what is missing is said before any work
-begins, and returns a function that does the work. Keyword parameters are the flags of the same names.
+"""What evaluate.py measures: one planner for each task.
+
+A planner looks up all inputs, so that a missing one is reported before any work begins, and returns a function that
+does the work. Its keyword parameters are the options of the same names.
 """
 
 from collections.abc import Callable
@@ -17,17 +19,22 @@ from evaluation.attacks import build_attacks
 from evaluation.calibration import calibration_error, measure_calibration
 from evaluation.context import UNNORMALIZED, EvalContext
 from evaluation.localization import score_fixed_boxes
-from evaluation.localization_task import build_map_function, evaluate_localization, load_background_dir, select_boxed
+from evaluation.localization_task import (
+    build_map_function,
+    evaluate_localization,
+    load_background_dir,
+    select_images_with_boxes,
+)
 from evaluation.ood import measure_ood
 from evaluation.ood_images import load_ood_set
 from evaluation.options import ALEXNET, BUILT_IN, NONE
 from evaluation.robustness import find_published_set, measure_robustness
 
-Plan = Callable[[], dict]  # does the work; of several processes only the first gets the figures
+Plan = Callable[[], dict]  # does the work; with several processes only the main one gets the results
 
 
 def plan_accuracy(context: EvalContext, *, topk: list[int], ece: int) -> Plan:
-    """Loss, accuracies, calibration error and confusion matrix on the test images."""
+    """Plan loss, top-k accuracies, calibration error and confusion matrix on the test images."""
 
     def measure() -> dict:
         logits, labels, seconds = context.predict_clean()
@@ -46,12 +53,13 @@ def plan_accuracy(context: EvalContext, *, topk: list[int], ece: int) -> Plan:
 
 
 def plan_calibration(context: EvalContext, *, ece: int) -> Plan:
-    """Calibration errors, likelihood and Brier score, before and after temperature scaling."""
+    """Plan calibration errors, likelihood and Brier score, before and after temperature scaling."""
     heldout = context.heldout_mask(len(context.image_set))
     if heldout.all() or not heldout.any():
         raise UserError(
-            f"--held_out {context.session.held_out:g} leaves {int(heldout.sum())} of {len(heldout)} images to fit "
-            "a temperature on\ntake more images, or another share or --seed"
+            f"--held_out {context.session.held_out:g} holds out {int(heldout.sum())} of {len(heldout)} images to fit "
+            "the temperature; at least one must be held out and one left\n"
+            "evaluate more images, or change --held_out or --seed"
         )
 
     def measure() -> dict:
@@ -75,15 +83,15 @@ def plan_robustness(
     robust_images: int | None,
     on_bad_image: str,
 ) -> Plan:
-    """Accuracy under attack, under corruption and under occlusion."""
+    """Plan accuracy under attack, under corruption and under occlusion."""
     attacks = build_attacks([name for name in attack if name != NONE], eps, steps, step_size)
     published = None
     if corruptions not in (BUILT_IN, NONE):
         published = find_published_set(context, corruptions, on_bad_image)
         if reference == ALEXNET and (published.kind, context.classifier.num_classes) != ("folders", 1000):
             raise UserError(
-                f"--reference alexnet: its errors are those of ImageNet-C, which {published.root} is not\n"
-                "give the file of a classifier as reference"
+                f"--reference alexnet: its errors were measured on ImageNet-C, and {published.root} is another set\n"
+                "give a checkpoint as the reference"
             )
     return partial(
         measure_robustness,
@@ -97,21 +105,21 @@ def plan_robustness(
 
 
 def plan_ood(context: EvalContext, *, ood: list[str] | None, data_dir: str, limit: int, on_bad_image: str) -> Plan:
-    """AUROC and FPR95 of three scores against each set of out-of-distribution images."""
+    """Plan AUROC and FPR95 of three scores on each set of out-of-distribution (OOD) images."""
     load = partial(
         load_ood_set, image_size=context.image_size, data_dir=data_dir, limit=limit, on_bad_image=on_bad_image
     )
-    outside = {}
-    for word in ood or ["noise"]:
-        name, image_set = context.session.cached(f"{word} {load.keywords}", partial(load, word))
+    ood_sets = {}
+    for spec in ood or ["noise"]:
+        name, image_set = context.session.cached(f"{spec} {load.keywords}", partial(load, spec))
         if image_set.origin == context.image_set.origin:
-            context.session.note(f"--ood {word}: the very images that the classifiers are judged on")
-        outside[word if name in outside else name] = image_set
+            context.session.note(f"--ood {spec}: these are the in-distribution test images themselves")
+        ood_sets[spec if name in ood_sets else name] = image_set
 
     def measure() -> dict:
         logits, labels, _ = context.predict_clean()
-        others = {name: context.predict(name, image_set=image_set)[0] for name, image_set in outside.items()}
-        found = {name: measure_ood(logits, theirs) for name, theirs in others.items() if len(theirs)}
+        ood_logits = {name: context.predict(name, image_set=image_set)[0] for name, image_set in ood_sets.items()}
+        found = {name: measure_ood(logits, theirs) for name, theirs in ood_logits.items() if len(theirs)}
         return {"images": len(labels), "outside": found}
 
     return measure
@@ -129,14 +137,17 @@ def plan_localization(
     classic: bool,
     th: float,
 ) -> Plan:
-    """How well maps of the true class find the objects on each background, and what fixed boxes get."""
+    """Plan how well activation maps of the true class find the objects on each background, beside fixed boxes."""
     truths = find_boxes(context.image_set, context.dataset, annotation_path, progress=progress_bar)
     for line in truths.notes():
         context.session.note(line)
-    image_set, boxes = select_boxed(context, truths.per_image)
+    image_set, boxes = select_images_with_boxes(context, truths.per_image)
     backgrounds = {name: (image_set, boxes) for name in background}
     if "rep" in backgrounds and len(image_set) < 2:
-        raise UserError("--background rep: a background is another image, and there is one\ntake more images")
+        raise UserError(
+            "--background rep: each background comes from another image, and there is only one image\n"
+            "evaluate more images"
+        )
     if background_dir:
         backgrounds["ready"] = load_background_dir(context, image_set, boxes, background_dir)
     compute_maps = build_map_function(context, method, layer, classic)
@@ -145,8 +156,8 @@ def plan_localization(
 
     def measure() -> dict:
         found = {
-            name: evaluate_localization(context, *pictures, compute_maps, background=name, th=th, noise_std=noise_std)
-            for name, pictures in backgrounds.items()
+            name: evaluate_localization(context, *images, compute_maps, background=name, th=th, noise_std=noise_std)
+            for name, images in backgrounds.items()
         }
         return {"maps": title, "noise_std": noise_std, "backgrounds": found, "baselines": baselines}
 
@@ -154,7 +165,7 @@ def plan_localization(
 
 
 def plan_examples(context: EvalContext, *, examples: int, method: str, layer: str | None, classic: bool) -> Plan:
-    """A few images from all over the set, what the classifier takes them for, and its maps of that."""
+    """Plan a few images spread over the test set, with the prediction for each and its activation map."""
     compute_maps = build_map_function(context, method, layer, classic)
 
     def measure() -> dict:
@@ -163,7 +174,7 @@ def plan_examples(context: EvalContext, *, examples: int, method: str, layer: st
         best = context.classifier(pixels).softmax(1).max(1)
         maps, _ = compute_maps(normalize(pixels, context.classifier.mean, context.classifier.std), best.indices)
         names = context.classifier.titles or context.image_set.classes
-        titles = [f"{names[int(k)]} {float(share):.0%}" for share, k in zip(best.values, best.indices, strict=True)]
+        titles = [f"{names[int(k)]} {float(p):.0%}" for p, k in zip(best.values, best.indices, strict=True)]
         images = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return {"images": images, "maps": maps.cpu().numpy(), "titles": titles}
 
@@ -181,15 +192,15 @@ PLANNERS = {
 
 
 def measure_card(context: EvalContext, plans: dict[str, Plan]) -> dict:
-    """The results of all plans by name, without the confusion matrix: a million numbers on ImageNet."""
-    found = {name: measure() for name, measure in plans.items()}
-    found["accuracy"].pop("confusion", None)
-    return {"dataset": context.dataset, **found}
+    """Return the results of all plans by name, without the confusion matrix: it has a million entries on ImageNet."""
+    results = {name: measure() for name, measure in plans.items()}
+    results["accuracy"].pop("confusion", None)
+    return {"dataset": context.dataset, **results}
 
 
 def run_plan(context: EvalContext, measure: Plan) -> dict:
-    """The result of one classifier."""
+    """Return the result of one classifier."""
     with context.named_errors():
         result = {"name": context.name, "file": context.classifier.path, **measure()}
-    context.clean = None  # of no use to the other classifiers
+    context.clean = None  # frees the logits, which the other classifiers do not need
     return result

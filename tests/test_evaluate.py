@@ -9,16 +9,16 @@ from engine.errors import UserError
 from models import build_model
 
 
-def test_one_file_in_every_form(shapes_run, tmp_path, capsys):
+def test_one_checkpoint_prints_classes_and_writes_confusion_and_json(shapes_run, tmp_path, capsys):
     run = shapes_run(epochs=1)
     capsys.readouterr()
-    picture, output = tmp_path / "confusion.png", tmp_path / "out.json"
-    words = [
+    figure, output = tmp_path / "confusion.png", tmp_path / "out.json"
+    argv = [
         "--model_path",
         str(run),
         "--per_class",
         "--confusion",
-        str(picture),
+        str(figure),
         "--output",
         str(output),
         "--topk",
@@ -26,7 +26,7 @@ def test_one_file_in_every_form(shapes_run, tmp_path, capsys):
         "3",
         "20",
     ]
-    [result] = evaluate.main(words)
+    [result] = evaluate.main(argv)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"Top-1 Accuracy: {result['top1']:.2f}%  Top-3 Accuracy: {result['top3']:.2f}%"
     assert "top20" not in result and any(line.split()[:1] == ["crescent"] for line in lines)
@@ -34,10 +34,10 @@ def test_one_file_in_every_form(shapes_run, tmp_path, capsys):
     confusion = torch.tensor(result["confusion"])
     assert confusion.sum() == result["images"] == 48
     assert confusion.diag().sum() / 48 * 100 == pytest.approx(result["top1"])
-    assert matplotlib.image.imread(picture).std() > 0.01
+    assert matplotlib.image.imread(figure).std() > 0.01
 
 
-def test_several_files_give_a_row_each(shapes_run, capsys):
+def test_several_checkpoints_give_a_row_each(shapes_run, capsys):
     runs = [str(shapes_run(name=name, method=method, epochs=1)) for name, method in (("a", "none"), ("b", "mixup"))]
     capsys.readouterr()
     assert len(evaluate.main(["--model_path", *runs])) == 2
@@ -45,21 +45,21 @@ def test_several_files_give_a_row_each(shapes_run, capsys):
     assert [line.split()[0] for line in table if "best.pt" in line] == [f"{run}/best.pt" for run in runs]
 
 
-def test_a_bare_file_is_told_by_its_shapes_and_needs_its_data_named(tmp_path, capsys):
+def test_bare_weights_are_recognised_by_shape_and_need_a_dataset(tmp_path, capsys):
     torch.save({f"module.{k}": v for k, v in build_model("resnet20", 10).state_dict().items()}, tmp_path / "bare.pth")
-    words = ["--model_path", str(tmp_path / "bare.pth"), "--limit", "20"]
+    argv = ["--model_path", str(tmp_path / "bare.pth"), "--limit", "20"]
     with pytest.raises(SystemExit):
-        evaluate.main(words)
+        evaluate.main(argv)
     assert "--dataset" in capsys.readouterr().err
-    [result] = evaluate.main([*words, "--dataset", "shapes", "--cutout", "--trad_augment"])
+    [result] = evaluate.main([*argv, "--dataset", "shapes", "--cutout", "--trad_augment"])
     assert (
         result["images"] == 20
-        and "without effect on an evaluation: --cutout, --trad_augment" in capsys.readouterr().out
+        and "options without effect on an evaluation: --cutout, --trad_augment" in capsys.readouterr().out
     )
 
 
-def test_columns_that_a_file_lacks_show_as_dashes(shapes_run, capsys):
-    runs = [str(shapes_run(*words, name=name, epochs=1)) for name, words in (("a", ()), ("b", ("--num_classes", "4")))]
+def test_missing_values_show_as_dashes(shapes_run, capsys):
+    runs = [str(shapes_run(*argv, name=name, epochs=1)) for name, argv in (("a", ()), ("b", ("--num_classes", "4")))]
     capsys.readouterr()
     evaluate.main(["--model_path", *runs])
     assert capsys.readouterr().out.splitlines()[-1].split()[5] == "-"
@@ -67,12 +67,14 @@ def test_columns_that_a_file_lacks_show_as_dashes(shapes_run, capsys):
     assert not [key for key in result if key.startswith("top")]
 
 
-def test_what_does_not_fit_is_explained(shapes_run, tmp_path):
+def test_checkpoints_that_do_not_fit_raise_errors_with_a_remedy(shapes_run, tmp_path):
     run = shapes_run(epochs=1)
     with pytest.raises(UserError, match=r"it fits resnet20: give --model resnet20"):
         evaluate.main(["--model_path", str(run), "--model", "resnet32"])
     torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
-    with pytest.raises(UserError, match=r"made for 10 classes, .* the data has 4\n.*--class_list"):
+    with pytest.raises(
+        UserError, match=r"has 10 classes and stores no class names; the data set has 4\n.*--class_list"
+    ):
         evaluate.main(["--model_path", str(tmp_path / "bare.pt"), "--dataset", "shapes", "--num_classes", "4"])
     with pytest.raises(UserError, match="no best.pt"):
         evaluate.main(["--model_path", str(tmp_path)])
@@ -80,15 +82,15 @@ def test_what_does_not_fit_is_explained(shapes_run, tmp_path):
         evaluate.main(["--model_path", str(tmp_path / "x.pt")])
 
 
-def test_a_part_of_the_classes_is_told_by_name(shapes_run, capsys):
+def test_data_with_some_of_the_classes_is_matched_by_name(shapes_run, capsys):
     run = shapes_run(epochs=1)
     [whole] = evaluate.main(["--model_path", str(run)])
     [part] = evaluate.main(["--model_path", str(run), "--num_classes", "4"])
-    assert "has 10 classes, of which the data has 4" in capsys.readouterr().out
+    assert "has 10 classes; the data set has 4 of them" in capsys.readouterr().out
     assert part["classes"] == whole["classes"] and sum(map(sum, part["confusion"][4:])) == 0
 
 
-def test_info_tells_what_a_file_holds(shapes_run, tmp_path, capsys):
+def test_info_prints_what_checkpoints_contain(shapes_run, tmp_path, capsys):
     run = shapes_run(epochs=1)
     torch.save({"net": build_model("wrn16_8", 5).state_dict()}, tmp_path / "f.pth")
     ours, theirs = evaluate.main(["--info", "--model_path", str(run), str(tmp_path / "f.pth")])
@@ -101,9 +103,9 @@ def test_info_tells_what_a_file_holds(shapes_run, tmp_path, capsys):
 
 @pytest.mark.data
 @pytest.mark.parametrize(("name", "accuracy"), [("resnet20", 91.73), ("resnet56", 93.39)])
-def test_published_weights_give_their_accuracy(real_data, name, accuracy):
-    """He et al.'s networks as converted from a public training: the accuracy stated with the weights."""
+def test_published_weights_reach_their_stated_accuracy(real_data, name, accuracy):
+    """He et al.'s networks, converted from a public training run, reach the accuracy published with the weights."""
     file = real_data / "weights" / f"{name}_cifar10.pt"
-    words = ["--model_path", str(file), "--dataset", "cifar10", "--data_dir", str(real_data), "--norm", "imagenet"]
-    [result] = evaluate.main([*words, "--download", "no"])
+    argv = ["--model_path", str(file), "--dataset", "cifar10", "--data_dir", str(real_data), "--norm", "imagenet"]
+    [result] = evaluate.main([*argv, "--download", "no"])
     assert round(result["top1"], 2) == accuracy

@@ -1,4 +1,4 @@
-"""evaluate.py beyond accuracy: what its tasks have in common, what they refuse, and what they write."""
+"""evaluate.py --task: what the tasks have in common, which errors they report, and what they write."""
 
 import json
 import os
@@ -27,95 +27,96 @@ from engine.inference.classifier import Classifier
 from evaluation.card import format_label, format_markdown, make_rows
 from evaluation.context import EvalContext, EvalSession, check_same_images
 from evaluation.localization_task import evaluate_localization
-from evaluation.options import TASKS, add_trained_options, build_parser
+from evaluation.options import TASKS, build_parser, merge_trained_options
 from evaluation.reports import draw_task
 from evaluation.robustness import add_mean_corruption_errors, find_published_set, match_published
 from models import build_model
 
-FEW = "--device cpu --limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
-FEW += "--background clean rep noise --examples 2".split()
-BARE = "--attack none --occlusion no".split()  # of robustness, corruptions alone
+SMALL_CARD = "--device cpu --limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
+SMALL_CARD += "--background clean rep noise --examples 2".split()
+ONLY_CORRUPTIONS = "--attack none --occlusion no".split()
 LIMIT = ["--device", "cpu", "--limit", "20"]
 
 
-def refuse(constant: str):
-    raise ValueError(f"{constant} is no JSON")
+def refuse_constant(constant: str):
+    raise ValueError(f"{constant} is not valid JSON")
 
 
-def read(file: Path) -> dict:
-    return json.loads(file.read_text(), parse_constant=refuse)
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text(), parse_constant=refuse_constant)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, str]:
-    """A run that knows the first test images, and bare files of networks with random weights: of ten and two classes,
-    and one that is broken.
+    """A run that classifies the first test images correctly, and bare weights: random ones of ten and of two classes,
+    and one with a NaN.
     """
     root = tmp_path_factory.mktemp("runs")
     train.main(shapes_command(root, name="trained", epochs=1))
-    found = {"trained": root / "shapes" / "resnet20" / "trained"}
-    know_the_first(found["trained"] / "best.pt")
+    paths = {"trained": root / "shapes" / "resnet20" / "trained"}
+    fit_last_layer(paths["trained"] / "best.pt")
     for name, classes in (("random", 10), ("two", 2), ("broken", 10)):
         torch.manual_seed(classes)
         state = build_model("resnet20", classes, 32).state_dict()
         if name == "broken":
             state["linear.weight"][0, 0] = torch.nan
-        found[name] = root / f"{name}.pt"
-        torch.save(state, found[name])
-    return {name: str(path) for name, path in found.items()}
+        paths[name] = root / f"{name}.pt"
+        torch.save(state, paths[name])
+    return {name: str(path) for name, path in paths.items()}
 
 
-def know_the_first(file: Path, count: int = 24) -> None:
-    """Give the last layer the least weights by which the first test images are told: training would take minutes."""
-    saved, part, seen = torch.load(file, weights_only=True), load_evaluation("shapes", limit=count), []
+def fit_last_layer(file: Path, count: int = 24) -> None:
+    """Fit the last layer to the first test images by least squares, since training would take minutes."""
+    saved, image_set = torch.load(file, weights_only=True), load_evaluation("shapes", limit=count)
+    inputs = []
     network = build_model("resnet20", 10, 32)
     network.load_state_dict(saved["model"])
-    network.linear.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    network.eval()(part.pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # mean and deviation 0.5
-    features, targets = seen[0].double(), 10 * F.one_hot(part.labels, 10).double()
+    network.linear.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    network.eval()(image_set.pixels.permute(0, 3, 1, 2) / 127.5 - 1)  # normalised with mean and std 0.5
+    features, targets = inputs[0].double(), 10 * F.one_hot(image_set.labels, 10).double()
     fitted = torch.linalg.pinv(torch.cat([features, torch.ones(count, 1)], 1)) @ targets
     saved["model"]["linear.weight"], saved["model"]["linear.bias"] = fitted[:-1].mT.float(), fitted[-1].float()
     torch.save(saved, file)
 
 
 @pytest.fixture(scope="module")
-def alone(runs, tmp_path_factory) -> tuple[dict, Path]:
-    """The card of the trained run, and where it lies."""
-    place = tmp_path_factory.mktemp("card") / "card.json"
-    [result] = evaluate.main(["--task", "card", "--model_path", runs["trained"], *FEW, "--output", str(place)])
-    return result, place
+def card(runs, tmp_path_factory) -> tuple[dict, Path]:
+    """The card of the trained run, and its file."""
+    path = tmp_path_factory.mktemp("card") / "card.json"
+    [result] = evaluate.main(["--task", "card", "--model_path", runs["trained"], *SMALL_CARD, "--output", str(path)])
+    return result, path
 
 
-def same(one, other) -> None:
-    """Up to rounding."""
+def assert_same_results(one, other) -> None:
+    """Compare results up to rounding."""
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one.keys() - {"seconds", "name", "file"}:
-            same(one[key], other[key])
+            assert_same_results(one[key], other[key])
     elif isinstance(one, list):
         assert len(one) == len(other)
         for left, right in zip(one, other, strict=True):
-            same(left, right)
+            assert_same_results(left, right)
     else:
         assert one == (pytest.approx(other, rel=1e-4, abs=1e-5) if isinstance(other, float) else other)
 
 
-# what every classifier is given
+# ---- What every classifier is given ----
 
 
-def test_neither_the_batch_nor_the_other_classifiers_matter(runs, alone, tmp_path):
+def test_results_do_not_depend_on_the_batch_size_or_the_other_classifiers(runs, card, tmp_path):
     words = ["--dataset", "shapes", "--batch_size", "7", "--output", str(tmp_path / "two.json")]
-    evaluate.main(["--task", "card", "--model_path", runs["random"], runs["trained"], *FEW, *words])
-    same(read(alone[1])["results"][0], read(tmp_path / "two.json")["results"][1])
+    evaluate.main(["--task", "card", "--model_path", runs["random"], runs["trained"], *SMALL_CARD, *words])
+    assert_same_results(read_json(card[1])["results"][0], read_json(tmp_path / "two.json")["results"][1])
 
 
-def test_two_processes_give_the_numbers_of_one(runs, alone, tmp_path, monkeypatch, capsys):
-    """This process is the first of them."""
-    words = ["--task", "card", "--model_path", runs["trained"], *FEW, "--timeout", "60"]
+def test_two_processes_give_the_results_of_one(runs, card, tmp_path, monkeypatch, capsys):
+    """This process has rank 0."""
+    words = ["--task", "card", "--model_path", runs["trained"], *SMALL_CARD, "--timeout", "60"]
     words += ["--batch_size", "7", "--examples", "0", "--output", str(tmp_path / "two.json")]
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -128,28 +129,28 @@ def test_two_processes_give_the_numbers_of_one(runs, alone, tmp_path, monkeypatc
         capsys.readouterr()
         evaluate.main(words)
         out, _ = other.communicate(timeout=60)
-    assert (other.returncode, out) == (0, "") and capsys.readouterr().out.count("top-1 (%)") == 1
-    same(read(alone[1])["results"][0], read(tmp_path / "two.json")["results"][0])
+    assert (other.returncode, out) == (0, "") and capsys.readouterr().out.count("top-1 accuracy (%)") == 1
+    assert_same_results(read_json(card[1])["results"][0], read_json(tmp_path / "two.json")["results"][0])
 
 
-def test_the_same_images_are_right_in_every_task(runs, alone):
+def test_every_task_counts_the_same_images_as_correct(runs, card):
     path = ["--model_path", runs["trained"], *LIMIT, "--limit", "40"]
     [plain] = evaluate.main(path)
-    [moved] = evaluate.main(
+    [robust] = evaluate.main(
         [*path, "--task", "robustness", "--robust_images", "0", "--corruptions", "none", "--eps", "0", "--steps", "2"]
     )
-    assert set(moved["attacks"].values()) == {plain["top1"]} and moved["clean"] == plain["top1"]
-    assert moved["occlusion"]["patches"]["top1"][0] == moved["occlusion"]["centre"]["top1"][0] == plain["top1"]
-    assert alone[0]["accuracy"]["top1"] == alone[0]["localization"]["backgrounds"]["clean"]["top1"] == plain["top1"]
-    calibration = alone[0]["calibration"]
+    assert set(robust["attacks"].values()) == {plain["top1"]} and robust["clean"] == plain["top1"]
+    assert robust["occlusion"]["patches"]["top1"][0] == robust["occlusion"]["centre"]["top1"][0] == plain["top1"]
+    assert card[0]["accuracy"]["top1"] == card[0]["localization"]["backgrounds"]["clean"]["top1"] == plain["top1"]
+    calibration = card[0]["calibration"]
     assert calibration["accuracy"] == calibration["after"]["accuracy"]
     assert calibration["images"] + calibration["held_out"] == 40
 
 
-def test_a_run_sees_other_data_as_it_was_trained_to(runs, tmp_path):
-    part = load_evaluation("shapes", limit=20)
-    for number, (pixels, label) in enumerate(zip(part.pixels, part.labels, strict=True)):
-        folder = tmp_path / part.classes[label]
+def test_other_data_is_normalised_as_in_training(runs, tmp_path):
+    image_set = load_evaluation("shapes", limit=20)
+    for number, (pixels, label) in enumerate(zip(image_set.pixels, image_set.labels, strict=True)):
+        folder = tmp_path / image_set.classes[label]
         folder.mkdir(exist_ok=True)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
     words = ["--dataset", "folder", "--val_data_dir", str(tmp_path), "--image_size", "32", *LIMIT]
@@ -157,23 +158,23 @@ def test_a_run_sees_other_data_as_it_was_trained_to(runs, tmp_path):
     assert result["top1"] == 100
 
 
-def write_arrays(root: Path, part: ImageSet, names: list[str]) -> None:
-    """A set that is published without any corruption."""
+def write_arrays(root: Path, image_set: ImageSet, names: list[str]) -> None:
+    """Write a published set whose corruptions leave the images unchanged."""
     root.mkdir(exist_ok=True)
     for name in names:
-        np.save(root / f"{name}.npy", np.concatenate([part.pixels.numpy()] * 5))
-    np.save(root / "labels.npy", part.labels.numpy().astype(np.uint8))
+        np.save(root / f"{name}.npy", np.concatenate([image_set.pixels.numpy()] * 5))
+    np.save(root / "labels.npy", image_set.labels.numpy().astype(np.uint8))
 
 
-def test_a_published_set_shows_the_images_that_the_clean_column_is_of(runs, tmp_path, capsys):
-    part = load_evaluation("shapes", limit=60)
-    write_arrays(tmp_path / "c", part, ["fog", "spatter"])
+def test_published_corruptions_are_measured_on_the_clean_images(runs, tmp_path, capsys):
+    image_set = load_evaluation("shapes", limit=60)
+    write_arrays(tmp_path / "c", image_set, ["fog", "spatter"])
     words = [
         "--task",
         "robustness",
         "--model_path",
         runs["trained"],
-        *BARE,
+        *ONLY_CORRUPTIONS,
         *LIMIT,
         "--limit",
         "40",
@@ -187,92 +188,92 @@ def test_a_published_set_shows_the_images_that_the_clean_column_is_of(runs, tmp_
     quotient = (100 - result["clean"]) / (100 - other["clean"])
     assert list(result["ce"]) == ["fog"] and result["mce"] == pytest.approx(100 * quotient)
     out = capsys.readouterr().out
-    assert "lacks 14 of the 15 corruptions" in out and "those of random" in out and "cannot be told" not in out
-    write_arrays(tmp_path / "c", part.take(torch.arange(60).roll(1)), ["fog"])
+    assert "lacks 14 of the 15 corruptions" in out and "of the error of random" in out and "do not match" not in out
+    write_arrays(tmp_path / "c", image_set.take(torch.arange(60).roll(1)), ["fog"])
     evaluate.main(words)
-    assert "which is which cannot be told, and 16 from all over are taken" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "do not match those of the test images; using 16 corrupted images spread over the set" in out
 
 
-def test_files_of_a_published_set_are_found_by_class_and_name():
-    def part(names: list[str], labels: list[int]) -> ImageSet:
+def test_published_files_are_matched_by_class_and_name():
+    def make_image_set(names: list[str], labels: list[int]) -> ImageSet:
         files = FileList("somewhere", names)
         return ImageSet(ImageFiles(files, CenterCrop(8, 8)), torch.tensor(labels), ["a", "b"], "somewhere", files=files)
 
-    few = part(["images/7.png", "images/1.png"], [0, 1])
-    published = part(["a/1.jpg", "a/7.jpg", "b/1.jpg", "b/7.jpg"], [0, 0, 1, 1])
-    found = match_published(context_of(few), published, few, limit=2)
+    few = make_image_set(["images/7.png", "images/1.png"], [0, 1])
+    published = make_image_set(["a/1.jpg", "a/7.jpg", "b/1.jpg", "b/7.jpg"], [0, 0, 1, 1])
+    found = match_published(make_context(few), published, few, limit=2)
     assert found.files.names() == ["a/7.jpg", "b/1.jpg"] and found.labels.tolist() == [0, 1]
 
 
-def test_labels_of_a_published_array_are_classes_of_the_data(capsys):
-    """Which the network may have in another order."""
+def test_labels_of_a_published_array_are_those_of_the_data_set(capsys):
+    """The network may have the classes in another order."""
 
-    def part(labels: list[int]) -> ImageSet:
+    def make_image_set(labels: list[int]) -> ImageSet:
         pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 3)
         return ImageSet(pixels, torch.tensor(labels), ["a", "b"], "somewhere")
 
-    context = context_of(part([1, 0, 0]))
+    context = make_context(make_image_set([1, 0, 0]))
     context.class_map = torch.tensor([1, 0])
     few = context.image_set.subsample(2)
-    found = match_published(context, part([0, 1, 1, 0]), few, limit=2)
+    found = match_published(context, make_image_set([0, 1, 1, 0]), few, limit=2)
     assert found.labels.tolist() == few.labels.tolist() == [1, 0]
-    assert torch.equal(found.pixels, few.pixels), "the same places of the set"
+    assert torch.equal(found.pixels, few.pixels), "the images at the same positions of the set"
     assert not capsys.readouterr().out
 
 
 def test_published_files_are_shown_whole(tmp_path):
-    """They are centres already, where the clean ones are cut out of a larger image."""
+    """They are centre crops already, while the clean images are cropped from larger ones."""
     for name in "ab":
         place = tmp_path / "fog" / "1" / name / "x.png"
         place.parent.mkdir(parents=True)
         pixels = np.full((20, 20, 3), 255, np.uint8)
         pixels[[0, -1]] = 0
         Image.fromarray(pixels).save(place)
-    part = ImageSet(ImageFiles(FileList(tmp_path, []), CenterCrop(20, 24)), torch.arange(2), ["a", "b"], "somewhere")
-    found = find_published_set(context_of(part), str(tmp_path), "stop").load("fog", 1)
+    image_set = ImageSet(
+        ImageFiles(FileList(tmp_path, []), CenterCrop(20, 24)), torch.arange(2), ["a", "b"], "somewhere"
+    )
+    found = find_published_set(make_context(image_set), str(tmp_path), "stop").load("fog", 1)
     pixels, _, _ = found.pixels.read([0, 1])
     assert pixels.shape == (2, 20, 20, 3) and not pixels[:, [0, -1]].any() and pixels[:, 1:-1].eq(255).all()
 
 
-def test_the_errors_of_alexnet_are_for_imagenet_c_alone(runs, tmp_path):
+def test_alexnet_errors_are_only_for_imagenet_c(runs, tmp_path):
     write_arrays(tmp_path / "c", load_evaluation("shapes", limit=24), ["fog"])
     words = ["--task", "robustness", "--model_path", runs["trained"], "--corruptions", str(tmp_path / "c")]
-    with pytest.raises(UserError, match="its errors are those of ImageNet-C"):
+    with pytest.raises(UserError, match="its errors were measured on ImageNet-C"):
         evaluate.main([*words, "--reference", "alexnet"])
 
 
 @pytest.mark.parametrize(
     "dataset, sizes", [("imagenet", (299, 342)), ("folder", (299, None)), ("cifar10", (None, None))]
 )
-def test_a_network_of_torchvision_sees_images_of_its_own_size(dataset, sizes):
-    """The size of its weights, on whatever files; here 299 pixels cut out of 342."""
+def test_torchvision_networks_get_images_of_their_own_size(dataset, sizes):
+    """The size of the weights, for any image files; here 299 pixels cropped from 342."""
     parser, typed = build_parser(), {"dataset": dataset}
     classifier = Classifier(
         "net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, is_torchvision=True, resize=342
     )
-    options = add_trained_options(parser, typed, parser.defaults | typed, classifier)
+    options = merge_trained_options(parser, typed, parser.defaults | typed, classifier)
     assert (options["image_size"], options["eval_resize"]) == sizes
 
 
-def test_what_a_file_does_not_say_is_told(runs, tmp_path, capsys):
+def test_assumed_normalisation_and_limit_are_reported(runs, tmp_path, capsys):
     torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
     evaluate.main(["--model_path", str(tmp_path / "bare.pt"), "--dataset", "shapes", "--limit", "20"])
-    assert (
-        "does not say how its images were normalised; taken: as half (--norm names another)" in capsys.readouterr().out
-    )
+    assert "does not store how images are normalised; using half (--norm changes it)" in capsys.readouterr().out
     evaluate.main(["--model_path", runs["trained"]])
-    told = capsys.readouterr().out
-    assert "normalised" not in told and ("--limit 0 takes all" in told) == ("--limit" in told)
+    out = capsys.readouterr().out
+    assert "normalised" not in out and ("--limit 0 takes all" in out) == ("--limit" in out)
 
 
-def context_of(part: ImageSet) -> EvalContext:
+def make_context(image_set: ImageSet) -> EvalContext:
     network = build_model("resnet20", 2, 32)
     classifier = Classifier("some", network, (0.0,) * 3, (1.0,) * 3)
-    return EvalContext(classifier, part, "folder", torch.arange(2), EvalSession(torch.device("cpu"), held_out=0.5))
+    return EvalContext(classifier, image_set, "folder", torch.arange(2), EvalSession(torch.device("cpu"), held_out=0.5))
 
 
-def test_a_file_that_cannot_be_read_takes_no_other_box(tmp_path, capsys):
-    """The image of a neighbour serves, and is judged by its own box."""
+def test_the_image_that_replaces_an_unreadable_one_keeps_its_own_box(tmp_path, capsys):
     boxes = [torch.tensor([[2 * n, 2 * n + 6, n, n + 10]]) for n in range(6)]
     for number, box in enumerate(boxes):
         y1, y2, x1, x2 = box[0].tolist()
@@ -282,38 +283,40 @@ def test_a_file_that_cannot_be_read_takes_no_other_box(tmp_path, capsys):
     (tmp_path / "1.png").write_bytes(b"")
     files = FileList(tmp_path, [f"{number}.png" for number in range(6)])
     pixels = ImageFiles(files, CenterCrop(32, 32), "skip")
-    part = ImageSet(pixels, torch.zeros(6, dtype=torch.long), ["a", "b"], "there", files=files)
+    image_set = ImageSet(pixels, torch.zeros(6, dtype=torch.long), ["a", "b"], "there", files=files)
 
     def bright(images, labels):
         return images.mean(1), torch.zeros(len(images), 2)
 
-    found = evaluate_localization(context_of(part), part, boxes, bright, background="clean", th=0.5, noise_std=0)
-    assert found["gt_known"] == 100 and "1 files of there cannot be read" in capsys.readouterr().out
+    found = evaluate_localization(
+        make_context(image_set), image_set, boxes, bright, background="clean", th=0.5, noise_std=0
+    )
+    assert found["gt_known"] == 100 and "1 file of there cannot be read" in capsys.readouterr().out
 
 
-# what is refused, and when
+# ---- Errors and notes ----
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         ("--task robustness --attack none --corruptions none --occlusion no", "nothing is left to measure"),
-        ("--task robustness --attack none fgsm", "none excludes the others"),
+        ("--task robustness --attack none fgsm", "none cannot be combined with an attack"),
         ("--task robustness --eps 8", "write 8/255"),
         ("--task robustness --eps -1", "expected a value between 0 and 1"),
         ("--task robustness --steps 0", "at least 1"),
         ("--task robustness --severities 6", "choose from 1, 2, 3, 4, 5"),
         ("--task card --reference alexnet", "--corruptions DIR"),
         ("--task calibration --ece 0", "give 1 or more"),
-        ("--task localization --layer layer3", "as gradcam"),
+        ("--task localization --layer layer3", "such as gradcam"),
         ("--task localization --th 1.1", "between 0 and 1"),
-        ("--task card --output card.txt", "it is a .json"),
+        ("--task card --output card.txt", "ending in .json"),
         ("--task card --output /nowhere/card.json", "the folder /nowhere does not exist"),
-        ("--task ood --figure tests", "is a .png"),
+        ("--task ood --figure tests", "ending in .png"),
         ("--output tests", "this is a folder; give the name of a file"),
     ],
 )
-def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
+def test_contradicting_options_are_a_usage_error(words, message, capsys):
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["--model_path", "f.pt", *words.split()])
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -321,7 +324,7 @@ def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
 
 @pytest.mark.parametrize("task", ["card", "the task alone"])
 @pytest.mark.parametrize(
-    "alone, words, message",
+    "single_task, words, message",
     [
         ("ood", "--ood noise wrong", "wrong: neither a folder nor one of"),
         ("ood", "--ood cifar10=/nowhere", "cifar10 not found"),
@@ -329,24 +332,28 @@ def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
         ("robustness", "--corruptions tests", "no corrupted images in tests"),
         ("robustness", "--reference /nowhere.pt", "no such file or run folder"),
         ("robustness", "--step_size 0", "give more than 0"),
-        ("calibration", "--limit 2", "leaves 0 of 2 images to fit a temperature"),
+        ("calibration", "--limit 2", "holds out 0 of 2 images to fit the temperature"),
         ("localization", "--method gradcam --layer layer9", "the nearest is 'layer3'"),
         ("localization", "--method gradcam --layer linear", r"layer 'linear' must return maps"),
-        ("localization", "--background rep --limit 1 --ece 0", "--background rep: a background is another image"),
-        ("localization", "--background_dir /nowhere", "leave it out"),
+        (
+            "localization",
+            "--background rep --limit 1 --ece 0",
+            "--background rep: each background comes from another image",
+        ),
+        ("localization", "--background_dir /nowhere", "leave the option out"),
         ("localization", "--annotation_path boxes.csv", "shapes comes with its own boxes"),
     ],
 )
-def test_what_is_missing_is_said_before_the_work(runs, alone, words, message, task):
-    """Work would end with the logits of this network, which are NaN."""
+def test_missing_inputs_are_reported_before_the_evaluation(runs, single_task, words, message, task):
+    """The evaluation itself would fail with another error, since the logits of this network are NaN."""
     if task == "the task alone":
-        task, words = alone, words.replace(" --ece 0", "")
+        task, words = single_task, words.replace(" --ece 0", "")
     with pytest.raises(UserError, match=message):
         evaluate.main(["--model_path", runs["broken"], "--dataset", "shapes", "--task", task, *LIMIT, *words.split()])
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_logits_that_are_no_numbers_are_an_error(runs, task, tmp_path):
+def test_nan_logits_are_an_error(runs, task, tmp_path):
     words = "--attack fgsm --corruptions none --occlusion no --robust_images 4 --dataset shapes --ece".split()
     words += ["5" if task == "calibration" else "0", "--output", str(tmp_path / "out.json")]
     with pytest.raises(UserError, match=r"broken: \d+ of \d+ images.* have logits that are NaN"):
@@ -356,67 +363,70 @@ def test_logits_that_are_no_numbers_are_an_error(runs, task, tmp_path):
 
 def test_different_images_are_not_compared(runs):
     words = ["--model_path", runs["trained"], runs["two"], "--dataset", "shapes"]
-    with pytest.raises(UserError, match="made for 2 classes"):
+    with pytest.raises(UserError, match="has 2 classes and stores no class names"):
         evaluate.main([*words, "--task", "ood", *LIMIT])
-    contexts = [context_of(load_evaluation("shapes", limit=limit)) for limit in (8, 9)]
+    contexts = [make_context(load_evaluation("shapes", limit=limit)) for limit in (8, 9)]
     check_same_images(contexts[:1] * 2, "ood")
     check_same_images(contexts, "accuracy")
-    with pytest.raises(UserError, match="the same images: some has 8 images .* some has 9 images"):
+    with pytest.raises(UserError, match="the same images, but some has 8 images .* some has 9 images"):
         check_same_images(contexts, "ood")
 
 
 def test_options_without_effect_are_named_in_one_note(runs, capsys):
     words = "--task robustness --corruptions none --attack fgsm --occlusion no --robust_images 4".split()
-    idle = "--steps 3 --reference alexnet --severities 2 --held_out 0.3 --th 0.2 --examples 3 --topk 1".split()
-    evaluate.main(["--model_path", runs["trained"], *LIMIT, *words, *idle])
+    unused = "--steps 3 --reference alexnet --severities 2 --held_out 0.3 --th 0.2 --examples 3 --topk 1".split()
+    evaluate.main(["--model_path", runs["trained"], *LIMIT, *words, *unused])
     [note] = [line for line in capsys.readouterr().out.splitlines() if "without effect" in line]
-    assert note.split(": ")[2].split(", ") == idle[::2]
+    assert note.split(": ")[2].split(", ") == unused[::2]
     evaluate.main(["--model_path", runs["trained"], *LIMIT, "--task", "localization", "--held_out", "0.3", "--th", "0"])
     assert "without effect" not in capsys.readouterr().out
 
 
-# the reference
+# ---- Mean corruption error ----
 
 
-def test_a_reference_that_is_the_classifier_gives_100(runs):
-    words = ["--task", "robustness", *BARE, *LIMIT, "--limit", "40", "--robust_images", "10", "--severities", "5"]
+def test_mce_relative_to_the_classifier_itself_is_100(runs):
+    words = [
+        "--task",
+        "robustness",
+        *ONLY_CORRUPTIONS,
+        *LIMIT,
+        "--limit",
+        "40",
+        "--robust_images",
+        "10",
+        "--severities",
+        "5",
+    ]
     [result] = evaluate.main(["--model_path", runs["trained"], *words, "--reference", runs["trained"]])
     assert result["mce"] == pytest.approx(100) and len(result["ce"]) == 15
     assert result["name"] == "trained" and result["reference"] == "trained (2)"
 
 
-def test_a_reference_without_errors_costs_no_results(capsys):
+def test_a_reference_without_errors_keeps_the_other_results(capsys):
     results = [{"name": "a", "corruptions": {"fog": {1: 50.0}}}]
     add_mean_corruption_errors(results, [{"name": "b", "corruptions": {"fog": {1: 100.0}}}])
     assert "mce" not in results[0] and "note: no mCE: fog" in capsys.readouterr().out
 
 
-# what is written
+# ---- Output ----
 
 
-def test_the_card_is_a_table_a_page_and_a_file(alone, runs):
-    result, place = alone
-    written = read(place)
+def test_the_card_is_a_table_a_page_and_a_file(card, runs):
+    result, path = card
+    written = read_json(path)
     assert written["results"][0].keys() >= {"calibration", "robustness", "ood", "localization"}
     assert "confusion" not in written["results"][0]["accuracy"] and "pictures" not in written["results"][0]
-    table, _, notes = place.with_suffix(".md").read_text().partition("\n\n")
+    table, _, notes = path.with_suffix(".md").read_text().partition("\n\n")
     assert {line.count("|") for line in table.splitlines()} == {3} and "**" not in table
     assert notes.splitlines() == [f"- {note}" for note in written["notes"]]
-    for told in (
-        "40 test images",
-        "held-out",
-        "15 bins",
-        "16 images from all over",
-        "severities 5",
-        "seed 0",
-        "cam maps",
-    ):
-        assert told in notes, told
-    assert notes.rstrip().endswith(f"--output {place}`")
-    assert matplotlib.image.imread(place.with_suffix(".png")).std() > 0.05
+    for text in ("40 test images", "held-out", "15 bins", "16 images spread", "severity 5", "seed 0", "cam maps"):
+        assert text in notes, text
+    assert notes.rstrip().endswith(f"--output {path}`")
+    assert matplotlib.image.imread(path.with_suffix(".png")).std() > 0.05
 
 
-def test_bold_marks_the_best_of_several():
+def test_the_best_of_several_values_is_bold():
     results = [
         {"name": name, "accuracy": {"top1": top1}, "calibration": {"ece": ece, "temperature": ece}}
         for name, top1, ece in (("a|b", 50.0, 3.0), ("c", 70.0, 2.0), ("d", 70.001, 9.0), ("e", None, None))
@@ -425,7 +435,7 @@ def test_bold_marks_the_best_of_several():
     assert lines == [
         "|  | a\\|b | c | d | e |",
         "| --- | ---: | ---: | ---: | ---: |",
-        "| top-1 (%) | 50.00 | **70.00** | **70.00** | - |",
+        "| top-1 accuracy (%) | 50.00 | **70.00** | **70.00** | - |",
         "| ECE (%) | 3.00 | **2.00** | 9.00 | - |",
         "| temperature | 3.00 | 2.00 | 9.00 | - |",
         "",
@@ -436,7 +446,7 @@ def test_bold_marks_the_best_of_several():
 
 def test_two_classes_have_no_top_5(runs, tmp_path, capsys):
     words = ["--task", "card", "--dataset", "shapes", "--num_classes", "2", *LIMIT, "--ece", "0"]
-    words += [*BARE, "--corruptions", "none", "--examples", "1", "--output", str(tmp_path / "card.json")]
+    words += [*ONLY_CORRUPTIONS, "--corruptions", "none", "--examples", "1", "--output", str(tmp_path / "card.json")]
     [result] = evaluate.main(["--model_path", runs["two"], *words])
     assert "top1" in result["accuracy"] and "top5" not in result["accuracy"]
     assert not {"robustness", "calibration"} & result.keys()
@@ -445,25 +455,25 @@ def test_two_classes_have_no_top_5(runs, tmp_path, capsys):
 
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("task", ["robustness", "calibration", "ood", "localization"])
-def test_each_task_draws_any_number_of_classifiers(alone, tmp_path, task, count):
+def test_each_task_draws_any_number_of_classifiers(card, tmp_path, task, count):
     names = ["plain", "_hidden", "$x^2", "a/very/long/path/of/some/run/best.pt", "fifth"]
-    part = json.loads(json.dumps(alone[0][task]), object_hook=with_numbers)
-    draw_task(task, [{"name": name, **part} for name in names[:count]], str(tmp_path / "figure.png"))
+    result = json.loads(json.dumps(card[0][task]), object_hook=convert_severities)
+    draw_task(task, [{"name": name, **result} for name in names[:count]], str(tmp_path / "figure.png"))
     assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
 
 
-def with_numbers(content: dict) -> dict:
-    """Severities are text in JSON."""
+def convert_severities(content: dict) -> dict:
+    """Convert severities back to integers: JSON keys are strings."""
     return {int(key) if key.isdigit() else key: value for key, value in content.items()}
 
 
-def test_labels_of_pictures_are_taken_as_they_are():
+def test_matplotlib_shows_labels_as_they_are():
     assert format_label("_a$b$") == r" _a\$b\$"
     ends = [format_label(f"{start}/shapes/resnet20/a_long_name/{end}.pt") for start in "ab" for end in "cd"]
     assert len(set(ends)) == 4 and max(map(len, ends)) <= 32
 
 
-def test_names_tell_classifiers_apart(runs, tmp_path):
+def test_classifiers_get_distinct_names(runs, tmp_path):
     folders = [tmp_path / one / "shapes" / "run" for one in ("first", "second")]
     for folder in folders:
         folder.mkdir(parents=True)
