@@ -25,8 +25,8 @@ IMAGE_SIZE = 224  # default side of the images in pixels
 
 def build_parser() -> Parser:
     parser = Parser(
-        "Train an image classifier with a mixing method on ImageNet, Tiny-ImageNet or folders of your own photos, at 224 "
-        "pixels and with ResNets whose weights are compatible with torchvision."
+        "Train an image classifier with a mixing method on ImageNet, Tiny-ImageNet or your own photos, at 224 pixels "
+        "and with ResNets whose weights are compatible with torchvision."
     )
     add_training_options(parser, methods=mixing, models=models, recipes=list(IMAGENET_RECIPES), large_images=True)
     add_imagenet_options(parser)

@@ -16,9 +16,9 @@ from engine.launch import run_main
 
 def build_parser() -> Parser:
     parser = Parser(
-        "Train an image classifier with a mixing method on small images: CIFAR, Tiny-ImageNet, or folders of your own. "
-        "Without options it trains a small network on drawn shapes, as a demonstration. For photos at 224 pixels and for "
-        "pretrained weights use imagenet_train.py."
+        "Train an image classifier with a mixing method on small images: CIFAR, Tiny-ImageNet, or your own folders. "
+        "Without options it trains a small network on drawn shapes, as a demonstration. For photos at 224 pixels and "
+        "for pretrained weights use imagenet_train.py."
     )
     add_training_options(parser, methods=mixing, models=models, recipes=["auto", *RECIPES])
     add_data_options(parser, SMALL_DATASETS)

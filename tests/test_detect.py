@@ -555,7 +555,7 @@ def of_two(tmp_path_factory, backbone):
 
     folder = tmp_path_factory.mktemp("two")
     os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"
-    return folder / "shapes" / "frcnn", run_in_two_processes(in_two, folder, meetings=4)
+    return folder / "shapes" / "frcnn", run_in_two_processes(in_two, folder, num_ports=4)
 
 
 def test_gradients_of_two_processes_are_the_mean_of_the_local_ones(of_two):

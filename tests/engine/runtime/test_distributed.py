@@ -221,7 +221,7 @@ def of_weights(tmp_path_factory):
 def of_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     os.environ["RUNS_OF_THIS_TEST"] = str(folder)
-    return run_in_two_processes(runs, folder, meetings=15 + len(REFUSED))
+    return run_in_two_processes(runs, folder, num_ports=15 + len(REFUSED))
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
