@@ -153,7 +153,8 @@ def check_mixing_combinations(options: dict) -> None:
         raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
     if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
         raise ValueError(
-            f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, the epoch at which --mix_fraction is reached"
+            f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, the epoch at which --mix_fraction "
+            "is reached"
         )
 
 
