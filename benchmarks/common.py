@@ -27,7 +27,8 @@ def setup_device(options: dict, *, backends: bool = True) -> tuple:
     if backends:
         setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     return device, precision, f"{device}, {text}{threads}, torch {torch.__version__}"
 
 
