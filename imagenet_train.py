@@ -1,4 +1,4 @@
-"""Train a classifier on ImageNet or another set of large images, on one GPU or, under torchrun, on many."""
+"""Train a classifier on ImageNet or other large images, on one GPU or, with torchrun, on several."""
 
 import mixing
 import models
@@ -20,21 +20,25 @@ from engine.config.select import select_kwargs
 from engine.config.unused_options import collect_image_notes, collect_mixing_notes
 from engine.launch import run_main
 
-SIDE = 224  # of the images in pixels, unless --image_size says otherwise
+IMAGE_SIZE = 224  # default side of the images in pixels
 
 
 def build_parser() -> Parser:
-    parser = Parser("Train a classifier on ImageNet, Tiny-ImageNet at 224 pixels, or any folders of large images.")
+    parser = Parser(
+        "Train an image classifier with a mixing method on ImageNet, Tiny-ImageNet or your own photos, at 224 pixels "
+        "and with ResNets whose weights are compatible with torchvision."
+    )
     add_training_options(parser, methods=mixing, models=models, recipes=list(IMAGENET_RECIPES), large_images=True)
     add_imagenet_options(parser)
-    add_data_options(parser, LARGE_DATASETS, image_size=SIDE, norm="imagenet")
+    add_data_options(parser, LARGE_DATASETS, image_size=IMAGE_SIZE, norm="imagenet")
     add_mixing_options(parser, sources=saliency)
     add_device_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    """Train; returns what result.json holds."""
+    """Train a classifier and return the content of result.json. argv: the command line by default."""
+    # ---- Options ----
     parser = build_parser()
     typed, notes = read_options(parser, argv)
     typed = use_copies_as_data_dir(typed)
@@ -48,13 +52,13 @@ def main(argv: list[str] | None = None) -> dict | None:
     start = training.start_run(parser, typed, options, notes, training.CLASSIFIER)
     options, device, notes, precision = start.options, start.device, start.notes, start.precision
 
-    # ---- Data: in each phase other copies of the images, crops and batches ----
+    # ---- Data: each phase has its own copies of the images, crops and batch size ----
     phases = build_phases(options)
     sets = data.load_data(progress=runtime.progress_bar, **select_kwargs(options, data.load_data))
     copies = data.find_copies(sets, {name: options[f"data_{name}"] for name in ("small", "large")})
     for name in {phase.images for phase in phases} - {"original"}:
         if not options[f"data_{name}"]:
-            notes.append(f"--data_{name}: not given, so the original images are read, which is slower")
+            notes.append(f"--data_{name} is not given: this run reads the original images, which is slower")
     data.check_same_images(sets)
     common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
@@ -78,14 +82,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         for name, part in sets.held_out.items()
     }
 
-    # ---- Network: random weights, or torchvision's (--pretrained), or those of a file (--init_from) ----
+    # ---- Network: random weights, those of torchvision (--pretrained), or those of a file (--init_from) ----
     model = models.build_model(options["model"], len(sets.classes), sets.image_size)
     with parser.usage_errors():
         if options["zero_init"]:
             models.zero_init(model)
         if options["pretrained"] and not start.saved:
-            fresh = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
-            notes.append("--pretrained: torchvision's weights" + (", but for a new last layer" if fresh else ""))
+            new_last_layer = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
+            notes.append("--pretrained: torchvision's weights" + (", with a new last layer" if new_last_layer else ""))
     if options["init_from"] and not start.saved:
         notes.append(
             training.load_initial_weights(model, options["init_from"], len(sets.classes), models.find_matching_models)
@@ -93,8 +97,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
-    loss_fn, classes = training.LOSSES[options["loss"]], len(sets.classes)
-    config = training.StepConfig(loss_fn, classes, precision, options["label_smoothing"], options["clip_grad"])
+    loss_fn, num_classes = training.LOSSES[options["loss"]], len(sets.classes)
+    config = training.StepConfig(loss_fn, num_classes, precision, options["label_smoothing"], options["clip_grad"])
     steps = training.StepSchedule([(phase.end, len(loader)) for phase, loader in zip(phases, loaders, strict=True)])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
@@ -103,44 +107,45 @@ def main(argv: list[str] | None = None) -> dict | None:
         model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile"])
     )
 
-    # ---- Mixing: a method may have hyper-parameters of its own in each phase ----
+    # ---- Mixing: a recipe may set other hyper-parameters in each phase ----
     sources = training.SourceBuilder(
         saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
     )
     with parser.usage_errors():
         mixers = []
         for number, phase in enumerate(phases):
-            given = select_kwargs(get_phase_options(options, number), mixing.compose_options(options["method"]))
-            mixers.append(mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **given))
+            names = mixing.compose_options(options["method"])
+            hyper_parameters = select_kwargs(get_phase_options(options, number), names)
+            mixers.append(mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **hyper_parameters))
             mixers[number].check_size(phase.crop, phase.crop)
-        here = find_phase(phases, start.saved_epoch)
-        state.set_mixer(mixers[here], sources)
+        current = find_phase(phases, start.saved_epoch)
+        state.set_mixer(mixers[current], sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += collect_image_notes(options, typed)
 
     if options["profile"]:
-        return training.print_profile(state, loaders[here], config, options["profile"])
+        return training.print_profile(state, loaders[current], config, options["profile"])
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
-    lines, more = training.describe_run(sets, phases, **select_kwargs(options, training.describe_run))
-    run.log_header(lines, [*notes, *more])
+    lines, more_notes = training.describe_run(sets, phases, **select_kwargs(options, training.describe_run))
+    run.log_header(lines, [*notes, *more_notes])
 
     # ---- Epochs ----
     for epoch in run.epochs:
-        if (phase := find_phase(phases, epoch)) != here:
-            loaders[here].close()
-            if phases[phase].batch_size == phases[here].batch_size:
-                mixers[phase].load_state_dict(mixers[here].state_dict())
+        if (phase := find_phase(phases, epoch)) != current:
+            loaders[current].close()
+            if phases[phase].batch_size == phases[current].batch_size:
+                mixers[phase].load_state_dict(mixers[current].state_dict())
             state.set_mixer(mixers[phase], sources)
-            here = phase
-        ends = [f"phase_{here + 1}.pt"] if epoch + 1 == phases[here].end and len(phases) > 1 else []
-        train = loaders[here]
+            current = phase
+        phase_file = [f"phase_{current + 1}.pt"] if epoch + 1 == phases[current].end and len(phases) > 1 else []
+        train = loaders[current]
         with run.save_on_interrupt():
             with run.monitor(epoch) as monitor:
                 row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
             if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
-            run.end_epoch(row, also=ends, remark=training.count_skipped(train))
+            run.end_epoch(row, also=phase_file, remark=training.count_skipped(train))
             training.draw_epoch(run, sets, train.image_set)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()

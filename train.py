@@ -15,7 +15,11 @@ from engine.launch import run_main
 
 
 def build_parser() -> Parser:
-    parser = Parser("Train a classifier on small images with a mixing method. With no option at all: a demonstration.")
+    parser = Parser(
+        "Train an image classifier with a mixing method on small images: CIFAR, Tiny-ImageNet, or your own folders. "
+        "Without options it trains a small network on drawn shapes, as a demonstration. For photos at 224 pixels and "
+        "for pretrained weights use imagenet_train.py."
+    )
     add_training_options(parser, methods=mixing, models=models, recipes=["auto", *RECIPES])
     add_data_options(parser, SMALL_DATASETS)
     add_mixing_options(parser, sources=saliency)
@@ -24,7 +28,8 @@ def build_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> dict | None:
-    """Train; returns what result.json holds."""
+    """Train a classifier and return the content of result.json. argv: the command line by default."""
+    # ---- Options ----
     parser = build_parser()
     typed, notes = read_options(parser, argv)
     options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
@@ -64,8 +69,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
-    loss_fn, classes = training.LOSSES[options["loss"]], len(sets.classes)
-    config = training.StepConfig(loss_fn, classes, precision, options["label_smoothing"], options["clip_grad"])
+    loss_fn, num_classes = training.LOSSES[options["loss"]], len(sets.classes)
+    config = training.StepConfig(loss_fn, num_classes, precision, options["label_smoothing"], options["clip_grad"])
     steps = training.StepSchedule([(options["epochs"], len(train))])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
@@ -76,8 +81,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     # ---- Mixing ----
     with parser.usage_errors():
-        given = select_kwargs(options, mixing.compose_options(options["method"]))
-        mixer = mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **given)
+        hyper_parameters = select_kwargs(options, mixing.compose_options(options["method"]))
+        mixer = mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **hyper_parameters)
         mixer.check_size(sets.image_size, sets.image_size)
         sources = training.SourceBuilder(
             saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
@@ -89,8 +94,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options["profile"]:
         return training.print_profile(state, train, config, options["profile"])
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
-    lines, more = training.describe_run(sets, **select_kwargs(options, training.describe_run))
-    run.log_header(lines, [*notes, *more])
+    lines, more_notes = training.describe_run(sets, **select_kwargs(options, training.describe_run))
+    run.log_header(lines, [*notes, *more_notes])
 
     # ---- Epochs ----
     for epoch in run.epochs:

@@ -1,4 +1,4 @@
-"""What the benchmarks share. Importing it puts the repository on the path."""
+"""Helpers that the benchmarks share. Importing this module puts the repository on the import path."""
 
 import statistics
 import sys
@@ -10,12 +10,15 @@ sys.path.insert(0, str(ROOT))
 
 
 def read_options(parser, argv: list[str] | None) -> dict:
-    """Every option: what was typed, else the default."""
+    """Return every option: the typed value, else the default."""
     return {**parser.defaults, **parser.read(argv)}
 
 
 def setup_device(options: dict, *, backends: bool = True) -> tuple:
-    """The device of --device, the precision of --amp, and a text on both. backends: set up as the scripts do it."""
+    """Return the device of --device, the precision of --amp, and a description of both.
+
+    backends: configure the backends as the training scripts do.
+    """
     import torch
 
     from engine.runtime.device import choose_device, choose_precision, setup_backends
@@ -24,17 +27,18 @@ def setup_device(options: dict, *, backends: bool = True) -> tuple:
     if backends:
         setup_backends(device, seed=0, deterministic=False)
     precision, text = choose_precision(options["amp"], device)
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     return device, precision, f"{device}, {text}{threads}, torch {torch.__version__}"
 
 
 def median_ms(seconds: Iterable[float]) -> float:
-    """The median in milliseconds."""
+    """Return the median in milliseconds."""
     return 1000 * statistics.median_high(seconds)
 
 
-def wait_for(device) -> None:
-    """Until the device has done what it was asked to."""
+def synchronize(device) -> None:
+    """Wait until the device has finished its work."""
     import torch
 
     if device.type == "cuda":

@@ -1,13 +1,13 @@
-"""What the data cost beside the network: python benchmarks/data.py --model preactresnet18 --batch_size 100
+"""Measure the cost of the data pipeline: python benchmarks/data.py --model preactresnet18 --batch_size 100
 
-Prints the time of a plain step over that of the network alone on a batch that lies ready; the share of a step that goes
-to reading, cropping, flipping and normalising the images, with the usual loader beside it; and the time of the static
-maps of a batch.
+Prints the time of a plain training step relative to the network alone on a batch that is already on the device; the
+share of a step that goes to reading, cropping, flipping and normalising images, next to a torchvision pipeline; and the
+time of the static saliency maps of a batch.
 """
 
 import time
 
-from common import median_ms, read_options, setup_device, wait_for
+from common import median_ms, read_options, setup_device, synchronize
 
 from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.options import add_device_options
@@ -19,12 +19,14 @@ from models import ALIASES, MODELS, build_model
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.group("what")
-    parser.option("--model", type=choice(MODELS, ALIASES), default="preactresnet18", metavar="NAME")
-    parser.option("--batch_size", type=int_at_least(1), default=100)
-    parser.option("--image_size", type=int_at_least(8), default=32)
-    parser.option("--steps", type=int_at_least(1), default=20, help="steps timed")
-    parser.option("--keep_blocks", type=boolean, default=True, help="keep freed memory on a CPU, as the scripts do")
+    parser.group("benchmark")
+    parser.option(
+        "--model", type=choice(MODELS, ALIASES), default="preactresnet18", metavar="NAME", help="network architecture"
+    )
+    parser.option("--batch_size", type=int_at_least(1), default=100, help="images per step")
+    parser.option("--image_size", type=int_at_least(8), default=32, help="side of the images in pixels")
+    parser.option("--steps", type=int_at_least(1), default=20, help="number of timed steps")
+    parser.option("--keep_blocks", type=boolean, default=True, help="keep freed CPU memory, as the training scripts do")
     add_device_options(parser)
     parser.defaults["workers"] = 2
     return parser
@@ -38,20 +40,20 @@ def main(argv: list[str] | None = None) -> dict:
 
     from engine.data.image_set import ImageSet
 
-    device, precision, where = setup_device(options, backends=options["keep_blocks"])
+    device, precision, device_text = setup_device(options, backends=options["keep_blocks"])
     size = options["image_size"]
     pixels = torch.randint(0, 256, (50 * options["batch_size"], size, size, 3), dtype=torch.uint8)
     part = ImageSet(pixels, torch.arange(len(pixels)) % 10, list("abcdefghij"), "noise")
-    print(f"{options['model']}, batch {options['batch_size']}, {size} pixels, {where}")
+    print(f"{options['model']}, batch {options['batch_size']}, {size} pixels, {device_text}")
     bare, plain = time_plain(part, options, device, precision)
-    print(f"a plain step {plain:.2f} ms, {plain / bare:.3f} of the network alone on a batch that lies ready")
+    print(f"plain step {plain:.2f} ms, {plain / bare:.3f} times the network alone on a batch that is already loaded")
     table = {"bare": bare, "plain": plain, "data": time_data(part, options, device, plain)}
     table["maps"] = time_maps(pixels[: options["batch_size"]].permute(0, 3, 1, 2).contiguous(), device)
     return table
 
 
 def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
-    """Median milliseconds of the network alone on a batch that lies ready, and of a plain step of the loop."""
+    """Return the median milliseconds of the network alone on a loaded batch, and of a plain training step."""
     import torch
 
     from engine.data.augment import Augmentation
@@ -59,8 +61,8 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
     from engine.training import LOSSES, EpochMonitor, StepConfig, TrainingState, train_one_epoch
 
     half = (0.5, 0.5, 0.5)
-    feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
-    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augmentation=Augmentation(4), **feed)
+    loader_options = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
+    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augmentation=Augmentation(4), **loader_options)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     model = build_model(options["model"], 10, options["image_size"]).to(device, memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, fused=device.type in ("cpu", "cuda"))
@@ -68,7 +70,7 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
     state, config = TrainingState(model, optimizer, mixer=NoMix()), StepConfig(LOSSES["ce"], 10, precision)
     for turn in range(-2, options["steps"]):
         monitor = EpochMonitor(device)
-        bare = time_bare(model, optimizer, fixed, precision)
+        bare = time_network(model, optimizer, fixed, precision)
         train_one_epoch(state, batches, config, epoch=max(turn, 0), monitor=monitor, max_steps=1)
         if turn >= 0:
             laps[0].append(bare)
@@ -76,8 +78,8 @@ def time_plain(part, options: dict, device, precision) -> tuple[float, float]:
     return median_ms(laps[0]), median_ms(laps[1])
 
 
-def time_bare(model, optimizer, batch, precision) -> float:
-    """Seconds of forward, loss, backward and update on a batch that lies ready: no training loop can do with less."""
+def time_network(model, optimizer, batch, precision) -> float:
+    """Return the seconds of forward pass, loss, backward pass and update on a loaded batch, the minimum of a step."""
     from torch.nn import functional as F
 
     from engine.runtime.device import autocast
@@ -95,7 +97,7 @@ def time_bare(model, optimizer, batch, precision) -> float:
 
 
 def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
-    """Milliseconds a batch of the device-resident pipeline, and of torchvision transforms in a DataLoader."""
+    """Return the milliseconds per batch of our pipeline and of torchvision transforms in a DataLoader."""
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
 
@@ -103,10 +105,10 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
     from engine.data.loader import DeviceLoader
 
     half, size = (0.5, 0.5, 0.5), options["image_size"]
-    feed = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
-    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augmentation=Augmentation(4), **feed)
+    loader_options = {"device": device, "mean": half, "std": half, "channels_last": options["channels_last"]}
+    batches = DeviceLoader(part, options["batch_size"], shuffle=True, augmentation=Augmentation(4), **loader_options)
 
-    class Usual(Dataset):
+    class TransformDataset(Dataset):
         transform = transforms.Compose(
             [
                 transforms.ToPILImage(),
@@ -123,30 +125,32 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
         def __getitem__(self, index):
             return self.transform(part.pixels[index].permute(2, 0, 1)), part.labels[index]
 
-    def per_batch(stream) -> float:
+    def time_batches(stream) -> float:
         begin, count = time.perf_counter(), 0
         for images, *_ in stream:
             images.to(device)
             count += 1
-        wait_for(device)
+        synchronize(device)
         return 1000 * (time.perf_counter() - begin) / count
 
-    per_batch(batches.epoch(0))
-    ours = per_batch(batches.epoch(1))
+    time_batches(batches.epoch(0))
+    ours = time_batches(batches.epoch(1))
     usual = {}
     for workers in (0, options["workers"]):
-        usual[workers] = per_batch(DataLoader(Usual(), options["batch_size"], shuffle=True, num_workers=workers))
+        usual[workers] = time_batches(
+            DataLoader(TransformDataset(), options["batch_size"], shuffle=True, num_workers=workers)
+        )
     share = 100 * ours / plain
-    print(f"data: {ours:.2f} ms a batch, {share:.1f} % of a plain step")
+    print(f"data: {ours:.2f} ms per batch, {share:.1f} % of a plain step")
     print(
-        "      usual loader " + ", ".join(f"{value:.1f} ms with {workers} workers" for workers, value in usual.items())
+        "      torchvision in a DataLoader: "
+        + ", ".join(f"{value:.1f} ms with {workers} workers" for workers, value in usual.items())
     )
     return {"ours": ours, "share": share, "usual": usual}
 
 
 def time_maps(images, device, repeats: int = 20) -> dict[str, float]:
-    """Milliseconds of the fine-grained and spectral-residual maps of one batch."""
-
+    """Return the milliseconds of the fine-grained and the spectral-residual maps of one batch."""
     from saliency.static import fine_grained, spectral_residual
 
     images, result = images.to(device), {}
@@ -155,30 +159,30 @@ def time_maps(images, device, repeats: int = 20) -> dict[str, float]:
         for _ in range(repeats + 3):
             begin = time.perf_counter()
             function(images)
-            wait_for(device)
+            synchronize(device)
             laps.append(time.perf_counter() - begin)
         result[name] = median_ms(laps[3:])
     result["opencv"] = time_opencv(images)
-    beside = f" (OpenCV contrib, image by image: {result['opencv']:.2f} ms)" if result["opencv"] else ""
+    opencv_text = f" (one by one in OpenCV contrib: {result['opencv']:.2f} ms)" if result["opencv"] else ""
     print(
-        f"maps of a batch: fine-grained {result['fine_grained']:.2f} ms{beside}, "
+        f"maps of a batch: fine-grained {result['fine_grained']:.2f} ms{opencv_text}, "
         f"spectral residual {result['spectral_residual']:.2f} ms"
     )
     return result
 
 
 def time_opencv(images, repeats: int = 20) -> float | None:
-    """The same fine-grained maps by OpenCV, where a build with the contrib modules is installed."""
+    """Return the milliseconds of the fine-grained maps in OpenCV, or None without its contrib modules."""
     import cv2
 
     if not hasattr(cv2, "saliency"):
         return None
     detector = cv2.saliency.StaticSaliencyFineGrained_create()
-    pictures, laps = images.permute(0, 2, 3, 1).flip(-1).contiguous().cpu().numpy(), []
+    arrays, laps = images.permute(0, 2, 3, 1).flip(-1).contiguous().cpu().numpy(), []
     for _ in range(repeats):
         begin = time.perf_counter()
-        for picture in pictures:
-            detector.computeSaliency(picture)
+        for array in arrays:
+            detector.computeSaliency(array)
         laps.append(time.perf_counter() - begin)
     return median_ms(laps)
 

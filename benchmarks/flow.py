@@ -1,7 +1,8 @@
-"""The whole ImageNet flow on a small set: python benchmarks/flow.py --dataset tiny-imagenet --data_dir DIR
+"""Test the ImageNet workflow on a small dataset: python benchmarks/flow.py --dataset tiny-imagenet --data_dir DIR
 
-Makes resized copies, trains in three short phases in one go, trains again while SIGTERM stops it in the middle of every
-phase, and evaluates; with one process and with several. Prints the losses of the epochs, and whether the weights agree.
+Makes resized copies and trains in three short phases, once without a break and once with a SIGTERM in the middle of
+every phase, then evaluates; with one process and with several. Prints the training loss of each epoch, and whether the
+final weights of the two runs are equal.
 """
 
 import os
@@ -27,23 +28,34 @@ QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.group("what")
-    parser.option("--data_dir", default="data", help="the data set")
-    parser.option("--val_data_dir", help="another place for the evaluation images")
-    parser.option("--dataset", type=choice(LARGE_DATASETS), default="folder", metavar="NAME")
-    parser.option("--num_classes", type=int_at_least(2), help="of a part of ImageNet")
-    parser.option("--method", type=choice(MIXERS), default="rmix", metavar="NAME")
-    parser.option("--model", default="resnet18", metavar="NAME")
+    parser.group("benchmark")
+    parser.option("--data_dir", metavar="DIR", default="data", help="folder of the dataset")
+    parser.option("--val_data_dir", metavar="DIR", help="separate folder of the evaluation images")
+    parser.option(
+        "--dataset", type=choice(LARGE_DATASETS), default="folder", metavar="NAME", help="name of the dataset"
+    )
+    parser.option("--num_classes", type=int_at_least(2), help="number of classes, if the data is a part of ImageNet")
+    parser.option("--method", type=choice(MIXERS), default="rmix", metavar="NAME", help="mixing method")
+    parser.option("--model", default="resnet18", metavar="NAME", help="network architecture")
     parser.option("--small", type=int_at_least(8), default=40, help="shorter side of the small copies")
     parser.option("--large", type=int_at_least(8), default=80, help="shorter side of the large copies")
-    parser.option("--image_size", type=int_at_least(8), default=64, help="side of the evaluation images")
-    parser.option("--phases", default="2:small:32:0.25:128,4:large:64:0.25:64,6:large:64:0.25:64")
-    parser.option("--lr", type=float_in_range(), default=0.05, help="at which each phase begins")
-    parser.option("--processes", type=int_at_least(1), nargs="+", default=[1, 2], metavar="N")
-    parser.option("--workers", type=int_at_least(), default=2)
-    parser.option("--wait", type=float_in_range(), default=3.0, help="seconds into a phase at which the stop comes")
-    parser.option("--device", default="auto")
-    parser.option("--work_dir", default="flow", help="copies and runs; made, and left")
+    parser.option("--image_size", type=int_at_least(8), default=64, help="side of the evaluation images in pixels")
+    parser.option(
+        "--phases",
+        metavar="PHASES",
+        default="2:small:32:0.25:128,4:large:64:0.25:64,6:large:64:0.25:64",
+        help="see imagenet_train.py",
+    )
+    parser.option("--lr", type=float_in_range(), default=0.05, help="learning rate at the start of each phase")
+    parser.option(
+        "--processes", type=int_at_least(1), nargs="+", default=[1, 2], metavar="N", help="numbers of processes to test"
+    )
+    parser.option("--workers", type=int_at_least(), default=2, help="image workers per process")
+    parser.option(
+        "--wait", type=float_in_range(), default=3.0, help="seconds between the start of a phase and its SIGTERM"
+    )
+    parser.option("--device", metavar="DEVICE", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.option("--work_dir", default="flow", metavar="DIR", help="folder for copies and runs; it is not deleted")
     return parser
 
 
@@ -52,11 +64,11 @@ def main(argv: list[str] | None = None) -> dict:
     options = read_options(parser, argv)
     flow = Flow(options)
     flow.resize()
-    return {count: flow.with_processes(count) for count in options["processes"]}
+    return {count: flow.compare_runs(count) for count in options["processes"]}
 
 
 class Flow:
-    """The commands of one flow, and what came of them."""
+    """The commands of the workflow, for one set of options."""
 
     def __init__(self, options: dict):
         self.options, self.work = options, Path(options["work_dir"])
@@ -76,7 +88,7 @@ class Flow:
             return process
         text, _ = process.communicate()
         if process.returncode:
-            raise UserError(f"{' '.join(command)}\nended with {process.returncode}:\n{text[-2000:]}")
+            raise UserError(f"{' '.join(command)}\nfailed with exit code {process.returncode}:\n{text[-2000:]}")
         self.output = text
         return process
 
@@ -91,12 +103,12 @@ class Flow:
         copies = {size: self.work / "copies" / str(self.options[size]) for size in ("small", "large")}
         given = ["--recipe", "fast100", "--method", self.options["method"], "--model", self.options["model"]]
         given += ["--data_small", copies["small"], "--data_large", copies["large"], "--phases", self.options["phases"]]
-        given += ["--lr_points", self.rates(), "--image_size", self.options["image_size"], *self.words]
+        given += ["--lr_points", self.build_lr_points(), "--image_size", self.options["image_size"], *self.words]
         given += ["--workers", self.options["workers"], "--root_dir", self.work / "runs", "--name", name]
         return self.call("imagenet_train.py", *given, "--no_progress", *words, processes=processes, wait=wait)
 
-    def rates(self) -> str:
-        """From lr to a fifth of it in every phase, in the last to a hundredth."""
+    def build_lr_points(self) -> str:
+        """Return --lr_points: in every phase the rate falls from lr to a fifth of it, in the last to a hundredth."""
         lr, begin, points = self.options["lr"], 0, []
         for phase in self.phases:
             end = lr / (100 if phase is self.phases[-1] else 5)
@@ -104,23 +116,23 @@ class Flow:
             begin = phase.end
         return ",".join(points)
 
-    def folder(self, name: str) -> Path:
+    def run_folder(self, name: str) -> Path:
         return self.work / "runs" / self.options["dataset"] / f"imagenet_{self.options['model']}" / name
 
-    def with_processes(self, count: int) -> dict:
-        """Train in one go, and again with a stop in every phase; compare, and evaluate."""
+    def compare_runs(self, count: int) -> dict:
+        """Train without a break, train again with a stop in every phase, compare the two runs, and evaluate."""
         import torch
 
         whole, stopped = f"whole_{count}", f"stopped_{count}"
         for name in (whole, stopped):
-            shutil.rmtree(self.folder(name), ignore_errors=True)
+            shutil.rmtree(self.run_folder(name), ignore_errors=True)
         self.train(whole, count)
         stops = [self.stop_in(phase, stopped, count) for phase in range(len(self.phases))]
         self.train(stopped, count, "--checkpoint", "auto")
-        one, other = (torch.load(self.folder(name) / "last.pt", weights_only=True) for name in (whole, stopped))
+        one, other = (torch.load(self.run_folder(name) / "last.pt", weights_only=True) for name in (whole, stopped))
         equal = all(torch.equal(value, other["model"][key]) for key, value in one["model"].items())
         place = ["--dataset", self.options["dataset"], "--data_dir", self.options["data_dir"]]
-        self.call("evaluate.py", "--model_path", self.folder(whole) / "last.pt", *place, processes=count)
+        self.call("evaluate.py", "--model_path", self.run_folder(whole) / "last.pt", *place, processes=count)
         line = next(line for line in self.output.splitlines() if line.startswith("Top-1"))
         losses = [round(row["train_loss"], 3) for row in one["history"]]
         print(
@@ -130,14 +142,14 @@ class Flow:
         return {"losses": losses, "equal": equal, "stops": stops, "top1": one["history"][-1]["test_top1"]}
 
     def stop_in(self, number: int, name: str, count: int) -> int:
-        """Go on with the run until it is in the middle of a phase, and send SIGTERM; the step where it stopped."""
+        """Resume the run, send SIGTERM in the middle of a phase, and return the step at which the run stopped."""
         import torch
 
-        last = self.folder(name) / "last.pt"
+        last = self.run_folder(name) / "last.pt"
         begin = self.phases[number - 1].end if number else 0
         process = self.train(name, count, "--checkpoint", "auto", wait=False)
-        log, sign = self.folder(name) / "log.txt", f"epoch {begin}/" if number else f"phase {len(self.phases)}:"
-        while process.poll() is None and not (log.is_file() and sign in log.read_text()):
+        log, marker = self.run_folder(name) / "log.txt", f"epoch {begin}/" if number else f"phase {len(self.phases)}:"
+        while process.poll() is None and not (log.is_file() and marker in log.read_text()):
             time.sleep(0.1)
         time.sleep(self.options["wait"])
         os.killpg(process.pid, signal.SIGTERM)

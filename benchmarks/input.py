@@ -1,14 +1,15 @@
-"""Images a second from folders to the device: python benchmarks/input.py --data_dir DIR --workers 2 --crop_size 128
+"""Measure the speed of the input pipeline: python benchmarks/input.py --data_dir DIR --workers 2 --crop_size 128
 
-Reading, random resized crop, flip and normalisation of training images, with torchvision's usual pipeline beside it:
-the same files, batch, crop and number of workers, the two taking turns. DIR holds a folder for each class, or train/
-with these; the first epoch of each, in which workers start and files come into memory, is not counted.
+Prints the images per second from image files to normalised batches on the device, with random resized crops and flips,
+and the same for torchvision's transforms in a DataLoader: same files, batch size, crop size and number of workers, in
+turns. DIR contains one folder per class, or train/ with these. The first epoch of each is not counted, because workers
+start and files are cached in it.
 """
 
 import time
 from pathlib import Path
 
-from common import read_options, wait_for
+from common import read_options, synchronize
 
 from engine.config.option_types import boolean, float_in_range, int_at_least
 from engine.config.options import add_device_options
@@ -20,16 +21,18 @@ JITTER, LIGHTING = 0.4, 0.1
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.group("what")
-    parser.option("--data_dir", default="data", metavar="DIR")
-    parser.option("--batch_size", type=int_at_least(1), default=128)
-    parser.option("--crop_size", type=int_at_least(8), default=128)
-    parser.option("--min_scale", type=float_in_range(0, 1), default=0.08)
+    parser.group("benchmark")
+    parser.option("--data_dir", default="data", metavar="DIR", help="folder of the images")
+    parser.option("--batch_size", type=int_at_least(1), default=128, help="images per batch")
+    parser.option("--crop_size", type=int_at_least(8), default=128, help="side of the crops in pixels")
     parser.option(
-        "--images", type=int_at_least(1), default=1000, help="images of an epoch; files are repeated if too few"
+        "--min_scale", type=float_in_range(0, 1), default=0.08, help="minimum area of a crop as a fraction of the image"
     )
-    parser.option("--epochs", type=int_at_least(1), default=3, help="epochs timed, of each pipeline")
-    parser.option("--colour", type=boolean, default=False, help="with colour jitter 0.4 and PCA lighting 0.1")
+    parser.option(
+        "--images", type=int_at_least(1), default=1000, help="images per epoch; files are repeated if there are fewer"
+    )
+    parser.option("--epochs", type=int_at_least(1), default=3, help="timed epochs of each pipeline")
+    parser.option("--colour", type=boolean, default=False, help="add colour jitter 0.4 and PCA lighting 0.1")
     add_device_options(parser)
     parser.defaults["workers"] = 2
     return parser
@@ -47,31 +50,34 @@ def main(argv: list[str] | None = None) -> dict:
     device = choose_device(options["device"])
     setup_backends(device, seed=0, deterministic=False)
     place = Path(options["data_dir"])
-    found = label_files(list_class_folders(place / "train" if (place / "train").is_dir() else place), place)
-    index = torch.arange(options["images"]) % len(found.labels)
-    found = found._replace(files=found.files[index], labels=found.labels[index])
+    data_files = label_files(list_class_folders(place / "train" if (place / "train").is_dir() else place), place)
+    index = torch.arange(options["images"]) % len(data_files.labels)
+    data_files = data_files._replace(files=data_files.files[index], labels=data_files.labels[index])
     print(
-        f"{len(index):,} images below {place}, crop {options['crop_size']}, batch {options['batch_size']}, "
+        f"{len(index):,} images in {place}, crop {options['crop_size']}, batch {options['batch_size']}, "
         f"{options['workers']} workers, {device}, torch {torch.__version__}"
     )
-    pipelines = {"ours": our_batches(found, options, device), "torchvision": usual_batches(found, options, device)}
+    pipelines = {
+        "ours": build_our_pipeline(data_files, options, device),
+        "torchvision": build_torchvision_pipeline(data_files, options, device),
+    }
     seconds = {name: [] for name in pipelines}
     for epoch in range(options["epochs"] + 1):
-        for name, epoch_of in pipelines.items():
+        for name, start_epoch in pipelines.items():
             begin = time.perf_counter()
-            count = sum(len(images) for images in epoch_of(epoch))
-            wait_for(device)
+            count = sum(len(images) for images in start_epoch(epoch))
+            synchronize(device)
             if epoch:
                 seconds[name].append((time.perf_counter() - begin) / count)
     rates = {name: 1 / sorted(values)[len(values) // 2] for name, values in seconds.items()}
     for name, rate in rates.items():
         print(f"{name:<12} {rate:8.0f} images/s   (epochs: {' '.join(f'{1 / value:.0f}' for value in seconds[name])})")
-    print(f"ratio {rates['ours'] / rates['torchvision']:.2f}")
+    print(f"ours / torchvision: {rates['ours'] / rates['torchvision']:.2f}")
     return rates
 
 
-def our_batches(found, options: dict, device):
-    """A function that gives the normalised images of an epoch, batch by batch on the device."""
+def build_our_pipeline(data_files, options: dict, device):
+    """Return a function of the epoch that yields its normalised batches on the device."""
     from engine.data.augment import Augmentation
     from engine.data.image_files import ImageFiles
     from engine.data.image_set import STATISTICS, ImageSet
@@ -82,7 +88,7 @@ def our_batches(found, options: dict, device):
     view = RandomCrop(options["crop_size"], options["min_scale"])
     colours = {"color_jitter": JITTER, "lighting": LIGHTING} if options["colour"] else {}
     batches = DeviceLoader(
-        ImageSet(ImageFiles(found.files, view), found.labels, found.classes, str(found.root)),
+        ImageSet(ImageFiles(data_files.files, view), data_files.labels, data_files.classes, str(data_files.root)),
         options["batch_size"],
         device=device,
         mean=mean,
@@ -94,8 +100,8 @@ def our_batches(found, options: dict, device):
     return lambda epoch: (batch.images for batch in batches.epoch(epoch))
 
 
-def usual_batches(found, options: dict, device):
-    """The same by torchvision's transforms, image by image in a DataLoader."""
+def build_torchvision_pipeline(data_files, options: dict, device):
+    """Return the same for torchvision's transforms in a DataLoader."""
     import torch
     from torch.utils.data import DataLoader, Dataset
     from torchvision import transforms
@@ -109,18 +115,18 @@ def usual_batches(found, options: dict, device):
         transforms.ToTensor(),
     ]
     if options["colour"]:
-        steps += [transforms.ColorJitter(JITTER, JITTER, JITTER), transforms.Lambda(lit)]
+        steps += [transforms.ColorJitter(JITTER, JITTER, JITTER), transforms.Lambda(add_lighting)]
     transform = transforms.Compose([*steps, transforms.Normalize(*STATISTICS["imagenet"])])
 
-    class Usual(Dataset):  # ImageFolder, on the very same list
+    class TransformDataset(Dataset):  # an ImageFolder of the same list of files
         def __len__(self):
-            return len(found.labels)
+            return len(data_files.labels)
 
         def __getitem__(self, index):
-            return transform(default_loader(found.files[index])), int(found.labels[index])
+            return transform(default_loader(data_files.files[index])), int(data_files.labels[index])
 
     loader = DataLoader(
-        Usual(),
+        TransformDataset(),
         options["batch_size"],
         shuffle=True,
         num_workers=options["workers"],
@@ -131,8 +137,8 @@ def usual_batches(found, options: dict, device):
     return lambda epoch: (images.to(device, non_blocking=True) for images, _ in loader)
 
 
-def lit(image):
-    """PCA lighting of one image (3, H, W), as the published code has it."""
+def add_lighting(image):
+    """Add PCA lighting to an image (3, H, W), as in the published ImageNet code."""
     import torch
 
     from engine.data.augment import EIGENVALUES, EIGENVECTORS

@@ -1,10 +1,10 @@
-"""What memory each method takes: python benchmarks/memory.py --model imagenet_resnet50 --image_size 224 --batch_size 8
+"""Measure the memory of each method: python benchmarks/memory.py --model imagenet_resnet50 --batch_size 8
 
-A table of the highest number of bytes in tensors during a training step of every method, over that of the plain step,
-and during each part of it: the saliency pass (where a method has one), mixing, and the network's own passes. Weights,
-optimizer state and gradients are in all of them; the data set is not. On CUDA the numbers are the allocator's, which
-include its kernels' workspaces; on a CPU they are summed up from the profiler's record of every allocation. Every batch
-is mixed, with the settings of the ImageNet recipe and, where a method can, a clean term.
+Prints the peak memory of tensors during a training step of every method, also relative to a plain step, and the peak
+in each part of the step: the saliency pass (if the method has one), mixing, and the passes of the network. Weights,
+optimizer state and gradients are included; the dataset is not. On CUDA the numbers come from the allocator and include
+the workspaces of kernels. On a CPU they are summed from the allocations that the profiler records. Every batch is
+mixed, with the settings of the ImageNet recipe and, if a method has one, a loss on the clean images.
 """
 
 import gc
@@ -25,52 +25,71 @@ from saliency import ALIASES as SOURCE_ALIASES
 from saliency import SOURCES, build_source
 
 PARTS = ("saliency", "mixing", "network")
-LAP = "end of "  # in the profiler's record
+LAP = "end of "  # prefix of our markers in the record of the profiler
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
-    parser.group("what")
-    parser.option("--model", type=choice(MODELS, MODEL_ALIASES), default="imagenet_resnet50", metavar="NAME")
-    parser.option("--methods", "--method", type=choice(MIXERS, ALIASES), nargs="+", default=list(MIXERS))
-    parser.option("--saliency", type=choice(SOURCES, SOURCE_ALIASES), metavar="SOURCE", help="in place of each own")
-    parser.option("--saliency_size", type=int_at_least(8), metavar="PIXELS", help="of the gradient's pass")
-    parser.option("--batch_size", type=int_at_least(2), default=8)
-    parser.option("--image_size", type=int_at_least(8), default=224, help="in pixels")
-    parser.option("--num_classes", type=int_at_least(2), default=1000)
-    parser.option("--steps", type=int_at_least(1), default=4, help="steps looked at, after one to warm up")
-    parser.option("--threads", type=int_at_least(1), help="of the processor [all]")
+    parser.group("benchmark")
+    parser.option(
+        "--model",
+        type=choice(MODELS, MODEL_ALIASES),
+        default="imagenet_resnet50",
+        metavar="NAME",
+        help="network architecture",
+    )
+    parser.option(
+        "--methods", "--method", type=choice(MIXERS, ALIASES), nargs="+", default=list(MIXERS), help="mixing methods"
+    )
+    parser.option(
+        "--saliency",
+        type=choice(SOURCES, SOURCE_ALIASES),
+        metavar="SOURCE",
+        shown="by method",
+        help="saliency source of all methods",
+    )
+    parser.option(
+        "--saliency_size",
+        type=int_at_least(8),
+        metavar="PIXELS",
+        help="gradient: side of the images in the saliency pass",
+    )
+    parser.option("--batch_size", type=int_at_least(2), default=8, help="images per step")
+    parser.option("--image_size", type=int_at_least(8), default=224, help="side of the images in pixels")
+    parser.option("--num_classes", type=int_at_least(2), default=1000, help="number of classes")
+    parser.option("--steps", type=int_at_least(1), default=4, help="measured steps, after one warm-up step")
+    parser.option("--threads", type=int_at_least(1), shown="all", help="CPU threads")
     add_device_options(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Measure; returns bytes by method and part."""
+    """Print and return the peak bytes by method and part of the step."""
     parser = build_parser()
     options = read_options(parser, argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own messages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the messages of the profiler
 
     import torch
 
     if options["threads"]:
         torch.set_num_threads(options["threads"])
-    device, precision, where = setup_device(options)
+    device, precision, device_text = setup_device(options)
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: memory is measured on cpu and cuda only")
+        raise UserError(f"--device {device}: memory can be measured on cpu and cuda only")
     print(
-        f"{options['model']}, batch {options['batch_size']}, {options['image_size']} pixels, {where}\n{'method':12} "
-        f"{'peak MiB':>9} {'x vanilla':>9} {'saliency':>9} {'mixing':>9} {'network':>9}  highest in"
+        f"{options['model']}, batch {options['batch_size']}, {options['image_size']} pixels, {device_text}\n"
+        f"{'method':12} {'peak MiB':>9} {'x plain':>9} {'saliency':>9} {'mixing':>9} {'network':>9}  peak in"
     )
     batches = random_batches(options, device)
     result = {}
     for name in dict.fromkeys(["none", *options["methods"]]):
-        result[name] = measure(name, options, batches, device, precision)
-        print(row_of(name, result[name], peak(result["none"])), flush=True)
+        result[name] = measure_method(name, options, batches, device, precision)
+        print(format_row(name, result[name], get_peak(result["none"])), flush=True)
     return result
 
 
 def random_batches(options: dict, device):
-    """Batches of noise: what a step takes does not depend on what the images show."""
+    """Return a loader of noise images; the memory of a step does not depend on their content."""
     import torch
 
     from engine.data.image_set import STATISTICS, ImageSet
@@ -80,25 +99,25 @@ def random_batches(options: dict, device):
     pixels = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8)
     part = ImageSet(pixels, torch.randint(classes, (count,)), [str(number) for number in range(classes)], "nowhere")
     mean, std = STATISTICS["imagenet"]
-    feed = {"device": device, "mean": mean, "std": std, "channels_last": options["channels_last"]}
-    return DeviceLoader(part, options["batch_size"], shuffle=True, **feed)
+    loader_options = {"device": device, "mean": mean, "std": std, "channels_last": options["channels_last"]}
+    return DeviceLoader(part, options["batch_size"], shuffle=True, **loader_options)
 
 
-def published(name: str, model: str) -> dict:
-    """The hyper-parameters of the method in the first phase of the ImageNet recipe."""
+def get_published_options(name: str, model: str) -> dict:
+    """Return the hyper-parameters of the method in the first phase of the recipe fast100."""
     recipe = get_recipe_options("fast100", dataset="imagenet", model=model)
     return {**recipe["method_options"].get(name, {}), **recipe["phase_options"][0].get(name, {})}
 
 
-def measure(name: str, options: dict, batches, device, precision) -> dict[str, float]:
-    """The highest number of bytes in use, by part of the step; a part that the method does not have is missing."""
+def measure_method(name: str, options: dict, batches, device, precision) -> dict[str, float]:
+    """Return the peak bytes by part of the step, without the parts that the method does not have."""
     import torch
 
     from engine.data.image_set import STATISTICS
     from engine.training import EpochMonitor, StepConfig, TrainingState, train_one_epoch
     from engine.training.loss import LOSSES, get_cross_entropy_scale
 
-    gc.collect()  # what the method before has left would be freed under the eyes of the meter
+    gc.collect()  # or garbage of the previous method would be freed during the measurement
     torch.manual_seed(0)
     classes, loss_fn = options["num_classes"], LOSSES["ce"]
     with (CudaMeter if device.type == "cuda" else HostMeter)() as meter:
@@ -106,7 +125,7 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
         model = build_model(options["model"], classes, options["image_size"]).to(device, memory_format=layout)
         optimizer = torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9, nesterov=True, fused=True)
         share = dict(zip(("mean", "std"), STATISTICS["imagenet"], strict=True))
-        mixer = build_mixer(name, **{**published(name, options["model"]), **share, "mix_prob": 1.0})
+        mixer = build_mixer(name, **{**get_published_options(name, options["model"]), **share, "mix_prob": 1.0})
         mixer.check_size(options["image_size"], options["image_size"])
         share |= {"model": model, "num_images": len(batches.image_set), "device": device, "training_loss": loss_fn}
         share |= {"precision": precision, "saliency_size": options["saliency_size"]}
@@ -117,18 +136,18 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
         state = TrainingState(model, optimizer, mixer=mixer, source=source)
         config = StepConfig(loss_fn, classes, precision)
         train_one_epoch(state, batches, config, epoch=0, max_steps=1)
-        if name == "rlmix":  # let its agent learn now, and not in the thousandth step only
+        if name == "rlmix":  # let its agent learn in a measured step, and not only in the thousandth
             mixer.agent.rollout.filled = mixer.agent.rollout.steps - 1
         train_one_epoch(state, batches, config, epoch=1, monitor=EpochMonitor(device, watch=meter))
-    found = meter.highest()
-    return {part: found[part] for part in PARTS if part in found}
+    peaks = meter.peaks()
+    return {part: peaks[part] for part in PARTS if part in peaks}
 
 
 class CudaMeter:
-    """Peaks by part of the step, with the calls of a Stopwatch: what came since the last lap belongs to its name."""
+    """A Stopwatch that measures peak memory: lap(name) assigns the peak since the last lap to the part `name`."""
 
     def __enter__(self):
-        self.found: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}
         return self
 
     def __exit__(self, *error):
@@ -142,15 +161,15 @@ class CudaMeter:
     def lap(self, name: str) -> None:
         import torch
 
-        self.found[name] = max(self.found.get(name, 0), torch.cuda.max_memory_allocated())
+        self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated())
         self.start()
 
-    def highest(self) -> dict[str, float]:
-        return self.found
+    def peaks(self) -> dict[str, float]:
+        return self.peaks
 
 
 class HostMeter:
-    """As CudaMeter. A processor's allocator counts nothing by itself, but reports to the profiler."""
+    """Like CudaMeter, from the record of the profiler, because the CPU allocator keeps no statistics."""
 
     def __enter__(self):
         from torch.profiler import ProfilerActivity, profile
@@ -171,27 +190,27 @@ class HostMeter:
         with record_function(LAP + name):
             pass
 
-    def highest(self) -> dict[str, float]:
+    def peaks(self) -> dict[str, float]:
         events = self.profiler.profiler.kineto_results.events()
-        found, alive, top = {}, 0, 0
+        peaks, alive, top = {}, 0, 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             if event.name() == "[memory]":
                 alive += event.nbytes()
                 top = max(top, alive)
             elif event.name().startswith(LAP):
                 part = event.name().removeprefix(LAP)
-                found[part], top = max(found.get(part, 0), top), alive
-        return found
+                peaks[part], top = max(peaks.get(part, 0), top), alive
+        return peaks
 
 
-def peak(bytes_by_part: dict[str, float]) -> float:
+def get_peak(bytes_by_part: dict[str, float]) -> float:
     return max(bytes_by_part.values())
 
 
-def row_of(name: str, found: dict[str, float], vanilla: float) -> str:
-    columns = "".join(f" {found[part] / 2**20:9.1f}" if part in found else f" {'':9}" for part in PARTS)
-    where = max(found, key=found.get)
-    return f"{name:12} {peak(found) / 2**20:9.1f} {peak(found) / vanilla:9.3f}{columns}  {where}"
+def format_row(name: str, peaks: dict[str, float], plain: float) -> str:
+    columns = "".join(f" {peaks[part] / 2**20:9.1f}" if part in peaks else f" {'':9}" for part in PARTS)
+    peak_part = max(peaks, key=peaks.get)
+    return f"{name:12} {get_peak(peaks) / 2**20:9.1f} {get_peak(peaks) / plain:9.3f}{columns}  {peak_part}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Options, markers and fixtures of all tests."""
+"""Command-line options, markers and fixtures for all tests."""
 
 import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: the processes of pytest-xdist share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it; the processes of pytest-xdist share the cores
 
 import numpy as np
 import pytest
@@ -13,28 +13,30 @@ from support import GOLDEN, shapes_command
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow")
 
 
 def pytest_configure(config):
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background: the children shall hear Ctrl-C
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    ):  # as in a background job of a shell; child processes must receive Ctrl-C
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
-    absent = {
+    skip_reasons = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
         "slow": None if config.getoption("--slow") else "slow; run with --slow",
-        "data": None if os.environ.get("REAL_DATA") else "no real data: set REAL_DATA to its folder",
+        "data": None if os.environ.get("REAL_DATA") else "no real data; set REAL_DATA to its folder",
     }
     for item in items:
-        for marker, reason in absent.items():
-            if reason and item.get_closest_marker(marker):  # the keywords hold the names of folders too
+        for marker, reason in skip_reasons.items():
+            if reason and item.get_closest_marker(marker):  # item.keywords would also match names of folders
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seed_torch():
     torch.manual_seed(0)
 
 
@@ -55,19 +57,19 @@ def network_golden():
 
 @pytest.fixture
 def shapes_run(tmp_path):
-    """A function that trains on a little of `shapes` and returns the run folder."""
+    """Return a function that trains on a few images of `shapes` and returns the run folder."""
     import train
 
-    def call(*words: str, name: str = "run", method: str = "none", epochs: int = 2) -> Path:
+    def train_on_shapes(*words: str, name: str = "run", method: str = "none", epochs: int = 2) -> Path:
         train.main(shapes_command(tmp_path, *words, name=name, method=method, epochs=epochs))
         return tmp_path / "shapes" / "resnet20" / name
 
-    return call
+    return train_on_shapes
 
 
 @pytest.fixture(scope="session")
 def casm_file(tmp_path_factory) -> str:
-    """A mask decoder with random weights on a random resnet20 for images of 32 pixels, as casm train writes it."""
+    """Return the path of a file as casm train writes it: a random mask decoder on a random resnet20, for 32 pixels."""
     from engine.data.shapes import CLASSES
     from engine.runtime.checkpoint import FORMAT, save_checkpoint
     from models import build_model

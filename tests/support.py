@@ -1,4 +1,4 @@
-"""What tests of several wings share."""
+"""Helpers that tests of several packages share."""
 
 import os
 import socket
@@ -13,6 +13,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 
 def shapes_command(root: Path, *words: str, name: str = "run", method: str = "none", epochs: int = 2) -> list[str]:
+    """Return the arguments of a short training run of train.py on `shapes`, on the CPU."""
     command = [
         "--dataset",
         "shapes",
@@ -41,7 +42,7 @@ def shapes_command(root: Path, *words: str, name: str = "run", method: str = "no
 
 
 def same_state(a, b) -> bool:
-    """Whether two nested states hold the same numbers, bit for bit."""
+    """Return whether two nested states are equal, bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -52,16 +53,18 @@ def same_state(a, b) -> bool:
 
 
 def write_image(path: Path, value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> None:
+    """Write an image of one colour. size: width, height."""
     path.parent.mkdir(parents=True, exist_ok=True)
     colour = value if mode == "L" else (value, 0, 255 - value) if mode == "RGB" else (value, 0, 0, 0)
     Image.new(mode, size, colour).save(path, "JPEG" if path.suffix == ".JPEG" else None)
 
 
-def write_class_folders(root: Path, part: str = "val") -> None:
+def write_class_folders(root: Path, split: str = "val") -> None:
+    """Write train/ and `split`/ with two classes of three images each; one file is a CMYK JPEG."""
     for label, name in enumerate(["cat", "dog"]):
         for k in range(3):
             write_image(root / "train" / name / f"{k}.png", 60 * label + 10 * k, size=(80, 48))
-            write_image(root / part / name / f"{k}.jpg", 60 * label + 10 * k, "CMYK" if k == 2 else "RGB")
+            write_image(root / split / name / f"{k}.jpg", 60 * label + 10 * k, "CMYK" if k == 2 else "RGB")
 
 
 def tensor(array) -> torch.Tensor:
@@ -69,7 +72,7 @@ def tensor(array) -> torch.Tensor:
 
 
 def load_recorded_problem(golden, number: int, case: dict):
-    """The recorded costs as a problem of mixing.solvers.puzzlemix_mask."""
+    """Return recorded costs as a problem of mixing.solvers.puzzlemix_mask."""
     cost0, cost1 = (tensor(golden[f"c{number}_cost{k}"]) for k in (0, 1))
     labels = case["n_labels"]
     prior = tensor(golden[f"c{number}_prior"]).float()
@@ -79,22 +82,23 @@ def load_recorded_problem(golden, number: int, case: dict):
 
 
 def find_free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
-def enter(of: int, job, ports: list[int], result: Path) -> None:
-    os.environ |= {"RANK": str(of), "LOCAL_RANK": str(of), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+def run_rank(rank: int, job, ports: list[int], result: Path) -> None:
+    """Run job(ports) as one of two ranks; rank 0 writes what it returns to `result`."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(ports[0])
     torch.set_num_threads(1)
-    found = job(ports)
-    if of == 0:
-        torch.save(found, result)
+    returned = job(ports)
+    if rank == 0:
+        torch.save(returned, result)
 
 
-def run_in_two_processes(job, folder: Path, meetings: int = 1):
-    """What job(ports) returns in the first of two processes. meetings: how often they meet, each at a port."""
-    ports = [find_free_port() for _ in range(meetings)]
-    torch.multiprocessing.spawn(enter, (job, ports, folder / "result.pt"), nprocs=2)
+def run_in_two_processes(job, folder: Path, num_ports: int = 1):
+    """Run job(ports) in two processes and return what rank 0 returns. num_ports: one for each process group."""
+    ports = [find_free_port() for _ in range(num_ports)]
+    torch.multiprocessing.spawn(run_rank, (job, ports, folder / "result.pt"), nprocs=2)
     return torch.load(folder / "result.pt")

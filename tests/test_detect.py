@@ -562,7 +562,7 @@ def two_process_runs(tmp_path_factory, backbone):
 
     folder = tmp_path_factory.mktemp("two")
     os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"
-    return folder / "shapes" / "frcnn", run_in_two_processes(train_in_two_processes, folder, meetings=4)
+    return folder / "shapes" / "frcnn", run_in_two_processes(train_in_two_processes, folder, num_ports=4)
 
 
 def test_ddp_gradients_are_the_mean_of_the_local_gradients(two_process_runs):

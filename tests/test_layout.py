@@ -1,4 +1,4 @@
-"""Who may import whom: the table and the floors of the plan in docs/architecture.md, held by walking the imports."""
+"""The import rules of docs/architecture.md: which package may import which, and the layers inside engine."""
 
 import ast
 from pathlib import Path
@@ -8,7 +8,7 @@ from support import ROOT
 
 PACKAGES = ("models", "mixing", "saliency", "engine", "evaluation", "explanation", "detection")
 SCRIPTS = {"train", "imagenet_train", "evaluate", "detect", "cam"}
-MAY_IMPORT = {  # package -> which of ours it may import besides itself
+MAY_IMPORT = {  # package -> other packages of this repository that it may import
     "models": set(),
     "saliency": set(),
     "mixing": set(),
@@ -19,13 +19,13 @@ MAY_IMPORT = {  # package -> which of ours it may import besides itself
 }
 THIRD_PARTY = {"torch", "numpy", "cv2", "torchvision", "gco", "matplotlib", "tqdm", "PIL", "pycocotools"}
 NUMERIC = {"models": {"torch"}, "mixing": {"torch"}, "saliency": {"torch", "numpy", "cv2"}}
-EXCEPTIONS = {  # path prefix -> what it may import besides
+EXCEPTIONS = {  # path prefix -> additional packages that it may import
     "saliency/casm": {"models", "engine"},
     "saliency/casm/classifier_eval.py": {"torchvision"},
     "mixing/show.py": {"models", "engine", "saliency", "matplotlib", "numpy", "torchvision"},
     "mixing/solvers/graphcut.py": {"gco", "numpy"},
 }
-FLOORS = (  # of engine, from the ground up: a module imports from its own floor and from those below
+LAYERS = (  # of engine, from the lowest: a module may import from its own layer and from lower ones
     "engine.errors",
     "engine.config",
     "engine.runtime",
@@ -37,13 +37,13 @@ FLOORS = (  # of engine, from the ground up: a module imports from its own floor
 )
 
 
-def module_name(path: Path) -> str:
+def get_module_name(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_modules(path: Path) -> set[str]:
-    """Every module that a file imports, at its head or inside a function; `from package import module` counts too."""
+def find_imports(path: Path) -> set[str]:
+    """Return all modules that a file imports, at its top or in a function; `from package import module` counts too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -54,8 +54,8 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
-def head_imports(path: Path) -> set[str]:
-    """The modules of ours that are imported as soon as the file is."""
+def find_top_level_imports(path: Path) -> set[str]:
+    """Return the modules that are imported as soon as the file is."""
     names = set()
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Import):
@@ -65,42 +65,42 @@ def head_imports(path: Path) -> set[str]:
     return names
 
 
-def files(package: str) -> list[Path]:
+def list_files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 
 
-def floor(module: str) -> int | None:
-    return next((n for n, name in enumerate(FLOORS) if module == name or module.startswith(f"{name}.")), None)
+def find_layer(module: str) -> int | None:
+    return next((n for n, name in enumerate(LAYERS) if module == name or module.startswith(f"{name}.")), None)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_imports_only_what_the_table_allows(package):
-    assert files(package)
-    for path in files(package):
+def test_packages_import_only_what_is_allowed(package):
+    assert list_files(package)
+    for path in list_files(package):
         name = path.relative_to(ROOT).as_posix()
         extra = set().union(*(allowed for prefix, allowed in EXCEPTIONS.items() if name.startswith(prefix)))
-        tops = {module.split(".")[0] for module in imported_modules(path)}
+        tops = {module.split(".")[0] for module in find_imports(path)}
         assert not tops & SCRIPTS, f"{name} imports a script"
         assert tops & set(PACKAGES) <= MAY_IMPORT[package] | {package} | extra, f"{name} imports {tops & set(PACKAGES)}"
         if package in NUMERIC:
             assert tops & THIRD_PARTY <= NUMERIC[package] | extra, f"{name} imports {tops & THIRD_PARTY}"
 
 
-def test_engine_imports_never_run_up():
-    for path in files("engine"):
-        own = floor(module_name(path))
-        for module in imported_modules(path):
-            above = floor(module)
-            assert own is None or above is None or above <= own, f"{module_name(path)} imports {module}"
+def test_engine_never_imports_from_a_higher_layer():
+    for path in list_files("engine"):
+        own = find_layer(get_module_name(path))
+        for module in find_imports(path):
+            imported = find_layer(module)
+            assert own is None or imported is None or imported <= own, f"{get_module_name(path)} imports {module}"
 
 
-def test_there_is_no_circle():
-    modules = {module_name(path): path for package in PACKAGES for path in files(package)}
-    graph = {name: head_imports(path) & modules.keys() - {name} for name, path in modules.items()}
+def test_there_are_no_circular_imports():
+    modules = {get_module_name(path): path for package in PACKAGES for path in list_files(package)}
+    graph = {name: find_top_level_imports(path) & modules.keys() - {name} for name, path in modules.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"a circle: {' -> '.join([*trail[trail.index(name) :], name])}"
+        assert name not in trail, f"circular import: {' -> '.join([*trail[trail.index(name) :], name])}"
         if name not in done:
             for other in sorted(graph[name]):
                 visit(other, (*trail, name))
@@ -110,19 +110,19 @@ def test_there_is_no_circle():
         visit(name, ())
 
 
-def test_saliency_knows_casm_only_by_name():
-    """The sources of saliency stand alone; only saliency/casm reaches into engine and models."""
-    for path in files("saliency"):
+def test_saliency_does_not_import_casm():
+    """The saliency sources work without engine and models; only saliency/casm imports these."""
+    for path in list_files("saliency"):
         if "casm" not in path.parts:
-            assert not any(module.startswith("saliency.casm") for module in imported_modules(path)), path
+            assert not any(module.startswith("saliency.casm") for module in find_imports(path)), path
 
 
-def test_no_script_imports_another():
+def test_scripts_do_not_import_each_other():
     for script in SCRIPTS:
-        tops = {module.split(".")[0] for module in imported_modules(ROOT / f"{script}.py")}
+        tops = {module.split(".")[0] for module in find_imports(ROOT / f"{script}.py")}
         assert not tops & SCRIPTS, script
 
 
-def test_gco_is_imported_in_one_file_only():
-    users = [path for package in PACKAGES for path in files(package) if "gco" in imported_modules(path)]
+def test_only_one_file_imports_gco():
+    users = [path for package in PACKAGES for path in list_files(package) if "gco" in find_imports(path)]
     assert [path.relative_to(ROOT).as_posix() for path in users] == ["mixing/solvers/graphcut.py"]

@@ -1,4 +1,4 @@
-"""train.py as a user runs it: every method, the run folder, and going on exactly where a run stopped."""
+"""train.py as a user runs it: every method, the run folder, resuming a run exactly, and errors."""
 
 import csv
 import datetime
@@ -31,37 +31,39 @@ TIMES = {"seconds", "images_per_second", "mixing_seconds", "saliency_seconds", "
 
 
 def split_method(text: str) -> tuple[str, list[str]]:
+    """Split "method --option value" into the method and the words of its options."""
     method, *options = text.split(" --")
     return method, [word for option in options for word in ("--" + option).split()]
 
 
-def load(run: Path, name: str = "last.pt") -> dict:
+def load_checkpoint(run: Path, name: str = "last.pt") -> dict:
     return torch.load(run / name, weights_only=True)
 
 
-def rows(run: Path) -> list[dict]:
+def read_log(run: Path) -> list[dict]:
+    """Return the rows of log.csv without the columns that hold times."""
     with open(run / "log.csv") as file:
         return [{key: value for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
 
 
 def same_run(a: Path, b: Path) -> bool:
-    """Weights, optimizer, schedule, generators and log rows are equal bit for bit."""
-    one, two = load(a), load(b)
+    """Return whether weights, optimizer, schedule, random states and log rows are equal, bit for bit."""
+    one, two = load_checkpoint(a), load_checkpoint(b)
     keys = ("model", "optimizer", "scheduler", "scaler", "ema", "method", "rng", "epoch", "step", "best")
-    return all(same_state(one[key], two[key]) for key in keys) and rows(a) == rows(b)
+    return all(same_state(one[key], two[key]) for key in keys) and read_log(a) == read_log(b)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_run_goes_on_exactly(shapes_run, tmp_path, method):
+def test_a_resumed_run_equals_an_uninterrupted_one(shapes_run, tmp_path, method):
     method, options = split_method(method)
     whole = shapes_run(*options, method=method, epochs=3)
     part = shapes_run(*options, "--save_every", "1", name="part", method=method, epochs=3)
-    (part / "epoch_001.pt").replace(part / "last.pt")  # as if it had been stopped after the first epoch
+    (part / "epoch_001.pt").replace(part / "last.pt")  # as if the run had stopped after the first epoch
     (part / "log.csv").write_text((part / "log.csv").read_text() + "9,9,9\n")
     random.random(), torch.rand(5)
     assert shapes_run(*options, "--checkpoint", "auto", name="part", method=method, epochs=3) == part
     assert same_run(whole, part)
-    assert len(rows(whole)) == 3 and load(whole)["epoch"] == 3
+    assert len(read_log(whole)) == 3 and load_checkpoint(whole)["epoch"] == 3
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_a_stopped_run_goes_on_exactly(shapes_run, tmp_path, method):
         "--valid_labels_per_class 2 --labels_per_class 5 --mix_off_epoch 1 --mix_fraction 0.5 --limit 0",
     ],
 )
-def test_every_kind_of_state_goes_on_exactly(shapes_run, options):
+def test_all_training_state_is_resumed_exactly(shapes_run, options):
     whole = shapes_run(*options.split(), method="cutmix", epochs=3)
     part = shapes_run(*options.split(), "--save_every", "1", name="part", method="cutmix", epochs=3)
     shapes_run(*options.split(), "--checkpoint", str(part / "epoch_002.pt"), name="part", method="cutmix", epochs=3)
@@ -80,7 +82,7 @@ def test_every_kind_of_state_goes_on_exactly(shapes_run, options):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_folder_run_goes_on_exactly_with_any_number_of_workers(tmp_path, workers):
+def test_a_folder_run_resumes_exactly_with_any_number_of_workers(tmp_path, workers):
     write_class_folders(tmp_path / "set")
     command = ["--dataset", "folder", "--data_dir", str(tmp_path / "set"), "--image_size", "32", "--model", "resnet20"]
     command += [
@@ -100,7 +102,8 @@ def test_a_folder_run_goes_on_exactly_with_any_number_of_workers(tmp_path, worke
     assert same_run(whole, part)
 
 
-def kill_after(command: list[str], seconds: float, when=lambda: False) -> int:
+def run_and_kill(command: list[str], seconds: float, when=lambda: False) -> int:
+    """Run train.py, kill it as soon as when() holds or after so many seconds, and return its exit code."""
     process = subprocess.Popen(
         [sys.executable, "train.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -111,22 +114,22 @@ def kill_after(command: list[str], seconds: float, when=lambda: False) -> int:
     return process.wait()
 
 
-def test_a_run_killed_in_the_middle_of_a_save_goes_on_exactly(shapes_run, tmp_path):
+def test_a_run_killed_during_a_save_resumes_exactly(shapes_run, tmp_path):
     whole = shapes_run(method="saliencymix", epochs=3)
-    run, side = whole.parent / "killed", whole.parent / "killed" / ".last.pt.part"
+    run, side_file = whole.parent / "killed", whole.parent / "killed" / ".last.pt.part"
     command = shapes_command(tmp_path, "--checkpoint", "auto", name="killed", method="saliencymix", epochs=3)
-    assert kill_after(command, 60, when=lambda: side.exists()) == -signal.SIGKILL
-    first = load(run)["epoch"] if (run / "last.pt").exists() else 0
-    kill_after(command, 60, when=lambda: side.exists() and (run / "last.pt").exists())
-    second = load(run)["epoch"] if (run / "last.pt").exists() else 0
+    assert run_and_kill(command, 60, when=lambda: side_file.exists()) == -signal.SIGKILL
+    first = load_checkpoint(run)["epoch"] if (run / "last.pt").exists() else 0
+    run_and_kill(command, 60, when=lambda: side_file.exists() and (run / "last.pt").exists())
+    second = load_checkpoint(run)["epoch"] if (run / "last.pt").exists() else 0
     assert first <= second
     train.main(command)
     assert same_run(whole, run) and not list(run.glob(".*.part"))
 
 
 @pytest.mark.parametrize("method", ["sage", "rlmix", "puzzlemix saliencymix --saliency bank"])
-def test_pictures_leave_no_trace_in_the_training(shapes_run, method):
-    """They are drawn with the network in training mode and with an agent that acts."""
+def test_drawing_mixed_batches_does_not_change_the_training(shapes_run, method):
+    """Drawing runs the network in training mode, and the agent of rlmix."""
     method, options = split_method(method)
     plain = shapes_run(*options, method=method)
     shown = shapes_run(*options, "--vis_epoch", "1", name="shown", method=method)
@@ -143,16 +146,16 @@ def test_pictures_leave_no_trace_in_the_training(shapes_run, method):
         ("rlmix", "--num_action 5"),
     ],
 )
-def test_a_method_whose_saved_state_does_not_fit_is_told(shapes_run, first, then):
+def test_saved_state_of_another_method_is_refused(shapes_run, first, then):
     run = shapes_run("--scheduler", "constant", *first.split()[1:], method=first.split()[0], epochs=1)
     with pytest.raises(UserError, match="does not fit|would not fit"):
         train.main(["--checkpoint", str(run), "--epochs", "2", "--force_config", *then.split()])
 
 
-# the run folder
+# ---- Run folder ----
 
 
-def test_the_run_folder_holds_everything(shapes_run):
+def test_the_run_folder_is_complete(shapes_run):
     run = shapes_run("--vis_epoch", "2", "--save_every", "2", "--wandb_key", "secret", method="saliencymix")
     names = {
         "best.pt",
@@ -173,9 +176,9 @@ def test_the_run_folder_holds_everything(shapes_run):
         and config["options"]["lr"] == 0.1
         and config["versions"]["torch"]
     )
-    assert "secret" not in (run / "config.json").read_text() and "wandb_key" not in load(run)["config"]
-    assert result["epochs"] == 2 and result["last_top1"] == float(f"{load(run)['history'][-1]['test_top1']}")
-    saved = load(run)
+    assert "secret" not in (run / "config.json").read_text() and "wandb_key" not in load_checkpoint(run)["config"]
+    assert result["epochs"] == 2 and result["last_top1"] == float(f"{load_checkpoint(run)['history'][-1]['test_top1']}")
+    saved = load_checkpoint(run)
     assert (
         saved["format"] == 2
         and saved["num_classes"] == 10
@@ -185,7 +188,7 @@ def test_the_run_folder_holds_everything(shapes_run):
     assert saved["best"]["split"] == "test" and saved["best"]["value"] == max(r["test_top1"] for r in saved["history"])
 
 
-def test_the_picture_does_not_change_the_run(shapes_run):
+def test_vis_epoch_does_not_change_the_run(shapes_run):
     assert same_run(shapes_run(method="cutmix"), shapes_run("--vis_epoch", "1", name="drawn", method="cutmix"))
 
 
@@ -197,20 +200,20 @@ def test_log_off_writes_nothing(shapes_run, tmp_path):
 def test_config_repeats_a_run(shapes_run, tmp_path):
     run = shapes_run("--lr", "0.03", method="mixup")
     train.main(["--config", str(run / "config.json"), "--name", "again"])
-    assert same_state(load(run)["model"], load(run.parent / "again")["model"])
+    assert same_state(load_checkpoint(run)["model"], load_checkpoint(run.parent / "again")["model"])
     (tmp_path / "c.json").write_text("[]")
     with pytest.raises(UserError, match="not the config.json"):
         train.main(["--config", str(tmp_path / "c.json")])
 
 
-def test_a_run_is_not_written_over(shapes_run):
+def test_a_run_is_not_overwritten_by_accident(shapes_run):
     run = shapes_run(epochs=1)
     with pytest.raises(UserError, match=r"already holds a run\n.*--checkpoint auto --name run.*--overwrite"):
         shapes_run(epochs=1)
-    before = load(run)
+    before = load_checkpoint(run)
     (run / "epoch_007.pt").write_bytes((run / "last.pt").read_bytes())
     shapes_run("--overwrite", "--seed", "5", epochs=1)
-    assert not same_state(load(run)["model"], before["model"]) and not (run / "epoch_007.pt").exists()
+    assert not same_state(load_checkpoint(run)["model"], before["model"]) and not (run / "epoch_007.pt").exists()
 
 
 def test_auto_without_a_name_takes_the_newest_run_of_the_method(tmp_path):
@@ -221,10 +224,10 @@ def test_auto_without_a_name_takes_the_newest_run_of_the_method(tmp_path):
     assert len(runs) == 1 and runs[0].name.startswith("mixup_")
 
 
-# going on
+# ---- Resume ----
 
 
-def test_other_options_are_refused_and_listed(shapes_run):
+def test_changed_options_are_refused_and_listed(shapes_run):
     run = shapes_run(method="cutmix")
     with pytest.raises(UserError, match=r"\n  --batch_size +20  ->  10\n  --lr +0.1  ->  0.5\n.*--force_config"):
         train.main(["--checkpoint", str(run), "--lr", "0.5", "--batch_size", "10"])
@@ -248,28 +251,30 @@ def test_forced_options_are_used(shapes_run):
     run = shapes_run("--scheduler", "multistep", "--schedule", "1", "--gammas", "0.5", epochs=1)
     forced = ["--lr", "0.02", "--weight_decay", "0.003", "--method", "mixup", "--epochs", "2", "--force_config"]
     train.main(["--checkpoint", str(run), "--no_progress", *forced])
-    saved = load(run)
+    saved = load_checkpoint(run)
     group = saved["optimizer"]["param_groups"][0]
     assert (group["lr"], group["weight_decay"], saved["config"]["method"]) == (0.01, 0.003, ["mixup"])
     assert saved["history"][1]["lr"] == 0.01
 
 
-def test_more_epochs_are_fine_with_other_schedules(shapes_run):
+def test_epochs_may_be_added_with_schedules_other_than_onecycle(shapes_run):
     run = shapes_run("--scheduler", "constant", epochs=1)
     train.main(["--checkpoint", str(run), "--epochs", "2", "--no_progress"])
-    assert load(run)["epoch"] == 2 and len(rows(run)) == 2
+    assert load_checkpoint(run)["epoch"] == 2 and len(read_log(run)) == 2
 
 
-def test_a_finished_run_says_so(shapes_run, capsys):
+def test_resuming_a_finished_run_evaluates_it_again(shapes_run, capsys):
     run = shapes_run(epochs=1)
-    before = load(run)
+    before = load_checkpoint(run)
     capsys.readouterr()
     result = train.main(["--checkpoint", str(run), "--no_progress"])
-    assert "already finished; evaluated again: test loss" in capsys.readouterr().out and same_state(load(run), before)
+    assert "already finished; evaluated again: test loss" in capsys.readouterr().out and same_state(
+        load_checkpoint(run), before
+    )
     assert result["last_top1"] == before["history"][-1]["test_top1"]
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_starts_anew(shapes_run):
+def test_a_damaged_checkpoint_is_an_error_and_not_a_fresh_start(shapes_run):
     run = shapes_run()
     (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
     log = (run / "log.csv").read_text()
@@ -277,22 +282,22 @@ def test_a_damaged_checkpoint_is_named_and_nothing_starts_anew(shapes_run):
         shapes_run("--checkpoint", "auto")
     assert (run / "log.csv").read_text() == log
     shapes_run("--checkpoint", str(run / "previous.pt"))
-    assert load(run)["epoch"] == 2
+    assert load_checkpoint(run)["epoch"] == 2
 
 
-def test_a_copied_checkpoint_goes_on_under_its_own_data_set(shapes_run, tmp_path):
+def test_a_copied_checkpoint_resumes_in_the_folder_of_its_dataset(shapes_run, tmp_path):
     run = shapes_run("--scheduler", "constant", method="cutmix", epochs=1)
     (tmp_path / "copy.pt").write_bytes((run / "last.pt").read_bytes())
     root = tmp_path / "new"
     words = ["--checkpoint", str(tmp_path / "copy.pt"), "--epochs", "2", "--no_progress", "--root_dir", str(root)]
     train.main(words)
     [made] = (root / "shapes" / "resnet20").iterdir()
-    assert made.name.startswith("cutmix_") and load(made)["epoch"] == 2
+    assert made.name.startswith("cutmix_") and load_checkpoint(made)["epoch"] == 2
     with pytest.raises(UserError, match="already holds a run"):
         train.main([*words, "--name", made.name])
 
 
-def test_runs_of_the_same_second_keep_apart(tmp_path, monkeypatch):
+def test_runs_of_the_same_second_get_different_folders(tmp_path, monkeypatch):
     class Clock:
         @staticmethod
         def now():
@@ -306,12 +311,12 @@ def test_runs_of_the_same_second_keep_apart(tmp_path, monkeypatch):
     assert names == ["none_20260102-030405", "none_20260102-030405-2"]
 
 
-def test_a_choice_of_methods_counts_its_saliency_time(shapes_run):
+def test_several_methods_report_their_saliency_time(shapes_run):
     run = shapes_run("--mix_prob", "1", method="saliencymix saliencymix", epochs=1)
-    assert load(run)["history"][0]["saliency_seconds"] > 0
+    assert load_checkpoint(run)["history"][0]["saliency_seconds"] > 0
 
 
-def test_a_foreign_file_needs_its_data_named(tmp_path, capsys):
+def test_evaluating_a_foreign_file_needs_a_dataset(tmp_path, capsys):
     from models import build_model
 
     torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "foreign.pt")
@@ -320,7 +325,7 @@ def test_a_foreign_file_needs_its_data_named(tmp_path, capsys):
     assert "--dataset" in capsys.readouterr().err
 
 
-def test_a_run_without_its_last_checkpoint_is_not_started_anew(shapes_run):
+def test_a_run_without_last_pt_is_not_restarted(shapes_run):
     run = shapes_run("--save_every", "1")
     (run / "last.pt").unlink()
     kept = {path.name for path in run.iterdir()}
@@ -329,20 +334,22 @@ def test_a_run_without_its_last_checkpoint_is_not_started_anew(shapes_run):
     assert {path.name for path in run.iterdir()} == kept
 
 
-def test_init_from_starts_with_the_weights(shapes_run, capsys):
+def test_init_from_loads_the_weights(shapes_run, capsys):
     run = shapes_run(epochs=1)
     start = ["--init_from", str(run / "best.pt"), "--lr", "0", "--weight_decay", "0", "--scheduler", "constant"]
     tuned = shapes_run(*start, "--num_classes", "4", name="tuned", epochs=1)
     assert "last layer is newly initialised" in capsys.readouterr().out
-    assert torch.equal(load(tuned)["model"]["conv1.weight"], load(run)["model"]["conv1.weight"])
-    assert train.main(["--checkpoint", str(tuned), "--no_progress"])["epochs"] == 1, "it resumes without --init_from"
-    assert load(tuned)["model"]["linear.weight"].shape == (4, 64)
+    assert torch.equal(load_checkpoint(tuned)["model"]["conv1.weight"], load_checkpoint(run)["model"]["conv1.weight"])
+    assert train.main(["--checkpoint", str(tuned), "--no_progress"])["epochs"] == 1, (
+        "a resumed run does not read --init_from again"
+    )
+    assert load_checkpoint(tuned)["model"]["linear.weight"].shape == (4, 64)
 
 
-# faults while running
+# ---- Errors during a run ----
 
 
-def test_ctrl_c_keeps_the_last_epoch(shapes_run, tmp_path):
+def test_ctrl_c_keeps_the_last_checkpoint(shapes_run, tmp_path):
     run = tmp_path / "shapes" / "resnet20" / "run"
     process = subprocess.Popen(
         [sys.executable, "train.py", *shapes_command(tmp_path, epochs=500)],
@@ -357,17 +364,19 @@ def test_ctrl_c_keeps_the_last_epoch(shapes_run, tmp_path):
         and "Traceback" not in errors
         and f"resume with --checkpoint {run / 'last.pt'}" in errors
     )
-    assert load(run)["epoch"] == len(rows(run)) or load(run)["epoch"] == len(rows(run)) + 1
+    assert (
+        load_checkpoint(run)["epoch"] == len(read_log(run)) or load_checkpoint(run)["epoch"] == len(read_log(run)) + 1
+    )
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_evidence(shapes_run, tmp_path):
+def test_a_nonfinite_loss_stops_the_run_and_saves_the_batch(shapes_run, tmp_path):
     with pytest.raises(UserError, match=r"NaN or infinite at step \d+ .*lr .*\n.*--clip_grad"):
         shapes_run("--lr", "1e18", "--scheduler", "constant", "--amp", "off", epochs=3)
     evidence = torch.load(tmp_path / "shapes" / "resnet20" / "run" / "nonfinite.pt", weights_only=True)
     assert evidence["index"].numel() > 0 and "conv1.weight" in evidence["model"]
 
 
-def test_a_full_disk_ends_in_one_line_and_keeps_the_run(shapes_run, monkeypatch):
+def test_a_full_disk_is_reported_and_keeps_the_old_checkpoint(shapes_run, monkeypatch):
     run = shapes_run("--scheduler", "constant", epochs=1)
     before = (run / "last.pt").read_bytes()
     real = torch.save
@@ -382,20 +391,20 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_run(shapes_run, monkeypatch)
     assert (run / "last.pt").read_bytes() == before and not list(run.glob(".*"))
 
 
-def test_too_large_a_batch_for_drop_last(shapes_run):
+def test_drop_last_refuses_a_batch_larger_than_the_dataset(shapes_run):
     with pytest.raises(UserError, match="--batch_size 100: larger than the 48 training images"):
         shapes_run("--batch_size", "100", "--drop_last")
 
 
 @pytest.mark.parametrize(("flag", "package"), [("--use_wandb", "wandb"), ("--use_tensorboard", "tensorboard")])
-def test_optional_packages_are_named(shapes_run, monkeypatch, flag, package):
+def test_missing_optional_packages_are_named(shapes_run, monkeypatch, flag, package):
     for name in (package, "torch.utils.tensorboard") if package == "tensorboard" else (package,):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         shapes_run(flag)
 
 
-def test_notes_say_what_has_no_effect(shapes_run, capsys):
+def test_notes_list_options_without_effect(shapes_run, capsys):
     shapes_run("--mixup_alpha", "0.3", "--saliency_scope", "batch", method="mixup", epochs=1)
     assert "note: no effect with --method mixup: --saliency_scope\n" in capsys.readouterr().out
     shapes_run("--scheduler", "multistep", "--schedule", "50", name="b", epochs=1)
@@ -407,19 +416,19 @@ def test_list_models(capsys):
     assert "resnext29_4_24" in capsys.readouterr().out
 
 
-def test_profile_prints_the_parts(tmp_path, capsys):
+def test_profile_prints_the_time_of_each_part(tmp_path, capsys):
     train.main([*shapes_command(tmp_path, method="saliencymix"), "--profile", "3"])
     out = capsys.readouterr().out
     assert all(part in out for part in ("data", "saliency", "mixing", "network")) and not list(tmp_path.iterdir())
 
 
-# the same number everywhere
+# ---- Agreement of the results ----
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_evaluate_agrees_with_the_log(shapes_run, capsys, amp):
+def test_evaluation_agrees_with_the_log(shapes_run, capsys, amp):
     run = shapes_run("--ema", "0.8", "--amp", amp, epochs=1)
-    row = load(run)["history"][-1]
+    row = load_checkpoint(run)["history"][-1]
     once = train.main(["--evaluate", "--checkpoint", str(run), "--limit", "48"])
     [result] = evaluate.main(["--model_path", str(run / "last.pt")])
     assert once["top1"] == result["top1"] == row["test_top1"] and result["loss"] == pytest.approx(
@@ -429,25 +438,25 @@ def test_evaluate_agrees_with_the_log(shapes_run, capsys, amp):
     assert averaged["top1"] == row["ema_top1"]
 
 
-def test_the_log_is_rewritten_whole(shapes_run, monkeypatch):
-    """A kill between the checkpoint and the log loses no row."""
+def test_a_resumed_run_rewrites_the_whole_log(shapes_run, monkeypatch):
+    """A kill between writing the checkpoint and writing the log loses no row."""
     whole = shapes_run(epochs=2)
     part = shapes_run("--save_every", "1", name="part", epochs=2)
     (part / "log.csv").unlink()
     train.main(["--checkpoint", str(part / "epoch_001.pt"), "--no_progress"])
-    assert rows(part) == rows(whole)
+    assert read_log(part) == read_log(whole)
     assert engine.config.select.select_kwargs({"a": 1, "b": 2}, ["a", "c"]) == {"a": 1}
 
 
 @pytest.mark.slow
-def test_compiled_networks_train_and_save_plain_names(shapes_run):
+def test_compiled_networks_save_uncompiled_parameter_names(shapes_run):
     run = shapes_run("--compile", method="cutmix", epochs=1)
-    assert "conv1.weight" in load(run)["model"]
+    assert "conv1.weight" in load_checkpoint(run)["model"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", [*METHODS, "cutmix --amp fp16 --ema 0.9", "saliencymix --saliency_legacy_float"])
-def test_a_deterministic_run_on_cuda_goes_on_exactly(shapes_run, method):
+def test_a_deterministic_cuda_run_resumes_exactly(shapes_run, method):
     method, options = split_method(method)
     options += ["--device", "cuda", "--deterministic"]
     whole = shapes_run(*options, method=method, epochs=2)
@@ -458,7 +467,7 @@ def test_a_deterministic_run_on_cuda_goes_on_exactly(shapes_run, method):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-def test_cuda_and_cpu_agree_on_a_trained_network(shapes_run, amp):
+def test_cuda_and_cpu_evaluations_agree(shapes_run, amp):
     run = shapes_run("--device", "cuda", "--amp", amp, "--limit", "500", method="saliencymix", epochs=3)
     results = [evaluate.main(["--model_path", str(run), "--device", device])[0] for device in ("cuda", "cpu")]
     assert results[0]["top1"] == pytest.approx(results[1]["top1"], abs=0.21)  # one image of 500

@@ -122,6 +122,8 @@ class Parser(argparse.ArgumentParser):
             words.append(word)
         typed, unknown = self.parse_known_args(words)
         if unknown:
+            if not unknown[0].startswith("-"):
+                self.error(f"unexpected argument {unknown[0]}; see --help")
             names = [*self._option_string_actions, *aliases]
             hint = suggest_closest(unknown[0].partition("=")[0], names)
             self.error(f"unknown option {unknown[0]}{hint or '; see --help'}")

@@ -131,9 +131,9 @@ RECIPE_METHODS = {
 }  # all other methods: saliencymix
 
 
-def choose_recipe(methods: list[str], dataset: str | None, named: bool) -> str:
-    """Return the recipe that `--recipe auto` means. named: whether the user chose a method, a model or a dataset."""
-    if dataset == "shapes" or not named:
+def choose_recipe(methods: list[str], dataset: str | None, is_default: bool) -> str:
+    """Return the recipe that `--recipe auto` means. is_default: no method, model or dataset is given."""
+    if dataset == "shapes" or is_default:
         return "shapes"
     return next((recipe for recipe, family in RECIPE_METHODS.items() if methods[0] in family), "saliencymix")
 

@@ -56,8 +56,8 @@ def get_recipe(given: dict, defaults: dict) -> dict[str, object]:
     """Return the options that the recipe of a run sets, with its name. given: options that were typed or saved."""
     name = given.get("recipe", defaults["recipe"])
     if name == "auto":
-        named = bool({"method", "model", "dataset"} & given.keys())
-        name = choose_recipe(given.get("method", defaults["method"]), given.get("dataset"), named)
+        is_default = not {"method", "model", "dataset"} & given.keys()
+        name = choose_recipe(given.get("method", defaults["method"]), given.get("dataset"), is_default)
     recipe = get_recipe_options(name, dataset=given.get("dataset"), model=given.get("model"))
     if "lr" in given and "max_lr" not in given:
         recipe.pop("max_lr", None)  # so that the given lr is the peak of one-cycle
@@ -153,7 +153,8 @@ def check_mixing_combinations(options: dict) -> None:
         raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
     if options["mix_schedule"] != "fixed" and not options["mix_scheduled_epoch"]:
         raise ValueError(
-            f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, the epoch at which it ends"
+            f"--mix_schedule {options['mix_schedule']} needs --mix_scheduled_epoch, the epoch at which --mix_fraction "
+            "is reached"
         )
 
 

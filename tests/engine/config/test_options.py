@@ -1,3 +1,5 @@
+"""Options of the scripts: parsing, help, aliases of earlier codes, recipes and checks of combinations."""
+
 import os
 import re
 import subprocess
@@ -27,7 +29,8 @@ from engine.launch import explain_error
 from mixing import MIXERS, hyper_parameters
 
 
-def options_of(*words: str) -> dict:
+def resolve(*words: str) -> dict:
+    """Return all options of train.py for a command line."""
     parser = train.build_parser()
     typed, _ = translate_legacy(parser.read(list(words)))
     options = fill_in_options(typed, {}, parser.defaults)
@@ -35,37 +38,37 @@ def options_of(*words: str) -> dict:
     return options
 
 
-def error_of(capsys, *words: str, script=train) -> str:
+def get_usage_error(capsys, *words: str, script=train) -> str:
     with pytest.raises(SystemExit) as stop:
         script.main(list(words))
     assert stop.value.code == 2
     text = capsys.readouterr().err
-    assert text.count("\n") == 1, "one line"
+    assert text.count("\n") == 1, "a usage error has one line"
     return text
 
 
-# the parser
+# ---- Parser ----
 
 
 def test_hyphens_underscores_and_aliases_reach_the_same_option():
     for word in ("--batch_size", "--batch-size", "--cnn_batch_size", "--cnn-batch-size", "-b"):
-        assert options_of(word, "7")["batch_size"] == 7
-    assert options_of("--batch-size=9")["batch_size"] == 9
-    assert options_of("--arch", "wideresnet")["model"] == "wrn28_10"
-    assert options_of("--method", "vanilla")["method"] == ["none"]
+        assert resolve(word, "7")["batch_size"] == 7
+    assert resolve("--batch-size=9")["batch_size"] == 9
+    assert resolve("--arch", "wideresnet")["model"] == "wrn28_10"
+    assert resolve("--method", "vanilla")["method"] == ["none"]
 
 
 @pytest.mark.parametrize(
     ("words", "value"),
     [(["--log_off"], True), (["--log_off", "True"], True), (["--log_off", "no"], False), ([], False)],
 )
-def test_yes_and_no(words, value):
-    assert options_of(*words)["log_off"] is value
+def test_switches_take_an_optional_value(words, value):
+    assert resolve(*words)["log_off"] is value
 
 
-def test_abbreviations_are_not_guessed(capsys):
-    assert "--batch_size" in error_of(capsys, "--batch_siz", "3")
-    assert "--help" in error_of(capsys, "--zzzzqqq")
+def test_abbreviations_are_refused(capsys):
+    assert "--batch_size" in get_usage_error(capsys, "--batch_siz", "3")
+    assert "--help" in get_usage_error(capsys, "--zzzzqqq")
 
 
 @pytest.mark.parametrize(
@@ -88,17 +91,17 @@ def test_abbreviations_are_not_guessed(capsys):
         (["--mix_schedule", "delayed"], "--mix_scheduled_epoch"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(capsys, words, expected):
-    assert expected in error_of(capsys, *words)
+def test_usage_errors_have_one_line_and_exit_code_2(capsys, words, expected):
+    assert expected in get_usage_error(capsys, *words)
 
 
-def test_evaluate_needs_a_file(capsys):
-    assert "--model_path" in error_of(capsys, script=evaluate)
+def test_evaluate_needs_a_model_path(capsys):
+    assert "--model_path" in get_usage_error(capsys, script=evaluate)
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_help_answers_at_once_and_without_torch(script):
-    begin = os.times()  # of children: what other programs take of the machine does not count
+def test_help_is_fast_and_does_not_import_torch(script):
+    begin = os.times()  # CPU time of child processes, which does not depend on other programs
     done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     end = os.times()
     assert end.children_user + end.children_system - begin.children_user - begin.children_system < 2
@@ -109,42 +112,42 @@ def test_help_answers_at_once_and_without_torch(script):
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def help_of(capsys, *words: str, script=train) -> str:
+def get_help(capsys, *words: str, script=train) -> str:
     with pytest.raises(SystemExit) as stop:
         script.build_parser().read([*words])
     assert stop.value.code == 0
     return capsys.readouterr().out
 
 
-def listed_options(text: str) -> list[str]:
-    """The options that --help explains, by the first of their names."""
+def find_options(text: str) -> list[str]:
+    """Return the options that a help text explains, each by the first of its names."""
     return re.findall(r"^  (-[-\w]+)", text, re.M)
 
 
-def test_help_lists_few_enough_options_to_be_read(capsys):
-    assert len(listed_options(help_of(capsys, "--help"))) <= 100
+def test_help_lists_at_most_100_options(capsys):
+    assert len(find_options(get_help(capsys, "--help"))) <= 100
 
 
-def test_help_hides_the_names_of_earlier_codes(capsys):
-    text, parser = help_of(capsys, "--help", "all"), train.build_parser()
+def test_help_hides_legacy_options(capsys):
+    text, parser = get_help(capsys, "--help", "all"), train.build_parser()
     hidden = {*LEGACY_MIXING_OPTIONS, *LEGACY_METHOD_OPTIONS, *LEGACY_DEVICE_OPTIONS, *LEGACY_TRACKER_OPTIONS}
-    assert hidden <= parser.defaults.keys(), "they are still taken"
+    assert hidden <= parser.defaults.keys(), "legacy options must still be accepted"
     others = {alias for name, aliases in OPTION_ALIASES.items() if name in parser.defaults for alias in aliases}
     assert not (hidden | others) & {name.lstrip("-") for name in re.findall(r"--\w+", text)}
-    shown = {name.lstrip("-") for name in listed_options(text)} - {"h"}
+    shown = {name.lstrip("-") for name in find_options(text)} - {"h"}
     assert shown == parser.defaults.keys() - hidden - {"method_options"}
 
 
-def test_help_shows_one_group_at_a_time(capsys):
-    assert listed_options(help_of(capsys, "--help", "sage"))[0] == "--upper_lambda"
-    assert help_of(capsys, "-h", "rlmix") == help_of(capsys, "--help", "rmix")
-    assert "--upper_lambda" not in help_of(capsys, "--help") and "--help GROUP" in help_of(capsys, "--help")
+def test_help_shows_a_single_group_on_request(capsys):
+    assert find_options(get_help(capsys, "--help", "sage"))[0] == "--upper_lambda"
+    assert get_help(capsys, "-h", "rlmix") == get_help(capsys, "--help", "rmix")
+    assert "--upper_lambda" not in get_help(capsys, "--help") and "--help GROUP" in get_help(capsys, "--help")
     with pytest.raises(SystemExit):
         train.build_parser().read(["--help", "sgae"])
     assert "did you mean sage?" in capsys.readouterr().err
 
 
-def test_errors_are_explained_in_a_line(tmp_path):
+def test_errors_are_printed_without_a_traceback(tmp_path):
     command = [sys.executable, "train.py", "--dataset", "cifar10", "--data_dir", str(tmp_path), "--download", "no"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert (
@@ -158,7 +161,7 @@ def test_errors_are_explained_in_a_line(tmp_path):
     assert "--batch_size" in explain_error(RuntimeError("DefaultCPUAllocator: not enough memory: you tried"))
 
 
-def test_a_parser_keeps_typed_options_apart():
+def test_read_returns_only_typed_options():
     parser = Parser("test")
     parser.group("one")
     parser.option("--some_number", "-s", type=int_at_least(), default=3)
@@ -173,7 +176,7 @@ def test_a_parser_keeps_typed_options_apart():
     assert parser.get_option_names("one") == {"some_number", "flag", "kind"}
 
 
-# recipes
+# ---- Recipes ----
 
 
 @pytest.mark.parametrize(
@@ -190,12 +193,12 @@ def test_a_parser_keeps_typed_options_apart():
         (["--method", "cutmix", "--recipe", "rmix"], "rmix"),
     ],
 )
-def test_auto_goes_by_data_set_and_method(words, recipe):
-    assert options_of(*words)["recipe"] == recipe
+def test_auto_chooses_the_recipe_by_dataset_and_method(words, recipe):
+    assert resolve(*words)["recipe"] == recipe
 
 
-def test_a_recipe_fills_in_what_was_not_typed():
-    options = options_of("--method", "mixup", "--lr", "0.05")
+def test_a_recipe_sets_options_that_were_not_typed():
+    options = resolve("--method", "mixup", "--lr", "0.05")
     assert (options["model"], options["dataset"], options["epochs"], options["batch_size"]) == (
         "preactresnet18",
         "cifar100",
@@ -203,14 +206,14 @@ def test_a_recipe_fills_in_what_was_not_typed():
         100,
     )
     assert (options["loss"], options["lr"], options["schedule"], options["gammas"]) == ("bce", 0.05, [100, 200], [0.1])
-    options = options_of("--method", "none", "--recipe", "rmix")
+    options = resolve("--method", "none", "--recipe", "rmix")
     assert (options["max_lr"], options["div_factor"], options["drop_last"]) == (0.29947526988779305, 100.0, True)
-    assert options_of("--recipe", "rmix", "--lr", "0.1")["max_lr"] is None, "the given lr is the peak"
-    options = options_of("--method", "cutmix", "--model", "wrn28_10")
+    assert resolve("--recipe", "rmix", "--lr", "0.1")["max_lr"] is None, "a typed lr is the peak of one-cycle"
+    options = resolve("--method", "cutmix", "--model", "wrn28_10")
     assert options["dropout"] == 0.3 and options["schedule"] == [60, 120, 160] and options["trad_augment"] is False
-    tiny = options_of("--method", "none", "mixup", "--dataset", "tiny-imagenet")
+    tiny = resolve("--method", "none", "mixup", "--dataset", "tiny-imagenet")
     assert tiny["method_options"]["mixup"] == {"mixup_alpha": 0.2} and tiny["crop_padding"] == 4
-    options = options_of("--method", "cutmix", "--recipe", "puzzle")
+    options = resolve("--method", "cutmix", "--recipe", "puzzle")
     assert options["method_options"]["cutmix"] == {"mix_prob": 1.0, "cutmix_box": "real"}
 
 
@@ -232,7 +235,7 @@ def test_every_hyper_parameter_has_a_flag():
         assert hyper_parameters(method).keys() - {"mean", "std"} <= known.keys(), method
 
 
-def test_shorthands_are_translated():
+def test_legacy_options_are_translated():
     assert translate_legacy({"saliency_probab": 0.5})[0] == {"method": ["saliencymix"], "mix_prob": 0.5}
     assert translate_legacy({"method": ["cutmix"], "cutmix_probab": 0.3})[0] == {"method": ["cutmix"], "mix_prob": 0.3}
     assert translate_legacy({"saliency_probab": 0.0})[0] == {}
@@ -250,14 +253,14 @@ def test_shorthands_are_translated():
     assert one_box == {"method": ["saliencymix"], "saliency_scope": "batch"}
 
 
-def test_options_without_effect_are_named():
+def test_unused_options_are_found():
     typed = {"mixup_alpha": 1.0, "saliency_scope": "batch", "cutout_length": 8, "epochs": 3}
     group = train.build_parser().get_option_names(*OPTION_GROUPS)
     assert find_unused_options(typed, group, set(hyper_parameters("mixup"))) == ["--cutout_length", "--saliency_scope"]
     assert find_unused_options(typed | {"cutout": True}, group, set(hyper_parameters("saliencymix"))) == []
 
 
-EARLIER_COMMANDS = [  # of the codes this project joins, in their spelling
+LEGACY_COMMANDS = [  # commands in the READMEs of earlier codes
     "--model resnet50 --dataset cifar100 --saliency_probab 0.5 --batch_size 128 --epochs 200",
     "--model wideresnet --dataset cifar10 --cutmix_probab 0.5 --cutout --cutout_length 16 --trad_augment --lr 0.1",
     "--dataset cifar10 --labels_per_class 5000 --arch preactresnet18 --learning_rate 0.2 --momentum 0.9 --decay 0.0001 "
@@ -284,22 +287,22 @@ EARLIER_COMMANDS = [  # of the codes this project joins, in their spelling
 ]
 
 
-@pytest.mark.parametrize("command", EARLIER_COMMANDS)
-def test_commands_of_the_earlier_codes_are_taken(command):
-    assert options_of(*command.split())["model"]
+@pytest.mark.parametrize("command", LEGACY_COMMANDS)
+def test_training_commands_of_earlier_codes_are_accepted(command):
+    assert resolve(*command.split())["model"]
 
 
-def test_the_earlier_evaluation_command_is_taken():
+def test_the_evaluation_command_of_an_earlier_code_is_accepted():
     words = (
         "--model resnet50 --dataset cifar100 --model_path f.pt --batch_size 64 --cutout --trad_augment --parallel False"
     )
     assert evaluate.build_parser().read(words.split())["model_path"] == ["f.pt"]
 
 
-def test_shorthands_of_the_gradient_methods():
-    puzzle, lines = translate_legacy({"train": "mixup", "graph": True, "mp": 8})
-    assert puzzle == {"method": ["puzzlemix"]} and lines[0] == "--train mixup --graph means --method puzzlemix"
-    assert lines[1] == "--mp: ignored; used by an earlier code only"
+def test_legacy_options_of_the_gradient_methods_are_translated():
+    puzzle, notes = translate_legacy({"train": "mixup", "graph": True, "mp": 8})
+    assert puzzle == {"method": ["puzzlemix"]} and notes[0] == "--train mixup --graph means --method puzzlemix"
+    assert notes[1] == "--mp: ignored; used by an earlier code only"
     assert translate_legacy({"comix": True})[0] == {"method": ["comixup"]}
     assert translate_legacy({"comix": False})[0] == {"method": ["none"], "recipe": "puzzle"}
     with pytest.raises(ValueError, match="different methods"):
@@ -309,16 +312,22 @@ def test_shorthands_of_the_gradient_methods():
     assert parser.read(["--random_patches", "8 16"]) == parser.read(["--random-patches", "8", "16"])
 
 
-def test_published_settings_follow_method_data_and_network():
-    def of(*words):
-        return options_of(*words)["method_options"]
+def test_published_settings_depend_on_method_dataset_and_network():
+    def get_method_options(*words):
+        return resolve(*words)["method_options"]
 
-    assert options_of("--method", "sage")["recipe"] == "puzzle" and options_of("--method", "rlmix")["recipe"] == "rmix"
-    assert of("--method", "sage", "--dataset", "cifar10")["sage"] == {"upper_lambda": 0.6, "update_ratio": 0.7}
-    assert of("--method", "sage")["sage"] == {"upper_lambda": 0.5, "update_ratio": 0.7}
-    assert of("--method", "sage", "--model", "wrn16_8")["sage"] == {"upper_lambda": 0.7, "update_ratio": 0.5}
-    assert of("--method", "puzzlemix")["puzzlemix"] == {"t_size": 4}
-    assert of("--method", "puzzlemix", "--dataset", "tiny-imagenet")["puzzlemix"] == {"clean_lam": 1.0}
+    assert resolve("--method", "sage")["recipe"] == "puzzle" and resolve("--method", "rlmix")["recipe"] == "rmix"
+    assert get_method_options("--method", "sage", "--dataset", "cifar10")["sage"] == {
+        "upper_lambda": 0.6,
+        "update_ratio": 0.7,
+    }
+    assert get_method_options("--method", "sage")["sage"] == {"upper_lambda": 0.5, "update_ratio": 0.7}
+    assert get_method_options("--method", "sage", "--model", "wrn16_8")["sage"] == {
+        "upper_lambda": 0.7,
+        "update_ratio": 0.5,
+    }
+    assert get_method_options("--method", "puzzlemix")["puzzlemix"] == {"t_size": 4}
+    assert get_method_options("--method", "puzzlemix", "--dataset", "tiny-imagenet")["puzzlemix"] == {"clean_lam": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -331,7 +340,7 @@ def test_published_settings_follow_method_data_and_network():
         ("--method puzzlemix --adv_p 0.1 --saliency static", "signed pixel gradient"),
     ],
 )
-def test_what_does_not_go_together_is_refused(words, message, capsys):
+def test_invalid_combinations_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
         train.main(words.split())
     assert message in capsys.readouterr().err
@@ -350,7 +359,7 @@ def test_what_does_not_go_together_is_refused(words, message, capsys):
         ("--method comixup --m_part 1", "m_part must be at least 2"),
     ],
 )
-def test_what_a_method_refuses_is_a_usage_error(words, message, tmp_path, capsys):
+def test_invalid_hyper_parameters_are_usage_errors(words, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_:
         train.main([*words.split(), "--dataset", "shapes", "--limit", "40", "--root_dir", str(tmp_path)])
     assert exit_.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())

@@ -223,7 +223,7 @@ def weight_results(tmp_path_factory):
 def run_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     os.environ["RUNS_OF_THIS_TEST"] = str(folder)
-    return run_in_two_processes(run_all, folder, meetings=15 + len(REFUSED))
+    return run_in_two_processes(run_all, folder, num_ports=15 + len(REFUSED))
 
 
 # ---- Tests ----
