@@ -86,12 +86,12 @@ def main(argv: list[str] | None = None) -> dict | None:
                     state,
                     train,
                     epoch=epoch,
-                    steps=run.steps_in(epoch),
+                    steps=run.count_steps(epoch),
                     precision=precision,
                     clip_grad=options["clip_grad"],
                     monitor=monitor,
                 )
-            if run.is_evaluated(epoch):
+            if run.should_evaluate(epoch):
                 result, columns = detection.evaluate_epoch(run, test)
                 row |= columns
             run.end_epoch(row)

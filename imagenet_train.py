@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> dict | None:
             fresh = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
             notes.append("--pretrained: torchvision's weights" + (", but for a new last layer" if fresh else ""))
     if options["init_from"] and not start.saved:
-        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.find_matching_models))
+        notes.append(
+            training.load_initial_weights(model, options["init_from"], len(sets.classes), models.find_matching_models)
+        )
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             mixers.append(mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **given))
             mixers[number].check_size(phase.crop, phase.crop)
         here = find_phase(phases, start.saved_epoch)
-        state.mix_with(mixers[here], sources)
+        state.set_mixer(mixers[here], sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += collect_image_notes(options, typed)
@@ -129,14 +131,14 @@ def main(argv: list[str] | None = None) -> dict | None:
             loaders[here].close()
             if phases[phase].batch_size == phases[here].batch_size:
                 mixers[phase].load_state_dict(mixers[here].state_dict())
-            state.mix_with(mixers[phase], sources)
+            state.set_mixer(mixers[phase], sources)
             here = phase
         ends = [f"phase_{here + 1}.pt"] if epoch + 1 == phases[here].end and len(phases) > 1 else []
         train = loaders[here]
         with run.save_on_interrupt():
             with run.monitor(epoch) as monitor:
                 row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
-            if run.is_evaluated(epoch):
+            if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, also=ends, remark=training.count_skipped(train))
             training.draw_epoch(run, sets, train.image_set)

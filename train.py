@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     with parser.usage_errors("--model"):
         model = models.build_model(options["model"], len(sets.classes), sets.image_size, options["dropout"])
     if options["init_from"] and not start.saved:
-        notes.append(training.init_from(model, options["init_from"], len(sets.classes), models.find_matching_models))
+        notes.append(
+            training.load_initial_weights(model, options["init_from"], len(sets.classes), models.find_matching_models)
+        )
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
 
     # ---- Loss, optimizer, schedule ----
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         sources = training.SourceBuilder(
             saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
         )
-        state.mix_with(mixer, sources)
+        state.set_mixer(mixer, sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
 
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         with run.save_on_interrupt():
             with run.monitor(epoch) as monitor:
                 row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
-            if run.is_evaluated(epoch):
+            if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, remark=training.count_skipped(train))
             training.draw_epoch(run, sets, train.image_set)

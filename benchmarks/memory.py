@@ -96,7 +96,7 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
 
     from engine.data.image_set import STATISTICS
     from engine.training import EpochMonitor, StepConfig, TrainingState, train_one_epoch
-    from engine.training.loss import LOSSES, cross_entropy_scale
+    from engine.training.loss import LOSSES, get_cross_entropy_scale
 
     gc.collect()  # what the method before has left would be freed under the eyes of the meter
     torch.manual_seed(0)
@@ -110,7 +110,7 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
         mixer.check_size(options["image_size"], options["image_size"])
         share |= {"model": model, "images_count": len(batches.image_set), "device": device, "training_loss": loss_fn}
         share |= {"precision": precision, "saliency_size": options["saliency_size"]}
-        share |= {"cross_entropy_scale": cross_entropy_scale("ce", classes)}
+        share |= {"cross_entropy_scale": get_cross_entropy_scale("ce", classes)}
         source = mixer.build_source(
             lambda one: build_source(options["saliency"] or one.default_source, **share | one.gradient_options)
         )

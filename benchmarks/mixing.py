@@ -89,8 +89,8 @@ class Bench:
 
         from engine.data.augment import Augmentation
         from engine.data.loader import DeviceLoader
-        from engine.training.evaluate import init_from
-        from engine.training.loss import LOSSES, cross_entropy_scale
+        from engine.training.evaluate import load_initial_weights
+        from engine.training.loss import LOSSES, get_cross_entropy_scale
 
         self.options, self.device, self.precision, self.loss_fn = options, device, precision, LOSSES["bce"]
         self.classes = len(data.classes)
@@ -102,7 +102,7 @@ class Bench:
         layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.model = build_model(options["model"], self.classes, data.image_size)
         if options["init_from"]:
-            init_from(self.model, options["init_from"], self.classes, find_matching_models)
+            load_initial_weights(self.model, options["init_from"], self.classes, find_matching_models)
         self.model = self.model.to(device, memory_format=layout)
         if options["compile"]:
             self.model.compile()
@@ -110,7 +110,7 @@ class Bench:
         self.share = {**self.statistics, "model": self.model, "images_count": len(data.train), "device": device}
         self.share |= {"training_loss": self.loss_fn, "precision": precision}
         self.share |= {"saliency_size": options["saliency_size"]}
-        self.share |= {"cross_entropy_scale": cross_entropy_scale("bce", self.classes)}
+        self.share |= {"cross_entropy_scale": get_cross_entropy_scale("bce", self.classes)}
         self.side, self.parts = data.image_size, {}
         for name in ["none", *options["method"]]:
             try:

@@ -10,7 +10,7 @@ from torch import nn
 
 from detection.loader import Batch, DetectionLoader
 from detection.metrics import Detections
-from engine.runtime.device import autocast, exact_float32
+from engine.runtime.device import autocast, disable_tf32
 from engine.runtime.distributed import all_gather_object, gather_object, move_to_host
 from engine.training.loop import optimizer_step
 from engine.training.monitor import EpochMonitor
@@ -118,7 +118,7 @@ def predict(
     model.eval()
     try:
         for step, batch in enumerate(loader.epoch()):
-            with exact_float32(), autocast(loader.device, precision):
+            with disable_tf32(), autocast(loader.device, precision):
                 results = model(batch.images)
             for position, result in zip(batch.index.tolist(), results, strict=True):
                 boxes, labels, scores = (result[key].cpu().numpy() for key in ("boxes", "labels", "scores"))

@@ -38,7 +38,7 @@ LOG_COLUMNS = [
 ]
 
 
-def format_epoch(row: dict, epochs: int) -> str:
+def format_epoch(row: dict, epochs: int, options: dict) -> str:
     """One epoch in a line."""
     terms = "  ".join(f"{name} {row[key]:.3f}" for key, name in LOSS_NAMES.items())
     text = (
@@ -59,7 +59,7 @@ DETECTOR = RunKind(
     name=KIND,
     resolve=resolve_resumed,
     check_resume=check_resume_options,
-    runs_of=detector_runs,
+    locate_runs=detector_runs,
     format_epoch=format_epoch,
     columns=LOG_COLUMNS,
     metric="map07",

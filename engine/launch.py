@@ -54,7 +54,7 @@ def explain_error(error: Exception) -> str:
         return str(error)
     distributed = sys.modules.get("engine.runtime.distributed")
     if distributed and distributed.is_connection_error(error):
-        first = distributed.first_error_line(error)
+        first = distributed.get_first_error_line(error)
         return (
             f"lost connection to another process: {first}\nsaved checkpoints are intact; resume with --checkpoint auto"
         )

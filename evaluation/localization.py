@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from engine.data.annotations import BoxAnnotation
 from engine.data.views import Box, FixedView
-from engine.runtime.distributed import cores_per_process
+from engine.runtime.distributed import count_cores_per_process
 
 Boxes = list[torch.Tensor | None]
 EMPTY_CONTOUR = np.zeros((1, 1, 2), np.int32)  # the contour of a map without one: its box is the first pixel
@@ -84,7 +84,7 @@ def compute_overlaps(
         raise ValueError(f"maps must be (B, H, W) with true boxes for each, got {tuple(maps.shape)} and {len(boxes)}")
     levels = np.asarray(thresholds, np.float64)
     heatmaps = (maps.nan_to_num().clamp(0, 1) * 255).byte().cpu().numpy()  # cut towards zero, as the protocol does
-    with ThreadPoolExecutor(cores_per_process()) as pool:  # OpenCV lets go of the interpreter's lock
+    with ThreadPoolExecutor(count_cores_per_process()) as pool:  # OpenCV lets go of the interpreter's lock
         found = list(pool.map(lambda heatmap, true: compute_image_overlaps(heatmap, true, levels), heatmaps, boxes))
     both = torch.from_numpy(np.stack(found, 1)) if found else torch.empty(2, 0, len(levels))
     return both[0], both[1]

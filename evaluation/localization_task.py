@@ -10,7 +10,7 @@ from engine.data.loader import Batch
 from engine.drawing import tables
 from engine.errors import UserError
 from engine.inference.classifier import normalize
-from engine.runtime.device import exact_float32
+from engine.runtime.device import disable_tf32
 from engine.runtime.distributed import gather_object
 from engine.runtime.progress import Progress, use_progress_bar
 from evaluation.backgrounds import (
@@ -100,7 +100,7 @@ def evaluate_localization(
     """
     thresholds, rows = list_thresholds(th), []
     for batch, own, pixels in iter_on_background(context, image_set, boxes, background, noise_std):
-        with exact_float32():
+        with disable_tf32():
             images = normalize(pixels, context.classifier.mean, context.classifier.std)
             maps, logits = compute_maps(images, batch.labels)
         context.check_finite(logits, background)

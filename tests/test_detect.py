@@ -135,7 +135,7 @@ def test_sigterm_and_saves_between_lose_nothing(run, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(detection.loop, "optimizer_step", counted)
-    with pytest.raises(Terminated, match="2 steps into the epoch; continue with --checkpoint .*last.pt"):
+    with pytest.raises(Terminated, match="2 steps into the epoch; resume with --checkpoint .*last.pt"):
         run("--iters", "3", "--ema", "0.9", "--save_iters", "2", name="stopped")
     monkeypatch.undo()
     folder = whole.parent / "stopped"
@@ -266,7 +266,11 @@ def test_a_loss_that_is_no_number_names_the_images_and_keeps_them(run, tmp_path)
     with pytest.raises(UserError) as caught:
         run("--iters", "6", "--lr", "1e30", "--warmup_iters", "0", "--clip_grad", "0")
     text = str(caught.value)
-    assert "is not finite at step 2, lr by now 1e+30" in text and "scenes/2-0000" in text and "loss_classifier" in text
+    assert (
+        "became NaN or infinite at step 2, current lr 1e+30" in text
+        and "scenes/2-0000" in text
+        and "loss_classifier" in text
+    )
     folder = tmp_path / "shapes" / "frcnn" / "run"
     kept = torch.load(folder / "nonfinite.pt", weights_only=True)
     (batch,) = kept["batches"]
@@ -355,7 +359,7 @@ def test_what_a_detectors_file_says_serves_unless_it_is_typed(run, detector, tmp
         detect.main([*common, "--model", "resnet50"])
     place = ["--root_dir", str(tmp_path), "--name", "run"]
     run("--iters", "1")
-    with pytest.raises(UserError, match="run holds a run already"):
+    with pytest.raises(UserError, match="run already holds a run"):
         detect.main([*common[:-3], *place, "--overwrite", "--limit", "2"])
 
 
@@ -397,13 +401,15 @@ def test_files_of_the_other_kind_are_refused_with_the_right_option(run, detector
     import evaluate
     import train
 
-    with pytest.raises(UserError, match="holds a detector, and a classifier is wanted here\n.*--frcnn-checkpoint"):
+    with pytest.raises(UserError, match="this is a detector; expected a classifier\n.*--frcnn_checkpoint"):
         evaluate.main(["--model_path", detector, "--dataset", "shapes"])
-    with pytest.raises(UserError, match="a checkpoint of a detector, made by detect.py\nhere one of a classifier"):
+    with pytest.raises(UserError, match=r"a checkpoint of a detector \(from detect.py\)\nexpected one of a classifier"):
         train.main(["--checkpoint", detector])
-    with pytest.raises(UserError, match="holds a detector, and a classifier is wanted here"):
+    with pytest.raises(UserError, match="this is a detector; expected a classifier"):
         run("--backbone_checkpoint", detector, start=False)
-    with pytest.raises(UserError, match="holds no detector, .*\nclassifiers go to detect.py --backbone-checkpoint"):
+    with pytest.raises(
+        UserError, match="this is not a detector .*\nuse classifiers with detect.py --backbone_checkpoint"
+    ):
         run("--frcnn_checkpoint", backbone, start=False)
     with pytest.raises(UserError, match="nowhere.pt: no such file"):
         run("--frcnn_checkpoint", str(tmp_path / "nowhere.pt"), start=False)

@@ -81,7 +81,7 @@ def test_the_phases_follow_each_other_in_one_process(whole, place):
     rates = [row["lr"] for row in saved["history"]]  # of the first step of each epoch
     assert rates == pytest.approx([0.01 + 0.01 / 3, 0.01 - 0.003 / 5, 0.007 - 0.003 / 5, 0.004 - 0.003 / 5])
     text = (run / "log.txt").read_text()
-    assert "phase 1: to epoch 1, small images, crops of 16 pixels from 30 % of the area on, batch 8" in text
+    assert "phase 1: up to epoch 1, small images, 16-pixel crops of at least 30 % of the area, batch size 8" in text
 
 
 def test_evaluation_is_of_the_centre_and_equal_everywhere(whole, place, capsys):

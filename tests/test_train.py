@@ -205,7 +205,7 @@ def test_config_repeats_a_run(shapes_run, tmp_path):
 
 def test_a_run_is_not_written_over(shapes_run):
     run = shapes_run(epochs=1)
-    with pytest.raises(UserError, match=r"holds a run already\n.*--checkpoint auto --name run.*--overwrite"):
+    with pytest.raises(UserError, match=r"already holds a run\n.*--checkpoint auto --name run.*--overwrite"):
         shapes_run(epochs=1)
     before = load(run)
     (run / "epoch_007.pt").write_bytes((run / "last.pt").read_bytes())
@@ -265,7 +265,7 @@ def test_a_finished_run_says_so(shapes_run, capsys):
     before = load(run)
     capsys.readouterr()
     result = train.main(["--checkpoint", str(run), "--no_progress"])
-    assert "finished already; evaluated again: loss" in capsys.readouterr().out and same_state(load(run), before)
+    assert "already finished; evaluated again: test loss" in capsys.readouterr().out and same_state(load(run), before)
     assert result["last_top1"] == before["history"][-1]["test_top1"]
 
 
@@ -288,7 +288,7 @@ def test_a_copied_checkpoint_goes_on_under_its_own_data_set(shapes_run, tmp_path
     train.main(words)
     [made] = (root / "shapes" / "resnet20").iterdir()
     assert made.name.startswith("cutmix_") and load(made)["epoch"] == 2
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         train.main([*words, "--name", made.name])
 
 
@@ -324,7 +324,7 @@ def test_a_run_without_its_last_checkpoint_is_not_started_anew(shapes_run):
     run = shapes_run("--save_every", "1")
     (run / "last.pt").unlink()
     kept = {path.name for path in run.iterdir()}
-    with pytest.raises(UserError, match=r"last.pt is gone\ncontinue .*--checkpoint .*previous.pt.*--overwrite"):
+    with pytest.raises(UserError, match=r"last.pt is missing\nresume .*--checkpoint .*previous.pt.*--overwrite"):
         shapes_run("--save_every", "1", "--checkpoint", "auto")
     assert {path.name for path in run.iterdir()} == kept
 
@@ -333,9 +333,9 @@ def test_init_from_starts_with_the_weights(shapes_run, capsys):
     run = shapes_run(epochs=1)
     start = ["--init_from", str(run / "best.pt"), "--lr", "0", "--weight_decay", "0", "--scheduler", "constant"]
     tuned = shapes_run(*start, "--num_classes", "4", name="tuned", epochs=1)
-    assert "last layer starts anew" in capsys.readouterr().out
+    assert "last layer is newly initialised" in capsys.readouterr().out
     assert torch.equal(load(tuned)["model"]["conv1.weight"], load(run)["model"]["conv1.weight"])
-    assert train.main(["--checkpoint", str(tuned), "--no_progress"])["epochs"] == 1, "it goes on without --init_from"
+    assert train.main(["--checkpoint", str(tuned), "--no_progress"])["epochs"] == 1, "it resumes without --init_from"
     assert load(tuned)["model"]["linear.weight"].shape == (4, 64)
 
 
@@ -355,13 +355,13 @@ def test_ctrl_c_keeps_the_last_epoch(shapes_run, tmp_path):
     assert (
         process.returncode == 130
         and "Traceback" not in errors
-        and f"continue with --checkpoint {run / 'last.pt'}" in errors
+        and f"resume with --checkpoint {run / 'last.pt'}" in errors
     )
     assert load(run)["epoch"] == len(rows(run)) or load(run)["epoch"] == len(rows(run)) + 1
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_evidence(shapes_run, tmp_path):
-    with pytest.raises(UserError, match=r"not finite at step \d+ .*lr .*\n.*--clip_grad"):
+    with pytest.raises(UserError, match=r"NaN or infinite at step \d+ .*lr .*\n.*--clip_grad"):
         shapes_run("--lr", "1e18", "--scheduler", "constant", "--amp", "off", epochs=3)
     evidence = torch.load(tmp_path / "shapes" / "resnet20" / "run" / "nonfinite.pt", weights_only=True)
     assert evidence["index"].numel() > 0 and "conv1.weight" in evidence["model"]
@@ -399,7 +399,7 @@ def test_notes_say_what_has_no_effect(shapes_run, capsys):
     shapes_run("--mixup_alpha", "0.3", "--saliency_scope", "batch", method="mixup", epochs=1)
     assert "note: no effect with --method mixup: --saliency_scope\n" in capsys.readouterr().out
     shapes_run("--scheduler", "multistep", "--schedule", "50", name="b", epochs=1)
-    assert "the lr never drops" in capsys.readouterr().out
+    assert "the learning rate never drops" in capsys.readouterr().out
 
 
 def test_list_models(capsys):

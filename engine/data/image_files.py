@@ -14,7 +14,7 @@ from engine.data.folders import FileList
 from engine.data.sample_rng import draw_crop_numbers
 from engine.data.views import RandomCrop, View
 from engine.errors import UserError
-from engine.runtime.distributed import cores_per_process
+from engine.runtime.distributed import count_cores_per_process
 
 
 class ImageFiles:
@@ -53,21 +53,21 @@ class ImageFiles:
         random = isinstance(self.view, RandomCrop)
         draws = draw_crop_numbers(seed, epoch, index) if random else [None] * len(index)
         indices, boxes = [], []
-        for wanted_index, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
+        for wanted, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
             try:
-                read_index, box = self.read_one(wanted_index, drawn, out)
+                served, box = self.read_one(wanted, drawn, out)
             except BadImage as error:
                 return None, str(error), None
-            indices.append(read_index)
+            indices.append(served)
             boxes.append(box)
         return pixels, torch.tensor(indices), torch.tensor(boxes) if random else None
 
     def read_one(self, index: int, draws: torch.Tensor | None, out: np.ndarray) -> tuple[int, list[float]]:
         """Read the image at `index` (with `skip`, or the next readable one) into `out`; return its index and box."""
         for step in range(len(self)):
-            read_index = (index + step) % len(self)
+            served = (index + step) % len(self)
             try:
-                return read_index, decode_into(out, self.files.path(read_index), self.view, draws)
+                return served, decode_into(out, self.files.path(served), self.view, draws)
             except BadImage:
                 if self.on_bad_image == "stop":
                     raise
@@ -92,7 +92,7 @@ class BatchReader:
 
     def __init__(self, files: ImageFiles, *, seed: int = 0, workers: int = 0, pin: bool = False):
         self.samples, self.order = BatchDataset(files, seed), BatchOrder()
-        self.workers, self.pin = min(workers, cores_per_process()), pin  # more workers than cores do not help
+        self.workers, self.pin = min(workers, count_cores_per_process()), pin  # more workers than cores do not help
         self.loader, self.batches, self.calls = None, None, 0
 
     def read(self, order: list[torch.Tensor], epoch: int = 0) -> Iterator[tuple]:

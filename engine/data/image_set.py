@@ -11,6 +11,7 @@ from engine.data.sample_rng import uniform
 from engine.data.views import View
 from engine.errors import UserError
 from engine.runtime.distributed import check_same_value
+from engine.runtime.text import format_count
 
 STATISTICS = {  # mean and std of pixels in 0..1
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -67,12 +68,13 @@ class ImageSet:
         """Return the same image files with another crop and resize."""
         return replace(self, pixels=self.pixels.with_view(view))
 
-    def summary(self, name: str) -> str:
+    def summary(self, split: str) -> str:
+        """Return one line with the numbers of images and classes. split: `training`, `validation` or `test`."""
         counts = torch.bincount(self.labels, minlength=len(self.classes))
-        return (
-            f"{name}: {len(self):,} images of {len(self.classes)} classes, {counts.min():,} to {counts.max():,} a "
-            f"class, from {self.origin}"
-        )
+        fewest, most = int(counts.min()), int(counts.max())
+        per_class = f"{most:,} each" if fewest == most else f"{fewest:,} to {most:,} per class"
+        images, classes = format_count(len(self), f"{split} image"), format_count(len(self.classes), "class")
+        return f"{images}, {classes}, {per_class}, from {self.origin}"
 
 
 @dataclass

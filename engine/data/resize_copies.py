@@ -30,7 +30,7 @@ from engine.data.folders import IMAGE_EXTENSIONS, find_training_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import Data, ImageSet
 from engine.errors import UserError
-from engine.runtime.distributed import cores_per_process
+from engine.runtime.distributed import count_cores_per_process
 from engine.runtime.progress import progress_bar
 
 LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # label lists, copied unchanged
@@ -85,17 +85,15 @@ def resize_copies(
     images, lists = walk_images(source)
     if not images:
         raise UserError(f"no images in {source}\ngive the folder that contains train/ and val/ with --data_dir")
-    # ---- Label lists ----
     for name in lists:
         for size in sizes:
             target = dest / str(size) / name
             if not target.exists():
                 with atomic_file(target) as temporary:
                     shutil.copyfile(source / name, temporary)
-    # ---- Images ----
     report = ResizeReport()
     copy_image = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
-    with start_pool(workers or cores_per_process()) as pool:
+    with start_pool(workers or count_cores_per_process()) as pool:
         outcomes = pool.map(copy_image, images, chunksize=8)
         for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
             report.made += outcome.made

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from engine.data.loader import DeviceLoader
 from engine.inference.metrics import topk_correct
-from engine.runtime.device import autocast, exact_float32
+from engine.runtime.device import autocast, disable_tf32
 from engine.runtime.distributed import gather_object
 
 
@@ -32,7 +32,7 @@ def predict(
     logits, labels, indices = [], [], []
     try:
         for step, batch in enumerate(loader.epoch()):
-            with exact_float32():
+            with disable_tf32():
                 images = transform(batch.images, batch.labels, batch.index) if transform else batch.images
                 with autocast(loader.device, precision):
                     logits.append(model(images).float())

@@ -1,4 +1,4 @@
-"""Devices, processes, files and checkpoints."""
+"""The environment of a run: devices, processes, signals, files, checkpoints and progress display."""
 
 from engine import lazy_attributes
 

@@ -1,6 +1,6 @@
-"""Checkpoints: written so that a kill cannot harm them, read so that no file can run code.
+"""Checkpoints: written so that a kill cannot damage them, read so that no file can run code.
 
-Our own format is a dictionary of tensors, text, numbers, lists and dictionaries, and loads with weights_only=True.
+Our own format is a dictionary of tensors, strings, numbers, lists and dictionaries. It loads with weights_only=True.
 """
 
 import os
@@ -22,40 +22,41 @@ FORMAT = 2
 
 
 class Checkpoint(TypedDict, total=False):
-    """The content of a checkpoint, of whatever kind of run. make_checkpoint() writes it, read_checkpoint() reads it."""
+    """The content of a checkpoint of any kind of run. make_checkpoint() builds it, read_checkpoint() reads it."""
 
     format: int  # FORMAT
-    kind: str  # of KINDS; a classifier where it is missing
-    epoch: int  # finished epochs
-    step: int  # finished optimizer steps
-    precision: str  # what the network computed in: "None" (float32), "torch.bfloat16", "torch.float16"
+    kind: str  # a key of KINDS; if missing: classifier
+    epoch: int  # number of finished epochs
+    step: int  # number of finished optimizer steps
+    precision: str  # of the network: "None" (float32), "torch.bfloat16" or "torch.float16"
     config: dict  # every option of the run
-    history: list[dict]  # a row of the log for each finished epoch
+    history: list[dict]  # one row of the log per finished epoch
     best: dict  # value, epoch and split of the best epoch so far
-    before: dict | None  # of the epoch under way: seconds it took so far, lr at its start
-    inside: list[dict] | None  # where the epoch under way was stopped: sums and batch statistics of each process
-    model: dict  # state dicts
+    before: dict | None  # of the unfinished epoch: seconds spent so far, and lr at its start
+    inside: list[dict] | None  # of the unfinished epoch: sums and batch statistics of each process
+    model: dict  # this and the next four are state dicts
     optimizer: dict
     scheduler: dict
     scaler: dict | None
     ema: dict | None
-    method: list[dict | None]  # of the mixer, for each process
-    saliency: list[dict]  # of each source
-    rng: list[dict]  # random generators of each process
-    classes: list[str]  # of the data
+    method: list[dict | None]  # state of the mixer in each process
+    saliency: list[dict]  # state of each saliency source
+    rng: list[dict]  # states of the random generators in each process
+    classes: list[str]  # class names of the data
     num_classes: int
-    image_size: int | None  # side in pixels; None where images are of any size
-    mean: list[float]
+    image_size: int | None  # side in pixels; None: images of any size
+    mean: list[float]  # of the normalisation, per channel
     std: list[float]
-    versions: dict[str, str]
-    backbone: dict  # detectors: where the backbone came from
+    versions: dict[str, str]  # of Python and the packages
+    backbone: dict  # detectors: origin of the backbone
     images: int  # detectors: number of training images
-    decoder: dict  # saliency maps: state dicts of the mask decoder and of its optimizer
+    decoder: dict  # saliency maps: state dict of the mask decoder
     decoder_optimizer: dict
-    pool: str | None  # saliency maps: name of the file of past classifiers
+    pool: str | None  # saliency maps: name of the file with past classifiers
 
 
 def get_versions() -> dict[str, str]:
+    """Return the versions of Python, torch, torchvision and numpy."""
     import numpy
     import torchvision
 
@@ -68,16 +69,16 @@ def get_versions() -> dict[str, str]:
 
 
 class DataInfo(Protocol):
-    """What a checkpoint says of the data; engine.data.image_set.Data is one."""
+    """What a checkpoint records about the data. engine.data.image_set.Data satisfies it."""
 
-    classes: list[str]
+    classes: list[str]  # class names
     image_size: int | None  # side in pixels
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[float, ...]  # mean and std per channel
 
 
 def make_checkpoint(*, data: DataInfo, state: dict, **values) -> Checkpoint:
-    """A checkpoint of these values. state: what the training state says of itself; the other names are Checkpoint's."""
+    """Return a checkpoint. state: the training state's state_dict(). values: further entries of Checkpoint."""
     return Checkpoint(
         format=FORMAT,
         classes=list(data.classes),
@@ -92,20 +93,23 @@ def make_checkpoint(*, data: DataInfo, state: dict, **values) -> Checkpoint:
 
 
 def save_checkpoint(path: Path, content: dict, *, keep_previous: bool = False) -> None:
-    """Write `content` to `path`; with keep_previous the file that was there stays as previous.pt. Ctrl-C waits."""
+    """Write `content` to `path` atomically; Ctrl-C is delayed until it is written.
+
+    keep_previous: keep the file that was there as previous.pt. Raises UserError if the file cannot be written.
+    """
     path = Path(path)
 
-    def put_by() -> None:
+    def link_previous() -> None:
         if keep_previous and path.exists():
             link_or_copy(path, path.with_name("previous.pt"))
 
     with delay_interrupt():
-        write_atomic(path, lambda side: torch.save(content, side), before_rename=put_by)
+        write_atomic(path, lambda side: torch.save(content, side), before_rename=link_previous)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """`target` becomes a second name of `source` (a copy where the file system has no links), without a moment of
-    absence.
+    """Make `target` a hard link to `source`, or a copy if the file system has no hard links. An existing `target` is
+    replaced atomically.
     """
     side = target.with_name(f".{target.name}.part")
     with suppress(FileNotFoundError):
@@ -117,32 +121,33 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(side, target)
 
 
-KINDS = {  # what a checkpoint is of, and who makes it
-    "classifier": "a classifier, made by train.py",
-    "casm": "saliency maps, made by python -m saliency.casm train",
-    "detector": "a detector, made by detect.py",
+KINDS = {  # kind of checkpoint -> its description in messages
+    "classifier": "a classifier (from train.py or imagenet_train.py)",
+    "casm": "a saliency-map network (from python -m saliency.casm train)",
+    "detector": "a detector (from detect.py)",
 }
 
 
-OTHER_USES = {  # of weights that are no checkpoint of ours
-    "classifier": "evaluate it with evaluate.py, or start from its weights with --init_from",
+OTHER_USES = {  # kind of checkpoint wanted -> what to do with a file of weights instead
+    "classifier": "evaluate it with evaluate.py, or start a new run from its weights with --init_from",
     "casm": "evaluate it with python -m saliency.casm eval",
-    "detector": "evaluate it with --evaluate --frcnn_checkpoint, or start from its weights with --frcnn_checkpoint",
+    "detector": "evaluate it with --evaluate --frcnn_checkpoint, or start a new run from it with --frcnn_checkpoint",
 }
 
 
 def read_checkpoint(path: Path, kind: str = "classifier") -> Checkpoint:
-    """A checkpoint of our own format, on the CPU. kind: of what. Raises UserError that names the file and what is wrong
-    with it.
+    """Read a checkpoint of our own format to the CPU. kind: a key of KINDS.
+
+    Raises UserError, which names the file and the fault, if the file is missing, damaged, or of another format or kind.
     """
     content = read_file(path)
     if not is_checkpoint(content):
         raise UserError(
-            f"{path}: no checkpoint that training can continue from (found: "
-            f"{list_first_keys(content)})\n{OTHER_USES[kind]}"
+            f"{path}: not a checkpoint that a run can resume from (found: {list_first_keys(content)})\n"
+            f"{OTHER_USES[kind]}"
         )
-    if (held := content.get("kind", "classifier")) != kind:
-        raise UserError(f"{path}: a checkpoint of {KINDS.get(held, held)}\nhere one of {KINDS[kind]} is wanted")
+    if (found := content.get("kind", "classifier")) != kind:
+        raise UserError(f"{path}: this is a checkpoint of {KINDS.get(found, found)}\nexpected one of {KINDS[kind]}")
     return content
 
 
@@ -151,17 +156,21 @@ def is_checkpoint(content) -> bool:
 
 
 def find_checkpoint(path: str) -> Path:
-    """A file, or the last.pt in a run folder. Raises UserError if there is none."""
-    place = Path(path)
-    if place.is_dir():
-        place = place / "last.pt"
-    if not place.is_file():
-        raise UserError(f"{place}: no such file; give a checkpoint or a run folder that holds one")
-    return place
+    """Return the path of a checkpoint file; a run folder stands for its last.pt. Raises UserError if there is none."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / "last.pt"
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a checkpoint, or a run folder with last.pt")
+    return file
 
 
 def read_file(path: Path):
-    """Any file of weights, on the CPU; nothing in it can run. Raises UserError for a missing or damaged one."""
+    """Read any file of weights to the CPU, without running code from it.
+
+    Objects other than tensors and plain containers become placeholders. Raises UserError if the file is missing or
+    damaged.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -169,7 +178,7 @@ def read_file(path: Path):
         return read_safetensors(path)
     size = path.stat().st_size
     try:
-        if zipfile.is_zipfile(path):  # torch does not compare the stored checksums
+        if zipfile.is_zipfile(path):  # torch does not verify the checksums
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             if broken:
@@ -180,27 +189,29 @@ def read_file(path: Path):
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PLACEHOLDER_PICKLE)
     except Exception as error:
         previous = path.with_name("previous.pt")
-        remedy = "copy or download it again"
+        remedy = "copy or download the file again"
         if path.name == "last.pt" and previous.is_file():
-            remedy = f"the epoch before it is in {previous}: continue from there with --checkpoint {previous}"
+            remedy = f"resume from the epoch before with --checkpoint {previous}"
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
-            f"{path} ({size} bytes) is damaged or no checkpoint ({type(error).__name__}: {reason})\n{remedy}"
+            f"{path} ({size} bytes) is damaged or not a checkpoint ({type(error).__name__}: {reason})\n{remedy}"
         ) from error
 
 
 def read_safetensors(path: Path) -> dict:
+    """Read a .safetensors file. Raises UserError if it is damaged, or if the package is missing."""
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UserError(f"{path}: reading .safetensors needs another package: pip install safetensors") from error
+        raise UserError(f"{path}: reading this file needs the package safetensors: pip install safetensors") from error
     try:
         return load_file(path)
     except Exception as error:
-        raise UserError(f"{path}: damaged or no safetensors file ({error})") from error
+        raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
 
 
 def list_first_keys(content) -> str:
+    """Return the first five keys of a dictionary, or the type of anything else, for an error message."""
     if isinstance(content, dict):
         return ", ".join(map(str, list(content)[:5])) or "an empty dictionary"
     return type(content).__name__

@@ -1,4 +1,4 @@
-"""Which device, which precision, and the switches that make it fast or exact."""
+"""Choose device and precision, seed the generators, and set the backends for speed or for exactness."""
 
 import ctypes
 import os
@@ -14,42 +14,42 @@ import torch
 from engine.errors import UserError
 from engine.runtime.distributed import local_world_size, rank, rank_environment
 
-FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}  # Linux names of the CPU features that run bfloat16 faster than float32
+# CPU features, by their Linux names, with which bfloat16 runs faster than float32
+FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 def choose_device(name: str) -> torch.device:
-    """auto, cpu, cuda, cuda:N or mps; under torchrun auto and cuda are the GPU of this process's place on its machine.
+    """Return the device for --device: auto, cpu, cuda, cuda:N or mps.
 
-    Raises UserError for a device that is not there.
+    auto is cuda if there is a GPU, else cpu. Under torchrun, cuda is the GPU whose index is the local rank. Raises
+    UserError if the device does not exist.
     """
-    _, count, place = rank_environment()
+    _, world_size, local_rank = rank_environment()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{place}"  # torch wants the number in some places
-    elif count > 1 and name != "cpu":
-        raise UserError(f"--device {name}: several processes take --device auto, cuda or cpu")
+        name = f"cuda:{local_rank}"  # some torch functions, such as set_device, need the index
+    elif world_size > 1 and name != "cpu":
+        raise UserError(f"--device {name}: with several processes, use --device auto, cuda or cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"--device {name}: give auto, cpu, cuda, cuda:N or mps") from error
+        raise UserError(f"--device {name}: unknown device; choose auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        built = (
-            f"built for CUDA {torch.version.cuda}, but finds no driver or GPU"
+        build = (
+            f"is built for CUDA {torch.version.cuda} but finds no driver or GPU"
             if torch.version.cuda
-            else "a build without CUDA"
+            else "is built without CUDA"
         )
-        raise UserError(
-            f"--device {name}: no CUDA device; torch {torch.__version__} is {built}. --device cpu always works"
-        )
-    wanted = max(device.index + 1, local_world_size()) if device.type == "cuda" else 0
-    if wanted > torch.cuda.device_count():  # in all processes of the machine, so that the first one can say it
-        processes = f" for {local_world_size()} processes: --nproc_per_node is their number" if count > 1 else ""
-        raise UserError(
-            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0{processes}"
-        )
+        raise UserError(f"--device {name}: no CUDA device; torch {torch.__version__} {build}; use --device cpu")
+    needed = max(device.index + 1, local_world_size()) if device.type == "cuda" else 0
+    if needed > torch.cuda.device_count():  # the same error in all processes of the machine: the first one prints it
+        gpus = f"there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        if world_size > 1:
+            gpus += f", for {local_world_size()} processes; start fewer with --nproc_per_node"
+        raise UserError(f"--device {name}: {gpus}")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {name}: no such device here. --device cpu always works")
+        raise UserError(f"--device {name}: not available on this machine; use --device cpu")
     return device
 
 
@@ -63,24 +63,25 @@ def cpu_has_fast_bf16() -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """--amp -> the autocast type (None: float32) and a phrase for the log."""
+    """Return the autocast dtype for --amp (None: float32), and its description for the log.
+
+    auto is bfloat16 if the device computes faster in it than in float32. Raises UserError for fp16 on a CPU.
+    """
     if name == "auto":
         if device.type == "cuda":
-            fast, why = torch.cuda.get_device_capability(device) >= (8, 0), "the GPU"
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
         else:
-            fast, why = device.type == "cpu" and cpu_has_fast_bf16(), "the processor"
-        return (
-            (torch.bfloat16, f"bfloat16 ({why} runs it faster)")
-            if fast
-            else (None, f"float32 ({why} has no fast bfloat16)")
-        )
+            fast = device.type == "cpu" and cpu_has_fast_bf16()
+        if fast:
+            return torch.bfloat16, "bfloat16 (fast on this device)"
+        return None, "float32 (bfloat16 is not fast on this device)"
     if name == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     return {"off": (None, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}[name]
 
 
 def setup_backends(device: torch.device, *, seed: int, deterministic: bool) -> None:
-    """Seed Python, numpy and torch, and set the backends for speed, or for exactness."""
+    """Seed Python, numpy and torch, and set the backends for speed or, if deterministic, for bit-exact results."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -91,22 +92,22 @@ def setup_backends(device: torch.device, *, seed: int, deterministic: bool) -> N
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before cuBLAS starts
         torch.use_deterministic_algorithms(True)
 
 
-def seed_rank_generator(seed: int, *, anew: bool = False) -> None:
-    """From here on each process draws numbers of its own: with equal ones all would draw the same lam and box.
+def seed_rank_generator(seed: int, *, include_main: bool = False) -> None:
+    """Seed torch's generator differently in each process. Otherwise all would draw the same lam and the same box.
 
-    The first process, and so a plain run, goes on with what it has, unless `anew`.
+    The main process, and so a run of a single process, keeps the state of its generator unless include_main.
     """
-    if rank() or anew:
+    if rank() or include_main:
         torch.manual_seed((seed * 0x9E3779B1 + rank() * 0x85EBCA77) % 2**63)
 
 
 @contextmanager
-def exact_float32() -> Iterator[None]:
-    """Without TensorFloat-32, so that an evaluation does not depend on the device."""
+def disable_tf32() -> Iterator[None]:
+    """Compute without TensorFloat-32 in the block, so that an evaluation does not depend on the device."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
@@ -117,44 +118,50 @@ def exact_float32() -> Iterator[None]:
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory instead of giving it back and asking for it again at every step (docs/measurements.md)."""
+    """Make the C library keep freed memory for reuse. By default it returns large blocks to the system and requests
+    them again at every step, which takes time (docs/measurements.md).
+    """
     if sys.platform != "linux":
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return  # not the GNU C library
+        return  # the C library is not glibc
     m_trim_threshold, m_mmap_threshold = -1, -3
-    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # old libraries take 32 MiB at most
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):  # old versions allow at most 32 MiB
         mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 def get_rng_state(device: torch.device) -> dict:
-    """The states of the generators of this process and of the device, in a form that a weights-only load accepts."""
+    """Return the states of the Python, numpy and torch generators, that of the device included, in types that
+    torch.load(weights_only=True) accepts.
+    """
     version, words, position, has_gauss, gauss = np.random.get_state()
     python_version, python_words, python_gauss = random.getstate()
     return {
         "python": [python_version, list(python_words), python_gauss],
         "numpy": [version, torch.from_numpy(words.astype(np.int64)), position, has_gauss, gauss],
         "torch": torch.get_rng_state(),
-        "device": accelerator(device).get_rng_state() if accelerator(device) else None,
+        "device": get_accelerator(device).get_rng_state() if get_accelerator(device) else None,
     }
 
 
-def accelerator(device: torch.device):
-    """torch.cuda or torch.mps, whose get_rng_state and set_rng_state mean the current device; None on a CPU."""
+def get_accelerator(device: torch.device):
+    """Return torch.cuda or torch.mps, whose rng functions act on the current device; None for a CPU."""
     return {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
 
 
 def set_rng_state(state: dict, device: torch.device) -> None:
+    """Restore what get_rng_state() returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     version, words, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((version, words.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if accelerator(device) and state["device"] is not None:
-        accelerator(device).set_rng_state(state["device"])
+    if get_accelerator(device) and state["device"] is not None:
+        get_accelerator(device).set_rng_state(state["device"])
 
 
 def autocast(device: torch.device, precision: torch.dtype | None):
+    """Return the autocast context of a precision; None, float32, is a context that does nothing."""
     return torch.autocast(device.type, precision) if precision else nullcontext()

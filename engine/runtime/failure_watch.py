@@ -1,11 +1,11 @@
-"""One message for an error that ends the run, and an end for all processes when one of them fails.
+"""If one process fails, print its error once and end all processes.
 
-A failed process would leave the others waiting for it in a collective operation. So whoever fails puts its message into
-a store that all processes share; the first process prints it, and all of them exit with code 1.
+Otherwise the others would wait for the failed process in a collective operation. A process that fails puts its message
+into the store that all processes share. The main process prints it, and all processes exit with code 1.
 
-torchrun also ends the processes of its own machine, but not those of other machines, and it waits 30 s for one that
-handles SIGTERM, as ours do. With its error files (torch.distributed.elastic's `record`) one exception is printed four
-times among five tracebacks, since the processes that lose their peer fail too.
+torchrun does not do this well enough. It ends only the processes on its own machine, and it waits 30 s for those that
+handle SIGTERM, as ours do. With its error files (torch.distributed.elastic's `record`), one exception is printed four
+times among five tracebacks, since processes that lose their peer fail too.
 """
 
 import os
@@ -17,15 +17,15 @@ from datetime import timedelta
 from torch import distributed as dist
 
 POLL_SECONDS = 0.2
-GRACE_SECONDS = 1.0  # the first process is given to report an error that all processes meet
-SHOW_SECONDS = 10.0  # the first process is given to print the message of another one
+GRACE_SECONDS = 1.0  # time for the main process to report an error that occurs in all processes
+SHOW_SECONDS = 10.0  # time for the main process to print the message of another one
 
 
 class FailureWatch:
-    """The watch of one process over the others.
+    """Reports the failure of this process to the others, and exits if another one fails.
 
-    store, watched: two connections to the common store; the thread needs its own, since a call that waits blocks its
-    connection.
+    store, watched: two connections to the shared store. The watching thread needs its own, since a waiting call blocks
+    its connection.
     """
 
     def __init__(self, store: dist.Store, watched: dist.Store, *, rank: int, world_size: int):
@@ -37,13 +37,13 @@ class FailureWatch:
         self.thread.start()
 
     def stop(self) -> None:
-        """A thread that is inside the store when Python exits would abort the process."""
+        """End the thread. A thread still inside the store when Python exits would abort the process."""
         self.stopped.set()
         self.thread.join(timeout=5)
 
     def report(self, text: str) -> None:
-        """Let the first process print the error of this one, unless another one was reported before. Call it last."""
-        if self.rank:  # most errors are met by all processes, and then the first one says it best
+        """Have the main process print the error of this one, unless another error was reported before. Call it last."""
+        if self.rank:  # most errors occur in all processes: leave the report to the main process
             with suppress(RuntimeError):
                 return self.store.wait(["shown"], timedelta(seconds=GRACE_SECONDS))
         with self.printing:
@@ -55,24 +55,26 @@ class FailureWatch:
                     self.store.wait(["shown"], timedelta(seconds=SHOW_SECONDS))
                 else:
                     self.show(self.store)
-            except RuntimeError:  # the store is gone, or nobody is there to print
+            except RuntimeError:  # the store is gone, or the main process did not print in time
                 print(text, file=sys.stderr, flush=True)
 
     def show(self, store: dist.Store) -> None:
+        """Print the reported error, unless it is printed already, and tell the other processes."""
         if not store.check(["shown"]):
             print(store.get("failure").decode(), file=sys.stderr, flush=True)
             store.set("shown", "")
 
     def watch(self) -> None:
-        """The thread: exit when another process has failed. The main thread may be waiting for that one where no
-        exception reaches it.
+        """Poll the store, and exit the process if another one has failed. Runs in a thread of its own.
+
+        The main thread may be waiting for the failed process, where no exception reaches it.
         """
         try:
             while not self.watched.check(["shown" if self.rank else "failure"]):
                 if self.stopped.wait(POLL_SECONDS):
                     return
         except RuntimeError:
-            return  # the process that kept the store has gone: the collective operation under way says so
+            return  # the process that hosted the store has exited: the current collective operation reports that
         with self.printing:
             if self.rank == 0:
                 self.show(self.watched)

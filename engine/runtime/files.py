@@ -1,4 +1,4 @@
-"""Writing files so that a kill, a full disk or Ctrl-C never leaves half of one."""
+"""Write files so that a kill, a full disk or Ctrl-C never leaves an incomplete one."""
 
 import json
 import os
@@ -14,24 +14,25 @@ from engine.errors import UserError
 
 @contextmanager
 def delay_interrupt() -> Iterator[None]:
-    """Hold back Ctrl-C until the block is done, then let it through."""
+    """Delay Ctrl-C until the end of the block, and raise KeyboardInterrupt then."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    seen = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    received = []
+    previous_handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if seen:
+        signal.signal(signal.SIGINT, previous_handler)
+    if received:
         raise KeyboardInterrupt
 
 
 def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Callable[[], None] = lambda: None) -> None:
-    """`write` fills a side file; it is flushed to the disk and then renamed over `path`.
+    """Write a file atomically: write(side) fills a side file, which is flushed to disk and renamed to `path`.
 
-    Raises UserError when the disk is full or not writable: the file that was there is then untouched.
+    before_rename() is called just before the rename. Raises UserError if the disk is full or not writable; an existing
+    file is then unchanged.
     """
     path = Path(path)
     side = path.with_name(f".{path.name}.part")
@@ -41,22 +42,23 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
             os.fsync(file.fileno())
         before_rename()
         os.replace(side, path)
-        if os.name == "posix":  # the new name itself must reach the disk too
+        if os.name == "posix":  # flush the rename itself too
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError when the disk is full
-        full = "the disk is full: " if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20 else ""
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        cause = "the disk is full: " if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20 else ""
         with suppress(OSError):
             side.unlink()
-        kept = "the old file is intact" if path.exists() else "nothing was left behind"
+        kept = "the old file is intact" if path.exists() else "no partial file is left"
         raise UserError(
-            f"could not write {path}: {full}{str(error).splitlines()[0]}\n"
-            f"{kept}; make room, or write to another place; a run goes on with --checkpoint"
+            f"could not write {path}: {cause}{str(error).splitlines()[0]}\n"
+            f"{kept}; free disk space or write elsewhere, then resume a run with --checkpoint"
         ) from error
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically. Raises UserError as write_atomic() does."""
     write_atomic(path, lambda side: side.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Weights of other codes: find them in a file, rename them, load them into our networks."""
+"""Weights from other code bases: find them in a file, rename their keys, load them into our networks."""
 
 from pathlib import Path
 
@@ -12,14 +12,15 @@ PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = "classifier") -> dict:
-    """The state dict of a classifier in any of the layouts of the earlier codes, with today's names, or of a detector.
+    """Return the state dict in the content of a file, with our key names.
 
-    averaged: the weight average (`ema`) of one of our own checkpoints. Raises UserError if there are no weights, or if
-    they are of the other kind.
+    The file may be one of our checkpoints, a bare state dict, or in a layout of the published codes. kind: `classifier`
+    or `detector`. averaged: return the weight average (`ema`) of one of our checkpoints. path: for messages. Raises
+    UserError if there are no such weights, or if they are of the other kind.
     """
     if averaged:
         if not isinstance(content, dict) or not content.get("ema"):
-            raise UserError(f"{path}: holds no weight average; it was not trained with --ema")
+            raise UserError(f"{path}: has no weight average, since it was trained without --ema")
         content = {"model": content["ema"]}
     state = content
     if isinstance(content, dict):
@@ -27,11 +28,11 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
     weights = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
     if not weights or len(weights) < len(state) / 2:
         raise UserError(
-            f"{path}: no weights found (first keys: {list_first_keys(content)}); expected a state dict, "
-            f"or one under {', '.join(WEIGHT_KEYS)}"
+            f"{path}: no weights found (first keys: {list_first_keys(content)}); expected a state dict, or one under "
+            f"the key {', '.join(WEIGHT_KEYS[:-1])} or {WEIGHT_KEYS[-1]}"
         )
     changed = True
-    while changed:
+    while changed:  # wrappers may be nested, as in `module._orig_mod.`
         changed = False
         for prefix in PREFIXES:
             if all(key.startswith(prefix) for key in weights):
@@ -39,21 +40,21 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
     detector = any(key.startswith(("roi_heads.", "rpn.")) for key in weights)
     if detector and kind == "classifier":
         raise UserError(
-            f"{path}: holds a detector, and a classifier is wanted here\ndetectors go to detect.py --frcnn-checkpoint"
+            f"{path}: this is a detector; expected a classifier\nuse detectors with detect.py --frcnn_checkpoint"
         )
     if not detector and kind == "detector":
         raise UserError(
-            f"{path}: holds no detector, which is wanted here (first keys: {list_first_keys(weights)})\n"
-            "classifiers go to detect.py --backbone-checkpoint"
+            f"{path}: this is not a detector (first keys: {list_first_keys(weights)}); expected one\n"
+            "use classifiers with detect.py --backbone_checkpoint"
         )
     return weights if detector else rename_replication_keys(weights)
 
 
 def rename_replication_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The CIFAR ResNets of the SaliencyMix replication in torchvision's names.
+    """Rename the keys of the SaliencyMix replication's CIFAR ResNets to torchvision's. Other state dicts are unchanged.
 
-    Its projection convolutions have a bias: the batch norm behind them takes it off its running mean, and it is
-    dropped.
+    Its projection convolutions have a bias, and ours have none. It is folded into the batch norm that follows by
+    subtracting it from the running mean.
     """
     if "conv0.weight" not in weights:
         return weights
@@ -83,10 +84,10 @@ def load_weights(
     new_head: bool = False,
     matches: list[str] | None = None,
 ) -> bool:
-    """Load strictly. new_head: leave the last layer fresh where the number of classes differs; returns whether it was
-    left.
+    """Load weights into a network; every key must match. Returns whether the last layer keeps its initial weights.
 
-    matches: names of the networks that would fit, for the message. Raises UserError that tells what does not fit.
+    new_head: keep the initial weights of the last layer if the number of classes differs. path: for messages. matches:
+    names of the models that the weights fit, for messages. Raises UserError, which names what does not fit.
     """
     own = model.state_dict()
     head = list(own)[-1].rsplit(".", 1)[0]  # the classifier is the last layer of each of our networks
@@ -94,23 +95,23 @@ def load_weights(
     if shape and shape[0] != num_classes:
         if not new_head:
             raise UserError(
-                f"{path}: made for {shape[0]} classes ({head}.weight is {' x '.join(map(str, shape))}), the data has "
-                f"{num_classes}\nto fine-tune it, train with --init_from {path}, which starts with a new last layer"
+                f"{path}: the network has {shape[0]} classes ({head}.weight is {' x '.join(map(str, shape))}), but the "
+                f"data has {num_classes}\nto fine-tune it with a new last layer, train with --init_from {path}"
             )
         weights = {**weights, **{key: own[key] for key in own if key.startswith(head + ".")}}
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in weights if key not in own]
-    misshapen = [key for key in own if key in weights and own[key].shape != weights[key].shape]
-    if missing or unexpected or misshapen:
-        fits = f"\nit fits {' or '.join(matches)}: give --model {matches[0]}" if matches else ""
+    mismatched = [key for key in own if key in weights and own[key].shape != weights[key].shape]
+    if missing or unexpected or mismatched:
+        remedy = f"\nthe weights fit {' or '.join(matches)}: use --model {matches[0]}" if matches else ""
         raise UserError(
-            f"{path}: weights of another network; missing: {shorten_list(missing)}; unexpected: "
-            f"{shorten_list(unexpected)}; "
-            f"of another shape: {shorten_list(misshapen)}{fits}"
+            f"{path}: weights of another architecture; missing: {shorten_list(missing)}; unexpected: "
+            f"{shorten_list(unexpected)}; different shape: {shorten_list(mismatched)}{remedy}"
         )
     model.load_state_dict({key: weights.get(key, own[key]) for key in own})
     return bool(shape and shape[0] != num_classes)
 
 
 def shorten_list(names: list[str]) -> str:
+    """Return the first three names and the number of the others, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -1,4 +1,4 @@
-"""Stop between two steps on SIGTERM, in all processes at the same step."""
+"""On SIGTERM, stop between two steps, in all processes before the same step."""
 
 import signal
 import threading
@@ -6,36 +6,36 @@ import threading
 import torch
 from torch import distributed as dist
 
-from engine.runtime.distributed import host_group, world_size
+from engine.runtime.distributed import get_host_group, world_size
 
 
 class PreemptionGuard:
-    """Turns SIGTERM, which schedulers send before they take a machine away, into a request to stop between two steps.
+    """Turns SIGTERM, which schedulers send before they preempt a job, into a request to stop between two steps.
 
-    All processes stop before the same step. They exchange requests while a step is computed, so that nobody waits for
-    the answer; it is one step old.
+    All processes stop before the same step. They exchange their requests while a step is computed, so that no process
+    waits for the exchange; the answer is therefore one step old.
     """
 
     def __init__(self):
         self.signalled, self.previous_handler = False, signal.SIG_DFL
-        self.pending: tuple | None = None  # the number of requests, and the reduction that is summing them up
+        self.pending: tuple | None = None  # number of requests, and the running all-reduce that sums it
 
     def install(self) -> None:
-        """Take over SIGTERM. Python has signals in the main thread only; in another one this does nothing."""
+        """Handle SIGTERM. Does nothing outside the main thread, since Python handles signals only there."""
         if threading.current_thread() is threading.main_thread():
             self.previous_handler = signal.signal(signal.SIGTERM, self.request)
 
     def restore(self) -> None:
-        """Give SIGTERM back to its previous handler."""
+        """Restore the previous handler of SIGTERM."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.previous_handler)
 
     def request(self, *signal) -> None:
-        """The handler of SIGTERM."""
+        """Handle the signal."""
         self.signalled = True
 
     def requested(self) -> bool:
-        """Whether to stop before the next step. A collective operation: every process calls it once a step."""
+        """Return whether to stop before the next step. Collective: every process must call it once per step."""
         if world_size() == 1:
             return self.signalled
         stop = False
@@ -44,5 +44,5 @@ class PreemptionGuard:
             work.wait()
             stop = bool(requests)
         requests = torch.tensor(int(self.signalled))
-        self.pending = requests, dist.all_reduce(requests, group=host_group(), async_op=True)
+        self.pending = requests, dist.all_reduce(requests, group=get_host_group(), async_op=True)
         return stop

@@ -1,4 +1,4 @@
-"""Progress: one bar on a terminal, plain lines elsewhere."""
+"""Show progress: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import sys
@@ -7,17 +7,18 @@ from collections.abc import Iterable
 
 from tqdm import tqdm
 
-LINE_SECONDS = 60.0
+LINE_SECONDS = 60.0  # between two lines of progress_bar() without a terminal
 
 
 def use_progress_bar(no_progress: bool) -> bool:
+    """Return whether to show a bar: only on a terminal, and not with --no_progress."""
     return sys.stderr.isatty() and not no_progress
 
 
 class Progress:
-    """One pass of `total` steps. Calling it with a step, and what is known by then, moves the bar or prints a line.
+    """The progress of one pass of `total` steps. Call it with the step and any numbers to show.
 
-    lines: whether lines are printed where there is no bar; a step without numbers never prints one.
+    bar: show a bar. lines: without a bar, print a line for each call that has numbers.
     """
 
     def __init__(self, title: str, total: int, *, bar: bool, lines: bool = True):
@@ -42,7 +43,9 @@ class Progress:
 
 
 def progress_bar(items: Iterable, *, total: int | None = None, desc: str = "", unit: str = "it") -> Iterable:
-    """tqdm on a terminal; elsewhere a line a minute. Of several processes the first one shows it."""
+    """Wrap an iterable to show its progress: tqdm on a terminal, elsewhere one line per minute. Only the main process
+    shows it.
+    """
     if os.environ.get("RANK", "0") != "0":
         return items
     if sys.stderr.isatty():
@@ -51,9 +54,9 @@ def progress_bar(items: Iterable, *, total: int | None = None, desc: str = "", u
 
 
 def iterate_with_lines(items: Iterable, total: int | None, title: str) -> Iterable:
-    told = time.monotonic()
+    last_time = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
-        if time.monotonic() > told + LINE_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() > last_time + LINE_SECONDS:
+            last_time = time.monotonic()
             print(f"{title} {number:,}" + (f" of {total:,}" if total else ""), flush=True)

@@ -1,4 +1,4 @@
-"""Unpickle without running code: only known types are rebuilt, and nothing is imported."""
+"""Unpickle without running code: rebuild only known types, and import nothing."""
 
 import argparse
 import codecs
@@ -11,7 +11,7 @@ import torch
 
 
 class Placeholder:
-    """Takes the place of a foreign object in a pickle: it accepts every operation and does nothing."""
+    """Replaces an unknown object in a pickle. It accepts every operation of unpickling, and does nothing."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -38,7 +38,7 @@ class Placeholder:
         return 0
 
 
-TORCH_OBJECTS = {  # (module, name) in a pickle -> what rebuilds it: tensors, and what holds them in checkpoints
+TORCH_OBJECTS = {  # (module, name) in a pickle -> constructor; covers tensors and the containers in checkpoints
     **{
         ("torch", name): value
         for name, value in vars(torch).items()
@@ -57,14 +57,17 @@ TORCH_OBJECTS = {  # (module, name) in a pickle -> what rebuilds it: tensors, an
     ("torch.storage", "UntypedStorage"): torch.storage.UntypedStorage,
 }
 NUMPY_OBJECTS = {("_codecs", "encode"): codecs.encode, ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before numpy 2 and since; both are private
+for _module in (
+    "numpy.core.multiarray",
+    "numpy._core.multiarray",
+):  # before and since numpy 2; these modules are private
     NUMPY_OBJECTS[_module, "_reconstruct"] = np.empty(0).__reduce__()[0]
     NUMPY_OBJECTS[_module, "scalar"] = np.int64().__reduce__()[0]
 
 
 class SafeUnpickler(pickle.Unpickler):
-    """Rebuilds what `allowed` lists. Any other class or function is refused with an UnpicklingError if strict, and
-    replaced by a Placeholder otherwise.
+    """Rebuilds the objects in `allowed`. Any other class or function raises UnpicklingError if strict, and becomes a
+    Placeholder otherwise.
     """
 
     def __init__(self, file, *, allowed: dict = TORCH_OBJECTS, strict: bool = False, **kwargs):
@@ -73,18 +76,18 @@ class SafeUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str):
         if self.strict and (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is not rebuilt")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not allowed")
         return self.allowed.get((module, name), Placeholder)
 
 
 def load_arrays(file, **kwargs):
-    """The content of a pickle of numpy's arrays and numbers, text, and plain containers. Raises UnpicklingError for one
-    that holds anything else.
+    """Load a pickle of numpy arrays and numbers, strings, and plain containers. Raises UnpicklingError if it contains
+    anything else.
     """
     return SafeUnpickler(file, allowed=NUMPY_OBJECTS, strict=True, **kwargs).load()
 
 
-PLACEHOLDER_PICKLE = types.SimpleNamespace(  # what torch.load asks of a pickle module
+PLACEHOLDER_PICKLE = types.SimpleNamespace(  # has what torch.load needs of a pickle module
     __name__="placeholder_pickle",
     Unpickler=SafeUnpickler,
     load=lambda file, **kwargs: SafeUnpickler(file, **kwargs).load(),

@@ -1,4 +1,4 @@
-"""Training: the step, the run from epoch to epoch, its folder and its log."""
+"""Training: the step, the epoch, the run with its folder and log, and the learning-rate schedule."""
 
 from engine import lazy_attributes
 
@@ -6,7 +6,7 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "console": "CLASSIFIER count_skipped describe_run draw_epoch finish_run print_profile",
-        "evaluate": "evaluate_checkpoint evaluate_held_out init_from",
+        "evaluate": "evaluate_checkpoint evaluate_held_out load_initial_weights",
         "loop": "StepConfig profile_steps train_one_epoch",
         "loss": "LOSSES",
         "monitor": "EpochMonitor",

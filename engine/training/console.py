@@ -1,4 +1,4 @@
-"""Training a classifier: what its run prints, draws and keeps."""
+"""Training a classifier: the lines, pictures and results of its run."""
 
 import statistics
 from collections.abc import Sequence
@@ -14,10 +14,11 @@ from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures
 from engine.runtime.distributed import all_reduce_sum, is_main_process
+from engine.runtime.text import format_count
 from engine.training.evaluate import evaluate_held_out
 from engine.training.loop import StepConfig, profile_steps
 from engine.training.run import Run
-from engine.training.run_folder import RunFolder, classifier_runs
+from engine.training.run_folder import RunFolder, locate_classifier_runs
 from engine.training.start import RunKind
 from engine.training.state import TrainingState
 
@@ -38,6 +39,9 @@ LOG_COLUMNS = [
     "saliency_seconds",
     "peak_memory_mb",
 ]
+UNMIXED_LABELS = {"none", "cutout"}  # methods that leave the labels as they are
+SPLITS = {"train": "training", "valid": "validation", "test": "test"}  # key in options and log -> word for messages
+MEDIAN_EPOCHS = 10  # the last evaluated epochs whose median accuracy is reported
 
 
 def describe_run(
@@ -60,55 +64,67 @@ def describe_run(
     trad_augment: bool,
     seed: int,
 ) -> tuple[list[str], list[str]]:
-    """Lines on the data and on how the classifier is trained, and notes on what may be unexpected. The parameters by
-    name are options.
+    """Return lines that describe the data and the training, and notes on unexpected settings.
+
+    plan: the phases of the run. The keyword-only parameters are the options of the same names.
     """
-    notes, wide = list(data.warnings), model.startswith("wrn")
-    parts = {"train": data.train, "valid": data.valid, "test": data.test}
-    lines = [part.summary(name) for name, part in parts.items() if part]
+    notes, has_dropout = list(data.warnings), model.startswith("wrn")
+    image_sets = {"train": data.train, "valid": data.valid, "test": data.test}
+    lines = [image_set.summary(SPLITS[split]) for split, image_set in image_sets.items() if image_set]
     rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
     if scheduler == "multistep" and min(schedule) >= epochs:
-        notes.append(f"--schedule {' '.join(map(str, schedule))}: in {epochs} epochs the lr never drops")
-    if dropout and not wide:
-        notes.append(f"--dropout {dropout:g}: {model} has none; only the wide networks have")
+        milestones = " ".join(map(str, schedule))
+        notes.append(f"--schedule {milestones}: the learning rate never drops, since the run ends at epoch {epochs}")
+    if dropout and not has_dropout:
+        notes.append(f"--dropout {dropout:g} is ignored: {model} has no dropout, only the wide ResNets (wrn...) have")
     lines.append(
-        f"{' '.join(method)}: {model}{f', dropout {dropout:g}' if dropout and wide else ''}, recipe {recipe}: {epochs} "
-        f"epochs, batch {batch_size}, {scheduler}, lr {rate}, weight decay {weight_decay:g}, loss {loss}, "
-        f"{'crop and flip' if trad_augment else 'not augmented'}, seed {seed}"
+        f"method {' '.join(method)}, model {model}{f' with dropout {dropout:g}' if dropout and has_dropout else ''}, "
+        f"recipe {recipe}: {format_count(epochs, 'epoch')}, batch size {batch_size}, "
+        f"{'peak lr' if scheduler == 'onecycle' else 'lr'} {rate} ({scheduler}), weight decay {weight_decay:g}, "
+        f"loss {loss}, {'random crop and flip' if trad_augment else 'no augmentation'}, seed {seed}"
     )
     for number, phase in enumerate(plan if len(plan) > 1 else [], 1):
         lines.append(
-            f"phase {number}: to epoch {phase.end}, {phase.images} images, crops of {phase.crop} pixels from "
-            f"{100 * phase.min_scale:g} % of the area on, batch {phase.batch_size}"
+            f"phase {number}: up to epoch {phase.end}, {phase.images} images, {phase.crop}-pixel crops of at least "
+            f"{100 * phase.min_scale:g} % of the area, batch size {phase.batch_size}"
         )
     return lines, notes
 
 
-def format_epoch(row: dict, epochs: int) -> str:
-    """One epoch in a line."""
+def format_epoch(row: dict, epochs: int, options: dict) -> str:
+    """Return the printed line of an epoch. row: of the log. epochs: of the run."""
+    mixed = "" if set(options["method"]) <= UNMIXED_LABELS else " (mixed labels, reads low)"
     text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}"
-    text += f"  acc of mixed labels {row['train_acc']:.2f}"
+    text += f"  train acc{mixed} {row['train_acc']:.2f}"
     for key, name, digits in (
         ("test_loss", "test loss", 4),
         ("test_top1", "top-1", 2),
         ("test_top5", "top-5", 2),
-        ("valid_top1", "valid top-1", 2),
-        ("ema_top1", "averaged top-1", 2),
+        ("valid_top1", "validation top-1", 2),
+        ("ema_top1", "EMA top-1", 2),
     ):
         text += f"  {name} {row[key]:.{digits}f}" if key in row else ""
     return f"{text}  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
 
 
+def get_top1_history(history: list[dict]) -> list[float]:
+    """Return the top-1 accuracies on the test images, in percent, of the epochs that were evaluated."""
+    return [row["test_top1"] for row in history if "test_top1" in row]
+
+
 def summarize_history(history: list[dict], best: dict) -> dict:
-    """Last, best, and median and spread of the last ten evaluated epochs, of the top-1 accuracy on the test images."""
-    tops = [row["test_top1"] for row in history if "test_top1" in row]
+    """Return the content of result.json: last and best accuracy on the test images, and the median and the range over
+    the last ten evaluated epochs.
+    """
+    accuracies = get_top1_history(history)
+    last_ten = accuracies[-MEDIAN_EPOCHS:]
     return {
         "epochs": len(history),
-        "last_top1": tops[-1],
+        "last_top1": accuracies[-1],
         "last_top5": history[-1].get("test_top5"),
         "best": best,
-        "median_of_last_ten_top1": statistics.median(tops[-10:]),
-        "spread_of_last_ten_top1": max(tops[-10:]) - min(tops[-10:]),
+        "median_of_last_ten_top1": statistics.median(last_ten),
+        "spread_of_last_ten_top1": max(last_ten) - min(last_ten),
         "training_seconds": sum(row["seconds"] for row in history),
     }
 
@@ -117,7 +133,7 @@ CLASSIFIER = RunKind(
     name="classifier",
     resolve=resolve_options,
     check_resume=check_resume_options,
-    runs_of=classifier_runs,
+    locate_runs=locate_classifier_runs,
     format_epoch=format_epoch,
     columns=LOG_COLUMNS,
     metric="{split}_top1",
@@ -127,52 +143,59 @@ CLASSIFIER = RunKind(
 
 
 def finish_run(run: Run, test: DeviceLoader) -> dict | None:
-    """The last lines of a run; returns what result.json holds, in the main process."""
+    """Print the last lines of a run and write result.json. Returns its content, in the main process."""
     if run.finished_before:
-        again = evaluate_held_out(run.state, {"test": test}, run.bar)
-        if again:
-            accuracies = f"loss {again['test_loss']:.4f}, top-1 {again['test_top1']:.2f}"
-            run.log.say(f"this run was finished already; evaluated again: {accuracies}")
+        scores = evaluate_held_out(run.state, {"test": test}, run.bar)
+        if scores:
+            accuracies = f"test loss {scores['test_loss']:.4f}, top-1 {scores['test_top1']:.2f}"
+            run.log.say(f"this run is already finished; evaluated again: {accuracies}")
     run.guard.restore()
-    if is_main_process():
-        return log_result(run.log, summarize_history(run.history, run.best))
-    return None
-
-
-def log_result(log: RunFolder, result: dict) -> dict:
-    """Print the last lines and write result.json."""
-    best, top5 = result["best"], result["last_top5"]
-    log.say(
-        f"last epoch: top-1 accuracy {result['last_top1']:.2f} % (error {100 - result['last_top1']:.2f} %)"
-        f"{f', top-5 accuracy {top5:.2f} %' if top5 is not None else ''}; best top-1 {best['test_top1']:.2f} % (epoch "
-        f"{best['epoch']}, chosen on the {best['split']} images), median of the last ten "
-        f"{result['median_of_last_ten_top1']:.2f} %"
-    )
-    if not log.off:
-        log.write_result(result)
-        log.say(f"in {log.path}: {', '.join(sorted(path.name for path in log.path.iterdir() if path.name[0] != '.'))}")
+    if not is_main_process():
+        return None
+    result = summarize_history(run.history, run.best)
+    log_result(run.log, result, evaluated=len(get_top1_history(run.history)))
     return result
 
 
+def log_result(log: RunFolder, result: dict, evaluated: int) -> None:
+    """Print the last lines and write result.json. evaluated: number of evaluated epochs."""
+    best, top5 = result["best"], result["last_top5"]
+    text = f"last epoch: top-1 accuracy {result['last_top1']:.2f} % (error {100 - result['last_top1']:.2f} %)"
+    text += f", top-5 accuracy {top5:.2f} %" if top5 is not None else ""
+    text += f"; best top-1 {best['test_top1']:.2f} % at epoch {best['epoch']}"
+    text += f" (chosen on the {SPLITS[best['split']]} images)"
+    if evaluated >= MEDIAN_EPOCHS:  # below that it would be hardly more than the last epoch
+        text += f"; median of the last {MEDIAN_EPOCHS} evaluated epochs {result['median_of_last_ten_top1']:.2f} %"
+    log.say(text)
+    if not log.off:
+        log.write_result(result)
+        names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
+        log.say(f"files in {log.path}: {', '.join(names)}")
+
+
 def count_skipped(loader: DeviceLoader) -> str:
-    """The end of an epoch's line, where files could not be read."""
+    """Return the end of an epoch's line, which counts the unreadable files; empty if there were none."""
     skipped = int(all_reduce_sum(torch.tensor(loader.skipped)))
-    return f"  {skipped} unreadable files skipped" if skipped else ""
+    return f"  {format_count(skipped, 'unreadable file')} skipped" if skipped else ""
 
 
 def print_profile(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> None:
-    """--profile: time some steps, and print where the time went."""
+    """--profile: time some steps, and print how long each part of a step takes.
+
+    A step without mixing is estimated as data plus network: it does the same there, and nothing else.
+    """
     table = profile_steps(state, loader, config, steps)
-    total = sum(table.values())
-    print(f"{total:.2f} ms a step of {loader.batch_size} images")
+    total, images = sum(table.values()), min(loader.batch_size, len(loader.image_set))
+    factor = total / (table["data"] + table["network"])
+    print(f"{total:.2f} ms per step of {format_count(images, 'image')}, about {factor:.2f} times a step without mixing")
     for part, milliseconds in table.items():
         print(f"  {part:9} {milliseconds:9.2f} ms  {100 * milliseconds / total:5.1f} %")
 
 
-def draw_epoch(run: Run, data: Data, trained: ImageSet) -> None:
-    """curves.png every ten epochs and at the end; every --vis_epoch epochs a mixed batch of the images `trained` on.
+def draw_epoch(run: Run, data: Data, train: ImageSet) -> None:
+    """Draw curves.png every ten epochs and at the end, and a mixed batch of `train` every --vis_epoch epochs.
 
-    Every process mixes it, since batch norm may be over the images of all, and the main process draws it.
+    Every process mixes the batch, since batch norm may be synchronised; the main process draws it.
     """
     options, epoch, log = run.options, len(run.history), run.log
     if options["log_off"]:
@@ -183,23 +206,24 @@ def draw_epoch(run: Run, data: Data, trained: ImageSet) -> None:
         figures.draw_curves(log.path / "curves.png", run.history, title)
     if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
         path = None if log.off else log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
-        with run.state.preserved():
-            draw_mixed_images(path, run.state, replace(data, train=trained), f"{title}, epoch {epoch}")
+        with run.state.preserve_state():
+            draw_mixed_images(path, run.state, replace(data, train=train), f"{title}, epoch {epoch}")
 
 
 def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title: str) -> None:
-    """Eight training images, mixed among themselves; without a path they are only mixed."""
+    """Mix eight training images with each other and draw them. path: None: mix only, as processes without files do."""
     mixer, source, device = state.mixer, state.source, state.device
-    spread = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()  # folders come sorted by class
-    if mixer.batch_size:  # the eight again and again
-        spread = spread.repeat(1 + mixer.batch_size // len(spread))[: mixer.batch_size]
-    few = DeviceLoader(data.train.take(spread), len(spread), device=device, mean=data.mean, std=data.std)
-    batch = next(few.epoch())._replace(loaded_index=spread.to(device))
+    # evenly spaced, since folders come sorted by class
+    indices = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()
+    if mixer.batch_size:  # the method needs a batch of this size: repeat the eight images
+        indices = indices.repeat(1 + mixer.batch_size // len(indices))[: mixer.batch_size]
+    loader = DeviceLoader(data.train.take(indices), len(indices), device=device, mean=data.mean, std=data.std)
+    batch = next(loader.epoch())._replace(loaded_index=indices.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
     for one in state.sources:
         one.start_batch(batch)
     torch.manual_seed(1)
-    for _ in range(20):  # a method that mixes every other batch should show a mixed one
+    for _ in range(20):  # a method that mixes only some batches must show a mixed one
         mixed, soft = mixer(batch.images, targets, source)
         if not torch.equal(mixed, batch.images):
             break

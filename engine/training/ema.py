@@ -7,9 +7,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class ModelEma:
-    """Exponential moving average of the weights and of the batch-norm statistics; counters are copied.
+    """Exponential moving average of the weights and of the batch-norm statistics; integer buffers are copied.
 
-    torch's AveragedModel does the same, but makes the host wait for the device at every step.
+    torch's AveragedModel does the same, but synchronises host and device at every step.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):

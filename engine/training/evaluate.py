@@ -1,4 +1,4 @@
-"""Evaluate a classifier within a training script, and start one from given weights."""
+"""Evaluate a classifier within a training script, and initialise one from given weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,20 +20,22 @@ from engine.runtime.device import setup_backends
 from engine.runtime.distributed import is_main_process, shut_down_processes
 from engine.runtime.foreign_weights import load_weights
 from engine.runtime.progress import Progress, progress_bar
-from engine.training.run_folder import classifier_runs, find_resume
+from engine.training.run_folder import find_resume, locate_classifier_runs
 from engine.training.start import start_processes
 from engine.training.state import TrainingState
 
 
 def evaluate_held_out(state: TrainingState, loaders: dict[str, DeviceLoader], bar: bool) -> dict[str, float]:
-    """Columns of the log: loss and accuracies in percent on each held-out part, and of the averaged weights on the test
-    images. All processes share the work, and only the main one gets the numbers.
+    """Return columns of the log: loss and accuracies in percent on each held-out split, and the top-1 accuracy of the
+    weight average on the test images.
+
+    All processes share the work; only the main process gets the numbers, the others an empty dictionary.
     """
     columns = {}
-    for name, loader in loaders.items():
-        columns |= {f"{name}_{key}": value for key, value in evaluate(state.model, loader, bar).items()}
-    if state.ema and (averaged := evaluate(state.ema.module, loaders["test"], bar)):
-        columns["ema_top1"] = averaged["top1"]
+    for split, loader in loaders.items():
+        columns |= {f"{split}_{key}": value for key, value in evaluate(state.model, loader, bar).items()}
+    if state.ema and (scores := evaluate(state.ema.module, loaders["test"], bar)):
+        columns["ema_top1"] = scores["top1"]
     return columns
 
 
@@ -43,35 +45,42 @@ def evaluate(network: torch.nn.Module, loader: DeviceLoader, bar: bool) -> dict[
     return compute_scores(logits, labels) if is_main_process() else {}
 
 
-def init_from(model: torch.nn.Module, path: str, num_classes: int, find_matching_models: Callable) -> str:
-    """Load the weights of a file into the network; the last layer starts anew where the classes differ. A note."""
+def load_initial_weights(model: torch.nn.Module, path: str, num_classes: int, find_matching_models: Callable) -> str:
+    """--init_from: load the weights of a file into the network, and return a note about it.
+
+    The last layer keeps its random weights if the number of classes differs. find_matching_models(weights): names of
+    the models that the weights fit, for error messages.
+    """
     weights = SavedClassifier(path).weights
     matches = find_matching_models(weights)
     fresh = load_weights(model, weights, Path(path), num_classes=num_classes, new_head=True, matches=matches)
-    head = f"; the last layer starts anew, with {num_classes} classes" if fresh else ""
-    return f"--init_from {path}: weights taken{head}"
+    head = f"; the last layer is newly initialised for {num_classes} classes" if fresh else ""
+    return f"--init_from {path}: weights loaded{head}"
 
 
 def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict:
-    """--evaluate of a training script: loss and accuracies of --checkpoint on the test images, printed and returned.
+    """--evaluate: print and return loss and accuracies of --checkpoint on the test images.
 
-    models: the package of our networks.
+    models: the package `models`. Raises UserError if there is no checkpoint.
     """
-    path = find_resume(fill_in_options(typed, {}, parser.defaults), classifier_runs)
+    path = find_resume(fill_in_options(typed, {}, parser.defaults), locate_classifier_runs)
     if path is None:
-        raise UserError("--checkpoint auto: there is no such run to evaluate")
+        raise UserError("--checkpoint auto: found no run to evaluate; name its folder or a checkpoint file")
     file = SavedClassifier(path)
     if not file.options and "dataset" not in typed:
-        parser.error(f"--dataset: {path} does not say what it was trained on; name it")
+        parser.error(f"--dataset is missing: {path} does not record what it was trained on")
     options = fill_in_options(typed, file.options, parser.defaults)
     device = start_processes(options["device"], options["timeout"])
     setup_backends(device, seed=0, deterministic=options["deterministic"])
     data = load_data(progress=progress_bar, **select_kwargs(options, load_data))
     check_same_images(data)
     print("\n".join([data.test.summary("test"), *(f"note: {line}" for line in data.warnings)]))
-    name, count = typed.get("model") or file.options.get("model"), len(data.classes)
     network = file.build(
-        models.build_model, models.find_matching_models, model=name, num_classes=count, image_size=data.image_size
+        models.build_model,
+        models.find_matching_models,
+        model=typed.get("model") or file.options.get("model"),
+        num_classes=len(data.classes),
+        image_size=data.image_size,
     )
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     loader = DeviceLoader(
@@ -85,6 +94,6 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
     )
     result = evaluate(network.to(device, memory_format=layout), loader, bar=False)
     if result:
-        print(f"{path}: loss {result['loss']:.4f}\n{format_accuracy(result)}")
+        print(f"{path}: test loss {result['loss']:.4f}\n{format_accuracy(result)}")
     shut_down_processes()
     return result

@@ -17,7 +17,7 @@ from engine.training.running_sums import NonFiniteLoss
 from engine.training.state import TrainingState
 from engine.training.stopwatch import Stopwatch, time_source
 
-NO_BAD_STEP = 2**62  # the step of the first loss that was not finite, while all of them are
+NO_BAD_STEP = 2**62  # stands for the step of the first NaN or infinite loss as long as there is none
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class StepConfig:
     num_classes: int
     precision: torch.dtype | None = None  # of autocast; None: float32
     label_smoothing: float = 0.0
-    clip_grad: float = 0.0  # largest norm of the gradient; 0: no limit
+    clip_grad: float = 0.0  # maximum norm of the gradient; 0: no clipping
 
 
 def train_one_epoch(
@@ -40,14 +40,14 @@ def train_one_epoch(
     monitor: EpochMonitor | None = None,
     max_steps: int | None = None,
 ) -> dict[str, float]:
-    """Train on the batches of an epoch. Returns the mean loss, the accuracy and the number of images.
+    """Train for one epoch. Returns `train_loss`, `train_acc` in percent, and the number of `images`.
 
-    The accuracy is the mean label weight of the predicted class, in percent. The loss is that of the mixed images,
-    without the weight that the method gives it, so that methods can be compared. An optimizer step takes
-    `loader.micro_batches` batches, the gradients of which are averaged.
+    train_loss is the mean loss of the mixed images, without the weight that the method gives it, so that methods can be
+    compared. train_acc is the mean label weight of the predicted class. Each optimizer step averages the gradients of
+    `loader.micro_batches` batches. epoch: counted from 0. max_steps: stop the epoch early.
 
-    Losses stay on the device and are checked every `monitor.log_every` steps. Raises NonFiniteLoss at the check that
-    finds a NaN or infinite one, and TrainingInterrupted before a step where the monitor is asked to stop.
+    Losses stay on the device and are checked every `monitor.log_every` steps. Raises NonFiniteLoss if the check finds a
+    NaN or infinite loss, and TrainingInterrupted before a step if `monitor.stop_requested()`.
     """
     monitor = monitor or EpochMonitor(loader.device)
     stats, watch = monitor.stats, monitor.watch
@@ -59,7 +59,7 @@ def train_one_epoch(
     def means() -> dict[str, float]:
         losses.check(stats.step - 1)
         mean = stats.means()
-        return {"loss": mean["loss"], "accuracy": 100 * mean["hits"]}
+        return {"train loss": mean["loss"], "train acc": 100 * mean["hits"]}
 
     state.model.train()
     monitor.start()
@@ -82,20 +82,20 @@ def train_one_epoch(
 def backward_batch(
     state: TrainingState, source, batch: Batch, config: StepConfig, watch: Stopwatch, *, sync: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix a batch and add the gradient of its loss to .grad. Returns the loss () and the label weight of the predicted
-    class of each image, (B,).
+    """Mix a batch and add the gradient of its loss to .grad.
 
-    sync: whether DistributedDataParallel averages the gradients over the processes in this backward pass.
+    Returns the loss, (), and for each image the label weight of the predicted class, (B,). sync: whether
+    DistributedDataParallel averages the gradients over the processes in this backward pass.
     """
     mixer, device = state.mixer, batch.images.device
     targets = F.one_hot(batch.labels, config.num_classes).float()
     watch.lap("data")
-    learning = [one for one in state.sources if one.learns]
-    for one in learning:
+    learning_sources = [one for one in state.sources if one.learns]
+    for one in learning_sources:
         one.start_batch(batch)
-        batch.images.requires_grad_()
+        batch.images.requires_grad_()  # such a source learns from the gradient at the unmixed images
     mixed, soft = mixer(batch.images, targets, source)
-    if learning:
+    if learning_sources:
         coverage = mixing_coverage(mixed, batch.images)
     if mixer.wants_mixed_grad:
         mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
@@ -110,7 +110,7 @@ def backward_batch(
     watch.lap("network")
     mixer.after_backward(mixed.grad if mixer.wants_mixed_grad else None)
     watch.lap("mixing")
-    for one in learning:
+    for one in learning_sources:
         one.after_backward(batch.images.grad, coverage)
         watch.lap("saliency")
     with torch.no_grad():
@@ -118,7 +118,9 @@ def backward_batch(
 
 
 def optimizer_step(state: TrainingState, clip_grad: float, micro_batches: int) -> None:
-    """Step on the gradients in .grad, which are sums over `micro_batches` batches; then schedule and weight average."""
+    """Step the optimizer on .grad, the sum of the gradients of `micro_batches` batches; then step the schedule and
+    update the weight average.
+    """
     if micro_batches > 1:
         for parameter in state.model.parameters():
             if parameter.grad is not None:
@@ -139,19 +141,19 @@ def optimizer_step(state: TrainingState, clip_grad: float, micro_batches: int) -
 
 
 class LossCheck:
-    """Finds the first NaN or infinite loss of an epoch without making the host wait in every step."""
+    """Finds the first NaN or infinite loss of an epoch without synchronising host and device in every step."""
 
     def __init__(self, device: torch.device, first_step: int):
         self.first_bad = torch.full((), NO_BAD_STEP, device=device, dtype=torch.long)
         self.first_step = first_step  # of the epoch, in the run
-        self.indices: dict[int, list[torch.Tensor]] = {}  # positions of the images of each step since the last check
+        self.indices: dict[int, list[torch.Tensor]] = {}  # step since the last check -> positions of its images
 
     def add(self, step: int, loss: torch.Tensor, index: torch.Tensor) -> None:
         self.first_bad = torch.where((self.first_bad == NO_BAD_STEP) & ~loss.isfinite(), step, self.first_bad)
         self.indices.setdefault(step, []).append(index)
 
     def check(self, now: int) -> None:
-        """Raise NonFiniteLoss in all processes if one of them has seen such a loss by step `now` of the epoch."""
+        """Raise NonFiniteLoss in all processes if one of them has had such a loss up to step `now` of the epoch."""
         bad = min(all_gather_object(int(self.first_bad)))
         if bad < NO_BAD_STEP:
             index = torch.cat([index for process in all_gather_object(self.indices[bad]) for index in process])
@@ -160,7 +162,10 @@ class LossCheck:
 
 
 def mixing_coverage(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W): the weight with which each pixel of `images` went into the mixed images, summed over these."""
+    """Return for each pixel of `images` its weight in the mixed images, summed over them: (B, 1, H, W).
+
+    The gradient of the sum of all mixed pixels is this weight, whatever the method.
+    """
     if mixed is images:
         return torch.ones_like(images[:, :1])
     (weight,) = torch.autograd.grad(mixed, images, torch.ones_like(mixed), retain_graph=True)
@@ -168,8 +173,10 @@ def mixing_coverage(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def profile_steps(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> dict[str, float]:
-    """Milliseconds a step of data, saliency, mixing and network, over `steps` steps after ten to warm up."""
-    state.scheduler, seconds = None, {}  # a one-cycle schedule has an end
+    """Return milliseconds per step for data, saliency, mixing and network: means of `steps` steps, after ten steps of
+    warm-up.
+    """
+    state.scheduler, seconds = None, {}  # a one-cycle schedule raises an error after its last step
     train_one_epoch(state, loader, config, epoch=0, max_steps=10)
     done, epoch = 0, 1
     while done < steps:

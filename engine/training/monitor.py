@@ -1,4 +1,4 @@
-"""How a training epoch is watched: its sums, its time by part, its progress, and whether it shall stop."""
+"""Monitor a training epoch: running sums, time per part of a step, progress, and requests to stop."""
 
 import time
 from collections.abc import Callable
@@ -13,18 +13,19 @@ from engine.training.stopwatch import Stopwatch
 
 @dataclass
 class EpochMonitor:
-    """What the training loops of classifiers and detectors tell while an epoch runs. By default nobody listens.
+    """What a training loop reports to during an epoch; by default the reports go nowhere.
 
-    progress(step) is called after every step, and with the means, lr and images_per_second every `log_every` steps.
+    progress(step) is called after every step. Every `log_every` steps, and after the last one, it also gets the means,
+    lr and images_per_second as keyword arguments.
     """
 
     device: torch.device
-    stats: EpochStats = field(default_factory=EpochStats)  # not empty where an interrupted epoch is resumed
+    stats: EpochStats = field(default_factory=EpochStats)  # not empty if an interrupted epoch is resumed
     progress: Callable[..., None] = lambda step, **numbers: None
     stop_requested: Callable[[], bool] = lambda: False
     after_step: Callable[[], None] = lambda: None
     log_every: int = 100  # steps
-    first_step: int | None = None  # optimizer steps before this epoch; None: the loader's length times the epoch
+    first_step: int | None = None  # optimizer steps before this epoch; None: epoch times length of the loader
     watch: Stopwatch | None = None
 
     def __post_init__(self):
@@ -32,21 +33,21 @@ class EpochMonitor:
 
     def start(self) -> None:
         self.watch.start()
-        self.begun, self.images_before = time.perf_counter(), self.stats.seen
+        self.start_time, self.images_before = time.perf_counter(), self.stats.seen
 
     def raise_if_stopped(self, check: Callable[[], None] = lambda: None) -> None:
-        """Raise TrainingInterrupted where a stop is requested; check() comes first. Every process calls it."""
+        """Raise TrainingInterrupted if a stop is requested, after a call of check(). All processes must call it."""
         if self.stop_requested():
             check()
             raise TrainingInterrupted(self.stats)
 
     def end_step(self, steps: int, optimizer: torch.optim.Optimizer, means: Callable[[], dict[str, float]]) -> None:
-        """After an optimizer step of `steps`; means() is asked for the numbers to show when they are due."""
+        """Report the end of an optimizer step. steps: in the epoch. means() is called only when they are due."""
         self.stats.step += 1
         self.watch.lap("network")
         self.after_step()
         if self.stats.step % self.log_every and self.stats.step != steps:
             return self.progress(self.stats.step)
         numbers = means()
-        rate = (self.stats.seen - self.images_before) * world_size() / (time.perf_counter() - self.begun)
+        rate = (self.stats.seen - self.images_before) * world_size() / (time.perf_counter() - self.start_time)
         self.progress(self.stats.step, **numbers, lr=optimizer.param_groups[0]["lr"], images_per_second=rate)

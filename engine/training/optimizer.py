@@ -1,4 +1,4 @@
-"""The optimizer."""
+"""Build the optimizer."""
 
 import torch
 
@@ -12,21 +12,24 @@ def build_optimizer(
     weight_decay: float,
     no_decay_bn: bool = False,
 ) -> torch.optim.SGD:
-    """SGD on the parameters that learn. no_decay_bn: without weight decay on those of batch norm."""
-    learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    """Return SGD for the trainable parameters. no_decay_bn: no weight decay on the parameters of batch norm.
+
+    The keyword-only parameters are the options of the same names.
+    """
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
     return torch.optim.SGD(
-        split_norm_parameters(network) if no_decay_bn else learning,
+        split_norm_parameters(network) if no_decay_bn else trainable,
         lr,
         momentum=momentum,
         nesterov=nesterov and momentum > 0,
         weight_decay=weight_decay,
-        fused=learning[0].device.type in ("cpu", "cuda"),
+        fused=trainable[0].device.type in ("cpu", "cuda"),
     )
 
 
 def split_norm_parameters(network: torch.nn.Module) -> list[dict]:
-    """Two groups of parameters: those of batch norm, without weight decay, and all others."""
+    """Return two parameter groups: all parameters but those of batch norm, and those, without weight decay."""
     norms = [layer for layer in network.modules() if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm)]
-    spared = {id(parameter): parameter for layer in norms for parameter in layer.parameters()}
-    others = [parameter for parameter in network.parameters() if id(parameter) not in spared]
-    return [{"params": others}, {"params": list(spared.values()), "weight_decay": 0.0}]
+    norm_parameters = {id(parameter): parameter for layer in norms for parameter in layer.parameters()}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in norm_parameters]
+    return [{"params": others}, {"params": list(norm_parameters.values()), "weight_decay": 0.0}]

@@ -11,11 +11,12 @@ from engine.errors import Terminated, UserError
 from engine.runtime.checkpoint import Checkpoint, DataInfo, make_checkpoint, save_checkpoint
 from engine.runtime.device import seed_rank_generator
 from engine.runtime.distributed import all_reduce_sum, average_buffers, barrier, is_main_process, world_size
-from engine.runtime.memory import peak_memory_mb
+from engine.runtime.memory import get_peak_memory_mb
 from engine.runtime.preemption import PreemptionGuard
 from engine.runtime.progress import Progress, use_progress_bar
+from engine.runtime.text import format_count
 from engine.training.monitor import EpochMonitor
-from engine.training.run_folder import get_opencv_versions, public_options
+from engine.training.run_folder import get_opencv_versions, get_public_options
 from engine.training.running_sums import EpochStats, NonFiniteLoss, TrainingInterrupted
 from engine.training.schedule import StepSchedule
 from engine.training.start import Start
@@ -23,11 +24,17 @@ from engine.training.trackers import add_trackers
 
 
 class Run:
-    """The progress of a run, and the folder where it is kept; for classifiers, detectors and saliency maps.
+    """The progress and the folder of one training run, of a classifier, a detector or saliency maps.
 
-    start: the options, and the checkpoint to resume. state: what learns; engine.training.state.TrainingState is one.
-    data: what a checkpoint says of the data. schedule: steps of each epoch. total_steps: where the last epoch is cut
-    short. split: the images on which the best epoch is chosen. extra: further entries of its checkpoints.
+    Args:
+        start: the options and, if the run is resumed, its checkpoint.
+        state: model, optimizer and all else with a state, such as engine.training.state.TrainingState.
+        data: what checkpoints record about the data.
+        schedule: number of optimizer steps in each epoch.
+        epochs: number of epochs.
+        total_steps: number of optimizer steps, if the last epoch is cut short.
+        split: `test` or `valid`, the images on which the best epoch is chosen.
+        extra: further entries for the checkpoints.
     """
 
     def __init__(
@@ -42,15 +49,15 @@ class Run:
         split: str = "test",
         extra: dict | None = None,
     ):
-        self.kind, self.options, self.where = start.kind, start.options, start.where
+        self.kind, self.options, self.device_text = start.kind, start.options, start.device_text
         self.state, self.data, self.schedule, self.precision = state, data, schedule, start.precision
         self.last_epoch, self.total_steps = epochs, total_steps or schedule.first_step(epochs)
         self.extra = extra or {}
         self.history: list[dict] = []
         self.best = {"value": -1.0, "epoch": 0, "split": split}
-        self.stats: EpochStats | None = None  # of the epoch under way
-        self.epoch_start: dict = {"seconds": 0.0, "lr": None}  # of that epoch
-        self.notes: list[str] = []  # on how a resumed run differs
+        self.stats: EpochStats | None = None  # of the current epoch, None between epochs
+        self.epoch_start: dict = {"seconds": 0.0, "lr": None}  # time spent on it so far; lr at its start
+        self.notes: list[str] = []  # how the run differs from one that was never interrupted
         self.warned_maps = False
         self.bar = use_progress_bar(self.options["no_progress"]) and is_main_process()
         self.guard = PreemptionGuard()
@@ -64,67 +71,70 @@ class Run:
 
     @property
     def epochs(self) -> range:
-        """The epochs that are still to come, counted from 0."""
+        """The remaining epochs, counted from 0."""
         return range(len(self.history), self.last_epoch)
 
-    def steps_in(self, epoch: int) -> int:
-        """Optimizer steps of an epoch; the last one may be cut short."""
+    def count_steps(self, epoch: int) -> int:
+        """Return the number of optimizer steps in an epoch; the last epoch may be cut short."""
         first = self.schedule.first_step(epoch)
         return min(self.schedule.first_step(epoch + 1), self.total_steps) - first
 
     @property
     def step(self) -> int:
-        """Optimizer steps so far."""
+        """The number of optimizer steps so far."""
         return self.schedule.first_step(len(self.history)) + (self.stats.step if self.stats else 0)
 
     def load_checkpoint(self, saved: Checkpoint) -> None:
-        """Restore a checkpoint, and note in which way the run will differ from one that was never interrupted."""
+        """Restore a checkpoint, and note how the run will differ from one that was never interrupted."""
         self.history, self.best, self.epoch_start = saved["history"], saved["best"], saved["before"]
-        if saved["inside"]:  # the state of the method says where in the epoch it is
+        if saved["inside"]:  # the method needs its epoch before its state: that says how far into the epoch it is
             self.start_epoch(len(self.history))
         self.stats = self.state.load_state_dict(saved)
         if self.stats:
-            self.notes.append(f"epoch {len(self.history) + 1} goes on after {self.stats.step} of its steps")
+            epoch, steps = len(self.history) + 1, self.count_steps(len(self.history))
+            self.notes.append(f"epoch {epoch} resumes after {self.stats.step} of its {format_count(steps, 'step')}")
         if saved["precision"] != str(self.precision):
+            before, now = format_precision(saved["precision"]), format_precision(str(self.precision))
             self.notes.append(
-                f"before it computed in {saved['precision']}: from here on it is not the run it would have been"
+                f"precision changes from {before} to {now}: results will differ from an uninterrupted run"
             )
         if (processes := len(saved["rng"])) != world_size():
             self.notes.append(
-                f"{processes} processes saved this run and {world_size()} continue it: the images of each step are the "
-                "same, random draws, batch statistics and what a method learns are not; it is not the run it would "
-                "have been"
+                f"saved by {format_count(processes, 'process')}, resumed by {world_size()}: each step sees the same "
+                "images, but random draws, batch statistics and what a method has learned change; results will differ "
+                "from an uninterrupted run"
             )
 
     def log_header(self, lines: list[str], notes: list[str]) -> None:
-        """Begin the files of the run, say what is about to run, and listen to SIGTERM from here on."""
+        """Write the first files of the run, print lines and notes, and handle SIGTERM from here on."""
         add_trackers(self.log, self.options)
         self.log.write_config(self.options, self.state.device, kind=self.kind.name)
         self.log.write_log(self.history)
         processes = f", {world_size()} processes" if world_size() > 1 else ""
-        place = "" if self.log.off else f"; writing to {self.log.path}"
-        if len(both := get_opencv_versions()) > 1:
-            notes = [*notes, f"{' and '.join(both)} overwrite each other's files: uninstall all but one"]
-        for line in [*lines, f"on {self.where}{processes}{place}", *(f"note: {one}" for one in [*self.notes, *notes])]:
-            self.log.say(line)
+        folder = "" if self.log.off else f"; writing to {self.log.path}"
+        lines = [*lines, f"running on {self.device_text}{processes}{folder}"]
         done = len(self.history) if self.kind.progress_unit == "epoch" else self.step
         if done and self.epochs:
-            self.log.say(f"continuing after {self.kind.progress_unit} {done}")
+            lines.append(f"resuming after {self.kind.progress_unit} {done}")
+        if len(packages := get_opencv_versions()) > 1:
+            notes = [*notes, f"{' and '.join(packages)} overwrite each other's files: uninstall all but one"]
+        for line in [*lines, *(f"note: {note}" for note in [*self.notes, *notes])]:
+            self.log.say(line)
         self.guard.install()
 
     def start_epoch(self, epoch: int) -> None:
         if self.state.mixer:
-            self.state.mixer.start_epoch(epoch, self.last_epoch, self.steps_in(epoch))
+            self.state.mixer.start_epoch(epoch, self.last_epoch, self.count_steps(epoch))
 
     @contextmanager
     def monitor(self, epoch: int) -> Iterator[EpochMonitor]:
-        """Around the training of an epoch: what watches it."""
+        """Yield the monitor of an epoch, which the training loop reports to; afterwards synchronise the processes."""
         if self.stats is None:
             self.start_epoch(epoch)
             self.stats = self.kind.stats_type()
             self.epoch_start = {"seconds": 0.0, "lr": self.state.optimizer.param_groups[0]["lr"]}
         self.begun = time.perf_counter() - self.epoch_start["seconds"]
-        steps = self.steps_in(epoch)
+        steps = self.count_steps(epoch)
         with Progress(f"epoch {epoch + 1}/{self.last_epoch}", steps, bar=self.bar) as progress:
             monitor = EpochMonitor(
                 self.state.device,
@@ -143,25 +153,26 @@ class Run:
         self.part_seconds = monitor.watch.seconds()
 
     def save_within_epoch(self) -> None:
-        """Save every --save_iters steps, where a kind of run has this option."""
+        """Save every --save_iters steps, if this kind of run has the option."""
         every = self.options.get("save_iters")
-        if every and self.step % every == 0 and self.stats.step < self.steps_in(len(self.history)):
+        if every and self.step % every == 0 and self.stats.step < self.count_steps(len(self.history)):
             self.epoch_start["seconds"] = time.perf_counter() - self.begun
             self.save()
 
-    def is_evaluated(self, epoch: int) -> bool:
-        """Whether --eval_every names this epoch; the last one is always evaluated."""
+    def should_evaluate(self, epoch: int) -> bool:
+        """Return whether to evaluate after this epoch: every --eval_every epochs, and after the last one."""
         every = self.options["eval_every"]
         return epoch + 1 == self.last_epoch or bool(every) and (epoch + 1) % every == 0
 
     def end_epoch(self, row: dict, *, also: list[str] | tuple = (), remark: str = "") -> dict:
-        """The epoch of this row of the log is done: save, log. Returns the whole row.
+        """Finish an epoch: complete its row of the log, save checkpoints, log and print. Returns the row.
 
-        also: names of further checkpoints to write. remark: the end of the printed line.
+        also: names of further checkpoints to write. remark: text to append to the printed line.
         """
         epoch, seconds = len(self.history) + 1, self.epoch_start["seconds"]
         row |= {"epoch": epoch, "lr": self.epoch_start["lr"], "seconds": seconds}
-        row |= {"images_per_second": row.pop("images") / seconds, "peak_memory_mb": peak_memory_mb(self.state.device)}
+        images = row.pop("images")
+        row |= {"images_per_second": images / seconds, "peak_memory_mb": get_peak_memory_mb(self.state.device)}
         row |= {f"{part}_seconds": self.part_seconds.get(part, 0.0) for part in self.kind.timed_parts}
         step = self.step
         complete = step == self.schedule.first_step(epoch)
@@ -179,21 +190,29 @@ class Run:
         self.stats = None
         self.log.write_log(self.history)
         self.log.track(row)
-        self.log.say(self.kind.format_epoch(row, self.last_epoch) + remark)
-        self.warn_unusable_maps()
+        self.log.say(self.kind.format_epoch(row, self.last_epoch, self.options) + remark)
+        self.warn_unusable_maps(images)
 
-    def warn_unusable_maps(self) -> None:
-        """Say once that maps of the saliency source could not be used. Every process calls it."""
+    def warn_unusable_maps(self, images: int) -> None:
+        """Print a note in the first epoch with unusable saliency maps. All processes must call it.
+
+        images: number of images in the epoch.
+        """
         unusable = 0
         if self.state.mixer and not self.warned_maps:
             unusable = int(all_reduce_sum(torch.as_tensor(self.state.mixer.unusable)))
         if unusable:
             self.warned_maps = True
-            self.log.say(f"note: {unusable} saliency maps were all zero or no numbers, and were taken as uniform")
+            self.log.say(
+                f"note: {format_count(unusable, 'saliency map')} of {format_count(images, 'image')} were all zero (the "
+                "loss of those images is 0 already) or NaN and were replaced by a uniform map; harmless if rare"
+            )
 
     def save(self, also: list[str] | tuple = (), step: int | None = None) -> None:
-        """Write the checkpoints `also`, and last.pt last of all: only then the epoch counts as done. Every process
-        calls it. step: optimizer steps so far, where the history already counts an epoch that was cut short.
+        """Write the checkpoints named in `also`, then last.pt. All processes must call it.
+
+        last.pt comes last, because from then on the epoch counts as done. step: optimizer steps so far, if the history
+        already counts an epoch that was cut short.
         """
         if self.options.get("log_off"):
             return
@@ -207,7 +226,7 @@ class Run:
             epoch=len(self.history),
             step=self.step if step is None else step,
             precision=str(self.precision),
-            config=public_options(self.options),
+            config=get_public_options(self.options),
             history=self.history,
             best=self.best,
             before=self.epoch_start,
@@ -217,8 +236,10 @@ class Run:
 
     @contextmanager
     def save_on_interrupt(self) -> Iterator[None]:
-        """Around an epoch: after SIGTERM, Ctrl-C or a loss that is not finite, what is worth saving is saved, and the
-        message says how to resume.
+        """Wrap an epoch: after SIGTERM save a checkpoint, after a NaN or infinite loss save the evidence, and in any
+        case say how to resume.
+
+        Raises Terminated after SIGTERM, and UserError after a NaN or infinite loss or a file that cannot be read.
         """
         try:
             yield
@@ -231,34 +252,39 @@ class Run:
             self.save()
             barrier()
             saved = self.log.last.exists()
-            remedy = f"continue with {self.log.resume_flag} {self.log.last}" if saved else self.how_to_resume()
-            raise Terminated(f"{stopped.stats.step} steps into the epoch; {remedy}") from None
+            remedy = f"resume with {self.log.resume_flag} {self.log.last}" if saved else self.format_resume_hint()
+            raise Terminated(f"{format_count(stopped.stats.step, 'step')} into the epoch; {remedy}") from None
         except UserError as error:  # such as a file that cannot be read
             saved = not self.log.off and self.log.last.exists()
-            raise UserError(f"{error}; then {self.how_to_resume()}" if saved else str(error)) from error
+            raise UserError(f"{error}; then {self.format_resume_hint()}" if saved else str(error)) from error
         except KeyboardInterrupt:
             if is_main_process():
-                print(f"\n{self.how_to_resume()}", file=sys.stderr)
+                print(f"\n{self.format_resume_hint()}", file=sys.stderr)
             raise
 
-    def how_to_resume(self) -> str:
+    def format_resume_hint(self) -> str:
         if self.log.off or not self.log.last.exists():
-            return "no epoch was finished, so nothing is kept"
-        return f"what was saved last is kept: continue with {self.log.resume_flag} {self.log.last}"
+            return "there is no checkpoint to resume from"
+        return f"resume with {self.log.resume_flag} {self.log.last}"
 
     def explain_nonfinite(self, error: NonFiniteLoss) -> UserError:
-        """Save the evidence of a NaN or infinite loss; the error that ends the run."""
+        """Save the evidence of a NaN or infinite loss. Returns the error that ends the run."""
         saved = ""
         if not self.log.off:
             evidence = {"model": self.state.model.state_dict(), "step": error.step, "index": error.index}
             evidence |= {"weights_of_step": error.now, **error.evidence}
             save_checkpoint(self.log.nonfinite, evidence)
-            saved = f"; weights and the batch's image numbers are in {self.log.nonfinite}"
+            saved = f"; the weights and the indices of the batch's images are in {self.log.nonfinite}"
             if self.kind.draw_nonfinite:
                 self.kind.draw_nonfinite(self.log.nonfinite.with_suffix(".png"), error.evidence, self.data.classes)
-        barrier()  # the process that ends first ends the others, and so would the one that saves
+        barrier()  # the first process that exits ends all others: wait for the one that saves
         scaler, lr = self.state.scaler, self.state.optimizer.param_groups[0]["lr"]
         scale = f", loss scale {scaler.get_scale():g}" if scaler and scaler.is_enabled() else ""
         return UserError(
-            f"{error}, lr by now {lr:g}{scale}{saved}\ntry {self.kind.nonfinite_remedy}; {self.how_to_resume()}"
+            f"{error}, current lr {lr:g}{scale}{saved}\ntry {self.kind.nonfinite_remedy}; {self.format_resume_hint()}"
         )
+
+
+def format_precision(name: str) -> str:
+    """Return the name of a precision for a person. name: as in a checkpoint, such as `None` or `torch.bfloat16`."""
+    return "float32" if name == "None" else name.removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The run folder: what was asked for, what happened, what came out."""
+"""The run folder: configuration, log, checkpoints and result of a run."""
 
 import csv
 import io
@@ -20,54 +20,59 @@ from engine.runtime.files import write_atomic, write_json
 SECRET_OPTIONS = {"wandb_key"}
 
 
-def classifier_runs(options: dict) -> tuple[Path, str]:
-    """Where the runs of this data set and model are kept, and how its unnamed runs begin."""
+def locate_classifier_runs(options: dict) -> tuple[Path, str]:
+    """Return the parent folder of all runs of this data set and model, and the prefix of runs without a --name."""
     return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
 
 
-def find_resume(options: dict, runs_of: Callable) -> Path | None:
-    """The checkpoint that --checkpoint means, or None. `auto`: of the run of --name, else the newest of the method."""
+def find_resume(options: dict, locate_runs: Callable) -> Path | None:
+    """Return the checkpoint that --checkpoint names, or None if there is none.
+
+    `auto` is last.pt of the run --name or, without a name, of the newest run of the method. Raises UserError if a named
+    file does not exist.
+    """
     if options["checkpoint"] != "auto":
         return find_checkpoint(options["checkpoint"]) if options["checkpoint"] else None
-    parent, begins = runs_of(options)
-    dated = sorted(parent.glob(f"{begins}_????????-??????*"), key=lambda path: path.name)
+    parent, prefix = locate_runs(options)
+    dated = sorted(parent.glob(f"{prefix}_????????-??????*"), key=lambda path: path.name)
     folder = parent / options["name"] if options["name"] else dated[-1] if dated else parent
     return folder / "last.pt" if (folder / "last.pt").exists() else None
 
 
-def choose_run_folder(options: dict, resume: Path | None, runs_of: Callable) -> Path:
-    """The folder to write to: that of the run that goes on, else root_dir/dataset/model/name.
+def choose_run_folder(options: dict, resume: Path | None, locate_runs: Callable) -> Path:
+    """Return the folder to write to: that of the resumed run, else a new one, for classifiers
+    root_dir/dataset/model/name.
 
-    Raises UserError rather than write over another run.
+    resume: the checkpoint to resume from. Raises UserError if the folder already holds another run.
     """
     if resume and (resume.parent / "config.json").is_file():
         return resume.parent
-    parent, begins = runs_of(options)
+    parent, prefix = locate_runs(options)
     if options["name"]:
         folder = parent / options["name"]
     else:
-        base = f"{begins}_{datetime.now():%Y%m%d-%H%M%S}"
+        base = f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}"
         names = (base + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
         folder = next(parent / name for name in names if not (parent / name).exists())
     if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
         raise UserError(
-            f"{folder} holds a run already\ncontinue it with --checkpoint auto --name {folder.name}, start it anew "
-            "with --overwrite, or give another --name"
+            f"{folder} already holds a run\nresume it with --checkpoint auto --name {folder.name}, replace it with "
+            "--overwrite, or choose another --name"
         )
     if (folder / "previous.pt").exists() and not options["overwrite"] and not options["log_off"]:
         raise UserError(
-            f"{folder} holds a run whose last.pt is gone\ncontinue the epoch before with --checkpoint "
-            f"{folder / 'previous.pt'}, or start anew with --overwrite"
+            f"{folder} holds a run whose last.pt is missing\nresume from the epoch before with --checkpoint "
+            f"{folder / 'previous.pt'}, or replace the run with --overwrite"
         )
     return folder
 
 
 class RunFolder:
-    """Where a run writes; nothing at all is written when `off`, as in all processes but the first. `say` shows a line
-    and keeps it in log.txt.
+    """The files of a run.
 
-    fresh: checkpoints of an earlier run in the folder go, so that none can be taken for one of this run. columns: of
-    log.csv.
+    off: write nothing, as in all processes but the main one. fresh: delete the checkpoints of an earlier run in the
+    folder, so that none is mistaken for one of this run. columns: of log.csv. Raises UserError if the folder cannot be
+    created.
     """
 
     resume_flag = "--checkpoint"
@@ -82,7 +87,7 @@ class RunFolder:
                     stale.unlink()
             except OSError as error:
                 raise UserError(
-                    f"cannot make the run folder {self.path}: {error.strerror}; name another with --root_dir"
+                    f"cannot create the run folder {self.path}: {error.strerror}; choose another place with --root_dir"
                 ) from error
 
     @property
@@ -92,16 +97,17 @@ class RunFolder:
 
     @property
     def nonfinite(self) -> Path:
-        """Where the weights and the batch of a loss that is not finite are kept."""
+        """The file for the weights and the batch of a NaN or infinite loss."""
         return self.path / "nonfinite.pt"
 
     def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
-        """Write the checkpoints named in `also`, and the last one, beside which the one before is kept."""
+        """Write the checkpoints named in `also`, then last.pt; the last.pt before it becomes previous.pt."""
         for name in also:
             save_checkpoint(self.path / name, content)
         save_checkpoint(self.last, content, keep_previous=True)
 
     def say(self, text: str) -> None:
+        """Print a line and append it to log.txt."""
         print(text, flush=True)
         if not self.off:
             with open(self.path / "log.txt", "a", encoding="utf-8") as file:
@@ -115,7 +121,7 @@ class RunFolder:
             self.path / "config.json",
             {
                 "kind": kind,
-                "options": public_options(options),
+                "options": get_public_options(options),
                 "versions": {**get_versions(), "opencv": get_opencv_versions()},
                 "device": name,
                 "command": hide_secrets(sys.argv),
@@ -124,7 +130,7 @@ class RunFolder:
         )
 
     def write_log(self, history: list[dict]) -> None:
-        """log.csv anew from all epochs so far: a row is neither lost nor doubled, wherever a run was stopped."""
+        """Rewrite log.csv from all epochs so far, so that an interrupted run neither loses nor repeats a row."""
         if self.off:
             return
         text = io.StringIO()
@@ -142,8 +148,8 @@ class RunFolder:
             write_json(self.path / "result.json", result)
 
 
-def public_options(options: dict) -> dict:
-    """Those that may be written to a file."""
+def get_public_options(options: dict) -> dict:
+    """Return the options that may be written to a file: all but secrets."""
     return {key: value for key, value in options.items() if key not in SECRET_OPTIONS}
 
 
@@ -152,12 +158,15 @@ def format_value(value):
 
 
 def get_opencv_versions() -> dict[str, str]:
-    """Version of each OpenCV distribution; two of them overwrite each other's files. Imports none: that is slow."""
-    found = {}
+    """Return the version of each installed OpenCV distribution; two of them overwrite each other's files.
+
+    Reads the package metadata, since importing cv2 is slow.
+    """
+    versions = {}
     for name in ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"):
         with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def get_git_commit() -> str | None:
@@ -170,6 +179,7 @@ def get_git_commit() -> str | None:
 
 
 def hide_secrets(words: list[str]) -> list[str]:
+    """Return a command line with the values of secret options replaced by ***."""
     hidden, skip = [], False
     for word in words:
         name = word.split("=")[0].lstrip("-").replace("-", "_")

@@ -1,4 +1,4 @@
-"""Sums over the images of an epoch, and the two ways in which an epoch ends early."""
+"""Sums over the images of an epoch, and the two exceptions that end an epoch early."""
 
 from dataclasses import dataclass, field
 
@@ -10,17 +10,18 @@ from engine.runtime.distributed import all_reduce_sum
 class NonFiniteLoss(Exception):
     """The loss became NaN or infinite at `step`; it was detected at step `now`.
 
-    index: positions of the images of that step. what: which loss. evidence: further values worth saving, by name.
+    index: positions in the image set of the images of that step. what: which loss. evidence: further values worth
+    saving, by name.
     """
 
     def __init__(self, step: int, index: torch.Tensor, now: int, what: str = "the loss", evidence: dict | None = None):
-        seen = f" (seen at step {now})" if evidence is None else ""
-        super().__init__(f"{what} is not finite at step {step}{seen}")
+        detected = f" (detected at step {now})" if evidence is None else ""
+        super().__init__(f"{what} became NaN or infinite at step {step}{detected}")
         self.step, self.index, self.now, self.evidence = step, index, now, evidence or {}
 
 
 class TrainingInterrupted(Exception):
-    """Training was asked to stop within an epoch, after the steps that `stats` counts."""
+    """Training stopped on request within an epoch, after the steps that `stats` counts."""
 
     def __init__(self, stats: "EpochStats"):
         super().__init__(f"stopped after {stats.step} steps of the epoch")
@@ -36,7 +37,7 @@ class EpochStats:
     step: int = 0  # optimizer steps
 
     def add(self, count: int, **sums: torch.Tensor) -> None:
-        """Add the sums over `count` more images, each ()."""
+        """Add the sums over `count` more images, each of shape ()."""
         for name, value in sums.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value.detach().float()
         self.seen += count
@@ -50,12 +51,12 @@ class EpochStats:
 
     @staticmethod
     def merge(states: list[dict]) -> dict:
-        """One state with the sums of all these."""
+        """Return one state dict with the sums of the state dicts of all processes."""
         sums = {name: sum(one["sums"][name] for one in states) for name in states[0]["sums"]}
         return {"sums": sums, "seen": sum(one["seen"] for one in states), "step": states[0]["step"]}
 
     def means(self) -> dict[str, float]:
-        """Means over the images of all processes, and the number of these `images`; waits for the device."""
+        """Return the means over the images of all processes, and under `images` their number. Waits for the device."""
         seen = next(iter(self.sums.values())).new_tensor(self.seen)
         *sums, seen = all_reduce_sum(torch.stack([*self.sums.values(), seen]).double()).tolist()
         return {**{name: value / seen for name, value in zip(self.sums, sums, strict=True)}, "images": int(seen)}

@@ -1,4 +1,4 @@
-"""Where an optimizer step falls in a run, and the learning rate there. Schedules are stepped once an iteration."""
+"""Learning-rate schedules. All are stepped once per optimizer step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,16 +10,16 @@ from engine.config.phases import parse_lr_points
 
 
 class StepSchedule:
-    """Where an optimizer step falls, in a run whose phases may have different numbers of steps an epoch.
+    """Converts between optimizer steps and epochs in a run whose phases may have different numbers of steps per epoch.
 
-    phases: (last epoch, steps an epoch) of each, in order. After its end the last phase goes on.
+    phases: (end epoch, steps per epoch) of each phase, in order. The last phase continues beyond its end.
     """
 
     def __init__(self, phases: Sequence[tuple[int, int]]):
         self.phases = list(phases)
 
     def first_step(self, epoch: int) -> int:
-        """How many steps come before `epoch`."""
+        """Return the first step of an epoch, which is also the number of steps before it."""
         before, begin = 0, 0
         for end, steps in self.phases[:-1]:
             before += (min(epoch, end) - min(epoch, begin)) * steps
@@ -27,7 +27,7 @@ class StepSchedule:
         return before + max(0, epoch - begin) * self.phases[-1][1]
 
     def locate(self, step: int) -> tuple[int, int, int]:
-        """The epoch of a step, its number in the epoch, and how many steps that epoch has."""
+        """Return the epoch of a step, the position of the step in that epoch, and the number of steps in that epoch."""
         begin = 0
         for end, steps in self.phases[:-1]:
             if step < (end - begin) * steps:
@@ -55,11 +55,11 @@ def build_scheduler(
     pct_start: float,
     final_div_factor: float,
 ) -> LRScheduler:
-    """The learning-rate schedule. The parameters by name are the options of these names.
+    """Return the learning-rate schedule. The keyword-only parameters are the options of the same names.
 
-    scheduler: multistep, cosine, linear or constant, which change the rate between epochs, or onecycle or points, which
-    change it at every iteration; warm-up does so too. max_lr None: lr is the peak.
-    One-cycle is torch's: it moves the momentum too, between 0.95 at both ends and 0.85 at the peak.
+    scheduler: `multistep`, `cosine`, `linear` and `constant` change the learning rate between epochs; `onecycle`,
+    `points` and the warm-up change it at every step. max_lr: peak of one-cycle; None: lr. One-cycle is torch's
+    OneCycleLR, which also cycles the momentum: 0.95 at both ends, 0.85 at the peak.
     """
     if scheduler == "onecycle":
         return OneCycleLR(
@@ -72,7 +72,7 @@ def build_scheduler(
             cycle_momentum=optimizer.param_groups[0]["momentum"] > 0,
         )
     if scheduler == "points":
-        return LambdaLR(optimizer, points_factor(steps, parse_lr_points(lr_points), lr))
+        return LambdaLR(optimizer, make_points_factor(steps, parse_lr_points(lr_points), lr))
     warmup_steps = warmup_epochs * steps.locate(0)[2]
     gammas = gammas * len(schedule) if len(gammas) == 1 else gammas
 
@@ -90,9 +90,11 @@ def build_scheduler(
     return LambdaLR(optimizer, factor)
 
 
-def points_factor(steps: StepSchedule, points: Sequence[tuple[float, float]], lr: float) -> Callable[[int], float]:
-    """Of each step, the rate on the points relative to lr: in step s of S of an epoch the rate is that at
-    epoch + (s + 1) / S, as in the published three-phase ImageNet code.
+def make_points_factor(steps: StepSchedule, points: Sequence[tuple[float, float]], lr: float) -> Callable[[int], float]:
+    """Return the function step -> learning rate relative to lr, for a schedule through `points`.
+
+    Step s of the S steps of an epoch has the rate at epoch + (s + 1) / S, as in the published three-phase ImageNet
+    code.
     """
 
     def factor(step: int) -> float:
@@ -103,9 +105,9 @@ def points_factor(steps: StepSchedule, points: Sequence[tuple[float, float]], lr
 
 
 def interpolate_lr(points: Sequence[tuple[float, float]], epoch: float, *, before: bool = False) -> float:
-    """The learning rate at a real-valued epoch, on straight lines through (epoch, rate) points.
+    """Return the learning rate at a real-valued epoch, interpolated linearly between (epoch, rate) points.
 
-    Where two points share an epoch the rate jumps: the later one counts there, or the earlier one with before=True.
+    Two points at the same epoch are a jump: there the later point holds or, with before=True, the earlier one.
     """
     for (left, low), (right, high) in zip(points, points[1:], strict=False):
         if left < right and (left <= epoch < right or (before and epoch == right)):

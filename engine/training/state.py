@@ -1,4 +1,4 @@
-"""What a training run carries from step to step: built once, saved with each checkpoint, restored exactly."""
+"""The state of a training run: built once, saved in each checkpoint, restored exactly."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -22,23 +22,25 @@ from engine.runtime.distributed import (
     wrap_ddp,
 )
 from engine.training.ema import ModelEma
-from engine.training.loss import LOSSES, cross_entropy_scale
+from engine.training.loss import LOSSES, get_cross_entropy_scale
 from engine.training.running_sums import EpochStats
 from engine.training.stopwatch import flatten_sources
 
 
 @dataclass
 class TrainingState:
-    """Everything whose state decides how training continues."""
+    """Everything whose state determines how training continues."""
 
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    mixer: object | None = None  # None where nothing is mixed
-    source: object | None = None  # of saliency: what the mixer takes, for a choice of methods a list
+    mixer: object | None = None  # None: no mixing
+    source: object | None = None  # saliency source of the mixer; a list if it chooses among several methods
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     scaler: torch.amp.GradScaler | None = None
     ema: ModelEma | None = None
-    network: torch.nn.Module | None = None  # `model` as wrapped for several processes: forward is called on it
+    network: torch.nn.Module | None = (
+        None  # `model` or its DistributedDataParallel wrapper; the training step calls this one
+    )
 
     def __post_init__(self):
         self.network = self.network or self.model
@@ -49,27 +51,28 @@ class TrainingState:
 
     @property
     def sources(self) -> list:
-        """The sources of saliency, each once."""
+        """The saliency sources, each once."""
         return flatten_sources(self.source)
 
     @property
     def networks(self) -> list[torch.nn.Module]:
+        """The model and, if there is one, its weight average."""
         return [self.model, *([self.ema.module] if self.ema else [])]
 
     def state_dict(self, stats: EpochStats | None = None) -> dict | None:
-        """These entries of a Checkpoint, for the main process; None for the others, which must call it too.
+        """Return entries of a Checkpoint in the main process, and None in the others. All processes must call it.
 
-        stats: where the epoch stands, if one is under way.
+        stats: of the unfinished epoch, if there is one.
         """
         own = {"rng": get_rng_state(self.device), "method": self.mixer and self.mixer.state_dict()}
-        if stats:  # batch statistics are still each process's own
+        if stats:  # within an epoch, each process has batch statistics of its own
             own |= {"tally": stats.state_dict(), "buffers": [list(network.buffers()) for network in self.networks]}
         if (processes := gather_object(own)) is None:
             return None
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": plain_scheduler_state(self.scheduler),
+            "scheduler": get_plain_scheduler_state(self.scheduler),
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": self.ema.module.state_dict() if self.ema else None,
             "method": [one["method"] for one in processes],
@@ -79,11 +82,11 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: Checkpoint) -> EpochStats | None:
-        """Restore the state of a checkpoint. Returns where its epoch stood, if one was under way.
+        """Restore the state of a checkpoint. Returns the stats of its unfinished epoch, if there is one.
 
-        What the options say of the optimizer stays: it differs from the saved state where the user forced it to. After
-        another number of processes each draws its own numbers anew, and what a method has learned in each is dropped.
-        Raises UserError where the state of the method does not fit.
+        Hyper-parameters of the optimizer stay as built, since --force_config may have changed them. If the number of
+        processes differs, the random generators are reseeded and the per-process state of the method is dropped.
+        Raises UserError if the state of the method does not fit.
         """
         self.load_optimizer(saved)
         self.model.load_state_dict(saved["model"])
@@ -99,38 +102,41 @@ class TrainingState:
                 source.load_state_dict(state)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"the saved state of the method does not fit ({str(error).splitlines()[0]}): it was saved by another "
-                "method, source or version\nstart a new run; --init_from takes the weights of this one"
+                f"the saved state of the method does not fit ({str(error).splitlines()[0]}): it comes from another "
+                "method, source or version\nstart a new run from these weights with --init_from"
             ) from error
-        if same_processes:  # the generators last, since building things draws from them
+        if same_processes:  # generators come last, since loading the rest may draw from them
             set_rng_state(saved["rng"][rank()], self.device)
         else:
-            seed_rank_generator(saved["step"] + world_size(), anew=True)
+            seed_rank_generator(saved["step"] + world_size(), include_main=True)
         return self.load_epoch(saved["inside"]) if saved["inside"] else None
 
     def load_optimizer(self, saved: Checkpoint) -> None:
-        """Restore optimizer and schedule, but keep the hyper-parameters of now."""
-        wanted = [{key: group[key] for key in ("weight_decay", "nesterov")} for group in self.optimizer.param_groups]
+        """Restore optimizer and schedule, but keep the current hyper-parameters."""
+        current = [{key: group[key] for key in ("weight_decay", "nesterov")} for group in self.optimizer.param_groups]
         base_lrs, momentum = self.scheduler.base_lrs, self.optimizer.param_groups[0]["momentum"]
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
-        for group, own in zip(self.optimizer.param_groups, wanted, strict=True):
+        for group, own in zip(self.optimizer.param_groups, current, strict=True):
             group.update(own)
-        if isinstance(self.scheduler, LambdaLR):  # the rate that the options of now give at this step
+        if isinstance(self.scheduler, LambdaLR):  # the learning rate of the current options at this step
             self.scheduler.base_lrs = base_lrs
             for group, lr, factor in zip(self.optimizer.param_groups, base_lrs, self.scheduler.lr_lambdas, strict=True):
                 group |= {"initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch), "momentum": momentum}
 
     def load_epoch(self, saved: list[dict]) -> EpochStats:
-        """The sums and batch statistics of an epoch under way; of another number of processes their sum and mean."""
+        """Restore the batch statistics of an unfinished epoch, and return its stats. saved: one entry per process.
+
+        If the number of processes differs, the statistics are averaged and the main process gets all sums.
+        """
         if len(saved) == world_size():
             own = saved[rank()]
         else:
             merged = EpochStats.merge([one["tally"] for one in saved])
-            if not is_main_process():  # the main process takes all of it
+            if not is_main_process():  # so that the sums count once
                 merged |= {"sums": {name: 0 * value for name, value in merged["sums"].items()}, "seen": 0}
             columns = zip(*(one["buffers"] for one in saved), strict=True)
-            own = {"buffers": [average_buffers_of(column) for column in columns], "tally": merged}
+            own = {"buffers": [average_buffer_lists(column) for column in columns], "tally": merged}
         for network, values in zip(self.networks, own["buffers"], strict=True):
             for buffer, value in zip(network.buffers(), values, strict=True):
                 buffer.copy_(value)
@@ -138,19 +144,21 @@ class TrainingState:
         stats.load_state_dict(own["tally"], self.device)
         return stats
 
-    def mix_with(self, mixer, build_source: Callable) -> None:
-        """Use this method from here on, with the sources of saliency that build_source(mixer) makes."""
+    def set_mixer(self, mixer, build_source: Callable) -> None:
+        """Use this mixing method from now on, with the saliency source that build_source(mixer) returns."""
         self.mixer, self.source = mixer, mixer.build_source(build_source)
 
     def sync_sources(self) -> None:
-        """Share between processes what the sources have learned since the last call."""
+        """Share what the sources have learned since the last call among all processes."""
         if world_size() > 1:
             for source in self.sources:
                 source.exchange(all_reduce_sum)
 
     @contextmanager
-    def preserved(self):
-        """Around trying out the method: training continues as if it had not been tried."""
+    def preserve_state(self):
+        """Restore generators, batch statistics and method at the end of the block, so that trying out the method leaves
+        no trace in the training.
+        """
         rng, method = get_rng_state(self.device), copy.deepcopy(self.mixer.state_dict())
         statistics = [buffer.clone() for buffer in self.model.buffers()]
         try:
@@ -163,16 +171,18 @@ class TrainingState:
             set_rng_state(rng, self.device)
 
 
-def average_buffers_of(networks: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The mean of each buffer over several copies of a network; counters are taken from the first."""
+def average_buffer_lists(copies: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Return the mean of each buffer over several copies of a network. Integer buffers come from the first copy."""
     return [
         torch.stack(values).mean(0) if values[0].is_floating_point() else values[0]
-        for values in zip(*networks, strict=True)
+        for values in zip(*copies, strict=True)
     ]
 
 
-def plain_scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
-    """The scheduler's state without functions, which no weights-only load accepts; building it makes them anew."""
+def get_plain_scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
+    """Return the scheduler's state without functions: torch.load(weights_only=True) refuses them, and building the
+    scheduler recreates them.
+    """
     plain = (int, float, str, bool, list, type(None))
     return {key: value for key, value in scheduler.state_dict().items() if isinstance(value, plain)}
 
@@ -186,8 +196,10 @@ def build_training_state(
     ema: float = 0.0,
     compile: bool = False,
 ) -> TrainingState:
-    """The state of a new run. precision: of autocast; float16 needs a scaler. ema: decay of the average of the weights;
-    0: none.
+    """Return the state of a new run, without a mixing method.
+
+    precision: dtype of autocast; None: float32. float16 gets a gradient scaler. ema: decay of the weight average; 0:
+    none. compile: compile the model with torch.compile.
     """
     average = ModelEma(model, ema) if ema else None
     if compile:
@@ -199,9 +211,10 @@ def build_training_state(
 
 
 class SourceBuilder:
-    """Builds the saliency source of a mixer. Sources that learn are built once, for all methods and phases of a run.
+    """Builds the saliency source of a mixer. A source that learns is built once for all methods and phases of a run.
 
-    saliency: name of the source; None: the one that the mixer was published with. The other parameters are options.
+    build_source: saliency.build_source. saliency: name of the source; None: the mixer's default source. The other
+    keyword-only parameters are the options of the same names.
     """
 
     def __init__(
@@ -219,7 +232,7 @@ class SourceBuilder:
         casm: str | None,
     ):
         self.build_source, self.name = build_source, saliency
-        self.learning: dict[str, object] = {}
+        self.learning_sources: dict[str, object] = {}
         self.values = {
             "model": state.model,
             "images_count": len(data.train),
@@ -229,7 +242,7 @@ class SourceBuilder:
             "precision": precision,
             "scaler": state.scaler,
             "training_loss": LOSSES[loss],
-            "cross_entropy_scale": cross_entropy_scale(loss, len(data.classes)),
+            "cross_entropy_scale": get_cross_entropy_scale(loss, len(data.classes)),
             "saliency_size": saliency_size,
             "bank_size": bank_size,
             "bank_momentum": bank_momentum,
@@ -238,21 +251,22 @@ class SourceBuilder:
 
     def __call__(self, mixer):
         name = self.name or mixer.default_source
-        source = self.learning.get(name) or self.build_source(name, **self.values | mixer.gradient_options)
+        source = self.learning_sources.get(name) or self.build_source(name, **self.values | mixer.gradient_options)
         if source.learns:
-            self.learning[name] = source
+            self.learning_sources[name] = source
         return source
 
 
 def place_network(
     network: torch.nn.Module,
-    where: torch.device,
+    target_device: torch.device,
     channels_last: bool,
     sync_bn: bool,
-    remedy: str = "leave --sync_bn out",
+    remedy: str = "leave out --sync_bn",
 ) -> torch.nn.Module:
-    """The network on a device; sync_bn: with batch norm over the images of all processes. Raises UserError, with the
-    remedy, where torch has no such batch norm.
+    """Move the network to a device, with synchronised batch norm if sync_bn, and return it.
+
+    Raises UserError, which ends in the remedy, if the device does not support synchronised batch norm.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return convert_sync_batchnorm(network, sync_bn, remedy).to(where, memory_format=layout)
+    return convert_sync_batchnorm(network, sync_bn, remedy).to(target_device, memory_format=layout)

@@ -1,4 +1,4 @@
-"""Time by part of the training step: data, saliency, mixing, network."""
+"""Time the parts of a training step: data, saliency, mixing, network."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,9 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by part of the step. On CUDA the parts are marked by events, which are read only when asked."""
+    """Accumulates seconds per part of a step. On CUDA it records events and reads them in seconds() only, so that
+    timing does not synchronise host and device.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -26,7 +28,7 @@ class Stopwatch:
         self.last = self.now()
 
     def lap(self, name: str) -> None:
-        """What came since the last start or lap belongs to `name`."""
+        """Add the time since the last start() or lap() to the part `name`."""
         now = self.now()
         if self.device.type == "cuda":
             self.marks.append((name, self.last, now))
@@ -35,7 +37,7 @@ class Stopwatch:
         self.last = now
 
     def seconds(self) -> dict[str, float]:
-        """Totals by name; waits for the device."""
+        """Return the total seconds per part. Waits for the device."""
         if self.marks:
             torch.cuda.synchronize(self.device)
             for name, begin, end in self.marks:
@@ -45,7 +47,9 @@ class Stopwatch:
 
 
 class TimedSource:
-    """What a mixer reads of a source (saliency.base.Source); its passes are timed as `saliency` instead of `mixing`."""
+    """A wrapper with the interface that mixers use of a saliency.base.Source. Its passes count as `saliency` instead of
+    `mixing`.
+    """
 
     def __init__(self, source, watch: Stopwatch):
         self.source, self.watch = source, watch
@@ -61,12 +65,12 @@ class TimedSource:
         return self.source.reduce(gradient)
 
     def gradient(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.time(self.source.gradient, images, targets)
+        return self.time_call(self.source.gradient, images, targets)
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.time(self.source, images, targets)
+        return self.time_call(self.source, images, targets)
 
-    def time(self, function: Callable, *args) -> torch.Tensor:
+    def time_call(self, function: Callable, *args) -> torch.Tensor:
         self.watch.lap("mixing")
         result = function(*args)
         self.watch.lap("saliency")
@@ -74,12 +78,15 @@ class TimedSource:
 
 
 def flatten_sources(source) -> list:
-    """The sources behind what a mixer takes: none, one, or for a choice of methods a list, each but once."""
+    """Return the distinct sources of a mixer as a list. source: None, one source, or a list of them, which a choice
+    among several methods has.
+    """
     sources = source if isinstance(source, list) else [source]
     return list({id(one): one for one in sources if one is not None}.values())
 
 
 def time_source(source, watch: Stopwatch):
-    if isinstance(source, list):  # of a choice of methods
+    """Wrap a source, or each source of a list, in a TimedSource. None stays None."""
+    if isinstance(source, list):
         return [time_source(one, watch) for one in source]
     return source and TimedSource(source, watch)

@@ -1,13 +1,13 @@
-"""TensorBoard and Weights & Biases."""
+"""Log to TensorBoard and Weights & Biases."""
 
 import os
 
 from engine.errors import UserError
-from engine.training.run_folder import RunFolder, public_options
+from engine.training.run_folder import RunFolder, get_public_options
 
 
 def add_trackers(run: RunFolder, options: dict) -> None:
-    """TensorBoard and Weights & Biases, where asked for."""
+    """Add the trackers that --use_tensorboard and --use_wandb ask for. Raises UserError if a package is missing."""
     if options.get("use_tensorboard") and not run.off:
         add_tensorboard(run)
     if options.get("use_wandb") and not run.off:
@@ -15,11 +15,11 @@ def add_trackers(run: RunFolder, options: dict) -> None:
 
 
 def add_tensorboard(run: RunFolder) -> None:
-    """Log to TensorBoard too. Raises UserError when the package is missing."""
+    """Also log to TensorBoard. Raises UserError if the package is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("--use_tensorboard needs another package: pip install tensorboard") from error
+        raise UserError("--use_tensorboard needs the package tensorboard: pip install tensorboard") from error
     writer = SummaryWriter(run.path)
 
     def track(row: dict) -> None:
@@ -32,13 +32,15 @@ def add_tensorboard(run: RunFolder) -> None:
 
 
 def add_wandb(run: RunFolder, options: dict) -> None:
-    """Log to Weights & Biases too. Raises UserError when the package is missing."""
+    """Also log to Weights & Biases. Raises UserError if the package is missing."""
     try:
         import wandb
     except ImportError as error:
-        raise UserError("--use_wandb needs another package: pip install wandb") from error
+        raise UserError("--use_wandb needs the package wandb: pip install wandb") from error
     if options["wandb_key"]:
-        run.say("others can read --wandb_key in the list of processes; the environment variable WANDB_API_KEY is safer")
+        run.say(
+            "note: other users can see --wandb_key in the process list; set WANDB_API_KEY in the environment instead"
+        )
         os.environ["WANDB_API_KEY"] = options["wandb_key"]
     session = wandb.init(
         project=options["wandb_project"],
@@ -46,7 +48,7 @@ def add_wandb(run: RunFolder, options: dict) -> None:
         name=options["wandb_name"] or run.path.name,
         mode="offline" if options["wandb_offline"] else "online",
         dir=str(run.path),
-        config=public_options(options),
+        config=get_public_options(options),
     )
     run.trackers.append(
         lambda row: session.log({key: value for key, value in row.items() if value is not None}, step=row["epoch"])

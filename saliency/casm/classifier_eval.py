@@ -12,7 +12,7 @@ from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, load_classifier, normalize
-from engine.runtime.device import autocast, exact_float32
+from engine.runtime.device import autocast, disable_tf32
 from engine.runtime.progress import Progress, use_progress_bar
 from saliency.casm.boxes import binarize
 from saliency.casm.extractors import Extractor
@@ -135,7 +135,7 @@ def evaluate(
     maps = [map_classifier_labels(one, part, read, class_list).to(device) for one in classifiers]
     totals, images = torch.zeros((), device=device), 0
     try:
-        with Progress(extractor.name, iterations, bar=use_progress_bar(False)) as progress, exact_float32():
+        with Progress(extractor.name, iterations, bar=use_progress_bar(False)) as progress, disable_tf32():
             for step, batch in enumerate(itertools.islice(batches.epoch(), iterations)):
                 images += len(batch.labels)
                 with autocast(device, precision):

@@ -132,7 +132,7 @@ class ImageSetCache:
         if key not in self.loaded:
             place |= {"view": view} if view else {"image_size": size}
             self.loaded[key] = load_evaluation(dataset, data_dir=data_dir or "data", **place, progress=progress_bar)
-            print(self.loaded[key].summary("val"), flush=True)
+            print(self.loaded[key].summary("validation"), flush=True)
         return self.loaded[key], dataset
 
 

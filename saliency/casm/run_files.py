@@ -46,17 +46,17 @@ def casm_runs(options: dict) -> tuple[Path, str]:
     return Path(options["casms_path"]), options["reproduce"] or "casm"
 
 
-def find_resume(options: dict, runs_of: Callable) -> Path | None:
+def find_resume(options: dict, locate_runs: Callable) -> Path | None:
     """The checkpoint that --resume means, or None. `auto`: that of --name, if it is there."""
     if options["resume"] != "auto":
         return options["resume"] and Path(options["resume"])
-    path = runs_of(options)[0] / (options["name"] + SUFFIX)
+    path = locate_runs(options)[0] / (options["name"] + SUFFIX)
     return path if path.exists() else None
 
 
-def choose_checkpoint(options: dict, resume: Path | None, runs_of: Callable) -> Path:
+def choose_checkpoint(options: dict, resume: Path | None, locate_runs: Callable) -> Path:
     """NAME.chk, where the run is kept. Raises UserError rather than write over another run."""
-    parent, begins = runs_of(options)
+    parent, begins = locate_runs(options)
     path = resume or parent / ((options["name"] or f"{begins}_{datetime.now():%Y%m%d-%H%M%S}") + SUFFIX)
     if not resume and path.exists() and not options["overwrite"]:
         raise UserError(
@@ -178,7 +178,7 @@ def check_same_classes(start: Start, data: Data) -> None:
         )
 
 
-def format_epoch(row: dict, epochs: int) -> str:
+def format_epoch(row: dict, epochs: int, options: dict) -> str:
     """One epoch in a line."""
     return (
         f"epoch {row['epoch']}/{epochs}  right {row['accuracy']:.1f} (val {row['val_accuracy']:.1f}) %  masked out "
@@ -191,7 +191,7 @@ CASM = RunKind(
     name="casm",
     resolve=resolve_options,
     check_resume=partial(check_changed_options, rules=RULES),
-    runs_of=casm_runs,
+    locate_runs=casm_runs,
     format_epoch=format_epoch,
     columns=list(LOG_COLUMNS),
     find_resume=find_resume,

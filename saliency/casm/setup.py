@@ -145,8 +145,8 @@ def describe_run(
 ) -> list[str]:
     """What is about to run, on what. iterations: of an epoch. The parameters by name are options."""
     lines = [
-        image_sets.train.summary("train"),
-        image_sets.test.summary("val"),
+        image_sets.train.summary("training"),
+        image_sets.test.summary("validation"),
         f"{model}: {epochs} epochs of {iterations} iterations of {batch_size} images, "
         f"{'adversarial' if adversarial else 'entropy'} form, lambda_r {lambda_r:g}, classifier "
         f"{'trained along' if state.train_classifier else 'fixed'}",

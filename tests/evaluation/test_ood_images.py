@@ -46,7 +46,7 @@ def test_a_data_set_comes_from_its_place_with_labels_of_zero(tmp_path, named):
     name, part = load_ood_set(word, image_size=32, data_dir=place)
     assert name == "cifar10" and np.array_equal(part.pixels, pixels)
     assert part.labels.tolist() == [0] * 4 and part.labels.dtype == torch.long and part.classes == ["cifar10"]
-    assert part.summary("outside").startswith("outside: 4 images of 1 classes")
+    assert part.summary("test").startswith("4 test images, 1 class, 4 each, from ")
 
 
 @pytest.mark.parametrize("side", [16, 48])

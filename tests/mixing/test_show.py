@@ -65,7 +65,7 @@ def test_a_torchvision_network_guides_too(pictures, tmp_path):
         show.main([*words, "--model", "squeezenet1_0"])
     with pytest.raises(UserError, match="did you mean squeezenet1_"):
         show.main([*words, "--model", "squeezenet"])
-    with pytest.raises(UserError, match="name the network with --model"):
+    with pytest.raises(UserError, match="name it with --model"):
         show.main(words)
 
 

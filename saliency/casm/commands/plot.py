@@ -94,13 +94,13 @@ def make_rows(extractor, part, positions: range, device, precision=None) -> list
 
     from engine.data.loader import DeviceLoader
     from engine.inference.classifier import normalize
-    from engine.runtime.device import autocast, exact_float32
+    from engine.runtime.device import autocast, disable_tf32
     from saliency.casm.boxes import binarize
     from saliency.casm.masking import inpaint, mask_in, mask_out
 
     shown = part.take(torch.tensor(positions))
     (batch,) = DeviceLoader(shown, len(shown), device=device, mean=(0, 0, 0), std=(1, 1, 1)).epoch()  # plain pixels
-    with exact_float32(), autocast(device, precision):
+    with disable_tf32(), autocast(device, precision):
         images = normalize(batch.images, extractor.mean, extractor.std)
         selected = binarize(extractor.extract(images, batch.labels).masks)
     altered = [alter(batch.images, selected, GREY) for alter in (mask_in, mask_out, inpaint)]

@@ -1,4 +1,4 @@
-"""Tests of class lookup by name and of files of class names."""
+"""Words that name a class, and files that name them all."""
 
 import pytest
 
@@ -18,7 +18,7 @@ TITLES = [
 
 
 @pytest.mark.parametrize(
-    ("query", "expected"),
+    ("word", "found"),
     [
         ("0", 0),
         ("tench", 0),
@@ -33,12 +33,12 @@ TITLES = [
         ("puppy", 7),
     ],
 )
-def test_find_class_accepts_an_index_or_a_name(query, expected):
-    assert find_class(query, TITLES, len(TITLES)) == expected
+def test_a_class_is_told_by_its_index_or_name(word, found):
+    assert find_class(word, TITLES, len(TITLES)) == found
 
 
 @pytest.mark.parametrize(
-    ("query", "message"),
+    ("word", "message"),
     [
         ("9", "0 to 8"),
         ("-1", "0 to 8"),
@@ -47,10 +47,10 @@ def test_find_class_accepts_an_index_or_a_name(query, expected):
         ("tensh", "did you mean tench"),
     ],
 )
-def test_find_class_explains_unknown_and_ambiguous_queries(query, message):
+def test_a_class_that_cannot_be_told_is_explained(word, message):
     with pytest.raises(ValueError, match=message):
-        find_class(query, TITLES, len(TITLES))
-    assert find_class("7", ["3", "7"], 2) == 1, "a class name may be a number"
+        find_class(word, TITLES, len(TITLES))
+    assert find_class("7", ["3", "7"], 2) == 1, "digits may be names"
     with pytest.raises(ValueError, match="--labels"):
         find_class("tench", [], 9)
 

@@ -1,3 +1,5 @@
+"""Checkpoint files: our own and those of other code bases, damaged ones, and atomic writing."""
+
 import argparse
 import collections
 import os
@@ -19,7 +21,7 @@ from models import build_model, find_matching_models
 
 
 class Recorder:
-    """A class of some training code, pickled beside the weights."""
+    """A class of some training code whose object is pickled beside the weights."""
 
     def __init__(self):
         self.losses = [1.0]
@@ -30,15 +32,15 @@ class Hostile:
         return os.system, ("touch hostile_code_ran",)
 
 
-def weights_of(name="resnet20", classes=10):
+def make_weights(name="resnet20", classes=10):
     return build_model(name, classes).state_dict()
 
 
-def same(a: dict, b: dict) -> bool:
+def same_tensors(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-# files of other codes
+# ---- Files of other code bases ----
 
 
 @pytest.mark.parametrize("old_format", [False, True])
@@ -54,23 +56,23 @@ def same(a: dict, b: dict) -> bool:
         lambda w: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()},
     ],
 )
-def test_weights_come_out_of_every_earlier_layout(tmp_path, wrap, old_format):
-    weights = weights_of()
+def test_weights_are_found_in_every_published_layout(tmp_path, wrap, old_format):
+    weights = make_weights()
     file = tmp_path / "old.pth.tar"
     torch.save(wrap(weights), file, _use_new_zipfile_serialization=not old_format)
-    assert same(extract_weights(read_file(file), file), weights)
+    assert same_tensors(extract_weights(read_file(file), file), weights)
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_a_hostile_file_runs_nothing(tmp_path, monkeypatch, old_format):
+def test_reading_a_hostile_file_runs_no_code(tmp_path, monkeypatch, old_format):
     monkeypatch.chdir(tmp_path)
-    weights = weights_of()
+    weights = make_weights()
     torch.save({"state_dict": weights, "extra": Hostile()}, "bad.pt", _use_new_zipfile_serialization=not old_format)
-    assert same(extract_weights(read_file("bad.pt"), "bad.pt"), weights)
+    assert same_tensors(extract_weights(read_file("bad.pt"), "bad.pt"), weights)
     assert not Path("hostile_code_ran").exists()
 
 
-def test_no_other_code_is_imported(tmp_path):
+def test_reading_a_file_imports_no_foreign_code(tmp_path):
     (tmp_path / "their_code.py").write_text("print('imported')\nclass Logger:\n    pass\n")
     make = "import torch, their_code; torch.save({'model': {'w': torch.ones(2)}, 'log': their_code.Logger()}, 'f.pt')"
     subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
@@ -80,7 +82,7 @@ def test_no_other_code_is_imported(tmp_path):
     assert "imported" not in done.stdout and "tensor" in done.stdout
 
 
-def test_the_replications_names_are_mapped_and_its_biases_folded():
+def test_replication_keys_are_renamed_and_biases_folded():
     model = build_model("resnet50", 10).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -110,7 +112,7 @@ def test_the_replications_names_are_mapped_and_its_biases_folded():
         torch.testing.assert_close(again(images), model(images), rtol=1e-4, atol=1e-4)
 
 
-def test_safetensors_are_read_where_the_package_is(tmp_path):
+def test_safetensors_files_are_read_if_the_package_is_installed(tmp_path):
     file = tmp_path / "w.safetensors"
     try:
         from safetensors.torch import save_file
@@ -119,21 +121,21 @@ def test_safetensors_are_read_where_the_package_is(tmp_path):
         with pytest.raises(UserError, match="pip install safetensors"):
             read_file(file)
         return
-    weights = weights_of()
+    weights = make_weights()
     save_file(weights, file)
-    assert same(extract_weights(read_file(file), file), dict(weights))
+    assert same_tensors(extract_weights(read_file(file), file), dict(weights))
 
 
-# messages
+# ---- Messages ----
 
 
-def test_missing_damaged_and_foreign_files_are_named(tmp_path):
+def test_errors_name_missing_damaged_and_foreign_files(tmp_path):
     with pytest.raises(UserError, match="nowhere.pt: no such file"):
         read_file(tmp_path / "nowhere.pt")
     with pytest.raises(UserError, match=r"last.pt: no such file"):
         find_checkpoint(str(tmp_path))
     file = tmp_path / "last.pt"
-    torch.save({"format": 2, "model": weights_of()}, file)
+    torch.save({"format": 2, "model": make_weights()}, file)
     whole = file.read_bytes()
     for broken in (whole[: len(whole) // 2], b"", b"just text"):
         file.write_bytes(broken)
@@ -143,13 +145,13 @@ def test_missing_damaged_and_foreign_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"\n.*--checkpoint .*previous.pt"):
         read_file(file)
     torch.save({"some": 1, "thing": "else"}, file)
-    with pytest.raises(UserError, match=r"no checkpoint that training can continue from \(found: some, thing\)"):
+    with pytest.raises(UserError, match=r"not a checkpoint that a run can resume from \(found: some, thing\)"):
         read_checkpoint(file)
     with pytest.raises(UserError, match="no weights found.*some, thing"):
         extract_weights(read_file(file), file)
 
 
-def test_one_flipped_byte_is_noticed(tmp_path):
+def test_one_flipped_byte_is_detected(tmp_path):
     file = tmp_path / "last.pt"
     torch.save({"format": 2, "model": {"w": torch.zeros(100_000)}}, file)
     content = bytearray(file.read_bytes())
@@ -159,15 +161,15 @@ def test_one_flipped_byte_is_noticed(tmp_path):
         read_file(file)
 
 
-def test_what_does_not_fit_is_told():
+def test_errors_name_weights_that_do_not_fit():
     model = build_model("resnet20", 10)
     with pytest.raises(
-        UserError, match=r"made for 7 classes \(linear.weight is 7 x 64\), the data has 10\n.*--init_from f"
+        UserError, match=r"has 7 classes \(linear.weight is 7 x 64\), but the data has 10\n.*--init_from f"
     ):
-        load_weights(model, weights_of(classes=7), Path("f"), num_classes=10)
-    other = weights_of("resnet32")
+        load_weights(model, make_weights(classes=7), Path("f"), num_classes=10)
+    other = make_weights("resnet32")
     with pytest.raises(
-        UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nit fits resnet32: give --model resnet32"
+        UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nthe weights fit resnet32: use --model resnet32"
     ):
         load_weights(model, other, Path("f"), num_classes=10, matches=find_matching_models(other))
     with pytest.raises(UserError, match=r"detect.py"):
@@ -178,18 +180,18 @@ def test_what_does_not_fit_is_told():
         extract_weights({"model": {"w": torch.zeros(1)}, "ema": None}, Path("f"), averaged=True)
 
 
-def test_init_from_keeps_a_fresh_last_layer_for_other_classes():
-    model, given = build_model("resnet20", 10), weights_of(classes=7)
+def test_new_head_keeps_the_last_layer_if_the_number_of_classes_differs():
+    model, given = build_model("resnet20", 10), make_weights(classes=7)
     head = model.linear.weight.clone()
     assert load_weights(model, given, Path("f"), num_classes=10, new_head=True) is True
     assert torch.equal(model.linear.weight, head) and torch.equal(model.conv1.weight, given["conv1.weight"])
-    assert load_weights(model, weights_of(), Path("f"), num_classes=10, new_head=True) is False
+    assert load_weights(model, make_weights(), Path("f"), num_classes=10, new_head=True) is False
 
 
-# writing
+# ---- Writing ----
 
 
-def test_a_save_keeps_the_one_before(tmp_path):
+def test_save_checkpoint_keeps_the_previous_file(tmp_path):
     file = tmp_path / "last.pt"
     for number in range(3):
         save_checkpoint(file, {"format": 2, "number": number}, keep_previous=True)
@@ -197,7 +199,7 @@ def test_a_save_keeps_the_one_before(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     file = tmp_path / "f"
     write_atomic(file, lambda side: side.write_text("old"))
 
@@ -227,7 +229,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
 
 
-def test_ctrl_c_waits_for_a_save(tmp_path):
+def test_ctrl_c_is_delayed_until_a_save_is_done(tmp_path):
     import signal
 
     with pytest.raises(KeyboardInterrupt), delay_interrupt():

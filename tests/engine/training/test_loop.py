@@ -1,4 +1,4 @@
-"""The pieces of a training step: losses, schedules, metrics, precision, the loop itself."""
+"""Training steps: losses, schedules, metrics, devices and precision, and the loop itself."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ from saliency.gradient import Gradient
 CPU = torch.device("cpu")
 
 
-def test_soft_cross_entropy_is_the_two_term_loss():
+def test_soft_cross_entropy_equals_the_two_term_loss():
     logits, labels, partner, lam = (
         torch.randn(6, 4).double(),
         torch.arange(6) % 4,
@@ -47,7 +47,7 @@ def test_soft_cross_entropy_is_the_two_term_loss():
     torch.testing.assert_close(mixed.double(), two_terms, atol=1e-6, rtol=1e-6)
 
 
-def test_softmax_bce_by_hand_and_its_cut_logarithm():
+def test_softmax_bce_equals_a_hand_computed_value_and_clamps_the_logarithm():
     logits, targets = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.25, 0.75]])
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) * 2 / 2  # both classes give the same two terms
     assert LOSSES["bce"](logits, targets).item() == pytest.approx(expected, rel=1e-6)
@@ -56,15 +56,15 @@ def test_softmax_bce_by_hand_and_its_cut_logarithm():
         assert LOSSES["bce"](logits.bfloat16(), targets).dtype == torch.float32
 
 
-def test_label_smoothing_is_torchs():
+def test_label_smoothing_equals_torch():
     logits, labels = torch.randn(5, 7), torch.arange(5)
     ours = LOSSES["ce"](logits, smooth_labels(F.one_hot(labels, 7).float(), 0.2))
     torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=0.2))
 
 
-# schedules
+# ---- Schedules ----
 
-PLAIN = {
+SCHEDULE_OPTIONS = {
     "schedule": [2, 4],
     "gammas": [0.1],
     "warmup_epochs": 0.0,
@@ -76,9 +76,10 @@ PLAIN = {
 }
 
 
-def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
+def record_lrs(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
+    """Return the learning rate of every step of a run."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0, momentum=0.9)
-    options = PLAIN | {"final_div_factor": 1e4} | options
+    options = SCHEDULE_OPTIONS | {"final_div_factor": 1e4} | options
     scheduler = build_scheduler(
         optimizer, scheduler=name, epochs=epochs, steps=StepSchedule([(epochs, steps)]), **options
     )
@@ -90,17 +91,19 @@ def rates(name: str, epochs: int = 6, steps: int = 2, **options) -> list[float]:
     return seen
 
 
-def test_schedules_move_between_epochs():
-    assert rates("multistep") == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 4)
-    assert rates("multistep", gammas=[0.5, 0.2]) == pytest.approx([1] * 4 + [0.5] * 4 + [0.1] * 4)
-    assert rates("linear", epochs=4, steps=1) == pytest.approx([1, 0.75, 0.5, 0.25])
-    assert rates("cosine", epochs=2, steps=2) == pytest.approx([1, 1, 0.5, 0.5])
-    assert rates("constant", epochs=2) == [1.0] * 4
-    assert rates("constant", epochs=3, warmup_epochs=1.5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
+def test_epoch_schedules_change_between_epochs():
+    assert record_lrs("multistep") == pytest.approx([1] * 4 + [0.1] * 4 + [0.01] * 4)
+    assert record_lrs("multistep", gammas=[0.5, 0.2]) == pytest.approx([1] * 4 + [0.5] * 4 + [0.1] * 4)
+    assert record_lrs("linear", epochs=4, steps=1) == pytest.approx([1, 0.75, 0.5, 0.25])
+    assert record_lrs("cosine", epochs=2, steps=2) == pytest.approx([1, 1, 0.5, 0.5])
+    assert record_lrs("constant", epochs=2) == [1.0] * 4
+    assert record_lrs("constant", epochs=3, warmup_epochs=1.5) == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])
 
 
-def test_the_three_phases_have_the_published_rates(network_golden):
-    """Recorded at real-valued epochs, where a boundary belongs to the later phase; in training it is never reached."""
+def test_the_three_phase_schedule_has_the_published_learning_rates(network_golden):
+    """The values were recorded at real-valued epochs, where a boundary belongs to the later phase. Training never gets
+    there, since each step has the rate at its end.
+    """
     recipe = IMAGENET_RECIPES["fast100"]
     points, phases = parse_lr_points(recipe["lr_points"]), parse_phases(recipe["phases"])
     for epoch, rate in zip(network_golden["imagenet_epoch"], network_golden["imagenet_lr"], strict=True):
@@ -109,20 +112,20 @@ def test_the_three_phases_have_the_published_rates(network_golden):
     assert [phase.end for phase in phases] == [15, 40, 100] and [phase.crop for phase in phases] == [128, 224, 224]
 
 
-def test_rates_move_at_every_step_of_phases_of_different_length():
-    """Two steps an epoch up to epoch 1, then four; the rate is that at the end of a step."""
+def test_points_schedule_changes_at_every_step_of_phases_with_different_lengths():
+    """The first epoch has two steps, the second four. Each step has the rate at its end."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 2.0)
-    calendar = StepSchedule([(1, 2), (2, 4)])
-    options = PLAIN | {"final_div_factor": 1e4, "lr": 2.0, "lr_points": "0:0,1:1,1:10,2:2"}
-    scheduler = build_scheduler(optimizer, scheduler="points", epochs=2, steps=calendar, **options)
+    step_schedule = StepSchedule([(1, 2), (2, 4)])
+    options = SCHEDULE_OPTIONS | {"final_div_factor": 1e4, "lr": 2.0, "lr_points": "0:0,1:1,1:10,2:2"}
+    scheduler = build_scheduler(optimizer, scheduler="points", epochs=2, steps=step_schedule, **options)
     seen = []
     for _ in range(6):
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
     assert seen == pytest.approx([0.5, 1, 8, 6, 4, 2])
-    assert [calendar.first_step(epoch) for epoch in range(4)] == [0, 2, 6, 10]
-    places = [calendar.locate(step) for step in (0, 1, 2, 5, 6)]
+    assert [step_schedule.first_step(epoch) for epoch in range(4)] == [0, 2, 6, 10]
+    places = [step_schedule.locate(step) for step in (0, 1, 2, 5, 6)]
     assert places == [
         (0, 0, 2),
         (0, 1, 2),
@@ -132,9 +135,9 @@ def test_rates_move_at_every_step_of_phases_of_different_length():
     ]
 
 
-def test_one_cycle_is_the_published_one(network_golden):
+def test_one_cycle_matches_the_published_schedule(network_golden):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
-    options = PLAIN | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
+    options = SCHEDULE_OPTIONS | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
     scheduler = build_scheduler(
         optimizer, scheduler="onecycle", epochs=300, steps=StepSchedule([(300, 500)]), **options
     )
@@ -151,10 +154,10 @@ def test_one_cycle_is_the_published_one(network_golden):
             scheduler.step()
 
 
-# metrics
+# ---- Metrics ----
 
 
-def test_topk_counts_labels_among_the_highest():
+def test_topk_counts_labels_among_the_k_highest_logits():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
     assert topk_correct(logits, torch.tensor([0, 0, 0]), (1, 2, 3)).tolist() == [1, 2, 3]
     result = compute_scores(logits, torch.tensor([0, 0, 0]), (1, 2, 5))
@@ -162,14 +165,14 @@ def test_topk_counts_labels_among_the_highest():
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor([0, 0, 0])).item())
 
 
-def test_confusion_rows_are_the_true_classes():
+def test_confusion_matrix_rows_are_true_classes():
     assert confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2).tolist() == [[1, 1], [0, 1]]
 
 
-# device
+# ---- Devices and generators ----
 
 
-def test_devices_and_precisions_that_are_not_there_are_explained():
+def test_errors_explain_unavailable_devices_and_precisions():
     assert choose_device("cpu") == CPU
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device; torch"):
@@ -179,12 +182,12 @@ def test_devices_and_precisions_that_are_not_there_are_explained():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 2)
-        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0), "set_device wants a number"
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0), "set_device needs an index"
         assert choose_device("cuda:1").index == 1
         for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
             patch.setenv(name, value)
-        with pytest.raises(UserError, match="2 CUDA devices, counted from 0 for 3 processes"):
-            choose_device("auto")  # in the first process too, which speaks for all
+        with pytest.raises(UserError, match="2 CUDA devices, counted from 0, for 3 processes"):
+            choose_device("auto")  # the main process, which prints the errors, raises it too
     with pytest.raises(UserError, match="bf16 or off"):
         choose_precision("fp16", CPU)
     assert choose_precision("off", CPU)[0] is None and choose_precision("bf16", CPU)[0] is torch.bfloat16
@@ -193,7 +196,7 @@ def test_devices_and_precisions_that_are_not_there_are_explained():
     keep_freed_memory()
 
 
-def test_generators_are_put_back_exactly(tmp_path):
+def test_rng_state_is_restored_exactly(tmp_path):
     import random
 
     import numpy as np
@@ -206,23 +209,23 @@ def test_generators_are_put_back_exactly(tmp_path):
     )
 
 
-# the loop
+# ---- The loop ----
 
 
-def small(count: int = 12) -> tuple[DeviceLoader, nn.Module]:
+def make_loader_and_model(count: int = 12) -> tuple[DeviceLoader, nn.Module]:
     part = ImageSet(
         torch.randint(0, 256, (count, 8, 8, 3), dtype=torch.uint8), torch.arange(count) % 3, list("abc"), "here"
     )
-    batches = DeviceLoader(part, 5, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, seed=1)
-    return batches, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    loader = DeviceLoader(part, 5, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, shuffle=True, seed=1)
+    return loader, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
 
 
-def train(model, batches, mixer=None, source=None, *, lr=0.0, epoch=0, loss_fn=LOSSES["ce"], watched=None, **more):
-    """One epoch, or max_steps of it, by plain SGD."""
-    steps = {"max_steps": more.pop("max_steps", None), "monitor": watched}
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=more.pop("momentum", 0.0))
+def train(model, loader, mixer=None, source=None, *, lr=0.0, epoch=0, loss_fn=LOSSES["ce"], monitor=None, **config):
+    """Train for one epoch, or max_steps of it, with SGD."""
+    steps = {"max_steps": config.pop("max_steps", None), "monitor": monitor}
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=config.pop("momentum", 0.0))
     state = TrainingState(model, optimizer, mixer=mixer or NoMix(), source=source)
-    return train_one_epoch(state, batches, StepConfig(loss_fn, 3, **more), epoch=epoch, **steps)
+    return train_one_epoch(state, loader, StepConfig(loss_fn, 3, **config), epoch=epoch, **steps)
 
 
 class Brightness(Source):
@@ -230,29 +233,29 @@ class Brightness(Source):
         return images.abs().mean(1)
 
 
-def test_an_epoch_is_plain_sgd_on_the_mixed_batches():
-    batches, model = small()
-    twin = small()[1]
-    twin.load_state_dict(model.state_dict())
-    optimizer = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+def test_an_epoch_equals_plain_sgd_on_the_mixed_batches():
+    loader, model = make_loader_and_model()
+    reference = make_loader_and_model()[1]
+    reference.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1, momentum=0.9)
     torch.manual_seed(4)
-    result = train(model, batches, build_mixer("mixup"), lr=0.1, momentum=0.9)
+    result = train(model, loader, build_mixer("mixup"), lr=0.1, momentum=0.9)
     torch.manual_seed(4)
     mixer, losses = build_mixer("mixup"), []
-    for batch in batches.epoch(0):
+    for batch in loader.epoch(0):
         mixed, soft = mixer(batch.images, F.one_hot(batch.labels, 3).float())
-        loss = F.cross_entropy(twin(mixed), soft)
+        loss = F.cross_entropy(reference(mixed), soft)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item() * len(soft))
     for key, value in model.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[key]), key
+        assert torch.equal(value, reference.state_dict()[key]), key
     assert result["train_loss"] == pytest.approx(sum(losses) / 12, rel=1e-6) and result["images"] == 12
 
 
-class Spy(Mixer):
-    """Records how the loop treats a method that wants the gradient at the mixed images and a part of the loss."""
+class RecordingMixer(Mixer):
+    """Records what the loop passes to a method that needs the gradient at the mixed images and weights its loss."""
 
     wants_mixed_grad, mixed_weight = True, 0.5
     default_source = "any"
@@ -265,22 +268,22 @@ class Spy(Mixer):
         self.grad = mixed_grad
 
 
-def test_the_loop_serves_methods_with_gradients_and_weights():
-    batches, model = small()
-    spy, monitor = Spy(), EpochMonitor(CPU)
-    result = train(model, batches, spy, Brightness(), max_steps=1, watched=monitor)
-    assert spy.grad.shape == (5, 3, 8, 8) and spy.grad.abs().sum() > 0 and spy.saliency.shape == (5, 8, 8)
-    plain = train(model, batches, max_steps=1)
-    assert result["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), "shown without its weight"
-    halves = spy.grad
-    spy.mixed_weight = 1.0
-    train(model, batches, spy, Brightness(), max_steps=1)
-    torch.testing.assert_close(spy.grad, 2 * halves)
+def test_the_loop_passes_gradients_to_the_mixer_and_applies_its_loss_weight():
+    loader, model = make_loader_and_model()
+    mixer, monitor = RecordingMixer(), EpochMonitor(CPU)
+    result = train(model, loader, mixer, Brightness(), max_steps=1, monitor=monitor)
+    assert mixer.grad.shape == (5, 3, 8, 8) and mixer.grad.abs().sum() > 0 and mixer.saliency.shape == (5, 8, 8)
+    plain = train(model, loader, max_steps=1)
+    assert result["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5), "the reported loss must be unweighted"
+    halves = mixer.grad
+    mixer.mixed_weight = 1.0
+    train(model, loader, mixer, Brightness(), max_steps=1)
+    torch.testing.assert_close(mixer.grad, 2 * halves)
     assert {"data", "mixing", "saliency", "network"} == monitor.watch.seconds().keys()
 
 
-def test_a_loss_that_is_no_number_is_found_with_its_images():
-    batches, model = small()
+def test_a_nan_loss_is_reported_with_its_step_and_images():
+    loader, model = make_loader_and_model()
 
     def loss_fn(logits, targets):
         calls.append(1)
@@ -288,20 +291,20 @@ def test_a_loss_that_is_no_number_is_found_with_its_images():
 
     calls = []
     with pytest.raises(NonFiniteLoss) as error:
-        train(model, batches, lr=0.1, epoch=2, loss_fn=loss_fn)
+        train(model, loader, lr=0.1, epoch=2, loss_fn=loss_fn)
     assert error.value.step == 2 * 3 + 1
-    assert torch.equal(error.value.index, list(batches.epoch(2))[1].index)
+    assert torch.equal(error.value.index, list(loader.epoch(2))[1].index)
 
 
-def test_clipping_limits_the_gradient():
-    batches, model = small()
+def test_clip_grad_limits_the_gradient_norm():
+    loader, model = make_loader_and_model()
     before = [p.detach().clone() for p in model.parameters()]
-    train(model, batches, lr=1.0, max_steps=1, clip_grad=0.01)
+    train(model, loader, lr=1.0, max_steps=1, clip_grad=0.01)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)]).norm().item()
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_weight_average_follows_by_the_decay():
+def test_ema_update_uses_the_decay_and_copies_integer_buffers():
     from engine.training.ema import ModelEma
 
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
@@ -316,30 +319,30 @@ def test_the_weight_average_follows_by_the_decay():
     assert average.module[1].running_mean.tolist() == [2, 2] and average.module[1].num_batches_tracked == 3
 
 
-def test_prediction_leaves_the_network_as_it_was():
-    batches, model = small()
+def test_predict_leaves_the_network_unchanged_and_keeps_image_order():
+    loader, model = make_loader_and_model()
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    logits, labels = predict(model, batches)  # in the order of the images, not of the batches
+    logits, labels = predict(model, loader)  # in the order of the images, not of the loader
     assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     assert logits.shape == (12, 3) and len(labels) == 12 and not logits.requires_grad
     model.eval()
     with torch.no_grad():
-        expected = torch.cat([model(batch.images) for batch in batches.epoch()])
-    expected = expected[torch.cat([batch.index for batch in batches.epoch()]).argsort()]
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # in float32, whatever training computes in
+        expected = torch.cat([model(batch.images) for batch in loader.epoch()])
+    expected = expected[torch.cat([batch.index for batch in loader.epoch()]).argsort()]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # in float32, whatever the precision of training
 
 
-def test_profile_times_every_part():
-    batches, model = small()
+def test_profile_steps_times_every_part():
+    loader, model = make_loader_and_model()
     state = TrainingState(model, torch.optim.SGD(model.parameters(), 0.1), mixer=NoMix())
-    table = profile_steps(state, batches, StepConfig(LOSSES["ce"], 3), steps=4)
+    table = profile_steps(state, loader, StepConfig(LOSSES["ce"], 3), steps=4)
     assert table["network"] > 0 and table["data"] > 0 and table["saliency"] == 0
 
 
-def test_a_source_that_learns_sees_the_gradient_of_the_unmixed_images():
-    """The bank's gradient is d loss / d images through the mixture; its coverage says how much of a pixel was shown."""
-    batches, model = small()
+def test_a_learning_source_gets_the_gradient_at_the_unmixed_images():
+    """It gets d loss / d images through the mixing, and the coverage: the weight of each pixel in the mixed images."""
+    loader, model = make_loader_and_model()
 
     class Learner(Source):
         learns = True
@@ -361,31 +364,31 @@ def test_a_source_that_learns_sees_the_gradient_of_the_unmixed_images():
             return torch.cat([images[1:2], images[1:2], 0.25 * images[2:]]), targets
 
     learner = Learner()
-    train(model, batches, Swap(), learner, max_steps=1)
+    train(model, loader, Swap(), learner, max_steps=1)
     assert learner.coverage[:, 0, 0, 0].tolist() == [0.0, 2.0, 0.25, 0.25, 0.25]
     assert learner.grad[0].eq(0).all() and learner.grad[1:].flatten(1).abs().sum(1).gt(0).all()
     assert len(learner.batch.loaded_index) == 5
 
 
-def test_the_clean_gradient_stays_in_the_step():
-    """SAGE: (1 - rho) of the clean gradient and rho of the mixed one move the weights together."""
-    batches, model = small()
-    twin = small()[1]
-    twin.load_state_dict(model.state_dict())
+def test_the_clean_gradient_is_part_of_the_step():
+    """SAGE: a step follows (1 - rho) times the clean gradient plus rho times the mixed gradient."""
+    loader, model = make_loader_and_model()
+    reference = make_loader_and_model()[1]
+    reference.load_state_dict(model.state_dict())
     mixer = build_mixer("sage", update_ratio=0.6)
     source = Gradient(model, **mixer.gradient_options, training_loss=LOSSES["bce"])
     torch.manual_seed(3)
-    train(model, batches, mixer, source, lr=0.1, loss_fn=LOSSES["bce"], max_steps=1)
-    batch = next(batches.epoch(0))
+    train(model, loader, mixer, source, lr=0.1, loss_fn=LOSSES["bce"], max_steps=1)
+    batch = next(loader.epoch(0))
     targets = F.one_hot(batch.labels, 3).float()
     torch.manual_seed(3)
     still = Gradient(
-        copy.deepcopy(twin), **{**mixer.gradient_options, "clean_weight": 0.0}, training_loss=LOSSES["bce"]
+        copy.deepcopy(reference), **{**mixer.gradient_options, "clean_weight": 0.0}, training_loss=LOSSES["bce"]
     )
     mixed, soft = mixer(batch.images, targets, still)
-    loss = 0.4 * LOSSES["bce"](twin(batch.images), targets) + 0.6 * LOSSES["bce"](twin(mixed), soft)
+    loss = 0.4 * LOSSES["bce"](reference(batch.images), targets) + 0.6 * LOSSES["bce"](reference(mixed), soft)
     loss.backward()
-    for (name, moved), start in zip(model.named_parameters(), twin.parameters(), strict=True):
+    for (name, moved), start in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(moved, start - 0.1 * start.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
@@ -396,7 +399,7 @@ METHODS += ["puzzlemix", "comixup", "sage", "rmix", "rlmix", "puzzlemix bank", "
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_a_step_never_waits_for_the_gpu(method, precision):
+def test_a_step_never_synchronises_with_the_gpu(method, precision):
     from models import build_model
     from saliency import build_source
 
@@ -405,7 +408,7 @@ def test_a_step_never_waits_for_the_gpu(method, precision):
         torch.randint(0, 256, (96, 32, 32, 3), dtype=torch.uint8), torch.arange(96) % 3, list("abc"), "here"
     )
     statistics = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    batches = DeviceLoader(part, 16, device=device, shuffle=True, augmentation=Augmentation(4), **statistics)
+    loader = DeviceLoader(part, 16, device=device, shuffle=True, augmentation=Augmentation(4), **statistics)
     model = build_model("resnet20", 3).to(device, memory_format=torch.channels_last)
     name, _, wanted = method.partition(" ")
     mixer = build_mixer(name, mix_prob=1.0, **statistics)
@@ -420,17 +423,17 @@ def test_a_step_never_waits_for_the_gpu(method, precision):
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
     state = TrainingState(model, optimizer, mixer=mixer, source=source, scaler=scaler)
     config = StepConfig(LOSSES["ce"], 3, precision)
-    for epoch in range(3):  # what is drawn for a batch, as the number of blocks, has come up by then
-        train_one_epoch(state, batches, config, epoch=epoch)
+    for epoch in range(3):  # by then every shape that depends on a draw, such as the number of blocks, has occurred
+        train_one_epoch(state, loader, config, epoch=epoch)
 
-    def waits(steps: int) -> int:
+    def count_syncs(steps: int) -> int:
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
-                train_one_epoch(state, batches, config, epoch=1, max_steps=steps)
+                train_one_epoch(state, loader, config, epoch=1, max_steps=steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         return len(seen)
 
-    assert waits(6) == waits(2), "what an epoch needs at its ends does not grow with its steps"
+    assert count_syncs(6) == count_syncs(2), "only the ends of an epoch may synchronise"

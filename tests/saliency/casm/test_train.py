@@ -483,7 +483,7 @@ def test_stopped_in_the_middle_of_an_epoch_it_ends_with_the_same_weights(
 ):
     before = signal.getsignal(signal.SIGTERM)
     stop = At(f"epoch {epoch}/3 {iteration}/4", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    told = f"^{iteration} steps into the epoch; continue with --resume {tmp_path / 'map.chk'}"
+    told = f"^{iteration} steps into the epoch; resume with --resume {tmp_path / 'map.chk'}"
     with pytest.raises(Terminated, match=told), contextlib.redirect_stdout(stop):
         casm_train.main(command(tmp_path, classifier, *PUBLISHED_RUN))
     assert signal.getsignal(signal.SIGTERM) is before
@@ -492,7 +492,7 @@ def test_stopped_in_the_middle_of_an_epoch_it_ends_with_the_same_weights(
     assert [path.name for path in tmp_path.glob("*.pool_*")] == [saved["pool"]]
     assert load_casm(tmp_path / "map.chk").epoch == epoch - 1, "its maps can be looked at already"
     resume(tmp_path)
-    assert f"note: epoch {epoch} goes on after {iteration} of its steps" in capsys.readouterr().out
+    assert f"note: epoch {epoch} resumes after {iteration} of its" in capsys.readouterr().out
     assert_same_run(whole, tmp_path)
 
 
@@ -520,9 +520,9 @@ def test_a_file_of_the_version_that_saved_between_epochs_only_goes_on(tmp_path, 
 
 
 def test_a_loss_that_is_not_finite_leaves_its_evidence(tmp_path, classifier):
-    with pytest.raises(UserError, match="try a lower --lr or --lr-casme, or --amp off; no epoch was finished") as told:
+    with pytest.raises(UserError, match="try a lower --lr or --lr-casme, or --amp off; there is no checkpoint") as told:
         casm_train.main(command(tmp_path, classifier, "--lr", "1e30", "--print-freq", "1"))
-    assert "lr by now 1e+30; weights" in str(told.value) and "loss scale" not in str(told.value)
+    assert "current lr 1e+30; the weights" in str(told.value) and "loss scale" not in str(told.value)
     evidence = torch.load(tmp_path / "map_nonfinite.pt")
     assert len(evidence["index"]) == 13 and evidence["step"] <= evidence["weights_of_step"] < 4
 
