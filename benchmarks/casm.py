@@ -189,7 +189,7 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
     from engine.data.annotations import find_boxes
     from engine.data.loader import DeviceLoader
     from mixing.ops import box_mask, center_boxes
-    from mixing.saliencymix import peaks
+    from mixing.saliencymix import find_peaks
 
     part = data.test.subsample(options["images"])
     truths = find_boxes(part, saved.options["dataset"])
@@ -212,7 +212,7 @@ def what_is_found(saved, data, options: dict, device) -> dict[str, dict[str, flo
             if name == "uniform":
                 where = [torch.randint(data.image_size, (len(saliency),)) for _ in range(2)]
             else:
-                where = source.points(saliency) or peaks(saliency)
+                where = source.points(saliency) or find_peaks(saliency)
             points.append(torch.stack([one.cpu() for one in where], 1))
             maps.append(saliency.cpu())
         points, maps = torch.cat(points), torch.cat(maps)

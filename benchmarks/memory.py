@@ -108,7 +108,7 @@ def measure(name: str, options: dict, batches, device, precision) -> dict[str, f
         share = dict(zip(("mean", "std"), STATISTICS["imagenet"], strict=True))
         mixer = build_mixer(name, **{**published(name, options["model"]), **share, "mix_prob": 1.0})
         mixer.check_size(options["image_size"], options["image_size"])
-        share |= {"model": model, "images_count": len(batches.image_set), "device": device, "training_loss": loss_fn}
+        share |= {"model": model, "num_images": len(batches.image_set), "device": device, "training_loss": loss_fn}
         share |= {"precision": precision, "saliency_size": options["saliency_size"]}
         share |= {"cross_entropy_scale": get_cross_entropy_scale("ce", classes)}
         source = mixer.build_source(

@@ -107,7 +107,7 @@ class Bench:
         if options["compile"]:
             self.model.compile()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9, fused=device.type != "mps")
-        self.share = {**self.statistics, "model": self.model, "images_count": len(data.train), "device": device}
+        self.share = {**self.statistics, "model": self.model, "num_images": len(data.train), "device": device}
         self.share |= {"training_loss": self.loss_fn, "precision": precision}
         self.share |= {"saliency_size": options["saliency_size"]}
         self.share |= {"cross_entropy_scale": get_cross_entropy_scale("bce", self.classes)}

@@ -1,6 +1,7 @@
-"""Mixing methods: `mixer(images, targets, source) -> mixed images, soft targets`.
+"""Mixing methods: `mixed, soft = mixer(images, targets, source)`. mixing/base.py has the contract.
 
-The public names are loaded when they are first used: importing this package does not import torch.
+To add a method, write its file and add it to MIXERS. Public names are imported on first use, so importing this package
+does not import torch.
 """
 
 import inspect
@@ -19,7 +20,7 @@ MIXERS = {  # name -> (module, class)
     "rmix": ("mixing.rmix", "RMix"),
     "rlmix": ("mixing.rlmix", "RLMix"),
 }
-ALIASES = {
+ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",
     "baseline": "none",
     "input": "mixup",
@@ -27,48 +28,52 @@ ALIASES = {
     "puzzle": "puzzlemix",
     "comix": "comixup",
 }
-_HOMES = {cls: module for module, cls in MIXERS.values()}  # public name -> its module
-_HOMES |= {"Mixer": "mixing.base"}
-_HOMES |= dict.fromkeys(("Chain", "Choice", "PartialMix", "compose_mixer"), "mixing.compose")
+_MODULES = {cls: module for module, cls in MIXERS.values()}  # public name -> its module
+_MODULES |= {"Mixer": "mixing.base"}
+_MODULES |= dict.fromkeys(("Chain", "Choice", "PartialMix", "compose_mixer"), "mixing.compose")
 
 
 def __getattr__(name: str):
-    """`from mixing import SaliencyMix` without importing every method."""
-    if name not in _HOMES:
+    """Import a public name on first use: `from mixing import SaliencyMix` does not import the other methods."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'mixing' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def mixer_class(name: str):
-    """The class of the method `name`. Raises ValueError for an unknown name."""
+    """Return the class of a method. Raises ValueError for an unknown name."""
     name = ALIASES.get(name, name)
     if name not in MIXERS:
-        raise ValueError(f"unknown mixing method {name!r}; there are {', '.join(MIXERS)}")
+        raise ValueError(f"unknown mixing method {name!r}; choose from {', '.join(MIXERS)}")
     module, cls = MIXERS[name]
     return getattr(import_module(module), cls)
 
 
 def hyper_parameters(name: str) -> dict:
-    """Every hyper-parameter of the method `name` with its default, including those that its constructor passes on to
-    its base class.
+    """Return the hyper-parameters of a method with their defaults.
+
+    They include those that its constructor passes on to its base class (RLMix to RMix).
     """
-    found = {}
+    defaults = {}
     for cls in mixer_class(name).__mro__:
         own = inspect.signature(cls.__init__).parameters
-        found = {key: p.default for key, p in own.items() if p.default is not p.empty} | found
+        defaults = {key: p.default for key, p in own.items() if p.default is not p.empty} | defaults
         if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
-            return found
-    return found
+            return defaults
+    return defaults
 
 
 def build_mixer(name: str, /, **options):
-    """The method `name` with those of `options` that are hyper-parameters of it and not None; others are ignored."""
+    """Build a method by name.
+
+    Options that are None or no hyper-parameter of the method are ignored, so one set of options serves all methods.
+    """
     known = hyper_parameters(name)
     return mixer_class(name)(**{k: v for k, v in options.items() if k in known and v is not None})
 
 
 def compose_options(names: list[str]) -> list[str]:
-    """The keyword arguments of compose_mixer() that have an effect with these methods."""
+    """Return the names of the keyword arguments of compose_mixer() that these methods read."""
     compose_mixer = import_module("mixing.compose").compose_mixer
     own = [key for key, p in inspect.signature(compose_mixer).parameters.items() if p.kind is p.KEYWORD_ONLY]
     return list(dict.fromkeys(own + [key for name in [*names, "cutout"] for key in hyper_parameters(name)]))

@@ -1,13 +1,26 @@
 """The contract of a mixing method: `mixed, soft = mixer(images, targets, source)`.
 
-A method subclasses Mixer and implements mix_batch(). The training step of engine/training/loop.py calls, in this order:
+A method subclasses Mixer and implements mix_batch(). It never sees the network: everything it may know about the
+images comes from the saliency source that it is given (saliency/base.py). The training step in engine/training/loop.py
+makes these calls, in this order:
 
-    start_epoch()                                         before every epoch
-    mixed, soft = mixer(images, targets, source)          per batch; afterwards `weight` and `mixed_weight` are known
-    with mixer.during(model): loss = mixed_weight * loss_fn(model(mixed), soft); backward
-    after_backward(mixed.grad)                            with the gradient if wants_mixed_grad, otherwise with None
+    mixer.start_epoch(epoch, epochs, steps)         before each epoch
+    mixed, soft = mixer(images, targets, source)    for each batch; sets `weight` and `mixed_weight`
+    with mixer.during(model):
+        loss = mixer.mixed_weight * loss_fn(model(mixed), soft)
+        loss.backward()
+    mixer.after_backward(mixed.grad)                the gradient is None unless wants_mixed_grad is True
 
-and state_dict() for a checkpoint.
+To write a method:
+
+* In __init__, check the hyper-parameters and store them, `mix_prob` included.
+* Set default_source if the method needs saliency maps. If the default is "gradient", override gradient_options.
+* In mix_batch(), draw partners and shares with draw_partner() and draw_lam(), get the maps from compute_saliency(), mix
+  with blend() or paste(), and pass the weight map to set_weight(). The functions are in mixing/ops.py.
+* Override check_size() if not every image size can be mixed, and state_dict() if the method has state.
+
+Each part has a working default except mix_batch(). mixing/mixup.py is the shortest example, mixing/saliencymix.py the
+shortest one with saliency.
 """
 
 from collections.abc import Callable
@@ -17,94 +30,111 @@ from types import FunctionType, MethodType
 
 import torch
 
-from mixing.ops import check_targets, expand_weight, replace_unusable
+from mixing.ops import check_targets, expand_weight, replace_invalid_maps
 
 
 class Mixer:
-    """A mixing method.
+    """Base class of all mixing methods.
 
-    images (B, C, H, W) are normalised floats and targets (B, K) floats whose rows sum to 1; neither is changed, and the
-    results have the same shapes. source: a saliency.base.Source, or a plain function (images, targets) -> saliency
-    (B, H, W) >= 0, which has maps and nothing else; it may be None where default_source is None. Random numbers come
-    from torch's global generators: scalars from that of the CPU, tensors from that of the images' device.
+    images (B, C, H, W) are normalised floats. targets (B, K) are floats whose rows sum to 1. Neither is modified, and
+    the results have the same shapes. source is a saliency.base.Source, a plain function (images, targets) -> saliency
+    (B, H, W) >= 0, or None if default_source is None.
+
+    Random numbers come from torch's global generators only, so that a seed determines a run: scalars are drawn on the
+    CPU, tensors on the device of the images.
     """
 
-    default_source: str | None = None  # name of the source that the method was published with; None: needs no saliency
-    mix_prob: float = 1.0  # chance that a batch is mixed
-    mixed_weight: float = 1.0  # weight of the loss of the last mixed batch
-    wants_mixed_grad: bool = False  # whether after_backward() reads the gradient at the mixed images
-    mixes_hidden: bool = False  # whether it hooks a stage of the network, which a compiled network ignores
+    default_source: str | None = None  # source used unless --saliency names another one; None: needs no saliency
+    mix_prob: float = 1.0  # probability that a batch is mixed
+    mixed_weight: float = 1.0  # factor of the loss of the last mixed batch; SAGE lowers it to update_ratio
+    wants_mixed_grad: bool = False  # whether after_backward() needs the gradient with respect to the mixed images
+    mixes_hidden: bool = False  # whether during() hooks a stage of the network, which --compile prevents
     batch_size: int | None = None  # the only batch size the method is designed for, if there is one
-    unusable: torch.Tensor | int = 0  # number of saliency maps so far that were all zero or not finite
-    make_weight: Callable[[], torch.Tensor] | None = None  # makes `weight` when it is asked for
+    replaced_maps: torch.Tensor | int = 0  # number of all-zero, NaN or infinite saliency maps replaced so far
+    weight_fn: Callable[[], torch.Tensor] | None = None  # computes `weight` on request
 
     @property
     def gradient_options(self) -> dict:
-        """How a gradient source takes the pixel gradient for this method: parameters of saliency.gradient.Gradient."""
+        """Keyword arguments for saliency.gradient.Gradient: how this method's paper takes the pixel gradient.
+
+        They set, for example, the reduction over channels, the mode of batch norm, and `clean_weight`, the weight of
+        the clean loss that is also trained on.
+        """
         return {}
 
     @property
     def weight(self) -> torch.Tensor | None:
-        """(B, 1, H, W) float32 in [0, 1] on the images' device: the share of images[i] at each pixel of the last
-        mixed[i]. The rest shows the partner or, in a hole of Cutout and where SAGE shifted the partner out of the
-        frame, nothing. PuzzleMix moves blocks of both images; its weight is that of the mask.
+        """The weight map of the last batch: the share of images[i] in each pixel of mixed[i].
 
-        None where no such map exists: before the first batch, where a hidden layer was mixed (Manifold Mixup), and
-        where more than two images were mixed (Co-Mixup).
+        (B, 1, H, W) float32 in [0, 1], on the device of the images. The remaining share belongs to the partner, or to
+        nothing inside a hole of Cutout and where SAGE has shifted the partner out of the frame. PuzzleMix moves blocks
+        of both images; its weight is that of the mask. Use it to draw a mix, or to mix segmentation masks.
+
+        None if no such map exists: before the first batch, if a hidden layer was mixed (Manifold Mixup), and if more
+        than two images were mixed (Co-Mixup).
         """
-        return self.make_weight and self.make_weight()
+        return self.weight_fn and self.weight_fn()
 
-    def keep_weight(self, images: torch.Tensor, make: Callable[[], torch.Tensor | float]) -> None:
-        """Have make() give the weight when it is asked for: one share, (B,) shares, or masks (B or 1, rows, columns) of
-        blocks or pixels. It should hold no reference to large tensors that the step would free.
+    def set_weight(self, images: torch.Tensor, weight_fn: Callable[[], torch.Tensor | float]) -> None:
+        """Set what `weight` returns for this batch. The map is only computed if someone reads `weight`.
+
+        weight_fn() returns the share of the first image: one number, (B,) numbers, or (B or 1, rows, columns) numbers
+        for blocks or pixels. It should not keep large tensors alive that the step would free.
         """
         shape, device = images.shape, images.device
-        self.make_weight = lambda: expand_weight(make(), shape, device)
+        self.weight_fn = lambda: expand_weight(weight_fn(), shape, device)
 
-    def build_source(self, make: Callable):
-        """The source of this method, or None if it needs no saliency. make(mixer) builds one Source."""
-        return make(self) if self.default_source else None
+    def build_source(self, make_source: Callable):
+        """Return the source for this method, or None if it needs no saliency. make_source(mixer) builds a Source."""
+        return make_source(self) if self.default_source else None
 
     def compute_saliency(self, source, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(B, H, W) float32 >= 0: the maps of the source, without those that say nothing."""
-        return self.replace_unusable(source(images, targets))
+        """Return the source's maps, (B, H, W) float32 >= 0, with invalid maps replaced: see replace_invalid_maps()."""
+        return self.replace_invalid_maps(source(images, targets))
 
-    def replace_unusable(self, saliency: torch.Tensor) -> torch.Tensor:
-        """saliency (B, H, W) as float32, with a uniform map for each that is all zero or not finite. Those are counted
-        in `unusable`, without waiting for the device.
+    def replace_invalid_maps(self, saliency: torch.Tensor) -> torch.Tensor:
+        """Return saliency (B, H, W) as float32, with a uniform map in place of each that is all zero, NaN or infinite.
+
+        The number of replacements is added to `replaced_maps` without waiting for the device.
         """
-        saliency, unusable = replace_unusable(saliency.detach().float())
-        self.unusable = self.unusable + unusable.sum()
+        saliency, invalid = replace_invalid_maps(saliency.detach().float())
+        self.replaced_maps = self.replaced_maps + invalid.sum()
         return saliency
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor, source=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raises ValueError for targets that are labels."""
+        """Return mixed images (B, C, H, W) and soft targets (B, K).
+
+        With probability 1 - mix_prob the batch is returned unchanged. Raises ValueError if targets holds class indices.
+        """
         check_targets(targets)
         self.mixed_weight = 1.0
         if torch.rand(()) >= self.mix_prob:
-            self.keep_weight(images, lambda: 1.0)
+            self.set_weight(images, lambda: 1.0)
             return images, targets
         return self.mix_batch(images, targets, as_source(source))
 
     def mix_batch(self, images: torch.Tensor, targets: torch.Tensor, source) -> tuple[torch.Tensor, torch.Tensor]:
-        """The method itself, for a batch that is to be mixed; it calls keep_weight()."""
+        """Mix one batch: the method itself. It must call set_weight(), or set weight_fn to None if there is no map."""
         raise NotImplementedError
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError, with the remedy, if images of this size in pixels cannot be mixed."""
+        """Raise ValueError, naming sizes that work, if images of height x width pixels cannot be mixed."""
 
     def during(self, model: torch.nn.Module) -> AbstractContextManager:
-        """The context of the forward pass of the mixed batch."""
+        """Return the context manager in which the mixed batch passes through `model`, forward and backward."""
         return nullcontext()
 
     def after_backward(self, mixed_grad: torch.Tensor | None) -> None:
-        """Called after the backward pass of the mixed batch, with its pixel gradient if wants_mixed_grad."""
+        """Use the gradient of the loss with respect to the mixed images, (B, C, H, W). RL-Mix computes its reward here.
+
+        Called after the backward pass of every batch. mixed_grad is None unless wants_mixed_grad is True.
+        """
 
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
-        """Called before epoch number `epoch` (from 0) of `epochs`, which has `steps` batches."""
+        """Prepare for epoch `epoch` (the first is 0) of `epochs`, which has `steps` batches."""
 
     def state_dict(self) -> dict:
-        """The state that must survive a resume."""
+        """Return the state that a resumed run needs: tensors and plain Python values."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
@@ -112,7 +142,7 @@ class Mixer:
 
 
 class FunctionSource:
-    """A plain function as a source: it has maps, and the defaults of saliency.base.Source for the rest."""
+    """A plain function (images, targets) -> saliency as a source, with the defaults of saliency.base.Source."""
 
     clean_weight, logits, has_gradient = 0.0, None, False
 
@@ -127,5 +157,5 @@ class FunctionSource:
 
 
 def as_source(source):
-    """A source as methods read it: a plain function gets the missing members, everything else must have them."""
+    """Wrap a plain function in a FunctionSource; return any other source, and None, unchanged."""
     return FunctionSource(source) if isinstance(source, (FunctionType, MethodType, partial)) else source

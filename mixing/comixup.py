@@ -50,7 +50,7 @@ def compatibility(places: torch.Tensor, omega: float) -> torch.Tensor:
     return torch.where(total > 0, apart, identity)
 
 
-def block_cost(saliency: torch.Tensor, prior: torch.Tensor, blocks: int, eta: float) -> torch.Tensor:
+def block_costs(saliency: torch.Tensor, prior: torch.Tensor, blocks: int, eta: float) -> torch.Tensor:
     """(P, m, h, h): price of every block of every input, minus its share of the input's saliency and of the prior.
 
     saliency (P, m, H, W); prior (P, m): a Dirichlet draw, shared by the outputs of a part; blocks: h.
@@ -148,7 +148,7 @@ class CoMixup(Mixer):
             check_divides("m_block_num", blocks, height, width)
 
     def mix_batch(self, images, targets, source):
-        self.make_weight = None
+        self.weight_fn = None
         self.check_size(*images.shape[-2:])
         blocks = GRIDS[int(torch.randint(len(GRIDS), ()))] if self.m_block_num == -1 else self.m_block_num
         saliency = self.compute_saliency(source, images, targets)
@@ -171,7 +171,7 @@ class CoMixup(Mixer):
         device = saliency.device
         parameters = torch.full((parts, m), float(self.mixup_alpha), device="cpu" if device.type == "mps" else device)
         prior = Dirichlet(parameters, validate_args=False).sample().to(device)  # MPS has no gamma draws
-        cost = block_cost(saliency, prior, blocks, self.m_eta)
+        cost = block_costs(saliency, prior, blocks, self.m_eta)
         if m == 1:  # an image alone stays as it is
             sources = torch.zeros(parts, 1, blocks, blocks, 2, dtype=torch.long, device=device)
             return Labelling(sources, torch.full_like(cost[:, :, :1, 0], blocks**2), cost.sum((1, 2, 3)))

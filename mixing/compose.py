@@ -1,4 +1,4 @@
-"""Methods put together: none, one after the other, one drawn for each batch, a part of each batch."""
+"""Combine methods: mix nothing, chain two methods, draw a method for each batch, or mix only a part of each batch."""
 
 import math
 from contextlib import nullcontext
@@ -11,15 +11,15 @@ from mixing.base import Mixer
 
 
 class NoMix(Mixer):
-    """The plain baseline: every batch as it is."""
+    """The baseline without mixing: every batch is returned unchanged."""
 
     def __call__(self, images, targets, source=None):
-        self.keep_weight(images, lambda: 1.0)
+        self.set_weight(images, lambda: 1.0)
         return images, targets
 
 
 class Chain(Mixer):
-    """Several mixers one after the other: a hole cut into every image (Cutout), then a method."""
+    """Several mixers, applied one after the other: Cutout, then a method. The last one gets the gradients."""
 
     def __init__(self, mixers: list[Mixer]):
         self.mixers = mixers
@@ -36,11 +36,11 @@ class Chain(Mixer):
         return next((mixer.batch_size for mixer in self.mixers if mixer.batch_size), None)
 
     @property
-    def unusable(self) -> torch.Tensor | int:
-        return sum(mixer.unusable for mixer in self.mixers)
+    def replaced_maps(self) -> torch.Tensor | int:
+        return sum(mixer.replaced_maps for mixer in self.mixers)
 
-    def build_source(self, make):
-        return self.mixers[-1].build_source(make)
+    def build_source(self, make_source):
+        return self.mixers[-1].build_source(make_source)
 
     def check_size(self, height, width):
         for mixer in self.mixers:
@@ -49,8 +49,8 @@ class Chain(Mixer):
     def __call__(self, images, targets, source=None):
         for mixer in self.mixers:
             images, targets = mixer(images, targets, source)
-        makers = [mixer.make_weight for mixer in self.mixers]
-        self.make_weight = None if None in makers else lambda: math.prod(make() for make in makers)
+        weight_fns = [mixer.weight_fn for mixer in self.mixers]
+        self.weight_fn = None if None in weight_fns else lambda: math.prod(weight_fn() for weight_fn in weight_fns)
         return images, targets
 
     def during(self, model):
@@ -67,32 +67,35 @@ class Chain(Mixer):
         return {"mixers": [mixer.state_dict() for mixer in self.mixers]}
 
     def load_state_dict(self, state):
-        for mixer, own in zip(self.mixers, state["mixers"], strict=True):
-            mixer.load_state_dict(own)
+        for mixer, mixer_state in zip(self.mixers, state["mixers"], strict=True):
+            mixer.load_state_dict(mixer_state)
 
 
 class Choice(Chain):
-    """One of several methods, drawn afresh for every batch. It takes a list of sources, one for each method."""
+    """One of several methods, drawn for each batch with equal probabilities.
+
+    It takes a list of sources, one for each method, as its build_source() returns it.
+    """
 
     def __init__(self, mixers: list[Mixer]):
         super().__init__(mixers)
         self.default_source = None
         self.wants_mixed_grad = any(mixer.wants_mixed_grad for mixer in mixers)
-        self.drawn = 0
+        self.drawn = 0  # index of the method that mixed the last batch
 
     @property
     def mixed_weight(self) -> float:
         return self.mixers[self.drawn].mixed_weight
 
-    def build_source(self, make):
-        sources = [mixer.build_source(make) for mixer in self.mixers]
+    def build_source(self, make_source):
+        sources = [mixer.build_source(make_source) for mixer in self.mixers]
         return sources if any(sources) else None
 
     def __call__(self, images, targets, source=None):
         self.drawn = int(torch.randint(len(self.mixers), ()))
         mixer = self.mixers[self.drawn]
         mixed, soft = mixer(images, targets, source and source[self.drawn])
-        self.make_weight = mixer.make_weight
+        self.weight_fn = mixer.weight_fn
         return mixed, soft
 
     def during(self, model):
@@ -103,11 +106,11 @@ class Choice(Chain):
 
 
 class PartialMix(Chain):
-    """Only the last floor(B * share) images of a batch are mixed, among themselves; the share can follow the epochs.
+    """Mixes the last floor(B * fraction) images of each batch with each other and leaves the others unchanged.
 
-    mix_schedule: `fixed` mix_fraction throughout; `scheduled` a straight ramp from 0 that reaches mix_fraction at
-    mix_scheduled_epoch; `delayed` nothing before that epoch. The last mix_off_epoch epochs are never mixed.
-    (The options `--prob_mix`, `--mix_schedule` and `--mix_scheduled_epoch` of the SAGE code.)
+    mix_schedule sets the fraction: `fixed` is mix_fraction in every epoch; `scheduled` is a linear ramp from 0 to
+    mix_fraction at epoch mix_scheduled_epoch; `delayed` is 0 before that epoch. The last mix_off_epoch epochs are not
+    mixed. These are the options `--prob_mix`, `--mix_schedule` and `--mix_scheduled_epoch` of the SAGE code.
     """
 
     def __init__(
@@ -123,54 +126,55 @@ class PartialMix(Chain):
             raise ValueError(f"mix_fraction must lie between 0 and 1, got {mix_fraction}")
         self.mix_fraction, self.mix_schedule = mix_fraction, mix_schedule
         self.mix_scheduled_epoch, self.mix_off_epoch = mix_scheduled_epoch, mix_off_epoch
-        self.share, self.mixed = mix_fraction, 0
+        self.fraction = mix_fraction  # of this epoch
+        self.num_mixed = 0  # images mixed in the last batch
 
     @property
     def mixed_weight(self) -> float:
-        return self.mixers[0].mixed_weight if self.mixed else 1.0
+        return self.mixers[0].mixed_weight if self.num_mixed else 1.0
 
-    def build_source(self, make):
-        source = super().build_source(make)
+    def build_source(self, make_source):
+        source = super().build_source(make_source)
         partial = self.mix_fraction < 1 or self.mix_schedule == "scheduled"
         sources = source if isinstance(source, list) else [source]
-        # the clean images of the part that is mixed would be trained on twice
-        if partial and any(one and one.clean_weight for one in sources):
+        # the clean loss covers only the images that are mixed, so these would be trained on twice and the others once
+        if partial and any(part and part.clean_weight for part in sources):
             raise ValueError(
-                "mixing a part of each batch excludes training on the clean images too: add --clean_lam 0, or with "
-                "sage --update_ratio 1"
+                "a method that mixes only part of each batch cannot also train on the clean images: "
+                "add --clean_lam 0 (sage: --update_ratio 1)"
             )
         return source
 
     def start_epoch(self, epoch, epochs, steps):
         super().start_epoch(epoch, epochs, steps)
-        self.share = self.mix_fraction
+        self.fraction = self.mix_fraction
         if epoch >= epochs - self.mix_off_epoch:
-            self.share = 0.0
+            self.fraction = 0.0
         elif epoch < self.mix_scheduled_epoch and self.mix_schedule == "delayed":
-            self.share = 0.0
+            self.fraction = 0.0
         elif epoch < self.mix_scheduled_epoch and self.mix_schedule == "scheduled":
-            self.share *= epoch / self.mix_scheduled_epoch
+            self.fraction *= epoch / self.mix_scheduled_epoch
 
     def __call__(self, images, targets, source=None):
-        self.mixed = int(len(images) * self.share)
-        if self.mixed == 0:
-            self.keep_weight(images, lambda: 1.0)
+        self.num_mixed = int(len(images) * self.fraction)
+        if self.num_mixed == 0:
+            self.set_weight(images, lambda: 1.0)
             return images, targets
-        clean, mixer = len(images) - self.mixed, self.mixers[0]
-        mixed, soft = mixer(images[clean:], targets[clean:], source)
-        make = self.make_weight = mixer.make_weight
-        if clean == 0:
+        num_clean, mixer = len(images) - self.num_mixed, self.mixers[0]
+        mixed, soft = mixer(images[num_clean:], targets[num_clean:], source)
+        weight_fn = self.weight_fn = mixer.weight_fn
+        if num_clean == 0:
             return mixed, soft
-        if make:
-            self.make_weight = lambda: F.pad(make(), (0, 0, 0, 0, 0, 0, clean, 0), value=1.0)
-        return torch.cat([images[:clean], mixed]), torch.cat([targets[:clean], soft])
+        if weight_fn:
+            self.weight_fn = lambda: F.pad(weight_fn(), (0, 0, 0, 0, 0, 0, num_clean, 0), value=1.0)
+        return torch.cat([images[:num_clean], mixed]), torch.cat([targets[:num_clean], soft])
 
     def during(self, model):
-        return self.mixers[0].during(model) if self.mixed else nullcontext()
+        return self.mixers[0].during(model) if self.num_mixed else nullcontext()
 
     def after_backward(self, mixed_grad):
-        if self.mixed:
-            self.mixers[0].after_backward(None if mixed_grad is None else mixed_grad[-self.mixed :])
+        if self.num_mixed:
+            self.mixers[0].after_backward(None if mixed_grad is None else mixed_grad[-self.num_mixed :])
 
 
 def compose_mixer(
@@ -184,10 +188,10 @@ def compose_mixer(
     mix_off_epoch: int = 0,
     **hyper_parameters,
 ) -> Mixer:
-    """One mixer for the methods `names`: of several, one is drawn for every batch.
+    """Build one mixer from the methods `names`; with several, one is drawn for each batch.
 
-    method_options: method -> hyper-parameters of that method alone. hyper_parameters: for every method that has them;
-    they come before method_options, and None means not given. cutout: cut holes into the images first. mix_*: see
+    hyper_parameters go to every method that has them; None means "use the default". method_options: method -> defaults
+    for that method alone, which hyper_parameters override. cutout: first cut holes into the images. mix_*: see
     PartialMix. Raises ValueError for an unknown method and for a hyper-parameter out of range.
     """
     given = {key: value for key, value in hyper_parameters.items() if value is not None}

@@ -1,7 +1,7 @@
-"""CutMix: the same window of a partner image, pasted.
+"""CutMix: paste a random box of a partner image at the same position.
 
-Yun et al., ICCV 2019, arXiv 1905.04899, Sec. 3.1. One box a batch, as its code has it; per_sample draws one for each
-image.
+Yun et al., ICCV 2019, arXiv 1905.04899, Sec. 3.1. One box per batch, as in the authors' code; per_sample draws one for
+each image.
 """
 
 import torch
@@ -10,20 +10,23 @@ from mixing.base import Mixer
 from mixing.ops import box_mask, center_boxes, check_probability, clip_boxes, draw_lam, draw_partner, paste
 
 
-def boxes_real(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """As center_boxes, but with real centres on [0, n) and real sides; only the clipped edges are cut to whole pixels.
+def center_boxes_real(
+    rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """Return num_boxes as center_boxes() does, but with real centres in [0, n) and real sides.
 
-    The form of the Puzzle Mix family of codes (Puzzle Mix, Co-Mixup, SAGE).
+    Only the clipped edges are truncated to whole pixels. Puzzle Mix, Co-Mixup and SAGE run CutMix in this form.
     """
     half = (1.0 - lam).sqrt() / 2
     return clip_boxes(rows, columns, height * half, width * half, height, width).long()
 
 
 class CutMix(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch (which implies per_sample).
+    """lam ~ Beta(mixup_alpha, mixup_alpha), drawn once per batch.
 
-    mix_prob: chance that a batch is mixed. cutmix_box: `integer` (original code) or `real` (Puzzle Mix family) box
-    edges.
+    per_sample: draw a box for each image. in_batch: draw lam for each image too. mix_prob: probability that a batch is
+    mixed. cutmix_box: `integer` box edges (the original code) or `real` ones (the codes of Puzzle Mix, Co-Mixup and
+    SAGE).
     """
 
     def __init__(
@@ -46,12 +49,12 @@ class CutMix(Mixer):
         height, width = images.shape[-2:]
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
-        boxes = len(images) if self.per_sample else 1
-        rows = torch.rand(boxes, device=images.device) * height
-        columns = torch.rand(boxes, device=images.device) * width
+        num_boxes = len(images) if self.per_sample else 1
+        rows = torch.rand(num_boxes, device=images.device) * height
+        columns = torch.rand(num_boxes, device=images.device) * width
         if self.cutmix_box == "integer":
-            box = center_boxes(rows.long(), columns.long(), lam, height, width)
+            boxes = center_boxes(rows.long(), columns.long(), lam, height, width)
         else:
-            box = boxes_real(rows, columns, lam, height, width)
-        self.keep_weight(images, lambda: ~box_mask(box, height, width).squeeze(1))
-        return paste(images, targets, partner, box)
+            boxes = center_boxes_real(rows, columns, lam, height, width)
+        self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))
+        return paste(images, targets, partner, boxes)

@@ -1,8 +1,7 @@
-"""Cutout: a square hole in every image.
+"""Cutout: cut a square hole into every image.
 
-DeVries and Taylor, arXiv 1708.04552, Sec. 3: the centre may lie anywhere in the image, so the hole can reach over the
-border; it is filled with 0 after normalisation, the mean colour. Labels stay. A training transform: evaluation never
-uses it.
+DeVries and Taylor, arXiv 1708.04552, Sec. 3. The centre may be any pixel, so a hole can reach beyond the border. Holes
+are filled with 0 after normalisation, the mean colour. Labels stay the same. Only training images get holes.
 """
 
 import torch
@@ -12,8 +11,9 @@ from mixing.ops import box_mask
 
 
 def hole_mask(rows: torch.Tensor, columns: torch.Tensor, length: int, height: int, width: int) -> torch.Tensor:
-    """(B, 1, H, W) bool: true in a square of side 2 (length // 2) around each of the given pixels, rows and columns (B,
-    holes).
+    """Return masks (B, 1, H, W) bool, True inside the holes.
+
+    Each hole is a square with side 2 (length // 2) around a pixel; rows and columns are (B, holes).
     """
     half = length // 2
     boxes = torch.stack([rows - half, rows + half, columns - half, columns + half], dim=-1)  # (B, holes, 4)
@@ -21,13 +21,13 @@ def hole_mask(rows: torch.Tensor, columns: torch.Tensor, length: int, height: in
 
 
 def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, length: int) -> torch.Tensor:
-    """images (B, C, H, W) with zeros in the squares of hole_mask()."""
+    """Return images (B, C, H, W) with zeros inside the holes of hole_mask()."""
     holes = hole_mask(rows, columns, length, *images.shape[-2:])
-    return torch.where(holes, 0.0, images)  # keeps the memory format, which masked_fill does not
+    return torch.where(holes, 0.0, images)  # masked_fill would not keep the memory format
 
 
 class Cutout(Mixer):
-    """n_holes holes of side cutout_length in every image."""
+    """Cuts n_holes square holes with a side of cutout_length pixels into each image."""
 
     def __init__(self, cutout_length: int = 16, n_holes: int = 1):
         if cutout_length < 1 or n_holes < 1:
@@ -38,5 +38,5 @@ class Cutout(Mixer):
         shape, size, device = (len(images), self.n_holes), images.shape[-2:], images.device
         rows = torch.randint(size[0], shape, device=device)
         columns = torch.randint(size[1], shape, device=device)
-        self.keep_weight(images, lambda: ~hole_mask(rows, columns, self.cutout_length, *size).squeeze(1))
+        self.set_weight(images, lambda: ~hole_mask(rows, columns, self.cutout_length, *size).squeeze(1))
         return erase(images, rows, columns, self.cutout_length), targets

@@ -1,7 +1,8 @@
-"""Manifold Mixup: Mixup of the images or of a hidden layer.
+"""Manifold Mixup: apply Mixup to the images or to a hidden layer.
 
-Verma et al., ICML 2019, arXiv 1806.05236, Sec. 2: the layer is drawn for each batch, uniformly from the input and the
-outputs of the first two stages (the set of the Puzzle Mix family of codes). Gradients flow through both branches.
+Verma et al., ICML 2019, arXiv 1806.05236, Sec. 2. The layer is drawn uniformly for each batch from the input and the
+outputs of the first two stages, the set that Puzzle Mix, Co-Mixup and SAGE use. Gradients flow through both images of a
+pair.
 """
 
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from mixing.ops import blend, check_probability, draw_lam, draw_partner
 
 
 class ManifoldMixup(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch
-    is mixed.
+    """lam ~ Beta(mixup_alpha, mixup_alpha), drawn once per batch, or per image with in_batch.
+
+    mix_prob: probability that a batch is mixed.
     """
 
     mixes_hidden = True
@@ -24,7 +26,7 @@ class ManifoldMixup(Mixer):
             raise ValueError(f"mixup_alpha must not be negative, got {mixup_alpha}")
         self.mixup_alpha, self.in_batch = mixup_alpha, in_batch
         self.mix_prob = check_probability("mix_prob", mix_prob)
-        self.depth, self.partner, self.lam = 0, None, None
+        self.depth, self.partner, self.lam = 0, None, None  # depth 0: mix the images; k: the output of stage k
 
     def __call__(self, images, targets, source=None):
         self.depth = 0
@@ -35,15 +37,16 @@ class ManifoldMixup(Mixer):
         self.lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         self.partner = draw_partner(images)
         if self.depth:
-            self.make_weight = None
+            self.weight_fn = None
             return images, blend(targets, self.partner, self.lam)
-        self.keep_weight(images, lambda lam=self.lam: lam)
+        self.set_weight(images, lambda lam=self.lam: lam)
         return blend(images, self.partner, self.lam), blend(targets, self.partner, self.lam)
 
     @contextmanager
     def during(self, model):
-        """Mix the output of stage `depth` of `model`, which names its stages in `model.stages`; the hook goes even on
-        an error.
+        """Mix the output of stage `depth` of `model`, which names its stages in `model.stages`.
+
+        The forward hook is removed even if an error occurs.
         """
         if self.depth == 0:
             yield
@@ -56,9 +59,7 @@ class ManifoldMixup(Mixer):
             handle.remove()
 
     def mix_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (B, ...): the last len(partner) rows are mixed among themselves, the rows before them stay (see
-        PartialMix).
-        """
-        clean = len(hidden) - len(self.partner)
-        mixed = blend(hidden[clean:], self.partner, self.lam)
-        return torch.cat([hidden[:clean], mixed]) if clean else mixed
+        """Mix the last len(partner) rows of hidden (B, ...) with each other; PartialMix leaves the earlier rows out."""
+        num_clean = len(hidden) - len(self.partner)
+        mixed = blend(hidden[num_clean:], self.partner, self.lam)
+        return torch.cat([hidden[:num_clean], mixed]) if num_clean else mixed

@@ -1,6 +1,6 @@
-"""Mixup: a straight blend of two images.
+"""Mixup: blend two images with one weight.
 
-Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, the same for the labels.
+Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, and the same for the labels.
 """
 
 from mixing.base import Mixer
@@ -8,8 +8,9 @@ from mixing.ops import blend, check_probability, draw_lam, draw_partner
 
 
 class Mixup(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch, or one an image with in_batch. mix_prob: chance that a batch
-    is mixed.
+    """lam ~ Beta(mixup_alpha, mixup_alpha), drawn once per batch, or per image with in_batch.
+
+    mix_prob: probability that a batch is mixed.
     """
 
     def __init__(self, mixup_alpha: float = 1.0, mix_prob: float = 1.0, in_batch: bool = False):
@@ -21,5 +22,5 @@ class Mixup(Mixer):
     def mix_batch(self, images, targets, source):
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
-        self.keep_weight(images, lambda: lam)
+        self.set_weight(images, lambda: lam)
         return blend(images, partner, lam), blend(targets, partner, lam)

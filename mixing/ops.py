@@ -1,74 +1,94 @@
-"""Operations that several mixing methods share: boxes, partners, blends, checks."""
+"""Building blocks for mixing methods: draw partners and shares, blend or paste images, handle boxes, blocks and maps.
+
+| to | use |
+|---|---|
+| pair the images of a batch, draw lam | draw_partner(), draw_lam() |
+| mix two images as a whole, or inside a box | blend(), paste() |
+| place boxes and turn them into masks | center_boxes(), clip_boxes(), box_mask() |
+| work on a grid of blocks | block_means(), upsample_blocks(), check_divides() |
+| clean up and normalise saliency maps | replace_invalid_maps(), normalize_sum() |
+
+Boxes are rows (y1, y2, x1, x2) of a long tensor, half-open, in pixels. lam is the share of the first image.
+"""
 
 import torch
 from torch.distributions import Beta
 
 
 def check_targets(targets: torch.Tensor) -> None:
-    """Raise ValueError for anything but soft targets (B, K)."""
+    """Raise ValueError unless targets are (B, K) floats, one row per image."""
     if targets.dim() != 2 or not targets.is_floating_point():
         raise ValueError(
             f"targets must be (B, K) floats whose rows sum to 1, got {tuple(targets.shape)} {targets.dtype}: "
-            "F.one_hot(labels, K).float() makes them of labels"
+            "convert class indices with F.one_hot(labels, K).float()"
         )
 
 
 def check_probability(name: str, value: float) -> float:
+    """Return value. Raises ValueError if it is not in [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} must lie between 0 and 1, got {value}")
     return value
 
 
 def check_at_least(name: str, value: int, minimum: int) -> None:
+    """Raise ValueError if value < minimum."""
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def replace_unusable(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """saliency (B, H, W) with ones in place of every map whose sum is zero or not finite, and which those are, (B,)."""
+def replace_invalid_maps(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace each map of saliency (B, H, W) whose sum is zero, NaN or infinite by ones.
+
+    Returns the maps and a mask of the replaced ones, (B,) bool.
+    """
     total = saliency.sum((1, 2))
-    unusable = ~((total > 0) & total.isfinite())
-    return saliency.masked_fill(unusable.view(-1, 1, 1), 1.0), unusable
+    invalid = ~((total > 0) & total.isfinite())
+    return saliency.masked_fill(invalid.view(-1, 1, 1), 1.0), invalid
 
 
 def normalize_sum(saliency: torch.Tensor) -> torch.Tensor:
-    """Maps (..., H, W) that each sum to 1."""
+    """Scale maps (..., H, W) so that each sums to 1. No map may sum to 0."""
     return saliency / saliency.sum((-2, -1), keepdim=True)
 
 
 def block_means(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """(..., H, W) -> (..., rows, columns): the mean of every block. H and W must be multiples of rows and columns."""
+    """Average (..., H, W) over blocks: (..., rows, columns). H must be a multiple of rows, W of columns."""
     height, width = values.shape[-2:]
     return values.unflatten(-1, (columns, width // columns)).mean(-1).unflatten(-2, (rows, height // rows)).mean(-2)
 
 
 def upsample_blocks(blocks: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, rows, columns) -> (B, 1, H, W): every block repeated over its pixels."""
+    """Repeat each block value of (B, rows, columns) over its pixels: (B, 1, H, W)."""
     batch, rows, columns = blocks.shape
     tall, wide = height // rows, width // columns
     return blocks.view(batch, rows, 1, columns, 1).expand(-1, -1, tall, -1, wide).reshape(batch, 1, height, width)
 
 
 def expand_weight(weight: torch.Tensor | float, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """One share, (B,) shares, or masks (B or 1, rows, columns) of blocks or pixels -> (B, 1, H, W) float32 on the
-    device. shape: (B, C, H, W).
+    """Expand a weight to (B, 1, H, W) float32 on the device. shape: (B, C, H, W) of the images.
+
+    weight: one number, (B,) numbers, or (B or 1, rows, columns) numbers for blocks or pixels.
     """
     weight = torch.as_tensor(weight, dtype=torch.float32, device=device).detach()
     weight = upsample_blocks(weight, *shape[-2:]) if weight.dim() == 3 else weight.view(-1, 1, 1, 1)
     return weight.expand(shape[0], 1, *shape[-2:])
 
 
-def check_divides(what: str, count: int, height: int, width: int) -> None:
-    """Raise ValueError where an image of height x width cannot be cut into count x count blocks."""
+def check_divides(name: str, count: int, height: int, width: int) -> None:
+    """Raise ValueError if height x width pixels cannot be cut into count x count blocks. name: the option to blame."""
     if height % count or width % count:
         fits = [n for n in range(2, min(height, width) + 1) if height % n == 0 and width % n == 0]
-        raise ValueError(f"{what}: {height}x{width} pixels cannot be cut into {count}x{count} blocks; {fits} would do")
+        raise ValueError(f"{name}: {height}x{width} pixels cannot be cut into {count}x{count} blocks; {fits} work")
 
 
 def draw_lam(alpha: float, images: torch.Tensor, per_image: bool = False) -> torch.Tensor:
-    """lam ~ Beta(alpha, alpha): () float64 on the host, or (B,) float32 on the device; 1 where alpha is 0."""
+    """Draw lam ~ Beta(alpha, alpha). alpha 0 gives lam 1.
+
+    Returns () float64 on the CPU or, with per_image, one lam for each image, (B,) float32 on their device.
+    """
     if per_image:
-        device = "cpu" if images.device.type == "mps" else images.device  # MPS has no gamma draws
+        device = "cpu" if images.device.type == "mps" else images.device  # MPS cannot draw gamma variates
         parameter = torch.full((len(images),), float(alpha), device=device)
         lam = Beta(parameter, parameter, validate_args=False).sample() if alpha > 0 else torch.ones_like(parameter)
         return lam.to(images.device)
@@ -77,22 +97,27 @@ def draw_lam(alpha: float, images: torch.Tensor, per_image: bool = False) -> tor
 
 
 def draw_partner(images: torch.Tensor) -> torch.Tensor:
-    """(B,) a uniform permutation of the batch; an image can be its own partner."""
+    """Draw a random permutation of the batch, (B,) long on its device. An image can be its own partner."""
     return torch.randperm(len(images), device=images.device)
 
 
 def blend(values: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
-    """lam * values + (1 - lam) * values[partner] along the first dimension; lam () or (B,)."""
+    """Return lam * values + (1 - lam) * values[partner], in the dtype of values.
+
+    values (B, ...): images, targets or features; partner (B,); lam () or (B,).
+    """
     if lam.dim():
         lam = lam.view(-1, *[1] * (values.dim() - 1))
     return (lam * values + (1 - lam) * values[partner]).to(values.dtype)
 
 
 def center_boxes(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Boxes of (1 - lam) of the area around the given pixels, clipped: (B, 4) as y1, y2, x1, x2, half-open.
+    """Return boxes centred on the given pixels that cover 1 - lam of the image before they are clipped at its borders.
 
-    CutMix, arXiv 1905.04899, Eq. 2 in the integer form of its code: side int(n sqrt(1 - lam)), centre -+ side // 2, so
-    that an odd side loses a pixel. rows, columns (B,) long; lam () or (B,), the share of the image that receives.
+    rows, columns (B,) long; lam () or (B,), the share of the image that is pasted into. Returns (B, 4) long.
+
+    CutMix, arXiv 1905.04899, Eq. 2, with the integer arithmetic of its code: a side is int(n sqrt(1 - lam)) and reaches
+    side // 2 to both sides of the centre, so that an odd side loses one pixel.
     """
     side = (1.0 - lam).sqrt()
     half_height, half_width = (height * side).long() // 2, (width * side).long() // 2
@@ -100,14 +125,14 @@ def center_boxes(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, h
 
 
 def clip_boxes(rows, columns, half_height, half_width, height: int, width: int) -> torch.Tensor:
-    """Boxes of these half sides around the given points, cut at the edges of the image: (B, 4)."""
+    """Return boxes with these half sides around the given points, clipped at the image borders: (B, 4)."""
     y1, y2 = (rows - half_height).clamp(0, height), (rows + half_height).clamp(0, height)
     x1, x2 = (columns - half_width).clamp(0, width), (columns + half_width).clamp(0, width)
     return torch.stack([y1, y2, x1, x2], dim=-1)
 
 
 def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, 4) boxes y1, y2, x1, x2 -> (B, 1, H, W) bool, true inside."""
+    """Convert boxes (B, 4) to masks (B, 1, H, W) bool, True inside."""
     y1, y2, x1, x2 = boxes[:, None, None, :].unbind(-1)  # each (B, 1, 1)
     rows = torch.arange(height, device=boxes.device).view(1, -1, 1)
     columns = torch.arange(width, device=boxes.device).view(1, 1, -1)
@@ -115,9 +140,10 @@ def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def paste(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, boxes: torch.Tensor):
-    """The partner's pixels inside the box, the image's own outside; targets by the area of the clipped box.
+    """Paste the partner's pixels inside each box, and weight the targets by the area of the box.
 
-    images (B, C, H, W), targets (B, K), partner (B,), boxes (B, 4) or (1, 4) -> mixed images, soft targets.
+    images (B, C, H, W), targets (B, K), partner (B,), boxes (B, 4), or (1, 4) for one box per batch. Returns mixed
+    images and soft targets.
     """
     inside = box_mask(boxes, *images.shape[-2:])
     lam = 1.0 - inside.flatten(1).float().mean(1, keepdim=True)

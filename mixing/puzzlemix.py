@@ -42,7 +42,7 @@ def border_differences(cells: torch.Tensor, partner: torch.Tensor, n: int) -> tu
     return found[0], found[1].transpose(2, 3)
 
 
-def mask_problem(
+def build_mask_problem(
     salient: torch.Tensor,
     cells: torch.Tensor | None,
     partner: torch.Tensor,
@@ -198,7 +198,7 @@ class PuzzleMix(Mixer):
             saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             self.mask, blocks = self.plan(images.detach(), saliency, partner, lam, n)
-        self.keep_weight(images, lambda mask=self.mask: mask)
+        self.set_weight(images, lambda mask=self.mask: mask)
         own, others = (self.add_noise(images, noise) if wanted else images for wanted in noisy)
         return mix(own, targets, partner, self.mask, blocks, others)
 
@@ -211,7 +211,7 @@ class PuzzleMix(Mixer):
             cell = largest_divisor(tall, self.neigh_size), largest_divisor(wide, self.neigh_size)
             cells = F.avg_pool2d(images.float(), cell) * self.std
         salient = normalize_sum(block_means(saliency, n, n))
-        problem = mask_problem(salient, cells, partner, lam, **self.weights)
+        problem = build_mask_problem(salient, cells, partner, lam, **self.weights)
         labels, self.bound = self.solve(*problem)
         self.energy = puzzlemix_mask.energy(labels, *problem)
         mask = 1 - labels.permute(2, 0, 1) / (self.n_labels - 1)
@@ -233,7 +233,7 @@ class PuzzleMix(Mixer):
         reach = self.adv_eps
         noise = torch.empty_like(images).uniform_(-reach, reach)
         gradient = source.gradient(self.add_noise(images, noise), targets)
-        saliency = self.replace_unusable(source.reduce(gradient))
+        saliency = self.replace_invalid_maps(source.reduce(gradient))
         noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)  # the sign of NaN is 0
         return saliency, noise * torch.rand(())
 

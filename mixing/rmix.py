@@ -21,7 +21,7 @@ from mixing.ops import (
 MAX_PERCENTILE = 0.99  # the percentile of the last action; that of the first is 0
 
 
-def percentiles(actions: torch.Tensor, num_action: int) -> torch.Tensor:
+def actions_to_percentiles(actions: torch.Tensor, num_action: int) -> torch.Tensor:
     """Actions (B,) in 0..num_action - 1 -> percentiles (B,) float32, equally spaced from 0 to 0.99."""
     return actions.float() * (MAX_PERCENTILE / max(num_action - 1, 1))
 
@@ -109,10 +109,10 @@ class RMix(Mixer):
         saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             partner = self.draw_partner(images)
-            percentile = percentiles(self.choose_actions(saliency, targets, source), self.num_action)
+            percentile = actions_to_percentiles(self.choose_actions(saliency, targets, source), self.num_action)
             mask = salient_mask(normalize_sum(block_means(saliency, rows, columns)), percentile)
             weight = block_weights(mask, partner, lam)
-        self.keep_weight(images, lambda: weight)
+        self.set_weight(images, lambda: weight)
         return mix(images, targets, partner, weight)
 
     def choose_actions(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:
@@ -138,11 +138,11 @@ class RMix(Mixer):
         """Rows and columns of patches for this batch."""
         self.check_size(height, width)
         if self.patches_per_side or not self.use_random_patches:
-            count = draw_one(self.patches_per_side or (self.num_patches,))
+            count = draw_from(self.patches_per_side or (self.num_patches,))
             return count, count
-        side = draw_one(self.random_patches)
+        side = draw_from(self.random_patches)
         return height // side, width // side
 
 
-def draw_one(values: tuple[int, ...]) -> int:
+def draw_from(values: tuple[int, ...]) -> int:
     return values[int(torch.randint(len(values), ()))]

@@ -9,13 +9,13 @@ import torch
 
 from mixing.base import Mixer
 from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
-from mixing.solvers.sage_offsets import best_offset, best_offset_of_all, grid_offsets, random_offsets
+from mixing.solvers.sage_offsets import find_best_offset, find_best_offset_exhaustive, grid_offsets, random_offsets
 
 MIN_WEIGHT = 1e-12  # of either image, so that lam = 0 and 1 still mix
 MIN_SUM = 1e-16  # of two saliencies at a pixel: where both are zero, the partner shows
 
 
-def weigh_maps(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_maps(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The maps that compete for the pixels, of each image and of its partner: (B, H, W) that sum to lam and 1 - lam.
 
     saliency (B, H, W) >= 0, none all zero; partner (B,); lam ().
@@ -39,8 +39,10 @@ def mix(
     long, on the host: those that are tried, the earlier of two equals winning; None: all there are.
     """
     with torch.no_grad():
-        first, second = weigh_maps(saliency, partner, lam)
-        offset = best_offset_of_all(first, second) if offsets is None else best_offset(first, second, offsets)
+        first, second = scale_maps(saliency, partner, lam)
+        offset = (
+            find_best_offset_exhaustive(first, second) if offsets is None else find_best_offset(first, second, offsets)
+        )
     mixed, soft, mask = blend_shifted(images, targets, first, second, partner, offset)
     return mixed, soft, offset, mask
 
@@ -164,5 +166,5 @@ class SAGE(Mixer):
         lam, partner = self.upper_lambda * lam, draw_partner(images)
         offsets = self.draw_offsets(*images.shape[-2:])
         mixed, soft, self.offset, mask = mix(images, targets, saliency, partner, lam, offsets)
-        self.keep_weight(images, lambda: mask)
+        self.set_weight(images, lambda: mask)
         return mixed, soft

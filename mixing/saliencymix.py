@@ -1,8 +1,8 @@
 """SaliencyMix: paste the patch around the most salient pixel of a partner image.
 
-Uddin et al., ICLR 2021, arXiv 2006.01791, Sec. 3.1-3.2. One box for each image, as the text has it; the authors' code
-takes one box, of the first partner, for the whole batch: saliency_scope="batch". A source that
-knows better than by the maximum of its map where the object is says so by its method `points`.
+Uddin et al., ICLR 2021, arXiv 2006.01791, Sec. 3.1-3.2. One box per image, as in the text. The authors' code uses one
+box for the whole batch, that of the first partner: saliency_scope="batch". A source whose points() returns a position
+overrides the maximum of the map.
 """
 
 import torch
@@ -11,17 +11,17 @@ from mixing.base import Mixer
 from mixing.ops import box_mask, center_boxes, check_probability, draw_lam, draw_partner, paste
 
 
-def peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 2: row and column, each (B,), of the first maximum of saliency (B, H, W) in row-major order."""
+def find_peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eq. 2: return the row and column, each (B,), of the first maximum of saliency (B, H, W) in row-major order."""
     first = saliency.flatten(1).argmax(1)
     return first // saliency.shape[-1], first % saliency.shape[-1]
 
 
 class SaliencyMix(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), 1.0 being the paper's uniform draw; one a batch, or one an image with
-    in_batch.
+    """lam ~ Beta(mixup_alpha, mixup_alpha), drawn once per batch, or per image with in_batch.
 
-    mix_prob: chance that a batch is mixed. saliency_scope: `sample` (a box for each image) or `batch` (one for all).
+    mixup_alpha 1.0 is the uniform draw of the paper. mix_prob: probability that a batch is mixed. saliency_scope:
+    `sample` (one box for each image) or `batch` (one for all).
     """
 
     default_source = "fine_grained"
@@ -34,7 +34,7 @@ class SaliencyMix(Mixer):
         if saliency_scope not in ("sample", "batch"):
             raise ValueError(f"saliency_scope must be sample or batch, got {saliency_scope!r}")
         if in_batch and saliency_scope == "batch":
-            raise ValueError("in_batch draws a lam for each image and so needs saliency_scope sample")
+            raise ValueError("in_batch draws one lam per image: it needs saliency_scope sample")
         self.mixup_alpha, self.in_batch, self.saliency_scope = mixup_alpha, in_batch, saliency_scope
         self.mix_prob = check_probability("mix_prob", mix_prob)
 
@@ -42,9 +42,9 @@ class SaliencyMix(Mixer):
         height, width = images.shape[-2:]
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
-        looked_at = partner if self.saliency_scope == "sample" else partner[:1]
-        saliency = self.compute_saliency(source, images, targets)[looked_at]
-        rows, columns = source.points(saliency) or peaks(saliency)
+        box_images = partner if self.saliency_scope == "sample" else partner[:1]
+        saliency = self.compute_saliency(source, images, targets)[box_images]
+        rows, columns = source.points(saliency) or find_peaks(saliency)
         boxes = center_boxes(rows, columns, lam, height, width)
-        self.keep_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))
+        self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))
         return paste(images, targets, partner, boxes)

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
     rows, weights, colours = [], {}, palette(len(images))
     for name in METHODS if "all" in options["method"] else options["method"]:
         given = select_kwargs(options, list(hyper_parameters(name))) | statistics | {"mix_prob": 1.0}
-        mixed, shares, weights[name], lap = mix_by(name, images, make_source, options["n"], options["seed"], **given)
+        mixed, shares, weights[name], lap = mix_with(name, images, make_source, options["n"], options["seed"], **given)
         rows.append((f"{name}\n{lap:.1f} ms", mixed, torch.tensordot(shares, colours, ([1], [0])), weights[name]))
         print_label_weights(f"{name}: {lap:.1f} ms for {len(images)} images", weights[name], inputs.names)
 
@@ -170,10 +170,10 @@ def choose_source(wanted: str | None, default: str, gradient_options: dict, *, n
         name = STATIC_SOURCE
     given = gradient_options | {"mode": "eval", "clean_weight": 0.0, "saliency_size": saliency_size, "casm": casm}
     source = build_source(name, model=network, mean=mean, std=std, **given)
-    return PredictedClass(source) if name in NETWORK_SOURCES else source
+    return PredictedClassSource(source) if name in NETWORK_SOURCES else source
 
 
-class PredictedClass:
+class PredictedClassSource:
     """A source that asks a network about a class, for images without labels: about the class that it predicts."""
 
     clean_weight = 0.0
@@ -215,7 +215,7 @@ def compute_maps(guide: str, images, **settings):
         raise UserError(str(error)) from error
 
 
-def mix_by(name: str, images, make_source, count: int, seed: int, **hyper_parameters) -> tuple:
+def mix_with(name: str, images, make_source, count: int, seed: int, **hyper_parameters) -> tuple:
     """collect_mixtures() by the method `name`. Raises UserError for a method that cannot mix these images."""
     try:
         mixer = build_mixer(name, **hyper_parameters)

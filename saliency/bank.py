@@ -11,7 +11,7 @@ from saliency.base import Source
 
 
 class Bank(Source):
-    """A small map for each of `images_count` training images, of mean 1; until an image was trained on it is uniform.
+    """A small map for each of `num_images` training images, of mean 1; until an image was trained on it is uniform.
 
     bank_size: side of the maps in cells. bank_momentum: share of the old map that stays when a cell is seen again.
     16 x 16 cells in half precision take 512 bytes an image: 25 MB for CIFAR, in memory and in each checkpoint.
@@ -19,12 +19,12 @@ class Bank(Source):
 
     learns = True
 
-    def __init__(self, images_count: int, bank_size: int = 16, bank_momentum: float = 0.5, device="cpu"):
+    def __init__(self, num_images: int, bank_size: int = 16, bank_momentum: float = 0.5, device="cpu"):
         if bank_size < 1 or not 0 <= bank_momentum < 1:
             raise ValueError(f"bank_size {bank_size} must be positive and bank_momentum {bank_momentum} below 1")
         self.momentum = bank_momentum
-        self.maps = torch.ones(images_count, bank_size, bank_size, dtype=torch.float16, device=device)
-        self.fresh = torch.zeros(images_count, dtype=torch.bool, device=device)  # learned since the last exchange
+        self.maps = torch.ones(num_images, bank_size, bank_size, dtype=torch.float16, device=device)
+        self.fresh = torch.zeros(num_images, dtype=torch.bool, device=device)  # learned since the last exchange
         self.batch = None
 
     def start_batch(self, batch):
@@ -48,7 +48,7 @@ class Bank(Source):
         share = coverage.squeeze(1).clamp(0, 1)
         strength = image_grad.float().square().mean(1).sqrt()  # already times the weight of each pixel
         rows, columns = (
-            crop_overlap(bounds.T, side)
+            cell_overlap(bounds.T, side)
             for bounds, side in zip(pixel_bounds(batch, strength.shape[-2:]), cells, strict=True)
         )
         strength, share = (rows @ values @ columns.mT for values in (strength, share))  # means over the cells
@@ -63,10 +63,10 @@ class Bank(Source):
         self.maps[batch.loaded_index] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
         self.fresh[batch.loaded_index] = True
 
-    def exchange(self, total):
+    def sync(self, all_reduce_sum):
         """Every process trains on images of its own within an epoch, so a map comes from one of them."""
-        learned = total(self.fresh.half()).to(self.maps.device) > 0
-        maps = total(self.maps * self.fresh.view(-1, 1, 1)).to(self.maps.device)
+        learned = all_reduce_sum(self.fresh.half()).to(self.maps.device) > 0
+        maps = all_reduce_sum(self.maps * self.fresh.view(-1, 1, 1)).to(self.maps.device)
         self.maps = torch.where(learned.view(-1, 1, 1), maps, self.maps)
         self.fresh.zero_()
 
@@ -103,7 +103,7 @@ def interpolation(centres: torch.Tensor, cells: int) -> torch.Tensor:
     return tent.clamp_min(0) * inside.unsqueeze(2)
 
 
-def crop_overlap(bounds: torch.Tensor, cells: int) -> torch.Tensor:
+def cell_overlap(bounds: torch.Tensor, cells: int) -> torch.Tensor:
     """The share of each cell that each pixel covers: (B, cells, n) for the borders (B, n + 1) of n pixels."""
     low = torch.minimum(bounds[:, :-1], bounds[:, 1:]).unsqueeze(1) * cells
     high = torch.maximum(bounds[:, :-1], bounds[:, 1:]).unsqueeze(1) * cells

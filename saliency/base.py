@@ -1,4 +1,23 @@
-"""The contract of a saliency source: `source(images, targets) -> (B, H, W) >= 0`, "where is the object?"."""
+"""The contract of a saliency source: `saliency = source(images, targets)`, "where is the object in each image?".
+
+A source subclasses Source and implements __call__(). A mixing method (mixing/base.py) calls it once for each batch that
+it mixes. A plain function with the same signature also works wherever a mixer takes a source.
+
+Each of the other members has a default. Override only what differs:
+
+* `clean_weight`, `mode`: if the source trains the network with its own backward pass, or moves batch norm's statistics.
+* `logits`: if it runs the classifier. RL-Mix feeds them to its policy.
+* `has_gradient`, gradient(), reduce(): if it can return the signed pixel gradient. Adversarial PuzzleMix needs it.
+* points(): if it knows the position of the object better than the maximum of its map does. SaliencyMix asks for it.
+* `learns`, start_batch(), after_backward(), sync(), state_dict(): if it is updated while the classifier trains.
+
+The training step in engine/training/loop.py makes these calls to a source that learns, in this order:
+
+    source.start_batch(batch)                            before the batch is mixed
+    saliency = source(images, targets)                   by the mixer
+    source.after_backward(image_grad, coverage)          after the backward pass of the mixed batch
+    source.sync(all_reduce_sum)                          after each epoch, if there are several processes
+"""
 
 from collections.abc import Callable
 
@@ -6,49 +25,59 @@ import torch
 
 
 class Source:
-    """A source of saliency maps. A subclass implements __call__() and sets the members in which it differs.
+    """Base class of all saliency sources.
 
-    images (B, C, H, W) are normalised floats, targets (B, K) have rows that sum to 1. The images are a training batch
-    or the last images of one, in order: methods that mix only a part of a batch mix its end. A call changes neither,
-    and no gradient flows through its result.
+    images (B, C, H, W) are normalised floats; targets (B, K) are floats whose rows sum to 1. They are a training batch,
+    or the last images of one in their order, because PartialMix mixes the end of a batch. A call modifies neither. It
+    returns one map per image, (B, H, W) >= 0 on any scale, through which no gradient flows.
     """
 
-    clean_weight: float = 0.0  # weight of the clean loss whose parameter gradients each call adds to .grad
-    mode: str = "eval"  # "train" if each call runs the network in training mode, and so moves batch norm's statistics
-    logits: torch.Tensor | None = None  # (B, K) float32 of the last call, from a source that runs the network
-    has_gradient: bool = False  # whether it has gradient() and reduce()
-    learns: bool = False  # whether after_backward() reads the pixel gradient of the training step
+    clean_weight: float = 0.0  # > 0: each call adds the parameter gradients of clean_weight * the clean loss to .grad
+    mode: str = "eval"  # "train": each call runs the network in training mode, which updates batch norm's statistics
+    logits: torch.Tensor | None = None  # (B, K) float32 of the last call, if the source runs the classifier
+    has_gradient: bool = False  # whether gradient() and reduce() are implemented
+    learns: bool = False  # whether start_batch() and after_backward() must be called in every training step
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the saliency maps, (B, H, W) float32 >= 0."""
         raise NotImplementedError
 
     def points(self, saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Row and column, each (B,) long, of the object in maps (B, H, W) of this source; None: at the maximum."""
+        """Return the row and the column of the object in each map (B, H, W), each (B,) long.
+
+        None means that the object is at the maximum of its map.
+        """
         return None
 
     def gradient(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The signed gradient at the pixels (B, C, H, W) float32, up to one positive factor for the whole batch."""
+        """Return the signed gradient of the loss with respect to the pixels, (B, C, H, W) float32.
+
+        It is exact up to one positive factor for the whole batch.
+        """
         raise NotImplementedError
 
     def reduce(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The maps (B, H, W) that a call makes of the signed gradient (B, C, H, W)."""
+        """Reduce a signed gradient (B, C, H, W) to the maps (B, H, W) that a call returns."""
         raise NotImplementedError
 
     def start_batch(self, batch) -> None:
-        """Called before a batch is mixed. batch: an engine.data.loader.Batch, whose geometry and index are read."""
+        """Note which batch follows. batch: an engine.data.loader.Batch, with image indices, crops and flips."""
 
     def after_backward(self, image_grad: torch.Tensor, coverage: torch.Tensor) -> None:
-        """Called after the backward pass of the training step if the source learns, with the gradient at the unmixed
-        images (B, C, H, W) and the weight with which each of their pixels went into the mixed ones, (B, 1, H, W).
+        """Learn from the training step. Only called if `learns` is True.
+
+        image_grad (B, C, H, W): gradient of the loss with respect to the images before mixing. coverage (B, 1, H, W):
+        total weight with which each of their pixels entered the mixed images.
         """
 
-    def exchange(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Learn what the other processes have learned since the last call. total(tensor) is the sum of a tensor over
-        all processes, on the host.
+    def sync(self, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Merge what all processes have learned since the last call.
+
+        all_reduce_sum(tensor) returns the sum of the tensor over all processes, on the CPU.
         """
 
     def state_dict(self) -> dict:
-        """The state that must survive a resume."""
+        """Return the state that a resumed run needs: tensors and plain Python values."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:

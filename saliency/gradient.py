@@ -83,7 +83,11 @@ class Gradient(Source):
         pixels = pixels.clone().requires_grad_()
         precision = torch.autocast(pixels.device.type, self.precision) if self.precision else nullcontext()
         reuse = self.clean_weight > 0
-        with torch.enable_grad(), in_mode(self.model, self.mode), nullcontext() if reuse else frozen(self.model):
+        with (
+            torch.enable_grad(),
+            in_mode(self.model, self.mode),
+            nullcontext() if reuse else freeze_parameters(self.model),
+        ):
             with precision:
                 logits = self.model(pixels)
             self.logits = logits.detach().float()
@@ -133,7 +137,7 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def freeze_parameters(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient: a compiled network gets a graph of its own, without weight gradients."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:

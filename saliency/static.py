@@ -35,7 +35,7 @@ def binomial_blur(image: torch.Tensor) -> torch.Tensor:
     return (total.int() + 8) >> 4
 
 
-def centre_surround(image: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
+def center_surround(image: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
     """The on-off map of an int32 grey image (B, H, W), 0..255, as an int32 map (B, H, W), 0..255.
 
     A pixel is compared with the mean of a window around it, at six scales; what is brighter and what is darker are
@@ -92,7 +92,7 @@ def stretch(values: torch.Tensor) -> torch.Tensor:
 
 def fine_grained(images: torch.Tensor) -> torch.Tensor:
     """Fine-grained static saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), 0..1."""
-    return centre_surround(binomial_blur(binomial_blur(grey(images)))).float() / 255
+    return center_surround(binomial_blur(binomial_blur(grey(images)))).float() / 255
 
 
 def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -152,7 +152,7 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
         smooth = (smooth[..., :-2, :] + smooth[..., 2:, :]) * 0.25 + smooth[..., 1:-1, :] * 0.5
     smooth = smooth.squeeze(1).contiguous()
     octets = smooth.view(torch.uint8)[..., : images.shape[-1]].int()
-    return centre_surround(octets, windows=smooth).float() / 255
+    return center_surround(octets, windows=smooth).float() / 255
 
 
 class StaticSource(Source):

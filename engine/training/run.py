@@ -200,7 +200,7 @@ class Run:
         """
         unusable = 0
         if self.state.mixer and not self.warned_maps:
-            unusable = int(all_reduce_sum(torch.as_tensor(self.state.mixer.unusable)))
+            unusable = int(all_reduce_sum(torch.as_tensor(self.state.mixer.replaced_maps)))
         if unusable:
             self.warned_maps = True
             self.log.say(

@@ -152,7 +152,7 @@ class TrainingState:
         """Share what the sources have learned since the last call among all processes."""
         if world_size() > 1:
             for source in self.sources:
-                source.exchange(all_reduce_sum)
+                source.sync(all_reduce_sum)
 
     @contextmanager
     def preserve_state(self):
@@ -235,7 +235,7 @@ class SourceBuilder:
         self.learning_sources: dict[str, object] = {}
         self.values = {
             "model": state.model,
-            "images_count": len(data.train),
+            "num_images": len(data.train),
             "device": state.device,
             "mean": data.mean,
             "std": data.std,

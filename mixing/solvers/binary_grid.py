@@ -19,7 +19,7 @@ def bits(count: int, device: torch.device) -> torch.Tensor:
     return torch.stack([(numbers >> place & 1).float() for place in range(count)])
 
 
-def binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def solve_binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x in {0, 1} that minimises sum g x + sum J x x' over neighbours, (h, w, N) for N problems, and the minimum (N,).
 
     g (h, w, N); J: down (h-1, w, N) and right (h, w-1, N), of any sign. A dynamic programme over the 2^w states of a
@@ -57,8 +57,10 @@ def binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tu
     return torch.stack(found[::-1]), value
 
 
-def binary_ascent(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As binary_exact() for larger grids, nearly: J > 0 is taken as 0 in the search, not in the value.
+def solve_binary_approximately(
+    g: torch.Tensor, down: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As solve_binary_exact() for larger grids, nearly: J > 0 is taken as 0 in the search, not in the value.
 
     With a = -J / 2 the sum is one of linear terms f_k x_k and of a |x_k - x_k'|: the total-variation problem of
     mixing.solvers.puzzlemix_mask with a single layer.

@@ -49,16 +49,16 @@ def solve(
     first_rounds = max(rounds // 2, 1)
     coarse = energy.coarsen(tall, wide)
     starts = coarse.repeat(order.shape[1])
-    z, value = make_rounds(initial_labels(starts, order), starts, first_rounds, whole_rounds=1)
+    z, value = run_rounds(initial_labels(starts, order), starts, first_rounds, whole_rounds=1)
     z = select_best_starts(z, value.view(parts, -1))
     if tall * wide > 1:
-        z, _ = make_rounds(z, coarse, rounds - first_rounds)
+        z, _ = run_rounds(z, coarse, rounds - first_rounds)
         z = z.repeat_interleave(tall, 0).repeat_interleave(wide, 1)
         first_rounds = 0
-    z, value = make_rounds(z, energy, max(rounds - first_rounds - resolve, 0))
+    z, value = run_rounds(z, energy, max(rounds - first_rounds - resolve, 0))
     if resolve:
         extra = energy.diversity * duplicate_penalty(count_blocks(z, parts))
-        z, value = make_rounds(z, energy, 1, extra)
+        z, value = run_rounds(z, energy, 1, extra)
         value = value - (extra * count_blocks(z, parts)).sum((1, 2))
     return to_labelling(z, value, parts)
 
@@ -99,7 +99,7 @@ def select_best_starts(z: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return z.unflatten(2, (-1, m)).index_select(2, index).flatten(2, 3)
 
 
-def make_rounds(
+def run_rounds(
     z: torch.Tensor, energy: Energy, rounds: int, extra: torch.Tensor | None = None, whole_rounds: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels (h, w, Q, m) of lower F, and F itself, (P,), after some rounds of simultaneous moves. Sec. 4.
@@ -129,10 +129,10 @@ def make_rounds(
             best = torch.where(lower.view(-1, 1, 1).expand(-1, m, 1).reshape(-1, 1), z, best)
         if number == rounds:
             return best, best_value
-        z = make_moves(moves, energy, counts, overlap, penalty, buffer, halves=number >= whole_rounds)
+        z = apply_moves(moves, energy, counts, overlap, penalty, buffer, halves=number >= whole_rounds)
 
 
-def make_moves(moves: ExpansionMoves, energy: Energy, counts, overlap, penalty, buffer, halves: bool) -> torch.Tensor:
+def apply_moves(moves: ExpansionMoves, energy: Energy, counts, overlap, penalty, buffer, halves: bool) -> torch.Tensor:
     """The labels after one round. counts, overlap (q - shift) and penalty (phi): (P, m, m)."""
     parts, m, _ = counts.shape
     whole = moves.input_gains().topk(min(OFFERED, m), 1).indices

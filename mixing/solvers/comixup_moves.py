@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from mixing.solvers.binary_grid import binary_ascent, binary_exact
+from mixing.solvers.binary_grid import solve_binary_approximately, solve_binary_exact
 
 EXACT_SIDE = 4  # largest grid whose binary problems are solved exactly
 REOFFER_COST = 0.8  # of a block of an input that is offered again, in units of 1 / N, the mean price of a block
@@ -68,7 +68,7 @@ class ExpansionMoves:
         g[:, :-1].sub_(inner[:, 1:])
         down = (inner[1:] + inner[:-1]).sub_(self.down.unsqueeze(3)).sub_(length)
         right = (inner[:, 1:] + inner[:, :-1]).sub_(self.right.unsqueeze(3)).sub_(length)
-        minimise = binary_exact if max(z.shape[:2]) <= EXACT_SIDE else binary_ascent
+        minimise = solve_binary_exact if max(z.shape[:2]) <= EXACT_SIDE else solve_binary_approximately
         x, value = minimise(g.flatten(2), down.flatten(2), right.flatten(2))
         return x.view(g.shape), value.view(g.shape[2:]) - bias * x.sum((0, 1)).view(g.shape[2:])
 

@@ -70,13 +70,13 @@ def solve_labelling(
     for part in range(parts):
         counts = np.stack([count_blocks(one, m) for one in sources[part]])
         for sweep in range(sweeps):
-            apart = duplicate_prices(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
+            apart = duplicate_costs(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
             for output in range(m):
                 overlap = likeness[part] @ (counts.sum(0) - counts[output])
                 level = thres * h * w
                 active = np.where(overlap > level, overlap if thres_type == "hard" else overlap - level, 0.0)
                 site = np.moveaxis(prices[part], 0, -1) + 2 * gamma / (h * w) * active + apart[output]
-                pair = np.array([(j, j) for j in range(m)] + (half_labels(counts[output]) if sweep else []))
+                pair = np.array([(j, j) for j in range(m)] + (soft_labels(counts[output]) if sweep else []))
                 trial = site[..., pair].mean(-1) - SOFT_BONUS * (pair[:, 0] != pair[:, 1])
                 unary, pairwise = to_integers(trial, LABEL_SCALE), pairwise_costs(pair, m)
                 cut = gco.cut_grid_graph(unary, pairwise, *edges, algorithm="swap")
@@ -93,7 +93,7 @@ def count_blocks(sources: np.ndarray, m: int) -> np.ndarray:
     return np.bincount(sources.ravel(), minlength=m) / 2
 
 
-def half_labels(counts: np.ndarray) -> list[tuple[int, int]]:
+def soft_labels(counts: np.ndarray) -> list[tuple[int, int]]:
     """The pairs of the three inputs that an output shows most."""
     used = [int(j) for j in np.argsort(-counts, kind="stable")[:3] if counts[j] > 0]
     return [(a, b) for place, a in enumerate(used) for b in used[place + 1 :]]
@@ -106,7 +106,7 @@ def pairwise_costs(labels: np.ndarray, m: int) -> np.ndarray:
     return to_integers(2 * np.square(z[:, None] - z).sum(-1), 1)
 
 
-def duplicate_prices(counts: np.ndarray, price: float) -> np.ndarray:
+def duplicate_costs(counts: np.ndarray, price: float) -> np.ndarray:
     """(m, m) prices for outputs that show the very same inputs, two or more: one pays for the first, the other for the
     second of them.
     """

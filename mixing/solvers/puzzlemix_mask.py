@@ -30,9 +30,9 @@ def energy(labels: torch.Tensor, unary: torch.Tensor, down: torch.Tensor, right:
 def solve(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels (n, n, B) of least energy, and a lower bound (B,) of the energy. Arguments as those of energy()."""
     if unary.shape[1] <= 4:
-        labels = solve_by_rows(unary, down, right)
+        labels = solve_exact(unary, down, right)
         return labels, energy(labels, unary, down, right)
-    return solve_by_levels(unary, down, right)
+    return solve_total_variation(unary, down, right)
 
 
 @cache
@@ -49,7 +49,7 @@ def digits(base: int, count: int, device: torch.device) -> torch.Tensor:
     return torch.stack([numbers // base ** (count - 1 - place) % base for place in range(count)])
 
 
-def solve_by_rows(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def solve_exact(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The exact optimum, (n, n, B) long, by a dynamic programme over the labels of the last n sites in reading order.
 
     The frontier has L^n states. Site (r, c) replaces the label of the site above it: a minimum over L old labels.
@@ -85,7 +85,7 @@ def solve_by_rows(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) 
     return torch.stack(labels[::-1])
 
 
-def solve_by_levels(
+def solve_total_variation(
     unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearly the optimum, (n, n, B) long, and a lower bound (B,) of the energy, by total variation.

@@ -55,7 +55,7 @@ class ActorCritic(nn.Module):
 
 
 @torch.no_grad()
-def initialise(policy: ActorCritic) -> None:
+def init_weights(policy: ActorCritic) -> None:
     """Orthogonal weights and zero biases: nearly uniform actions at first."""
     for part, gain in (
         (policy.features, 2**0.5),
@@ -170,7 +170,7 @@ class Agent:
             self.policy = self.policy.to_empty(device=device)
             self.policy.load_state_dict(state["policy"])
         else:
-            initialise(self.policy)
+            init_weights(self.policy)
             self.policy.to(device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), learning_rate, eps=1e-5)
         self.rollout = Rollout(

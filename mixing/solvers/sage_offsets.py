@@ -15,11 +15,11 @@ import math
 import torch
 from torch.nn import functional as F
 
-CACHED = 2**20  # pixels of a block of images that a processor keeps at hand
-TABLE = 2**26  # pixels of all shifted windows of a block of images: 256 MB
-NODES = 19  # of the quadrature of 1 / (A + B), a factor of e apart, from exp(-FIRST_NODE)
+CACHE_PIXELS = 2**20  # pixels of a block of images that a processor keeps at hand
+MAX_WINDOW_PIXELS = 2**26  # pixels of all shifted windows of a block of images: 256 MB
+NUM_NODES = 19  # of the quadrature of 1 / (A + B), a factor of e apart, from exp(-FIRST_NODE)
 FIRST_NODE = -6
-RESCORED = 16  # candidates an image whose approximate score is replaced by the exact one
+NUM_RESCORED = 16  # candidates an image whose approximate score is replaced by the exact one
 
 
 def all_offsets(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
@@ -56,7 +56,7 @@ def largest_odd(number: int) -> int:
     return max(1, number - 1 + number % 2)
 
 
-def best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, 2) long: the offset with the highest score, the earlier one of two equals.
 
     first, second (B, H, W): A and B of each pair. offsets: (K, 2), on the host so that no loop waits for the device.
@@ -64,31 +64,31 @@ def best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor
     return to_device(offsets, first)[score_offsets(first, second, offsets).argmax(1)]
 
 
-def best_offset_of_all(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def find_best_offset_exhaustive(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """(B, 2) long: the best of all offsets, of which only those with a high approximate score are scored exactly."""
     offsets = all_offsets(*first.shape[-2:], first.device)
-    about = inside_mass(second, offsets) - 2 * loss_everywhere(first, second)
+    about = mass_in_frame(second, offsets) - 2 * approximate_lost_saliency(first, second)
     # in the order of all_offsets again, so that the earlier one of two equals wins
-    chosen = about.topk(min(RESCORED, len(offsets)), sorted=False).indices.sort(1).values
+    chosen = about.topk(min(NUM_RESCORED, len(offsets)), sorted=False).indices.sort(1).values
     candidates = offsets[chosen]  # (B, R, 2)
-    exact = inside_mass(second, candidates) - 2 * loss_by_windows(first, second, candidates)
+    exact = mass_in_frame(second, candidates) - 2 * lost_saliency_by_window(first, second, candidates)
     return candidates[torch.arange(len(first), device=first.device), exact.argmax(1)]
 
 
 def score_offsets(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, K) the saliency that survives every offset. offsets (K, 2), on the host."""
-    windows = first.device.type != "cpu" and len(offsets) * first.numel() <= TABLE
-    loss = (loss_by_windows if windows else loss_by_overlaps)(first, second, offsets)
-    return first.sum((1, 2)).unsqueeze(1) + inside_mass(second, to_device(offsets, first)) - 2 * loss
+    windows = first.device.type != "cpu" and len(offsets) * first.numel() <= MAX_WINDOW_PIXELS
+    loss = (lost_saliency_by_window if windows else lost_saliency_by_overlap)(first, second, offsets)
+    return first.sum((1, 2)).unsqueeze(1) + mass_in_frame(second, to_device(offsets, first)) - 2 * loss
 
 
-def loss_by_overlaps(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def lost_saliency_by_overlap(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, K) sum of A B / (A + B), one offset after the other, over nothing but the overlap.
 
     Three passes over a quarter of the pixels, on average: fastest on a processor and for large images.
     """
     height, width = first.shape[-2:]
-    block = max(1, CACHED // (height * width)) if first.device.type == "cpu" else len(first)
+    block = max(1, CACHE_PIXELS // (height * width)) if first.device.type == "cpu" else len(first)
     total = first.new_empty(len(offsets), len(first))
     room = first.new_empty(min(block, len(first)) * height * width)
     offsets = offsets.tolist()
@@ -103,14 +103,15 @@ def loss_by_overlaps(first: torch.Tensor, second: torch.Tensor, offsets: torch.T
     return total.t()
 
 
-def loss_by_windows(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def lost_saliency_by_window(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, K) sum of A B / (A + B), all offsets at once; offsets (K, 2), or (B, K, 2) with its own for every image.
 
-    A few kernels over every shifted map, in blocks of at most TABLE pixels: fewest launches for small images.
+    A few kernels over every shifted map, in blocks of at most MAX_WINDOW_PIXELS pixels: fewest launches for small
+    images.
     """
     height, width = first.shape[-2:]
     offsets = to_device(offsets, first).expand(len(first), -1, -1)
-    block = max(1, TABLE // (offsets.shape[1] * height * width))
+    block = max(1, MAX_WINDOW_PIXELS // (offsets.shape[1] * height * width))
     total = []
     for one, two, dy, dx in zip(*(values.split(block) for values in (first, second, *offsets.unbind(-1))), strict=True):
         padding = (width - 1, width - 1, height - 1, height - 1)
@@ -122,7 +123,7 @@ def loss_by_windows(first: torch.Tensor, second: torch.Tensor, offsets: torch.Te
     return torch.cat(total)
 
 
-def loss_everywhere(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def approximate_lost_saliency(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """(B, (2H - 1)(2W - 1)) about the sum of A B / (A + B), for every offset in the order of all_offsets.
 
     1 / z is the integral of exp(-t z) over t > 0, and exp(-t (A + B)) is a product of a function of A and one of B: a
@@ -134,7 +135,7 @@ def loss_everywhere(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     peak = first.amax((1, 2), keepdim=True) + second.amax((1, 2), keepdim=True)
     one, two = first / peak, second / peak
     spectrum = 0.0
-    for node in range(NODES):
+    for node in range(NUM_NODES):
         t = math.exp(FIRST_NODE + node)  # in log t the step is 1 and dt = t d(log t)
         ours = torch.fft.rfft2(one * (one * -t).exp_().mul_(t), s=size)
         spectrum = torch.fft.rfft2(two * (two * -t).exp_(), s=size).conj().mul(ours).add_(spectrum)
@@ -143,7 +144,7 @@ def loss_everywhere(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return loss.transpose(1, 2).flatten(1)
 
 
-def inside_mass(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def mass_in_frame(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(B, K) what stays in the frame of maps (B, H, W) shifted by offsets (K, 2) or (B, K, 2), on their device."""
     height, width = values.shape[-2:]
     table, unit = integral_image(values, whole=values.device.type != "cpu")

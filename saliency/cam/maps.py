@@ -30,7 +30,7 @@ from saliency.cam.tracing import (
     unwrap,
     validate_logits,
 )
-from saliency.gradient import FP16_SCALE, frozen
+from saliency.gradient import FP16_SCALE, freeze_parameters
 
 PROBE_SIZE = 64  # side in pixels of an image that almost every network takes
 
@@ -146,7 +146,7 @@ class ActivationMaps:
 
     def gradients(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A and g, each (B, C, h, w) float32. Nothing asks for a gradient but A, so the graph begins there."""
-        with torch.enable_grad(), frozen(self.model):
+        with torch.enable_grad(), freeze_parameters(self.model):
             maps, logits = self.forward(images, self.make_tap())
             if not logits.requires_grad:
                 raise ValueError(f"the scores of {type(self.model).__name__} do not depend on {self.layer!r}")

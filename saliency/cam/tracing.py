@@ -65,7 +65,7 @@ def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
 
     def note(name):
         def hook(module, given, result):
-            if is_maps(result, len(images)):
+            if is_feature_map(result, len(images)):
                 ended.pop(name, None)  # a module that is used again stands where it ends last
                 ended[name] = tuple(result.shape[1:]), len(recorder.poolings)
 
@@ -186,14 +186,14 @@ class LayerTap:
         self.handle.remove()
 
     def take(self, module, given, output):
-        if not is_maps(output):
+        if not is_feature_map(output):
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"layer {self.name!r} must give maps (B, C, h, w), it gives {got}")
         self.maps = output.detach().requires_grad_()
         return self.maps.clone()
 
 
-def is_maps(output, count: int | None = None) -> bool:
+def is_feature_map(output, count: int | None = None) -> bool:
     return isinstance(output, torch.Tensor) and output.dim() == 4 and count in (None, len(output))
 
 

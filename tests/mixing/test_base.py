@@ -15,11 +15,11 @@ from mixing import (
 )
 from mixing.base import FunctionSource, Mixer, as_source
 from mixing.compose import Choice, NoMix, PartialMix
-from mixing.cutmix import boxes_real
+from mixing.cutmix import center_boxes_real
 from mixing.cutout import Cutout, erase
 from mixing.manifold import ManifoldMixup
 from mixing.ops import blend, box_mask, center_boxes, draw_lam, paste
-from mixing.saliencymix import peaks
+from mixing.saliencymix import find_peaks
 from models import build_model
 from saliency import Source, build_source
 from saliency.static import FineGrained, FloatBytes
@@ -100,7 +100,7 @@ def test_integer_boxes_are_those_of_the_published_code(network_golden):
 
 def test_real_boxes_cut_only_the_clipped_edges():
     half = torch.tensor(1 - (9 / 32) ** 2, dtype=torch.float64)  # side 9.0
-    box = boxes_real(torch.tensor([10.7]), torch.tensor([30.2]), half, 32, 32)
+    box = center_boxes_real(torch.tensor([10.7]), torch.tensor([30.2]), half, 32, 32)
     assert box.tolist() == [[6, 15, 25, 32]]  # 6.2, 15.2, 25.7, 34.7 clipped to 32
 
 
@@ -151,7 +151,7 @@ def test_saliencymix_pastes_around_the_partners_peak():
     images, targets = batch((6, 3, 16, 16), 6)
 
     def source(images, targets):
-        """Image k peaks in row 2 + 2 k, column 5."""
+        """Image k find_peaks in row 2 + 2 k, column 5."""
         saliency = torch.zeros(6, 16, 16)
         saliency[torch.arange(6), 2 + 2 * torch.arange(6), 5] = 1
         return saliency
@@ -171,7 +171,7 @@ def test_saliencymix_pastes_around_the_partners_peak():
 def test_peaks_are_the_first_maxima_row_by_row():
     saliency = torch.zeros(2, 3, 4)
     saliency[0, 1, 2] = saliency[0, 2, 1] = 1
-    rows, columns = peaks(saliency)
+    rows, columns = find_peaks(saliency)
     assert rows.tolist() == [1, 0] and columns.tolist() == [2, 0]
 
 
@@ -181,7 +181,7 @@ NORMALISATION = {"mean": (125.3 / 255, 123.0 / 255, 113.9 / 255), "std": (63.0 /
 def test_saliencymix_as_the_paper_has_it(static_golden):
     images = torch.from_numpy(static_golden["sm_normalised"])
     partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
-    rows, columns = peaks(FineGrained(**NORMALISATION)(images))
+    rows, columns = find_peaks(FineGrained(**NORMALISATION)(images))
     assert torch.stack([rows, columns], 1).tolist() == static_golden["sm_paper_peak"].tolist()
     boxes = center_boxes(rows[partner], columns[partner], lam, 32, 32)
     assert boxes[:, [0, 2, 1, 3]].tolist() == static_golden["sm_paper_box"].tolist()
@@ -195,7 +195,7 @@ def test_saliencymix_as_the_paper_has_it(static_golden):
 def test_saliencymix_as_its_code_runs(static_golden):
     images = torch.from_numpy(static_golden["sm_normalised"])
     partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
-    rows, columns = peaks(FloatBytes(**NORMALISATION)(images[partner[:1]]))
+    rows, columns = find_peaks(FloatBytes(**NORMALISATION)(images[partner[:1]]))
     box = center_boxes(rows, columns, lam[0], 32, 32)
     assert box[:, [0, 2, 1, 3]].tolist() == [static_golden["sm_official_box"].tolist()]
     mixed, soft = paste(images, torch.eye(8), partner, box)
@@ -285,7 +285,7 @@ def test_the_share_follows_the_epochs(kind, shares):
     seen = []
     for epoch in range(5):
         mixer.start_epoch(epoch, 5, 10)
-        seen.append(mixer.share)
+        seen.append(mixer.fraction)
     assert seen == shares
 
 
@@ -387,10 +387,10 @@ def test_a_map_that_says_nothing_is_taken_as_uniform_and_counted(name, bad):
     saliency = torch.rand(4, 16, 16) + 0.1
     saliency[1] = bad
     mixed, soft = mixer(images, targets, lambda *_: saliency)
-    assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.unusable) == 1
+    assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.replaced_maps) == 1
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
     mixed, soft = mixer(images, targets, lambda *_: torch.full((4, 16, 16), 2.0))
-    assert mixed.isfinite().all() and int(mixer.unusable) == 1, "a constant map is a map"
+    assert mixed.isfinite().all() and int(mixer.replaced_maps) == 1, "a constant map is a map"
 
 
 @pytest.mark.parametrize("name", SALIENT)
@@ -502,7 +502,7 @@ def test_composed_mixers_hand_the_weight_on():
     assert holes.any() and mixer.weight[:3].eq(0).equal(holes) and mixer.weight[:3].eq(1).equal(~holes)
     assert mixer.weight[3:].max() == inner.weight.max() < 1 and mixer.weight[3:].min() == 0
     mixer.start_epoch(0, 5, 3)
-    mixer.mixers[1].share = 0.0
+    mixer.mixers[1].fraction = 0.0
     mixed, _ = mixer(images, targets)
     assert torch.equal(mixer.weight, mixed[:, :1])
     mixer, found = compose_mixer(["none", "comixup", "cutout"], clean_lam=0.0, m_block_num=2), []

@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixing.comixup import (
     CoMixup,
     assemble_images,
-    block_cost,
+    block_costs,
     compatibility,
     mix_targets,
     most_salient_window,
     solve_in_parallel,
 )
-from mixing.solvers.binary_grid import binary_ascent, binary_exact
+from mixing.solvers.binary_grid import solve_binary_approximately, solve_binary_exact
 from mixing.solvers.comixup_energy import objective
 from mixing.solvers.comixup_labelling import duplicate_penalty, select_moves, solve
 
@@ -71,9 +71,9 @@ def test_costs_are_those_of_the_published_code(number):
     places = most_salient_window(saliency, case["dstride"])
     assert torch.equal(places, recorded(number, "loc").long())
     torch.testing.assert_close(compatibility(places[None], case["omega"])[0], recorded(number, "A"), atol=1e-5, rtol=0)
-    cost = block_cost(saliency[None], recorded(number, "draw")[None], case["bn"], case["eta"])[0]
+    cost = block_costs(saliency[None], recorded(number, "draw")[None], case["bn"], case["eta"])[0]
     torch.testing.assert_close(cost, recorded(number, "cost"), atol=1e-5, rtol=0)
-    share = block_cost(saliency[None], torch.ones(1, case["m"]), case["bn"], 0.0)[0].neg()
+    share = block_costs(saliency[None], torch.ones(1, case["m"]), case["bn"], 0.0)[0].neg()
     torch.testing.assert_close(share, recorded(number, "blocks"), atol=1e-5, rtol=0)
 
 
@@ -141,15 +141,15 @@ def test_binary_expansion_is_exact(shape):
         return (x * g).sum((-3, -2)) + inner + (x[..., 1:, :] * x[..., :-1, :] * right).sum((-3, -2))
 
     best = value(every).amin(0)
-    x, found = binary_exact(g, down, right)
+    x, found = solve_binary_exact(g, down, right)
     torch.testing.assert_close(found, best)
     torch.testing.assert_close(value(x), best)
 
 
 def test_large_binary_expansions_are_nearly_exact():
     g, down, right = torch.randn(4, 4, 200), -torch.rand(3, 4, 200), -torch.rand(4, 3, 200)
-    _, best = binary_exact(g, down, right)
-    x, found = binary_ascent(g, down, right)
+    _, best = solve_binary_exact(g, down, right)
+    x, found = solve_binary_approximately(g, down, right)
     value = (x * g).sum((0, 1)) + (x[1:] * x[:-1] * down).sum((0, 1)) + (x[:, 1:] * x[:, :-1] * right).sum((0, 1))
     torch.testing.assert_close(found, value)
     assert (found >= best - 1e-4).all() and (found - best).mean() < 0.01
@@ -276,7 +276,7 @@ def test_saliency_that_is_no_number_or_zero_is_taken_as_uniform():
     saliency[2], saliency[5, 0, 0] = 0, torch.nan
     mixer = CoMixup()
     mixed, _ = mixer(images, targets, lambda looked_at, _: saliency)
-    assert mixed.isfinite().all() and mixer.objective.isfinite().all() and mixer.unusable == 2
+    assert mixed.isfinite().all() and mixer.objective.isfinite().all() and mixer.replaced_maps == 2
 
 
 def test_wrong_options_and_sizes_are_told():

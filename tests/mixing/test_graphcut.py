@@ -10,7 +10,7 @@ from support import GOLDEN, load_recorded_problem
 
 from mixing import build_mixer
 from mixing.solvers import puzzlemix_mask
-from mixing.solvers.graphcut import duplicate_prices, half_labels, pairwise_costs, solve_labelling, solve_mask
+from mixing.solvers.graphcut import duplicate_costs, pairwise_costs, soft_labels, solve_labelling, solve_mask
 
 
 def test_mask_energies_are_those_of_the_published_code():
@@ -34,8 +34,8 @@ def test_labelling_by_sweeps_is_a_labelling_of_falling_cost():
 
 
 def test_half_labels_and_their_contrast():
-    assert half_labels(np.array([0, 5, 3, 0, 8])) == [(4, 1), (4, 2), (1, 2)]
-    assert half_labels(np.array([16, 0])) == []
+    assert soft_labels(np.array([0, 5, 3, 0, 8])) == [(4, 1), (4, 2), (1, 2)]
+    assert soft_labels(np.array([16, 0])) == []
     labels = np.array([(0, 0), (1, 1), (0, 1), (2, 3), (1, 2)])
     wanted = [[0, 4, 1, 3, 3], [4, 0, 1, 3, 1], [1, 1, 0, 2, 1], [3, 3, 2, 0, 1], [3, 1, 1, 1, 0]]
     assert pairwise_costs(labels, 4).tolist() == wanted  # of |z - z'|^2 / 2: 1, 1/4 and 3/4 as in the objective
@@ -43,7 +43,7 @@ def test_half_labels_and_their_contrast():
 
 def test_outputs_of_the_same_inputs_are_pulled_apart():
     counts = np.array([[8.0, 8, 0], [2, 14, 0], [0, 16, 0]])
-    extra = duplicate_prices(counts, 0.5)
+    extra = duplicate_costs(counts, 0.5)
     assert extra.tolist() == [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0]]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mixing.ops import block_means, normalize_sum
-from mixing.puzzlemix import PuzzleMix, mask_problem, mix
+from mixing.puzzlemix import PuzzleMix, build_mask_problem, mix
 from mixing.solvers import puzzlemix_mask
 from mixing.solvers.puzzlemix_transport import auction, can_improve, squared_distances, transport
 from saliency.gradient import Gradient
@@ -49,7 +49,7 @@ def test_the_mask_problem_is_the_recorded_one(golden):
         cell = min(case["neigh_size"], images.shape[-1] // n)
         salient = normalize_sum(block_means(tensor(golden[case["sal"]]), n, n))
         cells = F.avg_pool2d(images, cell) * mixer.std
-        problem = mask_problem(salient, cells, partner, torch.tensor(case["lam"]), **mixer.weights)
+        problem = build_mask_problem(salient, cells, partner, torch.tensor(case["lam"]), **mixer.weights)
         for ours, recorded in zip(problem, load_recorded_problem(golden, number, case), strict=True):
             torch.testing.assert_close(ours, recorded, rtol=1e-5, atol=2e-7)
 
@@ -87,8 +87,8 @@ def test_rows_and_levels_agree():
     slope = torch.rand(1, 4, 4, 20) - 0.5
     unary = slope * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)  # convex in the label, as PuzzleMix's
     down, right = 0.2 * torch.rand(3, 4, 20), 0.2 * torch.rand(4, 3, 20)
-    exact = puzzlemix_mask.energy(puzzlemix_mask.solve_by_rows(unary, down, right), unary, down, right)
-    labels, bound = puzzlemix_mask.solve_by_levels(unary, down, right, iterations=300)
+    exact = puzzlemix_mask.energy(puzzlemix_mask.solve_exact(unary, down, right), unary, down, right)
+    labels, bound = puzzlemix_mask.solve_total_variation(unary, down, right, iterations=300)
     torch.testing.assert_close(puzzlemix_mask.energy(labels, unary, down, right), exact, atol=1e-5, rtol=0)
     assert (bound <= exact + 1e-5).all() and (exact - bound).max() < 1e-3
 
@@ -97,9 +97,9 @@ def test_the_bound_holds_however_few_steps_are_taken():
     unary = (torch.rand(1, 8, 8, 20) - 0.5) * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)
     down, right = 0.3 * torch.rand(7, 8, 20), 0.3 * torch.rand(8, 7, 20)
     gaps = []
-    best = puzzlemix_mask.energy(puzzlemix_mask.solve_by_levels(unary, down, right, 500)[0], unary, down, right)
+    best = puzzlemix_mask.energy(puzzlemix_mask.solve_total_variation(unary, down, right, 500)[0], unary, down, right)
     for iterations in (1, 20, 100):
-        labels, bound = puzzlemix_mask.solve_by_levels(unary, down, right, iterations)
+        labels, bound = puzzlemix_mask.solve_total_variation(unary, down, right, iterations)
         assert (bound <= best + 1e-5).all()
         gaps.append(float((puzzlemix_mask.energy(labels, unary, down, right) - bound).mean()))
     assert gaps[0] > gaps[1] > gaps[2]
@@ -288,7 +288,7 @@ def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
     with torch.no_grad():
         model[8].weight.fill_(float("nan"))  # a network that has diverged
     mixed, soft = mixer(images, targets, source)
-    assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.unusable) == 4
+    assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.replaced_maps) == 4
 
 
 def test_what_cannot_be_solved_is_refused():

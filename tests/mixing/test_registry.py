@@ -14,7 +14,7 @@ import train
 from mixing import MIXERS, compose_options, hyper_parameters
 from saliency import SOURCES, source_class
 
-SET_BY_THE_RUN = {"mean", "std", "model", "device", "images_count", "precision", "scaler"}
+SET_BY_THE_RUN = {"mean", "std", "model", "device", "num_images", "precision", "scaler"}
 SET_BY_THE_RUN |= {"training_loss", "cross_entropy_scale"}
 SET_BY_THE_METHOD = {"reduction", "mode", "clean_weight", "follows_training_loss"}  # Mixer.gradient_options
 SET_BY_RECIPES = {"method_options"}

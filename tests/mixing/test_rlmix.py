@@ -12,14 +12,14 @@ import mixing.solvers.rlmix_agent
 from mixing.base import as_source
 from mixing.ops import block_means, normalize_sum
 from mixing.rlmix import RLMix, saliency_similarity
-from mixing.rmix import percentiles, salient_mask
+from mixing.rmix import actions_to_percentiles, salient_mask
 from mixing.solvers.rlmix_agent import (
     ActorCritic,
     Agent,
     Features,
     advantages,
     draw_actions,
-    initialise,
+    init_weights,
     joint_log_prob,
     ppo_loss,
 )
@@ -67,7 +67,7 @@ def test_the_features_are_those_of_the_published_code():
 
 def test_first_weights_are_orthogonal_and_first_actions_nearly_uniform():
     policy = ActorCritic(batch=B, classes=K, grid=8, actions=10)
-    initialise(policy)
+    init_weights(policy)
     assert all(bias.eq(0).all() for name, bias in policy.named_parameters() if name.endswith("bias"))
     for layer, gain in (
         (policy.features.cnn[2], 2),
@@ -187,7 +187,7 @@ def test_the_recorded_actions_choose_the_patches():
         maps = []
         mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
         action = mixer.agent.rollout.rows["actions"][0]
-        mask = salient_mask(normalize_sum(block_means(maps[0], 4, 4)), percentiles(action, 10))
+        mask = salient_mask(normalize_sum(block_means(maps[0], 4, 4)), actions_to_percentiles(action, 10))
         alone = (mask & ~mask.flip(0)).repeat_interleave(4, 1).repeat_interleave(4, 2).unsqueeze(1)
         assert torch.equal(mixed.where(alone, 0), images.where(alone, 0)) and alone.any()
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 import mixing.rmix
 from mixing.ops import block_means, normalize_sum, upsample_blocks
 from mixing.rlmix import saliency_similarity
-from mixing.rmix import RMix, block_weights, mix, percentiles, salient_mask
+from mixing.rmix import RMix, actions_to_percentiles, block_weights, mix, salient_mask
 from saliency.gradient import Gradient
 
 SHAPES = [(4, 3, 32, 32), (1, 3, 32, 32), (5, 3, 16, 48)]  # one image; an odd batch with H != W
@@ -70,7 +70,9 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
     loss = F.cross_entropy(net(mixed), soft)
     loss.backward()
 
-    torch.testing.assert_close(percentiles(recorded("action").long(), 10), recorded("quantile"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        actions_to_percentiles(recorded("action").long(), 10), recorded("quantile"), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(source.logits, recorded("logits_clean"), rtol=1e-5, atol=1e-5)
     patches = [n // side for n in images.shape[-2:]]
     near = {"rtol": 1e-5, "atol": 1e-9}
@@ -100,7 +102,7 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
 )
 def test_the_percentile_counts_the_salient_patches(side, ones):
     blocks = torch.randperm(side * side).float().view(1, side, side).repeat(10, 1, 1)
-    mask = salient_mask(blocks, percentiles(torch.arange(10), 10))
+    mask = salient_mask(blocks, actions_to_percentiles(torch.arange(10), 10))
     assert mask.sum((1, 2)).tolist() == ones
     for row, kept in zip(mask, ones, strict=True):
         assert blocks[0][row].min() == side * side - kept, "the greatest ones"
@@ -113,9 +115,9 @@ def test_the_threshold_lies_between_two_patches():
 
 
 def test_equal_patches_are_all_salient_and_one_patch_is():
-    assert salient_mask(torch.ones(10, 4, 4), percentiles(torch.arange(10), 10)).all()
-    assert salient_mask(torch.rand(10, 1, 1), percentiles(torch.arange(10), 10)).all()
-    assert percentiles(torch.zeros(3, dtype=torch.long), 1).eq(0).all()
+    assert salient_mask(torch.ones(10, 4, 4), actions_to_percentiles(torch.arange(10), 10)).all()
+    assert salient_mask(torch.rand(10, 1, 1), actions_to_percentiles(torch.arange(10), 10)).all()
+    assert actions_to_percentiles(torch.zeros(3, dtype=torch.long), 1).eq(0).all()
 
 
 def test_a_mix_worked_out_by_hand():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.training.loss import LOSSES
 from mixing import sage
-from mixing.sage import SAGE, blend_shifted, mix, weigh_maps
+from mixing.sage import SAGE, blend_shifted, mix, scale_maps
 from mixing.solvers import sage_offsets
 from saliency.gradient import Gradient, blur
 
@@ -37,7 +37,7 @@ def smooth_maps(batch: int, height: int, width: int) -> torch.Tensor:
 
 def pairs(batch: int, height: int, width: int, lam: float) -> tuple[torch.Tensor, torch.Tensor]:
     maps = smooth_maps(batch, height, width)
-    return weigh_maps(maps, torch.arange(batch).roll(1), torch.tensor(lam, dtype=torch.float64))
+    return scale_maps(maps, torch.arange(batch).roll(1), torch.tensor(lam, dtype=torch.float64))
 
 
 def score_by_definition(first: torch.Tensor, second: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def score_by_definition(first: torch.Tensor, second: torch.Tensor, dy: int, dx: 
 def test_the_search_finds_the_recorded_offsets(golden, name):
     recorded = case(golden, f"search_{name}_")
     maps, partner, offsets = recorded["saliency"][:, 0], recorded["index"].long(), recorded["offsets"].long()
-    first, second = weigh_maps(maps, partner, recorded["alpha"])
+    first, second = scale_maps(maps, partner, recorded["alpha"])
     scores = sage_offsets.score_offsets(first, second, offsets)
     close(scores if name != "c" else scores.amax(1), recorded["score"], 1e-6)
     targets = F.one_hot(recorded["y"], 10).float()
@@ -74,8 +74,8 @@ def test_the_search_finds_the_recorded_offsets(golden, name):
 
 def test_all_offsets_at_once_find_the_recorded_ones(golden):
     recorded = case(golden, "search_c_")  # its offsets are all there are
-    first, second = weigh_maps(recorded["saliency"][:, 0], recorded["index"].long(), recorded["alpha"])
-    assert torch.equal(sage_offsets.best_offset_of_all(first, second), recorded["best_offset"].long())
+    first, second = scale_maps(recorded["saliency"][:, 0], recorded["index"].long(), recorded["alpha"])
+    assert torch.equal(sage_offsets.find_best_offset_exhaustive(first, second), recorded["best_offset"].long())
 
 
 class SmallNet(nn.Sequential):
@@ -150,15 +150,15 @@ def test_a_whole_step_is_the_recorded_one(golden, name, monkeypatch):
 
 
 @pytest.mark.parametrize(("height", "width"), [(6, 10), (9, 5)])
-@pytest.mark.parametrize("scorer", [sage_offsets.loss_by_overlaps, sage_offsets.loss_by_windows])
+@pytest.mark.parametrize("scorer", [sage_offsets.lost_saliency_by_overlap, sage_offsets.lost_saliency_by_window])
 def test_both_scorers_are_the_definition(height, width, scorer, monkeypatch):
-    monkeypatch.setattr(sage_offsets, "CACHED", 2 * height * width)  # blocks of two of five images
-    monkeypatch.setattr(sage_offsets, "TABLE", 2 * 30 * height * width)
+    monkeypatch.setattr(sage_offsets, "CACHE_PIXELS", 2 * height * width)  # blocks of two of five images
+    monkeypatch.setattr(sage_offsets, "MAX_WINDOW_PIXELS", 2 * 30 * height * width)
     first, second = pairs(5, height, width, 0.4)
     first[0, :3], second[1, :, 2:] = 0, 0  # where nothing is salient
     offsets = sage_offsets.random_offsets(height, width, 30)
     expected = torch.stack([score_by_definition(first, second, dy, dx) for dy, dx in offsets.tolist()], 1)
-    kept = first.sum((1, 2)).unsqueeze(1) + sage_offsets.inside_mass(second, offsets)
+    kept = first.sum((1, 2)).unsqueeze(1) + sage_offsets.mass_in_frame(second, offsets)
     close(kept - 2 * scorer(first, second, offsets), expected, 1e-6)
     close(sage_offsets.score_offsets(first, second, offsets), expected, 1e-6)
 
@@ -166,7 +166,9 @@ def test_both_scorers_are_the_definition(height, width, scorer, monkeypatch):
 def test_windows_take_other_offsets_for_every_image():
     first, second = pairs(3, 6, 7, 0.4)
     offsets = torch.stack([sage_offsets.random_offsets(6, 7, 4) for _ in range(3)])
-    ours = sage_offsets.inside_mass(second, offsets) - 2 * sage_offsets.loss_by_windows(first, second, offsets)
+    ours = sage_offsets.mass_in_frame(second, offsets) - 2 * sage_offsets.lost_saliency_by_window(
+        first, second, offsets
+    )
     for image in range(3):
         one, two = first[image : image + 1], second[image : image + 1]
         close(ours[image] + one.sum(), sage_offsets.score_offsets(one, two, offsets[image])[0], 1e-6)
@@ -186,16 +188,16 @@ def test_the_earlier_of_two_equals_wins():
     second[0, 1:3, 1:3] = 1.0  # as good anywhere in the frame, and exactly so in floats
     for order in ([[0, 1], [1, 0], [0, 0]], [[3, 3], [1, 0], [0, 0], [0, 1]]):
         expected = next(offset for offset in order if offset != [3, 3])
-        assert sage_offsets.best_offset(first, second, torch.tensor(order)).tolist() == [expected]
-    assert sage_offsets.best_offset_of_all(first, second).tolist() == [[-1, -1]]
+        assert sage_offsets.find_best_offset(first, second, torch.tensor(order)).tolist() == [expected]
+    assert sage_offsets.find_best_offset_exhaustive(first, second).tolist() == [[-1, -1]]
 
 
 def test_exact_scores_settle_what_the_quadrature_leaves_open(monkeypatch):
-    monkeypatch.setattr(sage_offsets, "loss_everywhere", lambda first, second: torch.rand(len(first), 63))
-    monkeypatch.setattr(sage_offsets, "RESCORED", 100)
+    monkeypatch.setattr(sage_offsets, "approximate_lost_saliency", lambda first, second: torch.rand(len(first), 63))
+    monkeypatch.setattr(sage_offsets, "NUM_RESCORED", 100)
     first, second = pairs(6, 4, 5, 0.5)
-    expected = sage_offsets.best_offset(first, second, sage_offsets.all_offsets(4, 5))
-    assert torch.equal(sage_offsets.best_offset_of_all(first, second), expected)
+    expected = sage_offsets.find_best_offset(first, second, sage_offsets.all_offsets(4, 5))
+    assert torch.equal(sage_offsets.find_best_offset_exhaustive(first, second), expected)
 
 
 @pytest.mark.parametrize("lam", [0.05, 0.3, 0.5])
@@ -205,7 +207,7 @@ def test_the_exhaustive_search_finds_the_optimum(height, width, lam):
     offsets = sage_offsets.all_offsets(height, width)
     assert len(offsets) == (2 * height - 1) * (2 * width - 1)
     exact = torch.stack([score_by_definition(first, second, dy, dx) for dy, dx in offsets.tolist()], 1)
-    found = sage_offsets.best_offset_of_all(first, second)
+    found = sage_offsets.find_best_offset_exhaustive(first, second)
     place = (found[:, 1] + width - 1) * (2 * height - 1) + found[:, 0] + height - 1
     close(exact.gather(1, place.unsqueeze(1))[:, 0], exact.amax(1), 1e-7)
 
@@ -213,8 +215,8 @@ def test_the_exhaustive_search_finds_the_optimum(height, width, lam):
 def test_the_quadrature_stays_within_its_error():
     first, second = pairs(8, 16, 12, 0.4)
     about, exact = (
-        sage_offsets.loss_everywhere(first, second),
-        sage_offsets.loss_by_overlaps(first, second, sage_offsets.all_offsets(16, 12)),
+        sage_offsets.approximate_lost_saliency(first, second),
+        sage_offsets.lost_saliency_by_overlap(first, second, sage_offsets.all_offsets(16, 12)),
     )
     assert (about - exact).abs().amax() < 5e-4 and exact.amax() > 0.2
 
@@ -385,7 +387,7 @@ def test_a_map_that_says_nothing_becomes_uniform(bad):
         torch.manual_seed(5)
         mixer = SAGE(rand_pos=0.1)
         results.append(mixer(images, targets, lambda images, targets, given=given: given))
-        assert int(mixer.unusable) == (given is maps)
+        assert int(mixer.replaced_maps) == (given is maps)
     assert all(map(torch.equal, *results)) and results[0][0].isfinite().all()
 
 
@@ -428,9 +430,11 @@ def test_wrong_hyper_parameters_are_refused(options):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("table", [sage_offsets.TABLE, 1])  # all windows at once; one offset after the other
+@pytest.mark.parametrize(
+    "table", [sage_offsets.MAX_WINDOW_PIXELS, 1]
+)  # all windows at once; one offset after the other
 def test_the_device_mixes_as_the_host_does_and_is_not_waited_for(table, monkeypatch):
-    monkeypatch.setattr(sage_offsets, "TABLE", table)
+    monkeypatch.setattr(sage_offsets, "MAX_WINDOW_PIXELS", table)
     images, targets, maps = torch.randn(6, 3, 16, 12), torch.eye(6), smooth_maps(6, 16, 12)
     given = torch.randperm(6), torch.tensor(0.4, dtype=torch.float64), sage_offsets.random_offsets(16, 12, 20)
     expected = mix(images, targets, maps, *given)

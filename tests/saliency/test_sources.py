@@ -83,7 +83,7 @@ def tiny_network() -> nn.Module:
 def test_every_source_gives_a_map_for_each_image(name, shape, casm_file):
     half = (0.5, 0.5, 0.5)
     model = build_model("resnet20", 5) if name == "cam" else tiny_network()
-    source = build_source(name, mean=half, std=half, model=model, images_count=9, casm=casm_file)
+    source = build_source(name, mean=half, std=half, model=model, num_images=9, casm=casm_file)
     images, targets = torch.randn(shape), torch.eye(5)[: shape[0]]
     kept = images.clone()
     source.start_batch(Batch(images, None, None, torch.arange(shape[0])))
@@ -280,7 +280,7 @@ def test_banks_of_several_processes_learn_from_each_other():
     handed = [[bank.fresh.half() for bank in banks], [bank.maps * bank.fresh.view(-1, 1, 1) for bank in banks]]
     for bank in banks:
         turns = iter(handed)
-        bank.exchange(lambda own, turns=turns: sum(next(turns)))
+        bank.sync(lambda own, turns=turns: sum(next(turns)))
     assert all(torch.equal(bank.maps, learned) and not bank.fresh.any() for bank in banks)
 
 

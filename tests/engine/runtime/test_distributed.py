@@ -79,7 +79,7 @@ def build_method(case: str, model: nn.Module, images: int) -> tuple:
     """Return the mixer and the saliency source of a case, for `model`."""
     method, options, name, _ = CASES[case]
     mixer = build_mixer(method, **options, **HALF)
-    share = {"model": model, "images_count": images, **HALF, "training_loss": LOSSES["ce"], "device": device()}
+    share = {"model": model, "num_images": images, **HALF, "training_loss": LOSSES["ce"], "device": device()}
 
     def make(one):
         return build_source(name or one.default_source, **{**share, **one.gradient_options})

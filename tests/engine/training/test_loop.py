@@ -416,7 +416,7 @@ def test_a_step_never_synchronises_with_the_gpu(method, precision):
     source = mixer.build_source(
         lambda one: build_source(
             wanted or one.default_source,
-            **{**statistics, "model": model, "images_count": 96, "device": device, "precision": precision},
+            **{**statistics, "model": model, "num_images": 96, "device": device, "precision": precision},
             **{"scaler": scaler, "training_loss": LOSSES["bce"], **one.gradient_options},
         )
     )

@@ -67,7 +67,7 @@ def test_a_mask_that_says_nothing_is_zero_and_methods_count_it(casm_file):
     assert source(images, targets).eq(0).all()
     mixer = build_mixer("puzzlemix", mean=(0.5,) * 3, std=(0.5,) * 3)
     mixer(images, targets, source)
-    assert int(mixer.unusable) == 5
+    assert int(mixer.replaced_maps) == 5
 
 
 def test_the_point_is_the_middle_of_the_object_and_not_a_corner_of_its_plateau(casm_file):
