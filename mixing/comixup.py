@@ -1,9 +1,9 @@
-"""Co-Mixup: every mixed image is pieced together from several images of the batch, all of them chosen together.
+"""Co-Mixup: assemble each mixed image from blocks of several images of the batch, all mixed images chosen jointly.
 
-Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3-4. A batch is cut, in order, into parts of m_part images, and each part
-gives as many mixed images. Their blocks show much saliency and hang together, and their inputs differ from one image to
-the next: mixing/solvers/comixup_energy.py has that problem, comixup_labelling.py its solver. Targets go by the area
-that an input covers.
+Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3-4. A batch is cut, in order, into parts of m_part images (the inputs),
+and each part gives as many mixed images (the outputs). Salient blocks are kept, neighbouring blocks tend to come from
+the same input, and outputs avoid inputs that many other outputs show. mixing/solvers/comixup_energy.py states this
+objective, mixing/solvers/comixup_labelling.py minimises it. Targets follow the area that each input covers.
 """
 
 import torch
@@ -14,14 +14,14 @@ from mixing.ops import block_means, check_at_least, check_divides, check_probabi
 from mixing.solvers.comixup_energy import Labelling
 from mixing.solvers.comixup_labelling import solve
 
-GRIDS = (2, 4, 8, 16)  # one of which m_block_num = -1 draws
-WINDOW = 8  # side in pixels of the most salient place of an image
-STARTS = {7: 2, 2: 8}  # inputs at least -> labellings to start from, of which the best one is pursued
-ROUNDS = 2  # of simultaneous moves, for one sweep of the published solver through all outputs
+GRIDS = (2, 4, 8, 16)  # blocks per side to draw from if m_block_num is -1
+WINDOW = 8  # side in pixels of the window that finds the most salient position
+STARTS = {7: 2, 2: 8}  # minimum number of inputs -> number of initial labellings; the solver continues the best one
+ROUNDS = 2  # rounds of simultaneous moves per sweep of the published solver through all outputs
 
 
 def window_sums(values: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """Sums over `size` neighbours along `dim`, which becomes shorter by size - 1."""
+    """Sum over `size` neighbours along `dim`, which becomes shorter by size - 1."""
     count = values.shape[dim] - size + 1
     total = values.narrow(dim, 0, count).clone()
     for offset in range(1, size):
@@ -30,19 +30,20 @@ def window_sums(values: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 
 def most_salient_window(saliency: torch.Tensor, stride: int = 1) -> torch.Tensor:
-    """(B, 2): row and column, in steps of the stride, of the window with most of saliency (B, H, W); Sec. 4."""
+    """Return the row and column of the most salient window of each map, (B, 2), in steps of the stride. Sec. 4."""
     size = min(WINDOW, *saliency.shape[1:])
     sums = window_sums(window_sums(saliency, size, 1), size, 2)[:, ::stride, ::stride]
     first = sums.flatten(1).max(1).indices
     return torch.stack([first // sums.shape[2], first % sums.shape[2]], 1)
 
 
-def compatibility(places: torch.Tensor, omega: float) -> torch.Tensor:
-    """A (P, m, m) of Sec. 3: near the identity, larger the farther apart the inputs' places (P, m, 2) are (L1).
+def compatibility_matrix(positions: torch.Tensor, omega: float) -> torch.Tensor:
+    """Return the compatibility matrix A (P, m, m) of Sec. 3.
 
-    Where all places are the same it is the identity.
+    It is close to the identity; entries grow with the L1 distance between the most salient positions (P, m, 2) of two
+    inputs. If all positions are equal, it is the identity, where the authors' code divides by zero.
     """
-    distance = (places.unsqueeze(2) - places.unsqueeze(1)).abs().sum(3).float()
+    distance = (positions.unsqueeze(2) - positions.unsqueeze(1)).abs().sum(3).float()
     count = distance.shape[1]
     identity = torch.eye(count, device=distance.device)
     total = distance.sum((1, 2), keepdim=True)
@@ -51,18 +52,19 @@ def compatibility(places: torch.Tensor, omega: float) -> torch.Tensor:
 
 
 def block_costs(saliency: torch.Tensor, prior: torch.Tensor, blocks: int, eta: float) -> torch.Tensor:
-    """(P, m, h, h): price of every block of every input, minus its share of the input's saliency and of the prior.
+    """Return the unary cost of showing each block of each input, (P, m, h, h).
 
-    saliency (P, m, H, W); prior (P, m): a Dirichlet draw, shared by the outputs of a part; blocks: h.
+    It is minus the share of the input's saliency in the block and minus eta / h^2 times the logarithm of the prior.
+    saliency (P, m, H, W); prior (P, m): a Dirichlet draw shared by all outputs of a part; blocks: h.
     """
     share = normalize_sum(block_means(saliency, blocks, blocks))
     return -share - (eta / blocks**2) * (prior + 1e-8).log().unsqueeze(2).unsqueeze(3)
 
 
 def assemble_images(images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """Mixed images (B, C, H, W): the blocks that sources (B, h, w, 2) names, half of each of the two.
+    """Assemble mixed images (B, C, H, W) from the two inputs, half of each, that `sources` names for each block.
 
-    Differentiable with respect to images (B, C, H, W).
+    images (B, C, H, W); sources (B, h, w, 2) long. Differentiable with respect to the images.
     """
     count, h, w, _ = sources.shape
     _, channels, height, width = images.shape
@@ -77,23 +79,30 @@ def assemble_images(images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor
 
 
 def mix_targets(targets: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Soft targets (P m, K) from targets of the same shape and counts (P, m, m), by area.
+    """Return soft targets (P m, K): the targets (P m, K) weighted by the area of each input.
 
-    In double precision, because a GPU may round the factors of a single-precision product.
+    counts (P, m, m): blocks of output i that show input j. Computed in double precision, because a GPU may round the
+    factors of a single-precision product (TF32).
     """
     share = counts.double() / counts[:1, :1].sum()
     return (share @ targets.double().view(*counts.shape[:2], -1)).flatten(0, 1).to(targets.dtype)
 
 
 class CoMixup(Mixer):
-    """mixup_alpha: of the Dirichlet prior. m_part: images of a part. m_block_num: blocks along a side; -1 draws 2, 4, 8
-    or 16 for every batch. m_beta: smoothness; m_gamma: diversity; m_thres: share of an output's blocks up to which the
-    other outputs may show an input for nothing, and m_thres_type what more of it costs: `hard` all, `soft` the excess.
-    m_eta: weight of the prior; m_omega: of the distance between salient places, found with a window of 8 x 8 pixels
-    that moves by m_stride. m_niter: effort of the solver. set_resolve: pull outputs apart that show the same inputs.
-    clean_lam: weight of the clean loss whose gradient is also trained on; 0: none. mix_prob: chance of a batch.
+    """Hyper-parameters, with the symbol of the paper where it has one:
 
-    objective: what the solver minimised, of the last batch, one value a part, on the device.
+    * mixup_alpha: of the Dirichlet prior. m_eta (eta): weight of the prior.
+    * m_part (m): images mixed with each other. m_block_num: blocks per side; -1 draws 2, 4, 8 or 16 for each batch.
+    * m_beta (beta): weight of the smoothness. m_gamma (gamma): weight of the diversity.
+    * m_thres: fraction of an image's blocks on which the other outputs may show an input at no cost. m_thres_type: what
+      counts beyond it, `hard` (all of it) or `soft` (the excess).
+    * m_omega (omega): weight of the distances in the compatibility matrix. m_stride: step in pixels of the 8 x 8 window
+      that finds the most salient positions.
+    * m_niter: effort, as the corresponding number of sweeps of the published solver. set_resolve: separate outputs that
+      show the same inputs. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one output at a time).
+    * clean_lam: weight of the clean loss that is also trained on. mix_prob: probability that a batch is mixed.
+
+    After a call, `objective` is the value that the solver reached, one for each part of the batch, on the device.
     """
 
     default_source = "gradient"
@@ -152,12 +161,12 @@ class CoMixup(Mixer):
         self.check_size(*images.shape[-2:])
         blocks = GRIDS[int(torch.randint(len(GRIDS), ()))] if self.m_block_num == -1 else self.m_block_num
         saliency = self.compute_saliency(source, images, targets)
-        whole = len(images) // self.m_part * self.m_part  # the images of full parts; the last part may be shorter
+        num_full = len(images) // self.m_part * self.m_part  # images in full parts; the last part may be shorter
         sources, soft, values = [], [], []
-        for begin, end, size in ((0, whole, self.m_part), (whole, len(images), len(images) - whole)):
+        for begin, end, size in ((0, num_full, self.m_part), (num_full, len(images), len(images) - num_full)):
             if begin == end:
                 continue
-            labelling = self.label(saliency[begin:end].unflatten(0, (-1, size)), blocks)
+            labelling = self.solve_parts(saliency[begin:end].unflatten(0, (-1, size)), blocks)
             sources.append((labelling.sources + part_starts(begin, end, size, images.device)).flatten(0, 1))
             soft.append(mix_targets(targets[begin:end], labelling.counts))
             values.append(labelling.objective)
@@ -165,37 +174,38 @@ class CoMixup(Mixer):
         return assemble_images(images, torch.cat(sources)), torch.cat(soft)
 
     @torch.no_grad()
-    def label(self, saliency: torch.Tensor, blocks: int) -> Labelling:
+    def solve_parts(self, saliency: torch.Tensor, blocks: int) -> Labelling:
         """Which inputs every block of every output shows. saliency (P, m, H, W)."""
         parts, m = saliency.shape[:2]
         device = saliency.device
         parameters = torch.full((parts, m), float(self.mixup_alpha), device="cpu" if device.type == "mps" else device)
-        prior = Dirichlet(parameters, validate_args=False).sample().to(device)  # MPS has no gamma draws
+        prior = Dirichlet(parameters, validate_args=False).sample().to(device)  # MPS cannot draw gamma variates
         cost = block_costs(saliency, prior, blocks, self.m_eta)
-        if m == 1:  # an image alone stays as it is
+        if m == 1:  # a single image stays as it is
             sources = torch.zeros(parts, 1, blocks, blocks, 2, dtype=torch.long, device=device)
             return Labelling(sources, torch.full_like(cost[:, :, :1, 0], blocks**2), cost.sum((1, 2, 3)))
-        places = most_salient_window(saliency.flatten(0, 1), self.m_stride).view(parts, m, 2)
-        return self.solve(cost, compatibility(places, self.m_omega), **self.problem, **self.effort)
+        positions = most_salient_window(saliency.flatten(0, 1), self.m_stride).view(parts, m, 2)
+        return self.solve(cost, compatibility_matrix(positions, self.m_omega), **self.problem, **self.effort)
 
 
 def part_starts(begin: int, end: int, size: int, device: torch.device) -> torch.Tensor:
-    """(P, 1, 1, 1, 1): where in the batch each part of the images begin:end starts."""
+    """Return the index in the batch at which each part of images begin:end starts, (P, 1, 1, 1, 1)."""
     return torch.arange(begin, end, size, device=device).view(-1, 1, 1, 1, 1)
 
 
 def solve_in_parallel(cost, compatibility, *, sweeps: int, resolve: bool, **problem) -> Labelling:
-    """mixing.solvers.comixup_labelling.solve from random starts."""
+    """Run mixing.solvers.comixup_labelling.solve() from random initial labellings."""
     parts, m = cost.shape[:2]
-    starts = next(count for least, count in STARTS.items() if m >= least)
+    starts = next(count for minimum, count in STARTS.items() if m >= minimum)
     order = torch.rand(parts, starts, m, device=cost.device).argsort(2)
     return solve(cost, compatibility, order, rounds=ROUNDS * sweeps, resolve=resolve, **problem)
 
 
 def load_graph_cuts():
+    """Return the solver of the authors: graph cuts by gco-wrapper. Raises ValueError if the package is missing."""
     from mixing.solvers.graphcut import import_gco, solve_labelling
 
-    import_gco()  # now rather than at the first batch
+    import_gco()  # so that a missing package is reported now and not at the first batch
     return solve_labelling
 
 

@@ -1,7 +1,8 @@
-"""PuzzleMix: keep of each of two images the blocks that matter, and move salient blocks to where they show.
+"""PuzzleMix: keep the salient blocks of two images, and move salient blocks to where they are visible.
 
-Kim et al., ICML 2020, arXiv 2009.06962, Sec. 3. As in the authors' code, the mask is found first, without transport,
-and the transport after it, once; the pairwise term of the mask is (m - m')^2.
+Kim et al., ICML 2020, arXiv 2009.06962, Sec. 3. As in the authors' code, the mask is optimised first, without
+transport, and the transport once after it. The pairwise term of the mask is (m - m')^2.
+mixing/solvers/puzzlemix_mask.py finds the mask, mixing/solvers/puzzlemix_transport.py the transport.
 """
 
 import math
@@ -20,30 +21,30 @@ from mixing.ops import (
     upsample_blocks,
 )
 from mixing.solvers import puzzlemix_mask
-from mixing.solvers.puzzlemix_transport import move_blocks, transport
+from mixing.solvers.puzzlemix_transport import move_blocks, solve_transport
 
-Problem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # unary (L, n, n, B), down (n-1, n, B), right (n, n-1, B)
+MaskProblem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # unary (L, n, n, B), down (n-1, n, B), right (n, n-1, B)
 
 
 def border_differences(cells: torch.Tensor, partner: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean absolute differences across the borders of blocks, for all four choices of the image on either side.
+    """Return the mean absolute colour differences across block borders: phi_11, phi_12, phi_21, phi_22.
 
-    cells (B, C, g, g): images in 0..1, averaged over cells; g a multiple of n. Returns the borders between upper and
-    lower blocks (4, B, n-1, n) and between left and right ones (4, B, n, n-1). The four: both sides from the image, the
-    first from it and the second from the partner, the reverse, both from the partner.
+    phi_ab takes the upper (or left) block from image a of the pair and the lower (or right) block from image b, where 1
+    is the image and 2 its partner. cells (B, C, g, g): images in 0..1, averaged over cells; g is a multiple of n. The
+    borders between upper and lower blocks are (4, B, n-1, n), those between left and right blocks (4, B, n, n-1).
     """
-    found = []
+    differences = []
     for grid in (cells, cells.transpose(2, 3)):
         strips = grid.unflatten(2, (n, -1))
-        first, second = strips[:, :, :-1, -1], strips[:, :, 1:, 0]  # (B, C, n-1, g): the cells on either side
+        first, second = strips[:, :, :-1, -1], strips[:, :, 1:, 0]  # (B, C, n-1, g): the cells at each border
         pairs = ((first, second), (first, second[partner]), (first[partner], second))
-        own, over, back = ((one - other).abs_().mean(1).unflatten(-1, (n, -1)).mean(-1) for one, other in pairs)
-        found.append(torch.stack([own, over, back, own[partner]]))
-    return found[0], found[1].transpose(2, 3)
+        phi_11, phi_12, phi_21 = ((a - b).abs_().mean(1).unflatten(-1, (n, -1)).mean(-1) for a, b in pairs)
+        differences.append(torch.stack([phi_11, phi_12, phi_21, phi_11[partner]]))
+    return differences[0], differences[1].transpose(2, 3)
 
 
 def build_mask_problem(
-    salient: torch.Tensor,
+    block_saliency: torch.Tensor,
     cells: torch.Tensor | None,
     partner: torch.Tensor,
     lam: torch.Tensor,
@@ -52,42 +53,43 @@ def build_mask_problem(
     beta: float,
     gamma: float,
     eta: float,
-) -> Problem:
-    """Sec. 3.2 as a problem of mixing.solvers.puzzlemix_mask, label 0 for the image and the last label for its partner.
+) -> MaskProblem:
+    """Build the mask problem of Sec. 3.2, as mixing/solvers/puzzlemix_mask.py solves it.
 
-    salient (B, n, n): block saliency, each map with sum 1. cells: see border_differences; None without the local term.
-    lam (): share of the image that the prior prefers.
+    Label 0 keeps the image, the last label its partner. block_saliency (B, n, n): maps that each sum to 1. cells: see
+    border_differences(), or None to leave out the local term. lam (): the mean of the mask that the prior prefers.
     """
-    n, steps = salient.shape[-1], n_labels - 1
+    n = block_saliency.shape[-1]
     smooth = beta / (16 * n)
-    keep, give = salient[partner], salient.clone()  # price of keeping the image: losing the partner's saliency
-    down = salient.new_full((len(salient), n - 1, n), smooth)
-    right = salient.new_full((len(salient), n, n - 1), smooth)
+    # keeping the image loses the saliency of the partner, and the reverse
+    keep_cost, drop_cost = block_saliency[partner], block_saliency.clone()
+    down = block_saliency.new_full((len(block_saliency), n - 1, n), smooth)
+    right = block_saliency.new_full((len(block_saliency), n, n - 1), smooth)
     if cells is not None and gamma:
         local = smooth * gamma / 2
         vertical, horizontal = border_differences(cells, partner, n)
-        for (own, over, back, other), weight, keeps, gives in (
-            (vertical, down, (keep[:, :-1], keep[:, 1:]), (give[:, :-1], give[:, 1:])),
-            (horizontal, right, (keep[:, :, :-1], keep[:, :, 1:]), (give[:, :, :-1], give[:, :, 1:])),
-        ):  # of the first block at each border and of the second, in place
-            keeps[0].add_(local * (over + own))
-            gives[0].add_(local * (back + other))
-            keeps[1].add_(local * (back + own))
-            gives[1].add_(local * (over + other))
-            weight += local * (over + back - own - other)
-    label = torch.arange(n_labels, device=salient.device, dtype=torch.float32).view(-1, 1, 1, 1) / steps
-    keep, give = keep.permute(1, 2, 0), give.permute(1, 2, 0)
-    unary = torch.lerp(keep.unsqueeze(0), give.unsqueeze(0), label)
-    for costs, price in zip(unary, prior(lam, n_labels, eta / n**2), strict=True):
-        costs += price
+        for (phi_11, phi_12, phi_21, phi_22), weight, keep, drop in (
+            (vertical, down, (keep_cost[:, :-1], keep_cost[:, 1:]), (drop_cost[:, :-1], drop_cost[:, 1:])),
+            (horizontal, right, (keep_cost[..., :-1], keep_cost[..., 1:]), (drop_cost[..., :-1], drop_cost[..., 1:])),
+        ):  # keep[0] is a view of the blocks above (or left of) each border, keep[1] of those below (or right of) it
+            keep[0].add_(local * (phi_12 + phi_11))
+            drop[0].add_(local * (phi_21 + phi_22))
+            keep[1].add_(local * (phi_21 + phi_11))
+            drop[1].add_(local * (phi_12 + phi_22))
+            weight += local * (phi_12 + phi_21 - phi_11 - phi_22)
+    label = torch.arange(n_labels, device=block_saliency.device, dtype=torch.float32).view(-1, 1, 1, 1) / (n_labels - 1)
+    keep_cost, drop_cost = keep_cost.permute(1, 2, 0), drop_cost.permute(1, 2, 0)
+    unary = torch.lerp(keep_cost.unsqueeze(0), drop_cost.unsqueeze(0), label)
+    for costs, prior_cost in zip(unary, prior_costs(lam, n_labels, eta / n**2), strict=True):
+        costs += prior_cost
     return unary, down.permute(1, 2, 0).contiguous(), right.permute(1, 2, 0).contiguous()
 
 
-def prior(lam: torch.Tensor, n_labels: int, weight: float) -> list[float]:
-    """The cost of each label: weight times minus the logarithm of a binomial with mean share lam, () on the host."""
-    steps, lam = n_labels - 1, float(lam)
-    chances = [math.comb(steps, k) * lam ** (steps - k) * (1 - lam) ** k for k in range(n_labels)]
-    return [-weight * math.log(chance + 1e-8) for chance in chances]
+def prior_costs(lam: torch.Tensor, n_labels: int, weight: float) -> list[float]:
+    """Return the cost of each label: -weight * log of a binomial whose mean share is lam. lam () is on the CPU."""
+    K, lam = n_labels - 1, float(lam)
+    probabilities = [math.comb(K, k) * lam ** (K - k) * (1 - lam) ** k for k in range(n_labels)]
+    return [-weight * math.log(probability + 1e-8) for probability in probabilities]
 
 
 def mix(
@@ -98,41 +100,47 @@ def mix(
     blocks: tuple[torch.Tensor, torch.Tensor, int, int] | None = None,
     partners: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eq. 2: mask T(image) + (1 - mask) T'(partner), targets by the mean of the mask (B, n, n), 1 where the image
-    shows.
+    """Mix by Eq. 2, mask T(image) + (1 - mask) T'(partner), and weight the targets by the mean of the mask.
 
-    blocks: what each place shows of the image and of the partner (see transport), and rows and columns of that grid;
-    None: nothing moves. partners: images that the partners are taken from, if others than `images`.
+    mask (B, n, n): 1 where the image shows. blocks: the blocks of the image and of the partner to show at each place
+    (see solve_transport()), then the rows and columns of their grid; None: nothing moves. partners: images to take the
+    partners from, if not `images` (adversarial noise).
     """
     partners = images if partners is None else partners
     if blocks:
-        own, other, *grid = blocks
-        first = move_blocks(images, own, torch.arange(len(images), device=images.device), *grid)
-        second = move_blocks(partners, other, partner, *grid)
+        image_blocks, partner_blocks, *grid = blocks
+        first = move_blocks(images, image_blocks, torch.arange(len(images), device=images.device), *grid)
+        second = move_blocks(partners, partner_blocks, partner, *grid)
     else:
         first, second = images, partners[partner]
     mixed = torch.lerp(second, first, upsample_blocks(mask, *images.shape[-2:]).to(images.dtype))
-    if images.is_contiguous():  # the blocks come back with the channels last
+    if images.is_contiguous():  # move_blocks() returns channels-last memory
         mixed = mixed.contiguous()
     return mixed, torch.lerp(targets[partner], targets, mask.mean((1, 2)).unsqueeze(1).to(targets.dtype))
 
 
-def largest_divisor(side: int, most: int) -> int:
-    """The largest divisor of `side` that is not above `most`."""
-    return next(n for n in range(min(side, most), 0, -1) if side % n == 0)
+def largest_divisor(side: int, maximum: int) -> int:
+    """Return the largest divisor of `side` that is at most `maximum`."""
+    return next(n for n in range(min(side, maximum), 0, -1) if side % n == 0)
 
 
 class PuzzleMix(Mixer):
-    """lam ~ Beta(mixup_alpha, mixup_alpha), one a batch; so is the number of blocks along a side, out of block_num.
+    """lam ~ Beta(mixup_alpha, mixup_alpha) and the number of blocks per side (from block_num) are drawn once per batch.
 
-    n_labels: 2 to 4 mask values from 0 to 1. beta, gamma, eta: weights of label smoothness, of the differences across
-    borders relative to it, and of the prior. neigh_size: side in pixels of the cells those differences are taken
-    between. transport, t_eps, t_size: whether blocks move, at which price, and the side in pixels of the blocks that
-    move; -1: those of the mask. clean_lam: weight of the clean loss. adv_p, adv_eps: chance that an image of a pair
-    gets adversarial noise, and its size in units of 1/255. mean, std: normalisation of the images. mix_prob: chance
-    that a batch is mixed.
+    n_labels: number of mask values between 0 and 1, 2 to 4. beta: weight of the smoothness of the mask. gamma: weight
+    of the colour differences across block borders, relative to beta. eta: weight of the prior on the mean of the mask.
+    neigh_size: side in pixels of the cells between which the differences are taken.
 
-    After a call `energy`, `bound` (B,) and `mask` (B, n, n) hold what the solver found.
+    transport: whether blocks move. t_eps: cost of a move. t_size: side in pixels of the blocks that move; -1: as in the
+    mask. clean_lam: weight of the clean loss that is also trained on. adv_p: probability that the images of a batch get
+    adversarial noise of at most adv_eps / 255; it is drawn a second time for the partners. mix_prob: probability that a
+    batch is mixed. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one image at a time).
+
+    mean, std: the normalisation of the images, because colour differences and adversarial noise refer to pixels in
+    0..1.
+
+    After a call, `energy` (B,) is the energy that the solver reached, `bound` its lower bound, (B,) or None, and `mask`
+    is (B, n, n).
     """
 
     default_source = "gradient"
@@ -158,7 +166,7 @@ class PuzzleMix(Mixer):
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
     ):
         if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma must lie between 0 and 1, got {gamma}: above, the mask problem is not submodular")
+            raise ValueError(f"gamma must lie between 0 and 1, got {gamma}: above 1 the mask problem is not submodular")
         if not 2 <= n_labels <= 4:
             raise ValueError(f"n_labels must be 2, 3 or 4, got {n_labels}")
         if min(mixup_alpha, beta, eta, t_eps, clean_lam, adv_eps) < 0:
@@ -186,32 +194,37 @@ class PuzzleMix(Mixer):
 
     def mix_batch(self, images, targets, source):
         self.check_size(*images.shape[-2:])
-        if self.mean.device != images.device:  # once: a copy in every step would hold up the device
+        if self.mean.device != images.device:  # only once: a copy in each step would synchronise with the device
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         n = self.block_num[int(torch.randint(len(self.block_num), ()))]
         lam, partner = draw_lam(self.mixup_alpha, images), draw_partner(images)
-        noisy = (torch.rand(2) < self.adv_p).tolist()
+        noisy = (torch.rand(2) < self.adv_p).tolist()  # the images, the partners
         noise = None
         if any(noisy):
-            saliency, noise = self.find_noise(source, images, targets)
+            saliency, noise = self.compute_noise(source, images, targets)
         else:
             saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
-            self.mask, blocks = self.plan(images.detach(), saliency, partner, lam, n)
+            self.mask, blocks = self.solve_mask_and_transport(images.detach(), saliency, partner, lam, n)
         self.set_weight(images, lambda mask=self.mask: mask)
-        own, others = (self.add_noise(images, noise) if wanted else images for wanted in noisy)
-        return mix(own, targets, partner, self.mask, blocks, others)
+        images, partners = (self.add_noise(images, noise) if is_noisy else images for is_noisy in noisy)
+        return mix(images, targets, partner, self.mask, blocks, partners)
 
-    def plan(self, images: torch.Tensor, saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, n: int):
-        """Mask (B, n, n) and what moves (see mix) for images (B, C, H, W) and their saliency (B, H, W)."""
+    def solve_mask_and_transport(
+        self, images: torch.Tensor, saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, n: int
+    ):
+        """Return the mask (B, n, n) and the `blocks` of mix().
+
+        images (B, C, H, W), saliency (B, H, W), partner (B,), lam (); n: blocks per side.
+        """
         height, width = images.shape[-2:]
         tall, wide = height // n, width // n
         cells = None
         if self.weights["gamma"]:
             cell = largest_divisor(tall, self.neigh_size), largest_divisor(wide, self.neigh_size)
-            cells = F.avg_pool2d(images.float(), cell) * self.std
-        salient = normalize_sum(block_means(saliency, n, n))
-        problem = build_mask_problem(salient, cells, partner, lam, **self.weights)
+            cells = F.avg_pool2d(images.float(), cell) * self.std  # the mean would cancel in the differences
+        block_saliency = normalize_sum(block_means(saliency, n, n))
+        problem = build_mask_problem(block_saliency, cells, partner, lam, **self.weights)
         labels, self.bound = self.solve(*problem)
         self.energy = puzzlemix_mask.energy(labels, *problem)
         mask = 1 - labels.permute(2, 0, 1) / (self.n_labels - 1)
@@ -221,32 +234,38 @@ class PuzzleMix(Mixer):
         if self.t_size > 0:
             rows, columns = height // largest_divisor(tall, self.t_size), width // largest_divisor(wide, self.t_size)
             if rows > n or columns > n:
-                salient = normalize_sum(block_means(saliency, rows, columns))
-        shown = upsample_blocks(mask, rows, columns).squeeze(1)
-        blocks = transport(torch.cat([salient, salient[partner]]), torch.cat([shown > 0, shown < 1]), self.t_eps)
+                block_saliency = normalize_sum(block_means(saliency, rows, columns))
+        grid_mask = upsample_blocks(mask, rows, columns).squeeze(1)
+        blocks = solve_transport(
+            torch.cat([block_saliency, block_saliency[partner]]), torch.cat([grid_mask > 0, grid_mask < 1]), self.t_eps
+        )
         return mask, (*blocks.chunk(2), rows, columns)
 
-    def find_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Saliency (B, H, W) at noised images, and adversarial noise (B, C, H, W) of pixels in 0..1."""
+    def compute_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the saliency (B, H, W) of randomly noised images, and adversarial noise (B, C, H, W).
+
+        The noise is added to pixels in 0..1.
+        """
         if not source.has_gradient:
-            raise ValueError("adversarial noise (adv_p) needs the signed pixel gradient: use the source `gradient`")
-        reach = self.adv_eps
-        noise = torch.empty_like(images).uniform_(-reach, reach)
+            raise ValueError("adversarial noise (adv_p) needs the signed pixel gradient: use the source gradient")
+        eps = self.adv_eps
+        noise = torch.empty_like(images).uniform_(-eps, eps)
         gradient = source.gradient(self.add_noise(images, noise), targets)
         saliency = self.replace_invalid_maps(source.reduce(gradient))
-        noise = (noise + (reach + 2 / 255) * gradient.sign()).clamp_(-reach, reach)  # the sign of NaN is 0
+        noise = (noise + (eps + 2 / 255) * gradient.sign()).clamp_(-eps, eps)  # the sign of NaN is 0
         return saliency, noise * torch.rand(())
 
     def add_noise(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """images with noise added to their pixels in 0..1, which stay there."""
+        """Add noise to the pixels, measured in 0..1, and clip them to that range."""
         pixels = torch.addcmul(self.mean, images, self.std)
         return ((pixels + noise).clamp(0, 1) - self.mean) / self.std
 
 
 def load_graph_cuts():
+    """Return the solver of the authors: graph cuts by gco-wrapper. Raises ValueError if the package is missing."""
     from mixing.solvers.graphcut import import_gco, solve_mask
 
-    import_gco()  # now rather than at the first batch
+    import_gco()  # so that a missing package is reported now and not at the first batch
     return lambda *problem: (solve_mask(*problem), None)
 
 

@@ -1,7 +1,7 @@
-"""R-Mix: in every patch the image that is salient there, by a percentile drawn at random for each image.
+"""R-Mix: in each patch, show the image that is salient there, where a random percentile decides what is salient.
 
-"Expeditious Saliency-guided Mix-up through Random Gradient Thresholding", arXiv 2212.04875, Sec. 3 (R-Mix); the
-ImageNet settings are those of its code: dirichlet_alpha 0.2, patches_per_side (2, 4), pairing reversed, clean_lam 1.
+"Expeditious Saliency-guided Mix-up through Random Gradient Thresholding", arXiv 2212.04875, Sec. 3 (R-Mix). The
+ImageNet settings of its code are dirichlet_alpha 0.2, patches_per_side (2, 4), pairing reversed and clean_lam 1.
 """
 
 import torch
@@ -22,14 +22,15 @@ MAX_PERCENTILE = 0.99  # the percentile of the last action; that of the first is
 
 
 def actions_to_percentiles(actions: torch.Tensor, num_action: int) -> torch.Tensor:
-    """Actions (B,) in 0..num_action - 1 -> percentiles (B,) float32, equally spaced from 0 to 0.99."""
+    """Map actions (B,) in 0..num_action - 1 to percentiles (B,) float32, equally spaced from 0 to 0.99."""
     return actions.float() * (MAX_PERCENTILE / max(num_action - 1, 1))
 
 
 def salient_mask(blocks: torch.Tensor, percentile: torch.Tensor) -> torch.Tensor:
-    """Which patches reach their image's percentile: blocks (B, rows, columns), percentile (B,) -> bool of that shape.
+    """Return which patches reach the percentile of their image: (B, rows, columns) bool.
 
-    The threshold lies at rank percentile * (N - 1) of the N patches, between two of them on the straight line.
+    blocks (B, rows, columns): block means of the saliency; percentile (B,). The threshold of an image is the value at
+    rank percentile * (N - 1) of its N patches, interpolated linearly between two patches.
     """
     ordered = blocks.flatten(1).sort(1).values
     last = ordered.shape[1] - 1
@@ -40,32 +41,38 @@ def salient_mask(blocks: torch.Tensor, percentile: torch.Tensor) -> torch.Tensor
 
 
 def block_weights(mask: torch.Tensor, partner: torch.Tensor, lam: float) -> torch.Tensor:
-    """Weight of the first image in every patch, (B, rows, columns) float32: its own mask (bool) where that of the
-    partner differs, lam where both are salient or neither is.
+    """Return the weight of the image in each patch, (B, rows, columns) float32.
+
+    mask (B, rows, columns) bool: where the image is salient. The weight is 1 where only the image is salient, 0 where
+    only its partner is, and lam where both or neither are.
     """
     return mask.float().masked_fill(mask == mask[partner], lam)
 
 
 def mix(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, weight: torch.Tensor):
-    """images (B, C, H, W), targets (B, K), partner (B,), weight (B, rows, columns) -> mixed images, soft targets.
+    """Blend each patch with its weight, and the targets with the mean weight.
 
-    Differentiable in images, whose memory format is kept. The labels follow the mean of the weight.
+    images (B, C, H, W), targets (B, K), partner (B,), weight (B, rows, columns). Returns mixed images and soft targets.
+    Differentiable with respect to the images, whose memory format is kept.
     """
     pixels = upsample_blocks(weight, *images.shape[-2:]).to(images.dtype)
     if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
-        # to broadcast over the innermost dimension costs more than to write the weight out
+        # broadcasting over the innermost dimension costs more than expanding the weight in memory
         pixels = pixels.expand_as(images).contiguous(memory_format=torch.channels_last)
     return torch.lerp(images[partner], images, pixels), blend(targets, partner, weight.mean((1, 2)))
 
 
 class RMix(Mixer):
-    """Percentiles uniform on num_action values, one for each image; the weight of patches that both images claim, or
-    neither, ~ Dirichlet(dirichlet_alpha, dirichlet_alpha), one a batch.
+    """Draws a percentile for each image, uniformly from num_action values between 0 and 0.99.
 
-    random_patches: sides of a patch in pixels, one drawn for each batch. patches_per_side: instead, numbers of patches
-    to a side, one drawn for each batch. num_patches: to a side, if use_random_patches is false. pairing: `random` (a
-    permutation) or `reversed` (the batch backwards). clean_lam: weight of the clean loss that is trained on as well.
-    mix_prob: chance that a batch is mixed. Raises ValueError for images that a patch side does not divide.
+    The weight of patches in which both images or neither are salient is ~ Dirichlet(dirichlet_alpha, dirichlet_alpha),
+    drawn once per batch. The grid is drawn once per batch, too: random_patches lists sides of a patch in pixels;
+    patches_per_side, if given, lists numbers of patches per side instead; with use_random_patches False there are
+    always num_patches per side.
+
+    pairing: `random` (a permutation) or `reversed` (the batch in reverse order). clean_lam: weight of the clean loss
+    that is also trained on. mix_prob: probability that a batch is mixed. Raises ValueError for images that the patches
+    do not divide.
     """
 
     default_source = "gradient"
@@ -116,10 +123,11 @@ class RMix(Mixer):
         return mix(images, targets, partner, weight)
 
     def choose_actions(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:
-        """(B,) long: an action for each image, which stands for its percentile."""
+        """Return an action for each image, (B,) long, which stands for its percentile. RL-Mix overrides this."""
         return torch.randint(self.num_action, saliency.shape[:1], device=saliency.device)
 
     def draw_partner(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the partner of each image, (B,) long."""
         if self.pairing == "reversed":
             return torch.arange(len(images) - 1, -1, -1, device=images.device)
         return draw_partner(images)
@@ -135,7 +143,7 @@ class RMix(Mixer):
                 check_divides("random_patches (in pixels)", side, height, width)
 
     def draw_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches for this batch."""
+        """Draw the rows and columns of patches for this batch."""
         self.check_size(height, width)
         if self.patches_per_side or not self.use_random_patches:
             count = draw_from(self.patches_per_side or (self.num_patches,))
@@ -145,4 +153,5 @@ class RMix(Mixer):
 
 
 def draw_from(values: tuple[int, ...]) -> int:
+    """Draw one of the values, with equal probabilities."""
     return values[int(torch.randint(len(values), ()))]

@@ -1,8 +1,9 @@
-"""SAGE: shift the partner so that the most saliency survives, then blend every pixel by the ratio of the saliencies.
+"""SAGE: shift the partner so that the most saliency survives, then blend each pixel by the ratio of the saliencies.
 
-Ma et al., BMVC 2022, arXiv 2211.00113, Sec. 3. As in the authors' code, lam and the offsets that are tried are one draw
-for the whole batch, and each image takes the best of those offsets. The gradient pass that gives the saliency also
-trains: its clean loss weighs 1 - update_ratio and the mixed one update_ratio.
+Ma et al., BMVC 2022, arXiv 2211.00113, Sec. 3. As in the authors' code, lam and the candidate offsets are drawn once
+for the whole batch, and each image uses the best of these offsets. The gradient pass that gives the saliency is also
+trained on: the clean loss has weight 1 - update_ratio and the mixed loss update_ratio. mixing/solvers/sage_offsets.py
+searches the offsets.
 """
 
 import torch
@@ -11,14 +12,14 @@ from mixing.base import Mixer
 from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
 from mixing.solvers.sage_offsets import find_best_offset, find_best_offset_exhaustive, grid_offsets, random_offsets
 
-MIN_WEIGHT = 1e-12  # of either image, so that lam = 0 and 1 still mix
-MIN_SUM = 1e-16  # of two saliencies at a pixel: where both are zero, the partner shows
+MIN_WEIGHT = 1e-12  # of each image, so that neither map vanishes when lam is 0 or 1
+MIN_SUM = 1e-16  # of the two maps at a pixel: where both are 0, the partner shows
 
 
 def scale_maps(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The maps that compete for the pixels, of each image and of its partner: (B, H, W) that sum to lam and 1 - lam.
+    """Return the weighted maps A of each image and B of its partner, (B, H, W), which sum to lam and 1 - lam.
 
-    saliency (B, H, W) >= 0, none all zero; partner (B,); lam ().
+    saliency (B, H, W) >= 0, no map all zero; partner (B,); lam ().
     """
     saliency = normalize_sum(saliency.float())
     return lam.clamp_min(MIN_WEIGHT) * saliency, (1 - lam).clamp_min(MIN_WEIGHT) * saliency[partner]
@@ -32,11 +33,13 @@ def mix(
     lam: torch.Tensor,
     offsets: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mixed images, soft targets, the shift of each partner, (B, 2) long, dy and dx in pixels, and the weight of the
-    image at every pixel, (B, H, W).
+    """Find the best offset for each pair and mix.
 
-    images (B, C, H, W), targets (B, K), saliency (B, H, W) >= 0, none all zero, partner (B,), lam (). offsets (K, 2)
-    long, on the host: those that are tried, the earlier of two equals winning; None: all there are.
+    images (B, C, H, W), targets (B, K), saliency (B, H, W) >= 0 with no map all zero, partner (B,), lam (). offsets (K,
+    2) long on the CPU: the candidates, where the first of equals wins; None: all offsets.
+
+    Returns the mixed images, the soft targets, the offset (dy, dx) of each partner in pixels, (B, 2) long, and the
+    weight of the image at each pixel, (B, H, W).
     """
     with torch.no_grad():
         first, second = scale_maps(saliency, partner, lam)
@@ -55,11 +58,11 @@ def blend_shifted(
     partner: torch.Tensor,
     offset: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each image and its partner, shifted by offset (B, 2), pixel by pixel in the ratio of their weighted saliencies.
+    """Blend each image and its shifted partner, pixel by pixel, in the ratio of their weighted maps.
 
-    first, second (B, H, W): of the images and of their partners. A target's share is the mean over the frame of its
-    image's pixel weights, (B, H, W), which are returned too. What comes in from outside is zero. Differentiable with
-    respect to the images only.
+    first, second (B, H, W): the maps A of the images and B of their partners, before the shift. offset (B, 2): dy, dx.
+    Pixels shifted in from outside are 0. Returns the mixed images, the soft targets, and the weight of the image at
+    each pixel, (B, H, W), whose mean is the share of its target. Differentiable with respect to the images only.
     """
     with torch.no_grad():
         pixels, inside = source_pixels(offset, *images.shape[-2:])
@@ -67,15 +70,17 @@ def blend_shifted(
         second = second.flatten().index_select(0, (pixels + image * pixels.shape[1]).flatten()).view_as(first) * inside
         mask = first / (first + second).clamp_min(MIN_SUM)
         share = mask.mean((1, 2)).unsqueeze(1)
-    # in place: at 224 pixels a new tensor takes a processor longer to get hold of than to fill
+    # in place: on a CPU, allocating a tensor of 224 x 224 images takes longer than filling it
     shifted = gather_pixels(images, partner, pixels).float().mul_(inside.unsqueeze(1))
     mixed = shifted.lerp_(images.float(), mask.unsqueeze(1)).to(images.dtype)
     return mixed, share * targets + (1 - share) * targets[partner], mask
 
 
 def source_pixels(offset: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the pixels of a shifted image come from: (B, H W) long, in reading order and moved to the border where that
-    is outside; and whether it is inside: (B, H, W) of 0 and 1.
+    """Return where each pixel of a shifted image comes from, and whether that is inside the image.
+
+    offset (B, 2): dy, dx. Returns indices (B, H * W) long in row-major order, clamped to the image, and a mask (B, H,
+    W) of 0.0 and 1.0.
     """
     rows = torch.arange(height, device=offset.device) - offset[:, :1]
     columns = torch.arange(width, device=offset.device) - offset[:, 1:]
@@ -86,24 +91,25 @@ def source_pixels(offset: torch.Tensor, height: int, width: int) -> tuple[torch.
 
 
 def gather_pixels(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) images[partner] with other pixels in place of its own, in the memory format of the images."""
+    """Return images[partner] with their pixels taken from the indices `pixels`, in the memory format of the images."""
     batch, channels, height, width = images.shape
     if images.is_contiguous():
         return images[partner].flatten(2).gather(2, pixels.unsqueeze(1).expand(-1, channels, -1)).view(images.shape)
-    every = (pixels + (partner * (height * width)).unsqueeze(1)).flatten()  # whole pixels of channels_last images
-    taken = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, every)
+    flat_index = (pixels + (partner * (height * width)).unsqueeze(1)).flatten()  # channels_last: whole pixels
+    taken = images.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, flat_index)
     return taken.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 class SAGE(Mixer):
-    """lam ~ upper_lambda * Beta(mixup_alpha, mixup_alpha), or half of upper_lambda where mixup_alpha is 0.
+    """lam ~ upper_lambda * Beta(mixup_alpha, mixup_alpha), drawn once per batch; mixup_alpha 0 means upper_lambda / 2.
 
-    rand_pos: share of all (2H - 1)(2W - 1) offsets that are tried, one at least. search: which ones; `random` draws
-    them for every batch; `grid` takes as many, or a few less, evenly spaced and with the zero shift; `exhaustive` is
-    rand_pos 1, which moves small lam hardly at all and so takes away much of the augmentation. update_ratio: weight of
-    the mixed loss, the rest going to the clean loss; 1: nothing but the mixed one. blur_sigma and kernel_size (pixels)
-    smooth the pixel gradient, taken with the batch's own batch norm or, eval_mode, the running one. mix_prob: chance
-    that a batch is mixed.
+    rand_pos: fraction of the (2H - 1)(2W - 1) offsets to try, at least one. search: which ones. `random` draws them for
+    each batch. `grid` tries at most as many, evenly spaced and including the zero offset. `exhaustive` tries all: for
+    small lam the best offset is then nearly always zero, which removes much of the augmentation.
+
+    update_ratio: weight of the mixed loss; the clean loss has the rest, and with 1 it is not trained on. blur_sigma and
+    kernel_size, in pixels: Gaussian blur of the saliency. eval_mode: use batch norm's running statistics in the
+    saliency pass instead of those of the batch. mix_prob: probability that a batch is mixed.
     """
 
     default_source = "gradient"
@@ -130,7 +136,7 @@ class SAGE(Mixer):
         self.update_ratio = check_probability("update_ratio", update_ratio)
         self.blur_sigma, self.kernel_size, self.eval_mode = blur_sigma, kernel_size, eval_mode
         self.mix_prob = check_probability("mix_prob", mix_prob)
-        self.offset: torch.Tensor | None = None  # (B, 2) dy, dx of the last batch; None where it was not mixed
+        self.offset: torch.Tensor | None = None  # (B, 2) dy, dx of the last batch; None if it was not mixed
 
     @property
     def gradient_options(self):
@@ -145,10 +151,13 @@ class SAGE(Mixer):
 
     def check_size(self, height, width):
         if self.blur_sigma and self.kernel_size // 2 >= min(height, width):
-            raise ValueError(f"kernel_size {self.kernel_size}: too large to blur maps of {height}x{width} pixels")
+            raise ValueError(f"kernel_size {self.kernel_size} is too large to blur maps of {height}x{width} pixels")
 
     def draw_offsets(self, height: int, width: int) -> torch.Tensor | None:
-        """(K, 2) on the host, so that the loop over them never waits for the device; None: all offsets."""
+        """Return the candidate offsets, (K, 2) long, or None for all offsets.
+
+        They are on the CPU, so that a loop over them never waits for the device.
+        """
         if self.search == "exhaustive" or (self.search == "random" and self.rand_pos == 1):
             return None
         count = max(1, int((2 * height - 1) * (2 * width - 1) * self.rand_pos))
@@ -160,7 +169,7 @@ class SAGE(Mixer):
 
     def mix_batch(self, images, targets, source):
         saliency = self.compute_saliency(source, images, targets)
-        if source.clean_weight > 0:  # the source has added the rest of the gradient to .grad
+        if source.clean_weight > 0:  # the source has added the clean part of the gradient to .grad
             self.mixed_weight = self.update_ratio
         lam = draw_lam(self.mixup_alpha, images) if self.mixup_alpha > 0 else torch.tensor(0.5, dtype=torch.float64)
         lam, partner = self.upper_lambda * lam, draw_partner(images)

@@ -1,1 +1,1 @@
-"""The optimization problems inside the methods, solved for the whole batch at once."""
+"""Solvers of the optimisation problems inside the methods, for a whole batch at once."""

@@ -1,6 +1,6 @@
-"""Binary problems on a grid, many at once: on which blocks a new label goes. Co-Mixup's moves are made of them.
+"""Binary problems on a grid, many at once: which blocks take a new label? Co-Mixup's moves consist of them.
 
-The batch is the last dimension, along which all arithmetic runs.
+The batch is the last dimension of all tensors, so that arithmetic runs along it.
 """
 
 from functools import cache
@@ -9,25 +9,25 @@ import torch
 
 from mixing.solvers.puzzlemix_mask import THRESHOLDS, ascend_dual
 
-STEPS = (40, 60)  # of the dual ascent, on grids of up to 8 blocks a side and on larger ones
+STEPS = (40, 60)  # of the dual ascent, for grids with up to 8 blocks per side and for larger ones
 
 
 @cache
 def bits(count: int, device: torch.device) -> torch.Tensor:
-    """(count, 2^count) of 0.0 and 1.0: the bits of every number, the lowest first."""
+    """Return the bits of all numbers below 2^count, lowest bit first: (count, 2^count) of 0.0 and 1.0."""
     numbers = torch.arange(2**count, device=device)
     return torch.stack([(numbers >> place & 1).float() for place in range(count)])
 
 
 def solve_binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x in {0, 1} that minimises sum g x + sum J x x' over neighbours, (h, w, N) for N problems, and the minimum (N,).
+    """Return x in {0, 1} that minimises sum g x + sum J x x' over neighbours, (h, w, N), and the minimum (N,).
 
-    g (h, w, N); J: down (h-1, w, N) and right (h, w-1, N), of any sign. A dynamic programme over the 2^w states of a
-    row; a state of one row turns into one of the next column by column.
+    g (h, w, N) for N problems; J is down (h-1, w, N) and right (h, w-1, N), of any sign. A dynamic programme over the
+    2^w states of a row; the state of one row is replaced by that of the next column by column.
     """
     h, w, count = g.shape
     states = 2**w
-    table = g.new_empty(h, states, count)  # what a row costs by itself; bit c of a state is column c
+    table = g.new_empty(h, states, count)  # cost of each row on its own; bit c of a state is column c
     table[:, 0] = 0
     for column in range(w):
         low, high = 2**column, 2 ** (column + 1)
@@ -60,10 +60,10 @@ def solve_binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor)
 def solve_binary_approximately(
     g: torch.Tensor, down: torch.Tensor, right: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As solve_binary_exact() for larger grids, nearly: J > 0 is taken as 0 in the search, not in the value.
+    """Return nearly what solve_binary_exact() returns, for larger grids.
 
-    With a = -J / 2 the sum is one of linear terms f_k x_k and of a |x_k - x_k'|: the total-variation problem of
-    mixing.solvers.puzzlemix_mask with a single layer.
+    J > 0 counts as 0 in the search, but not in the value. With a = -J / 2, the sum consists of linear terms f_k x_k and
+    of a |x_k - x_k'|: the total-variation problem of mixing/solvers/puzzlemix_mask.py with one layer.
     """
     side = max(g.shape[:2])
     scale = 1 / g.abs().mean((0, 1)).clamp_min(1e-12)

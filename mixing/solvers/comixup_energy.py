@@ -1,13 +1,15 @@
-"""Co-Mixup's objective: which input, or which two inputs half and half, every block of every mixed image shows.
+"""Co-Mixup's objective: which input, or which two inputs half and half, each block of each output shows.
 
-Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3. m outputs are made of m inputs on a grid of N blocks. With z_ik in
-{0, 1/2, 1}^m the label of block k of output i, and n_ij = sum_k z_ikj the blocks that output i takes from input j:
+Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3. m outputs are assembled from m inputs on a grid of N blocks. The label
+z_ik in {0, 1/2, 1}^m of block k of output i sums to 1: a hard label shows one input, a soft label two inputs, half of
+each. With n_ij = sum_k z_ikj, the blocks that output i takes from input j:
 
     F(z) = sum_ik cost_k . z_ik + b/2 sum_i sum_kk' |z_ik - z_ik'|^2 + g sum_ij phi(q_ij) n_ij,   q_i = A sum_i'!=i n_i'
 
-over neighbouring blocks k, k', with b = beta / N, g = gamma / N, t = thres N. phi(q) = q where q > t and 0 elsewhere
-(`hard`), or max(q - t, 0) (`soft`): an input that the other outputs show on more than t blocks becomes expensive. The
-paper's text takes the maximum of tau and the whole double sum; its code, followed here, one threshold per pair (i, j).
+k, k' are neighbouring blocks, A is the compatibility matrix, b = beta / N, g = gamma / N and t = thres N. The terms are
+called unary, smoothness and diversity. phi(q) is q if q > t and 0 otherwise (`hard`), or max(q - t, 0) (`soft`): an
+input becomes expensive if the other outputs show it on more than t blocks. The paper takes the maximum of tau and the
+whole double sum; its code, which is followed here, has one threshold for each pair (i, j).
 """
 
 from typing import NamedTuple
@@ -17,15 +19,15 @@ from torch.nn import functional as F
 
 
 class Labelling(NamedTuple):
-    """The result of a solver. Both sources of a block whose label is 1 are the same input."""
+    """The result of a solver. Both sources of a hard label are the same input."""
 
-    sources: torch.Tensor  # (P, m, h, w, 2) long: the two inputs, half of each, that every block of an output shows
-    counts: torch.Tensor  # (P, m, m): blocks of output i taken from input j
+    sources: torch.Tensor  # (P, m, h, w, 2) long: the two inputs that each block of each output shows
+    counts: torch.Tensor  # (P, m, m): n, the blocks of output i taken from input j
     objective: torch.Tensor  # (P,): F
 
 
 class Energy(NamedTuple):
-    """F as the solver keeps it, for P parts of a batch at once."""
+    """The coefficients of F for P parts of a batch, in the form that the solver needs."""
 
     unary: torch.Tensor  # (h, w, P, 1, m): cost
     diagonal: torch.Tensor  # (P, 1, m): of A
@@ -36,15 +38,18 @@ class Energy(NamedTuple):
     level: float
 
     def overlap(self, counts: torch.Tensor) -> torch.Tensor:
-        """A counts, for counts (P, X, m). The off-diagonal part is small: alone, it is not harmed by TF32."""
+        """Return q = A counts for counts (P, X, m).
+
+        The small off-diagonal part is multiplied on its own, so that TF32 rounding does not matter.
+        """
         return torch.baddbmm(self.diagonal * counts, counts, self.off_diagonal)
 
     def phi(self, shifted: torch.Tensor) -> torch.Tensor:
-        """phi of q, for shifted = q - shift."""
+        """Return phi(q) for shifted = q - shift."""
         return F.threshold(shifted, self.level, 0.0)
 
     def repeat(self, times: int) -> "Energy":
-        """Every part `times` times, one after the other."""
+        """Repeat each part `times` times, one copy after the other."""
         return self._replace(
             unary=self.unary.repeat_interleave(times, 2),
             diagonal=self.diagonal.repeat_interleave(times, 0),
@@ -52,7 +57,10 @@ class Energy(NamedTuple):
         )
 
     def coarsen(self, tall: int, wide: int) -> "Energy":
-        """The same F for labellings that are constant on tall x wide blocks: edges and counts stand for several."""
+        """Return F for labellings that are constant on blocks of tall x wide blocks.
+
+        Each edge and each count then stands for several.
+        """
         size = tall * wide
         if size == 1:
             return self
@@ -69,7 +77,7 @@ class Energy(NamedTuple):
 def build_energy(
     cost: torch.Tensor, compatibility: torch.Tensor, beta: float, gamma: float, thres: float, thres_type: str
 ) -> Energy:
-    """Arguments as those of objective(). Raises ValueError for an unknown thres_type."""
+    """Build the Energy of a problem. Arguments as in objective(). Raises ValueError for an unknown thres_type."""
     if thres_type not in ("hard", "soft"):
         raise ValueError(f"m_thres_type must be hard or soft, got {thres_type!r}")
     blocks = cost.shape[-1] * cost.shape[-2]
@@ -95,10 +103,10 @@ def objective(
     thres: float,
     thres_type: str = "hard",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unary, smoothness and diversity term of F, each (P,), in the precision of the arguments.
+    """Return the unary, smoothness and diversity term of F, each (P,), in the precision of the arguments.
 
-    z (P, m, h, w, m): label weights of every block of every output, by input; cost (P, m, h, w): of showing an input on
-    a block; compatibility (P, m, m): A. thres < 0 with `hard` counts every overlap.
+    z (P, m, h, w, m): label of each block of each output; cost (P, m, h, w): unary cost of showing an input on a block;
+    compatibility (P, m, m): A. thres < 0 with `hard` counts every overlap.
     """
     blocks = z.shape[2] * z.shape[3]
     unary = torch.einsum("pihwj,pjhw->p", z, cost)

@@ -1,7 +1,7 @@
-"""The same two problems by graph cuts, as the authors of PuzzleMix and Co-Mixup solve them: for comparison.
+"""The same two problems solved by graph cuts, as the authors of PuzzleMix and Co-Mixup do it, for comparison.
 
-One image after the other on the host, by alpha-beta swaps of the gco library (Boykov, Veksler and Zabih, PAMI 2001;
-package gco-wrapper). This file alone imports it, and only when asked, because importing it changes numpy.
+It solves one image after the other on the CPU, by alpha-beta swaps of the gco library (Boykov, Veksler and Zabih, PAMI
+2001; package gco-wrapper). Only this file imports the package, and only on request, because importing it changes numpy.
 """
 
 import numpy as np
@@ -9,29 +9,33 @@ import torch
 
 from mixing.solvers.comixup_energy import Labelling, objective
 
-MASK_SCALE = 1000  # times the number of blocks: costs are whole numbers
-LABEL_SCALE = 100_000
-SOFT_BONUS = 5e-4  # of a half-and-half label, a block
+MASK_SCALE = 1000  # times the number of blocks: scale of the costs before they are rounded to integers
+LABEL_SCALE = 100_000  # the same for Co-Mixup
+SOFT_BONUS = 5e-4  # per block of a soft label
 
 
 def import_gco():
-    """The gco module. Raises ValueError, with the package to install, if it is missing."""
+    """Return the module gco. Raises ValueError, naming the package to install, if it is missing."""
     try:
         import gco
     except ImportError as error:
         raise ValueError(
-            "solver gco needs a package: pip install gco-wrapper (Python 3.10 or 3.11; the one named pygco cannot be "
-            "built offline). The default, solver parallel, needs nothing"
+            "solver gco needs a package: pip install gco-wrapper (Python 3.10 or 3.11; pygco, another package, cannot "
+            "be built offline). The default solver, parallel, needs none"
         ) from error
     return gco
 
 
 def to_integers(values: torch.Tensor | np.ndarray, scale: float) -> np.ndarray:
+    """Scale and round values to int32."""
     return np.ascontiguousarray(np.rint(np.asarray(values, dtype=np.float64) * scale), dtype=np.int32)
 
 
 def solve_mask(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Labels (n, n, B) long for a problem of mixing.solvers.puzzlemix_mask, image by image, each from all labels 0."""
+    """Return labels (n, n, B) long for a problem of mixing/solvers/puzzlemix_mask.py.
+
+    Each image starts from all labels 0.
+    """
     gco = import_gco()
     count, rows, columns, batch = unary.shape
     scale = MASK_SCALE * rows * columns
@@ -57,25 +61,25 @@ def solve_labelling(
     sweeps: int = 4,
     resolve: bool = True,
 ) -> Labelling:
-    """A labelling for problems of mixing.solvers.comixup_energy (arguments as there), one output after the other.
+    """Return a labelling for problems of mixing/solvers/comixup_energy.py, optimising one output after the other.
 
-    From random labels. Half-and-half labels of the inputs in use are offered from the second sweep on; in the last one
-    outputs that show the same inputs are pulled apart.
+    Arguments as there. It starts from random labels. From the second sweep on, soft labels of the inputs in use are
+    tried; in the last sweep, outputs that show the same inputs are separated.
     """
     gco = import_gco()
     parts, m, h, w = cost.shape
-    prices, likeness = cost.double().cpu().numpy(), compatibility.double().cpu().numpy()
+    costs, similarity = cost.double().cpu().numpy(), compatibility.double().cpu().numpy()
     sources = torch.randint(m, (parts, m, h, w, 1)).expand(-1, -1, -1, -1, 2).numpy().copy()
     edges = [to_integers(np.full(shape, beta / (h * w)), LABEL_SCALE / 4) for shape in ((h - 1, w), (h, w - 1))]
     for part in range(parts):
         counts = np.stack([count_blocks(one, m) for one in sources[part]])
         for sweep in range(sweeps):
-            apart = duplicate_costs(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
+            extra = duplicate_costs(counts, gamma / (h * w)) if resolve and sweep == sweeps - 1 else np.zeros((m, m))
             for output in range(m):
-                overlap = likeness[part] @ (counts.sum(0) - counts[output])
+                overlap = similarity[part] @ (counts.sum(0) - counts[output])
                 level = thres * h * w
                 active = np.where(overlap > level, overlap if thres_type == "hard" else overlap - level, 0.0)
-                site = np.moveaxis(prices[part], 0, -1) + 2 * gamma / (h * w) * active + apart[output]
+                site = np.moveaxis(costs[part], 0, -1) + 2 * gamma / (h * w) * active + extra[output]
                 pair = np.array([(j, j) for j in range(m)] + (soft_labels(counts[output]) if sweep else []))
                 trial = site[..., pair].mean(-1) - SOFT_BONUS * (pair[:, 0] != pair[:, 1])
                 unary, pairwise = to_integers(trial, LABEL_SCALE), pairwise_costs(pair, m)
@@ -89,32 +93,33 @@ def solve_labelling(
 
 
 def count_blocks(sources: np.ndarray, m: int) -> np.ndarray:
-    """Blocks of one output, sources (h, w, 2), taken from each of m inputs."""
+    """Count the blocks of one output, sources (h, w, 2), that are taken from each of m inputs."""
     return np.bincount(sources.ravel(), minlength=m) / 2
 
 
 def soft_labels(counts: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs of the three inputs that an output shows most."""
+    """Return the pairs of the (up to) three inputs that an output shows most."""
     used = [int(j) for j in np.argsort(-counts, kind="stable")[:3] if counts[j] > 0]
     return [(a, b) for place, a in enumerate(used) for b in used[place + 1 :]]
 
 
 def pairwise_costs(labels: np.ndarray, m: int) -> np.ndarray:
-    """Four times |z - z'|^2 / 2 for all pairs of labels (L, 2): whole numbers."""
+    """Return 4 |z - z'|^2 / 2 for all pairs of labels (L, 2), as integers."""
     z = np.zeros((len(labels), m))
     np.add.at(z, (np.arange(len(labels))[:, None], labels), 0.5)
     return to_integers(2 * np.square(z[:, None] - z).sum(-1), 1)
 
 
-def duplicate_costs(counts: np.ndarray, price: float) -> np.ndarray:
-    """(m, m) prices for outputs that show the very same inputs, two or more: one pays for the first, the other for the
-    second of them.
+def duplicate_costs(counts: np.ndarray, cost: float) -> np.ndarray:
+    """Return extra costs (m, m) for outputs that show the same set of two or more inputs.
+
+    Of two such outputs, the earlier one pays for the first input of the set, the later one for the second.
     """
     extra, used = np.zeros_like(counts, dtype=np.float64), counts > 0
     for one in range(len(counts)):
         for other in range(one + 1, len(counts)):
             if used[one].sum() > 1 and (used[one] == used[other]).all():
                 first, second = np.flatnonzero(used[one])[:2]
-                extra[one, first] += price
-                extra[other, second] += price
+                extra[one, first] += cost
+                extra[other, second] += cost
     return extra

@@ -1,25 +1,31 @@
-"""PuzzleMix's mask: a small label per block that minimises unary costs and differences between neighbours.
+"""PuzzleMix's mask: find one label per block that minimises unary costs plus differences between neighbours.
 
-Kim et al., ICML 2020, arXiv 2009.06962, Sec. 3.2. A problem is a grid of n x n sites with L labels, B images at once:
+Kim et al., ICML 2020, arXiv 2009.06962, Sec. 3.2. A problem is a grid of n x n blocks with L labels; B images are
+solved at once:
 
     E(l) = sum_i unary_i(l_i) + sum_(i,j) w_ij ((l_i - l_j) / (L - 1))^2,   w >= 0
 
-Both terms are convex in the labels, so the optimum is that of one minimum cut. Grids up to 4 are solved exactly, by a
-dynamic programme over the labels of one row. Larger ones by the dual of a total-variation problem, whose level sets are
-minimum cuts (Chambolle and Darbon, IJCV 2009), with a lower bound for every image. The batch is the last dimension
-throughout: all arithmetic runs along it.
+Both terms are convex in the labels, so one minimum cut gives the optimum. Grids up to 4 x 4 are solved exactly, by a
+dynamic programme over the labels of one row. Larger grids are solved through the dual of a total-variation problem
+whose level sets are minimum cuts (Chambolle and Darbon, IJCV 2009); this also gives a lower bound for each image.
+
+The batch is the last dimension of all tensors, so that arithmetic runs along it.
 """
 
 from functools import cache
 
 import torch
 
-ITERATIONS = {8: 60, 16: 160}  # of the dual ascent, by the largest side of a grid they are for
-THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # of the relaxed solution, in units of the image's mean unary difference
+ITERATIONS = {8: 60, 16: 160}  # largest side of the grid -> iterations of the dual ascent
+THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # that round the relaxed solution, in units of the mean |f|
 
 
 def energy(labels: torch.Tensor, unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(B,) the energy of labels (n, n, B) long. unary (L, n, n, B); down (n-1, n, B), right (n, n-1, B) weights."""
+    """Return the energy (B,) of labels (n, n, B) long.
+
+    unary (L, n, n, B): cost of each label; down (n-1, n, B) and right (n, n-1, B): weights w of vertical and horizontal
+    neighbours.
+    """
     scale = 1 / (len(unary) - 1)
     own = unary.gather(0, labels.unsqueeze(0)).sum((0, 1, 2))
     share = labels * scale
@@ -28,7 +34,7 @@ def energy(labels: torch.Tensor, unary: torch.Tensor, down: torch.Tensor, right:
 
 
 def solve(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels (n, n, B) of least energy, and a lower bound (B,) of the energy. Arguments as those of energy()."""
+    """Return labels (n, n, B) of lowest energy and a lower bound (B,) of the energy. Arguments as in energy()."""
     if unary.shape[1] <= 4:
         labels = solve_exact(unary, down, right)
         return labels, energy(labels, unary, down, right)
@@ -37,22 +43,22 @@ def solve(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple
 
 @cache
 def squared_steps(count: int, device: torch.device) -> torch.Tensor:
-    """(L, L): ((l - l') / (L - 1))^2."""
+    """Return the pairwise costs ((l - l') / (L - 1))^2 as a table (L, L)."""
     labels = torch.arange(count, device=device, dtype=torch.float32) / (count - 1)
     return (labels.unsqueeze(1) - labels).square()
 
 
 @cache
 def digits(base: int, count: int, device: torch.device) -> torch.Tensor:
-    """(count, base^count) long: the digits of every number, the most significant first."""
+    """Return the digits of all numbers below base^count, most significant first: (count, base^count) long."""
     numbers = torch.arange(base**count, device=device)
     return torch.stack([numbers // base ** (count - 1 - place) % base for place in range(count)])
 
 
 def solve_exact(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The exact optimum, (n, n, B) long, by a dynamic programme over the labels of the last n sites in reading order.
+    """Return the exact optimum, (n, n, B) long, by a dynamic programme over a frontier of n blocks in reading order.
 
-    The frontier has L^n states. Site (r, c) replaces the label of the site above it: a minimum over L old labels.
+    The frontier has L^n states. Block (r, c) replaces the label of the block above it: a minimum over the L old labels.
     """
     count, rows, columns, batch = unary.shape
     steps = squared_steps(count, unary.device).view(count, count, 1)
@@ -88,70 +94,71 @@ def solve_exact(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) ->
 def solve_total_variation(
     unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearly the optimum, (n, n, B) long, and a lower bound (B,) of the energy, by total variation.
+    """Return a labelling near the optimum, (n, n, B) long, and a lower bound (B,) of the energy.
 
-    With u_ik = [l_i > k] the energy is a constant plus sum f_ik u_ik + sum a_ij |u_ik - u_jk'| over all k, k'. The
-    relaxed problem min_x |x + f|^2 / 2 + sum a |x_ik - x_jk'| has one solution, and its positive part is an optimal u.
-    The layers come out nested by themselves, because the unary costs are convex in the label.
+    With u_ik = [l_i > k], the energy is a constant plus sum f_ik u_ik + sum a_ij |u_ik - u_jk'| over all k, k'. The
+    relaxed problem min_x |x + f|^2 / 2 + sum a |x_ik - x_jk'| has one solution, and u = [x > 0] is optimal. The layers
+    k are nested without a constraint, because the unary costs are convex in the label.
     """
     layers = len(unary) - 1
-    around = torch.zeros_like(unary[0])  # weights of all edges at a site
-    around[1:] += down
-    around[:-1] += down
-    around[:, 1:] += right
-    around[:, :-1] += right
+    weight_sum = torch.zeros_like(unary[0])  # weights of all edges at a block
+    weight_sum[1:] += down
+    weight_sum[:-1] += down
+    weight_sum[:, 1:] += right
+    weight_sum[:, :-1] += right
     k = torch.arange(layers, device=unary.device).view(-1, 1, 1, 1)
-    f = unary[1:] - unary[:-1] + (1 + 2 * k - layers) / layers**2 * around
+    f = unary[1:] - unary[:-1] + (1 + 2 * k - layers) / layers**2 * weight_sum
     scale = f.abs().mean((0, 1, 2)).clamp_min(1e-12)
     edges = layers**2 * scale
     side = max(unary.shape[1:3])
-    iterations = iterations or next((steps for most, steps in ITERATIONS.items() if side <= most), 10 * side)
+    iterations = iterations or next((steps for largest, steps in ITERATIONS.items() if side <= largest), 10 * side)
     x = ascend_dual(f / scale, down / edges, right / edges, iterations)
     bound = unary[0].sum((0, 1)) + scale * (-x).clamp_max_(0).sum((0, 1, 2))
-    labels, least = None, None
+    labels, lowest = None, None
     for threshold in THRESHOLDS:
         trial = (x > threshold).sum(0)
         cost = energy(trial, unary, down, right)
-        labels = trial if labels is None else torch.where(cost < least, trial, labels)
-        least = cost if least is None else torch.minimum(cost, least)
+        labels = trial if labels is None else torch.where(cost < lowest, trial, labels)
+        lowest = cost if lowest is None else torch.minimum(cost, lowest)
     return labels, bound
 
 
 def ascend_dual(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tensor:
-    """min_x |x + f|^2 / 2 + sum a_ij |x_ik - x_jk'|, over all pairs of layers: x (K, n, n, B) by its dual.
+    """Return x (K, n, n, B) that minimises |x + f|^2 / 2 + sum a_ij |x_ik - x_jk'| over all pairs of layers.
 
-    f (K, n, n, B) of the order of 1, a: down (n-1, n, B) and right (n, n-1, B). The dual has a flow |p| <= a for every
-    edge and pair of layers, x = -f - (what flows out) + (what flows in). It is climbed by accelerated projected steps
-    (Beck and Teboulle, SIAM J. Imaging Sci. 2009), of 1.25 over the bound 8 K of the operator's norm: with momentum
-    they are stable up to 4 / 3.
+    f (K, n, n, B) is of the order of 1; a is down (n-1, n, B) and right (n, n-1, B). The dual variables are flows |p|
+    <= a, one for each edge and pair of layers: x = -f - (flow out) + (flow in). They are found by accelerated projected
+    gradient steps (FISTA: Beck and Teboulle, SIAM J. Imaging Sci. 2009) of length 1.25 / (8 K), where 8 K bounds the
+    norm of the operator; with momentum, steps are stable up to 4/3 of 1 / (8 K).
 
-    The sites of a layer lie in one row, so that a neighbour is a fixed step away and every operation runs over one
-    unbroken stretch: twice as fast as over slices of the grid. Edges from the end of a line to the next one weigh 0.
+    The blocks of a layer are stored in one row, so that a neighbour is a fixed offset away and each operation runs over
+    one contiguous stretch. This is twice as fast as slicing the grid. Edges from the end of a row to the next row weigh
+    0.
     """
     layers, rows, columns, batch = f.shape
     rate, momentum = 1.25 / (8 * layers), 1.0
     right = torch.cat([right, right.new_zeros(rows, 1, batch)], 1).view(-1)[:-batch]
-    tops = [edge.reshape(-1).expand(layers, layers, -1).contiguous() for edge in (down, right)]
-    bottoms, differences = [-top for top in tops], [torch.empty_like(top) for top in tops]
-    flows, ahead = [torch.zeros_like(top) for top in tops], [torch.zeros_like(top) for top in tops]
+    upper = [edge.reshape(-1).expand(layers, layers, -1).contiguous() for edge in (down, right)]
+    lower, differences = [-bound for bound in upper], [torch.empty_like(bound) for bound in upper]
+    flows, extrapolated = [torch.zeros_like(bound) for bound in upper], [torch.zeros_like(bound) for bound in upper]
     minus_f = -f.reshape(layers, -1)
     x = torch.empty_like(minus_f)
     sides = [(x[:, :-step], x[:, step:]) for step in (columns * batch, batch)]
 
-    def flow_through(pair):
+    def apply_flows(pair):
         x.copy_(minus_f)
         for (first, second), flow in zip(sides, pair, strict=True):
             first.sub_(flow.sum(1) if layers > 1 else flow[0])
             second.add_(flow.sum(0) if layers > 1 else flow[0])
 
     for _ in range(iterations):
-        flow_through(ahead)
+        apply_flows(extrapolated)
         momentum, before = (1 + (1 + 4 * momentum * momentum) ** 0.5) / 2, momentum
         for axis, (first, second) in enumerate(sides):
             torch.sub(first.unsqueeze(1), second.unsqueeze(0), out=differences[axis])
-            flow = ahead[axis].add_(differences[axis], alpha=rate)  # the flows, carried on by the momentum
-            torch.clamp(flow, bottoms[axis], tops[axis], out=flow)
-            ahead[axis] = torch.lerp(flows[axis], flow, 1 + (before - 1) / momentum, out=flows[axis])
+            flow = extrapolated[axis].add_(differences[axis], alpha=rate)  # flows extrapolated by the momentum
+            torch.clamp(flow, lower[axis], upper[axis], out=flow)
+            extrapolated[axis] = torch.lerp(flows[axis], flow, 1 + (before - 1) / momentum, out=flows[axis])
             flows[axis] = flow
-    flow_through(flows)
+    apply_flows(flows)
     return x.view(f.shape)

@@ -1,7 +1,8 @@
-"""The agent of RL-Mix: an actor-critic that sees a whole batch at once, and its proximal policy optimisation.
+"""The agent of RL-Mix: an actor-critic that observes a whole batch, trained by proximal policy optimisation (PPO).
 
-RL-Mix, arXiv 2212.04875, Sec. 3; PPO, Schulman et al., arXiv 1707.06347, Eqs. 7 and 9, with the generalised advantages
-of Schulman et al., arXiv 1506.02438, Eq. 16, and the settings of the library that the published runs used.
+RL-Mix, arXiv 2212.04875, Sec. 3. PPO: Schulman et al., arXiv 1707.06347, Eqs. 7 and 9, with the generalised advantage
+estimation of Schulman et al., arXiv 1506.02438, Eq. 16. The other settings are those of the library that the published
+runs used.
 """
 
 import copy
@@ -10,16 +11,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-FEATURES, HIDDEN = 256, 64
-DISCOUNT, TRACE = 0.99, 0.95  # gamma and lambda of the advantages
-CLIP, VALUE_WEIGHT, GRAD_NORM = 0.2, 0.5, 0.5
-LR_POWER = 0.9
+FEATURES, HIDDEN = 256, 64  # widths
+DISCOUNT, GAE_LAMBDA = 0.99, 0.95
+CLIP, VALUE_WEIGHT, MAX_GRAD_NORM = 0.2, 0.5, 0.5
+LR_POWER = 0.9  # the learning rate is proportional to remaining**LR_POWER
 
 
 class Features(nn.Module):
-    """saliency (T, batch, grid, grid) and logits (T, batch, classes) of T whole batches -> (T, features).
+    """Saliency (T, batch, grid, grid) and logits (T, batch, classes) of T whole batches -> features (T, features).
 
-    The images are the channels of the convolutions, so the order of the images matters and `batch` is fixed.
+    The images of a batch are the channels of the convolutions. The order of the images therefore matters, and `batch`
+    is fixed.
     """
 
     def __init__(self, batch: int, classes: int, grid: int, features: int = FEATURES):
@@ -32,20 +34,22 @@ class Features(nn.Module):
         return self.linear(torch.cat([self.cnn(saliency), self.logits_layer(logits)], dim=1))
 
 
-def tanh_layers() -> nn.Sequential:
+def build_mlp() -> nn.Sequential:
+    """Return two tanh layers, FEATURES -> HIDDEN -> HIDDEN."""
     return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, HIDDEN), nn.Tanh())
 
 
 class ActorCritic(nn.Module):
-    """(T, batch, grid, grid), (T, batch, classes) -> log-probabilities of the actions (T, batch, actions) and values
-    (T,).
+    """Saliency (T, batch, grid, grid) and logits (T, batch, classes) -> action log-probabilities and values.
+
+    The log-probabilities are (T, batch, actions), the values (T,).
     """
 
     def __init__(self, batch: int, classes: int, grid: int, actions: int):
         super().__init__()
         self.shape = (batch, actions)
         self.features = Features(batch, classes, grid)
-        self.actor, self.critic = tanh_layers(), tanh_layers()
+        self.actor, self.critic = build_mlp(), build_mlp()
         self.action_head, self.value_head = nn.Linear(HIDDEN, batch * actions), nn.Linear(HIDDEN, 1)
 
     def forward(self, saliency: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,39 +60,43 @@ class ActorCritic(nn.Module):
 
 @torch.no_grad()
 def init_weights(policy: ActorCritic) -> None:
-    """Orthogonal weights and zero biases: nearly uniform actions at first."""
-    for part, gain in (
+    """Initialise with orthogonal weights and zero biases, so that the first actions are nearly uniform."""
+    for module, gain in (
         (policy.features, 2**0.5),
         (policy.actor, 2**0.5),
         (policy.critic, 2**0.5),
         (policy.action_head, 0.01),
         (policy.value_head, 1.0),
     ):
-        for layer in part.modules():
+        for layer in module.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.orthogonal_(layer.weight, gain)
                 layer.bias.zero_()
 
 
 def draw_actions(log_probs: torch.Tensor) -> torch.Tensor:
-    """(..., actions) -> (...) long, drawn by the Gumbel trick: torch.multinomial asks the device whether it may."""
+    """Draw an action from log-probabilities (..., actions): (...) long.
+
+    The Gumbel trick never waits for the device, while torch.multinomial checks its input there.
+    """
     return (log_probs - torch.empty_like(log_probs).exponential_().log()).argmax(-1)
 
 
 def joint_log_prob(log_probs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """log-probabilities (T, B, A) and actions (T, B) -> (T,): of all the actions of a step together."""
+    """Return the joint log-probability (T,) of all actions of a step. log_probs (T, B, A), actions (T, B)."""
     return log_probs.gather(2, actions.unsqueeze(2)).sum((1, 2))
 
 
-def advantages(rewards: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, last_value: torch.Tensor):
-    """arXiv 1506.02438, Eq. 16 -> (T,). rewards, values (T,); starts (T,) is 1 where an episode begins; last_value ():
-    of the state after the last step, 0 if the episode ended there.
+def compute_advantages(rewards: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, last_value: torch.Tensor):
+    """Return the generalised advantages (T,) of arXiv 1506.02438, Eq. 16.
 
-    advantage[t] = delta[t] + keep[t] * advantage[t + 1] is solved by doubling: log2(T) rounds in place of T.
+    rewards, values (T,); starts (T,): 1 where an episode begins; last_value (): value of the state after the last step,
+    0 if the episode ended there. The recurrence advantage[t] = delta[t] + keep[t] * advantage[t + 1] is solved by
+    doubling, in log2(T) rounds instead of T.
     """
-    goes_on = torch.cat([1 - starts[1:], starts.new_ones(1)])
+    continues = torch.cat([1 - starts[1:], starts.new_ones(1)])
     next_values = torch.cat([values[1:], last_value.reshape(1)])
-    total, keep = rewards + DISCOUNT * goes_on * next_values - values, DISCOUNT * TRACE * goes_on
+    total, keep = rewards + DISCOUNT * continues * next_values - values, DISCOUNT * GAE_LAMBDA * continues
     reach = 1
     while reach < len(total):
         total = total + keep * F.pad(total[reach:], (0, reach))
@@ -98,8 +106,10 @@ def advantages(rewards: torch.Tensor, values: torch.Tensor, starts: torch.Tensor
 
 
 def ppo_loss(log_prob, old_log_prob, value, advantage, returns) -> torch.Tensor:
-    """arXiv 1707.06347, Eq. 9 without the entropy term, all arguments (T,): clipped surrogate (Eq. 7) of advantages
-    normalised over these T steps, plus VALUE_WEIGHT times the squared error of the values.
+    """Return the loss of arXiv 1707.06347, Eq. 9, without its entropy term. All arguments are (T,).
+
+    It is the clipped surrogate (Eq. 7) of advantages normalised over these T steps, plus VALUE_WEIGHT times the squared
+    error of the values.
     """
     if len(advantage) > 1:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -109,7 +119,7 @@ def ppo_loss(log_prob, old_log_prob, value, advantage, returns) -> torch.Tensor:
 
 
 class Rollout:
-    """Preallocated memory, on the device, of up to `steps` steps. Rows are written at a host index."""
+    """Preallocated memory on the device for `steps` steps. Rows are written at an index that the host knows."""
 
     def __init__(self, steps: int, *, batch: int, classes: int, grid: int, device: torch.device):
         self.rows = {
@@ -128,7 +138,7 @@ class Rollout:
         return self.filled == self.steps
 
     def write(self, **values) -> None:
-        """Into the row that is being filled; a row counts once `filled` has moved on."""
+        """Write values into the row being filled. The row counts once `filled` has moved past it."""
         for name, value in values.items():
             self.rows[name][self.filled] = value
 
@@ -137,18 +147,19 @@ class Rollout:
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["reward"]) > self.steps:
-            raise ValueError(f"{len(state['reward'])} steps were saved, agent_trajectory_size is {self.steps}")
+            raise ValueError(f"agent_trajectory_size {self.steps} is less than the {len(state['reward'])} steps saved")
         self.filled = len(state["reward"])
         for name, row in self.rows.items():
             row[: self.filled].copy_(state[name])
 
 
 class Agent:
-    """Acts on batches of one size and learns from `trajectory_size` steps at a time.
+    """Acts on batches of one size and learns from rollouts of `trajectory_size` steps.
 
     sizes: batch, classes, grid and actions. batch_size: steps of a minibatch; epochs: passes over a rollout. The
-    optimizer is Adam with rate learning_rate * remaining**0.9, where remaining is the share of the training ahead.
-    state: what state_dict gave, from which the agent goes on as if it had never stopped, and draws nothing to be built.
+    optimizer is Adam with learning rate learning_rate * remaining**0.9, where `remaining` is the fraction of the run
+    that is left. state: what state_dict() returned; the agent then continues exactly as if never interrupted, and
+    building it draws no random numbers.
     """
 
     def __init__(
@@ -164,7 +175,7 @@ class Agent:
     ):
         self.sizes, self.learning_rate = sizes, learning_rate
         self.batch_size, self.epochs = batch_size, epochs
-        with torch.device("meta" if state else "cpu"):  # on "meta" the first weights cost no random numbers
+        with torch.device("meta" if state else "cpu"):  # on "meta", initialising weights draws no random numbers
             self.policy = ActorCritic(**sizes)
         if state:
             self.policy = self.policy.to_empty(device=device)
@@ -177,15 +188,16 @@ class Agent:
             trajectory_size, batch=sizes["batch"], classes=sizes["classes"], grid=sizes["grid"], device=device
         )
         if state:
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on in the same tensors
+            # a copy, because the optimizer would update the tensors of `state`
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
             self.rollout.load_state_dict(state["rollout"])
 
     @torch.no_grad()
     def act(self, saliency: torch.Tensor, logits: torch.Tensor, *, start: bool, remaining: float) -> torch.Tensor:
-        """saliency (B, grid, grid) that sums to 1 for each image, logits (B, classes) -> actions (B,) long.
+        """Return actions (B,) long for saliency (B, grid, grid), each map with sum 1, and logits (B, classes).
 
-        start: whether an episode begins here. A full rollout is learned from first: its last value is that of this
-        state.
+        start: whether an episode begins here. If the rollout is full, the agent learns from it first, because its last
+        value is that of this state.
         """
         state = saliency.unsqueeze(0), logits.unsqueeze(0)
         log_probs, value = self.policy(*state)
@@ -199,8 +211,10 @@ class Agent:
         return actions[0]
 
     def add_reward(self, reward: torch.Tensor, *, ended: bool, remaining: float) -> None:
-        """reward () for the last actions. ended: whether the episode ends with them, so that nothing need be waited for
-        before a full rollout is learned from.
+        """Store the reward () of the last actions.
+
+        ended: whether the episode ends with them. A full rollout is then learned from at once, since no next state is
+        needed.
         """
         self.rollout.write(reward=reward)
         self.rollout.filled += 1
@@ -209,9 +223,9 @@ class Agent:
 
     @torch.enable_grad()
     def learn(self, last_value: torch.Tensor, remaining: float) -> None:
-        """`epochs` passes over the rollout, which is empty afterwards. last_value (): see advantages."""
+        """Make `epochs` passes over the rollout and empty it. last_value (): see compute_advantages()."""
         rows, device = self.rollout.rows, last_value.device
-        advantage = advantages(rows["reward"], rows["value"], rows["start"], last_value)
+        advantage = compute_advantages(rows["reward"], rows["value"], rows["start"], last_value)
         returns = advantage + rows["value"]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * remaining**LR_POWER
@@ -222,7 +236,7 @@ class Agent:
                 loss = ppo_loss(log_prob, rows["log_prob"][chosen], value, advantage[chosen], returns[chosen])
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                nn.utils.clip_grad_norm_(self.policy.parameters(), GRAD_NORM)
+                nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
                 self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.rollout.filled = 0

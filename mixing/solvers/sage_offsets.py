@@ -1,13 +1,17 @@
-"""SAGE's search: by how much the second image of a pair is shifted, so that the most saliency survives the mix.
+"""SAGE's search: find the offset of the partner at which the most saliency survives mixing.
 
-Ma et al., BMVC 2022, arXiv 2211.00113, Sec. 3. With the weighted maps A of the first image and B of the second, every
-pixel mixed by M = A / (A + B), a shift tau scores what it keeps: the sum of A M + B (1 - M) over the frame, that is
+Ma et al., BMVC 2022, arXiv 2211.00113, Sec. 3. Let A be the weighted map of the image, B that of its partner shifted by
+tau, and M = A / (A + B) the weight of each pixel. The score of tau is the saliency that survives, the sum of
+A M + B (1 - M) over the frame:
 
-    v(tau) = sum A + (mass of B left inside the frame) - 2 sum A B / (A + B)
+    v(tau) = sum A + (mass of B inside the frame) - 2 sum A B / (A + B)
 
-The second term is a box sum; the third runs over the overlap of the frame and the shifted frame, and is taken of the
-inverse maps, 1 / (1/A + 1/B): a sum, an inverse, a sum, and empty pixels need no care. Offsets are (dy, dx) in pixels,
-positive down and right, up to one short of the side of the image. Maps are float32 (B, H, W) >= 0.
+The second term is a box sum. The third, the lost saliency, runs over the overlap of the frame and the shifted frame. It
+is computed from the inverse maps as 1 / (1/A + 1/B): a sum, an inverse and a sum, with no special case for empty
+pixels.
+
+Offsets are (dy, dx) in pixels, positive down and right, smaller than the side of the image. Maps are float32 (B, H, W)
+>= 0.
 """
 
 import math
@@ -15,15 +19,15 @@ import math
 import torch
 from torch.nn import functional as F
 
-CACHE_PIXELS = 2**20  # pixels of a block of images that a processor keeps at hand
-MAX_WINDOW_PIXELS = 2**26  # pixels of all shifted windows of a block of images: 256 MB
-NUM_NODES = 19  # of the quadrature of 1 / (A + B), a factor of e apart, from exp(-FIRST_NODE)
+CACHE_PIXELS = 2**20  # pixels of a block of images that fits into the cache of a CPU
+MAX_WINDOW_PIXELS = 2**26  # pixels of all shifted maps of a block of images: 256 MB
+NUM_NODES = 19  # of the quadrature of 1 / (A + B), a factor of e apart, starting at exp(FIRST_NODE)
 FIRST_NODE = -6
-NUM_RESCORED = 16  # candidates an image whose approximate score is replaced by the exact one
+NUM_RESCORED = 16  # candidates per image whose approximate score is replaced by the exact one
 
 
 def all_offsets(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """((2H - 1)(2W - 1), 2) long: every offset, column by column, the order in which the published code counts them."""
+    """Return all offsets, ((2H - 1)(2W - 1), 2) long, column by column, in the order of the published code."""
     columns, rows = torch.meshgrid(
         torch.arange(1 - width, width, device=device), torch.arange(1 - height, height, device=device), indexing="ij"
     )
@@ -31,83 +35,88 @@ def all_offsets(height: int, width: int, device: torch.device | None = None) -> 
 
 
 def random_offsets(height: int, width: int, count: int) -> torch.Tensor:
-    """(count, 2) long, on the host: different offsets, in a random order."""
+    """Return `count` distinct random offsets, (count, 2) long on the CPU."""
     number = torch.randperm((2 * height - 1) * (2 * width - 1))[:count]
     rows = 2 * height - 1
     return torch.stack([number % rows + 1 - height, number // rows + 1 - width], 1)
 
 
 def grid_offsets(height: int, width: int, count: int) -> torch.Tensor:
-    """(at most count, 2) long, on the host: an even grid with an odd number of rows and columns, so the zero shift is
-    its centre.
+    """Return an even grid of at most `count` offsets, (K, 2) long on the CPU.
+
+    It has an odd number of rows and columns, so that its centre is the zero offset.
     """
 
-    def along(side: int, points: int) -> torch.Tensor:
+    def axis_offsets(side: int, points: int) -> torch.Tensor:
         return torch.tensor([round(n * side / points) for n in range(-(points // 2), points // 2 + 1)])
 
     tall, wide = 2 * height - 1, 2 * width - 1
     rows = min(tall, largest_odd(math.isqrt(count * tall // wide)))
     columns = min(wide, largest_odd(count // rows))
-    return torch.cartesian_prod(along(tall, rows), along(wide, columns))
+    return torch.cartesian_prod(axis_offsets(tall, rows), axis_offsets(wide, columns))
 
 
 def largest_odd(number: int) -> int:
-    """The largest odd number up to this one; at least 1."""
+    """Return the largest odd number up to `number`, at least 1."""
     return max(1, number - 1 + number % 2)
 
 
 def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(B, 2) long: the offset with the highest score, the earlier one of two equals.
+    """Return the offset with the highest score for each pair, (B, 2) long; the first of equals wins.
 
-    first, second (B, H, W): A and B of each pair. offsets: (K, 2), on the host so that no loop waits for the device.
+    first, second (B, H, W): A and the unshifted B of each pair. offsets (K, 2), on the CPU so that no loop waits for
+    the device.
     """
     return to_device(offsets, first)[score_offsets(first, second, offsets).argmax(1)]
 
 
 def find_best_offset_exhaustive(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(B, 2) long: the best of all offsets, of which only those with a high approximate score are scored exactly."""
+    """Return the best of all offsets for each pair, (B, 2) long.
+
+    All offsets get an approximate score; only the best NUM_RESCORED of each pair are scored exactly.
+    """
     offsets = all_offsets(*first.shape[-2:], first.device)
-    about = mass_in_frame(second, offsets) - 2 * approximate_lost_saliency(first, second)
-    # in the order of all_offsets again, so that the earlier one of two equals wins
-    chosen = about.topk(min(NUM_RESCORED, len(offsets)), sorted=False).indices.sort(1).values
+    approximate = mass_in_frame(second, offsets) - 2 * approximate_lost_saliency(first, second)
+    # back in the order of all_offsets(), so that the first of equals wins
+    chosen = approximate.topk(min(NUM_RESCORED, len(offsets)), sorted=False).indices.sort(1).values
     candidates = offsets[chosen]  # (B, R, 2)
     exact = mass_in_frame(second, candidates) - 2 * lost_saliency_by_window(first, second, candidates)
     return candidates[torch.arange(len(first), device=first.device), exact.argmax(1)]
 
 
 def score_offsets(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(B, K) the saliency that survives every offset. offsets (K, 2), on the host."""
+    """Return the saliency that survives at each offset, (B, K). offsets (K, 2) on the CPU."""
     windows = first.device.type != "cpu" and len(offsets) * first.numel() <= MAX_WINDOW_PIXELS
     loss = (lost_saliency_by_window if windows else lost_saliency_by_overlap)(first, second, offsets)
     return first.sum((1, 2)).unsqueeze(1) + mass_in_frame(second, to_device(offsets, first)) - 2 * loss
 
 
 def lost_saliency_by_overlap(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(B, K) sum of A B / (A + B), one offset after the other, over nothing but the overlap.
+    """Return the lost saliency, (B, K), computing one offset after the other on the overlap alone.
 
-    Three passes over a quarter of the pixels, on average: fastest on a processor and for large images.
+    On average these are three passes over a quarter of the pixels: the fastest way on a CPU, and for large images.
     """
     height, width = first.shape[-2:]
     block = max(1, CACHE_PIXELS // (height * width)) if first.device.type == "cpu" else len(first)
     total = first.new_empty(len(offsets), len(first))
-    room = first.new_empty(min(block, len(first)) * height * width)
+    buffer = first.new_empty(min(block, len(first)) * height * width)
     offsets = offsets.tolist()
     for start in range(0, len(first), block):
         one, two = first[start : start + block].reciprocal(), second[start : start + block].reciprocal()
         for number, (dy, dx) in enumerate(offsets):
             here = one[:, max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)]
             there = two[:, max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)]
-            summed = room[: here.numel()].view(here.shape)
+            summed = buffer[: here.numel()].view(here.shape)
             torch.add(here, there, out=summed).reciprocal_()
             torch.sum(summed.flatten(1), 1, out=total[number, start : start + block])
     return total.t()
 
 
 def lost_saliency_by_window(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(B, K) sum of A B / (A + B), all offsets at once; offsets (K, 2), or (B, K, 2) with its own for every image.
+    """Return the lost saliency, (B, K), computing all offsets at once.
 
-    A few kernels over every shifted map, in blocks of at most MAX_WINDOW_PIXELS pixels: fewest launches for small
-    images.
+    offsets (K, 2), or (B, K, 2) with its own for each image. A few kernels over all shifted maps, in blocks of at most
+    MAX_WINDOW_PIXELS pixels: the fewest launches for small images on a GPU.
     """
     height, width = first.shape[-2:]
     offsets = to_device(offsets, first).expand(len(first), -1, -1)
@@ -115,7 +124,7 @@ def lost_saliency_by_window(first: torch.Tensor, second: torch.Tensor, offsets: 
     total = []
     for one, two, dy, dx in zip(*(values.split(block) for values in (first, second, *offsets.unbind(-1))), strict=True):
         padding = (width - 1, width - 1, height - 1, height - 1)
-        padded = F.pad(two.reciprocal(), padding, value=math.inf)  # the inverse of nothing
+        padded = F.pad(two.reciprocal(), padding, value=math.inf)  # the inverse of 0
         windows = padded.unfold(1, height, 1).unfold(2, width, 1)  # (b, 2H - 1, 2W - 1, H, W), a view
         image = torch.arange(len(one), device=first.device).unsqueeze(1)
         shifted = windows[image, height - 1 - dy, width - 1 - dx]  # (b, K, H, W)
@@ -124,14 +133,15 @@ def lost_saliency_by_window(first: torch.Tensor, second: torch.Tensor, offsets: 
 
 
 def approximate_lost_saliency(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(B, (2H - 1)(2W - 1)) about the sum of A B / (A + B), for every offset in the order of all_offsets.
+    """Return approximately the lost saliency at every offset, (B, (2H - 1)(2W - 1)), in the order of all_offsets().
 
-    1 / z is the integral of exp(-t z) over t > 0, and exp(-t (A + B)) is a product of a function of A and one of B: a
-    cross-correlation for every node t of a trapezoid rule in log t, summed before the one inverse transform. Pixels
-    much fainter than 1e-4 of the brightest are taken too lightly; the error is about 3e-4 of a score.
+    1 / z is the integral of exp(-t z) over t > 0, and exp(-t (A + B)) is a product of a function of A and one of B.
+    Each node t of a trapezoid rule in log t is therefore a cross-correlation; these are summed in the Fourier domain
+    and inverted once. Pixels much fainter than 1e-4 of the brightest are underestimated; the error of a score is about
+    3e-4.
     """
     height, width = first.shape[-2:]
-    size = (2 * height, 2 * width)  # room for every shift without wrapping around
+    size = (2 * height, 2 * width)  # zero padding, so that no shift wraps around
     peak = first.amax((1, 2), keepdim=True) + second.amax((1, 2), keepdim=True)
     one, two = first / peak, second / peak
     spectrum = 0.0
@@ -145,9 +155,9 @@ def approximate_lost_saliency(first: torch.Tensor, second: torch.Tensor) -> torc
 
 
 def mass_in_frame(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(B, K) what stays in the frame of maps (B, H, W) shifted by offsets (K, 2) or (B, K, 2), on their device."""
+    """Return the mass of maps (B, H, W) that stays in the frame at each offset, (B, K). offsets (K, 2) or (B, K, 2)."""
     height, width = values.shape[-2:]
-    table, unit = integral_image(values, whole=values.device.type != "cpu")
+    table, unit = integral_image(values, as_integers=values.device.type != "cpu")
     y1, x1 = (-offsets).clamp_min(0).unbind(-1)
     y2, x2 = height - offsets[..., 0].clamp_min(0), width - offsets[..., 1].clamp_min(0)
 
@@ -157,20 +167,20 @@ def mass_in_frame(values: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     return (corner(y2, x2) - corner(y1, x2) - corner(y2, x1) + corner(y1, x1)).float() * unit
 
 
-def integral_image(values: torch.Tensor, whole: bool) -> tuple[torch.Tensor, float]:
-    """(B, H + 1, W + 1) sums of everything above and to the left, and their unit. values sum to 1 at most.
+def integral_image(values: torch.Tensor, as_integers: bool) -> tuple[torch.Tensor, float]:
+    """Return the integral image, (B, H + 1, W + 1), of maps that sum to at most 1, and the unit in which it counts.
 
-    whole: in whole numbers. An accelerator's running sums of floats are not repeatable and, on CUDA, refused by torch's
-    deterministic mode; a processor takes them in double precision, and several times faster than whole numbers.
+    as_integers: count in integers. On CUDA, running sums of floats are not reproducible, and torch's deterministic mode
+    refuses them. A CPU takes floats in double precision, several times faster than integers.
     """
-    unit = 2.0**-40 if whole else 1.0
-    units = (values / unit).long() if whole else values
+    unit = 2.0**-40 if as_integers else 1.0
+    counts = (values / unit).long() if as_integers else values
     batch, height, width = values.shape
-    table = units.new_zeros(batch, height + 1, width + 1)
-    torch.cumsum(units.cumsum(1), 2, out=table[:, 1:, 1:])
+    table = counts.new_zeros(batch, height + 1, width + 1)
+    torch.cumsum(counts.cumsum(1), 2, out=table[:, 1:, 1:])
     return table, unit
 
 
 def to_device(offsets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The offsets on the device of `like`, without waiting for it."""
+    """Copy the offsets to the device of `like` without waiting for it."""
     return offsets.to(like.device, non_blocking=True)

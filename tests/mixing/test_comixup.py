@@ -12,7 +12,7 @@ from mixing.comixup import (
     CoMixup,
     assemble_images,
     block_costs,
-    compatibility,
+    compatibility_matrix,
     mix_targets,
     most_salient_window,
     solve_in_parallel,
@@ -70,7 +70,9 @@ def test_costs_are_those_of_the_published_code(number):
     case, saliency = CASES[number], recorded(number, "sal")
     places = most_salient_window(saliency, case["dstride"])
     assert torch.equal(places, recorded(number, "loc").long())
-    torch.testing.assert_close(compatibility(places[None], case["omega"])[0], recorded(number, "A"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        compatibility_matrix(places[None], case["omega"])[0], recorded(number, "A"), atol=1e-5, rtol=0
+    )
     cost = block_costs(saliency[None], recorded(number, "draw")[None], case["bn"], case["eta"])[0]
     torch.testing.assert_close(cost, recorded(number, "cost"), atol=1e-5, rtol=0)
     share = block_costs(saliency[None], torch.ones(1, case["m"]), case["bn"], 0.0)[0].neg()
@@ -78,7 +80,7 @@ def test_costs_are_those_of_the_published_code(number):
 
 
 def test_equal_places_give_the_identity_instead_of_no_numbers():
-    assert torch.equal(compatibility(torch.full((2, 3, 2), 4), 0.5), torch.eye(3).expand(2, 3, 3))
+    assert torch.equal(compatibility_matrix(torch.full((2, 3, 2), 4), 0.5), torch.eye(3).expand(2, 3, 3))
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
@@ -249,9 +251,9 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("blocks", [4, 8])
 def test_the_host_never_waits_for_the_solver(blocks):
     images, mixer, saliency = torch.randn(8, 3, 16, 16), CoMixup(m_part=4), blobs(8, 16, 16).view(2, 4, 16, 16)
-    mixer.label(saliency, blocks)  # constants are made once
+    mixer.solve_parts(saliency, blocks)  # constants are made once
     with Waits() as waits:
-        labelling = mixer.label(saliency, blocks)
+        labelling = mixer.solve_parts(saliency, blocks)
         assemble_images(images, labelling.sources.flatten(0, 1))
         mix_targets(torch.eye(8), labelling.counts)
     assert not waits.seen

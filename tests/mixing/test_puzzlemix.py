@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mixing.ops import block_means, normalize_sum
 from mixing.puzzlemix import PuzzleMix, build_mask_problem, mix
 from mixing.solvers import puzzlemix_mask
-from mixing.solvers.puzzlemix_transport import auction, can_improve, squared_distances, transport
+from mixing.solvers.puzzlemix_transport import can_improve, run_auction, solve_transport, squared_distances
 from saliency.gradient import Gradient
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_transport_is_as_good_as_the_recorded_plans(golden):
         salient = normalize_sum(block_means(tensor(golden[case["sal"]]), side, side))
         for image, values in (("t1", salient), ("t2", salient[partner])):
             needed = tensor(golden[f"c{number}_{image}_need"]).view(-1, side, side)
-            block = transport(values, needed, case["t_eps"])
+            block = solve_transport(values, needed, case["t_eps"])
             for row, wanted in zip(block, needed.flatten(1), strict=True):
                 assert len(row[wanted].unique()) == wanted.sum(), "a block is shown twice"
                 assert torch.equal(row[~wanted], torch.arange(side**2)[~wanted])
@@ -134,11 +134,11 @@ def test_transport_is_as_good_as_the_recorded_plans(golden):
             assert (cost - tensor(golden[f"c{number}_{image}_cost_opt"])).max() <= 2e-3, case
 
 
-@pytest.mark.parametrize("seen", [True, False])
-def test_small_transports_are_optimal(seen):
+@pytest.mark.parametrize("may_sync", [True, False])
+def test_small_transports_are_optimal(may_sync):
     """Against all ways to fill the needed places, with the host looking on and not."""
     salient, needed = normalize_sum(torch.rand(12, 2, 3) ** 4), torch.rand(12, 2, 3) < 0.5
-    block = auction(salient, needed, 0.05 / 4, seen=seen)
+    block = run_auction(salient, needed, 0.05 / 4, may_sync=may_sync)
     ours = plan_cost(block, salient, needed, 0.05)
     for image in range(12):
         wanted = needed[image].flatten().nonzero().flatten()
@@ -155,7 +155,7 @@ def test_only_improvable_images_are_moved():
     salient, needed = normalize_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
     moves = can_improve(salient, needed, 1.0 / 49)
     assert 30 < moves.sum() < 270
-    found = auction(salient, needed, 1.0 / 49, seen=True)
+    found = run_auction(salient, needed, 1.0 / 49, may_sync=True)
     gain = plan_cost(torch.arange(64).expand(300, 64), salient, needed, 1.0) - plan_cost(found, salient, needed, 1.0)
     assert gain[~moves].max() < 64e-4 and gain[~moves].mean() < 1e-5 and gain[moves].min() > -64e-4
     assert gain[moves].mean() > 1e-3
@@ -248,11 +248,11 @@ def test_each_image_of_a_pair_is_moved_to_where_it_shows():
     """On the finer grid of t_size, by the saliency there."""
     mixer = PuzzleMix(block_num=(4,), t_size=4, t_eps=0.1)
     images, saliency, partner = torch.randn(6, 3, 32, 32), torch.rand(6, 32, 32) ** 8, torch.arange(5, -1, -1)
-    mask, (own, other, rows, columns) = mixer.plan(images, saliency, partner, torch.tensor(0.5), 4)
+    mask, (own, other, rows, columns) = mixer.solve_mask_and_transport(images, saliency, partner, torch.tensor(0.5), 4)
     assert (rows, columns) == (8, 8)
     salient, shown = normalize_sum(block_means(saliency, 8, 8)), mask.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    assert torch.equal(own, transport(salient, shown > 0, 0.1))
-    assert torch.equal(other, transport(salient[partner], shown < 1, 0.1))
+    assert torch.equal(own, solve_transport(salient, shown > 0, 0.1))
+    assert torch.equal(other, solve_transport(salient[partner], shown < 1, 0.1))
     still = torch.arange(64)
     assert (own != still).any() and (other != still).any() and (shown < 1).any() and (shown > 0).any()
 
@@ -274,7 +274,7 @@ def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
     model, images = net(golden).eval(), tensor(golden["x32"][:4])
     mixer = PuzzleMix(block_num=(4,), adv_p=1.0, adv_eps=8.0, **CIFAR100)
     source, targets = Gradient(model), torch.eye(10)[:4]
-    saliency, noise = mixer.find_noise(source, images, targets)
+    saliency, noise = mixer.compute_noise(source, images, targets)
     assert 0 < noise.abs().max() <= 8 / 255 + 1e-7 and saliency.shape == (4, 32, 32)
     noised = mixer.add_noise(images, noise)
     pixels = noised * mixer.std + mixer.mean

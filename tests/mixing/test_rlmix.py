@@ -17,7 +17,7 @@ from mixing.solvers.rlmix_agent import (
     ActorCritic,
     Agent,
     Features,
-    advantages,
+    compute_advantages,
     draw_actions,
     init_weights,
     joint_log_prob,
@@ -105,14 +105,18 @@ def test_advantages_are_those_of_the_definition(steps):
         after = float(last) if t + 1 == steps else float(values[t + 1])
         delta = float(rewards[t]) + 0.99 * after * goes_on - float(values[t])
         following = expected[t] = delta + 0.99 * 0.95 * goes_on * following
-    torch.testing.assert_close(advantages(rewards, values, starts, last), torch.tensor(expected))
+    torch.testing.assert_close(compute_advantages(rewards, values, starts, last), torch.tensor(expected))
 
 
 def test_advantages_worked_out_by_hand():
-    got = advantages(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor(1.0))
+    got = compute_advantages(
+        torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.0]), torch.tensor(1.0)
+    )
     second = 1 + 0.99 * 1 - 2
     torch.testing.assert_close(got, torch.tensor([1 + 0.99 * 2 - 0.5 + 0.9405 * second, second]))
-    got = advantages(torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor(0.0))
+    got = compute_advantages(
+        torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]), torch.tensor([1.0, 1.0]), torch.tensor(0.0)
+    )
     assert got.tolist() == [0.5, -1.0], "nothing crosses into the next episode"
 
 
@@ -196,7 +200,9 @@ def test_the_recorded_actions_choose_the_patches():
 def test_the_value_after_a_rollout_counts_unless_the_episode_ended(steps, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        mixing.solvers.rlmix_agent, "advantages", lambda *given: seen.append(given) or advantages(*given)
+        mixing.solvers.rlmix_agent,
+        "compute_advantages",
+        lambda *given: seen.append(given) or compute_advantages(*given),
     )
     mixer = build(agent_lr=1e-2)
     mixer.start_epoch(1, 4, steps)
@@ -215,7 +221,9 @@ def test_the_value_after_a_rollout_counts_unless_the_episode_ended(steps, monkey
 def test_a_rollout_that_waits_at_the_end_of_an_epoch_ends_with_it(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        mixing.solvers.rlmix_agent, "advantages", lambda *given: seen.append(given) or advantages(*given)
+        mixing.solvers.rlmix_agent,
+        "compute_advantages",
+        lambda *given: seen.append(given) or compute_advantages(*given),
     )
     mixer = build()
     mixer.start_epoch(0, 2, 4)

@@ -176,9 +176,9 @@ def test_windows_take_other_offsets_for_every_image():
 
 def test_whole_numbers_count_the_same_mass():
     first, _ = pairs(2, 7, 6, 1.0)
-    for whole in (True, False):
-        table, unit = sage_offsets.integral_image(first, whole)
-        assert table.dtype == (torch.int64 if whole else torch.float32)
+    for as_integers in (True, False):
+        table, unit = sage_offsets.integral_image(first, as_integers)
+        assert table.dtype == (torch.int64 if as_integers else torch.float32)
         close((table[:, 5, 4] - table[:, 2, 4]) * unit, first[:, 2:5, :4].sum((1, 2)), 1e-6)
         close(table[:, -1, -1] * unit, torch.ones(2), 1e-6)
 
