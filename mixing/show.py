@@ -1,4 +1,4 @@
-"""Mix your own pictures: python -m mixing.show --images cat.jpg dog.jpg --method all"""
+"""Show what mixing methods make of your own images: python -m mixing.show --images cat.jpg dog.jpg --method all"""
 
 import time
 import warnings
@@ -18,36 +18,44 @@ from mixing import ALIASES, MIXERS, build_mixer, hyper_parameters
 from saliency import build_source
 
 METHODS = [name for name in MIXERS if name != "none"]
-MAX_DRAWS = 60  # of which those that mix are shown
-STATIC_SOURCE = "fine_grained"  # in place of a source that needs a network, where there is none
+MAX_DRAWS = 60  # batches mixed per method to find images in which another one shows
+STATIC_SOURCE = "fine_grained"  # replaces a source that needs a network if there is no network
 NETWORK_SOURCES = ("gradient", "cam", "gradcam", "gradcam++", "layercam")
 
 
 def build_parser() -> Parser:
-    parser = Parser("Mix a few pictures with one or several methods and draw what becomes of them.")
-    parser.group("what")
-    parser.option("--images", nargs="+", metavar="FILE", help="two or more pictures; the middle square is taken")
+    parser = Parser("Mix a few images with one or several methods and draw the results.")
+    parser.group("input and output")
+    parser.option("--images", nargs="+", metavar="FILE", help="two or more image files; their centre square is used")
     add_dataset_option(parser, DATASETS)
     add_common_options(parser, "data_dir", "seed")
-    parser.option("--indices", type=int_at_least(), nargs="+", default=[0, 1, 2, 3], help="which training images")
-    parser.option("--method", type=choices([*METHODS, "all"], ALIASES), nargs="+", default=["all"], help="or all")
+    parser.option(
+        "--indices",
+        type=int_at_least(),
+        nargs="+",
+        default=[0, 1, 2, 3],
+        help="positions of training images",
+    )
+    parser.option(
+        "--method", type=choices([*METHODS, "all"], ALIASES), nargs="+", default=["all"], help="methods, or all"
+    )
     parser.option(
         "--model_path",
         metavar="FILE",
-        help="a trained classifier, whose gradient guides the methods that take one; without: a static map",
+        help="trained classifier whose gradient guides the mixing; without it, a static map does",
     )
-    add_common_options(parser, "model", image_size={"shown": "the classifier's, else 224"})
-    parser.option("--n", type=int_at_least(1), default=4, help="mixed images of each method")
-    parser.option("--output", "-o", default="mix.png", metavar="FILE", help="the picture to write")
+    add_common_options(parser, "model", image_size={"shown": "the classifier's, or 224"})
+    parser.option("--n", type=int_at_least(1), default=4, help="mixed images per method")
+    parser.option("--output", "-o", default="mix.png", metavar="FILE", help="PNG file to write")
     add_method_options(parser, sources=saliency)
     return parser
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Draw; returns the label weights of each method's mixed images, name -> (n, inputs)."""
+    """Draw the figure. Returns the label weights of the mixed images, method -> (n, number of inputs)."""
     options = read_options(build_parser(), argv)
 
-    import torch  # after the options, so that --help answers at once
+    import torch  # imported late, so that --help is fast
 
     from engine.drawing.figures import draw_mixtures
 
@@ -65,11 +73,14 @@ def main(argv: list[str] | None = None) -> dict:
     rows, weights, colours = [], {}, palette(len(images))
     for name in METHODS if "all" in options["method"] else options["method"]:
         given = select_kwargs(options, list(hyper_parameters(name))) | statistics | {"mix_prob": 1.0}
-        mixed, shares, weights[name], lap = mix_with(name, images, make_source, options["n"], options["seed"], **given)
-        rows.append((f"{name}\n{lap:.1f} ms", mixed, torch.tensordot(shares, colours, ([1], [0])), weights[name]))
-        print_label_weights(f"{name}: {lap:.1f} ms for {len(images)} images", weights[name], inputs.names)
+        mixed, shares, weights[name], time_ms = mix_with(
+            name, images, make_source, options["n"], options["seed"], **given
+        )
+        rows.append((f"{name}\n{time_ms:.1f} ms", mixed, torch.tensordot(shares, colours, ([1], [0])), weights[name]))
+        title = f"{name}: {time_ms:.1f} ms per batch of {len(images)}; label weights of the mixed images:"
+        print_label_weights(title, weights[name], inputs.names)
 
-    # ---- Picture ----
+    # ---- Figure ----
     draw_mixtures(
         options["output"],
         images=images,
@@ -85,16 +96,16 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def read_options(parser: Parser, argv: list[str] | None) -> dict:
-    """The options with their defaults. Stops with a usage error if they do not fit together."""
+    """Return the options, with their defaults. Exits with a usage error if they do not fit together."""
     options = {**parser.defaults, **parser.read(argv)}
     if (options["images"] is None) == (options["dataset"] is None):
-        parser.error("give either --images, two or more files, or --dataset")
+        parser.error("give either --images with two or more files, or --dataset")
     if len(options["images"] or options["indices"]) < 2:
-        parser.error("mixing takes two images or more")
+        parser.error("mixing needs at least two images")
     if options["model"] and not options["model_path"]:
-        parser.error(f"--model {options['model']} needs --model_path, the file of its weights")
+        parser.error(f"--model {options['model']} needs --model_path, the file with its weights")
     if not options["output"].endswith(".png"):
-        parser.error(f"--output {options['output']}: the picture is a .png")
+        parser.error(f"--output {options['output']}: the file name must end in .png")
     if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
         parser.error(f"--images {' '.join(missing)}: no such file")
     return options
@@ -102,7 +113,7 @@ def read_options(parser: Parser, argv: list[str] | None) -> dict:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is mixed, and the classifier that guides."""
+    """The images to mix, and the classifier that guides the mixing."""
 
     images: Any  # (B, 3, S, S) tensor, normalised
     names: list[str]
@@ -112,23 +123,23 @@ class Inputs:
 
 
 def load_inputs(*, images, dataset, data_dir, indices, image_size, model_path, model) -> Inputs:
-    """The files `images`, or the training images `indices` of `dataset`, normalised as the classifier wants them."""
+    """Load the files `images`, or the training images `indices` of `dataset`, normalised as the classifier expects."""
     import models
     from engine.data.image_set import STATISTICS
     from engine.inference.classifier import load_classifier, normalize
 
-    known = load_classifier(model_path, models, model=model, image_size=image_size) if model_path else None
+    classifier = load_classifier(model_path, models, model=model, image_size=image_size) if model_path else None
     if dataset:
         pixels, names, mean, std = read_examples(dataset, data_dir, indices, image_size)
     else:
-        pixels, names = read_files(images, image_size or (known.image_size if known else 224))
+        pixels, names = read_files(images, image_size or (classifier.image_size if classifier else 224))
         mean, std = STATISTICS["imagenet"]
-    mean, std = (known.mean, known.std) if known else (tuple(mean), tuple(std))
-    return Inputs(normalize(pixels, mean, std), names, mean, std, known and known.network)
+    mean, std = (classifier.mean, classifier.std) if classifier else (tuple(mean), tuple(std))
+    return Inputs(normalize(pixels, mean, std), names, mean, std, classifier and classifier.network)
 
 
 def read_examples(dataset: str, data_dir: str, indices: list[int], image_size: int | None) -> tuple:
-    """Pixels (B, 3, S, S) in 0..1 and names of training images, and the mean and std of their data set."""
+    """Return training images: pixels (B, 3, S, S) in 0..1, names, and the mean and std of the data set."""
     import torch
 
     from engine.data.datasets import load_data
@@ -143,7 +154,7 @@ def read_examples(dataset: str, data_dir: str, indices: list[int], image_size: i
 
 
 def read_files(files: list[str], size: int) -> tuple:
-    """Pixels (B, 3, size, size) in 0..1 of the centres of pictures, and their names."""
+    """Return the centre squares of image files: pixels (B, 3, size, size) in 0..1, and names."""
     import torch
 
     from engine.data.decode import BadImage, decode_center
@@ -156,12 +167,14 @@ def read_files(files: list[str], size: int) -> tuple:
 
 
 def choose_source(wanted: str | None, default: str, gradient_options: dict, *, network, mean, std, saliency_size, casm):
-    """The source `wanted`. None: that of the method, `default`, or a static map if it needs a network and there is
-    none. Raises ValueError for a source that cannot be used here.
+    """Build the source `wanted` or, if it is None, the method's own source `default`.
+
+    Without a network, a static source replaces a default that needs one. Raises ValueError for a source that cannot be
+    used here.
     """
     name = wanted or default
     if name == "bank":
-        raise ValueError("--saliency bank: it is learned while a classifier trains; choose another")
+        raise ValueError("--saliency bank is learned while a classifier trains: choose another source")
     if name == "casm" and not casm:
         raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
     if name in NETWORK_SOURCES and network is None:
@@ -174,7 +187,7 @@ def choose_source(wanted: str | None, default: str, gradient_options: dict, *, n
 
 
 class PredictedClassSource:
-    """A source that asks a network about a class, for images without labels: about the class that it predicts."""
+    """A source that runs a classifier on images without labels: it uses the predicted classes as targets."""
 
     clean_weight = 0.0
 
@@ -198,7 +211,7 @@ class PredictedClassSource:
         return self.source.points(saliency)
 
     def predict(self, images):
-        """(B, K): one-hot targets of the predicted classes."""
+        """Return one-hot targets of the predicted classes, (B, K)."""
         import torch
         from torch.nn import functional as F
 
@@ -208,7 +221,7 @@ class PredictedClassSource:
 
 
 def compute_maps(guide: str, images, **settings):
-    """The saliency (B, H, W) of the source `guide`. Raises UserError if it cannot be used here."""
+    """Return the saliency (B, H, W) of the source `guide`. Raises UserError if it cannot be used here."""
     try:
         return choose_source(guide, guide, {}, **settings)(images, None)
     except ValueError as error:
@@ -216,7 +229,7 @@ def compute_maps(guide: str, images, **settings):
 
 
 def mix_with(name: str, images, make_source, count: int, seed: int, **hyper_parameters) -> tuple:
-    """collect_mixtures() by the method `name`. Raises UserError for a method that cannot mix these images."""
+    """Mix with the method `name` and return collect_mixtures(). Raises UserError if it cannot mix these images."""
     try:
         mixer = build_mixer(name, **hyper_parameters)
         mixer.check_size(*images.shape[-2:])
@@ -226,15 +239,17 @@ def mix_with(name: str, images, make_source, count: int, seed: int, **hyper_para
 
 
 def collect_mixtures(mixer, images, source, count: int, seed: int) -> tuple:
-    """`count` mixed images (n, 3, H, W), the share of each input at their pixels (n, B, H, W), their label weights
-    (n, B), and the milliseconds of one call. The first images that hold a part of another one are taken or, if a method
-    has none, the first that have changed.
+    """Mix until `count` mixed images show another image, or for at most MAX_DRAWS batches.
+
+    Returns mixed images (n, 3, H, W), the share of each input at their pixels (n, B, H, W), their label weights (n, B),
+    and the median milliseconds of a call. If no image shows another one, images that changed are returned, or unchanged
+    ones.
     """
     import torch
 
     targets = torch.eye(len(images))
-    mixer(images, targets, source)  # RL-Mix draws its agent once
-    found, milliseconds = {2: [], 1: [], 0: []}, []  # 2: another image is part of it; 1: it has changed; 0: it has not
+    mixer(images, targets, source)  # warm-up; RL-Mix also initialises its agent here
+    found, milliseconds = {2: [], 1: [], 0: []}, []  # 2: another image shows; 1: the image has changed; 0: it has not
     for draw in range(MAX_DRAWS):
         torch.manual_seed(1000 * seed + draw)
         begin = time.perf_counter()
@@ -242,7 +257,7 @@ def collect_mixtures(mixer, images, source, count: int, seed: int) -> tuple:
         milliseconds.append(1000 * (time.perf_counter() - begin))
         shares = pixel_shares(mixer, images, targets, source, 1000 * seed + draw)
         for row in range(len(images)):
-            changed = not torch.equal(result[row], images[row])  # manifold may mix behind a layer, unseen
+            changed = not torch.equal(result[row], images[row])  # Manifold Mixup may have mixed a hidden layer only
             kind = changed + (changed and bool(labels[row].max() < 0.99))
             found[kind].append((result[row], shares[row], labels[row]))
         if len(found[2]) >= count:
@@ -253,24 +268,28 @@ def collect_mixtures(mixer, images, source, count: int, seed: int) -> tuple:
 
 
 def pixel_shares(mixer, images, targets, source, seed: int):
-    """(B, B, H, W): the share of image j at every pixel of mixed image i, as the derivative of one by the other."""
+    """Return the share of image j in each pixel of mixed image i, (B, B, H, W).
+
+    It is the derivative of one with respect to the other, by forward-mode differentiation with the random draws
+    repeated.
+    """
     import torch
     from torch.autograd import forward_ad
 
-    found = []
-    for one in range(len(images)):
+    shares = []
+    for index in range(len(images)):
         torch.manual_seed(seed)
         tangent = torch.zeros_like(images)
-        tangent[one] = 1
+        tangent[index] = 1
         with forward_ad.dual_level(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch about itself
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own internals
             mixed, _ = mixer(forward_ad.make_dual(images, tangent), targets, source)
-            found.append(forward_ad.unpack_dual(mixed).tangent[:, 0])
-    return torch.stack(found, 1)
+            shares.append(forward_ad.unpack_dual(mixed).tangent[:, 0])
+    return torch.stack(shares, 1)
 
 
 def palette(count: int):
-    """(count, 3) colours, of pixels in 0..1, that tell the inputs apart."""
+    """Return `count` distinct colours, (count, 3) in 0..1."""
     import torch
     from matplotlib import colormaps
 
@@ -279,11 +298,11 @@ def palette(count: int):
 
 
 def print_label_weights(title: str, soft, names: list[str]) -> None:
-    """A line for each mixed image with the share of each input, soft (n, inputs), the largest first."""
+    """Print a line for each mixed image: the share of each input, largest first. soft (n, inputs)."""
     print(title)
-    for one in soft:
-        order = one.argsort(descending=True)
-        print("   " + ", ".join(f"{float(one[k]):.2f} {names[int(k)]}" for k in order if one[k] > 0.005))
+    for weights in soft:
+        order = weights.argsort(descending=True)
+        print("   " + ", ".join(f"{float(weights[k]):.2f} {names[int(k)]}" for k in order if weights[k] > 0.005))
 
 
 if __name__ == "__main__":

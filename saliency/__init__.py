@@ -1,6 +1,7 @@
-"""Saliency sources: `source(images, targets) -> (B, H, W) >= 0`.
+"""Saliency sources: `source(images, targets)` returns maps (B, H, W) >= 0. saliency/base.py has the contract.
 
-The public names are loaded when they are first used: importing this package does not import torch.
+To add a source, write its file and add it to SOURCES. Public names are imported on first use, so importing this package
+does not import torch.
 """
 
 import inspect
@@ -19,47 +20,48 @@ SOURCES = {  # name -> (module, class)
     "layercam": ("saliency.cam.sources", "LayerCAM"),
     "casm": ("saliency.casm.source", "CASM"),
 }
-CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # of saliency.cam.maps.ActivationMaps
+CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # that ActivationMaps implements
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
-
-
-_HOMES = {cls: module for module, cls in SOURCES.values()}  # public name -> its module
-_HOMES |= {"Source": "saliency.base", "ActivationMaps": "saliency.cam.maps"}
+_MODULES = {cls: module for module, cls in SOURCES.values()}  # public name -> its module
+_MODULES |= {"Source": "saliency.base", "ActivationMaps": "saliency.cam.maps"}
 
 
 def __getattr__(name: str):
-    """`from saliency import Gradient` without importing every source."""
-    if name not in _HOMES:
+    """Import a public name on first use: `from saliency import Gradient` does not import the other sources."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'saliency' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def source_class(name: str):
-    """The class of the source `name`. Raises ValueError for an unknown name."""
+    """Return the class of a source. Raises ValueError for an unknown name."""
     name = ALIASES.get(name, name)
     if name not in SOURCES:
-        raise ValueError(f"unknown saliency source {name!r}; there are {', '.join(SOURCES)}")
+        raise ValueError(f"unknown saliency source {name!r}; choose from {', '.join(SOURCES)}")
     module, cls = SOURCES[name]
     return getattr(import_module(module), cls)
 
 
 def build_source(name: str, /, **options):
-    """The source `name` with those of `options` that its constructor takes and that are not None; others are ignored.
+    """Build a source by name.
 
-    Static sources take mean and std, the normalisation of the images (one number per channel, of pixels in 0..1);
-    `gradient` takes the model and the options of saliency.gradient.Gradient; `cam` the model; `bank` the number of
-    training images; `casm` its file. Raises ValueError for an unknown name, and for an option missing or out of range.
+    Options that are None or not a parameter of the source are ignored, so one set of options serves all sources.
+    `gradient` and the activation maps need `model`; `gradient` also takes the gradient_options of a mixer. The static
+    sources need `mean` and `std`, the normalisation of the images (one number per channel, for pixels in 0..1), because
+    they look at the original pixels. `bank` needs `num_images`, the size of the training set; `casm` needs its file.
+
+    Raises ValueError for an unknown name, and for an option that is missing or out of range.
     """
     source = source_class(name)
-    known = {key: p for key, p in inspect.signature(source.__init__).parameters.items() if key != "self"}
-    needed = [
-        key for key, p in known.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    parameters = {key: p for key, p in inspect.signature(source.__init__).parameters.items() if key != "self"}
+    required = [
+        key for key, p in parameters.items() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    if missing := [key for key in needed if key not in options]:
+    if missing := [key for key in required if key not in options]:
         raise ValueError(f"the source {ALIASES.get(name, name)} needs {' and '.join(missing)}")
-    return source(**{key: value for key, value in options.items() if key in known and value is not None})
+    return source(**{key: value for key, value in options.items() if key in parameters and value is not None})
 
 
 def source_parameters(source) -> set[str]:
-    """The flags that a source reads: `saliency` itself and the parameters of its constructor."""
+    """Return the options that a source reads: `saliency` itself and the parameters of its constructor."""
     return {"saliency", *inspect.signature(type(source).__init__).parameters}

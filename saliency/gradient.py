@@ -1,7 +1,7 @@
-"""Saliency as the gradient of the loss with respect to the pixels, of the network in training.
+"""Saliency as the gradient of the loss with respect to the pixels, from the network that is being trained.
 
-Simonyan et al., arXiv 1312.6034, Sec. 3, in the forms of the methods that mix by it: root mean square over the channels
-(Puzzle Mix, Co-Mixup, R-Mix) or mean of the absolute values with a Gaussian blur (SAGE).
+Simonyan et al., arXiv 1312.6034, Sec. 3, in the forms of the mixing methods: the root mean square over the channels
+(Puzzle Mix, Co-Mixup, R-Mix), or the mean of the absolute values with a Gaussian blur (SAGE).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,23 +13,31 @@ from torch.nn import functional as F
 
 from saliency.base import Source
 
-FP16_SCALE = (
-    1024.0  # of the summed loss: pixel gradients stay normal half-precision numbers, those of logits below 1024
-)
+# scale of the summed loss under float16: pixel gradients stay normal numbers, and those of the logits below 1024
+FP16_SCALE = 1024.0
 
 
 class Gradient(Source):
-    """Pixel gradients of `model`, in one of two modes.
+    """The gradient of the loss of `model` with respect to the pixels, in one of two modes.
 
-    Input only (clean_weight 0): nothing but the pixels gets a gradient, which costs two thirds of a training step.
-    Reuse (clean_weight > 0): clean_weight times the clean loss also goes into the parameters' .grad.
+    * Input only (clean_weight 0): no parameter gets a gradient. A call costs two thirds of a training step.
+    * Reuse (clean_weight > 0): the call also adds the parameter gradients of clean_weight times the loss to .grad: the
+      network is trained on the clean images too. Do not call zero_grad() between the mixer and the optimizer step.
 
-    reduction: `rms` or `mean_abs` over the channels. blur_sigma: of a Gaussian of kernel_size pixels with reflected
-    borders; 0: no blur. mode: `eval` takes batch norm's running statistics; `train` those of the batch, and moves the
-    running ones, as the training step does. training_loss(logits, targets): mean loss of the training step, which is
-    differentiated if follows_training_loss; otherwise the cross-entropy times cross_entropy_scale is. precision:
-    autocast type. scaler: the training step's GradScaler, or None. saliency_size: side in pixels to which the images
-    are scaled for this pass, always in evaluation mode; None: their own size.
+    A mixer's gradient_options set these parameters:
+
+    * reduction: `rms` or `mean_abs` over the channels.
+    * blur_sigma: of a Gaussian blur with kernel_size pixels and reflected borders; 0: no blur.
+    * mode: `eval` uses batch norm's running statistics; `train` those of the batch, and updates the running ones.
+    * clean_weight: see above. follows_training_loss: differentiate training_loss instead of the cross-entropy.
+
+    The training run sets the others:
+
+    * training_loss(logits, targets): mean loss of the training step.
+    * cross_entropy_scale: factor of the cross-entropy that brings it to the scale of the training loss.
+    * precision: type for autocast; None: float32. scaler: the GradScaler of the training step, or None.
+    * saliency_size: side in pixels to which the images are resized for this pass; None: no resizing. The pass then
+      runs in evaluation mode in any case.
     """
 
     has_gradient = True
@@ -55,11 +63,11 @@ class Gradient(Source):
         if mode not in ("train", "eval"):
             raise ValueError(f"mode must be train or eval, got {mode!r}")
         if blur_sigma < 0 or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"a blur needs a sigma >= 0 and an odd kernel, got {blur_sigma} and {kernel_size}")
+            raise ValueError(f"blur_sigma must be >= 0 and kernel_size odd, got {blur_sigma} and {kernel_size}")
         if saliency_size and clean_weight:
             raise ValueError(
-                "saliency_size excludes a clean term, which would train on scaled images: add --clean_lam 0, or with "
-                "sage --update_ratio 1"
+                "saliency_size excludes a clean loss, which would train on resized images: add --clean_lam 0 (sage: "
+                "--update_ratio 1)"
             )
         self.model, self.reduction, self.mode = model, reduction, "eval" if saliency_size else mode
         self.blur_sigma, self.kernel_size = blur_sigma, kernel_size
@@ -78,7 +86,7 @@ class Gradient(Source):
         pixels = images.detach()
         if self.saliency_size:
             if self.saliency_size > max(images.shape[-2:]):
-                raise ValueError(f"saliency_size {self.saliency_size} is larger than the images: {tuple(images.shape)}")
+                raise ValueError(f"saliency_size {self.saliency_size} is larger than the images, {tuple(images.shape)}")
             pixels = resize_images(pixels, self.saliency_size)
         pixels = pixels.clone().requires_grad_()
         precision = torch.autocast(pixels.device.type, self.precision) if self.precision else nullcontext()
@@ -114,36 +122,39 @@ def resize_images(images: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def blur(saliency: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
-    """(B, H, W) -> (B, H, W): Gaussian blur with reflected borders, the edge pixel not repeated."""
+    """Blur maps (B, H, W) with a Gaussian. Borders are reflected without repeating the edge pixel."""
     reach = kernel_size // 2
-    taps = torch.arange(-reach, reach + 1, device=saliency.device, dtype=saliency.dtype)
-    taps = (taps.square() / (-2 * sigma**2)).exp()
-    taps = taps / taps.sum()
+    kernel = torch.arange(-reach, reach + 1, device=saliency.device, dtype=saliency.dtype)
+    kernel = (kernel.square() / (-2 * sigma**2)).exp()
+    kernel = kernel / kernel.sum()
     padded = F.pad(saliency.unsqueeze(1), (reach,) * 4, mode="reflect")
-    return F.conv2d(F.conv2d(padded, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1)).squeeze(1)
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
 
 
 @contextmanager
 def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """`model` in training or evaluation mode; afterwards every layer as it was."""
-    moved = [layer for layer in model.modules() if layer.training != (mode == "train")]
-    for layer in moved:
+    """Run the network in training or evaluation mode (mode `train` or `eval`), then restore the mode of each layer."""
+    switched = [layer for layer in model.modules() if layer.training != (mode == "train")]
+    for layer in switched:
         layer.training = mode == "train"
     try:
         yield
     finally:
-        for layer in moved:
+        for layer in switched:
             layer.training = mode != "train"
 
 
 @contextmanager
 def freeze_parameters(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient: a compiled network gets a graph of its own, without weight gradients."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
+    """Set requires_grad of all parameters to False, then restore it.
+
+    A compiled network is then compiled once more, to a graph that computes no weight gradients.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_(True)

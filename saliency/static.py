@@ -1,10 +1,9 @@
-"""Static saliency: maps of the image alone, as OpenCV contrib's two detectors give them, for a whole batch on any
-device.
+"""Static saliency: maps computed from the image alone, like those of OpenCV contrib, for a whole batch on any device.
 
 fine_grained: Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual
-saliency mechanism", 2010; spectral_residual: Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR
-2007. Both follow OpenCV's arithmetic step by step, its 8-bit roundings included, because the most salient pixel depends
-on them.
+saliency mechanism", 2010. spectral_residual: Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR
+2007. Both follow OpenCV's arithmetic step by step, including its rounding to 8 bits, because the most salient pixel
+depends on it.
 """
 
 from collections.abc import Callable
@@ -17,8 +16,11 @@ from saliency.base import Source
 SCALES = (12, 24, 28, 48, 56, 112)  # half widths in pixels of the centre-surround windows of fine_grained
 
 
-def grey(images: torch.Tensor) -> torch.Tensor:
-    """uint8 RGB (B, 3, H, W), or grey (B, 1, H, W) -> int32 (B, H, W), 0..255, in OpenCV's fixed point."""
+def to_grey(images: torch.Tensor) -> torch.Tensor:
+    """Convert uint8 RGB (B, 3, H, W) or grey (B, 1, H, W) to int32 (B, H, W) in 0..255.
+
+    The weights are those of OpenCV's fixed-point arithmetic.
+    """
     if images.shape[1] == 1:
         return images[:, 0].int()
     red, green, blue = images.int().unbind(1)
@@ -26,8 +28,9 @@ def grey(images: torch.Tensor) -> torch.Tensor:
 
 
 def binomial_blur(image: torch.Tensor) -> torch.Tensor:
-    """3x3 binomial blur of an int32 image (B, H, W), rounded half up; the border is reflected without repeating the
-    edge.
+    """Blur an int32 image (B, H, W) with a 3x3 binomial kernel, rounding half up.
+
+    Borders are reflected without repeating the edge pixel.
     """
     rows = F.pad(image.unsqueeze(1).float(), (1, 1, 1, 1), mode="reflect").squeeze(1)
     rows = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
@@ -36,46 +39,47 @@ def binomial_blur(image: torch.Tensor) -> torch.Tensor:
 
 
 def center_surround(image: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
-    """The on-off map of an int32 grey image (B, H, W), 0..255, as an int32 map (B, H, W), 0..255.
+    """Return the on-off map of an int32 grey image (B, H, W) in 0..255, an int32 map (B, H, W) in 0..255.
 
-    A pixel is compared with the mean of a window around it, at six scales; what is brighter and what is darker are
-    summed and stretched apart, then added. As in OpenCV, the sum is cut to 8 bits: a pixel strong in both wraps round.
-    windows: a float image that the windows sum instead (see float_bytes).
+    Each pixel is compared with the mean of a window around it, at six scales. Where it is brighter (on) and where it is
+    darker (off) is summed and scaled separately, then added. As in OpenCV, the sum is truncated to 8 bits, so a pixel
+    that is strong in both wraps around. windows: a float image to sum in the windows instead; see float_bytes().
     """
     height, width = image.shape[-2:]
     if windows is None:
         integral = F.pad(image, (1, 0, 1, 0)).cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
-    else:  # by triangular matrices: CUDA's cumulative sum of floats is not deterministic
+    else:  # products with triangular matrices, because CUDA's cumulative sum of floats is not deterministic
         exact = {"device": image.device, "dtype": torch.float32 if image.device.type == "mps" else torch.float64}
         below, beside = torch.ones(height + 1, height, **exact).tril(-1), torch.ones(width, width + 1, **exact).triu(1)
         integral = below @ windows.to(exact["dtype"]) @ beside
     centre = image.float()
     signed, unsigned = torch.zeros_like(image), torch.zeros_like(image)
-    whole = [scale for scale in SCALES if scale >= max(height, width)]  # the window is all of the image: one serves all
+    # windows that contain the whole image all give the same map: compute one and count it several times
+    whole = [scale for scale in SCALES if scale >= max(height, width)]
     for scale in [scale for scale in SCALES if scale not in whole] + whole[:1]:
         strips = window_sums(integral, 1, scale)  # (B, H, W + 1)
         area = window_sums(torch.arange(height + 1, device=image.device), 0, scale).unsqueeze(1)
         area = area * window_sums(torch.arange(width + 1, device=image.device), 0, scale)
         surround = (window_sums(strips, 2, scale) - image).float() / (area - 1)
-        difference = (centre - surround).int()  # towards 0
+        difference = (centre - surround).int()  # truncated towards 0
         if windows is not None:
-            difference.fmod_(256)  # OpenCV keeps it in 8 bits, which nothing else can leave
+            difference.fmod_(256)  # OpenCV keeps 8 bits; only float windows can exceed them
         weight = len(whole) if scale in whole else 1
         signed.add_(difference, alpha=weight)
         unsigned.add_(difference.abs_(), alpha=weight)
     on, off = (unsigned + signed) >> 1, (unsigned - signed) >> 1
-    on8, off8 = stretch(on), stretch(off)
+    on8, off8 = scale_to_255(on), scale_to_255(off)
     most = torch.maximum(on8.amax((1, 2)), off8.amax((1, 2))).clamp_min(1).view(-1, 1, 1)
     return (255 * (on8 + off8)).div(most, rounding_mode="floor") & 255
 
 
 def window_sums(integral: torch.Tensor, dim: int, scale: int) -> torch.Tensor:
-    """Sums over windows of 2 * scale positions along `dim`, clipped at the ends: index - scale + 1 to index + scale.
+    """Sum over windows of 2 * scale positions along `dim`, index - scale + 1 to index + scale, clipped at the ends.
 
-    integral: running sums along `dim` with a 0 in front, so one longer than the result.
+    integral: running sums along `dim` that start with a 0, so it is one longer than the result.
     """
     size = integral.shape[dim] - 1
-    inner = max(0, size - scale)  # windows that end before the last position; as many begin after the first
+    inner = max(0, size - scale)  # number of windows that end before the last position; as many begin after the first
     total = integral.narrow(dim, size, 1)
     rest = [size - inner if axis == dim else -1 for axis in range(integral.dim())]
     sums = torch.cat([integral.narrow(dim, size - inner + 1, inner), total.expand(rest)], dim)
@@ -83,20 +87,23 @@ def window_sums(integral: torch.Tensor, dim: int, scale: int) -> torch.Tensor:
     return sums
 
 
-def stretch(values: torch.Tensor) -> torch.Tensor:
-    """(B, H, W) int32 >= 0 -> int32 trunc(255 * values / maximum); zeros where the maximum is 0."""
+def scale_to_255(values: torch.Tensor) -> torch.Tensor:
+    """Scale int32 values (B, H, W) >= 0 to trunc(255 * values / maximum); an all-zero map stays zero."""
     share = values / values.amax((1, 2), keepdim=True).clamp_min(1)
     exact = share.double() if share.device.type != "mps" else share  # OpenCV multiplies the float32 quotient in double
     return (255 * exact).int()
 
 
 def fine_grained(images: torch.Tensor) -> torch.Tensor:
-    """Fine-grained static saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), 0..1."""
-    return center_surround(binomial_blur(binomial_blur(grey(images)))).float() / 255
+    """Return fine-grained saliency, float32 (B, H, W) in 0..1, of uint8 images (B, 3, H, W) in RGB or (B, 1, H, W)."""
+    return center_surround(binomial_blur(binomial_blur(to_grey(images)))).float() / 255
 
 
 def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
-    """int32 (B, H, W) -> (B, size, size): bilinear with 8-bit weights, not anti-aliased: OpenCV's bit-exact mode."""
+    """Resize int32 (B, H, W) to (B, size, size) like OpenCV's bit-exact mode.
+
+    Bilinear with 8-bit weights, without anti-aliasing.
+    """
     for dim in (1, 2):
         old = image.shape[dim]
         position = (torch.arange(size, device=image.device) + 0.5) * (old / size) - 0.5
@@ -111,12 +118,12 @@ def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable | None = None) -> torch.Tensor:
-    """Spectral-residual saliency. images uint8 (B, 3 or 1, H, W), RGB -> float32 (B, H, W), maximum about 1.
+    """Return spectral-residual saliency, float32 (B, H, W) with a maximum of about 1.
 
-    size: side of the square on which the spectrum is taken. angle: phase of a complex tensor, where it shall
-    not be the exact one (OpenCV's is a polynomial).
+    images uint8 (B, 3, H, W) in RGB or (B, 1, H, W). size: side of the square on which the spectrum is computed. angle:
+    function for the phase of a complex tensor, if not the exact phase (OpenCV uses a polynomial).
     """
-    small = resize_exact(grey(images), size)
+    small = resize_exact(to_grey(images), size)
     real = torch.float32 if images.device.type == "mps" else torch.float64
     spectrum = torch.fft.fft2(small.to(real))
     magnitude = spectrum.abs()
@@ -127,22 +134,23 @@ def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable | No
         phase = torch.polar(torch.ones_like(magnitude), angle(spectrum))
     else:
         phase = torch.where(magnitude > 0, spectrum / magnitude, 1)
-    back = torch.fft.ifft2(residual.exp() * phase, norm="forward").abs()
-    taps = (torch.arange(-2, 3, device=images.device, dtype=real).square() / -128).exp()  # sigma 8
-    taps = taps / taps.sum()
-    blurred = F.pad(back.unsqueeze(1), (2, 2, 2, 2), mode="reflect")
-    blurred = F.conv2d(F.conv2d(blurred, taps.view(1, 1, 5, 1)), taps.view(1, 1, 1, 5)).square()
+    reconstruction = torch.fft.ifft2(residual.exp() * phase, norm="forward").abs()
+    kernel = (torch.arange(-2, 3, device=images.device, dtype=real).square() / -128).exp()  # sigma 8
+    kernel = kernel / kernel.sum()
+    blurred = F.pad(reconstruction.unsqueeze(1), (2, 2, 2, 2), mode="reflect")
+    blurred = F.conv2d(F.conv2d(blurred, kernel.view(1, 1, 5, 1)), kernel.view(1, 1, 1, 5)).square()
     saliency = (blurred / blurred.amax((2, 3), keepdim=True)).float()
     return F.interpolate(saliency, images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
 
 
 def float_bytes(images: torch.Tensor) -> torch.Tensor:
-    """What OpenCV's fine-grained detector makes of float images: the published SaliencyMix hands it normalised floats.
+    """Return what OpenCV's fine-grained detector makes of float images, (B, H, W) in 0..1.
 
-    OpenCV then reads the grey float image byte by byte: a "pixel" is one byte of the float32 numbers in the left
-    quarter of the row, while the windows around it sum the numbers themselves. Next to nothing is subtracted, the map
-    is those bytes, and the most salient point is nearly random. images (B, 3, H, W) normalised floats in RGB order,
-    which the authors' code passes where BGR is expected -> (B, H, W), 0..1.
+    The published SaliencyMix code passes normalised floats. OpenCV then reads the grey float image byte by byte: a
+    "pixel" is one byte of the float32 numbers in the left quarter of the row, while the windows around it sum the
+    numbers themselves. Almost nothing is subtracted, the map consists of these bytes, and the most salient point is
+    nearly random. images (B, 3, H, W): normalised floats in RGB order, which the authors' code passes where BGR is
+    expected.
     """
     first, second, third = images.float().unbind(1)
     smooth = (0.114 * first + 0.587 * second + 0.299 * third).unsqueeze(1)
@@ -156,38 +164,42 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
 
 
 class StaticSource(Source):
-    """A source that looks at the picture itself: it undoes the normalisation and rounds to 8 bits. The targets are not
-    read.
-    """
+    """A source that reads the image itself: it undoes the normalisation and rounds to 8 bits. Targets are ignored."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     @torch.no_grad()
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised (B, 3, H, W) -> uint8."""
-        if self.mean.device != images.device:  # once: a copy in every step would hold up the device
+        """Convert normalised images (B, 3, H, W) to uint8."""
+        if self.mean.device != images.device:  # only once: a copy in each step would synchronise with the device
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return ((images * self.std + self.mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 class FineGrained(StaticSource):
+    """See fine_grained()."""
+
     def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         return fine_grained(self.pixels(images))
 
 
 class SpectralResidual(StaticSource):
+    """See spectral_residual()."""
+
     def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         return spectral_residual(self.pixels(images))
 
 
 class FloatBytes(StaticSource):
+    """See float_bytes()."""
+
     def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         return float_bytes(images.detach())
 
 
 class Uniform(Source):
-    """No saliency at all: what a method does without it."""
+    """No saliency: every map is 1 everywhere. Shows what a method does without saliency."""
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         return images.new_ones(len(images), *images.shape[-2:], dtype=torch.float32)

@@ -269,7 +269,7 @@ def test_usage_errors(photo, words, message, capsys):
         (["--labels", "names.txt"], "2 names, a has 4 classes"),
         (["--labels", "photo.png"], "not a text file"),
         (["--method", "gradcam", "--layer", "cnov"], "nearest is 'conv'"),
-        (["--method", "gradcam", "--layer", "linear"], "must give maps"),
+        (["--method", "gradcam", "--layer", "linear"], "must return maps"),
         (["--image_size", "8", "--method", "cam", "layercam", "--layer", "linear"], "linear"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Class activation maps of any network."""
+"""Class activation maps of any network: ActivationMaps computes them, list_layers() lists where."""
 
 from saliency.cam.maps import ActivationMaps, normalize_maps, upsample_maps
 from saliency.cam.tracing import list_layers

@@ -1,16 +1,18 @@
-"""Activation maps: where a classifier, whichever it is, sees a class.
+"""Activation maps: the places in an image that speak for a class, for any classifier.
 
-A are the activations of a layer, K maps of h x w; y is the score of the class before the softmax, g = dy/dA.
+A are the K maps of h x w that a layer outputs, y is the score of the class before the softmax, and g = dy/dA.
 
-* cam: sum_k w_k A_k, w the weights of the class in the linear layer behind the global average. Zhou et al., arXiv
-  1512.04150, Sec. 2.
+* cam: sum_k w_k A_k, where w are the weights of the class in the linear layer after the global average. Zhou et al.,
+  arXiv 1512.04150, Sec. 2.
 * gradcam: ReLU sum_k mean(g_k) A_k. Selvaraju et al., arXiv 1610.02391, Sec. 3.
-* gradcam++: as gradcam, with sum_xy alpha_k ReLU(g_k) for the mean. Chattopadhyay et al., arXiv 1710.11063, Eq. 19.
-* layercam: ReLU sum_k ReLU(g_k) A_k, place by place. Jiang et al., "LayerCAM", IEEE Trans. Image Process. 30, 2021.
-* scorecam: ReLU sum_k s_k A_k, s the softmax over k of y for the image seen through A_k. Wang et al., arXiv 1910.01279.
+* gradcam++: as gradcam, with sum_xy alpha_k ReLU(g_k) instead of the mean. Chattopadhyay et al., arXiv 1710.11063,
+  Eq. 19.
+* layercam: ReLU sum_k ReLU(g_k) A_k at each place. Jiang et al., "LayerCAM", IEEE Trans. Image Process. 30, 2021.
+* scorecam: ReLU sum_k s_k A_k, where s is the softmax over k of y for the image masked by A_k. Wang et al., arXiv
+  1910.01279.
 
-Where nobody names a layer, A is what the last pooling of the whole map takes. Nothing need be known of the network: one
-forward pass is followed, function call by function call (saliency/cam/tracing.py).
+If no layer is named, A is the input of the last pooling of whole maps. The network needs no special interface: one
+forward pass is traced, function call by function call (saliency/cam/tracing.py).
 """
 
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from saliency.cam.tracing import (
 )
 from saliency.gradient import FP16_SCALE, freeze_parameters
 
-PROBE_SIZE = 64  # side in pixels of an image that almost every network takes
+PROBE_SIZE = 64  # side in pixels of an image that almost every network accepts
 
 
 def gradcam(maps: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -41,7 +43,7 @@ def gradcam(maps: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
 
 def gradcam_plus_plus(maps: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     square, cube = gradients.square(), gradients**3
-    alpha = square / (2 * square + maps.sum((2, 3), keepdim=True) * cube + 1e-6)  # 0 where the gradient is
+    alpha = square / (2 * square + maps.sum((2, 3), keepdim=True) * cube + 1e-6)  # 0 where the gradient is 0
     return ((alpha * gradients.relu()).sum((2, 3), keepdim=True) * maps).sum(1).relu()
 
 
@@ -53,19 +55,20 @@ FORMULAS = {"gradcam": gradcam, "gradcam++": gradcam_plus_plus, "layercam": laye
 
 
 class ActivationMaps:
-    """maps(images, targets) -> (B, h, w) float32, as large as the layer's, not scaled. `cam` may be negative.
+    """maps(images, targets) -> (B, h, w) float32, at the resolution of the layer, unscaled. `cam` can be negative.
 
-    images (B, 3, H, W) are normalised; targets are labels (B,) or, as weights of the classes, (B, K). logits (B, K)
-    float32 are those of the last call. The network, compiled or not, runs in evaluation mode and eagerly; its
-    parameters need not require gradients and get none, and it is left as it was.
+    images (B, 3, H, W) are normalised. targets are class indices (B,) long, or weights of the classes (B, K) float.
+    `logits` (B, K) float32 are those of the last call. The network, compiled or not, runs in evaluation mode and
+    eagerly. Its parameters need not require gradients and get none; its state is restored.
 
-    layer: dotted name of the module whose output, (B, C, h, w), is A; of several calls the last counts. None: what is
-    pooled as a whole in front of the classifier, or, if nothing is (ViT), the output of the last convolution.
-    batch_size: how many masked images scorecam passes at a time. precision: autocast type. progress: goes around
-    scorecam's batches, as tqdm does.
+    * layer: dotted name of the module whose output (B, C, h, w) is A; if it is called twice, the last call counts. None:
+      the input of the last pooling before the classifier or, if nothing is pooled (ViT), the output of the last
+      convolution.
+    * batch_size: masked images per forward pass of scorecam. progress: wraps the iterable of these batches, like tqdm.
+    * precision: type for autocast; None: float32.
 
-    Raises ValueError for an unknown method or layer, for a layer without maps or that the class does not depend on, and
-    for cam, when called, if the network has no average in front of one linear layer.
+    Raises ValueError for an unknown method or layer, for a layer that does not output maps or does not affect the
+    class, and, when called with cam, for a network without an average in front of a single linear layer.
     """
 
     def __init__(
@@ -79,22 +82,22 @@ class ActivationMaps:
         progress: Callable | None = None,
     ):
         if method not in CAM_METHODS:
-            raise ValueError(f"unknown method {method!r}; there are {', '.join(CAM_METHODS)}")
+            raise ValueError(f"unknown method {method!r}; choose from {', '.join(CAM_METHODS)}")
         if method == "cam" and layer is not None:
-            raise ValueError(f"cam has no choice of layers ({layer!r}): it weighs the maps that are averaged")
+            raise ValueError(f"cam takes no layer ({layer!r}): it always uses the maps that are averaged")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.method, self.layer = unwrap(model), method, layer
         self.batch_size, self.precision, self.progress = batch_size, precision, progress or iter
         self.module = None if layer is None else find_layer(self.model, layer)
-        self.trace: TraceResult | None = None  # what the first call learns about the network
+        self.trace: TraceResult | None = None  # of the first call
         self.logits: torch.Tensor | None = None
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         soft = targets.is_floating_point()
         if images.dim() != 4 or targets.dim() != 1 + soft or len(targets) != len(images):
             raise ValueError(
-                "images must be (B, 3, H, W) and targets labels (B,) or weights (B, K), got "
+                "images must be (B, 3, H, W) and targets (B,) class indices or (B, K) weights, got "
                 f"{tuple(images.shape)} and {tuple(targets.shape)} of {targets.dtype}"
             )
         with eval_no_grad(self.model), torch.autocast(images.device.type, enabled=False):
@@ -108,22 +111,22 @@ class ActivationMaps:
             return FORMULAS[self.method](*self.gradients(images, targets))
 
     def use_trace(self, trace: TraceResult) -> None:
-        """Take the maps where the trace found them. Raises ValueError if there are none that the method can take."""
+        """Use the maps that the trace has found. Raises ValueError if the method cannot use any of them."""
         name = type(self.model).__name__
         if self.method == "cam" and trace.average is None:
-            raise ValueError(f"{name} has no average in front of one linear layer, which cam needs: take gradcam")
+            raise ValueError(f"{name} has no average in front of a single linear layer, which cam needs: use gradcam")
         if trace.pooling is None and trace.default is None:
-            raise ValueError(f"{name} neither pools maps nor has a convolution: name a layer")
+            raise ValueError(f"{name} has neither a pooling of maps nor a convolution: name a layer")
         if trace.pooling is None:
             self.layer, self.module = trace.default, find_layer(self.model, trace.default)
         self.trace = trace
 
     def forward(self, images: torch.Tensor, tap: PoolingTap | LayerTap) -> tuple[torch.Tensor, torch.Tensor]:
-        """A (B, C, h, w), as the network made it, and logits (B, K) float32."""
+        """Return A (B, C, h, w) in the dtype of the network, and logits (B, K) float32."""
         with tap, torch.autocast(images.device.type, self.precision, bool(self.precision)):
             logits = self.model(images)
         if tap.maps is None:
-            raise ValueError(f"the forward pass of {type(self.model).__name__} makes no use of {self.layer!r}")
+            raise ValueError(f"the forward pass of {type(self.model).__name__} does not use {self.layer!r}")
         logits = validate_logits(logits, images).float()
         self.logits = logits.detach()
         return tap.maps, logits
@@ -137,7 +140,7 @@ class ActivationMaps:
     def cam(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         tap = PoolingTap(self.trace.average)
         maps, _ = self.forward(images, tap)
-        if self.trace.linear is None:  # the averages are the scores
+        if self.trace.linear is None:  # the averages are the logits
             weights = torch.eye(maps.shape[1], device=maps.device)
         else:
             weights = tap.weights[self.trace.linear].detach().float()  # (K, C)
@@ -145,11 +148,11 @@ class ActivationMaps:
         return weighted_sum(maps.detach().float(), weights)
 
     def gradients(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and g, each (B, C, h, w) float32. Nothing asks for a gradient but A, so the graph begins there."""
+        """Return A and g, each (B, C, h, w) float32. Only A requires a gradient, so the autograd graph starts there."""
         with torch.enable_grad(), freeze_parameters(self.model):
             maps, logits = self.forward(images, self.make_tap())
             if not logits.requires_grad:
-                raise ValueError(f"the scores of {type(self.model).__name__} do not depend on {self.layer!r}")
+                raise ValueError(f"the logits of {type(self.model).__name__} do not depend on {self.layer!r}")
             scale = FP16_SCALE if self.precision is torch.float16 else 1.0
             (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum() * scale, maps)
         return maps.detach().float(), gradients.float() / scale
@@ -161,12 +164,13 @@ class ActivationMaps:
         return weighted_sum(maps, weights).relu()
 
     def channel_scores(self, images: torch.Tensor, targets: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        """(B, C): the score of the class for an image through each of its maps (B, C, h, w), enlarged and 0 to 1.
+        """Return the score of the class for the image masked by each map, (B, C).
 
-        A map that is the same everywhere lets nothing through: for all of these a black image is passed once.
+        maps (B, C, h, w) are upsampled and scaled to 0..1. A constant map masks everything: for all of them, one black
+        image is passed.
         """
         count, channels = maps.shape[:2]
-        varied = (maps.amax((2, 3)) != maps.amin((2, 3))).flatten().nonzero().squeeze(1)  # pairs of image and channel
+        varied = (maps.amax((2, 3)) != maps.amin((2, 3))).flatten().nonzero().squeeze(1)  # (image, channel) pairs
         flat = maps.flatten(0, 1).unsqueeze(1)  # (B * C, 1, h, w)
 
         def score(images, targets):
@@ -185,19 +189,19 @@ class ActivationMaps:
 
 
 def weighted_sum(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(B, C, h, w), (B, C) -> (B, h, w); no matrix product, which CUDA may round to TF32."""
+    """Sum maps (B, C, h, w) with weights (B, C): (B, h, w). Not a matrix product, which CUDA may round to TF32."""
     return (maps * weights[:, :, None, None]).sum(1)
 
 
 def class_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Logits (B, K), labels (B,) or weights (B, K) -> (B,)."""
+    """Return the score (B,) of the class in logits (B, K). targets: class indices (B,) or weights (B, K)."""
     if targets.is_floating_point():
         return (logits * targets).sum(1)
     return logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
 def normalize_maps(maps: torch.Tensor) -> torch.Tensor:
-    """Maps (B, h, w), each from 0 to 1, float32. A map that is constant or not finite becomes zeros."""
+    """Scale each map (B, h, w) to 0..1, in float32. A map that is constant, NaN or infinite becomes all zero."""
     maps = maps.float()
     low = maps.amin((1, 2), keepdim=True)
     span = maps.amax((1, 2), keepdim=True) - low
@@ -206,9 +210,10 @@ def normalize_maps(maps: torch.Tensor) -> torch.Tensor:
 
 
 def upsample_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, h, w) -> (B, *size), from 0 to 1: normalised, resized bilinearly, and normalised again."""
+    """Normalise maps (B, h, w), resize them bilinearly to `size` = (H, W), and normalise them again."""
     return normalize_maps(resize_maps(normalize_maps(maps), size))
 
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize maps (B, h, w) bilinearly to `size` = (H, W)."""
     return F.interpolate(maps.unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)

@@ -1,4 +1,4 @@
-"""Class activation maps as saliency sources."""
+"""Class activation maps as saliency sources for mixing."""
 
 import torch
 from torch import nn
@@ -9,10 +9,10 @@ from saliency.cam.tracing import black_image, eval_no_grad, trace_network
 
 
 class CAM(Source):
-    """The class activation map of `model` in evaluation mode: what speaks against the class is cut off, the rest
-    enlarged to the size of the image. targets with several classes weight the maps of each.
+    """The class activation map of `model` in evaluation mode, with negative values set to 0, at the size of the images.
 
-    Raises ValueError if the network has no average in front of one linear layer.
+    Soft targets weight the maps of their classes. Raises ValueError if the network has no average in front of a single
+    linear layer.
     """
 
     method = "cam"
@@ -24,7 +24,7 @@ class CAM(Source):
             with eval_no_grad(self.model):
                 trace = trace_network(self.model, black_image(self.model, PROBE_SIZE))
         except (RuntimeError, AssertionError, ValueError):
-            return  # it takes images of another size alone: the first batch will tell
+            return  # it only accepts other image sizes: the first call traces it
         self.maps.use_trace(trace)
 
     def __call__(self, images, targets):
@@ -32,14 +32,18 @@ class CAM(Source):
 
 
 class GradCAM(CAM):
-    """The same by Grad-CAM, for any network that has maps. The score of soft targets is their mean of the logits."""
+    """As CAM, but by Grad-CAM, for any network with maps. With soft targets, the score is their mean of the logits."""
 
     method = "gradcam"
 
 
 class GradCAMpp(GradCAM):
+    """As GradCAM, by Grad-CAM++."""
+
     method = "gradcam++"
 
 
 class LayerCAM(GradCAM):
+    """As GradCAM, by LayerCAM."""
+
     method = "layercam"

@@ -1,6 +1,6 @@
-"""Where a network has its maps and its head: one forward pass is traced, function call by function call.
+"""Find the maps and the classification head of any network by tracing one forward pass, function call by function call.
 
-Nothing need be known of its modules: an average in front of a linear layer is recognised by its inputs and outputs.
+Nothing needs to be known of its modules: an average in front of a linear layer is recognised by its inputs and outputs.
 """
 
 import difflib
@@ -15,36 +15,36 @@ from torch.overrides import TorchFunctionMode
 
 from saliency.gradient import in_mode
 
-AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}  # functions that may average a map as a whole
+AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}  # functions that can average whole maps
 POOLINGS = AVERAGES | {"adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "amax"}
 
 
 class TraceResult(NamedTuple):
-    """What a traced pass showed. Calls of poolings and of linear layers are numbered from 0, each kind by itself."""
+    """What a traced forward pass has shown. Calls of pooling functions and of linear layers are numbered separately."""
 
-    pooling: int | None  # the last pooling of whole maps
-    average: int | None  # the pooling that cam needs, a global average
-    linear: int | None  # the linear layer behind it; None: the averages are the logits
-    layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which the modules end
-    default: str | None  # the last layer before that pooling; if nothing is pooled, the last convolution
+    pooling: int | None  # the last call that pools whole maps
+    average: int | None  # the global average that cam needs
+    linear: int | None  # the linear layer after it; None: the averages are the logits
+    layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which the modules return
+    default: str | None  # the last layer before that pooling; without a pooling, the last convolution
 
 
 class RecordedCall(NamedTuple):
-    """A call of a function that pools maps, or of a linear layer."""
+    """A call of a pooling function or of a linear layer."""
 
-    input: torch.Tensor | None  # of a linear layer
+    input: torch.Tensor | None  # of a linear layer; None for a pooling
     output: torch.Tensor
-    vector: torch.Tensor  # a copy of the pooling's output or of the linear layer's input
-    whole: bool = False  # whether a pooling is adaptive, as VGG's to 7x7, or leaves one number per map
+    vector: torch.Tensor  # a copy of the output of a pooling, or of the input of a linear layer
+    whole: bool = False  # whether a pooling is adaptive (VGG: to 7x7) or returns one number per map
     average: bool = False  # whether that number is the mean
 
 
 def list_layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], bool]]:
-    """The modules of `model` that can be named as a layer, in the order in which they end: name, (C, h, w), and whether
-    it is the last before the layer that is taken when none is named (a function such as a ReLU may lie between).
+    """List the modules of `model` that can be named as a layer, in the order in which they return.
 
-    images (B, 3, H, W), or a side in pixels: then a black image is passed. A module whose maps have their channels last
-    (Swin's blocks) cannot be told from the others: its shape shows it.
+    Returns tuples of name, (C, h, w) and whether it is the last one before the layer that is used by default; a
+    function such as a ReLU may lie between. images (B, 3, H, W), or the side in pixels of a black image. Modules whose
+    maps have their channels last (Swin's blocks) are listed like the others; only their shape shows it.
     """
     model = unwrap(model)
     with eval_no_grad(model):
@@ -53,6 +53,7 @@ def list_layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str,
 
 
 def black_image(model: nn.Module, side: int) -> torch.Tensor:
+    """Return an image (1, 3, side, side) of zeros, with the dtype and on the device of the model."""
     like = next(model.parameters(), torch.empty(0))
     return torch.zeros(1, 3, side, side, dtype=like.dtype, device=like.device)
 
@@ -61,17 +62,17 @@ def black_image(model: nn.Module, side: int) -> torch.Tensor:
 def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
     """Trace one forward pass of images (1, 3, H, W)."""
     recorder, modules = CallRecorder(), modules_by_name(model)
-    ended: dict[str, tuple[tuple[int, int, int], int]] = {}  # name -> (C, h, w), how many poolings went before
+    returned: dict[str, tuple[tuple[int, int, int], int]] = {}  # name -> (C, h, w), number of poolings before
 
-    def note(name):
+    def make_hook(name):
         def hook(module, given, result):
             if is_feature_map(result, len(images)):
-                ended.pop(name, None)  # a module that is used again stands where it ends last
-                ended[name] = tuple(result.shape[1:]), len(recorder.poolings)
+                returned.pop(name, None)  # a module that is called again counts where it returns last
+                returned[name] = tuple(result.shape[1:]), len(recorder.poolings)
 
         return hook
 
-    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
     try:
         with recorder, torch.autocast(images.device.type, enabled=False):
             logits = validate_logits(model(images), images)
@@ -81,19 +82,19 @@ def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
 
     pooling = max((i for i, call in enumerate(recorder.poolings) if call.whole), default=None)
     if pooling is None:
-        before = [name for name in ended if isinstance(modules[name], nn.Conv2d)]
+        before = [name for name in returned if isinstance(modules[name], nn.Conv2d)]
     else:
-        before = [name for name, (_, poolings) in ended.items() if poolings <= pooling]
+        before = [name for name, (_, poolings) in returned.items() if poolings <= pooling]
     average, linear = find_head(recorder, logits)
-    shapes = {name: shape for name, (shape, _) in ended.items()}
+    shapes = {name: shape for name, (shape, _) in returned.items()}
     return TraceResult(pooling, average, linear, shapes, before[-1] if before else None)
 
 
 def find_head(recorder: "CallRecorder", logits: torch.Tensor) -> tuple[int | None, int | None]:
-    """Numbers of the average and of the linear layer behind it that make the logits; see TraceResult.
+    """Return the numbers of the global average and of the linear layer that compute the logits; see TraceResult.
 
-    The output of the one must be the very memory of the other's input, and unchanged: otherwise a scale that is still 1
-    may lie between.
+    The output of one must be the very memory of the input of the other, with unchanged values: otherwise an operation
+    that has no effect yet, such as a scale of 1, may lie between.
     """
     poolings, linears = recorder.poolings, recorder.linears
     last = max((i for i, call in enumerate(linears) if shares_memory(call.output, logits)), default=None)
@@ -107,11 +108,12 @@ def find_head(recorder: "CallRecorder", logits: torch.Tensor) -> tuple[int | Non
 
 
 def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors are the same memory."""
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
 class CallRecorder(TorchFunctionMode):
-    """Records every pooling and every linear layer of a pass, in order."""
+    """Records each pooling and each linear layer of a forward pass, in order."""
 
     def __init__(self):
         super().__init__()
@@ -136,12 +138,13 @@ class CallRecorder(TorchFunctionMode):
 
 
 def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Up to the rounding of half precision."""
+    """Compare with a tolerance for half-precision rounding."""
     return torch.allclose(one, other, rtol=1e-2, atol=1e-5, equal_nan=True)
 
 
 class PoolingTap(TorchFunctionMode):
-    """Takes what goes into the pooling call `number` of a pass, as what gradients are asked for: maps (B, C, h, w).
+    """Captures the input of pooling call `number` of a forward pass and makes it require a gradient.
+
     Also collects the weights of the linear layers.
     """
 
@@ -164,7 +167,7 @@ class PoolingTap(TorchFunctionMode):
 
 
 def find_pooled_maps(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """The maps (B, C, h, w) that `func` pools, if it pools any. Of nested functions only the outermost is seen."""
+    """Return the maps (B, C, h, w) that `func` pools, or None. Of nested functions only the outermost is seen."""
     if getattr(func, "__name__", "") not in POOLINGS:
         return None
     given = args[0] if args else kwargs.get("input")
@@ -172,50 +175,55 @@ def find_pooled_maps(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor 
 
 
 class LayerTap:
-    """Takes the output of `module`, as what gradients are asked for; a copy goes on, which a ReLU may overwrite."""
+    """Captures the output of `module` and makes it require a gradient.
+
+    The network continues with a copy, because a ReLU may overwrite it in place.
+    """
 
     def __init__(self, module: nn.Module, name: str):
         self.module, self.name = module, name
         self.maps: torch.Tensor | None = None
 
     def __enter__(self):
-        self.handle = self.module.register_forward_hook(self.take)
+        self.handle = self.module.register_forward_hook(self.capture)
         return self
 
     def __exit__(self, *problem):
         self.handle.remove()
 
-    def take(self, module, given, output):
+    def capture(self, module, given, output):
         if not is_feature_map(output):
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"layer {self.name!r} must give maps (B, C, h, w), it gives {got}")
+            raise ValueError(f"layer {self.name!r} must return maps (B, C, h, w), but it returns {got}")
         self.maps = output.detach().requires_grad_()
         return self.maps.clone()
 
 
 def is_feature_map(output, count: int | None = None) -> bool:
+    """Return whether `output` is a tensor (B, C, h, w), with B = count if given."""
     return isinstance(output, torch.Tensor) and output.dim() == 4 and count in (None, len(output))
 
 
 def validate_logits(logits, images: torch.Tensor) -> torch.Tensor:
+    """Return the logits. Raises ValueError unless they are (B, K)."""
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(images):
         got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise ValueError(f"the network must give logits (B, K), it gives {got} for {len(images)} images")
+        raise ValueError(f"the network must return logits (B, K), but it returns {got} for a batch of {len(images)}")
     return logits
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Without the shell of torch.compile."""
+    """Remove the wrapper of torch.compile."""
     return getattr(model, "_orig_mod", model)
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules inside `model` by dotted name; shells of torch.compile do not count."""
+    """Return the modules inside `model` by dotted name, without the wrappers of torch.compile."""
     return {name.replace("._orig_mod", ""): unwrap(module) for name, module in model.named_modules() if name}
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """Raises ValueError, with the nearest name, if there is no such module."""
+    """Return a module by dotted name. Raises ValueError, with the closest name, if there is none."""
     modules = modules_by_name(model)
     if name not in modules:
         nearest = difflib.get_close_matches(name, modules, n=1, cutoff=0.0)
@@ -229,6 +237,9 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 @contextmanager
 def eval_no_grad(model: nn.Module):
-    """In evaluation mode, able to give gradients, and not compiled: what a compiled graph calls cannot be seen."""
+    """Run the model in evaluation mode, outside inference mode and uncompiled.
+
+    Gradients can be enabled inside. Calls inside a compiled graph could not be traced.
+    """
     with in_mode(model, "eval"), torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
         yield

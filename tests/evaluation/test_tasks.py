@@ -331,7 +331,7 @@ def test_what_cannot_be_meant_is_a_usage_error(words, message, capsys):
         ("robustness", "--step_size 0", "give more than 0"),
         ("calibration", "--limit 2", "leaves 0 of 2 images to fit a temperature"),
         ("localization", "--method gradcam --layer layer9", "the nearest is 'layer3'"),
-        ("localization", "--method gradcam --layer linear", r"layer 'linear' must give maps"),
+        ("localization", "--method gradcam --layer linear", r"layer 'linear' must return maps"),
         ("localization", "--background rep --limit 1 --ece 0", "--background rep: a background is another image"),
         ("localization", "--background_dir /nowhere", "leave it out"),
         ("localization", "--annotation_path boxes.csv", "shapes comes with its own boxes"),

@@ -94,11 +94,11 @@ def test_what_manifold_mixup_mixes_out_of_sight_is_not_shown():
 
 def test_what_cannot_be_shown_is_explained(pictures, tmp_path, capsys):
     for words, message in (
-        (["--method", "mixup"], "--images, two or more"),
-        (["--images", pictures[0]], "two images or more"),
+        (["--method", "mixup"], "--images with two or more"),
+        (["--images", pictures[0]], "at least two images"),
         (["--images", *pictures, "--method", "puzzle-mix"], "puzzlemix"),
         (["--images", *pictures, "--model", "resnet18"], "--model_path"),
-        (["--images", *pictures, "--output", "mix.jpg"], "a .png"),
+        (["--images", *pictures, "--output", "mix.jpg"], "must end in .png"),
         (["--images", *pictures, "nothing.jpg"], "--images nothing.jpg: no such file"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -148,7 +148,7 @@ def test_without_an_average_before_the_linear_layer_cam_is_refused_and_gradcam_w
     for method in GRADIENTS:
         default = ActivationMaps(model, method)(images, labels)
         agree(default, ActivationMaps(model, method, layer=layer)(images, labels), 0)
-    with pytest.raises(ValueError, match=f"{type(model).__name__} has no average .* take gradcam"):
+    with pytest.raises(ValueError, match=f"{type(model).__name__} has no average .* use gradcam"):
         ActivationMaps(model)(images, labels)
 
 
@@ -233,8 +233,8 @@ def test_a_layer_is_known_by_its_name_and_a_typing_error_gets_the_nearest():
 @pytest.mark.parametrize(
     ("layer", "problem"),
     [
-        ("6", r"layer '6' must give maps \(B, C, h, w\), it gives \(3, 6\)"),
-        ("unused", "makes no use of 'unused'"),
+        ("6", r"layer '6' must return maps \(B, C, h, w\), but it returns \(3, 6\)"),
+        ("unused", "does not use 'unused'"),
         ("side", "do not depend on 'side'"),
     ],
 )
@@ -251,13 +251,13 @@ def test_wrong_calls_say_what_came():
     model, (images, labels) = small_network(), some_images()
     with pytest.raises(ValueError, match=r"got \(3, 3, 32, 32\) and \(2,\) of torch.int64"):
         ActivationMaps(model)(images, labels[:2])
-    with pytest.raises(ValueError, match="unknown method 'gradcan'; there are cam, gradcam"):
+    with pytest.raises(ValueError, match="unknown method 'gradcan'; choose from cam, gradcam"):
         ActivationMaps(model, "gradcan")
-    with pytest.raises(ValueError, match="cam has no choice of layers"):
+    with pytest.raises(ValueError, match="cam takes no layer"):
         ActivationMaps(model, layer="3")
-    with pytest.raises(ValueError, match=r"must give logits \(B, K\), it gives \(3, 6, 15, 15\)"):
+    with pytest.raises(ValueError, match=r"must return logits \(B, K\), but it returns \(3, 6, 15, 15\)"):
         ActivationMaps(model[:5], "gradcam", layer="3")(images, labels)
-    with pytest.raises(ValueError, match="neither pools maps nor has a convolution"):
+    with pytest.raises(ValueError, match="neither a pooling of maps nor a convolution"):
         ActivationMaps(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), "gradcam")(images, labels)
 
 

@@ -11,7 +11,7 @@ from saliency import SOURCES, build_source
 from saliency.bank import Bank
 from saliency.cam.sources import CAM
 from saliency.gradient import Gradient, blur
-from saliency.static import binomial_blur, fine_grained, float_bytes, grey, resize_exact, spectral_residual
+from saliency.static import binomial_blur, fine_grained, float_bytes, resize_exact, spectral_residual, to_grey
 
 SIZES = ["32", "64", "97x131", "48x40"]
 
@@ -39,8 +39,8 @@ def first_maxima(maps: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("size", SIZES)
 def test_fine_grained_equals_opencv_step_by_step(size, static_golden):
     images = recorded(static_golden, size)
-    assert np.array_equal(grey(images), static_golden[f"img{size}_gray"])
-    assert np.array_equal(binomial_blur(binomial_blur(grey(images))), static_golden[f"img{size}_gray_blur2"])
+    assert np.array_equal(to_grey(images), static_golden[f"img{size}_gray"])
+    assert np.array_equal(binomial_blur(binomial_blur(to_grey(images))), static_golden[f"img{size}_gray_blur2"])
     maps = fine_grained(images)
     assert np.array_equal((maps * 255).round(), static_golden[f"img{size}_fine_u8"])
     assert np.array_equal(first_maxima(maps), static_golden[f"img{size}_fine_argmax"])
@@ -49,7 +49,7 @@ def test_fine_grained_equals_opencv_step_by_step(size, static_golden):
 @pytest.mark.parametrize("size", SIZES)
 def test_spectral_residual_equals_opencv(size, static_golden):
     images, expected = recorded(static_golden, size), static_golden[f"img{size}_spectral"]
-    assert np.array_equal(resize_exact(grey(images), 64), static_golden[f"img{size}_gray64"])
+    assert np.array_equal(resize_exact(to_grey(images), 64), static_golden[f"img{size}_gray64"])
     assert np.abs(spectral_residual(images).numpy() - expected).max() < 2e-4
     assert np.abs(spectral_residual(images, angle=opencv_angle).numpy() - expected).max() < 5e-6
 
@@ -172,7 +172,7 @@ def test_a_smaller_saliency_pass_gives_maps_of_the_full_size():
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[-2:])))
     saliency = Gradient(model, saliency_size=16, mode="train")(torch.randn(2, 3, 32, 32), torch.eye(5)[:2])
     assert sizes == [(16, 16)] and saliency.shape == (2, 32, 32) and model[1].num_batches_tracked == 0
-    with pytest.raises(ValueError, match="clean term"):
+    with pytest.raises(ValueError, match="clean loss"):
         Gradient(model, saliency_size=16, clean_weight=1.0)
 
 
@@ -277,11 +277,11 @@ def test_banks_of_several_processes_learn_from_each_other():
         bank.start_batch(a_batch(1, 8, augment=False)._replace(loaded_index=torch.tensor([image])))
         bank.after_backward(torch.randn(1, 3, 8, 8), torch.ones(1, 1, 8, 8))
     learned = torch.stack([banks[0].maps[0], banks[1].maps[1], torch.ones(2, 2).half()])
-    handed = [[bank.fresh.half() for bank in banks], [bank.maps * bank.fresh.view(-1, 1, 1) for bank in banks]]
+    handed = [[bank.updated.half() for bank in banks], [bank.maps * bank.updated.view(-1, 1, 1) for bank in banks]]
     for bank in banks:
         turns = iter(handed)
         bank.sync(lambda own, turns=turns: sum(next(turns)))
-    assert all(torch.equal(bank.maps, learned) and not bank.fresh.any() for bank in banks)
+    assert all(torch.equal(bank.maps, learned) and not bank.updated.any() for bank in banks)
 
 
 def test_the_bank_is_saved_and_asks_for_training_images():
