@@ -61,8 +61,8 @@ class ActivationMaps:
     `logits` (B, K) float32 are those of the last call. The network, compiled or not, runs in evaluation mode and
     eagerly. Its parameters need not require gradients and get none; its state is restored.
 
-    * layer: dotted name of the module whose output (B, C, h, w) is A; if it is called twice, the last call counts. None:
-      the input of the last pooling before the classifier or, if nothing is pooled (ViT), the output of the last
+    * layer: dotted name of the module whose output (B, C, h, w) is A; if it is called twice, the last call counts.
+      None: the input of the last pooling before the classifier or, if nothing is pooled (ViT), the output of the last
       convolution.
     * batch_size: masked images per forward pass of scorecam. progress: wraps the iterable of these batches, like tqdm.
     * precision: type for autocast; None: float32.

@@ -25,7 +25,7 @@ from saliency import Source, build_source
 from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
-LABEL_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+TARGET_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 SMALL = {"block_num": (2,), "m_block_num": 2, "random_patches": (2,), "num_patches": 4, "patches_per_side": (2,)}
 
 
@@ -43,7 +43,7 @@ def centre(images, targets):
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_contract(name, shape):
+def test_every_method_keeps_shapes_and_inputs_and_repeats_with_the_seed(name, shape):
     images, targets = batch(shape)
     kept = images.clone(), targets.clone()
     for seed in range(8):
@@ -54,36 +54,36 @@ def test_contract(name, shape):
         again = build_mixer(name, mix_prob=1.0, **SMALL)(images, targets, centre)
         assert mixed.shape == images.shape and soft.shape == targets.shape and mixed.dtype == images.dtype
         torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
-        assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs changed"
-        assert torch.equal(mixed, again[0]) and torch.equal(soft, again[1]), "one seed, two results"
+        assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs were modified"
+        assert torch.equal(mixed, again[0]) and torch.equal(soft, again[1]), "same seed, different results"
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_memory_format_is_kept(name, layout):
+def test_memory_format_is_preserved(name, layout):
     images, targets = batch((4, 3, 16, 16))
     torch.manual_seed(2)
     mixed, _ = build_mixer(name, mix_prob=1.0, **SMALL)(images.contiguous(memory_format=layout), targets, centre)
     assert mixed.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize("name", LABEL_MIXERS)
-def test_mix_prob_is_the_chance_of_a_batch(name):
+@pytest.mark.parametrize("name", TARGET_MIXERS)
+def test_mix_prob_is_the_probability_that_a_batch_is_mixed(name):
     images, targets = batch((6, 3, 8, 8), 6)
     mixer = build_mixer(name, mix_prob=0.3, **SMALL)
     changed = sum(not torch.equal(mixer(images, targets, centre)[1], targets) for _ in range(400))
-    assert 80 <= changed <= 150  # a few draws change nothing: own partners, empty boxes
+    assert 80 <= changed <= 150  # some draws change nothing: an image as its own partner, an empty box
 
 
-def test_paste_moves_the_right_rows():
+def test_paste_copies_the_box_and_weights_targets_by_its_area():
     images = torch.stack([torch.zeros(3, 4, 8), torch.ones(3, 4, 8)])
     boxes = torch.tensor([[0, 2, 4, 8], [0, 2, 4, 8]])
     mixed, soft = paste(images, torch.eye(2), torch.tensor([1, 0]), boxes)
     assert mixed[0, :, :2, 4:].eq(1).all() and mixed[0].sum() == 3 * 2 * 4
-    torch.testing.assert_close(soft, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))  # 8 of 32 pixels came over
+    torch.testing.assert_close(soft, torch.tensor([[0.75, 0.25], [0.25, 0.75]]))  # 8 of 32 pixels are pasted
 
 
-def test_an_odd_side_loses_a_pixel_and_a_side_of_one_is_empty():
+def test_center_boxes_with_an_odd_side_lose_one_pixel():
     lam = torch.tensor(1 - (5 / 32) ** 2 - 1e-9, dtype=torch.float64)  # side 5
     assert center_boxes(torch.tensor([10]), torch.tensor([20]), lam, 32, 32).tolist() == [[8, 12, 18, 22]]
     lam = torch.tensor(1 - (1 / 32) ** 2 - 1e-9, dtype=torch.float64)  # side 1
@@ -91,30 +91,30 @@ def test_an_odd_side_loses_a_pixel_and_a_side_of_one_is_empty():
     assert not box_mask(box, 32, 32).any()
 
 
-def test_integer_boxes_are_those_of_the_published_code(network_golden):
+def test_integer_boxes_match_the_published_code(network_golden):
     lam = torch.from_numpy(network_golden["box_lam"])
     recorded = torch.from_numpy(network_golden["box_centre_and_box"]).long()
     boxes = center_boxes(recorded[:, 0], recorded[:, 1], lam, 32, 32)
     assert torch.equal(boxes[:, [0, 2, 1, 3]], recorded[:, 2:])
 
 
-def test_real_boxes_cut_only_the_clipped_edges():
+def test_real_boxes_truncate_only_the_clipped_edges():
     half = torch.tensor(1 - (9 / 32) ** 2, dtype=torch.float64)  # side 9.0
     box = center_boxes_real(torch.tensor([10.7]), torch.tensor([30.2]), half, 32, 32)
     assert box.tolist() == [[6, 15, 25, 32]]  # 6.2, 15.2, 25.7, 34.7 clipped to 32
 
 
-def test_mixup_blends_images_and_labels_alike():
+def test_blend_mixes_images_and_targets_with_the_same_weight():
     images, targets = torch.tensor([0.0, 8.0]).view(2, 1, 1, 1), torch.eye(2)
     partner, lam = torch.tensor([1, 0]), torch.tensor(0.75, dtype=torch.float64)
     assert blend(images, partner, lam).flatten().tolist() == [2.0, 6.0]
     assert blend(targets, partner, lam).tolist() == [[0.75, 0.25], [0.25, 0.75]]
     assert blend(images, partner, torch.tensor([1.0, 0.5])).flatten().tolist() == [0.0, 4.0]
     half = blend(torch.tensor([1000.0, 0.0]).bfloat16(), partner, torch.tensor(0.7312, dtype=torch.float64))
-    assert half.dtype == torch.bfloat16 and abs(half[0] - 731.2) < 2, "lam is not rounded to the precision of the layer"
+    assert half.dtype == torch.bfloat16 and abs(half[0] - 731.2) < 2, "lam must not be rounded to bfloat16"
 
 
-def test_lam_is_a_beta_draw():
+def test_draw_lam_follows_the_beta_distribution():
     images = torch.zeros(4, 1, 1, 1)
     lams = torch.stack([draw_lam(2.0, images) for _ in range(2000)])
     assert lams.dim() == 1 and abs(lams.mean() - 0.5) < 0.02 and abs(lams.var() - 0.05) < 0.01  # Beta(2, 2)
@@ -122,18 +122,18 @@ def test_lam_is_a_beta_draw():
     assert draw_lam(0.0, images) == 1 and draw_lam(0.0, images, per_image=True).eq(1).all()
 
 
-def test_cutout_erases_whole_squares_and_keeps_labels():
+def test_cutout_erases_squares_and_keeps_targets():
     images = torch.ones(2, 3, 8, 8)
     out = erase(images, torch.tensor([[4], [0]]), torch.tensor([[4], [7]]), 4)
     assert out[0, :, 2:6, 2:6].eq(0).all() and out[0].sum() == 3 * (64 - 16)
-    assert out[1, :, :2, 5:].eq(0).all() and out[1].sum() == 3 * (64 - 6)  # over the border
+    assert out[1, :, :2, 5:].eq(0).all() and out[1].sum() == 3 * (64 - 6)  # clipped at the border
     two = erase(images[:1], torch.tensor([[2, 6]]), torch.tensor([[2, 6]]), 2)
     assert two.sum() == 3 * (64 - 8)
     targets = torch.eye(2)
     assert Cutout(4)(images, targets)[1] is targets
 
 
-def test_cutmix_draws_one_box_a_batch_or_one_an_image():
+def test_cutmix_draws_one_box_per_batch_or_per_image():
     def outlines(mixer):
         torch.manual_seed(5)
         images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 1, 32, 32)
@@ -163,12 +163,12 @@ def test_saliencymix_pastes_around_the_partners_peak():
         moved = [i for i in range(6) if changed[i].any()]
         assert len(moved) > 2
         if scope == "sample":
-            assert all(changed[i, 2 + 2 * int((soft - targets)[i].argmax()), 5] for i in moved), "its partner's peak"
+            assert all(changed[i, 2 + 2 * int((soft - targets)[i].argmax()), 5] for i in moved), "the partner's peak"
         else:
             assert all(torch.equal(changed[i], changed[moved[0]]) for i in moved), "one box for the batch"
 
 
-def test_peaks_are_the_first_maxima_row_by_row():
+def test_find_peaks_returns_the_first_maximum_in_row_major_order():
     saliency = torch.zeros(2, 3, 4)
     saliency[0, 1, 2] = saliency[0, 2, 1] = 1
     rows, columns = find_peaks(saliency)
@@ -178,7 +178,7 @@ def test_peaks_are_the_first_maxima_row_by_row():
 NORMALISATION = {"mean": (125.3 / 255, 123.0 / 255, 113.9 / 255), "std": (63.0 / 255, 62.1 / 255, 66.7 / 255)}
 
 
-def test_saliencymix_as_the_paper_has_it(static_golden):
+def test_saliencymix_matches_the_paper(static_golden):
     images = torch.from_numpy(static_golden["sm_normalised"])
     partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
     rows, columns = find_peaks(FineGrained(**NORMALISATION)(images))
@@ -192,7 +192,7 @@ def test_saliencymix_as_the_paper_has_it(static_golden):
     torch.testing.assert_close(soft.diag(), kept)
 
 
-def test_saliencymix_as_its_code_runs(static_golden):
+def test_saliencymix_matches_the_published_code(static_golden):
     images = torch.from_numpy(static_golden["sm_normalised"])
     partner, lam = torch.from_numpy(static_golden["sm_index"]).long(), torch.from_numpy(static_golden["sm_lam"])
     rows, columns = find_peaks(FloatBytes(**NORMALISATION)(images[partner[:1]]))
@@ -204,7 +204,7 @@ def test_saliencymix_as_its_code_runs(static_golden):
 
 
 @pytest.mark.parametrize("model_name", ["resnet20", "preactresnet18", "resnext29_4_24"])
-def test_manifold_mixes_the_stage_that_was_drawn(model_name):
+def test_manifold_mixup_mixes_the_drawn_stage(model_name):
     model = build_model(model_name, 5).eval()
     images, targets = batch((4, 3, 32, 32))
     mixer, depths = ManifoldMixup(), set()
@@ -219,7 +219,7 @@ def test_manifold_mixes_the_stage_that_was_drawn(model_name):
             logits = model(mixed)
         with torch.no_grad():
             hidden, rest = images, model
-            if mixer.depth:  # run the network in two halves, mixing between them
+            if mixer.depth:  # run the network twice, replacing the output of the stage by the mixed one
                 taken = {}
                 stage = model.get_submodule(model.stages[mixer.depth - 1])
                 handle = stage.register_forward_hook(lambda m, i, o, taken=taken: taken.update(out=o))
@@ -236,7 +236,7 @@ def test_manifold_mixes_the_stage_that_was_drawn(model_name):
     assert depths == {0, 1, 2}
 
 
-def test_manifold_takes_its_hook_away_even_on_an_error():
+def test_manifold_mixup_removes_its_hook_even_on_an_error():
     model = build_model("resnet20", 5)
     mixer = ManifoldMixup()
     mixer.depth = 1
@@ -254,7 +254,7 @@ class Recorder(Mixer):
         return images + self.value, targets
 
 
-def test_choice_draws_one_method_a_batch_and_gives_each_its_source():
+def test_choice_draws_one_method_per_batch_and_passes_its_source():
     mixers = [Recorder(1.0), Recorder(2.0)]
     choice = Choice(mixers)
     drawn = [float(choice(torch.zeros(1, 1, 1, 1), torch.ones(1, 1), ["a", "b"])[0]) for _ in range(200)]
@@ -262,14 +262,14 @@ def test_choice_draws_one_method_a_batch_and_gives_each_its_source():
     assert (mixers[0].source, mixers[1].source) == ("a", "b")
 
 
-def test_partly_mixes_the_last_images_among_themselves():
+def test_partial_mix_mixes_only_the_last_images():
     images, targets = batch((5, 3, 8, 8))
     mixer = PartialMix(Recorder(1.0), mix_fraction=0.5)
     mixed, _ = mixer(images, targets)
     assert torch.equal(mixed[:3], images[:3]) and torch.equal(mixed[3:], images[3:] + 1)
 
 
-def test_partly_mixes_part_of_a_hidden_layer():
+def test_partial_mix_mixes_only_the_last_rows_of_a_hidden_layer():
     mixer = PartialMix(ManifoldMixup(), mix_fraction=0.5)
     inner = mixer.mixers[0]
     inner.depth, inner.partner, inner.lam = 1, torch.tensor([1, 0]), torch.tensor(0.5)
@@ -280,7 +280,7 @@ def test_partly_mixes_part_of_a_hidden_layer():
 @pytest.mark.parametrize(
     ("kind", "shares"), [("fixed", [1, 1, 1, 1, 0]), ("scheduled", [0, 0.5, 1, 1, 0]), ("delayed", [0, 0, 1, 1, 0])]
 )
-def test_the_share_follows_the_epochs(kind, shares):
+def test_partial_mix_fraction_follows_the_schedule(kind, shares):
     mixer = PartialMix(NoMix(), 1.0, kind, 2, mix_off_epoch=1)
     seen = []
     for epoch in range(5):
@@ -289,7 +289,7 @@ def test_the_share_follows_the_epochs(kind, shares):
     assert seen == shares
 
 
-def test_compose_builds_what_the_flags_say():
+def test_compose_mixer_builds_what_its_options_say():
     def source_of(mixer):
         return mixer.build_source(lambda one: one.default_source)
 
@@ -301,18 +301,18 @@ def test_compose_builds_what_the_flags_say():
     mixer = compose_mixer(["none", "cutmix"], method_options=by_method)
     assert (mixer.mixers[1].mix_prob, mixer.mixers[1].cutmix_box, source_of(mixer)) == (1.0, "real", None)
     mixer = compose_mixer(["cutmix"], method_options=by_method, mix_prob=0.1)
-    assert mixer.mix_prob == 0.1, "a typed option wins"
+    assert mixer.mix_prob == 0.1, "an explicit option overrides method_options"
     mixer = compose_mixer(["mixup"], cutout=True, cutout_length=4, mix_off_epoch=2)
     images, targets = torch.ones(4, 3, 16, 16), torch.eye(4)
     mixer.start_epoch(9, 10, 3)
     mixed, soft = mixer(images, targets)
-    assert mixed.eq(0).any() and torch.equal(soft, targets), "holes stay when mixing is off"
+    assert mixed.eq(0).any() and torch.equal(soft, targets), "Cutout continues when mixing is off"
     known = compose_options(["none", "cutmix"])
     assert {"mix_off_epoch", "method_options", "cutmix_box", "n_holes"} <= set(known) and "rand_pos" not in known
 
 
-class Waits(TorchDispatchMode):
-    """Notes copies between devices; reading a number of a tensor without numbers raises by itself."""
+class DeviceSyncs(TorchDispatchMode):
+    """Records copies between devices. Reading a value of a `meta` tensor raises an error by itself."""
 
     def __init__(self):
         super().__init__()
@@ -328,9 +328,9 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
-def test_no_method_makes_the_host_wait_for_the_device(name, monkeypatch):
-    """On the device `meta`, whose tensors hold nothing: to read a number there raises, as it would wait on a GPU."""
-    monkeypatch.setattr(torch, "_sample_dirichlet", lambda alpha: torch.empty_like(alpha))  # `meta` has none
+def test_no_method_synchronises_with_the_device(name, monkeypatch):
+    """Runs on the device `meta`, where reading a value raises an error; on a GPU it would wait."""
+    monkeypatch.setattr(torch, "_sample_dirichlet", lambda alpha: torch.empty_like(alpha))  # not implemented on `meta`
     meta = torch.device("meta")
     model = build_model("resnet20", 10).to(meta)
     images, targets = torch.empty(20, 3, 32, 32, device=meta), torch.empty(20, 10, device=meta)
@@ -344,20 +344,20 @@ def test_no_method_makes_the_host_wait_for_the_device(name, monkeypatch):
             **one.gradient_options,
         )
     )
-    for _ in range(6):  # constants are made once, for each number of blocks
+    for _ in range(6):  # constants are cached, for each number of blocks
         mixer(images, targets, source)
-    with Waits() as waits:
+    with DeviceSyncs() as syncs:
         for _ in range(6):
             mixed, soft = mixer(images, targets, source)
             mixer.after_backward(torch.empty_like(mixed))
-    assert mixed.device == soft.device == meta and not waits.seen
-    with Waits() as waits:
+    assert mixed.device == soft.device == meta and not syncs.seen
+    with DeviceSyncs() as syncs:
         torch.zeros(3).to(meta)
-    assert waits.seen, "the check itself"
+    assert syncs.seen, "the check must detect a copy"
 
 
-@pytest.mark.parametrize("name", LABEL_MIXERS)
-def test_labels_in_place_of_targets_are_refused(name):
+@pytest.mark.parametrize("name", TARGET_MIXERS)
+def test_class_indices_as_targets_raise_an_error(name):
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
     for wrong in (labels, labels.float(), torch.eye(4).long()):
         with pytest.raises(ValueError, match="one_hot"):
@@ -365,7 +365,7 @@ def test_labels_in_place_of_targets_are_refused(name):
                 build_mixer(name, mix_prob=1.0, **SMALL)(images, wrong, centre)
 
 
-def test_a_part_of_a_batch_and_a_clean_term_exclude_each_other():
+def test_partial_mix_refuses_a_clean_loss():
     class Clean(Source):
         clean_weight = 0.3
 
@@ -376,12 +376,12 @@ def test_a_part_of_a_batch_and_a_clean_term_exclude_each_other():
     assert compose_mixer(["sage"], mix_fraction=0.5).build_source(lambda one: Source())
 
 
-SALIENT = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+SALIENCY_METHODS = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 
 
-@pytest.mark.parametrize("name", SALIENT)
+@pytest.mark.parametrize("name", SALIENCY_METHODS)
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
-def test_a_map_that_says_nothing_is_taken_as_uniform_and_counted(name, bad):
+def test_invalid_maps_are_replaced_by_uniform_ones_and_counted(name, bad):
     images, targets = batch((4, 3, 16, 16))
     mixer = build_mixer(name, mix_prob=1.0, **SMALL)
     saliency = torch.rand(4, 16, 16) + 0.1
@@ -390,12 +390,12 @@ def test_a_map_that_says_nothing_is_taken_as_uniform_and_counted(name, bad):
     assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.replaced_maps) == 1
     torch.testing.assert_close(soft.sum(1), torch.ones(4))
     mixed, soft = mixer(images, targets, lambda *_: torch.full((4, 16, 16), 2.0))
-    assert mixed.isfinite().all() and int(mixer.replaced_maps) == 1, "a constant map is a map"
+    assert mixed.isfinite().all() and int(mixer.replaced_maps) == 1, "a constant map is valid"
 
 
-@pytest.mark.parametrize("name", SALIENT)
-def test_the_gradient_finds_its_way_back_through_every_mixture(name):
-    """The bank reads the gradient at the un-mixed images: what a method shows of them, and nothing else, carries it."""
+@pytest.mark.parametrize("name", SALIENCY_METHODS)
+def test_gradients_flow_back_through_every_mix(name):
+    """The bank needs the gradient with respect to the unmixed images, weighted by what the mix shows of them."""
     images, targets = batch((6, 3, 16, 16), 6)
     images.requires_grad_()
     mixer = build_mixer(name, mix_prob=1.0, **SMALL)
@@ -404,7 +404,7 @@ def test_the_gradient_finds_its_way_back_through_every_mixture(name):
         assert not soft.requires_grad
         (weight,) = torch.autograd.grad(mixed, images, torch.ones_like(mixed))
         assert weight.min() >= 0 and weight.isfinite().all()
-        # every pixel of a mixed image has the weights 1 in all, but where SAGE shifted an image out of its frame
+        # the weights of a mixed pixel sum to 1, except where SAGE has shifted the partner out of the frame
         shown = float(weight.sum()) / weight.numel()
         assert shown <= 1 + 1e-5 and (name == "sage" or shown > 1 - 1e-5)
 
@@ -427,12 +427,12 @@ def test_the_gradient_finds_its_way_back_through_every_mixture(name):
         ("nonsense", {}),
     ],
 )
-def test_wrong_hyper_parameters_are_refused(name, options):
+def test_wrong_hyper_parameters_raise_an_error(name, options):
     with pytest.raises(ValueError):
         build_mixer(name, **options)
 
 
-def test_names_and_defaults():
+def test_aliases_and_default_hyper_parameters():
     names = ("none", "mixup", "manifold", "puzzlemix", "comixup")
     assert {mixer_class(alias) for alias in ALIASES} == {mixer_class(name) for name in names}
     assert hyper_parameters("manifold")["mixup_alpha"] == 2.0 and hyper_parameters("cutmix")["mix_prob"] == 0.5
@@ -456,11 +456,11 @@ def fixed_maps(images, targets):
 
 
 @pytest.mark.parametrize(("name", "options"), [(name, one) for name, cases in WEIGHTED.items() for one in cases])
-def test_the_weight_is_the_share_of_the_first_image(name, options):
+def test_weight_is_the_share_of_the_first_image(name, options):
     """If image i is 1 and all others are 0, mixed image i is its weight."""
     mixer = build_mixer(name, mix_prob=0.8, **SMALL | options)
     assert mixer.weight is None, "before the first batch"
-    mixer(torch.zeros(4, 3, 16, 16), torch.eye(4), fixed_maps)  # RL-Mix draws its agent once
+    mixer(torch.zeros(4, 3, 16, 16), torch.eye(4), fixed_maps)  # RL-Mix initialises its agent here
     seen = 0
     for seed in range(3):
         for i in range(4):
@@ -469,13 +469,13 @@ def test_the_weight_is_the_share_of_the_first_image(name, options):
             torch.manual_seed(seed)
             mixed, soft = mixer(images, torch.eye(4), fixed_maps)
             assert mixer.weight.shape == (4, 1, 16, 16) and mixer.weight.dtype == torch.float32
-            if soft[i].max() < 1 or name in ("none", "cutout") or mixer.weight[i].eq(1).all():  # else its own partner
+            if soft[i].max() < 1 or name in ("none", "cutout") or mixer.weight[i].eq(1).all():  # not its own partner
                 torch.testing.assert_close(mixer.weight[i].expand(3, -1, -1), mixed[i])
                 seen += bool(mixer.weight[i].min() < 1)
     assert seen > 2 or name == "none"
 
 
-def test_methods_without_a_weight_of_the_first_image_have_none():
+def test_weight_is_none_where_no_such_map_exists():
     images, targets = batch((6, 3, 16, 16), 6)
     for name in ("manifold", "comixup"):
         mixer, found = build_mixer(name, mix_prob=0.5, **SMALL), set()
@@ -492,7 +492,7 @@ def test_methods_without_a_weight_of_the_first_image_have_none():
         assert found == {True, False}
 
 
-def test_composed_mixers_hand_the_weight_on():
+def test_composed_mixers_compose_the_weight():
     images, targets = torch.ones(6, 3, 16, 16), torch.eye(6)
     mixer = compose_mixer(["mixup"], cutout=True, cutout_length=6, mix_fraction=0.5)
     mixed, _ = mixer(images, targets)
@@ -517,7 +517,7 @@ def test_composed_mixers_hand_the_weight_on():
     assert found == {True, False}
 
 
-def test_a_plain_function_has_the_defaults_of_a_source():
+def test_function_source_has_the_defaults_of_source():
     plain, default = as_source(fixed_maps), Source()
     for name in ("clean_weight", "logits", "has_gradient"):
         assert vars(FunctionSource)[name] == vars(Source)[name]

@@ -1,4 +1,4 @@
-"""The graph-cut solver, for comparison: what it returns, and what is said where its package is missing."""
+"""The graph-cut solver, for comparison: its results, and the error if its package is missing."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from mixing.solvers import puzzlemix_mask
 from mixing.solvers.graphcut import duplicate_costs, pairwise_costs, soft_labels, solve_labelling, solve_mask
 
 
-def test_mask_energies_are_those_of_the_published_code():
+def test_mask_energies_match_the_published_code():
     pytest.importorskip("gco")
     golden = np.load(GOLDEN / "puzzlemix.npz")
     for number, case in enumerate(json.loads(str(golden["meta"]))):
@@ -24,7 +24,7 @@ def test_mask_energies_are_those_of_the_published_code():
         )
 
 
-def test_labelling_by_sweeps_is_a_labelling_of_falling_cost():
+def test_more_sweeps_lower_the_objective():
     pytest.importorskip("gco")
     cost, identity = -torch.rand(2, 6, 4, 4).softmax(1), torch.eye(6).expand(2, -1, -1)
     settings = {"beta": 0.32, "gamma": 1.0, "thres": 0.83}
@@ -33,7 +33,7 @@ def test_labelling_by_sweeps_is_a_labelling_of_falling_cost():
     assert last.objective.mean() < first.objective.mean()
 
 
-def test_half_labels_and_their_contrast():
+def test_soft_labels_and_their_pairwise_costs():
     assert soft_labels(np.array([0, 5, 3, 0, 8])) == [(4, 1), (4, 2), (1, 2)]
     assert soft_labels(np.array([16, 0])) == []
     labels = np.array([(0, 0), (1, 1), (0, 1), (2, 3), (1, 2)])
@@ -41,14 +41,14 @@ def test_half_labels_and_their_contrast():
     assert pairwise_costs(labels, 4).tolist() == wanted  # of |z - z'|^2 / 2: 1, 1/4 and 3/4 as in the objective
 
 
-def test_outputs_of_the_same_inputs_are_pulled_apart():
+def test_duplicate_costs_separate_outputs_with_the_same_inputs():
     counts = np.array([[8.0, 8, 0], [2, 14, 0], [0, 16, 0]])
     extra = duplicate_costs(counts, 0.5)
     assert extra.tolist() == [[0.5, 0, 0], [0, 0.5, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("name", ["puzzlemix", "comixup"])
-def test_methods_take_it(name):
+def test_methods_run_with_the_graph_cut_solver(name):
     pytest.importorskip("gco")
     images, targets = torch.randn(5, 3, 16, 16), torch.eye(5)
     mixed, soft = build_mixer(name, solver="gco")(images, targets, lambda images, targets: images.abs().mean(1))
@@ -57,7 +57,7 @@ def test_methods_take_it(name):
 
 
 @pytest.mark.parametrize("name", ["puzzlemix", "comixup"])
-def test_a_missing_package_is_named_at_once(name, monkeypatch):
+def test_missing_package_is_reported_by_the_constructor(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gco", None)
     with pytest.raises(ValueError, match="pip install gco-wrapper"):
         build_mixer(name, solver="gco")

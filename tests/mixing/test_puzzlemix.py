@@ -42,7 +42,7 @@ def random_problem(labels: int, n: int, batch: int = 6):
     return torch.rand(labels, n, n, batch), torch.rand(n - 1, n, batch), torch.rand(n, n - 1, batch)
 
 
-def test_the_mask_problem_is_the_recorded_one(golden):
+def test_mask_problem_matches_the_recorded_one(golden):
     for number, case in enumerate(cases(golden)):
         mixer, n = method(case), case["block_num"]
         images, partner = tensor(golden[case["x"]]), tensor(golden[f"c{number}_perm"]).long()
@@ -54,7 +54,7 @@ def test_the_mask_problem_is_the_recorded_one(golden):
             torch.testing.assert_close(ours, recorded, rtol=1e-5, atol=2e-7)
 
 
-def test_energies_reach_the_recorded_optimum(golden):
+def test_mask_energies_reach_the_recorded_optimum(golden):
     gaps = []
     for number, case in enumerate(cases(golden)):
         problem = load_recorded_problem(golden, number, case)
@@ -73,7 +73,7 @@ def test_energies_reach_the_recorded_optimum(golden):
 
 
 @pytest.mark.parametrize("labels", [2, 3, 4])
-def test_small_grids_are_solved_exactly(labels):
+def test_exact_solver_finds_the_optimum_of_small_grids(labels):
     unary, down, right = random_problem(labels, 2)
     every = torch.tensor(list(itertools.product(range(labels), repeat=4))).view(-1, 2, 2, 1).expand(-1, -1, -1, 6)
     least = torch.stack([puzzlemix_mask.energy(one.contiguous(), unary, down, right) for one in every]).amin(0)
@@ -82,10 +82,10 @@ def test_small_grids_are_solved_exactly(labels):
     )
 
 
-def test_rows_and_levels_agree():
-    """Two solvers with nothing in common find the same energies."""
+def test_exact_and_total_variation_solvers_agree():
+    """Two independent solvers find the same energies."""
     slope = torch.rand(1, 4, 4, 20) - 0.5
-    unary = slope * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)  # convex in the label, as PuzzleMix's
+    unary = slope * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)  # convex in the label, like PuzzleMix's
     down, right = 0.2 * torch.rand(3, 4, 20), 0.2 * torch.rand(4, 3, 20)
     exact = puzzlemix_mask.energy(puzzlemix_mask.solve_exact(unary, down, right), unary, down, right)
     labels, bound = puzzlemix_mask.solve_total_variation(unary, down, right, iterations=300)
@@ -93,7 +93,7 @@ def test_rows_and_levels_agree():
     assert (bound <= exact + 1e-5).all() and (exact - bound).max() < 1e-3
 
 
-def test_the_bound_holds_however_few_steps_are_taken():
+def test_lower_bound_holds_after_any_number_of_iterations():
     unary = (torch.rand(1, 8, 8, 20) - 0.5) * torch.linspace(0, 1, 3).view(-1, 1, 1, 1)
     down, right = 0.3 * torch.rand(7, 8, 20), 0.3 * torch.rand(8, 7, 20)
     gaps = []
@@ -105,7 +105,7 @@ def test_the_bound_holds_however_few_steps_are_taken():
     assert gaps[0] > gaps[1] > gaps[2]
 
 
-# transport
+# ---- Transport ----
 
 
 def plan_cost(block, salient, needed, t_eps):
@@ -116,7 +116,7 @@ def plan_cost(block, salient, needed, t_eps):
     return (value * needed.flatten(1)).sum(1)
 
 
-def test_transport_is_as_good_as_the_recorded_plans(golden):
+def test_transport_is_at_least_as_good_as_the_recorded_plans(golden):
     for number, case in enumerate(cases(golden)):
         side = case["t_block_num"]
         if not side:
@@ -127,7 +127,7 @@ def test_transport_is_as_good_as_the_recorded_plans(golden):
             needed = tensor(golden[f"c{number}_{image}_need"]).view(-1, side, side)
             block = solve_transport(values, needed, case["t_eps"])
             for row, wanted in zip(block, needed.flatten(1), strict=True):
-                assert len(row[wanted].unique()) == wanted.sum(), "a block is shown twice"
+                assert len(row[wanted].unique()) == wanted.sum(), "a block must not be shown twice"
                 assert torch.equal(row[~wanted], torch.arange(side**2)[~wanted])
             cost = plan_cost(block, values, needed, case["t_eps"]).double()
             assert (cost - tensor(golden[f"c{number}_{image}_cost_ref"])).mean() <= 1e-6, case
@@ -136,7 +136,7 @@ def test_transport_is_as_good_as_the_recorded_plans(golden):
 
 @pytest.mark.parametrize("may_sync", [True, False])
 def test_small_transports_are_optimal(may_sync):
-    """Against all ways to fill the needed places, with the host looking on and not."""
+    """Compared with all ways to fill the needed places, with and without host synchronisation."""
     salient, needed = normalize_sum(torch.rand(12, 2, 3) ** 4), torch.rand(12, 2, 3) < 0.5
     block = run_auction(salient, needed, 0.05 / 4, may_sync=may_sync)
     ours = plan_cost(block, salient, needed, 0.05)
@@ -150,8 +150,8 @@ def test_small_transports_are_optimal(may_sync):
         assert float(ours[image]) <= best + 6e-4
 
 
-def test_only_improvable_images_are_moved():
-    """The test that spares the auction is exact: elsewhere the auction finds nothing worth more than its slack."""
+def test_can_improve_finds_all_images_that_gain():
+    """Where can_improve() is False, the auction gains no more than its slack."""
     salient, needed = normalize_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
     moves = can_improve(salient, needed, 1.0 / 49)
     assert 30 < moves.sum() < 270
@@ -161,10 +161,10 @@ def test_only_improvable_images_are_moved():
     assert gain[moves].mean() > 1e-3
 
 
-# mixing
+# ---- Mixing ----
 
 
-def test_mixing_is_the_recorded_one(golden):
+def test_mix_matches_the_recorded_one(golden):
     for number, case in enumerate(cases(golden)):
         if f"c{number}_out" not in golden:
             continue
@@ -184,7 +184,7 @@ def test_mixing_is_the_recorded_one(golden):
         torch.testing.assert_close(soft, wanted, rtol=0, atol=1e-6)
 
 
-def test_a_moved_block_is_seen_where_the_plan_says():
+def test_mix_shows_moved_blocks_at_their_place():
     images = torch.arange(16.0).view(1, 1, 4, 4)
     blocks = torch.tensor([[3, 1, 2, 0]])
     mask = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]])
@@ -193,7 +193,7 @@ def test_a_moved_block_is_seen_where_the_plan_says():
     assert torch.equal(mixed[0, 0], wanted)
 
 
-# the gradient that guides it
+# ---- The gradient source ----
 
 
 def net(golden) -> nn.Module:
@@ -204,14 +204,14 @@ def net(golden) -> nn.Module:
     return model.train()
 
 
-def test_saliency_and_the_clean_gradient_are_the_recorded_ones(golden):
+def test_saliency_and_clean_gradient_match_the_recorded_ones(golden):
     images = tensor(golden["x32"][:4])
     targets = F.one_hot(tensor(golden["net_y"]).long(), 10).float()
     model = net(golden)
     running = model[1].running_mean.clone()
     saliency = normalize_sum(Gradient(model, **PuzzleMix().gradient_options)(images, targets))
     torch.testing.assert_close(saliency, normalize_sum(tensor(golden["net_sal_eval"])), rtol=1e-4, atol=1e-8)
-    assert all(p.grad is None and p.requires_grad for p in model.parameters()), "input only"
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()), "the parameters must not get gradients"
     assert model.training and torch.equal(model[1].running_mean, running)
     source = Gradient(model, cross_entropy_scale=2 / 10, **PuzzleMix(clean_lam=1.0).gradient_options)
     recorded = tensor(golden["net_sal_train"])
@@ -220,21 +220,21 @@ def test_saliency_and_the_clean_gradient_are_the_recorded_ones(golden):
     assert not torch.equal(model[1].running_mean, running)
 
 
-# the method
+# ---- The method ----
 
 
-def bright(images, targets):
+def mean_brightness(images, targets):
     return images.abs().mean(1)
 
 
 def test_salient_blocks_survive():
-    """Left half of one image, right half of the other salient: both show, and the labels share."""
+    """The left half of one image and the right half of the other are salient: both show, and the targets are shared."""
     images = torch.randn(2, 3, 32, 32)
     saliency = torch.full((2, 32, 32), 1e-3)
     saliency[0, :, :16] = 1
     saliency[1, :, 16:] = 1
     mixer = PuzzleMix(block_num=(8,), transport=False)
-    for seed in range(20):  # until the images are each other's partners
+    for seed in range(20):  # until each image has the other as its partner
         torch.manual_seed(seed)
         mixed, soft = mixer(images, torch.eye(2), lambda *_: saliency)
         if not torch.equal(soft, torch.eye(2)):
@@ -244,8 +244,8 @@ def test_salient_blocks_survive():
     assert 0.3 < float(soft[0, 0]) < 0.7
 
 
-def test_each_image_of_a_pair_is_moved_to_where_it_shows():
-    """On the finer grid of t_size, by the saliency there."""
+def test_transport_uses_the_mask_of_each_image_of_a_pair():
+    """With t_size, on a finer grid and with its block saliency."""
     mixer = PuzzleMix(block_num=(4,), t_size=4, t_eps=0.1)
     images, saliency, partner = torch.randn(6, 3, 32, 32), torch.rand(6, 32, 32) ** 8, torch.arange(5, -1, -1)
     mask, (own, other, rows, columns) = mixer.solve_mask_and_transport(images, saliency, partner, torch.tensor(0.5), 4)
@@ -258,11 +258,11 @@ def test_each_image_of_a_pair_is_moved_to_where_it_shows():
 
 
 @pytest.mark.parametrize("labels", [2, 3, 4])
-def test_any_number_of_labels_and_oblong_images(labels):
+def test_label_counts_and_non_square_images(labels):
     images = torch.randn(5, 3, 16, 32).contiguous(memory_format=torch.channels_last)
     mixer = PuzzleMix(block_num=(2, 4, 8), n_labels=labels)
     for _ in range(6):
-        mixed, soft = mixer(images, torch.eye(5), bright)
+        mixed, soft = mixer(images, torch.eye(5), mean_brightness)
         assert mixed.shape == images.shape and mixed.is_contiguous(memory_format=torch.channels_last)
         values = (mixer.mask * (labels - 1)).unique()
         assert set(values.round().tolist()) <= set(range(labels)) and torch.allclose(values, values.round())
@@ -270,7 +270,7 @@ def test_any_number_of_labels_and_oblong_images(labels):
         assert (mixer.bound <= mixer.energy + 1e-5).all()
 
 
-def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
+def test_adversarial_noise_is_bounded_and_needs_the_gradient(golden):
     model, images = net(golden).eval(), tensor(golden["x32"][:4])
     mixer = PuzzleMix(block_num=(4,), adv_p=1.0, adv_eps=8.0, **CIFAR100)
     source, targets = Gradient(model), torch.eye(10)[:4]
@@ -284,14 +284,14 @@ def test_adversarial_noise_stays_small_and_needs_the_gradient(golden):
     assert worse > loss
     mixer(images, targets, source)
     with pytest.raises(ValueError, match="signed pixel gradient"):
-        mixer(images, targets, bright)
+        mixer(images, targets, mean_brightness)
     with torch.no_grad():
-        model[8].weight.fill_(float("nan"))  # a network that has diverged
+        model[8].weight.fill_(float("nan"))  # a diverged network
     mixed, soft = mixer(images, targets, source)
     assert mixed.isfinite().all() and soft.isfinite().all() and int(mixer.replaced_maps) == 4
 
 
-def test_what_cannot_be_solved_is_refused():
+def test_unsolvable_options_raise_an_error():
     with pytest.raises(ValueError, match="gamma .* submodular"):
         PuzzleMix(gamma=1.1)
     with pytest.raises(ValueError, match="n_labels"):

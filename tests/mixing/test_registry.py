@@ -1,4 +1,4 @@
-"""The registries of methods and sources, and what the command line knows of them."""
+"""The registries of methods and sources, and the flags for their parameters."""
 
 import inspect
 import re
@@ -22,7 +22,7 @@ SET_BY_RECIPES = {"method_options"}
 
 @pytest.fixture(scope="module")
 def helps():
-    """Option -> its help text without the default in brackets."""
+    """Return option -> help text without the default in brackets."""
     actions = train.build_parser()._actions
     return {action.dest: re.sub(r" ?\[.*\]$", "", action.help or "") for action in actions}
 
@@ -41,12 +41,12 @@ def test_every_parameter_of_a_source_has_a_flag_and_a_help_text(name, helps):
         assert helps.get(key), f"{name} {key}"
 
 
-def test_what_composes_methods_has_a_flag_and_a_help_text(helps):
+def test_every_option_of_compose_mixer_has_a_flag_and_a_help_text(helps):
     for key in set(compose_options([])) - SET_BY_RECIPES:
         assert helps.get(key), key
 
 
-def test_the_packages_hand_out_their_names_without_importing_torch():
+def test_packages_import_their_public_names_lazily():
     code = "import sys, mixing, saliency, models; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     for package, names in (

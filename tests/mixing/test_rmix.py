@@ -40,14 +40,14 @@ def batch(shape, classes=5):
     return images, torch.eye(classes)[torch.arange(shape[0]) % classes]
 
 
-def spotty(images, targets):
+def random_maps(images, targets):
     """A source with a different map for each image."""
     generator = torch.Generator().manual_seed(7)
     return torch.rand(len(images), *images.shape[-2:], generator=generator)
 
 
 @pytest.mark.parametrize("case", "abcd")
-def test_a_step_of_the_published_code(case, golden, monkeypatch):
+def test_training_step_matches_the_published_code(case, golden, monkeypatch):
     def recorded(name):
         return torch.from_numpy(golden[f"mix_{case}_{name}"])
 
@@ -65,7 +65,7 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
     monkeypatch.setattr(mixer, "draw_partner", lambda _: recorded("index").long())
     monkeypatch.setattr(mixing.rmix, "draw_lam", lambda *_: recorded("w1").double())
     maps = []
-    mixed, soft = mixer(images, targets, lambda *asked: maps.append(source(*asked)) or maps[0])
+    mixed, soft = mixer(images, targets, lambda *args: maps.append(source(*args)) or maps[0])
     mixed.requires_grad_()
     loss = F.cross_entropy(net(mixed), soft)
     loss.backward()
@@ -78,7 +78,7 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
     near = {"rtol": 1e-5, "atol": 1e-9}
     torch.testing.assert_close(normalize_sum(block_means(maps[0], *patches)), recorded("saliency_pooled"), **near)
     clean = block_means(maps[0], 8, 8)
-    scale = len(images) * classes / 2  # recorded: 2 / K times the mean of the losses; ours: their sum
+    scale = len(images) * classes / 2  # the recorded loss is 2 / K times the mean, ours the sum
     torch.testing.assert_close(clean / scale, recorded("agent_saliency_raw"), rtol=1e-5, atol=1e-9)
     some = recorded("mixed_x")  # the first images of the batch
     torch.testing.assert_close(mixed[: len(some)], some, rtol=0, atol=1e-6)
@@ -100,27 +100,27 @@ def test_a_step_of_the_published_code(case, golden, monkeypatch):
         (8, [64, 57, 50, 43, 36, 29, 22, 15, 8, 1]),
     ],
 )
-def test_the_percentile_counts_the_salient_patches(side, ones):
+def test_percentile_determines_the_number_of_salient_patches(side, ones):
     blocks = torch.randperm(side * side).float().view(1, side, side).repeat(10, 1, 1)
     mask = salient_mask(blocks, actions_to_percentiles(torch.arange(10), 10))
     assert mask.sum((1, 2)).tolist() == ones
     for row, kept in zip(mask, ones, strict=True):
-        assert blocks[0][row].min() == side * side - kept, "the greatest ones"
+        assert blocks[0][row].min() == side * side - kept, "the salient patches must be the largest ones"
 
 
-def test_the_threshold_lies_between_two_patches():
+def test_threshold_is_interpolated_between_two_patches():
     blocks = torch.tensor([[[1.0, 2.0], [4.0, 8.0]]]).expand(3, 2, 2)
     mask = salient_mask(blocks, torch.tensor([1 / 3, 0.34, 0.5]))  # thresholds 2, 2.04 and 3
     assert mask.flatten(1).int().tolist() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
-def test_equal_patches_are_all_salient_and_one_patch_is():
+def test_equal_patches_and_a_single_patch_are_salient():
     assert salient_mask(torch.ones(10, 4, 4), actions_to_percentiles(torch.arange(10), 10)).all()
     assert salient_mask(torch.rand(10, 1, 1), actions_to_percentiles(torch.arange(10), 10)).all()
     assert actions_to_percentiles(torch.zeros(3, dtype=torch.long), 1).eq(0).all()
 
 
-def test_a_mix_worked_out_by_hand():
+def test_mix_computed_by_hand():
     images = torch.stack([torch.zeros(1, 2, 4), torch.full((1, 2, 4), 8.0)])
     mask = torch.tensor([[[True, True]], [[False, True]]])  # one row of two patches, 2 x 2 pixels each
     partner = torch.tensor([1, 0])
@@ -131,7 +131,7 @@ def test_a_mix_worked_out_by_hand():
     assert soft.tolist() == [[0.625, 0.375], [0.875, 0.125]]
 
 
-def test_one_map_of_weights_equals_the_three_cases():
+def test_block_weights_equal_the_three_cases_of_the_paper():
     images, targets = batch((6, 3, 16, 16), 6)
     mask, partner, lam = torch.rand(6, 4, 4) < 0.5, torch.tensor([3, 0, 1, 5, 4, 2]), 0.3
     own, other = (upsample_blocks(m.float(), 16, 16) for m in (mask, mask[partner]))
@@ -144,40 +144,40 @@ def test_one_map_of_weights_equals_the_three_cases():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_contract(shape):
+def test_shapes_and_inputs_are_kept_and_the_seed_repeats(shape):
     images, targets = batch(shape)
     kept = images.clone(), targets.clone()
     results = []
     for seed in (*range(8), *range(8)):
         torch.manual_seed(seed)
-        mixed, soft = RMix()(images, targets, spotty)
+        mixed, soft = RMix()(images, targets, random_maps)
         assert mixed.shape == images.shape and mixed.dtype == images.dtype and soft.shape == targets.shape
         torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
-        assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs changed"
+        assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs were modified"
         results.append((mixed, soft))
     for first, again in zip(results[:8], results[8:], strict=True):
-        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]), "one seed, two results"
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]), "same seed, different results"
     if shape[0] > 1:
-        assert len({float(mixed.sum()) for mixed, _ in results[:8]}) > 4, "seeds make no difference"
+        assert len({float(mixed.sum()) for mixed, _ in results[:8]}) > 4, "different seeds must give different mixes"
 
 
-def test_the_memory_format_is_kept_and_changes_no_number():
+def test_memory_format_is_preserved_and_does_not_change_the_values():
     images, targets = batch((5, 3, 32, 16))
     torch.manual_seed(3)
-    expected = RMix()(images, targets, spotty)
+    expected = RMix()(images, targets, random_maps)
     torch.manual_seed(3)
-    mixed, soft = RMix()(images.contiguous(memory_format=torch.channels_last), targets, spotty)
+    mixed, soft = RMix()(images.contiguous(memory_format=torch.channels_last), targets, random_maps)
     assert mixed.is_contiguous(memory_format=torch.channels_last) and expected[0].is_contiguous()
     assert torch.equal(mixed, expected[0]) and torch.equal(soft, expected[1])
 
 
-def test_half_precision_images_stay_half():
+def test_half_precision_images_keep_their_dtype():
     images, targets = batch((4, 3, 32, 32))
-    mixed, soft = RMix()(images.bfloat16(), targets, spotty)
+    mixed, soft = RMix()(images.bfloat16(), targets, random_maps)
     assert mixed.dtype == torch.bfloat16 and soft.dtype == torch.float32
 
 
-def test_the_blend_passes_gradients_to_the_images_and_the_decision_does_not():
+def test_gradients_flow_through_the_blend_only():
     images, targets = batch((6, 3, 32, 32))
     images.requires_grad_()
     mixed, soft = RMix()(images, targets, lambda x, _: x.square().sum(1))
@@ -186,9 +186,9 @@ def test_the_blend_passes_gradients_to_the_images_and_the_decision_does_not():
     torch.testing.assert_close(images.grad.sum(), torch.tensor(float(images.numel())), rtol=1e-4, atol=0)
 
 
-def test_reversed_pairs_run_backwards():
+def test_reversed_pairing_reverses_the_batch():
     images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 16, 16)
-    mixed, soft = RMix(pairing="reversed", random_patches=(8,))(images, torch.eye(5), spotty)
+    mixed, soft = RMix(pairing="reversed", random_patches=(8,))(images, torch.eye(5), random_maps)
     for i in range(5):
         assert soft[i, i] + soft[i, 4 - i] >= 1 - 1e-6
         torch.testing.assert_close(mixed[i].mean(), soft[i] @ torch.arange(5.0))
@@ -206,40 +206,40 @@ def test_reversed_pairs_run_backwards():
         ({"use_random_patches": False, "num_patches": 16}, {(16, 16)}),
     ],
 )
-def test_the_grid_is_drawn_for_each_batch(options, grids):
+def test_grid_is_drawn_for_each_batch(options, grids):
     mixer = RMix(**options)
     assert {mixer.draw_grid(32, 48) for _ in range(20)} == grids
 
 
-def test_patches_that_do_not_fit_are_named_with_those_that_would():
+def test_error_for_patches_that_do_not_fit_names_sizes_that_do():
     images, targets = batch((2, 3, 24, 40))
     with pytest.raises(ValueError, match=r"random_patches.*24x40.*16x16.*\[2, 4, 8\]"):
-        RMix()(images, targets, spotty)
+        RMix()(images, targets, random_maps)
     with pytest.raises(ValueError, match=r"patches_per_side.*\[2, 4, 8\]"):
-        RMix(patches_per_side=(2, 3))(images, targets, spotty)
+        RMix(patches_per_side=(2, 3))(images, targets, random_maps)
     with pytest.raises(ValueError, match=r"num_patches.*\[2, 4, 8\]"):
-        RMix(use_random_patches=False, num_patches=5)(images, targets, spotty)
-    RMix(random_patches=(8,))(images, targets, spotty)
+        RMix(use_random_patches=False, num_patches=5)(images, targets, random_maps)
+    RMix(random_patches=(8,))(images, targets, random_maps)
 
 
-def test_mix_prob_is_the_chance_of_a_batch():
+def test_mix_prob_is_the_probability_that_a_batch_is_mixed():
     images, targets = batch((6, 3, 16, 16), 6)
-    asked = []
+    calls = []
 
     def source(*args):
-        asked.append(1)
-        return spotty(*args)
+        calls.append(1)
+        return random_maps(*args)
 
     mixer = RMix(mix_prob=0.3, random_patches=(8,))
     changed = sum(mixer(images, targets, source)[0] is not images for _ in range(400))
-    assert 80 <= changed <= 160 and len(asked) == changed, "no saliency pass for nothing"
+    assert 80 <= changed <= 160 and len(calls) == changed, "unmixed batches must not cost a saliency pass"
 
 
-def test_percentiles_are_uniform_and_weights_a_beta_draw():
+def test_percentiles_are_uniform_and_weights_beta_distributed():
     saliency = torch.ones(5000, 1, 1)
     counts = RMix(num_action=4).choose_actions(saliency, None, None).bincount(minlength=4)
     assert len(counts) == 4 and (counts - 1250).abs().max() < 150
-    equal = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])  # equal maps: all patches blend
+    equal = torch.stack([torch.zeros(1, 16, 16), torch.ones(1, 16, 16)])  # equal maps: all patches are blended
     shares = []
     for _ in range(600):
         _, soft = RMix(0.2, pairing="reversed", num_action=1)(equal, torch.eye(2), lambda i, _: torch.ones(2, 16, 16))
@@ -247,7 +247,7 @@ def test_percentiles_are_uniform_and_weights_a_beta_draw():
     assert abs(np.mean(shares) - 0.5) < 0.06 and abs(np.var(shares) - 0.25 / 1.4) < 0.02  # Beta(0.2, 0.2)
 
 
-def test_the_clean_loss_is_trained_on_if_asked():
+def test_clean_loss_is_trained_on_with_clean_lam():
     images, targets = batch((4, 3, 16, 16))
     for clean_lam in (0.0, 1.0):
         net = Net(5)
@@ -255,7 +255,7 @@ def test_the_clean_loss_is_trained_on_if_asked():
         mixer(images, targets, Gradient(net, **mixer.gradient_options))
         if clean_lam == 0:
             assert net.fc.weight.grad is None
-            assert net.bn1.running_mean.ne(0).all(), "the saliency pass moves the running statistics"
+            assert net.bn1.running_mean.ne(0).all(), "the saliency pass must update the running statistics"
         else:
             got = net.fc.weight.grad.clone()
             net.zero_grad()
@@ -263,8 +263,8 @@ def test_the_clean_loss_is_trained_on_if_asked():
             torch.testing.assert_close(got, net.fc.weight.grad)
 
 
-def test_nothing_is_read_back_from_the_device():
-    images, targets = (t.to("meta") for t in batch((4, 3, 32, 32)))  # tensors without numbers: to read one raises
+def test_no_value_is_read_back_from_the_device():
+    images, targets = (t.to("meta") for t in batch((4, 3, 32, 32)))  # reading a value of a meta tensor raises an error
     for options in ({}, {"pairing": "reversed"}):
         mixed, soft = RMix(**options)(images, targets, lambda i, _: torch.empty(4, 32, 32, device="meta"))
         assert mixed.device.type == soft.device.type == "meta" and mixed.shape == images.shape
@@ -284,6 +284,6 @@ def test_nothing_is_read_back_from_the_device():
         {"mix_prob": 1.5},
     ],
 )
-def test_wrong_hyper_parameters_are_refused(options):
+def test_wrong_hyper_parameters_raise_an_error(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         RMix(**options)

@@ -1,4 +1,4 @@
-"""python -m mixing.show, as a user calls it."""
+"""python -m mixing.show, called as a user calls it."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from saliency.static import FineGrained
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three pictures of different shapes and modes."""
+def image_files(tmp_path):
+    """Three image files of different shapes and modes."""
     files = []
     for number, (size, mode) in enumerate([((80, 64), "RGB"), ((64, 90), "L"), ((70, 70), "RGBA")]):
         channels = {"RGB": 3, "L": 0, "RGBA": 4}[mode]
@@ -23,58 +23,60 @@ def pictures(tmp_path):
     return [str(file) for file in files]
 
 
-def test_every_method_is_shown_without_any_network(pictures, tmp_path, capsys):
+def test_all_methods_are_shown_without_a_network(image_files, tmp_path, capsys):
     output = tmp_path / "mix.png"
-    weights = show.main(["--images", *pictures, "--method", "all", "--image_size", "64", "--n", "2", "-o", str(output)])
+    weights = show.main(
+        ["--images", *image_files, "--method", "all", "--image_size", "64", "--n", "2", "-o", str(output)]
+    )
     assert weights.keys() == set(METHODS) and Image.open(output).size[0] > 400
-    said = capsys.readouterr().out
+    output_text = capsys.readouterr().out
     for name, soft in weights.items():
         assert soft.shape == (2, 3) and torch.allclose(soft.sum(1), torch.ones(2), atol=1e-5)
         assert name in ("cutout", "comixup") or soft.max() < 1, (
-            "what is shown is mixed"
-        )  # of noise comixup takes wholes
-        assert f"{name}: " in said
-    assert "picture0" in said and str(output) in said
+            "the images shown must be mixed"
+        )  # of noise images comixup shows whole ones
+        assert f"{name}: " in output_text
+    assert "picture0" in output_text and str(output) in output_text
 
 
-def test_a_classifier_of_ours_guides_by_its_gradient(shapes_run, tmp_path, monkeypatch):
+def test_the_gradient_of_a_trained_run_guides_the_mix(shapes_run, tmp_path, monkeypatch):
     run = shapes_run(epochs=1)
-    words = ["--dataset", "shapes", "--indices", "1", "2", "3", "--model_path", str(run), "--n", "3"]
-    first = show.main([*words, "--method", "puzzlemix", "rlmix", "-o", str(tmp_path / "a.png")])
-    again = show.main([*words, "--method", "puzzlemix", "-o", str(tmp_path / "b.png")])
-    static = show.main([*words, "--method", "puzzlemix", "--saliency", "static", "-o", str(tmp_path / "c.png")])
-    assert torch.equal(first["puzzlemix"], again["puzzlemix"]), "one seed, one picture"
+    args = ["--dataset", "shapes", "--indices", "1", "2", "3", "--model_path", str(run), "--n", "3"]
+    first = show.main([*args, "--method", "puzzlemix", "rlmix", "-o", str(tmp_path / "a.png")])
+    again = show.main([*args, "--method", "puzzlemix", "-o", str(tmp_path / "b.png")])
+    static = show.main([*args, "--method", "puzzlemix", "--saliency", "static", "-o", str(tmp_path / "c.png")])
+    assert torch.equal(first["puzzlemix"], again["puzzlemix"]), "the same seed must give the same mix"
     assert not torch.equal(first["puzzlemix"], static["puzzlemix"])
     drawn = []
     monkeypatch.setattr("engine.drawing.figures.draw_mixtures", lambda path, **given: drawn.append(given))
-    show.main([*words, "--method", "saliencymix"])
+    show.main([*args, "--method", "saliencymix"])
     assert drawn[0]["guide"] == "pixel gradient" and not torch.equal(
         drawn[0]["saliency"], FineGrained(drawn[0]["mean"], drawn[0]["std"])(drawn[0]["images"])
     )
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
-def test_a_torchvision_network_guides_too(pictures, tmp_path):
+def test_the_gradient_of_a_torchvision_network_guides_the_mix(image_files, tmp_path):
     from torchvision.models import get_model
 
     torch.save(get_model("squeezenet1_1", weights=None, num_classes=1000).half().state_dict(), tmp_path / "net.pt")
-    words = ["--images", *pictures[:2], "--image_size", "64", "--method", "rmix", "-o", str(tmp_path / "mix.png")]
-    words += ["--model_path", str(tmp_path / "net.pt")]
-    assert show.main([*words, "--model", "squeezenet1_1"])["rmix"].shape == (4, 2)
+    args = ["--images", *image_files[:2], "--image_size", "64", "--method", "rmix", "-o", str(tmp_path / "mix.png")]
+    args += ["--model_path", str(tmp_path / "net.pt")]
+    assert show.main([*args, "--model", "squeezenet1_1"])["rmix"].shape == (4, 2)
     with pytest.raises(UserError, match="does not hold a squeezenet1_0"):
-        show.main([*words, "--model", "squeezenet1_0"])
+        show.main([*args, "--model", "squeezenet1_0"])
     with pytest.raises(UserError, match="did you mean squeezenet1_"):
-        show.main([*words, "--model", "squeezenet"])
-    with pytest.raises(UserError, match="name it with --model"):
-        show.main(words)
+        show.main([*args, "--model", "squeezenet"])
+    with pytest.raises(UserError, match="with --model"):
+        show.main(args)
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_weights_rebuild_the_mixed_image(name):
-    """Whose pixels show, times those pixels, is the mixed image: for all methods that do not move pixels."""
+def test_pixel_shares_reconstruct_the_mixed_image(name):
+    """The inputs, weighted by their shares, are the mixed image, for all methods that do not move pixels."""
     images, targets = torch.randn(4, 3, 32, 32), torch.eye(4)
     mixer = build_mixer(name, mix_prob=1.0, transport=False)
-    mixer(images, targets, lambda images, targets: images.abs().mean(1))  # RL-Mix draws its agent once
+    mixer(images, targets, lambda images, targets: images.abs().mean(1))  # RL-Mix initialises its agent here
     for seed in range(3):
         torch.manual_seed(seed)
         mixed, soft = mixer(images, targets, lambda images, targets: images.abs().mean(1))
@@ -85,33 +87,33 @@ def test_the_weights_rebuild_the_mixed_image(name):
             torch.testing.assert_close(shares.mean((2, 3)), soft, atol=1e-5, rtol=0)
 
 
-def test_what_manifold_mixup_mixes_out_of_sight_is_not_shown():
+def test_batches_mixed_in_a_hidden_layer_are_not_shown():
     images = torch.randn(3, 3, 32, 32)
     _, shares, soft, _ = collect_mixtures(build_mixer("manifold"), images, None, 8, 0)
     torch.testing.assert_close(shares.mean((2, 3)), soft)
     assert len(soft) == 8 and soft.max() < 0.99
 
 
-def test_what_cannot_be_shown_is_explained(pictures, tmp_path, capsys):
-    for words, message in (
+def test_errors_name_the_option_and_the_remedy(image_files, tmp_path, capsys):
+    for args, message in (
         (["--method", "mixup"], "--images with two or more"),
-        (["--images", pictures[0]], "at least two images"),
-        (["--images", *pictures, "--method", "puzzle-mix"], "puzzlemix"),
-        (["--images", *pictures, "--model", "resnet18"], "--model_path"),
-        (["--images", *pictures, "--output", "mix.jpg"], "must end in .png"),
-        (["--images", *pictures, "nothing.jpg"], "--images nothing.jpg: no such file"),
+        (["--images", image_files[0]], "at least two images"),
+        (["--images", *image_files, "--method", "puzzle-mix"], "puzzlemix"),
+        (["--images", *image_files, "--model", "resnet18"], "--model_path"),
+        (["--images", *image_files, "--output", "mix.jpg"], "must end in .png"),
+        (["--images", *image_files, "nothing.jpg"], "--images nothing.jpg: no such file"),
     ):
         with pytest.raises(SystemExit) as exit_:
-            show.main(words)
+            show.main(args)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
     (tmp_path / "text.jpg").write_text("no picture")
-    for words, message in (
-        (["--images", *pictures, str(tmp_path / "text.jpg")], r"text\.jpg"),
-        (["--images", *pictures, "--image_size", "50", "--method", "puzzlemix"], "puzzlemix: block_num: 50x50"),
-        (["--images", *pictures, "--saliency", "gradient", "--method", "rmix"], "needs --model_path"),
-        (["--images", *pictures, "--saliency", "bank", "--method", "rmix"], "while a classifier trains"),
-        (["--images", *pictures, "--adv_p", "1", "--method", "puzzlemix"], "signed pixel gradient"),
+    for args, message in (
+        (["--images", *image_files, str(tmp_path / "text.jpg")], r"text\.jpg"),
+        (["--images", *image_files, "--image_size", "50", "--method", "puzzlemix"], "puzzlemix: block_num: 50x50"),
+        (["--images", *image_files, "--saliency", "gradient", "--method", "rmix"], "needs --model_path"),
+        (["--images", *image_files, "--saliency", "bank", "--method", "rmix"], "while a classifier trains"),
+        (["--images", *image_files, "--adv_p", "1", "--method", "puzzlemix"], "signed pixel gradient"),
         (["--dataset", "shapes", "--indices", "1", "9999"], "5000 training images"),
     ):
         with pytest.raises(UserError, match=message):
-            show.main([*words, "--output", str(tmp_path / "mix.png")])
+            show.main([*args, "--output", str(tmp_path / "mix.png")])

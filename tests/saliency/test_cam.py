@@ -15,9 +15,9 @@ SIGNED = torch.tensor([[0.7, -2.1], [0.3, 1.4]])
 
 
 def build(name: str) -> nn.Module:
-    """One of our networks, or of torchvision's with `tv.` before its name; batch norm has seen images, if there is."""
+    """Build one of our networks, or one of torchvision's if the name starts with `tv.`, with calibrated batch norm."""
     if name == "tv.vgg11":
-        with torch.device("meta"):  # its linear layers have half a gigabyte
+        with torch.device("meta"):  # its linear layers take half a gigabyte
             model = torchvision.models.vgg11(init_weights=False)
         model.features = torchvision.models.vgg.make_layers([8, "M", 16, "M", 32, "M", 64, "M", 512, "M"])
         model.classifier = nn.Sequential(nn.Linear(512 * 49, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, CLASSES))
@@ -31,11 +31,11 @@ def build(name: str) -> nn.Module:
         model = getattr(torchvision.models, name.removeprefix("tv."))(num_classes=CLASSES, **options)
     else:
         model = build_model(name, CLASSES, 32)
-    return settled(model)
+    return calibrate_batch_norm(model)
 
 
-def settled(model: nn.Module) -> nn.Module:
-    """With statistics for batch norm: with fresh ones the numbers of deep networks vanish, and all would be equal."""
+def calibrate_batch_norm(model: nn.Module) -> nn.Module:
+    """Set batch norm's statistics from random images. With initial ones, activations of deep networks vanish."""
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in norms:
         layer.momentum = 1.0
@@ -49,21 +49,23 @@ def small_network(**relu) -> nn.Module:
     average = nn.AdaptiveAvgPool2d(1)
     first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, 3, stride=2)
     middle = (nn.BatchNorm2d(4), nn.ReLU(**relu))
-    return settled(nn.Sequential(first, *middle, second, nn.ReLU(**relu), average, nn.Flatten(), nn.Linear(6, CLASSES)))
+    return calibrate_batch_norm(
+        nn.Sequential(first, *middle, second, nn.ReLU(**relu), average, nn.Flatten(), nn.Linear(6, CLASSES))
+    )
 
 
-def some_images(count: int = 3, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+def random_images(count: int = 3, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 3, side, side), torch.arange(1, 2 * count, 2) % CLASSES
 
 
-def agree(one: torch.Tensor, other: torch.Tensor, within: float = 1e-5) -> None:
-    """Up to `within` of the largest number, which is not 0: an all-zero map would agree with anything."""
+def assert_agree(one: torch.Tensor, other: torch.Tensor, within: float = 1e-5) -> None:
+    """Compare within `within` of the largest value, which must not be 0: zeros would agree with anything."""
     size = other.abs().max()
     assert one.shape == other.shape and size > 0
     assert (one - other).abs().max() <= within * size, f"{(one - other).abs().max() / size:.1e} of the largest"
 
 
-# the formulas
+# ---- Formulas ----
 
 
 class Given(nn.Module):
@@ -81,21 +83,21 @@ class Given(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("method", "wanted"),
+    ("method", "expected"),
     [
         ("gradcam", [[0.0, 0.0], [0.25, 0.0]]),  # means -1/4 and 1/2
         ("gradcam++", [[1 / 12, 5 / 12], [3 / 4, 1 / 3]]),  # 1 / (2 + 10) and 2 * 4 / (8 + 3 * 8)
         ("layercam", [[1.0, 2.0], [0.0, 0.0]]),
     ],
 )
-def test_the_formulas_worked_out_by_hand(method, wanted):
+def test_formulas_computed_by_hand(method, expected):
     model = Given([[[1.0, 0.0], [0.0, -2.0]], [[0.0, 2.0], [0.0, 0.0]]])
     images = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]], [[0.0, 1.0], [2.0, 0.0]], [[9.0, 9.0], [9.0, 9.0]]]])
     found = ActivationMaps(model, method)(images, torch.tensor([0]))
-    torch.testing.assert_close(found, torch.tensor([wanted]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, torch.tensor([expected]), atol=1e-6, rtol=0)
 
 
-def test_a_cam_worked_out_by_hand():
+def test_cam_computed_by_hand():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
     model[2].weight.data = torch.tensor([[1.0, -2.0, 0.0], [0.0, 0.0, 3.0]])
     images = torch.stack([SIGNED, SIGNED.T, 2 * SIGNED])[None].repeat(2, 1, 1, 1)
@@ -103,18 +105,18 @@ def test_a_cam_worked_out_by_hand():
     torch.testing.assert_close(found, torch.stack([SIGNED - 2 * SIGNED.T, 6 * SIGNED]))
 
 
-def test_scorecam_asks_the_network_about_every_masked_image():
-    model, (images, labels) = small_network(), some_images(2, 16)
+def test_scorecam_matches_a_loop_over_masked_images():
+    model, (images, labels) = small_network(), random_images(2, 16)
     maps = model[:5](images)
-    wanted = []
+    expected = []
     for image, label, channels in zip(images, labels, maps, strict=True):
         scores = []
         for channel in channels:
             mask = F.interpolate(channel[None, None], (16, 16), mode="bilinear", align_corners=True)[0]
             mask = (mask - mask.min()) / (mask.max() - mask.min() + 1e-8)
             scores.append(model((image * mask)[None])[0, label])
-        wanted.append((torch.stack(scores).softmax(0)[:, None, None] * channels).sum(0).relu())
-    agree(ActivationMaps(model, "scorecam")(images, labels), torch.stack(wanted).detach())
+        expected.append((torch.stack(scores).softmax(0)[:, None, None] * channels).sum(0).relu())
+    assert_agree(ActivationMaps(model, "scorecam")(images, labels), torch.stack(expected).detach())
 
 
 OURS = ["resnet20", "preactresnet18", "wrn16_8", "resnext29_4_24", "imagenet_resnet18"]
@@ -122,41 +124,41 @@ WITH_AVERAGE = ["tv.mobilenet_v2", "tv.squeezenet1_0", "tv.densenet121", "tv.goo
 
 
 @pytest.mark.parametrize("name", WITH_AVERAGE)
-def test_a_cam_is_gradcam_without_relu_times_the_places_and_adds_up_to_the_score(name):
-    model, (images, labels) = build(name), some_images(2, 64 if name.startswith(("tv.", "imagenet")) else 32)
+def test_cam_averages_to_the_logit_and_is_gradcam_without_relu(name):
+    model, (images, labels) = build(name), random_images(2, 64 if name.startswith(("tv.", "imagenet")) else 32)
     maps = ActivationMaps(model)
     cam = maps(images, labels)
     with torch.no_grad():
         logits = model(images)
-    agree(maps.logits, logits)
+    assert_agree(maps.logits, logits)
     last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     bias = last[-1].bias[labels] if last else 0
-    agree(cam.mean((1, 2)) + bias, logits.gather(1, labels[:, None])[:, 0])
-    speaking_for = F.one_hot(labels, CLASSES).float()
+    assert_agree(cam.mean((1, 2)) + bias, logits.gather(1, labels[:, None])[:, 0])
+    one_hot = F.one_hot(labels, CLASSES).float()
     gradcam = ActivationMaps(model, "gradcam")
-    signed = gradcam(images, speaking_for) - gradcam(images, -speaking_for)  # the ReLU cuts the one half and the other
-    agree(signed * cam[0].numel(), cam)
+    signed = gradcam(images, one_hot) - gradcam(images, -one_hot)  # the ReLU cuts one half, then the other
+    assert_agree(signed * cam[0].numel(), cam)
     assert cam[0].numel() > 1
 
 
-# which networks, which layer
+# ---- Networks and layers ----
 
 
 @pytest.mark.parametrize(("name", "layer"), [("tv.vgg11", "features"), ("tv.vit", "conv_proj")])
-def test_without_an_average_before_the_linear_layer_cam_is_refused_and_gradcam_works(name, layer):
-    model, (images, labels) = build(name), some_images(side=64 if name == "tv.vgg11" else 32)
+def test_networks_without_a_global_average_need_gradcam(name, layer):
+    model, (images, labels) = build(name), random_images(side=64 if name == "tv.vgg11" else 32)
     for method in GRADIENTS:
         default = ActivationMaps(model, method)(images, labels)
-        agree(default, ActivationMaps(model, method, layer=layer)(images, labels), 0)
+        assert_agree(default, ActivationMaps(model, method, layer=layer)(images, labels), 0)
     with pytest.raises(ValueError, match=f"{type(model).__name__} has no average .* use gradcam"):
         ActivationMaps(model)(images, labels)
 
 
 @pytest.mark.parametrize("between", [nn.BatchNorm1d(6), nn.Linear(6, 6), nn.PReLU(6), nn.Hardswish(inplace=True)])
-def test_cam_is_refused_where_something_lies_between_the_average_and_the_linear_layer(between):
+def test_cam_refuses_an_operation_between_the_average_and_the_linear_layer(between):
     model = small_network()
     with pytest.raises(ValueError, match="no average"):
-        ActivationMaps(nn.Sequential(*model[:7], between, model[7]))(*some_images())
+        ActivationMaps(nn.Sequential(*model[:7], between, model[7]))(*random_images())
 
 
 class Averaging(nn.Module):
@@ -178,28 +180,30 @@ class Averaging(nn.Module):
         lambda maps: F.adaptive_avg_pool2d(F.avg_pool2d(maps, 3, 1, 1), (1, 1)),
     ],
 )
-def test_every_way_to_write_an_average_is_seen(average):
-    model, (images, labels) = Averaging(average), some_images()
+def test_every_form_of_a_global_average_is_recognised(average):
+    model, (images, labels) = Averaging(average), random_images()
     maps = ActivationMaps(model.train())
-    agree(maps(images, labels).mean((1, 2)) + model.head.bias[labels], maps.logits.gather(1, labels[:, None])[:, 0])
+    assert_agree(
+        maps(images, labels).mean((1, 2)) + model.head.bias[labels], maps.logits.gather(1, labels[:, None])[:, 0]
+    )
 
 
-def test_cam_takes_no_maximum_and_no_average_of_a_part():
+def test_cam_refuses_max_pooling_and_partial_averages():
     for side, average in (
         (32, lambda maps: F.avg_pool2d(maps, maps.shape[-1] - 1)),
         (32, lambda maps: F.adaptive_max_pool2d(maps, 1)),
-        (4, lambda maps: F.adaptive_max_pool2d(maps, 1)),  # the same as an average there, where maps have one place
+        (4, lambda maps: F.adaptive_max_pool2d(maps, 1)),  # maps of one place: the same as an average
     ):
         with pytest.raises(ValueError, match="no average"):
-            ActivationMaps(Averaging(average))(*some_images(side=side))
-    model, (images, labels) = Averaging(average).eval(), some_images()
-    agree(
+            ActivationMaps(Averaging(average))(*random_images(side=side))
+    model, (images, labels) = Averaging(average).eval(), random_images()
+    assert_agree(
         ActivationMaps(model, "gradcam")(images, labels), ActivationMaps(model, "gradcam", layer="body")(images, labels)
     )
 
 
 class Excited(nn.Module):
-    """Squeeze and excitation, whose average is not in front of the classifier."""
+    """Squeeze and excitation: its average is not in front of the classifier."""
 
     def __init__(self):
         super().__init__()
@@ -210,21 +214,21 @@ class Excited(nn.Module):
         return self.head((maps * F.adaptive_avg_pool2d(maps, 1).sigmoid()).flatten(1))
 
 
-def test_maps_that_are_used_beside_their_average_get_all_of_the_gradient():
-    model, (images, labels) = Excited(), some_images()
+def test_maps_used_outside_their_pooling_get_the_whole_gradient():
+    model, (images, labels) = Excited(), random_images()
     default = ActivationMaps(model, "layercam")(images, labels)
-    agree(default, ActivationMaps(model, "layercam", layer="maps")(images, labels))
+    assert_agree(default, ActivationMaps(model, "layercam", layer="maps")(images, labels))
 
 
 @pytest.mark.parametrize("method", CAM_METHODS[1:])
-def test_a_relu_in_place_behind_the_layer_leaves_its_maps_alone(method):
-    images, labels = some_images(2, 16)
+def test_in_place_relu_after_the_layer_does_not_change_its_maps(method):
+    images, labels = random_images(2, 16)
     maps = [ActivationMaps(small_network(inplace=i), method, layer="3")(images, labels) for i in (True, False)]
-    agree(*maps, 0)
+    assert_agree(*maps, 0)
 
 
-def test_a_layer_is_known_by_its_name_and_a_typing_error_gets_the_nearest():
-    model, (images, labels) = build("resnet20"), some_images()
+def test_unknown_layer_name_suggests_the_nearest():
+    model, (images, labels) = build("resnet20"), random_images()
     with pytest.raises(ValueError, match="ResNet has no layer 'layer3.2.con2'; the nearest is 'layer3.2.conv2'"):
         ActivationMaps(model, "gradcam", layer="layer3.2.con2")
     assert ActivationMaps(model, "gradcam", layer="layer2")(images, labels).shape == (3, 16, 16)
@@ -238,8 +242,8 @@ def test_a_layer_is_known_by_its_name_and_a_typing_error_gets_the_nearest():
         ("side", "do not depend on 'side'"),
     ],
 )
-def test_a_layer_without_maps_or_without_a_say_is_refused(layer, problem):
-    model, (images, labels) = small_network(), some_images()
+def test_layer_without_maps_or_without_effect_raises_an_error(layer, problem):
+    model, (images, labels) = small_network(), random_images()
     model.unused, model.side = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
     model.forward = lambda images: (model.side(images), model[:8](images))[1]
     with pytest.raises(ValueError, match=problem):
@@ -247,8 +251,8 @@ def test_a_layer_without_maps_or_without_a_say_is_refused(layer, problem):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_wrong_calls_say_what_came():
-    model, (images, labels) = small_network(), some_images()
+def test_wrong_arguments_raise_an_error_naming_them():
+    model, (images, labels) = small_network(), random_images()
     with pytest.raises(ValueError, match=r"got \(3, 3, 32, 32\) and \(2,\) of torch.int64"):
         ActivationMaps(model)(images, labels[:2])
     with pytest.raises(ValueError, match="unknown method 'gradcan'; choose from cam, gradcam"):
@@ -266,7 +270,7 @@ def test_wrong_calls_say_what_came():
     [("resnet20", 32, ("layer3", (64, 8, 8))), ("wrn16_8", 32, ("bn1", (512, 8, 8)))]
     + [("tv.vgg11", 64, ("features", (512, 2, 2))), ("tv.vit", 32, ("conv_proj", (16, 4, 4)))],
 )
-def test_the_layers_are_listed_and_the_last_before_the_average_is_marked(name, side, default):
+def test_list_layers_marks_the_last_before_the_average(name, side, default):
     model = build(name)
     found = list_layers(model.train(), side)
     assert model.training and not any(module._forward_hooks for module in model.modules())
@@ -277,26 +281,28 @@ def test_the_layers_are_listed_and_the_last_before_the_average_is_marked(name, s
     assert list_layers(model, torch.randn(2, 3, side, side)) == found
 
 
-def test_where_nothing_is_pooled_the_last_convolution_is_taken():
+def test_last_convolution_is_the_default_without_a_pooling():
     model, (images, labels) = (
         nn.Sequential(*small_network()[:5], nn.Flatten(), nn.Linear(6 * 49, 2)),
-        some_images(2, 16),
+        random_images(2, 16),
     )
     assert [(name, marked) for name, _, marked in list_layers(model, 16)][-2:] == [("3", True), ("4", False)]
-    agree(
+    assert_agree(
         ActivationMaps(model, "gradcam")(images, labels % 2),
         ActivationMaps(model, "gradcam", layer="3")(images, labels % 2),
     )
 
 
-def test_of_a_module_that_is_called_twice_the_last_call_counts():
-    model, (images, labels) = small_network(), some_images()
+def test_last_call_of_a_repeated_module_counts():
+    model, (images, labels) = small_network(), random_images()
     model[4] = model[2]
     assert [name for name, *_ in list_layers(model, 32)] == ["0", "1", "3", "2", "5"]
-    agree(ActivationMaps(model, "gradcam", layer="2")(images, labels), ActivationMaps(model, "gradcam")(images, labels))
+    assert_agree(
+        ActivationMaps(model, "gradcam", layer="2")(images, labels), ActivationMaps(model, "gradcam")(images, labels)
+    )
 
 
-# the network is left as it was
+# ---- The network is restored ----
 
 
 def state(model: nn.Module) -> list:
@@ -314,11 +320,11 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("method", CAM_METHODS)
 @pytest.mark.parametrize("layer", [None, "3"])
-def test_the_network_keeps_its_flags_statistics_gradients_and_hooks(method, layer):
+def test_network_keeps_its_flags_statistics_gradients_and_hooks(method, layer):
     if (method, layer) == ("cam", "3"):
         layer = None
-    model, (images, labels) = small_network(), some_images(2, 16)
-    wanted = ActivationMaps(model, method, layer=layer)(images, labels)
+    model, (images, labels) = small_network(), random_images(2, 16)
+    expected = ActivationMaps(model, method, layer=layer)(images, labels)
     model.train()
     model[1].eval()
     model[0].requires_grad_(False)
@@ -326,13 +332,13 @@ def test_the_network_keeps_its_flags_statistics_gradients_and_hooks(method, laye
     model[0].register_forward_hook(lambda *_: None)
     before, kept = state(model), images.clone()
     maps = ActivationMaps(model, method, layer=layer)
-    agree(maps(images, labels), wanted, 0)
+    assert_agree(maps(images, labels), expected, 0)
     assert same(state(model), before) and torch.equal(images, kept)
     assert not images.requires_grad and not maps.logits.requires_grad
 
     model[7].register_forward_hook(lambda *_: 1 / 0)
     before = state(model)
-    for attempt in (maps, ActivationMaps(model, method, layer=layer)):  # in the pass itself, and in the first look
+    for attempt in (maps, ActivationMaps(model, method, layer=layer)):  # in the pass itself, and in the trace
         with pytest.raises(ZeroDivisionError):
             attempt(images, labels)
         assert same(state(model), before)
@@ -340,30 +346,30 @@ def test_the_network_keeps_its_flags_statistics_gradients_and_hooks(method, laye
 
 
 @pytest.mark.parametrize("method", CAM_METHODS)
-def test_frozen_networks_and_callers_without_gradients_get_the_same_maps(method):
-    model, (images, labels) = small_network(), some_images(2, 16)
-    wanted = ActivationMaps(model, method)(images, labels)
+def test_frozen_networks_and_no_grad_callers_get_the_same_maps(method):
+    model, (images, labels) = small_network(), random_images(2, 16)
+    expected = ActivationMaps(model, method)(images, labels)
     model.requires_grad_(False)
-    assert not wanted.requires_grad
+    assert not expected.requires_grad
     for caller in (torch.enable_grad(), torch.no_grad(), torch.inference_mode()):
         with caller:
-            agree(ActivationMaps(model, method)(images * 1, labels + 0), wanted, 0)
+            assert_agree(ActivationMaps(model, method)(images * 1, labels + 0), expected, 0)
 
 
 @pytest.mark.parametrize("layer", [None, "3"])
-def test_the_graph_begins_at_the_layer(layer):
-    model, (images, labels) = small_network(), some_images(2, 16)
-    wanted, learned = ActivationMaps(model, "gradcam", layer=layer)(images, labels), []
+def test_autograd_graph_starts_at_the_layer(layer):
+    model, (images, labels) = small_network(), random_images(2, 16)
+    expected, learned = ActivationMaps(model, "gradcam", layer=layer)(images, labels), []
     model[1].register_forward_hook(lambda module, given, output: learned.append(output.requires_grad))
-    agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), wanted, 0)
+    assert_agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), expected, 0)
     body, rest = model[:3], model[3:]
-    model.forward = lambda images: rest(torch.no_grad()(body)(images))  # as fine-tuning has it
-    agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), wanted, 0)
+    model.forward = lambda images: rest(torch.no_grad()(body)(images))  # as in fine-tuning
+    assert_agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), expected, 0)
     assert learned and not any(learned)
 
 
 class Counting:
-    """A compiler that compiles nothing and counts."""
+    """A compiler that only counts graphs."""
 
     def __init__(self):
         self.graphs = 0
@@ -375,8 +381,8 @@ class Counting:
 
 @pytest.mark.parametrize("way", ["torch.compile", "model.compile"])
 def test_compiled_networks_get_the_same_maps_and_stay_compiled(way):
-    model, (images, labels), compiler = small_network(), some_images(2, 16), Counting()
-    wanted = {method: ActivationMaps(model, method)(images, labels) for method in CAM_METHODS}
+    model, (images, labels), compiler = small_network(), random_images(2, 16), Counting()
+    expected = {method: ActivationMaps(model, method)(images, labels) for method in CAM_METHODS}
     named = ActivationMaps(model, "gradcam", layer="3")(images, labels)
     if way == "torch.compile":
         model = torch.compile(model, backend=compiler)
@@ -384,48 +390,48 @@ def test_compiled_networks_get_the_same_maps_and_stay_compiled(way):
         model.compile(backend=compiler)
     model(images)
     assert compiler.graphs == 1
-    for method, maps in wanted.items():
-        agree(ActivationMaps(model, method)(images, labels), maps)
-    agree(ActivationMaps(model, "gradcam", layer="3")(images, labels), named)
+    for method, maps in expected.items():
+        assert_agree(ActivationMaps(model, method)(images, labels), maps)
+    assert_agree(ActivationMaps(model, "gradcam", layer="3")(images, labels), named)
     assert "3" in [name for name, *_ in list_layers(model, 16)]
     model(images)
     assert compiler.graphs == 1
 
 
-def test_a_compiled_part_of_a_network_keeps_its_name():
-    model, (images, labels) = Averaging(lambda maps: maps.mean((2, 3))).eval(), some_images(2, 16)
+def test_compiled_submodule_keeps_its_name():
+    model, (images, labels) = Averaging(lambda maps: maps.mean((2, 3))).eval(), random_images(2, 16)
     names = [name for name, *_ in list_layers(model, 16)]
-    wanted = {layer: ActivationMaps(model, "gradcam", layer=layer)(images, labels) for layer in ("body", "body.3")}
+    expected = {layer: ActivationMaps(model, "gradcam", layer=layer)(images, labels) for layer in ("body", "body.3")}
     model.body = torch.compile(model.body, backend="eager")
     assert [name for name, *_ in list_layers(model, 16)] == names
-    for layer, maps in wanted.items():
-        agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), maps)
+    for layer, maps in expected.items():
+        assert_agree(ActivationMaps(model, "gradcam", layer=layer)(images, labels), maps)
 
 
-# batches
+# ---- Batches ----
 
 
 @pytest.mark.parametrize("method", CAM_METHODS)
-def test_a_batch_with_its_own_targets_gives_what_each_image_gives_alone(method):
-    model, (images, labels) = build("resnet20") if method in GRADIENTS else small_network(), some_images(4)
+def test_maps_do_not_depend_on_the_rest_of_the_batch(method):
+    model, (images, labels) = build("resnet20") if method in GRADIENTS else small_network(), random_images(4)
     maps = ActivationMaps(model, method)
     together = maps(images, labels)
     assert together.dtype == torch.float32
     alone = [maps(images[i : i + 1], labels[i : i + 1]) for i in range(4)]
-    agree(torch.cat(alone), together)
-    agree(maps(images, F.one_hot(labels, CLASSES).float()), together)
+    assert_agree(torch.cat(alone), together)
+    assert_agree(maps(images, F.one_hot(labels, CLASSES).float()), together)
     assert (maps(images, labels.roll(1)) - together).abs().max() > 1e-3 * together.abs().max()
 
 
-def test_soft_targets_mix_the_maps_of_their_classes():
-    model, (images, labels) = small_network(), some_images()
+def test_soft_targets_weight_the_maps_of_their_classes():
+    model, (images, labels) = small_network(), random_images()
     maps, other = ActivationMaps(model), labels.roll(1)
     soft = 0.3 * F.one_hot(labels, CLASSES) + 0.7 * F.one_hot(other, CLASSES)
-    agree(maps(images, soft), 0.3 * maps(images, labels) + 0.7 * maps(images, other))
+    assert_agree(maps(images, soft), 0.3 * maps(images, labels) + 0.7 * maps(images, other))
 
 
-def test_scorecam_gives_the_same_whatever_its_batch_and_passes_dead_channels_once():
-    model, (images, labels) = small_network(), some_images(3, 16)
+def test_scorecam_is_independent_of_batch_size_and_skips_dead_channels():
+    model, (images, labels) = small_network(), random_images(3, 16)
     model[3].bias.data[2] = -100.0  # dead everywhere
     passed, shown = [], []
     model.register_forward_pre_hook(lambda _, given: passed.append(len(given[0])))
@@ -434,12 +440,12 @@ def test_scorecam_gives_the_same_whatever_its_batch_and_passes_dead_channels_onc
         shown.append(len(chunks))
         return chunks
 
-    wanted = ActivationMaps(model, "scorecam", batch_size=100)(images, labels)
+    expected = ActivationMaps(model, "scorecam", batch_size=100)(images, labels)
     for size, passes in ((1, 15), (4, 4), (15, 1)):  # 3 images, 5 live channels
         passed.clear()
         maps = ActivationMaps(model, "scorecam", batch_size=size, progress=progress)
-        agree(maps(images, labels), wanted)
-        assert shown.pop() == passes and len(passed) == passes + 3  # the first look, the maps, and the black image
+        assert_agree(maps(images, labels), expected)
+        assert shown.pop() == passes and len(passed) == passes + 3  # the trace, the maps, and the black image
         assert max(passed[3:]) == min(size, 15)
     model[3].bias.data[:] = -100.0
     assert ActivationMaps(model, "scorecam", progress=progress)(images, labels).eq(0).all() and shown == [0]
@@ -447,21 +453,21 @@ def test_scorecam_gives_the_same_whatever_its_batch_and_passes_dead_channels_onc
 
 @pytest.mark.parametrize("method", CAM_METHODS)
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_half_precision_gives_nearly_the_same_maps_in_float32(method, precision):
-    model, (images, labels) = small_network(), some_images(2, 16)
-    model[7].weight.data *= 2e-5  # gradients of 1e-7, which float16 rounds to one or two of its smallest steps
+def test_half_precision_maps_are_close_and_float32(method, precision):
+    model, (images, labels) = small_network(), random_images(2, 16)
+    model[7].weight.data *= 2e-5  # gradients of 1e-7, one or two of the smallest steps of float16
     maps = ActivationMaps(model, method, precision=precision)
-    found, wanted = maps(images, labels), ActivationMaps(model, method)(images, labels)
-    assert found.dtype == maps.logits.dtype == torch.float32 and not torch.equal(found, wanted)
-    agree(found, wanted, 0.05)
-    with torch.autocast("cpu", torch.bfloat16):  # the caller's does not count
-        agree(ActivationMaps(model, method)(images, labels), wanted, 0)
+    found, expected = maps(images, labels), ActivationMaps(model, method)(images, labels)
+    assert found.dtype == maps.logits.dtype == torch.float32 and not torch.equal(found, expected)
+    assert_agree(found, expected, 0.05)
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's autocast must have no effect
+        assert_agree(ActivationMaps(model, method)(images, labels), expected, 0)
 
 
-# scaled for the eye
+# ---- Normalisation ----
 
 
-def test_stretched_maps_go_from_0_to_1_and_useless_ones_are_zero():
+def test_normalised_maps_span_0_to_1_and_invalid_ones_are_zero():
     nan, inf = SIGNED.clone(), SIGNED.clone()
     nan[0, 0], inf[1, 1] = torch.nan, torch.inf
     maps = torch.stack([SIGNED, 1e-30 * SIGNED, torch.full((2, 2), 5.0), torch.zeros(2, 2), nan, inf])
@@ -472,42 +478,42 @@ def test_stretched_maps_go_from_0_to_1_and_useless_ones_are_zero():
     torch.testing.assert_close(normalize_maps(SIGNED[None]), (SIGNED[None] + 2.1) / 3.5)
     corners = upsample_maps(SIGNED[None], (4, 4))[0]
     torch.testing.assert_close(corners[::3, ::3], normalize_maps(SIGNED[None])[0])
-    peak = F.pad(torch.ones(1, 1, 1), (1, 1, 1, 1))  # no pixel of the enlarged map has its centre here
+    peak = F.pad(torch.ones(1, 1, 1), (1, 1, 1, 1))  # no pixel of the upsampled map has its centre here
     assert upsample_maps(peak, (6, 6)).max() == 1
 
 
-# the sources
+# ---- Sources ----
 
 
 @pytest.mark.parametrize("name", ["cam", "gradcam", "gradcam++", "layercam"])
-def test_the_sources_enlarge_the_positive_part(name):
-    model, (images, labels) = small_network(), some_images(2, 16)
+def test_sources_upsample_the_positive_part(name):
+    model, (images, labels) = small_network(), random_images(2, 16)
     source = build_source(name, model=model)
     maps = ActivationMaps(model, name)(images, labels).clamp_min(0)
-    wanted = F.interpolate(maps[:, None], (16, 16), mode="bilinear")[:, 0]
-    agree(source(images, F.one_hot(labels, CLASSES).float()), wanted)
+    expected = F.interpolate(maps[:, None], (16, 16), mode="bilinear")[:, 0]
+    assert_agree(source(images, F.one_hot(labels, CLASSES).float()), expected)
 
 
-def test_the_source_cam_refuses_a_network_at_once_or_with_the_first_batch():
+def test_cam_source_refuses_a_network_at_construction_or_first_call():
     with pytest.raises(ValueError, match="no average"):
         build_source("cam", model=build("tv.vgg11"))
-    source = build_source("cam", model=build("tv.vit"))  # takes no images of another size than 32
+    source = build_source("cam", model=build("tv.vit"))  # only accepts images of size 32
     with pytest.raises(ValueError, match="no average"):
         source(torch.randn(2, 3, 32, 32), torch.eye(CLASSES)[:2])
 
 
-# against the package of others
+# ---- Comparison with the package grad-cam ----
 
 
 @pytest.mark.parametrize(("name", "layer", "rounding"), [("small", "4", 4e-7), ("resnet20", "layer3", 2e-6)])
-def test_the_grad_cam_package_gives_the_same_maps(name, layer, rounding):
+def test_maps_match_the_grad_cam_package(name, layer, rounding):
     package = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     theirs = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus", "layercam": "LayerCAM", "scorecam": "ScoreCAM"}
-    model, (images, labels) = small_network() if name == "small" else build(name), some_images()
+    model, (images, labels) = small_network() if name == "small" else build(name), random_images()
     for method, theirs_name in theirs.items():
         with getattr(package, theirs_name)(model, [model.get_submodule(layer)]) as cam:
-            wanted = torch.from_numpy(cam(images, [ClassifierOutputTarget(label.item()) for label in labels]))
+            expected = torch.from_numpy(cam(images, [ClassifierOutputTarget(label.item()) for label in labels]))
         found = upsample_maps(ActivationMaps(model, method, layer=layer)(images, labels), (32, 32))
-        assert (found - wanted).abs().max() <= rounding and wanted.amax((1, 2)).min() > 0.99, method
+        assert (found - expected).abs().max() <= rounding and expected.amax((1, 2)).min() > 0.99, method
