@@ -175,7 +175,7 @@ class CoMixup(Mixer):
 
     @torch.no_grad()
     def solve_parts(self, saliency: torch.Tensor, blocks: int) -> Labelling:
-        """Which inputs every block of every output shows. saliency (P, m, H, W)."""
+        """Choose which inputs each block of each output shows. saliency (P, m, H, W); blocks: per side."""
         parts, m = saliency.shape[:2]
         device = saliency.device
         parameters = torch.full((parts, m), float(self.mixup_alpha), device="cpu" if device.type == "mps" else device)

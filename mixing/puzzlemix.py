@@ -170,9 +170,14 @@ class PuzzleMix(Mixer):
         if not 2 <= n_labels <= 4:
             raise ValueError(f"n_labels must be 2, 3 or 4, got {n_labels}")
         if min(mixup_alpha, beta, eta, t_eps, clean_lam, adv_eps) < 0:
-            raise ValueError("mixup_alpha, beta, eta, t_eps, clean_lam and adv_eps must not be negative")
+            raise ValueError(
+                f"mixup_alpha {mixup_alpha}, beta {beta}, eta {eta}, t_eps {t_eps}, clean_lam {clean_lam} and "
+                f"adv_eps {adv_eps} must not be negative"
+            )
         if not block_num or min(block_num) < 1 or neigh_size < 1 or not (t_size > 0 or t_size == -1):
-            raise ValueError(f"block_num {block_num}, neigh_size {neigh_size} and t_size {t_size} must be positive")
+            raise ValueError(
+                f"block_num {block_num}, neigh_size {neigh_size}, t_size {t_size}: must be positive, t_size or -1"
+            )
         if solver not in SOLVERS:
             raise ValueError(f"solver must be {' or '.join(SOLVERS)}, got {solver!r}")
         self.mixup_alpha, self.block_num, self.n_labels = mixup_alpha, tuple(block_num), n_labels
@@ -190,7 +195,7 @@ class PuzzleMix(Mixer):
         for count in self.block_num:
             check_divides("block_num", count, height, width)
         if self.transport and self.t_size > 0 and (height % self.t_size or width % self.t_size):
-            raise ValueError(f"t_size {self.t_size} does not divide {height}x{width} pixels")
+            raise ValueError(f"t_size {self.t_size} does not divide {height}x{width} pixels: use -1")
 
     def mix_batch(self, images, targets, source):
         self.check_size(*images.shape[-2:])
@@ -207,8 +212,8 @@ class PuzzleMix(Mixer):
         with torch.no_grad():
             self.mask, blocks = self.solve_mask_and_transport(images.detach(), saliency, partner, lam, n)
         self.set_weight(images, lambda mask=self.mask: mask)
-        images, partners = (self.add_noise(images, noise) if is_noisy else images for is_noisy in noisy)
-        return mix(images, targets, partner, self.mask, blocks, partners)
+        first, partners = (self.add_noise(images, noise) if is_noisy else images for is_noisy in noisy)
+        return mix(first, targets, partner, self.mask, blocks, partners)
 
     def solve_mask_and_transport(
         self, images: torch.Tensor, saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor, n: int
