@@ -87,12 +87,14 @@ def find_boxes(
     progress: see load_data(). Raises UserError if no image has an annotation, or if an annotation list cannot be read.
     A single broken XML file does not raise; its image is counted as broken.
     """
+    # ---- Open the annotations ----
     if not annotation_path and dataset == "shapes":
         return get_shapes_boxes(image_set)
     check_annotations_given(image_set, dataset, annotation_path)
     lookup, describe = (
         open_annotations(image_set, Path(annotation_path)) if annotation_path else open_tiny_annotations(image_set)
     )
+    # ---- Look up every image ----
     annotations = BoxAnnotations([], [], [])
     names, labels = image_set.files.names(), image_set.labels.tolist()
     for index, name in enumerate(progress(names, total=len(names), desc="reading boxes", unit="image")):
@@ -109,8 +111,7 @@ def find_boxes(
     if names and len(annotations.missing) == len(names):
         raise UserError(
             f"{annotation_path or image_set.origin}: no boxes for any of the {len(names):,} images in "
-            f"{image_set.origin}; "
-            f"looked for {describe(names[0], image_set.classes[labels[0]])}\n{REMEDY}"
+            f"{image_set.origin}; looked for {describe(names[0], image_set.classes[labels[0]])}\n{REMEDY}"
         )
     return annotations
 

@@ -90,9 +90,8 @@ def compose_jitter(mean: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     red, green, blue = GREY
     mean_grey = red * mean[:, 0] + green * mean[:, 1] + blue * mean[:, 2]  # (B,)
     colours = torch.eye(3, 4, device=mean.device)
-    grey = torch.stack([share * colours[row] for row, share in enumerate(GREY)]).sum(
-        0
-    )  # (4,): grey of a pixel, as a map
+    # (4,): grey of a pixel, as a map
+    grey = torch.stack([share * colours[row] for row, share in enumerate(GREY)]).sum(0)
     saturated = saturation * colours + (1 - saturation) * grey  # (B, 3, 4)
     constant = F.pad((1 - contrast) * mean_grey.view(-1, 1, 1), (3, 0))  # (B, 1, 4)
     return brightness * (contrast * saturated + constant)

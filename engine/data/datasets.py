@@ -56,6 +56,7 @@ def load_data(
     The parameters are the command-line options of the same names. progress: wraps an iterable in a progress bar, with
     tqdm's signature. Raises UserError if images are missing; it names the paths that were tried and the remedy.
     """
+    # ---- Training and test images ----
     if dataset in LAYOUTS:
         train, test = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
     elif dataset == "shapes":
@@ -67,11 +68,13 @@ def load_data(
         view = get_default_view(dataset, image_size, eval_resize)
         paths = [name and Path(name) for name in (data_dir, val_data_dir, val_labels)]
         train, test = (make_image_set(found, view, on_bad_image) for found in find_splits(dataset, *paths))
+    # ---- Checks, validation split and limit ----
     warnings = describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
     if limit:
         train, test = train.first(limit), test.first(limit)
+    # ---- Tiny-ImageNet at its own size is decoded into memory ----
     if dataset == "tiny-imagenet" and train.pixels.size == TINY_SIDE and not eval_resize:
         train, test, valid = (
             split and decode_all(split, workers, progress, warnings) for split in (train, test, valid)

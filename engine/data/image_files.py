@@ -53,21 +53,21 @@ class ImageFiles:
         random = isinstance(self.view, RandomCrop)
         draws = draw_crop_numbers(seed, epoch, index) if random else [None] * len(index)
         indices, boxes = [], []
-        for wanted, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
+        for wanted_index, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
             try:
-                served, box = self.read_one(wanted, drawn, out)
+                read_index, box = self.read_one(wanted_index, drawn, out)
             except BadImage as error:
                 return None, str(error), None
-            indices.append(served)
+            indices.append(read_index)
             boxes.append(box)
         return pixels, torch.tensor(indices), torch.tensor(boxes) if random else None
 
     def read_one(self, index: int, draws: torch.Tensor | None, out: np.ndarray) -> tuple[int, list[float]]:
         """Read the image at `index` (with `skip`, or the next readable one) into `out`; return its index and box."""
         for step in range(len(self)):
-            served = (index + step) % len(self)
+            read_index = (index + step) % len(self)
             try:
-                return served, decode_into(out, self.files.path(served), self.view, draws)
+                return read_index, decode_into(out, self.files.path(read_index), self.view, draws)
             except BadImage:
                 if self.on_bad_image == "stop":
                     raise

@@ -99,9 +99,11 @@ class DeviceLoader:
                 f"batch_size {batch_size} must be divisible by {shard.world_size} processes x {shard.micro_batches} "
                 "micro-batches"
             )
+        # ---- Order and augmentation ----
         self.image_set, self.batch_size, self.device = image_set, batch_size, device
         self.shuffle, self.drop_last, self.seed, self.channels_last = shuffle, drop_last, seed, channels_last
         self.augmentation, self.shard, self.micro_batches = augmentation, shard, shard.micro_batches
+        # ---- Images: kept on the device, or read from files ----
         self.labels = image_set.labels.to(device)
         self.resident = image_set.pixels.to(device) if isinstance(image_set.pixels, torch.Tensor) else None
         self.reader, view = None, augmentation and augmentation.view
@@ -111,6 +113,7 @@ class DeviceLoader:
         elif view is not None:
             raise ValueError(f"{view} works only with image files; the images of {image_set.origin} are in a tensor")
         self.copy_stream = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
+        # ---- Normalisation as scale and offset ----
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
         self.skipped = 0  # number of unreadable files in the last epoch

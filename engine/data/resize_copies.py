@@ -85,12 +85,14 @@ def resize_copies(
     images, lists = walk_images(source)
     if not images:
         raise UserError(f"no images in {source}\ngive the folder that contains train/ and val/ with --data_dir")
+    # ---- Label lists ----
     for name in lists:
         for size in sizes:
             target = dest / str(size) / name
             if not target.exists():
                 with atomic_file(target) as temporary:
                     shutil.copyfile(source / name, temporary)
+    # ---- Images ----
     report = ResizeReport()
     copy_image = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
     with start_pool(workers or count_cores_per_process()) as pool:

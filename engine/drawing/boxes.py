@@ -32,6 +32,7 @@ def draw_box_pairs(
     rows: text below the images, image uint8 (H, W, 3), first boxes, second boxes; later boxes are drawn over earlier
     ones. Images are scaled to a longer side of 500 pixels. legend: text at the bottom.
     """
+    # ---- Layout in pixels ----
     side, gap, above, below, foot, dpi = 500, 10, 24, 24, 20 * (1 + legend.count("\n")) + 6, 100
     scales = [side / max(picture.shape[:2]) for _, picture, _, _ in rows]
     heights = [max(1, round(scale * row[1].shape[0])) for scale, row in zip(scales, rows, strict=True)]
@@ -39,13 +40,14 @@ def draw_box_pairs(
     canvas = np.full((height, width, 3), 255, np.uint8)
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
     FigureCanvasAgg(figure)  # needed to measure the size of texts
-    axes = figure.add_axes(
-        (0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1
-    )  # one unit is one pixel of the figure
+    # one unit is one pixel of the figure
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1)
     axes.axis("off")
+    # ---- Column titles ----
     style = {"fontsize": 8, "parse_math": False}
     for column, column_title in enumerate(titles):
         axes.text(gap + column * (side + gap) + side / 2, above / 2, column_title, ha="center", va="center", **style)
+    # ---- Images with their boxes ----
     top = above
     for scale, tall, (text, picture, *both) in zip(scales, heights, rows, strict=True):
         wide = max(1, round(scale * picture.shape[1]))
@@ -56,6 +58,7 @@ def draw_box_pairs(
             draw_boxes(axes, boxes, (left, top, left + wide, top + tall), scale)
         axes.text(width / 2, top + tall + 4, shorten(text, 120), ha="center", va="top", **style)
         top += tall + below
+    # ---- Legend, with the images behind everything ----
     axes.text(gap, height - 6, legend, va="bottom", linespacing=1.4, **style)
     figure.figimage(canvas)
     save_figure(figure, path, dpi=dpi)

@@ -34,7 +34,11 @@ def save_figure(figure: Figure, path: Path, dpi: float = 110) -> None:
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
     """Draw loss and accuracy over epochs."""
     loss = {"train_loss": "training (mixed)", "test_loss": "test"}
-    accuracy = {"train_acc": "training (mixed labels)", "test_top1": "test top-1", "valid_top1": "validation top-1"}
+    accuracy = {
+        "train_acc": "training (mixed labels, reads low)",
+        "test_top1": "test top-1",
+        "valid_top1": "validation top-1",
+    }
     accuracy["ema_top1"] = "test top-1, averaged weights (EMA)"
     draw_epoch_panels(path, history, {"loss": loss, "accuracy (%)": accuracy}, title)
 
@@ -148,6 +152,7 @@ def draw_mixtures(
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
+    # ---- Inputs and their saliency ----
     for column, (picture, name) in enumerate(zip(to_pixels(images, mean, std), names, strict=True)):
         axes = grid[0, column]
         axes.imshow(picture)
@@ -156,6 +161,7 @@ def draw_mixtures(
         grid[1, column].imshow(saliency[column].float().cpu().numpy(), cmap="magma")
     grid[0, 0].set_ylabel("images", fontsize=9)
     grid[1, 0].set_ylabel(f"saliency:\n{guide}", fontsize=9)
+    # ---- One row per method: mixed images and the sources of their pixels ----
     for line, (text, mixed, shown, soft) in zip(grid[2:], rows, strict=True):
         line[0].set_ylabel(text, fontsize=9)
         for number, picture in enumerate(to_pixels(mixed, mean, std)):
@@ -197,20 +203,22 @@ def draw_comparison(
     texts: list[list[str]],
 ) -> None:
     """Draw one row per picture (H, W, 3) of any size: the picture, then one overlay per column, with texts below."""
-    wide, gap, below = 2.1, 0.08, 0.3  # inches
+    # ---- Layout in inches ----
+    wide, gap, below = 2.1, 0.08, 0.3
     heights = [wide * min(max(picture.shape[0] / picture.shape[1], 0.1), 2.0) for picture in pictures]
     above = 0.3 + 0.15 * max(column.count("\n") for column in columns)
     width, height = gap + (wide + gap) * (1 + len(columns)), above + sum(heights) + below * len(heights)
     dpi = min(110, MAX_PIXELS / max(width, height))
-    canvas = np.full(
-        (round(height * dpi), round(width * dpi), 3), 255, np.uint8
-    )  # pasting is much faster than one Axes per image
+    # pasting into a canvas is much faster than one Axes per image
+    canvas = np.full((round(height * dpi), round(width * dpi), 3), 255, np.uint8)
     figure = Figure(figsize=(canvas.shape[1] / dpi, canvas.shape[0] / dpi))
     style = {"ha": "center", "va": "top", "parse_math": False}  # file names may contain $
+    # ---- Column titles ----
     middles = [gap + number * (wide + gap) + wide / 2 for number in range(1 + len(columns))]
     for middle, column in zip(middles[1:], columns, strict=True):
         lines = "\n".join(shorten(line, 28) for line in column.split("\n"))
         figure.text(middle / width, 1 - gap / height, lines, fontsize=9, **style)
+    # ---- Pictures and overlays ----
     top = above
     for tall, name, picture, row, row_texts in zip(heights, names, pictures, overlays, texts, strict=True):
         for middle, image, text in zip(middles, [picture, *row], [name, *row_texts], strict=True):

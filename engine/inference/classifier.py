@@ -154,6 +154,7 @@ def load_classifier(
     use; later ones than IMAGENET1K_V1 were trained with Mixup and CutMix. Raises UserError for any other name_or_path,
     and for weights that are not available.
     """
+    # ---- A torchvision network with its own weights ----
     name, equals, file = name_or_path.partition("=")
     if Path(name_or_path).exists() or not (equals or is_torchvision_model(name_or_path)):
         name, file = model, name_or_path
@@ -165,6 +166,7 @@ def load_classifier(
             f"{suggest_closest(name_or_path, list_torchvision_models())}\ngive NAME for a torchvision network with its "
             f"ImageNet weights, or NAME=FILE for one with other weights"
         )
+    # ---- A file: one of our networks, or else torchvision's ----
     saved = SavedClassifier(file, averaged=averaged)
     matches = models.find_matching_models(saved.weights, like=name)
     if not matches and name and is_torchvision_model(name):

@@ -67,7 +67,7 @@ def test_the_gradient_of_a_torchvision_network_guides_the_mix(image_files, tmp_p
         show.main([*args, "--model", "squeezenet1_0"])
     with pytest.raises(UserError, match="did you mean squeezenet1_"):
         show.main([*args, "--model", "squeezenet"])
-    with pytest.raises(UserError, match="with --model"):
+    with pytest.raises(UserError, match="name the network with --model"):
         show.main(args)
 
 

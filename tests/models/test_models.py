@@ -1,3 +1,5 @@
+"""Tests of the networks: keys, shapes, outputs, matching by shape, pretrained weights."""
+
 import zlib
 from urllib.error import URLError
 
@@ -21,8 +23,8 @@ from models.imagenet_resnet import PRETRAINED, load_pretrained, zero_init
 RECORDED = ["preactresnet18", "wrn16_8", "wrn28_10", "resnext29_4_24"]
 
 
-def drawn_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The deterministic weights of the recorded logits: each tensor from a legacy generator seeded by its key."""
+def make_recorded_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights behind the recorded logits: each tensor is drawn by a legacy generator seeded with its key."""
     state = model.state_dict()
     for key, value in state.items():
         if key.endswith("num_batches_tracked"):
@@ -40,27 +42,27 @@ def drawn_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return state
 
 
-def logits_of(name: str, classes: int, image_size: int, images: np.ndarray) -> torch.Tensor:
+def compute_logits(name: str, classes: int, image_size: int, images: np.ndarray) -> torch.Tensor:
     model = build_model(name, classes, image_size).eval()
-    model.load_state_dict(drawn_weights(model))
+    model.load_state_dict(make_recorded_weights(model))
     with torch.no_grad():
         return model(torch.from_numpy(images))
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_keys_shapes_and_logits_are_those_of_the_published_code(name, network_golden):
+def test_keys_shapes_and_logits_equal_those_of_the_published_code(name, network_golden):
     with torch.device("meta"):
         state = build_model(name, 100).state_dict()
     assert list(state) == list(network_golden[f"model_{name}_keys"])
     assert [",".join(map(str, v.shape)) for v in state.values()] == list(network_golden[f"model_{name}_shapes"])
     expected = torch.from_numpy(network_golden[f"model_{name}_logits"])
-    logits = logits_of(name, 100, 32, network_golden["model_x"])
+    logits = compute_logits(name, 100, 32, network_golden["model_x"])
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_the_stem_has_stride_two_at_64_pixels(network_golden):
+def test_stem_has_stride_two_at_64_pixels(network_golden):
     expected = torch.from_numpy(network_golden["model_preactresnet18_stride2_logits"])
-    logits = logits_of("preactresnet18", 200, 64, network_golden["model_x64"])
+    logits = compute_logits("preactresnet18", 200, 64, network_golden["model_x64"])
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert (get_stem_stride(32), get_stem_stride(64)) == (1, 2)
 
@@ -73,7 +75,7 @@ PARAMETERS = {  # with 100 classes; resnet20 to 110 with 10, Table 6 of arXiv 15
 }
 
 
-def test_parameter_counts():
+def test_parameter_counts_match_the_papers():
     counts = count_parameters(MODELS, 100)
     assert counts.keys() == MODELS.keys()
     assert {name: counts[name] for name in PARAMETERS} == PARAMETERS
@@ -86,7 +88,7 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_resnets_have_torchvisions_names(depth):
+def test_resnets_have_torchvision_parameter_names(depth):
     with torch.device("meta"):
         ours = build_model(f"resnet{depth}", 1000).state_dict()
         theirs = getattr(torchvision.models, f"resnet{depth}")().state_dict()
@@ -95,12 +97,20 @@ def test_resnets_have_torchvisions_names(depth):
     assert different == ["conv1.weight"] and ours["conv1.weight"].shape == (64, 3, 3, 3)
 
 
-STAGED = ["resnet18", "resnet50", "preactresnet50", "resnet20", "wrn16_8", "resnext29_4_24", "imagenet_resnet18"]
+ANY_SIZE_MODELS = [
+    "resnet18",
+    "resnet50",
+    "preactresnet50",
+    "resnet20",
+    "wrn16_8",
+    "resnext29_4_24",
+    "imagenet_resnet18",
+]
 
 
-@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize("name", ANY_SIZE_MODELS)
 @pytest.mark.parametrize("size", [32, 64])
-def test_any_image_size_gives_logits_and_the_named_stages_exist(name, size):
+def test_networks_accept_any_image_size_and_their_stages_exist(name, size):
     model = build_model(name, 7, size).eval()
     for stage in model.stages:
         model.get_submodule(stage)
@@ -108,53 +118,55 @@ def test_any_image_size_gives_logits_and_the_named_stages_exist(name, size):
         assert model(torch.randn(1, 3, size, size)).shape == (1, 7)
 
 
-def test_narrow_resnet_pads_the_shortcut_with_zeros_half_on_each_side():
+def test_narrow_resnet_pads_the_shortcut_with_zeros_on_both_sides():
     block = build_model("resnet20", 10).layer2[0].eval()
-    torch.nn.init.zeros_(block.bn2.weight)  # only the shortcut is left
+    torch.nn.init.zeros_(block.bn2.weight)  # only the shortcut remains
     x = torch.rand(1, 16, 8, 8)
     out = block(x)
     assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2]) and out[:, :8].eq(0).all() and out[:, 24:].eq(0).all()
 
 
-def test_a_file_is_told_by_its_shapes_whatever_the_classes():
+def test_network_is_found_by_its_shapes_for_any_number_of_classes():
     with torch.device("meta"):
         state = build_model("preactresnet34", 37).state_dict()
     assert find_matching_models(state) == ["preactresnet34"]
     assert find_matching_models({k: v for k, v in state.items() if "num_batches" not in k}) == ["preactresnet34"]
-    assert find_matching_models(dict(sorted(state.items()))) == ["preactresnet34"], "whatever the order"
+    assert find_matching_models(dict(sorted(state.items()))) == ["preactresnet34"], (
+        "the order of the keys does not matter"
+    )
     assert find_matching_models({"weight": torch.zeros(3)}) == []
     with pytest.raises(ValueError, match="resnet20"):
         build_model("resnet21", 10)
 
 
-def theirs(name: str, num_classes: int = 1000) -> torch.nn.Module:
+def build_torchvision(name: str, num_classes: int = 1000) -> torch.nn.Module:
     return getattr(torchvision.models, name.removeprefix("imagenet_"))(weights=None, num_classes=num_classes)
 
 
 @pytest.mark.parametrize("name", IMAGENET_MODELS)
-def test_imagenet_resnets_are_torchvisions_entry_by_entry(name):
+def test_imagenet_resnets_have_the_keys_and_shapes_of_torchvision(name):
     with torch.device("meta"):
-        ours, other = build_model(name, 1000, 224).state_dict(), theirs(name).state_dict()
+        ours, other = build_model(name, 1000, 224).state_dict(), build_torchvision(name).state_dict()
     assert list(ours) == list(other)
     assert [value.shape for value in ours.values()] == [value.shape for value in other.values()]
 
 
 @pytest.mark.parametrize("name", ["imagenet_resnet18", "imagenet_resnet50"])
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 3, 75, 50)])
-def test_imagenet_resnets_start_and_compute_as_torchvisions(name, shape):
+def test_imagenet_resnets_have_the_initialisation_and_outputs_of_torchvision(name, shape):
     torch.manual_seed(3)
-    other = theirs(name, 7)
+    other = build_torchvision(name, 7)
     torch.manual_seed(3)
     ours = build_model(name, 7, 224)
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), other.state_dict().values(), strict=True))
     images = torch.randn(shape)
-    for training in (True, False):  # the second with running statistics that the first has moved
+    for training in (True, False):  # the second uses running statistics that the first has updated
         with torch.no_grad():
             expected = other.train(training)(images)
             assert (ours.train(training)(images) - expected).abs().max() <= 1e-6 * expected.abs().max().clamp_min(1)
 
 
-def test_imagenet_resnets_have_their_published_size():
+def test_imagenet_resnets_have_the_published_parameter_counts():
     counts = count_parameters(MODELS, 1000)
     published = [11_689_512, 21_797_672, 25_557_032, 44_549_160, 60_192_808]
     assert [counts[name] for name in IMAGENET_MODELS] == published
@@ -164,7 +176,7 @@ def test_imagenet_resnets_have_their_published_size():
 def test_zero_init_makes_every_block_the_identity(name):
     model = build_model(name, 1000).eval()
     zero_init(model)
-    x = torch.rand(1, *[model.fc.in_features, 2, 2])  # what comes out of a block is not negative
+    x = torch.rand(1, *[model.fc.in_features, 2, 2])  # block outputs are non-negative
     with torch.no_grad():
         assert torch.equal(model.layer4[1](x), x)
     scales = [module.weight for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -175,7 +187,7 @@ def test_zero_init_makes_every_block_the_identity(name):
 
 
 @pytest.mark.parametrize("name", ["resnet20", "preactresnet18", "wrn16_8", "resnext29_4_24"])
-def test_zero_init_refuses_networks_of_other_blocks(name):
+def test_zero_init_rejects_networks_with_other_blocks(name):
     with torch.device("meta"):
         model = build_model(name, 10)
     with pytest.raises(ValueError, match="use one of resnet18, .*imagenet_resnet152"):
@@ -183,7 +195,7 @@ def test_zero_init_refuses_networks_of_other_blocks(name):
 
 
 @pytest.mark.parametrize("size", [129, 224])
-def test_networks_for_small_images_refuse_large_ones_and_name_the_right_one(size):
+def test_networks_for_small_images_reject_large_ones_and_name_a_replacement(size):
     for name, remedy in (("resnet50", "use imagenet_resnet50"), ("wrn16_8", "use one of imagenet_resnet18, ")):
         with pytest.raises(ValueError, match=f"{name} is for .* at most 128 .* at {size} .*{remedy}"):
             build_model(name, 10, size)
@@ -193,7 +205,7 @@ def test_networks_for_small_images_refuse_large_ones_and_name_the_right_one(size
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_network_is_told_from_all_others(name):
+def test_every_network_matches_only_itself(name):
     with torch.device("meta"):
         state = build_model(name, 12).state_dict()
     assert (
@@ -201,9 +213,9 @@ def test_every_network_is_told_from_all_others(name):
     )
 
 
-def test_a_typed_name_means_the_network_that_fits_the_weights():
+def test_name_selects_the_variant_that_matches_the_weights():
     with torch.device("meta"):
-        small, large = build_model("resnet50", 10).state_dict(), theirs("resnet50").state_dict()
+        small, large = build_model("resnet50", 10).state_dict(), build_torchvision("resnet50").state_dict()
     assert find_matching_models(small, like="resnet50") == ["resnet50"]
     assert IMAGENET_ALIASES["resnet50"] == "imagenet_resnet50" and "preactresnet50" not in IMAGENET_ALIASES
     assert find_matching_models(large, like="resnet50") == ["imagenet_resnet50"]
@@ -212,16 +224,16 @@ def test_a_typed_name_means_the_network_that_fits_the_weights():
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11", "mobilenet_v3_small", "vit_b_16", "resnext50_32x4d"])
-def test_weights_of_none_of_ours_match_none(name):
+def test_weights_of_other_networks_match_none(name):
     with torch.device("meta"):
-        state = theirs(name).state_dict()
+        state = build_torchvision(name).state_dict()
     assert find_matching_models(state) == [] and count_classes(state) in (0, 1000)
     assert count_classes({"fc.bias": None}) == count_classes({"linear.bias": 3}) == 0
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache of torch.hub, on a machine without a network."""
+    """An empty torch.hub cache on a machine without network access."""
 
     def no_network(*args, **kwargs):
         raise URLError("no route to host")
@@ -233,7 +245,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_pretrained_weights_are_torchvisions_first_ones():
+def test_pretrained_weights_are_imagenet1k_v1():
     assert list(PRETRAINED) == IMAGENET_MODELS
     for name, url in PRETRAINED.items():
         weights = torchvision.models.get_model_weights(name.removeprefix("imagenet_"))
@@ -241,10 +253,10 @@ def test_pretrained_weights_are_torchvisions_first_ones():
 
 
 @pytest.mark.parametrize("classes", [1000, 5])
-def test_pretrained_weights_go_in_and_another_number_of_classes_keeps_its_layer(cache, classes):
-    weights = {key: torch.full_like(value, 2) for key, value in theirs("resnet18").state_dict().items()}
+def test_pretrained_weights_load_and_a_different_number_of_classes_keeps_the_last_layer(cache, classes):
+    weights = {key: torch.full_like(value, 2) for key, value in build_torchvision("resnet18").state_dict().items()}
     torch.save(
-        {key: value for key, value in weights.items() if "num_batches" not in key},  # as old files are
+        {key: value for key, value in weights.items() if "num_batches" not in key},  # as in old files
         cache / "resnet18-f37072fd.pth",
     )
     model = build_model("imagenet_resnet18", classes)
@@ -254,7 +266,7 @@ def test_pretrained_weights_go_in_and_another_number_of_classes_keeps_its_layer(
     assert torch.equal(model.fc.weight, head if classes != 1000 else torch.full_like(head, 2))
 
 
-def test_pretrained_weights_that_cannot_be_had_are_explained(cache):
+def test_unavailable_pretrained_weights_are_explained(cache):
     with torch.device("meta"):
         model, small = build_model("imagenet_resnet50", 10), build_model("resnet50", 10)
     with pytest.raises(ValueError, match="no route to host") as caught:

@@ -1,4 +1,4 @@
-"""Words that name a class, and files that name them all."""
+"""Tests of class lookup by name and of files of class names."""
 
 import pytest
 
@@ -18,7 +18,7 @@ TITLES = [
 
 
 @pytest.mark.parametrize(
-    ("word", "found"),
+    ("query", "expected"),
     [
         ("0", 0),
         ("tench", 0),
@@ -33,12 +33,12 @@ TITLES = [
         ("puppy", 7),
     ],
 )
-def test_a_class_is_told_by_its_index_or_name(word, found):
-    assert find_class(word, TITLES, len(TITLES)) == found
+def test_find_class_accepts_an_index_or_a_name(query, expected):
+    assert find_class(query, TITLES, len(TITLES)) == expected
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("query", "message"),
     [
         ("9", "0 to 8"),
         ("-1", "0 to 8"),
@@ -47,10 +47,10 @@ def test_a_class_is_told_by_its_index_or_name(word, found):
         ("tensh", "did you mean tench"),
     ],
 )
-def test_a_class_that_cannot_be_told_is_explained(word, message):
+def test_find_class_explains_unknown_and_ambiguous_queries(query, message):
     with pytest.raises(ValueError, match=message):
-        find_class(word, TITLES, len(TITLES))
-    assert find_class("7", ["3", "7"], 2) == 1, "digits may be names"
+        find_class(query, TITLES, len(TITLES))
+    assert find_class("7", ["3", "7"], 2) == 1, "a class name may be a number"
     with pytest.raises(ValueError, match="--labels"):
         find_class("tench", [], 9)
 

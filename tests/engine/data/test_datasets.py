@@ -1,3 +1,5 @@
+"""Tests of loading data sets: CIFAR, Tiny-ImageNet, folders, splits, shapes and their batches."""
+
 import pickle
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from engine.data.shapes import CLASSES, draw_shapes
 from engine.errors import UserError
 
 CPU = torch.device("cpu")
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+HALF_STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 def write_cifar10(folder: Path, count: int = 4) -> np.ndarray:
@@ -28,7 +30,7 @@ def write_cifar10(folder: Path, count: int = 4) -> np.ndarray:
     return pixels
 
 
-# CIFAR
+# ---- CIFAR ----
 
 
 @pytest.mark.parametrize("place", ["cifar-10-batches-py", "."])
@@ -42,12 +44,12 @@ def test_cifar10_is_read_from_either_folder(tmp_path, place):
     assert (data.mean, data.std) == STATISTICS["cifar10"] and "usually has 50,000" in data.warnings[0]
 
 
-def test_missing_cifar_says_where_it_looked(tmp_path):
+def test_missing_cifar_error_lists_the_paths_tried(tmp_path):
     with pytest.raises(UserError, match=r"data_batch_1 \(31,035,704 bytes\).*cifar-10-batches-py.*\n.*--data_dir"):
         load_data("cifar10", data_dir=str(tmp_path), download=False)
 
 
-def test_incomplete_and_damaged_cifar_are_named(tmp_path):
+def test_incomplete_and_damaged_cifar_files_are_reported(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar10(folder)
     whole = (folder / "data_batch_3").read_bytes()
@@ -64,7 +66,7 @@ class Hostile:
         return print, ("hostile code ran",)
 
 
-def test_a_cifar_file_cannot_run_code(tmp_path, capsys):
+def test_cifar_pickle_cannot_execute_code(tmp_path, capsys):
     folder = tmp_path / "cifar-10-batches-py"
     write_cifar10(folder)
     (folder / "test_batch").write_bytes(pickle.dumps({"data": Hostile(), "labels": []}))
@@ -73,9 +75,9 @@ def test_a_cifar_file_cannot_run_code(tmp_path, capsys):
     assert "hostile" not in capsys.readouterr().out
 
 
-# folders and Tiny-ImageNet
+# ---- Folders and Tiny-ImageNet ----
 
-WNIDS = ["n02", "n01", "n03"]  # wnids.txt has another order than the sorted folders
+WNIDS = ["n02", "n01", "n03"]  # the order of wnids.txt differs from that of the sorted folders
 
 
 def write_tiny(root: Path, layout: str) -> None:
@@ -99,17 +101,17 @@ def write_tiny(root: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["original", "images/wnid", "wnid/images", "wnid"])
-def test_tiny_imagenet_in_every_layout(tmp_path, layout):
+def test_tiny_imagenet_is_read_in_every_layout(tmp_path, layout):
     write_tiny(tmp_path / "tiny-imagenet-200", layout)
     data = load_data("tiny-imagenet", data_dir=str(tmp_path))
     assert data.classes == sorted(WNIDS) and data.train.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    reds = data.test.pixels[:, 32, 32, 0].tolist()  # about 50 times the number of the file
+    reds = data.test.pixels[:, 32, 32, 0].tolist()  # about 50 times the number in the file name
     by_number = [label for _, label in sorted(zip(reds, data.test.labels.tolist(), strict=True))]
     assert by_number == [2, 0, 1, 0]
     assert data.image_size == 64 and isinstance(data.train.pixels, torch.Tensor)
 
 
-def test_images_read_as_one_class_is_caught(tmp_path):
+def test_images_folder_read_as_a_class_raises(tmp_path):
     write_tiny(tmp_path, "original")
     (tmp_path / "val" / "val_annotations.txt").unlink()
     with pytest.raises(UserError, match="val_annotations.txt"):
@@ -119,13 +121,13 @@ def test_images_read_as_one_class_is_caught(tmp_path):
         load_data("tiny-imagenet", data_dir=str(tmp_path))
 
 
-@pytest.mark.parametrize("part", ["val", "test"])
+@pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_folder_is_read_by_workers(tmp_path, part, workers):
-    write_class_folders(tmp_path, part)
+def test_folder_is_read_by_workers(tmp_path, split, workers):
+    write_class_folders(tmp_path, split)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
     batches = DeviceLoader(
-        data.train, 4, device=CPU, shuffle=True, augmentation=Augmentation(2), workers=workers, **HALF
+        data.train, 4, device=CPU, shuffle=True, augmentation=Augmentation(2), workers=workers, **HALF_STATISTICS
     )
     sizes = [tuple(batch.images.shape) for batch in batches.epoch(0)]
     assert sizes == [(4, 3, 32, 32), (2, 3, 32, 32)] and data.classes == ["cat", "dog"]
@@ -134,7 +136,7 @@ def test_folder_is_read_by_workers(tmp_path, part, workers):
     ).tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_folder_faults_are_explained(tmp_path):
+def test_folder_errors_name_folders_and_classes(tmp_path):
     with pytest.raises(UserError, match=r"no folder .*train.*\n.*--data_dir"):
         load_data("folder", data_dir=str(tmp_path))
     write_class_folders(tmp_path)
@@ -146,7 +148,7 @@ def test_folder_faults_are_explained(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_stops_or_is_skipped(tmp_path, workers):
+def test_unreadable_image_raises_or_is_skipped(tmp_path, workers):
     write_class_folders(tmp_path)
     bad = tmp_path / "train" / "cat" / "2.png"  # its next readable neighbour is a dog
     bad.write_bytes(bad.read_bytes()[:40])
@@ -164,22 +166,24 @@ def test_a_bad_image_stops_or_is_skipped(tmp_path, workers):
     assert torch.equal(batch.images[2], batch.images[3])
 
 
-# splits
+# ---- Splits ----
 
 
-def test_validation_images_come_out_of_the_training_part():
-    part = ImageSet(torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 4, list("abcd"), "here")
-    train, valid = split_by_class(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
+def test_validation_images_are_split_from_the_training_images():
+    image_set = ImageSet(
+        torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1), torch.arange(40) % 4, list("abcd"), "here"
+    )
+    train, valid = split_by_class(image_set, labels_per_class=5, valid_labels_per_class=3, seed=1)
     assert torch.bincount(train.labels).tolist() == [5] * 4 and torch.bincount(valid.labels).tolist() == [3] * 4
     assert not set(train.pixels.flatten().tolist()) & set(valid.pixels.flatten().tolist())
-    again, _ = split_by_class(part, labels_per_class=5, valid_labels_per_class=3, seed=1)
-    other, _ = split_by_class(part, labels_per_class=5, valid_labels_per_class=3, seed=2)
+    again, _ = split_by_class(image_set, labels_per_class=5, valid_labels_per_class=3, seed=1)
+    other, _ = split_by_class(image_set, labels_per_class=5, valid_labels_per_class=3, seed=2)
     assert torch.equal(train.pixels, again.pixels) and not torch.equal(train.pixels, other.pixels)
     with pytest.raises(UserError, match="class 'a' has 10 images"):
-        split_by_class(part, 8, 3, 1)
+        split_by_class(image_set, 8, 3, 1)
 
 
-def test_limit_and_class_count(tmp_path):
+def test_limit_and_wrong_class_count(tmp_path):
     write_cifar10(tmp_path / "cifar-10-batches-py")
     data = load_data("cifar10", data_dir=str(tmp_path), limit=3)
     assert (len(data.train), len(data.test)) == (3, 3) and "partial" in data.warnings[-1]
@@ -189,41 +193,41 @@ def test_limit_and_class_count(tmp_path):
         load_data("cifar10", data_dir=str(tmp_path), image_size=64)
 
 
-def test_norm_names_the_constants(tmp_path):
+def test_norm_selects_mean_and_std(tmp_path):
     for norm, name in (("own", "half"), ("imagenet", "imagenet"), ("half", "half")):
         data = load_data("shapes", norm=norm, num_classes=2, limit=1, image_size=8)
         assert (data.mean, data.std) == STATISTICS[name]
 
 
-# shapes
+# ---- Shapes ----
 
 
-def test_shapes_are_seeded_balanced_and_come_with_true_boxes():
+def test_shapes_are_seeded_and_balanced_and_have_tight_boxes():
     drawn = draw_shapes(30, 32, seed=4)
     assert torch.equal(drawn["images"][:10], draw_shapes(10, 32, seed=4)["images"])
     assert not torch.equal(drawn["images"][:10], draw_shapes(10, 32, seed=5)["images"])
     assert torch.bincount(drawn["labels"]).tolist() == [3] * len(CLASSES)
     for mask, (y1, y2, x1, x2) in zip(drawn["masks"], drawn["boxes"].tolist(), strict=True):
-        assert mask[y1:y2, x1:x2].sum() == mask.sum() > 20, "the box holds the whole mask"
-        assert mask[y1].any() and mask[y2 - 1].any() and mask[:, x1].any() and mask[:, x2 - 1].any(), "and is tight"
+        assert mask[y1:y2, x1:x2].sum() == mask.sum() > 20, "the box contains the whole mask"
+        assert mask[y1].any() and mask[y2 - 1].any() and mask[:, x1].any() and mask[:, x2 - 1].any(), "the box is tight"
 
 
-def test_drawing_leaves_the_global_generator_alone():
+def test_drawing_shapes_does_not_use_the_global_generator():
     state = torch.get_rng_state()
     draw_shapes(5, 16)
     assert torch.equal(state, torch.get_rng_state())
 
 
-# batches
+# ---- Batches ----
 
 
-def numbered(count: int = 10, size: int = 6) -> ImageSet:
+def make_numbered_set(count: int = 10, size: int = 6) -> ImageSet:
     pixels = torch.arange(count * size * size * 3).remainder(251).to(torch.uint8).view(count, size, size, 3)
     return ImageSet(pixels, torch.arange(count), [str(i) for i in range(count)], "here")
 
 
-def test_crop_and_flip_shift_and_fill_with_black():
-    pixels = numbered(2, 4).pixels + 1
+def test_crop_and_flip_shifts_and_pads_with_black():
+    pixels = make_numbered_set(2, 4).pixels + 1
     out = crop_and_flip(
         pixels, torch.tensor([1, 0]), torch.tensor([2, 0]), torch.tensor([-1, 0]), torch.tensor([False, True])
     )
@@ -231,49 +235,53 @@ def test_crop_and_flip_shift_and_fill_with_black():
     assert torch.equal(out[1], pixels[0].flip(1))
 
 
-def test_batches_depend_on_seed_and_epoch_alone():
-    def stream(seed, epoch, draws_before=0):
+def test_batches_depend_only_on_seed_and_epoch():
+    def collect_batches(seed, epoch, draws_before=0):
         torch.rand(draws_before)
-        batches = DeviceLoader(numbered(), 4, device=CPU, shuffle=True, augmentation=Augmentation(1), seed=seed, **HALF)
+        batches = DeviceLoader(
+            make_numbered_set(), 4, device=CPU, shuffle=True, augmentation=Augmentation(1), seed=seed, **HALF_STATISTICS
+        )
         return [(batch.images, batch.labels, batch.index) for batch in batches.epoch(epoch)]
 
     def equal(a, b):
         return all(torch.equal(x, y) for one, two in zip(a, b, strict=True) for x, y in zip(one, two, strict=True))
 
     state = torch.get_rng_state()
-    assert equal(stream(0, 3), stream(0, 3)) and torch.equal(state, torch.get_rng_state())
-    assert equal(stream(0, 3), stream(0, 3, draws_before=7))
-    assert not equal(stream(0, 3), stream(0, 4)) and not equal(stream(0, 3), stream(1, 3))
-    assert sorted(torch.cat([labels for _, labels, _ in stream(0, 3)]).tolist()) == list(range(10))
+    assert equal(collect_batches(0, 3), collect_batches(0, 3)) and torch.equal(state, torch.get_rng_state())
+    assert equal(collect_batches(0, 3), collect_batches(0, 3, draws_before=7))
+    assert not equal(collect_batches(0, 3), collect_batches(0, 4)) and not equal(
+        collect_batches(0, 3), collect_batches(1, 3)
+    )
+    assert sorted(torch.cat([labels for _, labels, _ in collect_batches(0, 3)]).tolist()) == list(range(10))
 
 
-def test_workers_do_not_change_the_stream(tmp_path):
+def test_workers_do_not_change_the_batches(tmp_path):
     write_class_folders(tmp_path)
     data = load_data("folder", data_dir=str(tmp_path), image_size=32)
     kwargs = {"device": CPU, "mean": data.mean, "std": data.std, "shuffle": True, "augmentation": Augmentation(4)}
-    streams = [
+    batches_by_workers = [
         [b.images for b in DeviceLoader(data.train, 4, workers=workers, **kwargs).epoch(2)] for workers in (0, 2)
     ]
-    assert all(torch.equal(a, b) for a, b in zip(*streams, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*batches_by_workers, strict=True))
 
 
-def test_normalisation_is_torchvisions():
+def test_normalisation_matches_torchvision():
     from torchvision.transforms.functional import normalize
 
-    part, mean, std = numbered(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-    batch = next(DeviceLoader(part, 3, device=CPU, mean=mean, std=std).epoch())
-    expected = normalize(part.pixels[:3].permute(0, 3, 1, 2).float() / 255, mean, std)
+    image_set, mean, std = make_numbered_set(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    batch = next(DeviceLoader(image_set, 3, device=CPU, mean=mean, std=std).epoch())
+    expected = normalize(image_set.pixels[:3].permute(0, 3, 1, 2).float() / 255, mean, std)
     torch.testing.assert_close(batch.images, expected)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_last_short_batch_is_kept_or_dropped():
+def test_last_short_batch_is_kept_or_dropped():
     for drop_last, sizes in ((False, [4, 4, 2]), (True, [4, 4])):
-        batches = DeviceLoader(numbered(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, drop_last=drop_last)
+        batches = DeviceLoader(make_numbered_set(), 4, device=CPU, mean=(0.5,) * 3, std=(0.5,) * 3, drop_last=drop_last)
         assert [len(batch.labels) for batch in batches.epoch()] == sizes and len(batches) == len(sizes)
 
 
-# real data
+# ---- Real data ----
 
 
 @pytest.mark.data
@@ -290,11 +298,11 @@ def test_real_cifar10(real_data):
     assert not data.warnings
 
 
-@pytest.mark.parametrize(("count", "most"), [(1000, 60), (10, 7), (9, 9), (5, 8), (4, 0)])
-def test_a_few_are_from_all_over_and_of_classes_that_take_turns(count, most):
-    part = ImageSet(torch.arange(count), torch.arange(count) % 2, ["a", "b"], "somewhere")
-    few = part.subsample(most)
-    places, wanted = few.pixels.tolist(), min(count, most)
+@pytest.mark.parametrize(("count", "max_count"), [(1000, 60), (10, 7), (9, 9), (5, 8), (4, 0)])
+def test_subsample_covers_the_whole_set_and_alternating_classes(count, max_count):
+    image_set = ImageSet(torch.arange(count), torch.arange(count) % 2, ["a", "b"], "somewhere")
+    subset = image_set.subsample(max_count)
+    places, wanted = subset.pixels.tolist(), min(count, max_count)
     assert len(places) == wanted and places == sorted(set(places))
     assert all(n * count // wanted <= place < (n + 1) * count // wanted for n, place in enumerate(places))
-    assert most != 60 or 20 < int(few.labels.sum()) < 40
+    assert max_count != 60 or 20 < int(subset.labels.sum()) < 40

@@ -1,3 +1,5 @@
+"""Tests of resized copies of image sets."""
+
 import os
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from engine.data.resize_copies import resize_copies
 from engine.errors import UserError
 
 
-def write_set(root: Path, count: int = 2, size: tuple[int, int] = (90, 60)) -> None:
+def write_image_set(root: Path, count: int = 2, size: tuple[int, int] = (90, 60)) -> None:
     noise = np.random.default_rng(0)
     for part in ("train", "val"):
         for wnid in ("n01", "n02"):
@@ -27,14 +29,14 @@ def write_set(root: Path, count: int = 2, size: tuple[int, int] = (90, 60)) -> N
                 small.resize(size, Image.Resampling.BICUBIC).save(path, "JPEG", quality=95)
 
 
-def files(root: Path) -> list[str]:
+def list_files(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_copies_have_the_tree_the_size_and_the_looks(tmp_path, workers):
+def test_copies_have_the_tree_the_size_and_the_pixels(tmp_path, workers):
     source, dest, bars = tmp_path / "set", tmp_path / "copies", []
-    write_set(source)
+    write_image_set(source)
     (source / "val" / "val_annotations.txt").write_text("a list")
     (source / "val" / "notes.txt").write_text("not a list")
 
@@ -44,8 +46,8 @@ def test_copies_have_the_tree_the_size_and_the_looks(tmp_path, workers):
 
     report = resize_copies(source, [20, 40, 20], dest, workers=workers, progress=progress)
     assert (report.made, report.skipped, report.bad, bars) == (16, 0, [], [8]) and report.seconds > 0
-    expected = [name for name in files(source) if name != "val/notes.txt"]
-    assert files(dest / "20") == files(dest / "40") == expected
+    expected = [name for name in list_files(source) if name != "val/notes.txt"]
+    assert list_files(dest / "20") == list_files(dest / "40") == expected
     for size, shape in ((20, (30, 20)), (40, (60, 40))):
         with Image.open(source / "val" / "n02" / "n02_1.JPEG") as image:
             wanted = np.asarray(image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)).astype(int)
@@ -56,18 +58,18 @@ def test_copies_have_the_tree_the_size_and_the_looks(tmp_path, workers):
     assert len(train.files) == len(test.files) == 4
 
 
-def test_a_large_jpeg_is_decoded_small_enough(tmp_path, monkeypatch):
-    write_set(tmp_path / "set", 1, (800, 640))
+def test_large_jpeg_is_decoded_at_reduced_size(tmp_path, monkeypatch):
+    write_image_set(tmp_path / "set", 1, (800, 640))
     seen = []
     monkeypatch.setattr(copies, "convert_to_rgb", lambda image: seen.append(image.size) or image.convert("RGB"))
     resize_copies(tmp_path / "set", [80, 40], tmp_path / "copies", workers=1)
-    assert seen == [(200, 160)] * 4, "a quarter: twice the larger copy, and no less"
+    assert seen == [(200, 160)] * 4, "decoded at a quarter of the size: at least twice the larger copy"
     assert Image.open(tmp_path / "copies" / "80" / "val" / "n01" / "n01_0.JPEG").size == (100, 80)
 
 
-def test_what_is_there_is_left_and_the_rest_is_made(tmp_path):
+def test_existing_copies_are_kept_and_missing_ones_made(tmp_path):
     source, dest = tmp_path / "set", tmp_path / "copies"
-    write_set(source)
+    write_image_set(source)
     resize_copies(source, [20], dest, workers=1)
     kept, gone = dest / "20" / "train" / "n01" / "n01_0.JPEG", dest / "20" / "val" / "n02" / "n02_1.JPEG"
     kept.write_bytes(b"mine")
@@ -77,22 +79,22 @@ def test_what_is_there_is_left_and_the_rest_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_files_are_listed_and_the_others_made(tmp_path, workers):
+def test_unreadable_files_are_listed_and_the_others_copied(tmp_path, workers):
     source, dest = tmp_path / "set", tmp_path / "copies"
-    write_set(source)
+    write_image_set(source)
     bad = source / "train" / "n01" / "n01_1.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     grey = source / "train" / "n02" / "n02_0.png"
     Image.new("LA", (50, 90)).save(grey)
     report = resize_copies(source, [20], dest, workers=workers)
     assert report.made == 8 and [path for path, _ in report.bad] == [bad] and "truncated" in report.bad[0][1].lower()
-    assert files(dest / "20") == [name for name in files(source) if "n01/n01_1" not in name or "val" in name]
+    assert list_files(dest / "20") == [name for name in list_files(source) if "n01/n01_1" not in name or "val" in name]
     with Image.open(dest / "20" / "train" / "n02" / "n02_0.png") as copy:
         assert (copy.mode, copy.size) == ("RGB", (20, 36))
     assert "unreadable files: 1" in report.lines()[0] and str(bad) in report.lines()[1]
 
 
-def test_places_that_cannot_work_are_refused(tmp_path):
+def test_invalid_source_and_destination_raise(tmp_path):
     source = tmp_path / "set"
     with pytest.raises(UserError, match="no folder .*set\n"):
         resize_copies(source, [20], tmp_path / "copies")
@@ -107,16 +109,16 @@ def test_places_that_cannot_work_are_refused(tmp_path):
         resize_copies(tmp_path / "20", [20], tmp_path)
 
 
-def test_links_are_followed_but_not_in_a_circle(tmp_path):
-    write_set(tmp_path / "set", 1)
+def test_links_are_followed_without_cycles(tmp_path):
+    write_image_set(tmp_path / "set", 1)
     (tmp_path / "set" / "again").symlink_to(tmp_path / "set" / "train" / "n01", target_is_directory=True)
     (tmp_path / "set" / "train" / "up").symlink_to(tmp_path / "set", target_is_directory=True)
     assert resize_copies(tmp_path / "set", [20], tmp_path / "copies", workers=1).made == 5
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_nothing_half_written_stays_behind(tmp_path, monkeypatch, failure):
-    write_set(tmp_path / "set", 1)
+def test_no_partial_file_remains_after_a_failure(tmp_path, monkeypatch, failure):
+    write_image_set(tmp_path / "set", 1)
 
     def stop(side, target):
         assert Path(side).stat().st_size > 0
@@ -131,7 +133,7 @@ def test_nothing_half_written_stays_behind(tmp_path, monkeypatch, failure):
         copies.atomic_file(tmp_path / "copies" / "a.JPEG") as side,
     ):
         side.write_bytes(b"half")
-    assert files(tmp_path / "copies") == []
+    assert list_files(tmp_path / "copies") == []
 
 
 COMMAND = """
@@ -144,9 +146,9 @@ run_main(lambda: resize_copies(Path({source!r}), [300, 400], Path({dest!r}), wor
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals to a process group")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_is_stopped_leaves_whole_files_and_goes_on(tmp_path, number):
+def test_interrupted_run_leaves_complete_files_and_can_be_repeated(tmp_path, number):
     source, dest = tmp_path / "set", tmp_path / "copies"
-    write_set(source, 40, (500, 400))
+    write_image_set(source, 40, (500, 400))
     command = COMMAND.format(source=str(source), dest=str(dest))
     process = subprocess.Popen(
         [sys.executable, "-c", command], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Boxes drawn in pictures, and precision drawn against recall."""
+"""Tests of drawing boxes and precision-recall curves."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from engine.drawing import boxes
 
 
-def test_the_dots_are_the_precision_that_counts(tmp_path, monkeypatch):
+def test_dots_are_the_interpolated_precision(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(boxes, "save_figure", lambda figure, path: figures.append(figure))
     boxes.draw_precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
@@ -17,7 +17,7 @@ def test_the_dots_are_the_precision_that_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", [(400, 20), (20, 400), (3, 3), (1500, 1000)])
-def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shape, recwarn):
+def test_images_of_any_size_and_boxes_at_their_edges_are_drawn(tmp_path, shape, recwarn):
     height, width = shape
     picture = np.full((height, width, 3), 255, np.uint8)
     text = "a very long name of a class, $and_ \u5b57"
@@ -28,21 +28,21 @@ def test_pictures_of_any_size_and_boxes_at_their_edges_are_framed(tmp_path, shap
         pixels = np.asarray(image.convert("RGB")).astype(int)
     blue = (pixels[..., 2] - pixels[..., 0]) > 120
     assert blue[:, :520].sum() > 100 and not blue[:, 520:].any()
-    assert not recwarn.list  # of letters that the font has not
+    assert not recwarn.list  # no warnings about characters that are missing in the font
 
 
-def test_a_box_is_drawn_where_it_is(tmp_path):
+def test_box_is_drawn_at_its_position(tmp_path):
     picture = np.full((100, 250, 3), 255, np.uint8)
     box = boxes.DrawnBox((50, 30, 150, 80), "a", (0.0, 0.0, 1.0))
     boxes.draw_box_pairs(tmp_path / "a.png", [("", picture, [], [box])], ("", ""), "")
     pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
     rows, columns = np.nonzero((pixels[..., 2] > 240) & (pixels[..., 0] < 20))
-    x0, y0 = 520, 24  # of the picture on the right, twice as large on the page
+    x0, y0 = 520, 24  # top left corner of the right image, which is drawn at twice its size
     found = [columns.min() - x0, rows[columns > x0 + 200].min() - y0, columns.max() - x0, rows.max() - y0]
     assert found == pytest.approx([100, 60, 300, 160], abs=2)
 
 
-def test_texts_at_the_same_place_do_not_hide_one_another(tmp_path, monkeypatch):
+def test_labels_of_overlapping_boxes_do_not_overlap(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(boxes, "save_figure", lambda figure, path, dpi: figures.append(figure))
     picture = np.zeros((100, 100, 3), np.uint8)

@@ -262,9 +262,9 @@ def test_words_that_mean_nothing_are_explained(tmp_path, squeezenet):
         "resnet19": "did you mean resnet18",
         f"squeezenet1_1={tmp_path / 'gone.pt'}": "no such file",
         f"squeezenet1_0={squeezenet}": "does not hold a squeezenet1_0",
-        str(squeezenet): "say NAME=",
+        str(squeezenet): "give NAME=",
         str(tmp_path): "no best.pt",
-        "vit_h_14": "give them as vit_h_14=FILE",
+        "vit_h_14": "give a file of weights as vit_h_14=FILE",
     }.items():
         with pytest.raises(UserError, match=told):
             load_classifiers([word], CPU)
