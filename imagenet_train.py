@@ -109,7 +109,11 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     # ---- Mixing: a recipe may set other hyper-parameters in each phase ----
     sources = training.SourceBuilder(
-        saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
+        saliency.build_source,
+        state,
+        sets,
+        precision,
+        **select_kwargs(options, ["loss", "saliency", *saliency.list_source_options()]),
     )
     with parser.usage_errors():
         mixers = []

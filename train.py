@@ -85,7 +85,11 @@ def main(argv: list[str] | None = None) -> dict | None:
         mixer = mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **hyper_parameters)
         mixer.check_size(sets.image_size, sets.image_size)
         sources = training.SourceBuilder(
-            saliency.build_source, state, sets, precision, **select_kwargs(options, training.SourceBuilder)
+            saliency.build_source,
+            state,
+            sets,
+            precision,
+            **select_kwargs(options, ["loss", "saliency", *saliency.list_source_options()]),
         )
         state.set_mixer(mixer, sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))

@@ -22,6 +22,18 @@ SOURCES = {  # name -> (module, class)
 }
 CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # that ActivationMaps implements
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
+SET_BY_RUN = {
+    "model",
+    "mean",
+    "std",
+    "device",
+    "precision",
+    "scaler",
+    "num_images",
+    "training_loss",
+    "cross_entropy_scale",
+}
+SET_BY_METHOD = {"reduction", "blur_sigma", "kernel_size", "mode", "clean_weight", "follows_training_loss"}
 _MODULES = {cls: module for module, cls in SOURCES.values()}  # public name -> its module
 _MODULES |= {"Source": "saliency.base", "ActivationMaps": "saliency.cam.maps"}
 
@@ -40,6 +52,15 @@ def source_class(name: str):
         raise ValueError(f"unknown saliency source {name!r}; choose from {', '.join(SOURCES)}")
     module, cls = SOURCES[name]
     return getattr(import_module(module), cls)
+
+
+def list_source_options() -> list[str]:
+    """Return the constructor parameters of all sources that are options of the command line.
+
+    The others are set by the run (SET_BY_RUN) or by the method (SET_BY_METHOD, from Mixer.gradient_options).
+    """
+    parameters = dict.fromkeys(key for name in SOURCES for key in inspect.signature(source_class(name)).parameters)
+    return [key for key in parameters if key not in SET_BY_RUN | SET_BY_METHOD]
 
 
 def build_source(name: str, /, **options):

@@ -213,8 +213,8 @@ def build_training_state(
 class SourceBuilder:
     """Builds the saliency source of a mixer. A source that learns is built once for all methods and phases of a run.
 
-    build_source: saliency.build_source. saliency: name of the source; None: the mixer's default source. The other
-    keyword-only parameters are the options of the same names.
+    build_source: saliency.build_source. loss: name of the training loss. saliency: name of the source, or None for the
+    default of the mixer. source_options: the command-line options that sources take (saliency.list_source_options).
     """
 
     def __init__(
@@ -226,14 +226,11 @@ class SourceBuilder:
         *,
         loss: str,
         saliency: str | None,
-        saliency_size: int | None,
-        bank_size: int,
-        bank_momentum: float,
-        casm: str | None,
+        **source_options,
     ):
         self.build_source, self.name = build_source, saliency
         self.learning_sources: dict[str, object] = {}
-        self.values = {
+        self.values = source_options | {
             "model": state.model,
             "num_images": len(data.train),
             "device": state.device,
@@ -243,10 +240,6 @@ class SourceBuilder:
             "scaler": state.scaler,
             "training_loss": LOSSES[loss],
             "cross_entropy_scale": get_cross_entropy_scale(loss, len(data.classes)),
-            "saliency_size": saliency_size,
-            "bank_size": bank_size,
-            "bank_momentum": bank_momentum,
-            "casm": casm,
         }
 
     def __call__(self, mixer):
