@@ -68,12 +68,12 @@ def assemble_images(images: torch.Tensor, sources: torch.Tensor) -> torch.Tensor
     """
     count, h, w, _ = sources.shape
     _, channels, height, width = images.shape
-    tall, wide = height // h, width // w
-    blocks = images.view(-1, channels, h, tall, w, wide).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * tall * wide)
+    bh, bw = height // h, width // w  # height and width of a block
+    blocks = images.view(-1, channels, h, bh, w, bw).permute(0, 2, 4, 1, 3, 5).reshape(-1, channels * bh * bw)
     site = torch.arange(h * w, device=images.device).view(1, h, w)
     first, second = (sources * (h * w) + site.unsqueeze(3)).flatten(0, 2).unbind(1)
     mixed = 0.5 * (blocks.index_select(0, first) + blocks.index_select(0, second))
-    mixed = mixed.view(count, h, w, channels, tall, wide).permute(0, 3, 1, 4, 2, 5)
+    mixed = mixed.view(count, h, w, channels, bh, bw).permute(0, 3, 1, 4, 2, 5)
     mixed = mixed.reshape(count, channels, height, width)
     return mixed if images.is_contiguous() else mixed.contiguous(memory_format=torch.channels_last)
 

@@ -61,8 +61,8 @@ def block_means(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def upsample_blocks(blocks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Repeat each block value of (B, rows, columns) over its pixels: (B, 1, H, W)."""
     batch, rows, columns = blocks.shape
-    tall, wide = height // rows, width // columns
-    return blocks.view(batch, rows, 1, columns, 1).expand(-1, -1, tall, -1, wide).reshape(batch, 1, height, width)
+    bh, bw = height // rows, width // columns  # height and width of a block
+    return blocks.view(batch, rows, 1, columns, 1).expand(-1, -1, bh, -1, bw).reshape(batch, 1, height, width)
 
 
 def expand_weight(weight: torch.Tensor | float, shape: torch.Size, device: torch.device) -> torch.Tensor:

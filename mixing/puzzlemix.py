@@ -223,10 +223,10 @@ class PuzzleMix(Mixer):
         images (B, C, H, W), saliency (B, H, W), partner (B,), lam (); n: blocks per side.
         """
         height, width = images.shape[-2:]
-        tall, wide = height // n, width // n
+        block_height, block_width = height // n, width // n
         cells = None
         if self.weights["gamma"]:
-            cell = largest_divisor(tall, self.neigh_size), largest_divisor(wide, self.neigh_size)
+            cell = largest_divisor(block_height, self.neigh_size), largest_divisor(block_width, self.neigh_size)
             cells = F.avg_pool2d(images.float(), cell) * self.std  # the mean would cancel in the differences
         block_saliency = normalize_sum(block_means(saliency, n, n))
         problem = build_mask_problem(block_saliency, cells, partner, lam, **self.weights)
@@ -237,7 +237,8 @@ class PuzzleMix(Mixer):
             return mask, None
         rows, columns = n, n
         if self.t_size > 0:
-            rows, columns = height // largest_divisor(tall, self.t_size), width // largest_divisor(wide, self.t_size)
+            rows = height // largest_divisor(block_height, self.t_size)
+            columns = width // largest_divisor(block_width, self.t_size)
             if rows > n or columns > n:
                 block_saliency = normalize_sum(block_means(saliency, rows, columns))
         grid_mask = upsample_blocks(mask, rows, columns).squeeze(1)

@@ -84,10 +84,10 @@ def source_pixels(offset: torch.Tensor, height: int, width: int) -> tuple[torch.
     """
     rows = torch.arange(height, device=offset.device) - offset[:, :1]
     columns = torch.arange(width, device=offset.device) - offset[:, 1:]
-    tall, wide = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
+    row_inside, column_inside = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     pixels = (rows * width).unsqueeze(2) + columns.unsqueeze(1)
-    return pixels.flatten(1), tall.float().unsqueeze(2) * wide.float().unsqueeze(1)
+    return pixels.flatten(1), row_inside.float().unsqueeze(2) * column_inside.float().unsqueeze(1)
 
 
 def gather_pixels(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ def solve_binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor)
     g (h, w, N) for N problems; J is down (h-1, w, N) and right (h, w-1, N), of any sign. A dynamic programme over the
     2^w states of a row; the state of one row is replaced by that of the next column by column.
     """
+    # ---- Cost of each state of each row ----
     h, w, count = g.shape
     states = 2**w
     table = g.new_empty(h, states, count)  # cost of each row on its own; bit c of a state is column c
@@ -34,6 +35,7 @@ def solve_binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor)
         torch.add(table[:, :low], g[:, column : column + 1], out=table[:, low:high])
         if column:
             table[:, low + low // 2 : high].add_(right[:, column - 1 : column])
+    # ---- Forward: add the lowest cost of the rows above ----
     for row in range(1, h):
         reach = table[row - 1]
         for column in range(w):
@@ -44,6 +46,7 @@ def solve_binary_exact(g: torch.Tensor, down: torch.Tensor, right: torch.Tensor)
             torch.minimum(off, on + down[row - 1, column], out=moved[:, 1])
             reach = moved
         table[row].add_(reach.view(states, count))
+    # ---- Backward: read the states ----
     columns = bits(w, g.device)
     value, state = table[-1].min(0)
     found = [columns.index_select(1, state)]

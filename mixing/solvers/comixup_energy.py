@@ -57,7 +57,7 @@ class Energy(NamedTuple):
         )
 
     def coarsen(self, tall: int, wide: int) -> "Energy":
-        """Return F for labellings that are constant on blocks of tall x wide blocks.
+        """Return F for labellings that are constant on groups of tall x wide blocks.
 
         Each edge and each count then stands for several.
         """

@@ -43,6 +43,7 @@ class ExpansionMoves:
         hard (Q, K): inputs tried as hard labels; the last `reoffered` of them carry REOFFER_COST. soft_inputs (Q, 2 or
         3): inputs of which each pair is tried as a soft label.
         """
+        # ---- The new labels v: z . v, cost and length ----
         z, degree, blocks = self.z, self.degree.unsqueeze(3), self.z.shape[0] * self.z.shape[1]
         index = hard if soft_inputs is None else torch.cat([hard, soft_inputs], 1)
         index = index.expand(*z.shape[:2], -1, -1)
@@ -57,6 +58,7 @@ class ExpansionMoves:
             length = ((first == second).to(z.dtype) + 1) * (self.smoothness / 2)
         else:
             inner = inner.mul_(self.smoothness)
+        # ---- Coefficients g and J of the binary problems ----
         own = (self.norm * self.degree).mul_(-0.5).sub_(self.current)  # minus the cost of the labels that are replaced
         own[1:].add_(self.down)
         own[:-1].add_(self.down)
@@ -69,6 +71,7 @@ class ExpansionMoves:
         g[:, :-1].sub_(inner[:, 1:])
         down = (inner[1:] + inner[:-1]).sub_(self.down.unsqueeze(3)).sub_(length)
         right = (inner[:, 1:] + inner[:, :-1]).sub_(self.right.unsqueeze(3)).sub_(length)
+        # ---- Solution ----
         minimise = solve_binary_exact if max(z.shape[:2]) <= EXACT_SIDE else solve_binary_approximately
         x, value = minimise(g.flatten(2), down.flatten(2), right.flatten(2))
         return x.view(g.shape), value.view(g.shape[2:]) - bias * x.sum((0, 1)).view(g.shape[2:])

@@ -60,11 +60,13 @@ def solve_exact(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) ->
 
     The frontier has L^n states. Block (r, c) replaces the label of the block above it: a minimum over the L old labels.
     """
+    # ---- Costs ----
     count, rows, columns, batch = unary.shape
     steps = squared_steps(count, unary.device).view(count, count, 1)
     table = unary.permute(1, 2, 0, 3).unsqueeze(2).expand(-1, -1, count, -1, -1).clone()  # r, c, left label, own label
     table[:, 1:] += right.unsqueeze(2).unsqueeze(2) * steps
     above = down.unsqueeze(2).unsqueeze(2) * steps  # r - 1, c, label above, own label
+    # ---- Forward: the lowest cost of each state of the frontier ----
     cost = table[0, 0, 0].view(count, 1, batch)
     for column in range(1, columns):
         cost = cost.reshape(-1, count, 1, batch) + table[0, column]
@@ -80,6 +82,7 @@ def solve_exact(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) ->
                 cost = cost + table[row, column].unsqueeze(2)
             else:
                 cost = cost.reshape(count, after, batch) + table[row, 0, 0].unsqueeze(1)
+    # ---- Backward: read the labels from the stored choices ----
     state = cost.reshape(-1, batch).argmin(0)
     decode, labels = digits(count, columns, unary.device), []
     for row in range(rows - 1, -1, -1):

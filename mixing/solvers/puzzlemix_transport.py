@@ -74,6 +74,7 @@ def solve_transport(block_saliency: torch.Tensor, needed: torch.Tensor, t_eps: f
 
 def run_auction(block_saliency: torch.Tensor, needed: torch.Tensor, unit: float, may_sync: bool) -> torch.Tensor:
     """As solve_transport(), where unit is the cost of one step and may_sync says whether the host may read results."""
+    # ---- Start: every block at its own place, all prices 0 ----
     batch, rows, columns = block_saliency.shape
     places = rows * columns
     own = torch.arange(places, device=block_saliency.device).expand(batch, places)
@@ -82,21 +83,20 @@ def run_auction(block_saliency: torch.Tensor, needed: torch.Tensor, unit: float,
     end, cost = batch * places, unit * squared_distances(rows, columns, block_saliency.device)
     block = own.flatten()
     owner = append_entry(torch.where(needed.view(-1) & ~unassigned, block, -1), -1)
-    block, unassigned, price = (
-        append_entry(block, 0),
-        append_entry(unassigned, False),
-        block_saliency.new_zeros(end + 1),
-    )
+    block, unassigned = append_entry(block, 0), append_entry(unassigned, False)
+    price = block_saliency.new_zeros(end + 1)
     for number in range(MAX_ROUNDS if may_sync else MAX_ROUNDS_NO_SYNC):
         bidder, real = find_bidders(unassigned[:-1], end // 8, may_sync)
         if len(bidder) == 0:
             break
+        # ---- Each unassigned place bids for its best block ----
         image, place = bidder // places, bidder % places
         net = block_saliency.view(batch, places) - price[:-1].view(batch, places)
         best, wanted = (net[image] - cost[place]).topk(2)
         wanted = image * places + wanted[:, 0]
         bid = price[wanted] + best[:, 0] - best[:, 1] + SLACK * 2 ** (number // SLACK_DOUBLING_ROUNDS)
         bid = torch.where(real, bid, -1.0)
+        # ---- Each block goes to the highest bid; of equal bids the first place wins ----
         highest = torch.full_like(price, -1.0).scatter_reduce_(0, wanted, bid, "amax")
         leads = real & (bid == highest[wanted])
         first = torch.full_like(owner, places).scatter_reduce_(0, wanted, torch.where(leads, place, places), "amin")
@@ -107,6 +107,7 @@ def run_auction(block_saliency: torch.Tensor, needed: torch.Tensor, unit: float,
         taken = torch.where(won, wanted, end)
         price[taken], owner[taken] = bid, place
         block[torch.where(won, bidder, end)] = wanted % places
+    # ---- Images that ran out of rounds keep all their blocks in place ----
     unfinished = unassigned[:-1].view(batch, places).any(1, keepdim=True)
     return torch.where(unfinished, own, block[:-1].view(batch, places))
 
@@ -139,10 +140,10 @@ def move_blocks(images: torch.Tensor, block: torch.Tensor, image: torch.Tensor, 
     images (B, C, H, W), cut into rows x columns = N blocks.
     """
     _, channels, height, width = images.shape
-    tall, wide = height // rows, width // columns
-    strips = images.permute(0, 2, 3, 1).reshape(-1, wide * channels)  # one pixel row of one block each
+    block_height, block_width = height // rows, width // columns
+    strips = images.permute(0, 2, 3, 1).reshape(-1, block_width * channels)  # one pixel row of one block each
     row, column = (block // columns).view(-1, rows, 1, columns), (block % columns).view(-1, rows, 1, columns)
-    line = torch.arange(tall, device=images.device).view(1, 1, -1, 1)
-    index = (image.view(-1, 1, 1, 1) * height + row * tall + line) * columns + column
+    line = torch.arange(block_height, device=images.device).view(1, 1, -1, 1)
+    index = (image.view(-1, 1, 1, 1) * height + row * block_height + line) * columns + column
     moved = strips.index_select(0, index.flatten()).view(len(block), height, width, channels)
     return moved.permute(0, 3, 1, 2)

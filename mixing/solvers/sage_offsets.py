@@ -50,10 +50,10 @@ def grid_offsets(height: int, width: int, count: int) -> torch.Tensor:
     def axis_offsets(side: int, points: int) -> torch.Tensor:
         return torch.tensor([round(n * side / points) for n in range(-(points // 2), points // 2 + 1)])
 
-    tall, wide = 2 * height - 1, 2 * width - 1
-    rows = min(tall, largest_odd(math.isqrt(count * tall // wide)))
-    columns = min(wide, largest_odd(count // rows))
-    return torch.cartesian_prod(axis_offsets(tall, rows), axis_offsets(wide, columns))
+    max_rows, max_columns = 2 * height - 1, 2 * width - 1
+    rows = min(max_rows, largest_odd(math.isqrt(count * max_rows // max_columns)))
+    columns = min(max_columns, largest_odd(count // rows))
+    return torch.cartesian_prod(axis_offsets(max_rows, rows), axis_offsets(max_columns, columns))
 
 
 def largest_odd(number: int) -> int:
@@ -102,12 +102,13 @@ def lost_saliency_by_overlap(first: torch.Tensor, second: torch.Tensor, offsets:
     buffer = first.new_empty(min(block, len(first)) * height * width)
     offsets = offsets.tolist()
     for start in range(0, len(first), block):
-        one, two = first[start : start + block].reciprocal(), second[start : start + block].reciprocal()
+        inverse_first = first[start : start + block].reciprocal()
+        inverse_second = second[start : start + block].reciprocal()
         for number, (dy, dx) in enumerate(offsets):
-            here = one[:, max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)]
-            there = two[:, max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)]
-            summed = buffer[: here.numel()].view(here.shape)
-            torch.add(here, there, out=summed).reciprocal_()
+            part_first = inverse_first[:, max(dy, 0) : height + min(dy, 0), max(dx, 0) : width + min(dx, 0)]
+            part_second = inverse_second[:, max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)]
+            summed = buffer[: part_first.numel()].view(part_first.shape)
+            torch.add(part_first, part_second, out=summed).reciprocal_()
             torch.sum(summed.flatten(1), 1, out=total[number, start : start + block])
     return total.t()
 
