@@ -127,20 +127,20 @@ def collect_notes(results: list[dict], seed: int) -> list[str]:
     return [*notes, f"seed {seed}"]
 
 
-def draw_page(path: Path | str, results: list[dict], pictures: list[dict], title: str) -> None:
+def draw_page(path: Path | str, results: list[dict], examples: list[dict], title: str) -> None:
     """Draw all results on one page and save it.
 
-    pictures: for each classifier `images` uint8 (n, H, W, 3), the same images for all but for their size, `maps`
+    examples: for each classifier `images` uint8 (n, H, W, 3), the same images for all but for their size, `maps`
     (n, H, W) in 0..1 and `titles`, n texts.
     """
     panels, columns = make_panels([(result["name"], result) for result in results]), 3
-    lines = 1 + len(pictures) if pictures else 0
+    lines = 1 + len(examples) if examples else 0
     heights = [3.8 * -(-len(panels) // columns), 1.9 * lines]
     figure = Figure(figsize=(5.2 * columns, sum(heights) + 0.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=heights) if lines else (figure, None)
     draw_panels(top, panels, columns)
     if lines:
-        draw_examples(bottom, pictures, [result["name"] for result in results])
+        draw_examples(bottom, examples, [result["name"] for result in results])
     figure.suptitle(title)
     figures.save_figure(figure, path)
 
@@ -194,14 +194,14 @@ def make_localization_panels(named: list[tuple[str, dict]]) -> list[Panel]:
     return panels
 
 
-def draw_examples(figure, pictures: list[dict], names: list[str]) -> None:
+def draw_examples(figure, examples: list[dict], names: list[str]) -> None:
     """Draw the images side by side and, below them, a row for each classifier with its maps and predictions."""
-    grid = figure.subplots(1 + len(names), len(pictures[0]["images"]), squeeze=False)
+    grid = figure.subplots(1 + len(names), len(examples[0]["images"]), squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
-    for axes, image in zip(grid[0], pictures[0]["images"], strict=True):
+    for axes, image in zip(grid[0], examples[0]["images"], strict=True):
         axes.imshow(image)
-    for row, shown, name in zip(grid[1:], pictures, names, strict=True):
+    for row, shown, name in zip(grid[1:], examples, names, strict=True):
         row[0].set_ylabel(format_label(name, 22), fontsize=9)
         for axes, image, heatmap, title in zip(row, shown["images"], shown["maps"], shown["titles"], strict=True):
             axes.imshow(figures.overlay_heatmap(image, heatmap))

@@ -57,14 +57,14 @@ def report_card(results: list[dict], command: str, *, seed: int, output: str, fi
     """Print the card and write it as FILE.json, FILE.md and FILE.png."""
     from evaluation import card
 
-    pictures = [result.pop("pictures", None) for result in results]  # images and maps do not go into the JSON file
+    examples = [result.pop("pictures", None) for result in results]  # images and maps do not go into the JSON file
     rows, notes = card.make_rows(results), [*card.collect_notes(results, seed), f"`{command}`"]
     print("\n".join([card.format_text(results, rows), *(f"- {note}" for note in notes)]))
     page = Path(figure or Path(output).with_suffix(".png"))
     markdown, text = Path(output).with_suffix(".md"), card.format_markdown(results, rows, notes)
     write_json(Path(output), {"notes": notes, "results": results})
     write_atomic(markdown, lambda side: side.write_text(text, encoding="utf-8"))
-    card.draw_page(page, results, [one for one in pictures if one], notes[0].partition(";")[0])
+    card.draw_page(page, results, [each for each in examples if each], notes[0].partition(";")[0])
     print(f"written: {output}, {markdown}, {page}")
 
 
