@@ -11,6 +11,7 @@ from engine.data.loader import DeviceLoader
 from engine.inference.classifier import Classifier
 from engine.runtime.device import autocast
 from engine.runtime.progress import Progress, progress_bar, use_progress_bar
+from engine.runtime.text import format_count
 from saliency.casm.boxes import binarize, find_rectangles
 from saliency.casm.extractors import Extractor
 from saliency.casm.metrics import (
@@ -21,7 +22,7 @@ from saliency.casm.metrics import (
     map_box_to_crop,
     score_image,
 )
-from saliency.casm.results import ScoringConfig, format_count
+from saliency.casm.results import ScoringConfig
 from saliency.casm.training import count_iterations
 
 ANNOTATED_DATASETS = ("shapes", "tiny-imagenet")  # datasets that come with boxes

@@ -193,8 +193,3 @@ def add_file_state(value):
         return value
     stat = Path(value).stat()
     return {"path": str(Path(value).resolve()), "size": stat.st_size, "time": stat.st_mtime_ns}
-
-
-def format_count(count: int, noun: str) -> str:
-    """Return a count with its noun: "1 image", "1,000 images"."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -14,12 +14,12 @@ from engine.data.views import RandomCrop
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.runtime.distributed import rank_environment
+from engine.runtime.text import format_count
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, find_matching_models
 from models.imagenet_resnet import load_pretrained
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import FIRST_SNAPSHOT_ONLY, SMALL_SET_BATCHES, get_preset
 from saliency.casm.pool import ClassifierPool, compute_snapshot_megabytes
-from saliency.casm.results import format_count
 from saliency.casm.training import CasmState
 
 FOLDER_DATASETS = ("folder", "imagenet")  # they need DATA, and have no fixed image size

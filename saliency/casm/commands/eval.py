@@ -76,8 +76,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 def format_result(result: dict) -> str:
     """Return a table with one row per classifier and kind of image, under the name of the extractor."""
     from engine.drawing import tables
+    from engine.runtime.text import format_count
     from saliency.casm.classifier_eval import KINDS
-    from saliency.casm.results import format_count
 
     lines = [f"\n{result['name']}: {format_count(result['images'], 'image')}"]
     for name, count in result["left_out"].items():
