@@ -80,12 +80,16 @@ def init_processes(device: torch.device, timeout_seconds: float) -> None:
     own_rank, world_size, _ = rank_environment()
     if world_size == 1 or _groups:
         return
+
+    # ---- Check torchrun's environment ----
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "RANK") if name not in os.environ]
     if missing:
         raise UserError(
             f"WORLD_SIZE is {world_size}, but {' and '.join(missing)} not set: the processes cannot find each other\n"
             f"start them with torchrun --nproc_per_node {world_size} {os.path.basename(sys.argv[0])} ..."
         )
+
+    # ---- Connect ----
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -106,6 +110,8 @@ def init_processes(device: torch.device, timeout_seconds: float) -> None:
             f"{timeout_seconds:g} s ({get_first_error_line(error)})\n"
             f"check that all {world_size} are started with this address and can reach it, or raise --timeout"
         ) from error
+
+    # ---- From here on, watch for failures and print in the main process only ----
     _groups = ProcessGroups(host, base_store, failure_watch)
     failure_watch.start()
     atexit.register(failure_watch.stop)

@@ -22,6 +22,8 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
         if not isinstance(content, dict) or not content.get("ema"):
             raise UserError(f"{path}: has no weight average, since it was trained without --ema")
         content = {"model": content["ema"]}
+
+    # ---- Find the state dict ----
     state = content
     if isinstance(content, dict):
         state = next((content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
@@ -31,12 +33,16 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
             f"{path}: no weights found (first keys: {list_first_keys(content)}); expected a state dict, or one under "
             f"the key {', '.join(WEIGHT_KEYS[:-1])} or {WEIGHT_KEYS[-1]}"
         )
+
+    # ---- Remove prefixes from the keys ----
     changed = True
     while changed:  # wrappers may be nested, as in `module._orig_mod.`
         changed = False
         for prefix in PREFIXES:
             if all(key.startswith(prefix) for key in weights):
                 weights, changed = {key[len(prefix) :]: value for key, value in weights.items()}, True
+
+    # ---- Check the kind ----
     detector = any(key.startswith(("roi_heads.", "rpn.")) for key in weights)
     if detector and kind == "classifier":
         raise UserError(

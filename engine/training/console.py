@@ -213,13 +213,16 @@ def draw_epoch(run: Run, data: Data, train: ImageSet) -> None:
 def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title: str) -> None:
     """Mix eight training images with each other and draw them. path: None: mix only, as processes without files do."""
     mixer, source, device = state.mixer, state.source, state.device
-    # evenly spaced, since folders come sorted by class
+
+    # ---- Batch: evenly spaced images, since folders come sorted by class ----
     indices = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()
     if mixer.batch_size:  # the method needs a batch of this size: repeat the eight images
         indices = indices.repeat(1 + mixer.batch_size // len(indices))[: mixer.batch_size]
     loader = DeviceLoader(data.train.take(indices), len(indices), device=device, mean=data.mean, std=data.std)
     batch = next(loader.epoch())._replace(loaded_index=indices.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
+
+    # ---- Mix ----
     for one in state.sources:
         one.start_batch(batch)
     torch.manual_seed(1)
@@ -230,6 +233,8 @@ def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title
     maps = [one(batch.images, targets) for one in state.sources[:1]]
     if path is None:
         return
+
+    # ---- Draw ----
     figures.draw_mixed_batch(
         path,
         images=batch.images[:8],

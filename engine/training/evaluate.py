@@ -63,6 +63,7 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
 
     models: the package `models`. Raises UserError if there is no checkpoint.
     """
+    # ---- Checkpoint and options ----
     path = find_resume(fill_in_options(typed, {}, parser.defaults), locate_classifier_runs)
     if path is None:
         raise UserError("--checkpoint auto: found no run to evaluate; name its folder or a checkpoint file")
@@ -70,11 +71,15 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
     if not file.options and "dataset" not in typed:
         parser.error(f"--dataset is missing: {path} does not record what it was trained on")
     options = fill_in_options(typed, file.options, parser.defaults)
+
+    # ---- Data ----
     device = start_processes(options["device"], options["timeout"])
     setup_backends(device, seed=0, deterministic=options["deterministic"])
     data = load_data(progress=progress_bar, **select_kwargs(options, load_data))
     check_same_images(data)
     print("\n".join([data.test.summary("test"), *(f"note: {line}" for line in data.warnings)]))
+
+    # ---- Network ----
     network = file.build(
         models.build_model,
         models.find_matching_models,
@@ -83,6 +88,8 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
         image_size=data.image_size,
     )
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+
+    # ---- Evaluation ----
     loader = DeviceLoader(
         data.test,
         500,

@@ -204,8 +204,8 @@ class Run:
         if unusable:
             self.warned_maps = True
             self.log.say(
-                f"note: {format_count(unusable, 'saliency map')} of {format_count(images, 'image')} were all zero (the "
-                "loss of those images is 0 already) or NaN and were replaced by a uniform map; harmless if rare"
+                "note: saliency maps replaced by a uniform map because they were all zero (the loss is 0 there "
+                f"already) or NaN: {unusable:,} of {images:,}; harmless if rare"
             )
 
     def save(self, also: list[str] | tuple = (), step: int | None = None) -> None:
