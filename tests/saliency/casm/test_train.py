@@ -504,7 +504,7 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_weights(
     assert [path.name for path in tmp_path.glob("*.pool_*")] == [saved["pool"]]
     assert load_casm(tmp_path / "map.chk").epoch == epoch - 1, "the checkpoint can be loaded for its masks"
     resume_run(tmp_path)
-    assert f"note: epoch {epoch} resumes after {iteration} of its steps" in capsys.readouterr().out
+    assert f"note: epoch {epoch} resumes after {iteration} of its 4 steps" in capsys.readouterr().out
     assert_same_run(uninterrupted_run, tmp_path)
 
 
@@ -536,7 +536,7 @@ def test_a_nonfinite_loss_saves_its_batch_and_weights(tmp_path, classifier):
         UserError, match="try a lower --lr or --lr-casme, or --amp off; there is no checkpoint"
     ) as caught:
         casm_train.main(build_command(tmp_path, classifier, "--lr", "1e30", "--print-freq", "1"))
-    assert "lr by now 1e+30; weights" in str(caught.value) and "loss scale" not in str(caught.value)
+    assert "current lr 1e+30; the weights" in str(caught.value) and "loss scale" not in str(caught.value)
     evidence = torch.load(tmp_path / "map_nonfinite.pt")
     assert len(evidence["index"]) == 13 and evidence["step"] <= evidence["weights_of_step"] < 4
 
