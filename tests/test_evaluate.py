@@ -69,7 +69,7 @@ def test_missing_values_show_as_dashes(shapes_run, capsys):
 
 def test_checkpoints_that_do_not_fit_raise_errors_with_a_remedy(shapes_run, tmp_path):
     run = shapes_run(epochs=1)
-    with pytest.raises(UserError, match=r"it fits resnet20: give --model resnet20"):
+    with pytest.raises(UserError, match=r"the weights fit resnet20: use --model resnet20"):
         evaluate.main(["--model_path", str(run), "--model", "resnet32"])
     torch.save(build_model("resnet20", 10).state_dict(), tmp_path / "bare.pt")
     with pytest.raises(

@@ -577,7 +577,7 @@ def test_a_run_is_not_overwritten_and_changed_options_are_refused(tmp_path, clas
 
 def test_casm_and_classifier_checkpoints_are_told_apart(tmp_path, classifier, capsys):
     casm_train.main(build_command(tmp_path, classifier, "--epochs", "1"))
-    with pytest.raises(UserError, match="a checkpoint of saliency maps"):
+    with pytest.raises(UserError, match="a checkpoint of a saliency-map network"):
         train_script.main(["--checkpoint", str(tmp_path / "map.chk")])
     with pytest.raises(UserError, match="a checkpoint of a classifier"):
         casm_train.main(["--resume", classifier])
