@@ -37,7 +37,7 @@ def load_classifiers(
 ) -> list[Classifier]:
     """Return the classifiers of --model_path, then that of --reference if it names one, under distinct names.
 
-    model: architecture of files that do not store it. image_size: likewise. ema: load the averaged weights.
+    model: architecture of files that do not store it. image_size: the same. ema: load the averaged weights.
     """
     paths = [(path, model) for path in model_path]
     paths += [(reference, None)] if reference not in (None, ALEXNET) else []

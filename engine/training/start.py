@@ -48,7 +48,7 @@ class RunKind:
 
 @dataclass
 class Start:
-    """Everything that is settled before data and network are loaded."""
+    """Everything that is decided before data and network are loaded."""
 
     kind: RunKind
     options: dict
