@@ -5,18 +5,13 @@ import models
 import saliency
 from engine import data, runtime, training
 from engine.config.mixing_options import add_mixing_options
-from engine.config.options import (
-    LARGE_DATASETS,
-    add_data_options,
-    add_device_options,
-    add_imagenet_options,
-    add_training_options,
-)
+from engine.config.options import LARGE_DATASETS, add_data_options, add_device_options, add_imagenet_options
 from engine.config.parser import Parser, read_config
 from engine.config.phases import build_phases, default_eval_resize, find_phase
 from engine.config.recipes import IMAGENET_RECIPES
 from engine.config.resolve import get_phase_options, read_options, resolve_options, use_copies_as_data_dir
 from engine.config.select import select_kwargs
+from engine.config.training_options import add_training_options
 from engine.config.unused_options import collect_image_notes, collect_mixing_notes
 from engine.launch import run_main
 

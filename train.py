@@ -5,11 +5,12 @@ import models
 import saliency
 from engine import data, runtime, training
 from engine.config.mixing_options import add_mixing_options
-from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options, add_training_options
+from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options
 from engine.config.parser import Parser, read_config
 from engine.config.recipes import RECIPES
 from engine.config.resolve import read_options, resolve_options
 from engine.config.select import select_kwargs
+from engine.config.training_options import add_training_options
 from engine.config.unused_options import collect_mixing_notes
 from engine.launch import run_main
 

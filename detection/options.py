@@ -2,16 +2,14 @@
 
 from detection.recipes import RECIPES
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
-from engine.config.options import (
-    add_common_options,
-    add_dataset_option,
-    add_device_options,
+from engine.config.options import add_common_options, add_dataset_option, add_device_options
+from engine.config.parser import Parser
+from engine.config.training_options import (
     add_optimizer_options,
     add_output_options,
     add_resume_options,
     add_step_options,
 )
-from engine.config.parser import Parser
 
 
 def build_parser() -> Parser:

@@ -3,14 +3,9 @@
 from pathlib import Path
 
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
-from engine.config.options import (
-    DATASETS,
-    add_common_options,
-    add_dataset_option,
-    add_image_set_options,
-    add_optimizer_options,
-)
+from engine.config.options import DATASETS, add_common_options, add_dataset_option, add_image_set_options
 from engine.config.parser import Parser
+from engine.config.training_options import add_optimizer_options
 from models import ALIASES, IMAGENET_ALIASES, MODELS
 
 FIRST_SNAPSHOT_ONLY = 10_000_000  # an smf so large that the pool only ever holds the first snapshot
