@@ -131,7 +131,7 @@ def test_the_example_of_activation_maps_runs():
 
 
 def test_the_example_of_loading_a_classifier_runs(tmp_path, monkeypatch, capsys):
-    train.main(shapes_command(tmp_path / "runs", "--log_off", "false", name="look", epochs=1))
+    train.main(shapes_command(tmp_path / "runs", "--log_off", "false", name="demo", epochs=1))
     monkeypatch.chdir(tmp_path)
     names = {}
     capsys.readouterr()
