@@ -14,6 +14,31 @@ def read_options(parser, argv: list[str] | None) -> dict:
     return {**parser.defaults, **parser.read(argv)}
 
 
+def add_method_options(parser, *, model: str, methods: list[str]) -> None:
+    """Declare --model, --method, --saliency, --saliency_size and --threads. model, methods: the defaults."""
+    import mixing
+    import models
+    import saliency
+    from engine.config.option_types import choice, int_at_least
+
+    networks, names = choice(models.MODELS, models.ALIASES), choice(mixing.MIXERS, mixing.ALIASES)
+    sources = choice(saliency.SOURCES, saliency.ALIASES)
+    parser.option("--model", type=networks, default=model, metavar="NAME", help="network architecture")
+    parser.option(
+        "--method", "--methods", type=names, nargs="+", default=methods, metavar="NAME", help="mixing methods"
+    )
+    parser.option(
+        "--saliency", type=sources, metavar="SOURCE", shown="by method", help="saliency source of all methods"
+    )
+    parser.option(
+        "--saliency_size",
+        type=int_at_least(8),
+        metavar="PIXELS",
+        help="gradient: side of the images in the saliency pass",
+    )
+    parser.option("--threads", type=int_at_least(1), shown="all", help="CPU threads")
+
+
 def setup_device(options: dict, *, backends: bool = True) -> tuple:
     """Return the device of --device, the precision of --amp, and a description of both.
 

@@ -10,19 +10,17 @@ mixed, with the settings of the ImageNet recipe and, if a method has one, a loss
 import gc
 import os
 
-from common import read_options, setup_device
+from common import add_method_options, read_options, setup_device
 
-from engine.config.option_types import choice, int_at_least
+from engine.config.option_types import int_at_least
 from engine.config.options import add_device_options
 from engine.config.parser import Parser
 from engine.config.recipes import get_recipe_options
 from engine.errors import UserError
 from engine.launch import run_main
-from mixing import ALIASES, MIXERS, build_mixer
-from models import ALIASES as MODEL_ALIASES
-from models import MODELS, build_model
-from saliency import ALIASES as SOURCE_ALIASES
-from saliency import SOURCES, build_source
+from mixing import MIXERS, build_mixer
+from models import build_model
+from saliency import build_source
 
 PARTS = ("saliency", "mixing", "network")
 LAP = "end of "  # prefix of our markers in the record of the profiler
@@ -31,34 +29,11 @@ LAP = "end of "  # prefix of our markers in the record of the profiler
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("benchmark")
-    parser.option(
-        "--model",
-        type=choice(MODELS, MODEL_ALIASES),
-        default="imagenet_resnet50",
-        metavar="NAME",
-        help="network architecture",
-    )
-    parser.option(
-        "--methods", "--method", type=choice(MIXERS, ALIASES), nargs="+", default=list(MIXERS), help="mixing methods"
-    )
-    parser.option(
-        "--saliency",
-        type=choice(SOURCES, SOURCE_ALIASES),
-        metavar="SOURCE",
-        shown="by method",
-        help="saliency source of all methods",
-    )
-    parser.option(
-        "--saliency_size",
-        type=int_at_least(8),
-        metavar="PIXELS",
-        help="gradient: side of the images in the saliency pass",
-    )
+    add_method_options(parser, model="imagenet_resnet50", methods=list(MIXERS))
     parser.option("--batch_size", type=int_at_least(2), default=8, help="images per step")
     parser.option("--image_size", type=int_at_least(8), default=224, help="side of the images in pixels")
     parser.option("--num_classes", type=int_at_least(2), default=1000, help="number of classes")
     parser.option("--steps", type=int_at_least(1), default=4, help="measured steps, after one warm-up step")
-    parser.option("--threads", type=int_at_least(1), shown="all", help="CPU threads")
     add_device_options(parser)
     return parser
 
@@ -82,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     )
     batches = random_batches(options, device)
     result = {}
-    for name in dict.fromkeys(["none", *options["methods"]]):
+    for name in dict.fromkeys(["none", *options["method"]]):
         result[name] = measure_method(name, options, batches, device, precision)
         print(format_row(name, result[name], get_peak(result["none"])), flush=True)
     return result

@@ -13,18 +13,16 @@ import sys
 import time
 from pathlib import Path
 
-from common import median_ms, read_options, setup_device, synchronize
+from common import add_method_options, median_ms, read_options, setup_device, synchronize
 
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
 from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
 from engine.config.parser import Parser
 from engine.config.recipes import get_recipe_options
 from engine.launch import run_main
-from mixing import ALIASES, MIXERS, build_mixer
-from models import ALIASES as MODEL_ALIASES
-from models import MODELS, build_model, find_matching_models
-from saliency import ALIASES as SOURCE_ALIASES
-from saliency import SOURCES, build_source
+from mixing import build_mixer
+from models import build_model, find_matching_models
+from saliency import build_source
 
 METHODS = ["mixup", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 BLOCKS = (2, 4, 8, 16)
@@ -33,30 +31,8 @@ BLOCKS = (2, 4, 8, 16)
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("benchmark")
-    parser.option(
-        "--model",
-        type=choice(MODELS, MODEL_ALIASES),
-        default="preactresnet18",
-        metavar="NAME",
-        help="network architecture",
-    )
+    add_method_options(parser, model="preactresnet18", methods=METHODS)
     parser.option("--init_from", metavar="FILE", help="weights of the network; gradients of trained networks differ")
-    parser.option(
-        "--method", type=choice(MIXERS, ALIASES), nargs="+", default=METHODS, metavar="NAME", help="mixing methods"
-    )
-    parser.option(
-        "--saliency",
-        type=choice(SOURCES, SOURCE_ALIASES),
-        metavar="SOURCE",
-        shown="by method",
-        help="saliency source of all methods",
-    )
-    parser.option(
-        "--saliency_size",
-        type=int_at_least(8),
-        metavar="PIXELS",
-        help="gradient: side of the images in the saliency pass",
-    )
     parser.option(
         "--rand_pos", type=float_in_range(0, 1), shown="recipe", help="sage: fraction of all offsets that is tried"
     )
@@ -77,7 +53,6 @@ def build_parser() -> Parser:
         "--steps", type=int_at_least(), default=20, help="timed steps of each method; 0: time mixing alone only"
     )
     parser.option("--repeats", type=int_at_least(), default=20, help="timed calls of mixing alone; 0: time steps only")
-    parser.option("--threads", type=int_at_least(1), shown="all", help="CPU threads")
     parser.option("--compile", type=boolean, default=False, help="compile the network with torch.compile")
     parser.option("--peak_of", metavar="NAME", help="print only the peak memory of this method (used internally)")
     add_device_options(parser)
