@@ -89,7 +89,13 @@ class Mixer:
         return make_source(self) if self.default_source else None
 
     def compute_saliency(self, source, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the source's maps, (B, H, W) float32 >= 0, with invalid maps replaced: see replace_invalid_maps()."""
+        """Return the source's maps, (B, H, W) float32 >= 0, with invalid maps replaced: see replace_invalid_maps().
+
+        Raises ValueError if source is None.
+        """
+        if source is None:
+            name = type(self).__name__
+            raise ValueError(f"{name} needs a saliency source, such as build_source({self.default_source!r}, ...)")
         return self.replace_invalid_maps(source(images, targets))
 
     def replace_invalid_maps(self, saliency: torch.Tensor) -> torch.Tensor:

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict:
     inputs = load_inputs(**select_kwargs(options, load_inputs))
     images, statistics = inputs.images, {"mean": inputs.mean, "std": inputs.std}
     guide = options["saliency"] or ("gradient" if inputs.network else STATIC_SOURCE)
-    settings = {"network": inputs.network, **statistics, **select_kwargs(options, ["saliency_size", "casm"])}
+    settings = {"network": inputs.network, **statistics, **select_kwargs(options, saliency.list_source_options())}
     maps = compute_maps(guide, images, **settings)
 
     # ---- Methods ----
@@ -166,8 +166,8 @@ def read_files(files: list[str], size: int) -> tuple:
     return pixels.permute(0, 3, 1, 2).float() / 255, [Path(file).stem for file in files]
 
 
-def choose_source(wanted: str | None, default: str, gradient_options: dict, *, network, mean, std, saliency_size, casm):
-    """Build the source `wanted` or, if it is None, the method's own source `default`.
+def choose_source(wanted: str | None, default: str, gradient_options: dict, *, network, mean, std, **source_options):
+    """Build the source `wanted` or, if it is None, the method's own source `default`. source_options: those of --help.
 
     Without a network, a static source replaces a default that needs one. Raises ValueError for a source that cannot be
     used here.
@@ -175,13 +175,13 @@ def choose_source(wanted: str | None, default: str, gradient_options: dict, *, n
     name = wanted or default
     if name == "bank":
         raise ValueError("--saliency bank is learned while a classifier trains: choose another source")
-    if name == "casm" and not casm:
+    if name == "casm" and not source_options["casm"]:
         raise ValueError("--saliency casm needs --casm FILE, made by python -m saliency.casm train")
     if name in NETWORK_SOURCES and network is None:
         if wanted:
             raise ValueError(f"--saliency {name} needs --model_path, a trained classifier")
         name = STATIC_SOURCE
-    given = gradient_options | {"mode": "eval", "clean_weight": 0.0, "saliency_size": saliency_size, "casm": casm}
+    given = source_options | gradient_options | {"mode": "eval", "clean_weight": 0.0}
     source = build_source(name, model=network, mean=mean, std=std, **given)
     return PredictedClassSource(source) if name in NETWORK_SOURCES else source
 

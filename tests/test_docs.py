@@ -178,7 +178,7 @@ def test_every_recipe_and_source_is_described():
 
 
 def test_the_options_that_may_change_on_a_resume_are_listed():
-    sentence = re.search(r"These options may change on a resume: (.*?)\. ", PAGES["docs/train.md"], re.S)[1]
+    sentence = re.search(r"These options may change on a resume:\s+(.*?)\. ", PAGES["docs/train.md"], re.S)[1]
     per_call = {"checkpoint", "config", "evaluate", "force_config", "debug", "list_models", "wandb_key"}
     assert set(re.findall(r"--(\w+)", sentence)) == RULES.changeable - per_call - {"resize_to", "resize_dest"}
 

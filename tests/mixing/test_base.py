@@ -523,3 +523,9 @@ def test_function_source_has_the_defaults_of_source():
         assert vars(FunctionSource)[name] == vars(Source)[name]
     assert plain.points(None) == default.points(None) is None
     assert as_source(default) is default and as_source(None) is None
+
+
+def test_a_missing_source_raises_an_error_that_names_the_default():
+    images, targets = torch.rand(2, 3, 8, 8), torch.eye(2)
+    with pytest.raises(ValueError, match=r"SaliencyMix needs a saliency source, such as build_source\('fine_grained'"):
+        SaliencyMix(mix_prob=1.0)(images, targets)
