@@ -37,6 +37,7 @@ def find_commands(text: str) -> list[str]:
     lines = [line.split("; do ")[-1].split("  #")[0].strip() for line in blocks.splitlines()]
     lines += [code for row in text.splitlines() if row.startswith("|") for code in re.findall(r"`(python [^`]+)`", row)]
     lines = [line.replace("METHOD", "mixup").replace("$method", "mixup").replace("$seed", "0") for line in lines]
+    lines = [line.replace("SEED", "0") for line in lines]
     return [line for line in lines if re.match(r"(python|torchrun|srun torchrun) ", line)]
 
 
