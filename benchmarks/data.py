@@ -135,18 +135,18 @@ def time_data(part, options: dict, device, plain: float) -> dict[str, float]:
 
     time_batches(batches.epoch(0))
     ours = time_batches(batches.epoch(1))
-    usual = {}
+    torchvision_ms = {}
     for workers in (0, options["workers"]):
-        usual[workers] = time_batches(
+        torchvision_ms[workers] = time_batches(
             DataLoader(TransformDataset(), options["batch_size"], shuffle=True, num_workers=workers)
         )
     share = 100 * ours / plain
     print(f"data: {ours:.2f} ms per batch, {share:.1f} % of a plain step")
     print(
         "      torchvision in a DataLoader: "
-        + ", ".join(f"{value:.1f} ms with {workers} workers" for workers, value in usual.items())
+        + ", ".join(f"{value:.1f} ms with {workers} workers" for workers, value in torchvision_ms.items())
     )
-    return {"ours": ours, "share": share, "usual": usual}
+    return {"ours": ours, "share": share, "torchvision": torchvision_ms}
 
 
 def time_maps(images, device, repeats: int = 20) -> dict[str, float]:

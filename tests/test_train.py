@@ -229,7 +229,10 @@ def test_auto_without_a_name_takes_the_newest_run_of_the_method(tmp_path):
 
 def test_changed_options_are_refused_and_listed(shapes_run):
     run = shapes_run(method="cutmix")
-    with pytest.raises(UserError, match=r"\n  --batch_size +20  ->  10\n  --lr +0.1  ->  0.5\n.*--force_config"):
+    with pytest.raises(
+        UserError,
+        match=r"\n  --batch_size +20  ->  10\n  --lr +0.1  ->  0.5\n.*--batch_size --lr cannot change even with",
+    ):
         train.main(["--checkpoint", str(run), "--lr", "0.5", "--batch_size", "10"])
     for force in ([], ["--force_config"]):
         with pytest.raises(UserError, match="--epochs: the one-cycle schedule"):

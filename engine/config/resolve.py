@@ -1,5 +1,6 @@
 """Resolve the options of a classifier: shorthands, recipes, saved options, and checks of their combinations."""
 
+from dataclasses import replace
 from functools import partial
 
 from engine.config.legacy_options import translate_legacy
@@ -78,7 +79,9 @@ def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
             f"{format_flags(fixed)}: the one-cycle schedule of this run is fixed for {saved['epochs']} epochs and "
             "cannot change\nstart a new run; --init_from takes the weights of this one"
         )
-    check_changed_options(typed, saved, rules=RULES, force=force)
+    remedy = f"leave these options out to resume the run; {format_flags(fixed)} cannot change even with --force_config"
+    rules = replace(RULES, remedy=remedy) if fixed else RULES
+    check_changed_options(typed, saved, rules=rules, force=force)
 
 
 def use_copies_as_data_dir(typed: dict) -> dict:

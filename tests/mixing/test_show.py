@@ -1,13 +1,18 @@
 """python -m mixing.show, called as a user calls it."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import saliency
 from engine.errors import UserError
 from mixing import build_mixer, show
 from mixing.show import METHODS, collect_mixtures, pixel_shares
+from saliency import Source
 from saliency.static import FineGrained
 
 
@@ -117,3 +122,29 @@ def test_errors_name_the_option_and_the_remedy(image_files, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             show.main([*args, "--output", str(tmp_path / "mix.png")])
+
+
+def test_the_options_of_a_new_source_reach_it(image_files, tmp_path, monkeypatch):
+    received = []
+
+    class Contrast(Source):
+        def __init__(self, n_holes: int = 1):  # any flag of the command will do
+            received.append(n_holes)
+
+        def __call__(self, images, targets):
+            return images.square().sum(1)
+
+    monkeypatch.setitem(sys.modules, "contrast", SimpleNamespace(Contrast=Contrast))
+    monkeypatch.setitem(saliency.SOURCES, "contrast", ("contrast", "Contrast"))
+    args = [
+        "--images",
+        *image_files[:2],
+        "--image_size",
+        "32",
+        "--method",
+        "saliencymix",
+        "-o",
+        str(tmp_path / "a.png"),
+    ]
+    show.main([*args, "--method", "saliencymix", "--saliency", "contrast", "--n_holes", "7"])
+    assert received and set(received) == {7}
