@@ -1,7 +1,6 @@
-"""Find image files, open them as an image viewer shows them, and name the output files."""
+"""Find image files, read them as an image viewer shows them, and name the output files."""
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -9,9 +8,8 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from engine.data.decode import BadImage, convert_to_rgb, describe_error
+from engine.data.decode import BadImage, decode_image
 from engine.data.folders import IMAGE_EXTENSIONS, filter_images
 from engine.errors import UserError
 
@@ -49,54 +47,6 @@ def find_images(patterns: list[str]) -> list[Path]:
     return list(dict.fromkeys(images))
 
 
-def open_image(path: Path) -> np.ndarray:
-    """Open an image as RGB uint8 (H, W, 3), read-only.
-
-    The EXIF orientation is applied, transparent parts are blended on white, and the first of several frames is used.
-    Raises BadImage for invalid files and for images with more pixels than Pillow considers safe.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about large images and unusual EXIF data
-            with Image.open(path) as image:
-                image.load()
-                return np.asarray(blend_on_white(to_8bit(apply_orientation(image))))
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"{path}: too large to open ({str(error).split(',')[0]}); reduce its size") from error
-    except Exception as error:
-        empty = path.is_file() and not path.stat().st_size
-        raise BadImage(f"{path}: {'the file is empty' if empty else describe_error(error)}") from error
-
-
-def apply_orientation(image: Image.Image) -> Image.Image:
-    """Rotate and flip an image in place according to its EXIF data."""
-    image.getexif()  # Pillow caches the parsed data
-    for key in ("exif", "Raw profile type exif"):  # otherwise exif_transpose rewrites the data, and fails if damaged
-        image.info.pop(key, None)
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def to_8bit(image: Image.Image) -> Image.Image:
-    """Scale grey values of more than 8 bits to 0..255; Pillow would clip them.
-
-    The range of floating-point values is taken as 0..1, 0..255 or 0..65535, the smallest that contains them all.
-    """
-    if image.mode not in ("I", "F"):
-        return image  # convert_to_rgb() handles the modes of 16 bits
-    values = np.asarray(image, np.float64)
-    top = next((top for top in (1, 255) if image.mode == "F" and values.max() <= top), 65535)
-    return Image.fromarray((255 / top * values).clip(0, 255).astype(np.uint8))
-
-
-def blend_on_white(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; transparent parts are blended on white."""
-    if image.mode.startswith("I;16") or not (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        return convert_to_rgb(image)
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
 def chunk(
     images: Iterable[tuple[Path, np.ndarray]], max_count: int = 32, max_pixels: int = 2**26
 ) -> Iterator[list[tuple[Path, np.ndarray]]]:
@@ -114,13 +64,13 @@ def chunk(
 
 
 def iter_images(files: list[Path], on_bad_image: str) -> Iterator[tuple[Path, np.ndarray]]:
-    """Yield each file with its image uint8 (H, W, 3).
+    """Yield each file with its image, upright: RGB uint8 (H, W, 3).
 
     An unreadable file raises UserError if on_bad_image is `stop`; with `skip` it is skipped with a note.
     """
     for file in files:
         try:
-            yield file, open_image(file)
+            yield file, decode_image(file, upright=True)
         except BadImage as error:
             if on_bad_image == "stop":
                 remedy = "replace the file, or skip unreadable files with --on_bad_image skip"

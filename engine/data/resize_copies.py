@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from engine.config.parser import Parser
-from engine.data.decode import convert_to_rgb
+from engine.data.decode import convert_to_rgb, describe_error
 from engine.data.folders import IMAGE_EXTENSIONS, find_training_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import Data, ImageSet
@@ -151,7 +151,7 @@ def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) ->
                 image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
             rgb = convert_to_rgb(image)
     except Exception as error:
-        return CopyResult(name, 0, len(sizes) - len(missing), str(error) or type(error).__name__)
+        return CopyResult(name, 0, len(sizes) - len(missing), describe_error(error))
     for size in missing:
         scale = size / min(rgb.size)
         shape = tuple(max(size, round(temporary * scale)) for temporary in rgb.size)

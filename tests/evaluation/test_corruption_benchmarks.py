@@ -228,7 +228,7 @@ def test_a_bad_file_stops_or_is_skipped(tmp_path, on_bad_image):
     if on_bad_image == "skip":
         assert read_values(image_set) == [11, 11]
     else:
-        with pytest.raises(UserError, match=r"0\.png: not an image"):
+        with pytest.raises(UserError, match=r"0\.png: the file is empty"):
             list(BatchReader(image_set.pixels).read([torch.arange(2)]))
 
 

@@ -153,7 +153,7 @@ def test_an_empty_file_stops_or_is_skipped(tmp_path, bad):
     for number in range(3):
         write_image(tmp_path / f"{number}.png", 10 * number)
     (tmp_path / bad).write_bytes(b"")
-    with pytest.raises(UserError, match=rf"{bad}: not an image\n.*--on_bad_image skip"):
+    with pytest.raises(UserError, match=rf"{bad}: the file is empty\n.*--on_bad_image skip"):
         image_set = load_ood_set(str(tmp_path), image_size=8)[1]
         list(BatchReader(image_set.pixels).read([torch.arange(3)]))
     image_set = load_ood_set(str(tmp_path), image_size=8, on_bad_image="skip")[1]
