@@ -1,11 +1,13 @@
 """Option types: convert the text of an option, or raise ArgumentTypeError with the allowed values."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.errors import suggest_closest
 
+MAX_NAME_BYTES = 200  # most file systems allow 255, and files of a run may carry its name with an ending
 YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
@@ -87,6 +89,21 @@ fraction_or_off = OptionType(  # an earlier code writes "--dropout False"
 int_list = OptionType(  # positive integers, separated by spaces or commas
     lambda text: ValueList(map(int_at_least(1), text.replace(",", " ").split())), "N"
 )
+
+
+def run_name(parent_option: str) -> OptionType:
+    """Return the type of the name of a run, which is one part of a path. parent_option: names the folder of runs."""
+
+    def convert(text: str) -> str:
+        if not text.strip(" .") or set(text) & set("/\\") or not text.isprintable():
+            raise argparse.ArgumentTypeError(
+                f"expected one name without slashes, got {text!r}; give the folder to create it in with {parent_option}"
+            )
+        if (length := len(os.fsencode(text))) > MAX_NAME_BYTES:
+            raise argparse.ArgumentTypeError(f"expected a name of at most {MAX_NAME_BYTES} bytes, got {length}")
+        return text
+
+    return OptionType(convert, "NAME")
 
 
 def pixel_fraction(text: str) -> float:

@@ -6,7 +6,15 @@ A parameter named after an option is its default. If it is None, a recipe or a f
 from types import ModuleType
 
 from engine.config.legacy_options import LEGACY_TRACKER_OPTIONS
-from engine.config.option_types import boolean, choice, choices, float_in_range, fraction_or_off, int_at_least
+from engine.config.option_types import (
+    boolean,
+    choice,
+    choices,
+    float_in_range,
+    fraction_or_off,
+    int_at_least,
+    run_name,
+)
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
@@ -230,7 +238,7 @@ def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str =
     """
     parser.group("output")
     parser.option("--root_dir", metavar="DIR", default="runs", help="folder of all runs, as DIR/DATASET/MODEL/NAME")
-    parser.option("--name", metavar="NAME", shown=f"{name_prefix}_date-time", help="name of the run")
+    parser.option("--name", type=run_name("--root_dir"), shown=f"{name_prefix}_date-time", help="name of the run")
     parser.option("--log_off", type=boolean, default=False, help="create no run folder")
     parser.option(
         "--save_every", type=int_at_least(), default=0, help="also save epoch_NNN.pt every N epochs; 0: never"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.config.option_types import boolean, choice, float_in_range, int_at_least
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least, run_name
 from engine.config.options import DATASETS, add_common_options, add_dataset_option, add_image_set_options
 from engine.config.parser import Parser
 from engine.config.training_options import add_optimizer_options
@@ -114,7 +114,7 @@ def add_train_options(parser: Parser) -> None:
         "--casms_path", default="casms", metavar="DIR", help="folder for the checkpoint NAME.chk and its pool"
     )
     parser.option("--log_path", metavar="DIR", shown="casms_path", help="folder for NAME.log and plots of the training")
-    parser.option("--name", "-n", metavar="NAME", shown="PRESET_date-time", help="name of the run")
+    parser.option("--name", "-n", type=run_name("--casms_path"), shown="PRESET_date-time", help="name of the run")
     add_method_options(parser)
     add_optimizer_options(parser, batch_size=128, lr=0.001, momentum=0.9, weight_decay=1e-4)
     add_casm_schedule_options(parser)

@@ -9,7 +9,9 @@ import pytest
 from support import ROOT
 
 import evaluate
+import imagenet_train
 import train
+from detection.options import build_parser as build_detection_parser
 from engine.config.legacy_options import (
     LEGACY_DEVICE_OPTIONS,
     LEGACY_METHOD_OPTIONS,
@@ -27,6 +29,7 @@ from engine.config.unused_options import find_unused_options
 from engine.errors import UserError
 from engine.launch import explain_error
 from mixing import MIXERS, hyper_parameters
+from saliency.casm.commands import train as casm_train
 
 
 def resolve(*words: str) -> dict:
@@ -363,3 +366,22 @@ def test_invalid_hyper_parameters_are_usage_errors(words, message, tmp_path, cap
     with pytest.raises(SystemExit) as exit_:
         train.main([*words.split(), "--dataset", "shapes", "--limit", "40", "--root_dir", str(tmp_path)])
     assert exit_.value.code == 2 and message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+BAD_NAMES = ["", " ", ".", "..", "/tmp/x", "../../x", "a/b", "a\\b", "a\nb", "a\0b", 201 * "x", 101 * "ü"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+@pytest.mark.parametrize(
+    "build_parser",
+    [train.build_parser, imagenet_train.build_parser, build_detection_parser, casm_train.build_parser],
+    ids=["train", "imagenet_train", "detect", "casm"],
+)
+def test_the_name_of_a_run_never_leaves_the_folder_of_runs(build_parser, name, capsys):
+    parser = build_parser()
+    assert parser.read(["--name", "v1.0 ü (2)"])["name"] == "v1.0 ü (2)" and parser.read(["--name", 100 * "ü"])
+    with pytest.raises(SystemExit) as exit_:
+        parser.read(["--name", name])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and error.count("\n") == 1
+    assert ("without slashes" in error) if len(name) < 50 else "at most 200 bytes" in error
