@@ -88,15 +88,21 @@ class Mixer:
         """Return the source for this method, or None if it needs no saliency. make_source(mixer) builds a Source."""
         return make_source(self) if self.default_source else None
 
-    def compute_saliency(self, source, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def compute_saliency(
+        self, source, images: torch.Tensor, targets: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the source's maps, (B, H, W) float32 >= 0, with invalid maps replaced: see replace_invalid_maps().
 
-        Raises ValueError if source is None.
+        chosen: indices (n,) of the images whose maps are wanted, (n, H, W); None: all. Raises ValueError if source is
+        None.
         """
         if source is None:
             name = type(self).__name__
             raise ValueError(f"{name} needs a saliency source, such as build_source({self.default_source!r}, ...)")
-        return self.replace_invalid_maps(source(images, targets))
+        if chosen is None:
+            return self.replace_invalid_maps(source(images, targets))
+        saliency = source(images[chosen], targets[chosen]) if source.per_image else source(images, targets)[chosen]
+        return self.replace_invalid_maps(saliency)
 
     def replace_invalid_maps(self, saliency: torch.Tensor) -> torch.Tensor:
         """Return saliency (B, H, W) as float32, with a uniform map in place of each that is all zero, NaN or infinite.
@@ -150,7 +156,7 @@ class Mixer:
 class FunctionSource:
     """A plain function (images, targets) -> saliency as a source, with the defaults of saliency.base.Source."""
 
-    clean_weight, logits, has_gradient = 0.0, None, False
+    clean_weight, per_image, logits, has_gradient = 0.0, False, None, False
 
     def __init__(self, function: Callable):
         self.function = function

@@ -42,8 +42,10 @@ class SaliencyMix(Mixer):
         height, width = images.shape[-2:]
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
-        box_images = partner if self.saliency_scope == "sample" else partner[:1]
-        saliency = self.compute_saliency(source, images, targets)[box_images]
+        if self.saliency_scope == "batch":
+            saliency = self.compute_saliency(source, images, targets, chosen=partner[:1])
+        else:
+            saliency = self.compute_saliency(source, images, targets)[partner]
         rows, columns = source.points(saliency) or find_peaks(saliency)
         boxes = center_boxes(rows, columns, lam, height, width)
         self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))

@@ -192,7 +192,7 @@ class PredictedClassSource:
     clean_weight = 0.0
 
     def __init__(self, source):
-        self.source, self.has_gradient = source, source.has_gradient
+        self.source, self.has_gradient, self.per_image = source, source.has_gradient, source.per_image
 
     @property
     def logits(self):

@@ -6,6 +6,8 @@ it mixes. A plain function with the same signature also works wherever a mixer t
 Each of the other members has a default. Override only what differs:
 
 * `clean_weight`, `mode`: if the source trains the network with its own backward pass, or moves batch norm's statistics.
+* `per_image`: if the map of an image depends on nothing but that image, its target and the network. A mixer that reads
+  one map then asks for one.
 * `logits`: if it runs the classifier. RL-Mix feeds them to its policy.
 * `has_gradient`, gradient(), reduce(): if it can return the signed pixel gradient. Adversarial PuzzleMix needs it.
 * points(): if it knows the position of the object better than the maximum of its map does. SaliencyMix asks for it.
@@ -28,12 +30,14 @@ class Source:
     """Base class of all saliency sources.
 
     images (B, C, H, W) are normalised floats; targets (B, K) are floats whose rows sum to 1. They are a training batch,
-    or the last images of one in their order, because PartialMix mixes the end of a batch. A call modifies neither. It
-    returns one map per image, (B, H, W) >= 0 on any scale, through which no gradient flows.
+    or the last images of one in their order, because PartialMix mixes the end of a batch; a source that is `per_image`
+    may get any of them. A call modifies neither. It returns one map per image, (B, H, W) >= 0 on any scale, through which
+    no gradient flows.
     """
 
     clean_weight: float = 0.0  # > 0: each call adds the parameter gradients of clean_weight * the clean loss to .grad
     mode: str = "eval"  # "train": each call runs the network in training mode, which updates batch norm's statistics
+    per_image: bool = False  # whether any selection of images can be passed, each of which then has the same map
     logits: torch.Tensor | None = None  # (B, K) float32 of the last call, if the source runs the classifier
     has_gradient: bool = False  # whether gradient() and reduce() are implemented
     learns: bool = False  # whether start_batch() and after_backward() must be called in every training step

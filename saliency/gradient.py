@@ -75,6 +75,7 @@ class Gradient(Source):
         self.loss_fn = training_loss if follows_training_loss and training_loss else self.cross_entropy
         self.cross_entropy_scale = cross_entropy_scale
         self.precision, self.saliency_size = precision, saliency_size
+        self.per_image = self.mode == "eval" and not clean_weight
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.cross_entropy_scale * F.cross_entropy(logits, targets)

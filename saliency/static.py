@@ -143,6 +143,19 @@ def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable | No
     return F.interpolate(saliency, images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
 
 
+def to_grey_fused(images: torch.Tensor) -> torch.Tensor:
+    """Convert float32 (B, 3, H, W), in an order that OpenCV takes for BGR, to grey (B, H, W) by fused multiply-adds.
+
+    A float64 holds the product of two float32 numbers, so each step rounds to float32 once, on any device.
+    """
+    real = torch.float32 if images.device.type == "mps" else torch.float64
+    blue, green, red = torch.tensor([0.114, 0.587, 0.299]).tolist()  # the float32 numbers
+    first, second, third = images.to(real).unbind(1)
+    grey = (second * green).float()
+    grey = (first * blue + grey).float()
+    return (third * red + grey).float()
+
+
 def float_bytes(images: torch.Tensor) -> torch.Tensor:
     """Return what OpenCV's fine-grained detector makes of float images, (B, H, W) in 0..1.
 
@@ -151,10 +164,12 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
     numbers themselves. Almost nothing is subtracted, the map consists of these bytes, and the most salient point is
     nearly random. images (B, 3, H, W): normalised floats in RGB order, which the authors' code passes where BGR is
     expected.
+
+    The maps are those of OpenCV on a CPU with fused multiply-adds (on x86 those with AVX2). Without them, as after
+    cv2.setUseOptimized(False), OpenCV rounds differently, and every fourth peak is elsewhere.
     """
-    first, second, third = images.float().unbind(1)
-    smooth = (0.114 * first + 0.587 * second + 0.299 * third).unsqueeze(1)
-    for _ in range(2):
+    smooth = to_grey_fused(images.float()).unsqueeze(1)
+    for _ in range(2):  # exact products with powers of two: the same bytes with and without fused operations
         smooth = F.pad(smooth, (1, 1, 1, 1), mode="reflect")
         smooth = (smooth[..., :-2] + smooth[..., 2:]) * 0.25 + smooth[..., 1:-1] * 0.5
         smooth = (smooth[..., :-2, :] + smooth[..., 2:, :]) * 0.25 + smooth[..., 1:-1, :] * 0.5
@@ -165,6 +180,8 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
 
 class StaticSource(Source):
     """A source that reads the image itself: it undoes the normalisation and rounds to 8 bits. Targets are ignored."""
+
+    per_image = True
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
@@ -200,6 +217,8 @@ class FloatBytes(StaticSource):
 
 class Uniform(Source):
     """No saliency: every map is 1 everywhere. Shows what a method does without saliency."""
+
+    per_image = True
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         return images.new_ones(len(images), *images.shape[-2:], dtype=torch.float32)

@@ -55,6 +55,7 @@ class TimedSource:
         self.source, self.watch = source, watch
 
     clean_weight = property(lambda self: self.source.clean_weight)
+    per_image = property(lambda self: self.source.per_image)
     logits = property(lambda self: self.source.logits)
     has_gradient = property(lambda self: self.source.has_gradient)
 

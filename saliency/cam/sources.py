@@ -16,6 +16,7 @@ class CAM(Source):
     """
 
     method = "cam"
+    per_image = True
 
     def __init__(self, model: nn.Module, *, precision: torch.dtype | None = None):
         self.maps = ActivationMaps(model, self.method, precision=precision)

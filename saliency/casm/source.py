@@ -22,6 +22,8 @@ class CASM(Source):
     precision: autocast dtype. A constant mask holds no information and becomes zero, so that mixing methods report it.
     """
 
+    per_image = True
+
     def __init__(
         self,
         casm: str,

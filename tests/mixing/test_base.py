@@ -168,6 +168,26 @@ def test_saliencymix_pastes_around_the_partners_peak():
             assert all(torch.equal(changed[i], changed[moved[0]]) for i in moved), "one box for the batch"
 
 
+@pytest.mark.parametrize("per_image", [True, False])
+def test_one_box_for_the_batch_needs_one_map(per_image):
+    class Brightness(Source):
+        counts = []
+
+        def __call__(self, images, targets):
+            self.counts.append((len(images), len(targets)))
+            return images.mean(1)
+
+    images, targets = batch((6, 3, 16, 16), 6)
+    source = Brightness()
+    source.per_image = per_image
+    torch.manual_seed(1)
+    mixed, soft = SaliencyMix(mix_prob=1.0, saliency_scope="batch")(images, targets, source)
+    torch.manual_seed(1)
+    expected = SaliencyMix(mix_prob=1.0, saliency_scope="batch")(images, targets, lambda images, _: images.mean(1))
+    assert source.counts == [(1, 1) if per_image else (6, 6)]
+    assert torch.equal(mixed, expected[0]) and torch.equal(soft, expected[1])
+
+
 def test_find_peaks_returns_the_first_maximum_in_row_major_order():
     saliency = torch.zeros(2, 3, 4)
     saliency[0, 1, 2] = saliency[0, 2, 1] = 1
@@ -519,7 +539,7 @@ def test_composed_mixers_compose_the_weight():
 
 def test_function_source_has_the_defaults_of_source():
     plain, default = as_source(fixed_maps), Source()
-    for name in ("clean_weight", "logits", "has_gradient"):
+    for name in ("clean_weight", "per_image", "logits", "has_gradient"):
         assert vars(FunctionSource)[name] == vars(Source)[name]
     assert plain.points(None) == default.points(None) is None
     assert as_source(default) is default and as_source(None) is None
