@@ -31,8 +31,8 @@ class Source:
 
     images (B, C, H, W) are normalised floats; targets (B, K) are floats whose rows sum to 1. They are a training batch,
     or the last images of one in their order, because PartialMix mixes the end of a batch; a source that is `per_image`
-    may get any of them. A call modifies neither. It returns one map per image, (B, H, W) >= 0 on any scale, through which
-    no gradient flows.
+    may get any of them. A call modifies neither. It returns one map per image, (B, H, W) >= 0 on any scale, through
+    which no gradient flows.
     """
 
     clean_weight: float = 0.0  # > 0: each call adds the parameter gradients of clean_weight * the clean loss to .grad
