@@ -1,7 +1,7 @@
 """Declare the options of detect.py."""
 
 from detection.recipes import RECIPES
-from engine.config.option_types import boolean, choice, float_in_range, int_at_least
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least, positive
 from engine.config.options import add_common_options, add_dataset_option, add_device_options
 from engine.config.parser import Parser
 from engine.config.training_options import (
@@ -158,9 +158,7 @@ def add_schedule_options(parser: Parser) -> None:
         shown="recipe",
         help="steps at which the lr drops; those of a recipe scale with --iters",
     )
-    parser.option(
-        "--gammas", type=float_in_range(), nargs="+", default=[0.1], help="factor of all drops, or one per drop"
-    )
+    parser.option("--gammas", type=positive, nargs="+", default=[0.1], help="factor of all drops, or one per drop")
     parser.option("--warmup_iters", type=int_at_least(), shown="recipe", help="steps of linear warm-up from lr / 1000")
     parser.option("--eval_every", type=int_at_least(), default=0, help="evaluate every N epochs; 0: only at the end")
     parser.option("--save_iters", type=int_at_least(), default=0, help="also save last.pt every N steps; 0: never")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from engine.config import resolve
 from engine.config.legacy_options import LEGACY_EVALUATION_OPTIONS
-from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, pixel_fraction
+from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, path, pixel_fraction
 from engine.config.options import DATASETS, add_common_options, add_data_options, add_device_options
 from engine.config.parser import Parser, check_output_path
 from engine.config.phases import LARGE_SIDE
@@ -127,6 +127,7 @@ def add_task_options(parser: Parser) -> None:
     parser.group("ood")
     parser.option(
         "--ood",
+        type=path,
         nargs="+",
         metavar="SET",
         shown="noise",

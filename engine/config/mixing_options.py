@@ -3,7 +3,16 @@
 from types import ModuleType
 
 from engine.config.legacy_options import LEGACY_METHOD_OPTIONS, LEGACY_MIXING_OPTIONS
-from engine.config.option_types import boolean, choice, float_in_range, int_at_least, int_list, positive_or_minus_one
+from engine.config.option_types import (
+    boolean,
+    choice,
+    float_in_range,
+    fraction_below_one,
+    int_at_least,
+    int_list,
+    positive,
+    positive_or_minus_one,
+)
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
@@ -104,7 +113,7 @@ def add_saliency_options(parser: Parser, sources: ModuleType) -> None:
     )
     parser.option(
         "--bank_momentum",
-        type=float_in_range(0, 1),
+        type=fraction_below_one,
         default=0.5,
         help="bank: weight of the old map when a map is updated",
     )
@@ -242,7 +251,7 @@ def add_rmix_options(parser: Parser) -> None:
         shown="random",
         help="partners: a random permutation, or the batch reversed",
     )
-    parser.option("--agent_lr", type=float_in_range(), shown="3e-4", help="rlmix: learning rate of the agent")
+    parser.option("--agent_lr", type=positive, shown="3e-4", help="rlmix: learning rate of the agent")
     parser.option(
         "--agent_batch_size", type=int_at_least(1), shown="250", help="rlmix: steps per minibatch of the agent"
     )

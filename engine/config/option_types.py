@@ -1,13 +1,18 @@
 """Option types: convert the text of an option, or raise ArgumentTypeError with the allowed values."""
 
 import argparse
+import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.errors import suggest_closest
 
 MAX_NAME_BYTES = 200  # most file systems allow 255, and files of a run may carry its name with an ending
+MAX_INT = 10**9  # no option counts more; torch refuses integers beyond 64 bits
+MAX_SEED = 2**63 - 1
+PATH_METAVARS = {"DIR", "FILE", "PATH", "DATA"}  # also with an ending, such as FILE.json
 YES, NO = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
 
@@ -30,6 +35,12 @@ class ValueList(list):
     """The values in one argument, such as "8 16". Parser.read() joins them with those of the next argument."""
 
 
+def path(text: str) -> str:
+    """Expand a leading ~ or ~user, also in NAME=FILE. The shell does not do so in --data_dir=~/images."""
+    name, equals, file = text.rpartition("=")
+    return name + equals + os.path.expanduser(file)
+
+
 def boolean(text: str) -> bool:
     """Convert true, yes, 1, on and false, no, 0, off, in any case."""
     if text.lower() in YES | NO:
@@ -37,24 +48,34 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
-def int_at_least(minimum: int = 0) -> OptionType:
+def int_at_least(minimum: int = 0, maximum: int = MAX_INT) -> OptionType:
+    """Return the type of an integer from minimum to maximum."""
+
     def convert(text: str) -> int:
-        if not text.lstrip("+-").isdigit() or int(text) < minimum:
+        if not re.fullmatch("[+-]?[0-9]+", text) or int(text) < minimum:
             raise argparse.ArgumentTypeError(f"expected an integer of at least {minimum}, got {text!r}")
+        if int(text) > maximum:
+            raise argparse.ArgumentTypeError(f"expected an integer of at most {maximum}, got {text!r}")
         return int(text)
 
     return OptionType(convert, "N")
 
 
-def float_in_range(minimum: float = 0.0, maximum: float = float("inf")) -> OptionType:
+def float_in_range(minimum: float = 0.0, maximum: float = math.inf, *, exclude: Sequence[float] = ()) -> OptionType:
+    """Return the type of a finite number from minimum to maximum. exclude: those of the two that are not allowed."""
+    limits = f"{'above' if minimum in exclude else 'of at least'} {minimum:g}"
+    if maximum < math.inf:
+        limits += f" and {'below' if maximum in exclude else 'at most'} {maximum:g}"
+        limits = limits if exclude else f"between {minimum:g} and {maximum:g}"
+
     def convert(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-        if not minimum <= value <= maximum:
-            limits = f"of at least {minimum:g}" if maximum == float("inf") else f"between {minimum:g} and {maximum:g}"
-            raise argparse.ArgumentTypeError(f"expected a number {limits}, got {text!r}")
+        if not (minimum <= value <= maximum and math.isfinite(value)) or value in exclude:
+            finite = "" if math.isfinite(value) else "finite "
+            raise argparse.ArgumentTypeError(f"expected a {finite}number {limits}, got {text!r}")
         return value
 
     return OptionType(convert, "X")
@@ -82,9 +103,11 @@ def choices(names: Iterable[str], aliases: dict[str, str] | None = None) -> Opti
     return OptionType(lambda text: ValueList(map(one, text.split())), "NAME", one.names)
 
 
+positive = float_in_range(exclude=[0])
+fraction_below_one = float_in_range(0, 1, exclude=[1])
 positive_or_minus_one = OptionType(lambda text: -1 if text == "-1" else int_at_least(1)(text), "N")
 fraction_or_off = OptionType(  # an earlier code writes "--dropout False"
-    lambda text: 0.0 if text.lower() in NO else float_in_range(0, 1)(text), "X"
+    lambda text: 0.0 if text.lower() in NO else fraction_below_one(text), "X"
 )
 int_list = OptionType(  # positive integers, separated by spaces or commas
     lambda text: ValueList(map(int_at_least(1), text.replace(",", " ").split())), "N"

@@ -5,7 +5,7 @@ engine/config/resolve.py checks combinations of options.
 """
 
 from engine.config.legacy_options import LEGACY_DEVICE_OPTIONS
-from engine.config.option_types import boolean, choice, float_in_range, int_at_least, int_list
+from engine.config.option_types import MAX_SEED, boolean, choice, float_in_range, int_at_least, int_list
 from engine.config.parser import Parser
 
 SMALL_DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
@@ -55,7 +55,7 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
         "help": "layer whose activations are used; not with cam",
     },
     "casm": {"metavar": "FILE", "help": "trained mask network of casm, made by python -m saliency.casm train"},
-    "seed": {"type": int_at_least(), "default": 0, "help": "seed of all random numbers"},
+    "seed": {"type": int_at_least(0, MAX_SEED), "default": 0, "help": "seed of all random numbers"},
     "deterministic": {"type": boolean, "default": False, "help": "use deterministic CUDA kernels (slower)"},
     "overwrite": {"type": boolean, "default": False, "help": "replace an earlier run of the same name"},
     "print_freq": {"type": int_at_least(1), "default": 100, "help": "log the loss every N steps"},
@@ -173,7 +173,7 @@ def add_device_options(parser: Parser, amp: str = "auto") -> None:
     parser.option("--channels_last", type=boolean, default=True, help="use the channels_last memory format")
     parser.option(
         "--timeout",
-        type=float_in_range(1),
+        type=float_in_range(1, 1e6),
         default=600.0,
         metavar="SECONDS",
         help="torchrun: how long a process waits for the others before it fails",

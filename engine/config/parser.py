@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.config.legacy_options import OPTION_ALIASES
-from engine.config.option_types import OptionType, ValueList, boolean
+from engine.config.option_types import PATH_METAVARS, OptionType, ValueList, boolean, path
 from engine.errors import UserError, suggest_closest
 
 
@@ -62,7 +62,9 @@ class Parser(argparse.ArgumentParser):
         self, name: str, *aliases: str, default=None, shown="", help: str = "", hidden: bool = False, **kwargs
     ) -> None:
         """Add an option to the current group. shown: what --help shows as its default if the default is None."""
-        kind = kwargs.get("type")
+        kind, metavar = kwargs.get("type"), kwargs.get("metavar")
+        if kind is None and isinstance(metavar, str) and metavar.split(".")[0] in PATH_METAVARS:
+            kwargs["type"] = path
         if kind is boolean and self.positional:
             kwargs = {"action": "store_true"}
         elif kind is boolean:

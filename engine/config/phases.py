@@ -1,5 +1,6 @@
 """Training phases with their own images, crops and batch size (--phases), and piecewise linear learning rates."""
 
+import math
 from typing import NamedTuple
 
 IMAGE_COPIES = ("small", "large", "original")
@@ -61,7 +62,7 @@ def parse_lr_points(text: str) -> list[tuple[float, float]]:
     """Parse `epoch:lr,epoch:lr` as pairs. Raises ValueError for other text and for epochs out of order."""
     try:
         points = [tuple(map(float, pair.split(":"))) for pair in text.replace(" ", "").split(",")]
-        valid = all(len(point) == 2 and min(point) >= 0 for point in points)
+        valid = all(len(point) == 2 and all(0 <= value < math.inf for value in point) for point in points)
     except ValueError:
         valid = False
     if not valid:

@@ -11,8 +11,10 @@ from engine.config.option_types import (
     choice,
     choices,
     float_in_range,
+    fraction_below_one,
     fraction_or_off,
     int_at_least,
+    positive,
     run_name,
 )
 from engine.config.options import add_common_options
@@ -115,8 +117,8 @@ def add_optimizer_options(
         shown="recipe",
         help="images per step, over all processes",
     )
-    parser.option("--lr", type=float_in_range(), default=lr, shown="recipe", help="learning rate")
-    parser.option("--momentum", type=float_in_range(0, 1), default=momentum, shown="recipe", help="momentum of SGD")
+    parser.option("--lr", type=positive, default=lr, shown="recipe", help="learning rate")
+    parser.option("--momentum", type=fraction_below_one, default=momentum, shown="recipe", help="momentum of SGD")
     parser.option("--weight_decay", type=float_in_range(), default=weight_decay, shown="recipe", help="weight decay")
 
 
@@ -131,7 +133,7 @@ def add_step_options(parser: Parser) -> None:
     parser.option("--clip_grad", type=float_in_range(), default=0.0, help="maximum gradient norm; 0: no clipping")
     parser.option(
         "--ema",
-        type=float_in_range(0, 1),
+        type=fraction_below_one,
         default=0.0,
         help="decay of a moving average of the weights, also evaluated; 0: none",
     )
@@ -154,12 +156,12 @@ def add_schedule_options(parser: Parser) -> None:
     )
     parser.option(
         "--gammas",
-        type=float_in_range(),
+        type=positive,
         nargs="+",
         shown="recipe",
         help="multistep: one factor for all epochs of --schedule, or one each",
     )
-    parser.option("--max_lr", type=float_in_range(), shown="recipe, else --lr", help="onecycle: peak learning rate")
+    parser.option("--max_lr", type=positive, shown="recipe, else --lr", help="onecycle: peak learning rate")
     parser.option(
         "--div_factor",
         type=float_in_range(1e-9),
@@ -167,7 +169,7 @@ def add_schedule_options(parser: Parser) -> None:
         help="onecycle: initial learning rate is max_lr / div_factor",
     )
     parser.option(
-        "--pct_start", type=float_in_range(0, 1), shown="recipe", help="onecycle: fraction of the run before the peak"
+        "--pct_start", type=fraction_below_one, shown="recipe", help="onecycle: fraction of the run before the peak"
     )
     parser.option(
         "--final_div_factor",
@@ -204,7 +206,7 @@ def add_regularization_options(parser: Parser) -> None:
         help="cross-entropy, or binary cross-entropy of the softmax",
     )
     parser.option(
-        "--label_smoothing", type=float_in_range(0, 1), default=0.0, help="label smoothing of the mixed targets"
+        "--label_smoothing", type=fraction_below_one, default=0.0, help="label smoothing of the mixed targets"
     )
     parser.option(
         "--dropout",

@@ -62,10 +62,13 @@ def build_scheduler(
     OneCycleLR, which also cycles the momentum: 0.95 at both ends, 0.85 at the peak.
     """
     if scheduler == "onecycle":
+        total_steps = steps.first_step(epochs)
+        if pct_start * total_steps == 1:  # torch would divide by the length of the rise, 0 steps
+            pct_start *= 1 + 1e-9
         return OneCycleLR(
             optimizer,
             max_lr or lr,
-            total_steps=steps.first_step(epochs),
+            total_steps=total_steps,
             div_factor=div_factor,
             pct_start=pct_start,
             final_div_factor=final_div_factor,

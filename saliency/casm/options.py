@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.config.option_types import boolean, choice, float_in_range, int_at_least, run_name
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least, positive, run_name
 from engine.config.options import DATASETS, add_common_options, add_dataset_option, add_image_set_options
 from engine.config.parser import Parser
 from engine.config.training_options import add_optimizer_options
@@ -173,7 +173,7 @@ def add_casm_schedule_options(parser: Parser) -> None:
         help="fraction of the training batches in each epoch",
     )
     parser.option(
-        "--lr_casme", type=float_in_range(), default=0.001, help="learning rate of the decoder; --lr: of the classifier"
+        "--lr_casme", type=positive, default=0.001, help="learning rate of the decoder; --lr: of the classifier"
     )
     parser.option("--lrde", type=int_at_least(1), default=20, help="divide both learning rates by 10 every N epochs")
     parser.option(

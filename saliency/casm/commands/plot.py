@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from engine.config.option_types import int_at_least
+from engine.config.option_types import MAX_INT, int_at_least
 from engine.config.options import add_single_device_options
 from engine.config.parser import Parser
 from engine.errors import UserError
@@ -24,7 +24,7 @@ def build_parser() -> Parser:
     parser.option("--plots_path", metavar="DIR", default="plots", help="output folder; figures are named BATCH.png")
     parser.option(
         "--plots",
-        type=int,
+        type=int_at_least(-MAX_INT),
         default=16,
         metavar="N",
         help="number of figures, each of a random batch; 0 or less: one of every batch",

@@ -83,7 +83,7 @@ def test_abbreviations_are_refused(capsys):
         (["--method", "cutmix", "--saliency_probab", "0.5"], "name different methods"),
         (["--saliency_probab", "0.5", "--cutmix_probab", "0.5"], "name different methods"),
         (["--epochs", "0"], "at least 1"),
-        (["--lr", "-1"], "at least 0"),
+        (["--lr", "-1"], "above 0"),
         (["--lr", "fast"], "expected a number"),
         (["--mix_prob", "1.5"], "between 0 and 1"),
         (["--ngpu", "4"], "torchrun --nproc_per_node 4"),

@@ -135,6 +135,12 @@ def test_points_schedule_changes_at_every_step_of_phases_with_different_lengths(
     ]
 
 
+def test_one_cycle_with_a_rise_of_no_steps_starts_at_its_initial_rate():
+    """torch's own OneCycleLR divides by zero here."""
+    rates = record_lrs("onecycle", epochs=2, steps=2, pct_start=0.25)
+    assert rates == pytest.approx([0.04, 0.75, 0.25, 4e-6], abs=1e-5)
+
+
 def test_one_cycle_matches_the_published_schedule(network_golden):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
     options = SCHEDULE_OPTIONS | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
