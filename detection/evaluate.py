@@ -20,6 +20,7 @@ from detection.metrics import Detections, GroundTruth, coco_metrics, voc_metrics
 from detection.resolve import KIND, describe_unused_options, locate_detector_runs
 from engine.config.select import select_kwargs
 from engine.data.loader import get_process_shard
+from engine.errors import UserError
 from engine.runtime.device import setup_backends
 from engine.runtime.distributed import broadcast_from_main, is_main_process, shut_down_processes, world_size
 from engine.runtime.files import write_atomic, write_json
@@ -80,6 +81,11 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     initial = load_initial_weights(**select_kwargs(options, load_initial_weights))
     recorded = initial.options | ({} if {"data_dir", "test_set"} & typed.keys() else initial.data)
     options = options | {key: value for key, value in recorded.items() if key not in typed}
+    if options["min_size"][-1] > options["max_size"]:
+        raise UserError(
+            f"--min_size {options['min_size'][-1]} exceeds --max_size {options['max_size']}\n"
+            f"give both; those that are not given are those of {initial.path}"
+        )
     options |= {"norm": "frozen", "model": initial.body}  # batch norm is always frozen in evaluation
     setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
 
@@ -98,7 +104,8 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     log.write_config(options, device, kind=KIND)
     log.say(test.summary("test"))
     log.say(f"{initial.path}: Faster R-CNN, neck {options['neck']}, body {initial.body}, on {device}, float32")
-    for note in [*notes, *describe_unused_options(options, typed), *test.warnings]:
+    log.say(f"shorter side {options['min_size'][-1]}, longer side up to {options['max_size']} pixels")
+    for note in [*initial.notes, *notes, *describe_unused_options(options, typed), *test.warnings]:
         log.say(f"note: {note}")
 
     # ---- Evaluation ----

@@ -90,7 +90,7 @@ class DetectorConfig:
     neck: str = "fpn"  # fpn or c5
     min_size: Sequence[int] = (600,)  # shorter side in pixels: drawn per training image; the last is for evaluation
     max_size: int = 1000  # limit of the longer side in pixels
-    score_thr: float = 0.05  # minimum score of a detection
+    score_thr: float = 0.05  # detections have a higher score
     nms_thr: float = 0.5  # IoU above which NMS removes the detection with the lower score
     max_dets: int = 100  # maximum number of detections per image
     rois: int = 512  # proposals sampled per image to train the box head
@@ -233,15 +233,37 @@ def convert_legacy_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {names[key]: value for key, value in weights.items()}
 
 
-def load_detector(detector: FasterRCNN, weights: dict[str, torch.Tensor], path: object) -> None:
+def select_predictor_rows(
+    expected: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], rows: dict[int, int]
+) -> dict[str, torch.Tensor]:
+    """Return the predictor of the state dict `expected`, with the rows of some labels replaced by those in the weights.
+
+    Each label has one row in cls_score and four in bbox_pred. rows: as in load_detector().
+    """
+    predictor = {key: value.clone() for key, value in expected.items() if key.startswith(PREDICTOR)}
+    if not rows:
+        return predictor
+    labels, saved_labels = (len(state[f"{PREDICTOR}cls_score.weight"]) for state in (expected, weights))
+    sizes = {key: weights[key].numel() * labels / saved_labels for key in predictor if key in weights}
+    fitting = [key for key, size in sizes.items() if size == predictor[key].numel()]  # load_detector() reports others
+    for key in fitting:
+        saved = weights[key].to(predictor[key].dtype).reshape(saved_labels, -1)
+        predictor[key].view(labels, -1)[list(rows)] = saved[list(rows.values())]
+    return {key: predictor[key] for key in fitting}
+
+
+def load_detector(
+    detector: FasterRCNN, weights: dict[str, torch.Tensor], path: object, rows: dict[int, int] | None = None
+) -> None:
     """Load the weights of a whole detector into one whose batch norm is frozen.
 
-    The predictor keeps its random weights if its number of classes differs. Raises UserError, which names the file
-    `path`, if the weights do not fit.
+    rows: label -> label in the weights (0: background) for the labels whose predictor is loaded; that of the others
+    keeps its random weights. None: both have the same labels. Raises UserError, which names the file `path`, if the
+    weights do not fit.
     """
     expected, weights = detector.state_dict(), convert_legacy_keys(weights)
-    if len(weights[f"{PREDICTOR}cls_score.weight"]) != len(expected[f"{PREDICTOR}cls_score.weight"]):
-        weights |= {key: value for key, value in expected.items() if key.startswith(PREDICTOR)}
+    if rows is not None:
+        weights |= select_predictor_rows(expected, weights, rows)
     missing = [key for key in expected if key not in weights]
     unexpected = [key for key in weights if key not in expected and not key.endswith("num_batches_tracked")]
     reshaped = [key for key in expected if key in weights and expected[key].shape != weights[key].shape]

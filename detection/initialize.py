@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torchvision.models.detection import FasterRCNN
 
+from detection.dataset import format_first_names
 from detection.faster_rcnn import (
     BODIES,
     DetectorConfig,
@@ -22,10 +23,14 @@ from engine.inference.classifier import SavedClassifier, find_best_checkpoint
 from engine.runtime.checkpoint import Checkpoint, is_checkpoint, read_file
 from engine.runtime.distributed import main_process_first, world_size
 from engine.runtime.foreign_weights import extract_weights
+from engine.runtime.text import format_count
 from models import download_weights
 from models.imagenet_resnet import PRETRAINED
 
-DETECTOR_OPTIONS = ("neck", "min_size", "max_size", "proposals")  # options of the detector that its checkpoint records
+DETECTOR_OPTIONS = (  # options of the detector and of its evaluation that its checkpoint records
+    *("neck", "min_size", "max_size", "proposals", "score_thr", "nms_thr", "max_dets", "coco_count_difficult"),
+)
+TORCHVISION_OPTIONS = {"min_size": [800], "max_size": 1333, "proposals": [2000, 1000]}  # defaults of its FasterRCNN
 DATA_OPTIONS = ("dataset", "data_dir", "test_set")  # options of the data that it was evaluated on
 
 
@@ -42,7 +47,8 @@ class InitialWeights:
     classes: list[str] = field(default_factory=list)  # of a detector; empty if the file does not store them
     num_classes: int = 0  # of a detector, without the background
     backbone: dict = field(default_factory=dict)  # the origin of the backbone, as in checkpoints
-    options: dict = field(default_factory=dict)  # DETECTOR_OPTIONS that the file records
+    options: dict = field(default_factory=dict)  # DETECTOR_OPTIONS that the file records, or those of its origin
+    notes: list[str] = field(default_factory=list)  # for an evaluation with these options
     data: dict = field(default_factory=dict)  # DATA_OPTIONS that the file records
 
 
@@ -107,7 +113,12 @@ def read_detector(path: str, *, averaged: bool = False, model: str | None = None
     body = detected["body"]
     if model and model.removeprefix("imagenet_") != body:
         raise UserError(f"--model {model}: {path} holds {body}\nomit --model: the architecture is read from the file")
-    ours = content if is_checkpoint(content) else {}
+    ours, notes = content if is_checkpoint(content) else {}, []
+    if ours:
+        options = {key: ours["config"][key] for key in DETECTOR_OPTIONS}
+    else:
+        options = {"neck": detected["neck"]} | (TORCHVISION_OPTIONS if detected["neck"] == "fpn" else {})
+        notes = [f"{path} does not record the size of its images; --min_size and --max_size set another one"]
     mean, std = (ours["mean"], ours["std"]) if ours else STATISTICS["imagenet"]
     return InitialWeights(
         body,
@@ -119,7 +130,8 @@ def read_detector(path: str, *, averaged: bool = False, model: str | None = None
         classes=ours.get("classes", []),
         num_classes=detected["num_classes"],
         backbone=ours.get("backbone") or {"path": str(path), "model": body},
-        options={key: ours["config"][key] for key in DETECTOR_OPTIONS} if ours else {"neck": detected["neck"]},
+        options=options,
+        notes=notes,
         data={key: ours["config"][key] for key in DATA_OPTIONS} if ours else {},
     )
 
@@ -147,12 +159,9 @@ def build_initialized_detector(
             raise UserError(f"--neck {neck}: {initial.path} has the neck {own_neck}\nomit --neck")
         if evaluate:
             check_classes(initial, classes)
-        load_detector(detector, initial.weights, initial.path)
-        if initial.num_classes != len(classes):
-            notes.append(
-                f"{initial.path} has {initial.num_classes} classes: the predictor for the {len(classes)} classes of "
-                "this data starts from random weights"
-            )
+        rows, note = match_classes(initial, classes)
+        load_detector(detector, initial.weights, initial.path, rows)
+        notes += note
     elif initial.weights is not None:
         if load_backbone(detector, initial.weights, stem=stem):
             notes.append(
@@ -163,6 +172,32 @@ def build_initialized_detector(
         notes.append("--norm syncbn is the same as bn in a single process")
     set_trainable_layers(detector, trainable_layers=trainable_layers, norm=norm, train_stem=stem == "random")
     return detector, notes
+
+
+def match_classes(initial: InitialWeights, classes: list[str]) -> tuple[dict[int, int], list[str]]:
+    """Match the classes of the data with those of a detector by name.
+
+    Returns label -> label of the detector for the classes of both and the background (empty without such classes), and
+    a note for the user unless both have the same classes in the same order. Classes of a file that does not name them
+    are those of the data, in the same order, if it has as many.
+    """
+    path, count = initial.path, format_count(len(classes), "class")
+    if not initial.classes and initial.num_classes == len(classes):
+        order = format_first_names(classes)
+        return {label: label for label in range(len(classes) + 1)}, [
+            f"{path} does not name its classes; they are taken for the {count} of this data in the same order ({order})"
+        ]
+    saved = {name: label for label, name in enumerate(initial.classes, 1)}
+    rows = {label: saved[name] for label, name in enumerate(classes, 1) if name in saved}
+    if not rows:
+        what = f"{initial.num_classes} other classes" if saved else f"{initial.num_classes} classes without names"
+        return {}, [f"{path} has {what}: the predictor of the {count} of this data starts from random weights"]
+    new = [name for name in classes if name not in saved]
+    notes = []
+    if initial.classes != classes:
+        random = f"; that of {format_first_names(new)} starts from random weights" if new else ""
+        notes = [f"{path}: the predictor is taken over for {len(rows)} of the {count} of this data, by name{random}"]
+    return {0: 0, **rows}, notes
 
 
 def check_classes(initial: InitialWeights, classes: list[str]) -> None:

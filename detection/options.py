@@ -168,7 +168,7 @@ def add_detection_options(parser: Parser) -> None:
     """Add the options of the detections and of their evaluation."""
     parser.group("detections")
     parser.option(
-        "--score_thr", type=float_in_range(0, 1), default=0.05, help="discard detections with a score below this"
+        "--score_thr", type=float_in_range(0, 1), default=0.05, help="keep detections with a score above this"
     )
     parser.option(
         "--nms_thr",

@@ -90,6 +90,8 @@ def summarize(
     score_thr: float,
     nms_thr: float,
     max_dets: int,
+    min_size: Sequence[int],
+    max_size: int,
     coco_count_difficult: bool = False,
 ) -> dict:
     """Collect the results of voc_metrics() and coco_metrics() for results.json, in percent; None if undefined.
@@ -105,6 +107,7 @@ def summarize(
         for name, row in voc["classes"].items()
     }
     settings = {"score_thr": score_thr, "nms_thr": nms_thr, "max_dets": max_dets}
+    settings |= {"min_size": min_size[-1], "max_size": max_size}
     settings["coco_count_difficult"] = coco_count_difficult
     return {
         "test_set": test_set if dataset == "voc" else "test scenes",
@@ -148,9 +151,10 @@ def format_result(results: dict) -> list[str]:
     lines += mark_rows(rows, rule, "as in papers on self-supervised learning")
     lines.append(f"difficult objects: VOC: ignored; COCO: {describe_difficult(settings['coco_count_difficult'])}")
     lines.append(
-        f"{test_set}, {format_count(results['images'], 'image')}: at most {settings['max_dets']} detections per image, "
-        f"score at least {settings['score_thr']:g}, NMS at IoU {settings['nms_thr']:g}; metrics in percent"
+        f"at most {settings['max_dets']} detections per image, score above {settings['score_thr']:g}, NMS at IoU "
+        f"{settings['nms_thr']:g}; shorter side {settings['min_size']}, longer side up to {settings['max_size']} pixels"
     )
+    lines.append(f"{test_set}, {format_count(results['images'], 'image')}; metrics in percent")
     return lines
 
 

@@ -75,7 +75,7 @@ def check_combinations(options: dict, typed: dict) -> None:
     if len(options["gammas"]) not in (1, len(options["schedule"])):
         counts = f"{len(options['gammas'])} factors for {format_count(len(options['schedule']), 'drop')}"
         raise ValueError(f"--gammas: {counts} of --schedule; give one factor for all, or one per drop")
-    if max(options["min_size"]) > options["max_size"]:
+    if not options["evaluate"] and max(options["min_size"]) > options["max_size"]:
         raise ValueError(f"--min_size {max(options['min_size'])} exceeds --max_size {options['max_size']}")
     if options["stem"] == "random" and options["frcnn_checkpoint"]:
         raise ValueError("--stem random: only for a classifier; the backbone of --frcnn_checkpoint has a stem already")

@@ -140,6 +140,7 @@ def describe_run(
     neck: str,
     recipe: str,
     iters: int,
+    frcnn_checkpoint: str | None,
     batch_size: int,
     lr: float,
     schedule: list[int],
@@ -158,13 +159,14 @@ def describe_run(
     backbone: model and path of the backbone. steps: optimizer steps per epoch. The parameters by name are options.
     """
     drops = f"dropping at steps {' '.join(map(str, schedule))}" if schedule else "without drops"
+    start = f"; starts from the detector {frcnn_checkpoint}" if frcnn_checkpoint else ""
     side = f"{min_size[0]}" if len(min_size) == 1 else f"{min(min_size)} to {max(min_size)}"
     return [
         train.summary("training"),
         test.summary("test"),
-        f"Faster R-CNN, neck {neck}, backbone {backbone.get('model')} from {backbone.get('path')}; recipe {recipe}: "
-        f"{iters:,} steps ({iters / steps:.1f} epochs of {steps:,} steps), batch {batch_size}, lr {lr:g} {drops}, "
-        f"warm-up {warmup_iters} steps, weight decay {weight_decay:g}",
+        f"Faster R-CNN, neck {neck}, backbone {backbone.get('model')} from {backbone.get('path')}{start}; "
+        f"recipe {recipe}: {iters:,} steps ({iters / steps:.1f} epochs of {steps:,} steps), batch {batch_size}, "
+        f"lr {lr:g} {drops}, warm-up {warmup_iters} steps, weight decay {weight_decay:g}",
         f"shorter side {side}, longer side at most {max_size} pixels; {trainable_layers} of 5 layers trained, batch "
         f"norm {norm}, augmentation {augment}, {'with' if use_difficult else 'without'} difficult objects, seed {seed}",
     ]
@@ -212,6 +214,7 @@ def finish_run(run: Run, result: EvalResult | None, test: DetectionLoader) -> di
         "training_seconds": sum(row["seconds"] for row in run.history),
         "best": best,
         "backbone": run.extra["backbone"],
+        "started_from": options["frcnn_checkpoint"],
         "recipe": options["recipe"],
     }
     content |= report.summarize(

@@ -180,6 +180,7 @@ def test_evaluate_equals_the_last_row_of_the_log(run, backbone, tmp_path):
     words = ["--frcnn_checkpoint", str(folder / "last.pt"), "--evaluate", "--limit", "6", "--device", "cpu"]
     words += ["--dataset", "shapes", "--root_dir", str(tmp_path), "--predictions", str(tmp_path / "all.json")]
     evaluated = detect.main(words)
+    assert evaluated["settings"] == trained["settings"]
     assert evaluated["figures"] == trained["figures"] and evaluated["classes"] == trained["classes"]
     assert evaluated["detector"] == str(folder / "last.pt")
     averaged = detect.main([*words, "--averaged", "--log_off"])
@@ -229,7 +230,7 @@ def test_training_can_start_from_another_detector(run, detector, tmp_path, capsy
     torch.save(bare, tmp_path / "bare.pt")
     words = ("--frcnn_checkpoint", str(tmp_path / "bare.pt"), "--iters", "1")
     run(*words, "--lr", "0", "--log_off", start=False)
-    assert "has 3 classes: the predictor for the 10 classes of this data starts from" in capsys.readouterr().out
+    assert "has 3 classes without names: the predictor of the 10 classes" in capsys.readouterr().out
     with pytest.raises(UserError, match="bare.pt: a detector for 3 classes, but the data has 10"):
         run(*words, "--evaluate", start=False)
 

@@ -189,11 +189,26 @@ def test_legacy_torchvision_keys_are_converted():
 def test_other_number_of_classes_keeps_all_weights_but_the_predictor():
     trained, fresh = make_detector(), build_detector("resnet18", 5, CONFIG)
     head = fresh.roi_heads.box_predictor.cls_score.weight.clone()
-    load_detector(fresh, trained.state_dict(), "trained.pt")
+    load_detector(fresh, trained.state_dict(), "trained.pt", rows={})
     assert torch.equal(fresh.roi_heads.box_predictor.cls_score.weight, head)
     assert torch.equal(fresh.roi_heads.box_head.fc6.weight, trained.roi_heads.box_head.fc6.weight)
     with pytest.raises(UserError, match="trained.pt: a different detector; missing: backbone.body.layer1.0.conv3"):
         load_detector(build_detector("resnet50", 3, CONFIG), trained.state_dict(), "trained.pt")
+
+
+def test_predictor_is_loaded_for_the_given_labels():
+    trained, fresh = make_detector(), build_detector("resnet18", 5, CONFIG)
+    new, old = (model.roi_heads.box_predictor for model in (fresh, trained))
+    first = {name: getattr(new, name).weight.clone() for name in ("cls_score", "bbox_pred")}
+    load_detector(fresh, trained.state_dict(), "trained.pt", rows={0: 0, 2: 3, 5: 1})
+    for label, saved in enumerate((0, None, 3, None, None, 1)):
+        for name, per_label in (("cls_score", 1), ("bbox_pred", 4)):
+            kept = first[name] if saved is None else getattr(old, name).weight
+            source, rows = label if saved is None else saved, getattr(new, name).weight.unflatten(0, (-1, per_label))
+            assert torch.equal(rows[label], kept.unflatten(0, (-1, per_label))[source]), (name, label)
+    agnostic = trained.state_dict() | {"roi_heads.box_predictor.bbox_pred.weight": torch.zeros(8, 1024)}
+    with pytest.raises(UserError, match="of another shape: roi_heads.box_predictor.bbox_pred.weight"):
+        load_detector(fresh, agnostic, "trained.pt", rows={0: 0, 2: 3})
 
 
 @pytest.mark.parametrize(

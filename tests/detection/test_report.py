@@ -15,7 +15,7 @@ from detection.shape_scenes import draw_scenes
 from detection.voc import CLASSES, read_sets
 from engine.drawing.boxes import DrawnBox
 
-SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100}
+SETTINGS = {"score_thr": 0.05, "nms_thr": 0.5, "max_dets": 100, "min_size": (480, 600), "max_size": 1000}
 VOC_VALUES = {  # distinct fractions, as voc_metrics() returns them
     "map07": 0.7671,
     "map": 0.782,
@@ -105,7 +105,7 @@ def test_summary_is_strict_json_with_settings_and_protocol_but_without_curves():
     )
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert "curves" not in json.dumps(result) and result["unit"] == "percent"
-    assert result["settings"] == SETTINGS | {"coco_count_difficult": True}
+    assert result["settings"] == SETTINGS | {"coco_count_difficult": True, "min_size": 600}
     assert result["protocol"]["difficult objects in COCO's figures"] == "counted like all others"
     assert (
         result["figures"][report.MAIN_METRIC] == 100 * voc["map07"]
@@ -147,8 +147,9 @@ def test_printed_lines_have_order_and_names():
     assert lines[25].split()[2:] == "(area) 49.02 AP50 78.20 AP75 53.05".split()
     assert lines[26].split()[1:] == "AP 48.50 AP50 77.90 AP75 52.80 small - medium 35.30 large 55.20".split()
     assert lines[27].split()[1:] == "AR@1 40.10 AR@10 55.40 AR@100 57.60 small - medium 45.70 large 64.80".split()
-    assert "COCO: ignored (treated as crowds)" in lines[28] and "4,952 images" in lines[29] and "0.05" in lines[29]
-    assert len(lines) == 30 and max(map(len, lines)) <= 120
+    assert "COCO: ignored (treated as crowds)" in lines[28] and "4,952 images" in lines[30]
+    assert lines[29].endswith("score above 0.05, NMS at IoU 0.5; shorter side 600, longer side up to 1000 pixels")
+    assert len(lines) == 31 and max(map(len, lines)) <= 120
 
 
 def test_line_on_difficult_objects_depends_on_coco_count_difficult():
