@@ -105,7 +105,11 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     log.say(test.summary("test"))
     log.say(f"{initial.path}: Faster R-CNN, neck {options['neck']}, body {initial.body}, on {device}, float32")
     log.say(f"shorter side {options['min_size'][-1]}, longer side up to {options['max_size']} pixels")
-    for note in [*initial.notes, *notes, *describe_unused_options(options, typed), *test.warnings]:
+    if not initial.data and not {"min_size", "max_size"} & typed.keys():
+        notes.append(
+            f"{initial.path} does not record the size of its images; --min_size and --max_size set another one"
+        )
+    for note in [*notes, *describe_unused_options(options, typed), *test.warnings]:
         log.say(f"note: {note}")
 
     # ---- Evaluation ----

@@ -48,8 +48,7 @@ class InitialWeights:
     num_classes: int = 0  # of a detector, without the background
     backbone: dict = field(default_factory=dict)  # the origin of the backbone, as in checkpoints
     options: dict = field(default_factory=dict)  # DETECTOR_OPTIONS that the file records, or those of its origin
-    notes: list[str] = field(default_factory=list)  # for an evaluation with these options
-    data: dict = field(default_factory=dict)  # DATA_OPTIONS that the file records
+    data: dict = field(default_factory=dict)  # DATA_OPTIONS that the file records; empty for files of other codes
 
 
 def load_initial_weights(
@@ -113,12 +112,10 @@ def read_detector(path: str, *, averaged: bool = False, model: str | None = None
     body = detected["body"]
     if model and model.removeprefix("imagenet_") != body:
         raise UserError(f"--model {model}: {path} holds {body}\nomit --model: the architecture is read from the file")
-    ours, notes = content if is_checkpoint(content) else {}, []
+    ours = content if is_checkpoint(content) else {}
+    options = {"neck": detected["neck"]} | (TORCHVISION_OPTIONS if detected["neck"] == "fpn" else {})
     if ours:
         options = {key: ours["config"][key] for key in DETECTOR_OPTIONS}
-    else:
-        options = {"neck": detected["neck"]} | (TORCHVISION_OPTIONS if detected["neck"] == "fpn" else {})
-        notes = [f"{path} does not record the size of its images; --min_size and --max_size set another one"]
     mean, std = (ours["mean"], ours["std"]) if ours else STATISTICS["imagenet"]
     return InitialWeights(
         body,
@@ -131,7 +128,6 @@ def read_detector(path: str, *, averaged: bool = False, model: str | None = None
         num_classes=detected["num_classes"],
         backbone=ours.get("backbone") or {"path": str(path), "model": body},
         options=options,
-        notes=notes,
         data={key: ours["config"][key] for key in DATA_OPTIONS} if ours else {},
     )
 
