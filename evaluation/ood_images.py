@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.data.cifar import LAYOUTS
 from engine.data.datasets import load_evaluation
-from engine.data.folders import FileList, describe_folder, filter_images, find_evaluation_images
+from engine.data.folders import FileList, describe_folder, filter_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.sample_rng import normal, uniform
@@ -54,12 +54,10 @@ def find_pixels(
     with explain_os_errors(Path(root)):
         if spec in NOISE:
             return name, draw_noise(spec, image_size, min(limit or NOISE_COUNT, NOISE_COUNT)), f"{spec}, drawn"
-        if name == "imagenet":  # not load_evaluation(), which requires all 1000 classes: any subset will do here
-            found = find_evaluation_images(name, Path(root), None, None)
-            return name, ImageFiles(found.files, view, on_bad_image), str(found.root)
         if name in DATASETS:
             side = image_size if name == "shapes" else None  # CIFAR images only exist at 32 pixels
-            found = load_evaluation(name, data_dir=root, view=view, image_size=side, on_bad_image=on_bad_image)
+            options = {"view": view, "image_size": side, "any_classes": True, "on_bad_image": on_bad_image}
+            found = load_evaluation(name, data_dir=root, **options)
             return name, found.pixels, found.origin
         if os.path.isdir(spec):
             return Path(spec).resolve().name, ImageFiles(find_image_files(Path(spec)), view, on_bad_image), spec

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from xml.etree import ElementTree
 
 import torch
@@ -21,6 +21,7 @@ from engine.data.datasets import TINY_SIDE
 from engine.data.image_set import ImageSet
 from engine.errors import UserError
 
+T = TypeVar("T")
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 ANNOTATION_FORMATS = (
     "a folder of XML files (<image>.xml or <class>/<image>.xml), a .csv with the columns file,xmin,ymin,xmax,ymax, or "
@@ -36,6 +37,7 @@ class BoxAnnotation(NamedTuple):
     boxes: list[Box]  # in pixels of an image of size width x height; x1 and y1 are exclusive
     width: int
     height: int
+    others: tuple[str, ...] = ()  # classes of the objects in the image, if it has some, but none of its own class
 
 
 class AnnotationRow(NamedTuple):
@@ -54,6 +56,7 @@ class BoxAnnotations:
     missing: list[str]  # names of images without an annotation
     empty: list[str]  # names of images whose annotation has no usable box of their class
     masks: torch.Tensor | None = None  # (N, H, W) bool, if the set has masks
+    renamed: list[str] = field(default_factory=list)  # `name (classes)` of images annotated with other classes only
     broken: list[str] = field(default_factory=list)  # `name (reason)` of images with unreadable annotations
 
     def notes(self) -> list[str]:
@@ -61,6 +64,7 @@ class BoxAnnotations:
         reasons = {
             "no annotation": self.missing,
             "no usable box of their class": self.empty,
+            "annotated with other classes only; use the names of the class folders": self.renamed,
             "unreadable annotation": self.broken,
         }
         return [
@@ -103,6 +107,9 @@ def find_boxes(
             annotation = lookup(index, name, image_set.classes[labels[index]])
             if annotation is None:
                 annotations.missing.append(name)
+            elif annotation.others:
+                expected = image_set.classes[labels[index]]
+                annotations.renamed.append(f"{name} (found {', '.join(annotation.others)}, expected {expected})")
             elif not annotation.boxes:
                 annotations.empty.append(name)
         except (ValueError, OSError) as error:
@@ -176,9 +183,19 @@ def read_xml(path: Path, class_name: str) -> BoxAnnotation:
         raise ValueError(f"not valid XML: {error}") from error
     width, height = (parse_pixel(read_tag(root, f"size/{side}")) for side in ("width", "height"))
     check_size(width, height)
-    objects = [tag for tag in root.iter("object") if read_tag(tag, "name") == class_name]
-    boxes = [tuple(parse_pixel(read_tag(tag, f"bndbox/{side}")) for side in COLUMNS[0]) for tag in objects]
-    return BoxAnnotation(list(filter(is_usable_box, boxes)), width, height)
+    objects = [(read_tag(tag, "name"), tag) for tag in root.iter("object")]
+    own, others = pick_class(objects, class_name)
+    boxes = [tuple(parse_pixel(read_tag(tag, f"bndbox/{side}")) for side in COLUMNS[0]) for tag in own]
+    return BoxAnnotation(list(filter(is_usable_box, boxes)), width, height, others)
+
+
+def pick_class(objects: list[tuple[str | None, T]], class_name: str) -> tuple[list[T], tuple[str, ...]]:
+    """Return the objects of a class or without one; and the classes of the others, if there is no such object.
+
+    objects: (class or None, object).
+    """
+    own = [one for name, one in objects if name in (None, class_name)]
+    return own, () if own else tuple(dict.fromkeys(name for name, _ in objects))
 
 
 def read_tag(root: ElementTree.Element, tag: str) -> str:
@@ -278,10 +295,10 @@ def make_row_lookup(image_set: ImageSet, rows: dict[str, list[AnnotationRow]]) -
         )
         if found is None:
             return None
-        found = [row for row in found if row.class_name in (None, class_name)]
+        found, others = pick_class([(row.class_name, row) for row in found], class_name)
         boxes = [row.box for row in found if row.box and is_usable_box(row.box)]
         if not boxes:
-            return BoxAnnotation([], 0, 0)
+            return BoxAnnotation([], 0, 0, others)
         width, height = next((row.size for row in found if row.size), None) or read_image_size(image_set.files[index])
         check_size(width, height)
         return BoxAnnotation(boxes, width, height)
@@ -310,8 +327,10 @@ def open_tiny_annotations(image_set: ImageSet) -> tuple[Lookup, DescribeSources]
 
     def lookup(index: int, name: str, class_name: str) -> BoxAnnotation | None:
         found = rows.get(PurePosixPath(name).name)
-        boxes = [row.box for row in found or [] if row.class_name == class_name and is_usable_box(row.box)]
-        return None if found is None else BoxAnnotation(boxes, TINY_SIDE, TINY_SIDE)
+        if found is None:
+            return None
+        found, others = pick_class([(row.class_name, row) for row in found], class_name)
+        return BoxAnnotation([row.box for row in found if is_usable_box(row.box)], TINY_SIDE, TINY_SIDE, others)
 
     return (
         lookup,

@@ -102,6 +102,7 @@ def load_evaluation(
     image_size: int | None = None,
     eval_resize: int | None = None,
     num_classes: int | None = None,
+    any_classes: bool = False,
     limit: int = 0,
     on_bad_image: str = "stop",
     progress: Callable = lambda items, **kwargs: items,
@@ -109,6 +110,7 @@ def load_evaluation(
     """Load only the test images of load_data(); the training images may be missing. Image files are not decoded yet.
 
     view: how image files are cropped and resized, in place of image_size and eval_resize; shapes and CIFAR ignore it.
+    any_classes: take a part of ImageNet's classes without num_classes; for callers that match classes by name.
     Raises UserError if images are missing; it names the paths that were tried and the remedy.
     """
     folder, val_folder, labels_file = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
@@ -121,18 +123,18 @@ def load_evaluation(
     else:
         found = find_evaluation_images(dataset, folder, val_folder, labels_file)
         image_set = make_image_set(found, view or get_default_view(dataset, image_size, eval_resize), on_bad_image)
-    check_class_count(dataset, image_set, num_classes)
+    check_class_count(dataset, image_set, num_classes, any_classes)
     return image_set.first(limit) if limit else image_set
 
 
-def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None) -> None:
+def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None, any_classes: bool = False) -> None:
     """Raise UserError if the number of classes is not the expected one."""
     if num_classes and num_classes != len(image_set.classes):
         count = len(image_set.classes)
         raise UserError(
             f"--num_classes {num_classes}: {image_set.origin} has {count} classes; give {count} or leave it out"
         )
-    if dataset == "imagenet" and len(image_set.classes) != 1000 and not num_classes:
+    if dataset == "imagenet" and len(image_set.classes) != 1000 and not (num_classes or any_classes):
         raise UserError(
             f"imagenet has 1000 classes, but {image_set.origin} has {len(image_set.classes)}\n"
             f"complete it, or give --num_classes {len(image_set.classes)} to use this subset"

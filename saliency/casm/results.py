@@ -13,7 +13,6 @@ from engine.config.phases import LARGE_SIDE, default_eval_resize
 from engine.data.datasets import load_evaluation
 from engine.data.image_set import ImageSet
 from engine.data.views import CenterCrop, SquashedView
-from engine.errors import UserError
 from engine.inference.classifier import load_classifier
 from engine.runtime.files import write_json
 from engine.runtime.progress import progress_bar
@@ -33,6 +32,7 @@ DATA_OPTIONS = ("data", "dataset", "val_data_dir", "val_labels", "num_classes", 
 SCORE_OPTIONS = ("annotation_path", "break_ratio", "not_normalize", "class_list", "rule", "judge", "basics", "pot")
 EVAL_OPTIONS = ("batch_size", "classifiers", "resnets_path", "classifier", "amp")
 RESULT_OPTIONS = (*DATA_OPTIONS, "seed", *SCORE_OPTIONS, *EVAL_OPTIONS)  # all options that a result depends on
+RESULT_KEYS = {"score": "LE", "eval": "masked_in"}  # by them the results of a command are recognised
 SAVED_IMAGE_OPTIONS = ("val_data_dir", "val_labels", "num_classes")  # taken from the checkpoint where not given
 
 
@@ -124,7 +124,7 @@ class ImageSetCache:
         if data_dir is None and dataset in ("folder", "imagenet"):
             self.parser.error("DATA is missing: name the folder that holds val/ with class folders, or give --dataset")
         image_options = {key: saved[key] for key in SAVED_IMAGE_OPTIONS if saved.get(key)} if not self.data else {}
-        if dataset not in ("shapes", "imagenet"):
+        if dataset != "shapes":  # the classes of image files are their folders
             image_options.pop("num_classes", None)
         given = vars(self)
         image_options |= {key: given[key] for key in (*SAVED_IMAGE_OPTIONS, "limit", "on_bad_image") if given[key]}
@@ -137,41 +137,48 @@ class ImageSetCache:
         if key not in self.loaded:
             image_options |= {"view": view} if view else {"image_size": size}
             self.loaded[key] = load_evaluation(
-                dataset, data_dir=data_dir or "data", **image_options, progress=progress_bar
+                dataset, data_dir=data_dir or "data", **image_options, any_classes=True, progress=progress_bar
             )
             print(self.loaded[key].summary("validation"), flush=True)
         return self.loaded[key], dataset
 
 
 class ResultFolder:
-    """The folder of --save_to_file: one JSON file per extractor, with the options that the result depends on."""
+    """The folder of --save_to_file: NAME.COMMAND.json per extractor, with the options that the result depends on.
 
-    def __init__(self, options: dict):
+    score and eval may share a folder. Results of versions that called them NAME.json are still read.
+    """
+
+    def __init__(self, command: str, options: dict):
+        self.command = command
         self.folder = Path(options["log_path"]) if options["save_to_file"] else None
         self.settings = {key: options[key] for key in RESULT_OPTIONS if options.get(key) is not None}
 
     def get_path(self, name: str) -> Path:
-        return self.folder / f"{name.replace('/', '_')}.json"
+        return self.folder / f"{name.replace('/', '_')}.{self.command}.json"
 
     def describe(self, extractor: Extractor) -> dict:
         """Return what the result of an extractor depends on: its file and the options, with the state of each file."""
         return {key: add_file_state(value) for key, value in {"file": extractor.path, **self.settings}.items()}
 
-    def read(self, extractor: Extractor, expected_key: str) -> dict | None:
-        """Return the saved result of this extractor with these options, or None.
+    def find(self, extractor: Extractor) -> tuple[Path, dict] | None:
+        """Return the path and content of the saved result of this extractor. None: there is none, or it is broken."""
+        path = self.get_path(extractor.name)
+        earlier = path.with_name(path.name.removesuffix(f".{self.command}.json") + ".json")
+        for candidate in filter(Path.is_file, (path, earlier)):
+            try:
+                result = json.loads(candidate.read_text(encoding="utf-8"))
+            except ValueError:
+                continue
+            if isinstance(result, dict) and RESULT_KEYS[self.command] in result:
+                return candidate, result
+        return None
 
-        Raises UserError for a file without `expected_key`, which another command wrote.
-        """
-        if not self.folder or not (path := self.get_path(extractor.name)).is_file():
+    def read(self, extractor: Extractor) -> dict | None:
+        """Return the saved result of this extractor with these options, or None."""
+        if not self.folder or not (found := self.find(extractor)):
             return None
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            if expected_key not in result:
-                raise ValueError(f"it holds no {expected_key}")
-        except ValueError as error:
-            raise UserError(
-                f"{path}: not a result of this command ({error})\ndelete it, or name another --log-path"
-            ) from error
+        path, result = found
         if result.get("made_of") != self.describe(extractor):
             print(f"{extractor.name}: {path} was made from another file or with other options; computing it again")
             return None

@@ -176,7 +176,9 @@ def list_pool_notes(pool: ClassifierPool, megabytes: float, *, epochs: int, iter
     ]
     if pool.smf < FIRST_SNAPSHOT_ONLY and used < pool.f_size:
         better = min(iterations, max(1, epochs * iterations // (2 * pool.f_size)))
-        lines.append(f"note: --smf {pool.smf} does not fill the pool in this run; --smf {better} would")
+        fills = 1 + epochs * (iterations // better) >= pool.f_size
+        remedy = f"--smf {better} would" if fills else "more --epochs would"
+        lines.append(f"note: --smf {pool.smf} does not fill the pool in this run; {remedy}")
     return lines
 
 

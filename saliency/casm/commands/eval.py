@@ -56,11 +56,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     setup_backends(device, seed=options["seed"], deterministic=False)
     panel = ClassifierPanel(options["classifiers"], options["resnets_path"], device, options["class_list"])
     images = ImageSetCache(parser, **select_kwargs(options, ImageSetCache))
-    folder = ResultFolder(options)
+    folder = ResultFolder("eval", options)
     config = ScoringConfig(**select_kwargs(options, ScoringConfig))
     naive, results = TOY_MASKS if options["toy"] else (), []
     for extractor in iter_extractors(device, naive=naive, **select_kwargs(options, EXTRACTOR_OPTIONS)):
-        result = folder.read(extractor, "masked_in")
+        result = folder.read(extractor)
         if result is None:
             image_set, _ = images.load(extractor, margin=True)
             classifiers = panel.select(extractor, image_set)

@@ -94,10 +94,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     sm_classifier = load_classifiers([options["judge"]], device)[0] if options["judge"] else None
     config = ScoringConfig(**select_kwargs(options, ScoringConfig))
     images = ImageSetCache(parser, **select_kwargs(options, ImageSetCache))
-    folder = ResultFolder(options)
+    folder = ResultFolder("score", options)
     naive, annotations, results = NAIVE_MASKS if options["toy"] else (), {}, []
     for extractor in iter_extractors(device, naive=naive, **select_kwargs(options, EXTRACTOR_OPTIONS)):
-        result = folder.read(extractor, "LE")
+        result = folder.read(extractor)
         if result is None:
             image_set, dataset = images.load(extractor, squash=config.break_ratio)
             if image_set.origin not in annotations:

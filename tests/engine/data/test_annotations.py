@@ -261,7 +261,7 @@ def test_missing_empty_and_broken_annotations_are_counted_separately(tmp_path):
     image_set = load_evaluation("folder", data_dir=str(tmp_path))
     texts = {
         0: format_xml(80, 48, ("cat", 1, 2, 3, 4)),
-        2: format_xml(80, 48, ("dog", 1, 2, 3, 4)),
+        2: format_xml(80, 48, ("dog", 1, 2, 3, 4), ("bird", 1, 2, 3, 4), ("dog", 5, 6, 7, 8)),
         3: format_xml(80, 48),
         4: format_xml(80, 48, ("cat", 5, 5, 5, 9), ("cat", 5, 5, 9, 5)),
         5: format_xml(80, 48, ("cat", 1, 2, 3, 4))[:-20],
@@ -274,15 +274,17 @@ def test_missing_empty_and_broken_annotations_are_counted_separately(tmp_path):
         write_text(tmp_path / "ann" / f"{number}.xml", text)
     annotations = find_boxes(image_set, "folder", str(tmp_path / "ann"))
     assert annotations.per_image == [BoxAnnotation([(1, 2, 3, 4)], 80, 48)] + [None] * 9
-    assert annotations.missing == ["cat/1.png"] and annotations.empty == ["cat/2.png", "cat/3.png", "cat/4.png"]
+    assert annotations.missing == ["cat/1.png"] and annotations.empty == ["cat/3.png", "cat/4.png"]
     reasons = ["not valid XML", "size is 0 x 48", "'far'", "no <size/width> in <annotation>", "klingon"]
     for number, (line, reason) in enumerate(zip(annotations.broken, reasons, strict=True), 5):
         assert line.startswith(f"cat/{number}.png (") and reason in line
-    missing, empty, broken = annotations.notes()
+    missing, empty, renamed, broken = annotations.notes()
     assert missing.startswith("1 of 10 images left out of the scores (no annotation)") and missing.endswith(
         ": cat/1.png"
     )
-    assert empty.startswith("3 of 10") and empty.endswith(": cat/2.png; cat/3.png; cat/4.png")
+    assert empty.startswith("2 of 10") and empty.endswith(": cat/3.png; cat/4.png")
+    assert renamed.startswith("1 of 10") and "use the names of the class folders" in renamed
+    assert renamed.endswith(": cat/2.png (found dog, bird, expected cat)")
     assert broken.startswith("5 of 10") and "cat/7.png" in broken and "cat/8.png" not in broken
 
 
@@ -314,7 +316,8 @@ def test_csv_may_list_several_boxes_per_image_and_other_classes_are_skipped(tmp_
     annotations = find_boxes(pets, "folder", path)
     first, second = BoxAnnotation([(1, 2, 3, 4), (25, 49, 152, 219)], 500, 375), BoxAnnotation([(5, 6, 7, 8)], *SIZE)
     assert annotations.per_image == [first, None, second, None]
-    assert (annotations.missing, annotations.empty) == (["cat/tom.2.png"], ["dog/rex.png"])
+    assert (annotations.missing, annotations.empty) == (["cat/tom.2.png"], [])
+    assert annotations.renamed == ["dog/rex.png (found cat, expected dog)"]
 
 
 def test_csv_of_base_names_works_where_they_are_unique(tmp_path, pets):
@@ -395,7 +398,7 @@ def test_shapes_have_boxes_and_masks(tmp_path):
     image_set = load_evaluation("shapes", image_size=24, limit=5)
     annotations = find_boxes(image_set, "shapes")
     assert torch.equal(annotations.masks, image_set.annotations["masks"]) and not annotations.notes()
-    for mask, (boxes, width, height) in zip(annotations.masks, annotations.per_image, strict=True):
+    for mask, (boxes, width, height, _) in zip(annotations.masks, annotations.per_image, strict=True):
         ((x0, y0, x1, y1),) = boxes
         assert mask[y0:y1, x0:x1].sum() == mask.sum() > 0 and (width, height) == (24, 24)
         assert mask[y0].any() and mask[y1 - 1].any() and mask[:, x0].any() and mask[:, x1 - 1].any()
@@ -423,7 +426,8 @@ def test_tiny_imagenet_boxes_of_other_classes_are_not_used(tmp_path):
     write_text(tmp_path / "val" / "val_annotations.txt", "val_0.JPEG\tn01\t0\t0\t9\t9\nval_1.JPEG\tn01\t0\t0\t9\t9\n")
     annotations = find_boxes(load_evaluation("tiny-imagenet", data_dir=str(tmp_path)), "tiny-imagenet")
     assert annotations.per_image == [BoxAnnotation([(0, 0, 10, 10)], 64, 64), None, None]
-    assert (annotations.missing, annotations.empty) == (["n02/val_2.JPEG"], ["n02/val_0.JPEG"])
+    assert (annotations.missing, annotations.empty) == (["n02/val_2.JPEG"], [])
+    assert annotations.renamed == ["n02/val_0.JPEG (found n01, expected n02)"]
 
 
 def test_tiny_imagenet_training_boxes_are_read_from_the_class_folders(tmp_path):

@@ -39,7 +39,7 @@ from saliency.casm.classifier_eval import (
     sum_batch_metrics,
 )
 from saliency.casm.commands import eval as casm_eval
-from saliency.casm.commands import plot
+from saliency.casm.commands import plot, score
 from saliency.casm.commands import train as casm_train
 from saliency.casm.extractors import TOY_MASKS, Extractor, build_naive_extractor
 from saliency.casm.masking import inpaint, mask_in, mask_out
@@ -464,6 +464,15 @@ def test_images_of_classes_unknown_to_a_classifier_are_left_out(dataset, squeeze
         run_eval(*words, "--class-list", class_list)
 
 
+def test_part_of_imagenet_needs_no_num_classes(dataset, capsys):
+    """Train takes the number from the file of the classifier; the images given may be others or of other classes."""
+    trained = Extractor("map", None, image_size=32, options={"dataset": "imagenet", "num_classes": 2})
+    image_set, name = ImageSetCache(casm_eval.build_parser(), data=str(dataset)).load(trained)
+    assert name == "imagenet" and image_set.classes == ["n00000007", "n00000009", "unheard_of"]
+    with pytest.raises(UserError, match="--num_classes 2"):
+        ImageSetCache(casm_eval.build_parser(), data=str(dataset), num_classes=2).load(trained)
+
+
 def test_checkpoints_trained_on_other_classes_can_be_evaluated(checkpoint, dataset, squeezenet, class_list):
     words = [dataset, "--dataset", "folder", "--casms-path", checkpoint, "--classifiers", f"squeezenet1_1={squeezenet}"]
     (result,) = run_eval(*words, "--class-list", class_list, "--limit", 3)
@@ -507,13 +516,13 @@ def test_basics_extractor_gets_normalized_images_and_its_masks_are_used(tmp_path
 def test_saved_results_are_reused(checkpoint, tmp_path, capsys):
     words = ["--casms-path", checkpoint, "--limit", 12, "--save-to-file", "--log-path", tmp_path / "logs"]
     first = run_eval(*words, "--output", tmp_path / "all.json")
-    assert json.loads((tmp_path / "logs" / "map.json").read_text()) == first[0]
+    assert json.loads((tmp_path / "logs" / "map.eval.json").read_text()) == first[0]
     assert json.loads((tmp_path / "all.json").read_text()) == {"results": first}
     keys = ["name", "path", "images", "left_out", "unreadable", *KINDS, "made_of"]
     assert list(first[0]) == keys and list(first[0]["inpainted"]) == ["own resnet20"]
     capsys.readouterr()
     first[0]["images"] = 0  # a value that no evaluation returns
-    (tmp_path / "logs" / "map.json").write_text(json.dumps(first[0]))
+    (tmp_path / "logs" / "map.eval.json").write_text(json.dumps(first[0]))
     assert run_eval(*words) == first
     assert "done already" in capsys.readouterr().out
 
@@ -534,10 +543,12 @@ def test_a_failed_run_saves_no_result(run_folder, tmp_path):
     assert run_eval(*words, "--batch-size", 12)[0]["images"] == 12
 
 
-def test_results_of_another_command_are_rejected(checkpoint, tmp_path):
-    (tmp_path / "map.json").write_text('{"name": "map", "F1": 0.5}')
-    with pytest.raises(UserError, match="another --log-path"):
-        run_eval("--casms-path", checkpoint, "--limit", 12, "--save-to-file", "--log-path", tmp_path)
+def test_score_and_eval_save_to_the_same_folder(checkpoint, tmp_path):
+    words = ["--casms-path", checkpoint, "--limit", 12, "--save-to-file", "--log-path", tmp_path]
+    scores = score.main([*map(str, words), "--device", "cpu"])
+    altered = run_eval(*words)
+    assert scores == score.main([*map(str, words), "--device", "cpu"]) and altered == run_eval(*words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["map.eval.json", "map.score.json"]
 
 
 @pytest.mark.parametrize(

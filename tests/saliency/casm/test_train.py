@@ -414,7 +414,13 @@ def test_warnings_name_degenerate_masks_weak_classifiers_and_unfilled_pools():
     assert len(list_accuracy_notes(90.0, 2)) == 1 and len(list_accuracy_notes(51.0, 2)) == 2
     (note,) = list_pool_notes(ClassifierPool(30, 100), 102.4, epochs=60, iterations=2003)
     assert "up to 30 of 30" in note and "3,072 MB in host memory" in note
-    assert "--smf 10 would" in list_pool_notes(ClassifierPool(30, 100), 1.0, epochs=60, iterations=10)[1]
+    short = [(100, 60, 10, "--smf 10"), (2, 10, 3, "--smf 1"), (1, 9, 3, "more --epochs")]
+    for smf, epochs, iterations, remedy in short:
+        note = list_pool_notes(ClassifierPool(30, smf), 1.0, epochs=epochs, iterations=iterations)[1]
+        assert note.endswith(f"--smf {smf} does not fill the pool in this run; {remedy} would")
+        if remedy.startswith("--smf"):
+            pool = ClassifierPool(30, int(remedy.split()[1]))
+            assert len(list_pool_notes(pool, 1.0, epochs=epochs, iterations=iterations)) == 1, "the remedy works"
 
 
 # ---- The train command ----
