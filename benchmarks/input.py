@@ -44,13 +44,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch
 
-    from engine.data.folders import label_files, list_class_folders
+    from engine.data.folders import find_class_folders
     from engine.runtime.device import choose_device, setup_backends
 
     device = choose_device(options["device"])
     setup_backends(device, seed=0, deterministic=False)
     place = Path(options["data_dir"])
-    data_files = label_files(list_class_folders(place / "train" if (place / "train").is_dir() else place), place)
+    data_files = find_class_folders(place / "train" if (place / "train").is_dir() else place)
     index = torch.arange(options["images"]) % len(data_files.labels)
     data_files = data_files._replace(files=data_files.files[index], labels=data_files.labels[index])
     print(

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from engine.data import sample_rng
-from engine.data.folders import FileList, describe_folder, filter_images
+from engine.data.folders import FileList, describe_folder
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
+from engine.data.listing import filter_images, walk_files
 from engine.data.views import View
 from engine.errors import UserError
 from engine.runtime.safe_unpickle import load_arrays
@@ -86,7 +87,7 @@ def read_background_dir(path: Path | str, image_set: ImageSet, view: View) -> Im
     if not path.is_dir():
         raise UserError(f"--background_dir {path}: no such folder\n{REMEDY}")
     wanted = image_set.files.names()
-    found, originals = FileNames(list_image_files(path)), FileNames(wanted)
+    found, originals = FileNames(filter_images(walk_files(path))), FileNames(wanted)
     files = [found.match(name, originals) for name in wanted]
     missing = [name for name, file in zip(wanted, files, strict=True) if file is None]
     if missing:
@@ -113,14 +114,6 @@ class FileNames:
         stem = PurePosixPath(path).name
         unique = self.counts[stem] == others.counts[stem] == 1
         return self.by_path.get(path) or (self.by_stem[stem] if unique else None)
-
-
-def list_image_files(path: Path) -> list[str]:
-    """Return the image files in a folder and its subfolders, relative to it, sorted."""
-    found = []
-    for folder, _, names in os.walk(path):
-        found += [(Path(folder) / name).relative_to(path).as_posix() for name in filter_images(names)]
-    return sorted(found)
 
 
 def has_pickles(path: Path | str) -> bool:

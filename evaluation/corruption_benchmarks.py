@@ -15,8 +15,9 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from engine.data.folders import describe_folder, describe_missing, label_files, list_class_folders, list_folders
+from engine.data.folders import describe_folder, describe_missing, find_class_folders, label_files
 from engine.data.image_set import ImageSet, make_image_set
+from engine.data.listing import list_folders
 from engine.data.views import View
 from engine.errors import UserError, suggest_closest
 from evaluation.corruptions import SEVERITIES
@@ -68,7 +69,7 @@ class CorruptedSet:
         source = self.sources[name][severity]
         with explain_os_errors(source):
             if self.kind == "folders":
-                files = label_files(list_class_folders(source), source)
+                files = find_class_folders(source)
                 class_map = torch.tensor([self.classes.index(each) for each in files.classes])
                 files = files._replace(labels=class_map[files.labels], classes=self.classes)
                 return make_image_set(files, self.view, self.on_bad_image)

@@ -60,7 +60,7 @@ def load_images(session: EvalSession, limit_typed: bool, *, limit: int, **option
     def load() -> ImageSet:
         data = load_evaluation(progress=progress_bar, limit=limit, **options)
         check_same_value("data", {"test images": len(data)}, "use the same copy of the data set on every machine")
-        print(data.summary("test"))
+        print("\n".join([data.summary("test"), *(f"note: {line}" for line in data.notes)]))
         if limit:
             origin = "" if limit_typed else " (from the training run; --limit 0 takes all images)"
             print(f"note: --limit {limit}{origin}: results are partial")

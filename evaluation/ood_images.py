@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from engine.data.cifar import LAYOUTS
 from engine.data.datasets import load_evaluation
-from engine.data.folders import FileList, describe_folder, filter_images
+from engine.data.folders import FileList, describe_folder
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
+from engine.data.listing import filter_images, walk_files
 from engine.data.sample_rng import normal, uniform
 from engine.data.views import CenterCrop
 from engine.errors import UserError, suggest_closest
@@ -69,20 +70,12 @@ def find_pixels(
 
 
 def find_image_files(root: Path) -> FileList:
-    """Return all image files below root, sorted, without hidden files and folders and without links to folders."""
-    names = []
-
-    def raise_error(error: OSError):  # by default os.walk skips folders that cannot be read
-        raise error
-
-    for folder, subfolders, files in os.walk(root, onerror=raise_error):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        visible = filter_images([name for name in files if not name.startswith(".")])
-        names += [os.path.relpath(os.path.join(folder, name), root) for name in visible]
+    """Return all image files in a folder and its subfolders, sorted."""
+    names = filter_images(walk_files(root))
     if not names:
         remedy = f"give a folder with .jpg, .png or similar files{describe_folder(root)}"
         raise UserError(f"{root}: no images in this folder or its subfolders\n{remedy}")
-    return FileList(root, sorted(names))
+    return FileList(root, names)
 
 
 def draw_noise(kind: str, side: int, count: int) -> torch.Tensor:

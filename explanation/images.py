@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.decode import BadImage, decode_image
-from engine.data.folders import IMAGE_EXTENSIONS, filter_images
+from engine.data.listing import IMAGE_EXTENSIONS, filter_images
 from engine.errors import UserError
 
 MAX_NAME_BYTES = 60  # of each part of a file name; file systems allow 255 bytes in total

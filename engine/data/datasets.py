@@ -69,7 +69,7 @@ def load_data(
         paths = [name and Path(name) for name in (data_dir, val_data_dir, val_labels)]
         train, test = (make_image_set(found, view, on_bad_image) for found in find_splits(dataset, *paths))
     # ---- Checks, validation split and limit ----
-    warnings = describe_counts(dataset, len(train), len(test), limit)
+    warnings = [*train.notes, *test.notes] + describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
     if limit:

@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 import torch
 
+from engine.data.label_lists import format_examples, read_labels
+from engine.data.listing import filter_images, filter_unknown, list_folders, list_images, walk_files
 from engine.errors import UserError
+from engine.runtime.text import format_count
 
-IMAGE_EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 IMAGENET_FOLDERS = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
 DEFAULT_DIR = Path("data")  # default of --data_dir; only with it are folders in the working directory tried too
 
@@ -62,6 +64,7 @@ class DataFiles(NamedTuple):
     files: FileList
     labels: torch.Tensor  # (N,) long
     classes: list[str]
+    notes: tuple[str, ...] = ()  # lines on files and folders that were not read
 
     @property
     def root(self) -> Path:
@@ -94,9 +97,7 @@ def find_folder(data_dir: Path, val_dir: Path | None, val_labels: Path | None = 
                 f"no folder {folder}; expected {data_dir}/train/<class>/*.jpg and {data_dir}/val/<class>/*.jpg (or "
                 f"test/)\ngive the folder that holds them with --data_dir{describe_folder(data_dir)}"
             )
-    return check_same_classes(
-        label_files(list_class_folders(train_dir), train_dir), find_validation_images(test_dir, val_labels)
-    )
+    return check_same_classes(find_class_folders(train_dir), find_validation_images(test_dir, val_labels))
 
 
 def find_training_images(flag: str, folder: Path) -> DataFiles:
@@ -107,7 +108,7 @@ def find_training_images(flag: str, folder: Path) -> DataFiles:
         raise UserError(
             f"{flag} {folder}: no train/<class>/*.jpg in it\nmake the copies with --resize_to{describe_folder(folder)}"
         )
-    return label_files(list_class_folders(root / "train"), root / "train")
+    return find_class_folders(root / "train")
 
 
 def find_imagenet(data_dir: Path, val_dir: Path | None, val_labels: Path | None = None) -> tuple[DataFiles, DataFiles]:
@@ -132,52 +133,39 @@ def find_validation_images(val: Path, val_labels: Path | None) -> DataFiles:
             f"--val_labels {val_labels}: {val} has no images outside class folders\nleave out --val_labels if each "
             f"class has a folder{describe_folder(val)}"
         )
+    if val_labels and not val_labels.is_file():
+        raise UserError(f"--val_labels {val_labels}: no such file\ngive a text file with lines `file class`")
     if not val_labels and (not loose or list_folders(val)):
-        return label_files(list_class_folders(val), val)
+        return find_class_folders(val)
     if not val_labels:
         raise UserError(
             f"{val} has images outside class folders ({len(loose):,}), so their classes are unknown\n"
             f"move each image to {val}/<class>/, or give --val_labels FILE with lines `file class`"
         )
-    return read_val_labels(val, set(loose), val_labels)
+    return label_images(val, "", val_labels, needs_all=True)
 
 
-def read_val_labels(val: Path, present: set[str], val_labels: Path) -> DataFiles:
-    """Read the classes of images from lines `file wnid` or from ImageNet's LOC_val_solution.csv.
+def label_images(root: Path, folder: str, labels_file: Path, needs_all: bool) -> DataFiles:
+    """Label the images in a folder of root by a list of lines `file class`; see read_labels().
 
-    The latter has lines `name,wnid x1 y1 x2 y2 ...`, with names that have no extension. present: names of the files in
-    val.
+    needs_all: raise UserError if the list names files that do not exist.
     """
-    try:
-        lines = val_labels.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    names, where = list_images(root / folder), root / folder
+    labels, absent = read_labels(labels_file, names, where)
+    if absent and (needs_all or not labels):
         raise UserError(
-            f"--val_labels {val_labels}: cannot be read ({error})\ngive a text file with lines `file class`"
-        ) from error
+            f"{labels_file}, {format_examples(absent, '; ')}\n"
+            "correct the list, or name the right folder with --val_data_dir"
+        )
+    unlabelled = [name for name in names if name not in labels]
+    notes = [f"{labels_file}: {format_count(len(absent), 'line')} ignored: {absent[0]}"] if absent else []
+    if unlabelled:
+        count = format_count(len(unlabelled), "image")
+        notes.append(f"{where}: {count} not listed in {labels_file} and left out ({format_examples(unlabelled)})")
     folders: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line == "ImageId,PredictionString":
-            continue
-        file, wnid = split_label(line)
-        if not wnid:
-            raise UserError(f"{val_labels}, line {number}: {line!r} does not have the form `file class`\nfix that line")
-        file = next((name for name in (file, f"{file}.JPEG") if name in present), None)
-        if file is None:
-            raise UserError(
-                f"{val_labels}, line {number}: {line!r} names a file that is not in {val}\n"
-                "fix that line, or name the right folder with --val_data_dir"
-            )
-        folders.setdefault(wnid, []).append(file)
-    return label_files({wnid: sorted(files) for wnid, files in folders.items()}, val)
-
-
-def split_label(line: str) -> tuple[str, str]:
-    """Split a line into file and class. The class is empty if the line does not have both."""
-    if "," in line:
-        file, _, rest = line.partition(",")
-        return file.strip(), next(iter(rest.split()), "")
-    file, _, wnid = line.strip().replace("\t", " ").rpartition(" ")
-    return file.strip(), wnid if file else ""
+    for name in sorted(labels):
+        folders.setdefault(labels[name], []).append(os.path.join(folder, name))
+    return label_files(folders, root, notes)
 
 
 def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles, DataFiles]:
@@ -194,7 +182,7 @@ def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles,
             f"{', '.join(map(str, candidates))}\nunpack tiny-imagenet-200.zip there, or name its folder "
             f"with --data_dir{describe_folder(data_dir)}"
         )
-    train = label_files(list_class_folders(root / "train"), root / "train")
+    train = find_class_folders(root / "train")
     test = find_tiny_validation(val_dir or root / "val")
     if len(test.classes) == 1 < len(train.classes):
         raise UserError(
@@ -207,21 +195,15 @@ def find_tiny_imagenet(data_dir: Path, val_dir: Path | None) -> tuple[DataFiles,
 def find_tiny_validation(val: Path) -> DataFiles:
     """Find images/* with val_annotations.txt, images/<wnid>/*, <wnid>/images/* or <wnid>/*."""
     annotations = val / "val_annotations.txt"
-    loose = list_images(val / "images")
-    if annotations.is_file() and loose:
-        wnids = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if "\t" in line)
-        folders: dict[str, list[str]] = {}
-        for name in loose:
-            if name in wnids:
-                folders.setdefault(wnids[name], []).append(f"images/{name}")
-        return label_files(folders, val)
+    if annotations.is_file() and list_images(val / "images"):
+        return label_images(val, "images", annotations, needs_all=False)
     root = val / "images" if list_folders(val / "images") else val
     if not list_folders(root):
         raise UserError(
             f"{val}: the classes of the validation images are unknown\n"
             f"add val_annotations.txt beside images/, or make a folder for each class{describe_folder(val)}"
         )
-    return label_files(list_class_folders(root), root)
+    return find_class_folders(root)
 
 
 def find_tiny_evaluation(data_dir: Path, val_dir: Path | None) -> DataFiles:
@@ -272,51 +254,53 @@ def find_evaluation_images(dataset: str, data_dir: Path, val_dir: Path | None, v
 
 
 def has_class_folders(root: Path) -> bool:
-    return any(list_images(root / name) or list_images(root / name / "images") for name in list_folders(root))
+    """Return whether a folder has class folders. In val/ and test/, their images may be in subfolders of any depth."""
+    folders = [root / name for name in list_folders(root)]
+    if root.name in ("val", "test"):
+        return any(filter_images([file]) for folder in folders for file in walk_files(folder))
+    return any(list_images(folder) or list_images(folder / "images") for folder in folders)
 
 
-def list_class_folders(root: Path) -> dict[str, list[str]]:
-    """Return class name -> sorted files relative to root. <class>/images/* counts as <class>/*.
+def find_class_folders(root: Path) -> DataFiles:
+    """Find <class>/**/*: the folders in root are the classes, and all image files below them are read.
 
-    Empty folders are skipped. Raises UserError if a folder has files but no images, or if there are no folders.
+    Empty folders are no classes. Raises UserError if a folder has files but no images, or if there are no folders.
     """
-    folders = {}
+    folders, unknown, empty = {}, [], []
     for name in list_folders(root):
-        entries = os.listdir(root / name)
-        if not entries:
-            continue
-        inner = f"{name}/images" if "images" in entries and (root / name / "images").is_dir() else name
-        files = list_images(root / inner) if inner != name else filter_images(entries)
-        folders[name] = [f"{inner}/{file}" for file in files]
-    empty = [name for name, files in folders.items() if not files]
-    if not folders or empty:
-        what = f"no images in {', '.join(empty[:5])}" if folders else "no class folders"
+        files = [f"{name}/{file}" for file in walk_files(root / name)]
+        unknown += filter_unknown(files)
+        if files:
+            folders[name] = filter_images(files)
+        else:
+            empty.append(name)
+    without = [name for name, files in folders.items() if not files]
+    if not folders or without:
+        what = f"no images in {', '.join(without[:5])}" if folders else "no class folders"
         raise UserError(f"{root}: {what}; expected {root}/<class>/*.jpg (or .png, .JPEG ...){describe_folder(root)}")
-    return folders
+    left_out = {
+        ("empty class folder", "ignored"): empty,
+        ("image", "not read, since they are in no class folder"): list_images(root),
+        ("file", "not read, since their endings are not of images that can be read; convert them to .png"): unknown,
+    }
+    return label_files(
+        folders,
+        root,
+        [
+            f"{root}: {format_count(len(names), noun)} {why} ({format_examples(names)})"
+            for (noun, why), names in left_out.items()
+            if names
+        ],
+    )
 
 
-def list_folders(root: Path) -> list[str]:
-    """Return the sorted names of the folders in a folder; an empty list if it does not exist."""
-    if not root.is_dir():
-        return []
-    with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
-
-
-def list_images(root: Path) -> list[str]:
-    """Return the sorted names of the image files in a folder; an empty list if it does not exist."""
-    return filter_images(os.listdir(root)) if root.is_dir() else []
-
-
-def filter_images(names: list[str]) -> list[str]:
-    return sorted(name for name in names if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS)
-
-
-def label_files(folders: dict[str, list[str]], root: Path) -> DataFiles:
+def label_files(folders: dict[str, list[str]], root: Path, notes: Iterable[str] = ()) -> DataFiles:
     classes = sorted(folders)
     counts = torch.tensor([len(folders[name]) for name in classes])
     labels = torch.arange(len(classes)).repeat_interleave(counts)
-    return DataFiles(FileList(root, (file for name in classes for file in folders[name])), labels, classes)
+    return DataFiles(
+        FileList(root, (file for name in classes for file in folders[name])), labels, classes, tuple(notes)
+    )
 
 
 def check_same_classes(train: DataFiles, test: DataFiles) -> tuple[DataFiles, DataFiles]:

@@ -39,6 +39,7 @@ class ImageSet:
     origin: str  # source of the images, shown in messages
     annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # boxes and masks, if the set has any
     files: FileList | None = None  # the file of each image, if the images are from files
+    notes: tuple[str, ...] = ()  # lines on files that were not read, to show to the user
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -127,7 +128,7 @@ def split_by_class(
 
 def make_image_set(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
     pixels = ImageFiles(found.files, view, on_bad_image)
-    return ImageSet(pixels, found.labels, found.classes, str(found.root), files=found.files)
+    return ImageSet(pixels, found.labels, found.classes, str(found.root), files=found.files, notes=found.notes)
 
 
 def load_into_memory(image_set: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:

@@ -26,9 +26,10 @@ from PIL import Image
 
 from engine.config.parser import Parser
 from engine.data.decode import convert_to_rgb, describe_error
-from engine.data.folders import IMAGE_EXTENSIONS, find_training_images
+from engine.data.folders import find_training_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import Data, ImageSet
+from engine.data.listing import filter_images, walk_files
 from engine.errors import UserError
 from engine.runtime.distributed import count_cores_per_process
 from engine.runtime.progress import progress_bar
@@ -82,7 +83,7 @@ def resize_copies(
     """
     source, dest, start = Path(source), Path(dest), time.perf_counter()
     check_folders(source, dest, sizes)
-    images, lists = walk_images(source)
+    images, lists = find_images_and_lists(source)
     if not images:
         raise UserError(f"no images in {source}\ngive the folder that contains train/ and val/ with --data_dir")
     # ---- Label lists ----
@@ -119,23 +120,11 @@ def check_folders(source: Path, dest: Path, sizes: list[int]) -> None:
             raise UserError(f"the source folder {source} is inside {dest / str(size)}\ngive another --resize_dest")
 
 
-def walk_images(source: Path) -> tuple[list[str], list[str]]:
-    """Find the images and label lists in a folder tree: sorted paths relative to source.
-
-    Links to folders are followed, except links to a parent folder.
-    """
-    images, lists = [], []
-    for root, folders, files in os.walk(source, followlinks=True):
-        folder = os.path.realpath(root) + os.sep
-        folders[:] = sorted(name for name in folders if not folder.startswith(os.path.realpath(folder + name) + os.sep))
-        relative = os.path.relpath(root, source)
-        for name in sorted(files):
-            path = os.path.normpath(os.path.join(relative, name))
-            if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
-                images.append(path)
-            elif any(fnmatch(name, pattern) for pattern in LISTS):
-                lists.append(path)
-    return images, lists
+def find_images_and_lists(source: Path) -> tuple[list[str], list[str]]:
+    """Find the images and label lists in a folder tree: sorted paths relative to source."""
+    files = list(walk_files(source))
+    lists = (file for file in files if any(fnmatch(os.path.basename(file), pattern) for pattern in LISTS))
+    return filter_images(files), sorted(lists)
 
 
 def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) -> CopyResult:

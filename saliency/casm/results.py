@@ -139,7 +139,9 @@ class ImageSetCache:
             self.loaded[key] = load_evaluation(
                 dataset, data_dir=data_dir or "data", **image_options, any_classes=True, progress=progress_bar
             )
-            print(self.loaded[key].summary("validation"), flush=True)
+            image_set = self.loaded[key]
+            notes = (f"note: {line}" for line in image_set.notes)
+            print("\n".join([image_set.summary("validation"), *notes]), flush=True)
         return self.loaded[key], dataset
 
 

@@ -455,7 +455,7 @@ def test_missing_and_unnecessary_val_labels_raise(tmp_path):
     with pytest.raises(UserError, match=r"has no images outside class folders\nleave out --val_labels"):
         find_imagenet(tmp_path, None, tmp_path / "labels.txt")
     write_imagenet(tmp_path / "other", "flat")
-    with pytest.raises(UserError, match="--val_labels .*labels.txt: .*No such file"):
+    with pytest.raises(UserError, match="--val_labels .*labels.txt: no such file"):
         find_imagenet(tmp_path, tmp_path / "other" / "val", tmp_path / "labels.txt")
 
 
