@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict | None:
                 row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
             if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
-            run.end_epoch(row, also=phase_file, remark=training.count_skipped(train))
+            run.end_epoch(row, also=phase_file, remark=training.count_replaced(train))
             training.draw_epoch(run, sets, train.image_set)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from engine.drawing import figures, tables
+from engine.inference.metrics import list_unreadable
 from evaluation import calibration, localization, localization_task, occlusion, ood, robustness
 
 Panel = tuple[str, Callable]  # title, and a function that draws on Matplotlib axes
@@ -98,6 +99,7 @@ def collect_notes(results: list[dict], seed: int) -> list[str]:
     """Return one line for each thing that a reader must know about how the numbers were computed."""
     first = results[0]
     notes = [f"{first['dataset']}: {first['accuracy']['images']:,} test images; accuracy is measured on all of them"]
+    notes += list_unreadable(first["accuracy"], {"unreadable": "test"})
     if found := first.get("calibration"):
         notes.append(
             f"calibration: {found['bins']} bins; the temperature is fitted on {found['held_out']:,} held-out test "

@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from engine.data.image_set import ImageSet, load_into_memory
+from engine.data.image_set import ImageSet, describe_unreadable, load_into_memory
 from engine.data.loader import WHOLE_BATCH, DeviceLoader, get_process_shard
 from engine.data.sample_rng import uniform
 from engine.data.views import CenterCrop, FixedView
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, normalize
 from engine.inference.predict import predict
-from engine.runtime.distributed import all_reduce_sum
 from engine.runtime.progress import LINE_SECONDS, Progress, progress_bar, use_progress_bar
 
 Transform = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # (pixels, labels, index) -> pixels
@@ -113,8 +112,8 @@ class EvalContext:
     def predict(
         self, title: str = "", *, image_set: ImageSet | None = None, transform: Transform | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """Return logits (N, K) and labels (N,) on the CPU, and the seconds taken. With several processes only the main
-        one receives the predictions; the others get empty tensors.
+        """Return logits (N, K) and labels (N,) of the readable images on the CPU, and the seconds taken. With several
+        processes only the main one receives the predictions; the others get empty tensors.
 
         image_set: the images to use instead of the context's own. transform: applied to the pixels (0..1) before they
         are normalised. title: shown by the progress bar. Raises ValueError for logits that are NaN or infinite.
@@ -138,7 +137,7 @@ class EvalContext:
         loader.close()
         self.session.print_progress(f"{self.name}: {title or 'test images'} done")
         self.check_finite(logits, title)
-        self.note_unreadable(image_set, loader.skipped)
+        self.note_unreadable(loader)
         return logits, labels, time.perf_counter() - start_time
 
     def check_finite(self, logits: torch.Tensor, title: str) -> None:
@@ -147,13 +146,10 @@ class EvalContext:
             where = f" ({title})" if title else ""
             raise ValueError(f"{bad:,} of {len(logits):,} images{where} have logits that are NaN or infinite")
 
-    def note_unreadable(self, image_set: ImageSet, skipped: int) -> None:
-        """Print how many image files could not be read, summed over all processes, each of which must call this."""
-        if not isinstance(image_set.pixels, torch.Tensor) and (total := int(all_reduce_sum(torch.tensor(skipped)))):
-            files = "1 file" if total == 1 else f"{total:,} files"
-            self.session.note(
-                f"{files} of {image_set.origin} cannot be read; a neighbouring image is evaluated for each"
-            )
+    def note_unreadable(self, loader: DeviceLoader) -> None:
+        """Print how many files of the last epoch could not be read. All processes must call this."""
+        if count := loader.count_unreadable():
+            self.session.note(describe_unreadable(count, loader.image_set))
 
     def predict_clean(self) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Return predict() of the context's own images, computed once."""

@@ -29,6 +29,7 @@ from evaluation.localization import (
     list_thresholds,
     project_boxes,
     scale_maps,
+    score_fixed_boxes,
     score_localization,
     smooth_maps,
 )
@@ -99,7 +100,8 @@ def evaluate_localization(
     th: float,
     noise_std: float,
 ) -> dict:
-    """Return accuracy and localisation scores on one background; empty in all processes but the main one.
+    """Return accuracy and localisation scores on one background, and under `baselines` those of fixed boxes on the same
+    images; empty in all processes but the main one.
 
     compute_maps: computes maps of the true class, which is the predicted one wherever that is correct. Raises
     ValueError for logits that are NaN or infinite.
@@ -117,7 +119,8 @@ def evaluate_localization(
     if not gathered:
         return {}
     index, largest_iou, best_iou, top1, top5 = map(torch.cat, zip(*gathered, strict=True))
-    scores = {"background": background, "top1": 100 * float(top1.double().mean())}
+    baselines = score_fixed_boxes([boxes[position] for position in index.tolist()], context.image_size)
+    scores = {"background": background, "baselines": baselines, "top1": 100 * float(top1.double().mean())}
     scores["top5"] = 100 * float(top5.double().mean()) if len(image_set.classes) >= 5 else None
     heldout = context.heldout_mask(len(image_set))[index]
     return scores | score_localization(largest_iou, best_iou, top1, heldout, thresholds, th)
@@ -130,25 +133,32 @@ def iter_on_background(
 
     background: rep (another image), noise (Gaussian noise), or anything else to leave the images as they are.
     """
-    loaders, seed = [context.make_loader(image_set, **UNNORMALIZED)], context.session.seed
+    loader, seed, others = context.make_loader(image_set, **UNNORMALIZED), context.session.seed, None
     if background == "rep":
         partner = draw_partner(torch.arange(len(image_set)), len(image_set), seed)
-        loaders.append(context.make_loader(image_set.take(partner), **UNNORMALIZED))
-    title = f"{context.name} {background}"
-    with Progress(title, len(loaders[0]), bar=use_progress_bar(False), lines=False) as bar:
-        for step, (batch, *others) in enumerate(zip(*(loader.epoch() for loader in loaders), strict=True), 1):
-            true_boxes, pixels = [boxes[index] for index in batch.loaded_index.tolist()], batch.images
+        others = context.make_loader(image_set.with_replacement().take(partner), **UNNORMALIZED)
+    title, backgrounds = f"{context.name} {background}", others and others.epoch()
+    with Progress(title, len(loader), bar=use_progress_bar(False), lines=False) as bar:
+        for step, batch in enumerate(loader.epoch(), 1):
+            true_boxes, pixels = [boxes[index] for index in batch.index.tolist()], batch.images
             if background in ("rep", "noise"):
                 mask = build_object_mask(true_boxes, *pixels.shape[-2:], pixels.device)
             if background == "rep":
-                pixels = replace_background(pixels, mask, others[0].images)
+                pixels = replace_background(pixels, mask, find_images(backgrounds, batch.index))
             elif background == "noise":
                 pixels = add_background_noise(pixels, mask, batch.index, seed, noise_std)
             yield batch, true_boxes, pixels
             bar(step)
-    for loader in loaders:
-        loader.close()
-        context.note_unreadable(image_set, loader.skipped)
+    loader.close()
+    context.note_unreadable(loader)
+    if others:
+        others.close()
+
+
+def find_images(batches: Iterator[Batch], index: torch.Tensor) -> torch.Tensor:
+    """Return the images at these positions from the next of the batches that holds them."""
+    batch = next(batch for batch in batches if torch.isin(index, batch.index).all())
+    return batch.images[torch.isin(batch.index, index).to(batch.images.device)]
 
 
 def format_report(results: list[dict]) -> str:

@@ -39,7 +39,7 @@ def load_ood_set(
     image_set = image_set.subsample(limit or len(image_set))
     if files is None:
         return name, replace(image_set, pixels=resize_images(image_set.pixels, image_size))
-    first, error, _ = image_set.pixels.read([0])  # fail now, not after hours of work on the test images
+    first, error, _ = pixels.with_replacement().read([0])  # fail now, not after hours of work on the test images
     if first is None:
         remedy = "replace the file, or skip unreadable files with --on_bad_image skip"
         raise UserError(f"{origin}: {error}\n{'choose other images' if on_bad_image == 'skip' else remedy}")

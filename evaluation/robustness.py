@@ -37,7 +37,8 @@ def measure_robustness(
     at most this many images, spread over the set; 0: all. All accuracies are measured on the same images.
     """
     image_set, seed = context.load_subset(limit), context.session.seed
-    result = {"images": len(image_set), "clean": measure_accuracy(context, image_set, "clean"), "attacks": {}}
+    logits, labels, _ = context.predict("clean", image_set=image_set)
+    result = {"images": len(labels), "clean": compute_accuracy(logits, labels), "attacks": {}}
     for attack in attacks:
         transform = attack.make_transform(context.classifier, seed)
         result["attacks"][attack.title] = measure_accuracy(context, image_set, attack.title, transform)
@@ -62,6 +63,11 @@ def measure_accuracy(
 ) -> float | None:
     """Return the top-1 accuracy in percent; None in all processes but the main one."""
     logits, labels, _ = context.predict(title, image_set=image_set, transform=transform)
+    return compute_accuracy(logits, labels)
+
+
+def compute_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float | None:
+    """Return the top-1 accuracy in percent; None without images."""
     return 100 * float(topk_correct(logits, labels, (1,))[0]) / len(labels) if len(labels) else None
 
 

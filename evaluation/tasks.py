@@ -18,7 +18,6 @@ from engine.runtime.progress import progress_bar
 from evaluation.attacks import build_attacks
 from evaluation.calibration import calibration_error, measure_calibration
 from evaluation.context import UNNORMALIZED, EvalContext
-from evaluation.localization import score_fixed_boxes
 from evaluation.localization_task import (
     build_map_function,
     evaluate_localization,
@@ -43,6 +42,7 @@ def plan_accuracy(context: EvalContext, *, topk: list[int], ece: int) -> Plan:
         confusion = confusion_matrix(logits.argmax(1), labels, logits.shape[1]).cpu()
         per_class = 100 * confusion.diag().double() / confusion.sum(1).clamp_min(1)
         result = {"epoch": context.classifier.epoch, "images": len(labels)}
+        result["unreadable"] = len(context.image_set) - len(labels)
         result |= compute_scores(logits, labels, tuple(topk))
         if ece:
             result["ece"] = 100 * calibration_error(logits, labels, ece)
@@ -54,19 +54,25 @@ def plan_accuracy(context: EvalContext, *, topk: list[int], ece: int) -> Plan:
 
 def plan_calibration(context: EvalContext, *, ece: int) -> Plan:
     """Plan calibration errors, likelihood and Brier score, before and after temperature scaling."""
-    heldout = context.heldout_mask(len(context.image_set))
+    split_held_out(context, len(context.image_set))
+
+    def measure() -> dict:
+        logits, labels, _ = context.predict_clean()
+        return measure_calibration(logits, labels, split_held_out(context, len(labels)), ece) if len(labels) else {}
+
+    return measure
+
+
+def split_held_out(context: EvalContext, count: int) -> torch.Tensor:
+    """Return the mask of the held-out images among `count`. Raises UserError if it selects all images or none."""
+    heldout = context.heldout_mask(count)
     if heldout.all() or not heldout.any():
         raise UserError(
             f"--held_out {context.session.held_out:g} holds out {int(heldout.sum())} of {len(heldout)} images to fit "
             "the temperature; at least one must be held out and one left\n"
             "evaluate more images, or change --held_out or --seed"
         )
-
-    def measure() -> dict:
-        logits, labels, _ = context.predict_clean()
-        return measure_calibration(logits, labels, heldout, ece) if len(labels) else {}
-
-    return measure
+    return heldout
 
 
 def plan_robustness(
@@ -152,14 +158,14 @@ def plan_localization(
         backgrounds["ready"] = load_background_dir(context, image_set, boxes, background_dir)
     compute_maps = build_map_function(context, method, layer, classic)
     title = method + (f" of {layer}" if layer else "") + (" (summed over 3 x 3)" if classic else "")
-    baselines = score_fixed_boxes(boxes, context.image_size)
 
     def measure() -> dict:
         found = {
             name: evaluate_localization(context, *images, compute_maps, background=name, th=th, noise_std=noise_std)
             for name, images in backgrounds.items()
         }
-        return {"maps": title, "noise_std": noise_std, "backgrounds": found, "baselines": baselines}
+        baselines = [scores.pop("baselines", None) for scores in found.values()]
+        return {"maps": title, "noise_std": noise_std, "backgrounds": found, "baselines": baselines[0]}
 
     return measure
 
@@ -170,7 +176,9 @@ def plan_examples(context: EvalContext, *, examples: int, method: str, layer: st
 
     def measure() -> dict:
         loader = context.make_loader(context.image_set.subsample(examples), **UNNORMALIZED, whole=True)
-        pixels = torch.cat([batch.images for batch in loader.epoch()])
+        batches = [batch.images for batch in loader.epoch()]
+        loader.count_unreadable()  # raises an error if no image is left
+        pixels = torch.cat(batches)
         best = context.classifier(pixels).softmax(1).max(1)
         maps, _ = compute_maps(normalize(pixels, context.classifier.mean, context.classifier.std), best.indices)
         names = context.classifier.titles or context.image_set.classes

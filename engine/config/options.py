@@ -31,7 +31,7 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
     "on_bad_image": {
         "type": choice(["stop", "skip"]),
         "default": "stop",
-        "help": "what to do with a file that cannot be read",
+        "help": "what to do with a file that cannot be read; skip: train on another one, leave it out of evaluations",
     },
     "norm": {
         "type": choice(["own", "imagenet", "half"]),

@@ -72,6 +72,7 @@ def load_data(
     warnings = [*train.notes, *test.notes] + describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
+    train = train.with_replacement()
     if limit:
         train, test = train.first(limit), test.first(limit)
     # ---- Tiny-ImageNet at its own size is decoded into memory ----

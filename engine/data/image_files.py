@@ -20,8 +20,8 @@ from engine.runtime.distributed import count_cores_per_process
 class ImageFiles:
     """A sequence of image files that are read as square images. Indexing with a tensor returns a subset.
 
-    on_bad_image: what to do with an unreadable file. `stop` raises an error; `skip` reads the next readable file
-    instead and returns the index of that file.
+    on_bad_image: what to do with an unreadable file. `stop` raises an error; `skip` leaves the file out; `replace`
+    reads the next readable file instead and returns the index of that file.
     """
 
     remedy: ClassVar[str] = "replace the file, or skip unreadable files with --on_bad_image skip"
@@ -42,34 +42,43 @@ class ImageFiles:
     def with_view(self, view: View) -> "ImageFiles":
         return ImageFiles(self.files, view, self.on_bad_image)
 
+    def with_replacement(self) -> "ImageFiles":
+        """Return the same files, with `replace` in place of `skip`."""
+        return ImageFiles(self.files, self.view, "stop" if self.on_bad_image == "stop" else "replace")
+
     def read(self, index: list[int], seed: int = 0, epoch: int = 0) -> tuple:
         """Read a batch: images uint8 (B, size, size, 3), the indices (B,) of the files that were read, and boxes.
 
-        boxes (B, 4), only for a random view: the visible part of each file as y1, y2, x1, x2 in 0..1. For an unreadable
-        file the result is (None, reason, None). An exception is not raised here, because the DataLoader would show it
-        with the full traceback of the worker.
+        boxes (B, 4), only for a random view: the visible part of each file as y1, y2, x1, x2 in 0..1. With `skip`, B is
+        the number of readable files, which may be 0. With `stop`, the result for an unreadable file is (None, reason,
+        None). An exception is not raised here, because the DataLoader would show it with the full traceback of the
+        worker.
         """
         pixels = torch.empty(len(index), self.size, self.size, 3, dtype=torch.uint8)
         random = isinstance(self.view, RandomCrop)
         draws = draw_crop_numbers(seed, epoch, index) if random else [None] * len(index)
         indices, boxes = [], []
-        for wanted_index, drawn, out in zip(index, draws, pixels.numpy(), strict=True):
+        outs = pixels.numpy()
+        for wanted_index, drawn in zip(index, draws, strict=True):
             try:
-                read_index, box = self.read_one(wanted_index, drawn, out)
+                read_index, box = self.read_one(wanted_index, drawn, outs[len(indices)])
             except BadImage as error:
+                if self.on_bad_image == "skip":
+                    continue
                 return None, str(error), None
             indices.append(read_index)
             boxes.append(box)
-        return pixels, torch.tensor(indices), torch.tensor(boxes) if random else None
+        indices = torch.tensor(indices, dtype=torch.long)
+        return pixels[: len(indices)], indices, torch.tensor(boxes) if random else None
 
     def read_one(self, index: int, draws: torch.Tensor | None, out: np.ndarray) -> tuple[int, list[float]]:
-        """Read the image at `index` (with `skip`, or the next readable one) into `out`; return its index and box."""
+        """Read the image at `index` (with `replace`, or the next readable one) into `out`; return its index and box."""
         for step in range(len(self)):
             read_index = (index + step) % len(self)
             try:
                 return read_index, decode_into(out, self.files.path(read_index), self.view, draws)
             except BadImage:
-                if self.on_bad_image == "stop":
+                if self.on_bad_image != "replace":
                     raise
         raise BadImage("none of the image files can be read")
 

@@ -40,6 +40,7 @@ class ImageSet:
     annotations: dict[str, torch.Tensor] = field(default_factory=dict)  # boxes and masks, if the set has any
     files: FileList | None = None  # the file of each image, if the images are from files
     notes: tuple[str, ...] = ()  # lines on files that were not read, to show to the user
+    unreadable: int = 0  # number of files that decode_all() left out
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,6 +69,12 @@ class ImageSet:
     def with_view(self, view: View) -> "ImageSet":
         """Return the same image files with another crop and resize."""
         return replace(self, pixels=self.pixels.with_view(view))
+
+    def with_replacement(self) -> "ImageSet":
+        """Return the same images; unreadable files that would be left out are replaced by others. Training needs this,
+        since its batches must be full.
+        """
+        return self if isinstance(self.pixels, torch.Tensor) else replace(self, pixels=self.pixels.with_replacement())
 
     def summary(self, split: str) -> str:
         """Return one line with the numbers of images and classes. split: `training`, `validation` or `test`."""
@@ -149,13 +156,36 @@ def select_classes(image_set: ImageSet, class_map: torch.Tensor, classes: list[s
 
 
 def decode_all(image_set: ImageSet, workers: int, progress: Callable, warnings: list[str]) -> ImageSet:
-    """Decode all images of the set into one tensor. Adds a warning if unreadable files were skipped."""
-    pixels, loaded_index = image_set.pixels.read_all(workers, progress)
-    if skipped := int((loaded_index != torch.arange(len(image_set))).sum()):
-        warnings.append(f"{skipped} unreadable files in {image_set.origin} skipped; their neighbours are used instead")
-    return replace(
-        image_set, pixels=pixels, labels=image_set.labels[loaded_index], files=image_set.pixels.files[loaded_index]
-    )
+    """Decode all images of the set into one tensor. Adds a warning if files are unreadable, and raises UserError if all
+    of them are.
+    """
+    pixels, index = image_set.pixels.read_all(workers, progress)
+    unreadable = count_missing(torch.arange(len(image_set)), index)
+    check_any_readable(len(index), unreadable, image_set)
+    if unreadable:
+        warnings.append(describe_unreadable(unreadable, image_set))
+    left_out = len(image_set) - len(index)
+    return replace(image_set.take(index), pixels=pixels, unreadable=left_out)
+
+
+def count_missing(wanted: torch.Tensor, loaded: torch.Tensor) -> int:
+    """Return how many of the indices `wanted` are not among those that were loaded."""
+    return 0 if torch.equal(wanted, loaded) else int((~torch.isin(wanted, loaded)).sum())
+
+
+def describe_unreadable(count: int, image_set: ImageSet) -> str:
+    """Return a note on files of the set that cannot be read."""
+    replaced = isinstance(image_set.pixels, ImageFiles) and image_set.pixels.on_bad_image == "replace"
+    outcome = "another image is used for each" if replaced else "left out"
+    return f"{format_count(count, 'file')} of {image_set.origin} cannot be read: {outcome}"
+
+
+def check_any_readable(loaded: int, unreadable: int, image_set: ImageSet) -> None:
+    """Raise UserError if files of the set were unreadable and none was loaded."""
+    if unreadable and not loaded:
+        raise UserError(
+            f"{image_set.origin}: none of the image files can be read\nreplace them, or choose other images"
+        )
 
 
 def check_same_images(data: Data) -> None:

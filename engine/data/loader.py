@@ -12,9 +12,9 @@ import torch
 
 from engine.data.augment import Augmentation, apply_colors, compose_color_matrix, crop_and_flip
 from engine.data.image_files import BatchReader
-from engine.data.image_set import ImageSet
+from engine.data.image_set import ImageSet, check_any_readable, count_missing
 from engine.errors import UserError
-from engine.runtime.distributed import rank, world_size
+from engine.runtime.distributed import all_reduce_sum, rank, world_size
 
 
 class Batch(NamedTuple):
@@ -23,7 +23,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, H, W) normalised floats on the device
     labels: torch.Tensor  # (B,) long on the device
     index: torch.Tensor  # (B,) long, indices in the set, on the CPU
-    loaded_index: torch.Tensor  # (B,) long on the device: as index, but for an unreadable file the one read instead
+    loaded_index: torch.Tensor  # (B,) long on the device: as index, but for a replaced file the one read instead
     shift: torch.Tensor | None = None  # (2, B) long on the device: first row and column of each crop; None: no crop
     flip: torch.Tensor | None = None  # (B,) bool on the device: whether an image is flipped horizontally
     box: torch.Tensor | None = None  # (B, 4) on the device: random crop as y1, y2, x1, x2 in 0..1
@@ -75,7 +75,7 @@ class DeviceLoader:
     batch_size is the total over all processes and micro-batches of an optimizer step. `shard` says which parts of it
     this process reads, and epoch() yields these one by one. With shuffle, the images of a last batch that do not fill
     equal parts are dropped. Without shuffle, parts may differ by one image or be empty, so that all processes together
-    read each image once.
+    read each image once. Unreadable files that are skipped are missing in their batch; empty batches are omitted.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class DeviceLoader:
         # ---- Normalisation as scale and offset ----
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
-        self.skipped = 0  # number of unreadable files in the last epoch
+        self.loaded, self.unreadable = 0, 0  # images and unreadable files of the last epoch in this process
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.image_set), self.batch_size)
@@ -136,9 +136,15 @@ class DeviceLoader:
         drawn = {name: values.to(self.device) for name, values in drawn.items()}
         # one copy per epoch: a copy in every step would stall the device
         device_indices = torch.cat([order[:0], *indices]).to(self.device).split([len(index) for index in indices])
-        self.skipped = 0
+        self.loaded = self.unreadable = 0
         for index, device_index, read in zip(indices, device_indices, self.read(epoch, indices), strict=True):
             pixels, loaded_index, box = read
+            if loaded_index is not None and len(loaded_index) < len(index):
+                kept = torch.isin(device_index, loaded_index)
+                index, device_index = index[kept.cpu()], device_index[kept]
+            self.loaded += len(index)
+            if not len(index):
+                continue
             batch_drawn = {name: values[..., device_index] for name, values in drawn.items()}
             shift, flip = batch_drawn.get("shift"), batch_drawn.get("flip")
             if shift is not None:
@@ -151,6 +157,15 @@ class DeviceLoader:
             loaded_index = device_index if loaded_index is None else loaded_index
             images = self.normalize(pixels, batch_drawn)
             yield Batch(images, self.labels[loaded_index], index, loaded_index, shift, flip, box)
+
+    def count_unreadable(self) -> int:
+        """Return the number of unreadable files in the last epoch, over all processes, each of which must call this.
+
+        Raises UserError if no image could be read.
+        """
+        loaded, unreadable = all_reduce_sum(torch.tensor([self.loaded, self.unreadable])).tolist()
+        check_any_readable(loaded, unreadable, self.image_set)
+        return unreadable + self.image_set.unreadable
 
     def draw(self, epoch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Draw the order (N,) of the images in this epoch and their augmentation, name -> (..., N), on the CPU."""
@@ -169,7 +184,7 @@ class DeviceLoader:
             yield from ((self.resident, None, None) for _ in indices)
             return
         for index, (pixels, loaded_index, box) in zip(indices, self.reader.read(indices, epoch), strict=True):
-            self.skipped += int((loaded_index != index).sum())
+            self.unreadable += count_missing(index, loaded_index)
             yield tuple(self.copy_to_device([pixels, loaded_index, box]))
 
     def copy_to_device(self, tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:

@@ -2,6 +2,8 @@
 
 import torch
 
+from engine.runtime.text import format_count
+
 
 def topk_correct(logits: torch.Tensor, labels: torch.Tensor, ks: tuple[int, ...]) -> torch.Tensor:
     """Count the labels (N,) that are among the k highest logits (N, K), for each k: (len(ks),) on the same device."""
@@ -39,5 +41,15 @@ def validate_logits(logits: torch.Tensor, labels: torch.Tensor | None = None) ->
 
 
 def format_accuracy(result: dict) -> str:
-    """Format the top-k accuracies of a result, in percent."""
-    return "  ".join(f"Top-{key[3:]} Accuracy: {value:.2f}%" for key, value in result.items() if key.startswith("top"))
+    """Format the top-k accuracies of a result, in percent, and the number of unreadable files, if there are any."""
+    texts = [f"Top-{key[3:]} Accuracy: {value:.2f}%" for key, value in result.items() if key.startswith("top")]
+    return "  ".join([*texts, *list_unreadable(result, {"unreadable": ""})])
+
+
+def list_unreadable(result: dict, splits: dict[str, str]) -> list[str]:
+    """Return a text for each key of `splits` under which a result has a number of files that do not count.
+
+    splits: key -> which images they are, or nothing.
+    """
+    found = [(result[key], f"{split} file".strip()) for key, split in splits.items() if result.get(key)]
+    return [f"{format_count(count, noun)} cannot be read: left out" for count, noun in found]

@@ -13,7 +13,8 @@ from engine.config.resolve import check_resume_options, resolve_options
 from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures
-from engine.runtime.distributed import all_reduce_sum, is_main_process
+from engine.inference.metrics import list_unreadable
+from engine.runtime.distributed import is_main_process
 from engine.runtime.text import format_count
 from engine.training.evaluate import evaluate_held_out
 from engine.training.loop import StepConfig, profile_steps
@@ -41,6 +42,7 @@ LOG_COLUMNS = [
 ]
 UNMIXED_LABELS = {"none", "cutout"}  # methods that leave the labels as they are
 SPLITS = {"train": "training", "valid": "validation", "test": "test"}  # key in options and log -> word for messages
+UNREADABLE = {"test_unreadable": "test", "valid_unreadable": "validation"}  # key in the log -> word for messages
 MEDIAN_EPOCHS = 10  # the last evaluated epochs whose median accuracy is reported
 
 
@@ -104,6 +106,7 @@ def format_epoch(row: dict, epochs: int, options: dict) -> str:
         ("ema_top1", "EMA top-1", 2),
     ):
         text += f"  {name} {row[key]:.{digits}f}" if key in row else ""
+    text = "  ".join([text, *list_unreadable(row, UNREADABLE)])
     return f"{text}  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
 
 
@@ -122,6 +125,7 @@ def summarize_history(history: list[dict], best: dict) -> dict:
         "epochs": len(history),
         "last_top1": accuracies[-1],
         "last_top5": history[-1].get("test_top5"),
+        "test_unreadable": history[-1].get("test_unreadable", 0),
         "best": best,
         "median_of_last_ten_top1": statistics.median(last_ten),
         "spread_of_last_ten_top1": max(last_ten) - min(last_ten),
@@ -148,6 +152,7 @@ def finish_run(run: Run, test: DeviceLoader) -> dict | None:
         scores = evaluate_held_out(run.state, {"test": test}, run.bar)
         if scores:
             accuracies = f"test loss {scores['test_loss']:.4f}, top-1 {scores['test_top1']:.2f}"
+            accuracies = ", ".join([accuracies, *list_unreadable(scores, UNREADABLE)])
             run.log.say(f"this run is already finished; evaluated again: {accuracies}")
     run.guard.restore()
     if not is_main_process():
@@ -173,10 +178,10 @@ def log_result(log: RunFolder, result: dict, evaluated: int) -> None:
         log.say(f"files in {log.path}: {', '.join(names)}")
 
 
-def count_skipped(loader: DeviceLoader) -> str:
-    """Return the end of an epoch's line, which counts the unreadable files; empty if there were none."""
-    skipped = int(all_reduce_sum(torch.tensor(loader.skipped)))
-    return f"  {format_count(skipped, 'unreadable file')} skipped" if skipped else ""
+def count_replaced(loader: DeviceLoader) -> str:
+    """Return the end of an epoch's line, which counts the unreadable training files; empty if there were none."""
+    count = loader.count_unreadable()
+    return f"  {format_count(count, 'training file')} cannot be read: replaced by others" if count else ""
 
 
 def print_profile(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> None:

@@ -29,7 +29,8 @@ def evaluate_held_out(state: TrainingState, loaders: dict[str, DeviceLoader], ba
     """Return columns of the log: loss and accuracies in percent on each held-out split, and the top-1 accuracy of the
     weight average on the test images.
 
-    All processes share the work; only the main process gets the numbers, the others an empty dictionary.
+    SPLIT_unreadable is the number of its files that cannot be read and do not count, if there are any. All processes
+    share the work; only the main process gets the numbers, the others an empty dictionary.
     """
     columns = {}
     for split, loader in loaders.items():
@@ -42,7 +43,10 @@ def evaluate_held_out(state: TrainingState, loaders: dict[str, DeviceLoader], ba
 def evaluate(network: torch.nn.Module, loader: DeviceLoader, bar: bool) -> dict[str, float]:
     with Progress("evaluating", len(loader), bar=bar, lines=False) as progress:
         logits, labels = predict(network, loader, progress=progress)
-    return compute_scores(logits, labels) if is_main_process() else {}
+    unreadable = loader.count_unreadable()
+    if not is_main_process():
+        return {}
+    return compute_scores(logits, labels) | ({"unreadable": unreadable} if unreadable else {})
 
 
 def load_initial_weights(model: torch.nn.Module, path: str, num_classes: int, find_matching_models: Callable) -> str:

@@ -155,12 +155,13 @@ def evaluate_classifiers(
                 progress(step + 1, **(top1_by_kind(totals) if (step + 1) % config.print_freq == 0 else {}))
     finally:
         loader.close()
+    unreadable = loader.count_unreadable()
     return {
         "name": extractor.name,
         "path": extractor.path,
         "images": images,
         "left_out": count_left_out(images, classifiers, totals),
-        "unreadable": loader.skipped,
+        "unreadable": unreadable,
         **{kind: average_by_classifier(classifiers, sums) for kind, sums in zip(KINDS, totals, strict=True)},
     }
 

@@ -43,7 +43,7 @@ def evaluate_localization(
 
     sm_classifier: the classifier of the saliency metric (SM), which is left out without one. Scores are fractions,
     accuracy is in percent, and a value is None if there was nothing to average. Images of classes that the network does
-    not know do not count for OM and accuracy. Images that replace an unreadable file do not count for any score.
+    not know do not count for OM and accuracy, and unreadable files for nothing.
     """
     mean, std = ((0.0,) * 3, (1.0,) * 3) if config.not_normalize else (extractor.mean, extractor.std)
     loader = DeviceLoader(image_set, config.batch_size, device=device, mean=mean, std=std, workers=config.workers)
@@ -64,10 +64,7 @@ def evaluate_localization(
             statistics.add(masks)
             correct.append(found.correct.cpu())
             known.append((labels >= 0).cpu())
-            readable = batch.loaded_index.cpu() == batch.index  # else a neighbor was read instead
-            truths = [
-                annotations.per_image[index] if ok else None for index, ok in zip(batch.index, readable, strict=True)
-            ]
+            truths = [annotations.per_image[index] for index in batch.index]
             scores += score_annotated(masks, rectangles, correct[-1], known[-1], truths, config.break_ratio)
             if sm_classifier:
                 sm_labels = sm_label_map[batch.labels]
@@ -75,10 +72,11 @@ def evaluate_localization(
             shown = scores and ((step + 1) % config.print_freq == 0 or step + 1 == iterations)
             progress(step + 1, **({"LE": sum(row["LE"] for row in scores) / len(scores)} if shown else {}))
     loader.close()
+    unreadable = loader.count_unreadable()
     correct, known = torch.cat(correct), torch.cat(known)
     rule = config.rule if found.rectangles is None else "its own"
     result = {"name": extractor.name, "path": extractor.path, "rule": rule, "images": len(correct)}
-    result |= {"scored": len(scores), "unknown": int((~known).sum()), "unreadable": loader.skipped}
+    result |= {"scored": len(scores), "unknown": int((~known).sum()), "unreadable": unreadable}
     result |= {"accuracy": mean_or_none(100 * correct[known]), **(average_scores(scores) if scores else EMPTY_SCORES)}
     if metrics:
         result |= {key: mean_or_none(torch.cat([one[key] for one in metrics])) for key in metrics[0]}
@@ -153,6 +151,6 @@ def list_notes(result: dict) -> list[str]:
     """Return notes on images that a result of evaluate_localization() leaves out."""
     reasons = {
         "unknown": "of classes that the network does not know; left out of OM and accuracy",
-        "unreadable": "that cannot be read; left out of the scores",
+        "unreadable": "that cannot be read; left out",
     }
     return [f"{format_count(result[key], 'image')} {reason}" for key, reason in reasons.items() if result[key]]

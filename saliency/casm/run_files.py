@@ -143,14 +143,14 @@ class CasmFolder(RunFolder):
     @torch.no_grad()
     def draw_masks(self, network: CasmNetwork, data: Data) -> Path:
         """Draw NAME_masks.png: eight evaluation images, their masks, and the masked-out images. Return its path."""
-        examples = data.test.subsample(8)
+        examples = data.test.with_replacement().subsample(8)
         device = next(network.parameters()).device
         (batch,) = DeviceLoader(examples, len(examples), device=device, mean=data.mean, std=data.std).epoch()
         masks = network.eval()(batch.images)[0]
         pixels, masked_out = (
             figures.to_pixels(images, data.mean, data.std) for images in (batch.images, batch.images * (1 - masks))
         )
-        names = [data.classes[label] for label in examples.labels]
+        names = [data.classes[label] for label in batch.labels]
         rows = [("images", pixels, names), ("mask", masks[:, 0].cpu().numpy(), None), ("masked out", masked_out, None)]
         path = self.log_path / f"{self.name}_masks.png"
         figures.draw_image_rows(path, rows, self.name)

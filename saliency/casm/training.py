@@ -335,6 +335,7 @@ def evaluate(
         stats.add_step(loss | {"masks": masks, "clean_loss": F.cross_entropy(logits, batch.labels)})
         if progress:
             progress(step + 1)
+    loader.count_unreadable()  # raises an error if no image is left
     means = stats.means()
     if bad := [key for key in LOSSES if not math.isfinite(means[key])]:
         raise UserError(f"{bad[0]} of the evaluation images is NaN or infinite\ntry {NONFINITE_REMEDY}")

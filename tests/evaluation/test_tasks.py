@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, shapes_command
+from support import ROOT, shapes_command, write_image
 from torch.nn import functional as F
 
 import evaluate
@@ -27,9 +28,16 @@ from engine.inference.classifier import Classifier
 from evaluation.card import format_label, format_markdown, make_rows
 from evaluation.context import EvalContext, EvalSession, check_same_images
 from evaluation.localization_task import evaluate_localization
+from evaluation.ood import measure_ood
 from evaluation.options import TASKS, build_parser, merge_trained_options
 from evaluation.reports import draw_task
-from evaluation.robustness import add_mean_corruption_errors, find_published_set, match_published
+from evaluation.robustness import (
+    add_mean_corruption_errors,
+    find_published_set,
+    match_published,
+    measure_robustness,
+)
+from evaluation.tasks import plan_accuracy, plan_calibration
 from models import build_model
 
 SMALL_CARD = "--device cpu --limit 40 --robust_images 16 --severities 5 --eps 1/255 --steps 1".split()
@@ -273,14 +281,16 @@ def make_context(image_set: ImageSet) -> EvalContext:
     return EvalContext(classifier, image_set, "folder", torch.arange(2), EvalSession(torch.device("cpu"), held_out=0.5))
 
 
-def test_the_image_that_replaces_an_unreadable_one_keeps_its_own_box(tmp_path, capsys):
+@pytest.mark.parametrize("background", ["clean", "rep", "noise"])
+def test_unreadable_images_are_left_out_of_the_localisation(tmp_path, capsys, background):
     boxes = [torch.tensor([[2 * n, 2 * n + 6, n, n + 10]]) for n in range(6)]
     for number, box in enumerate(boxes):
         y1, y2, x1, x2 = box[0].tolist()
         pixels = np.zeros((32, 32, 3), np.uint8)
         pixels[y1:y2, x1:x2] = 255
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-    (tmp_path / "1.png").write_bytes(b"")
+    for name in ("1.png", "2.png", "3.png", "4.png"):  # part of the first and of the last batch, all of the second
+        (tmp_path / name).write_bytes(b"")
     files = FileList(tmp_path, [f"{number}.png" for number in range(6)])
     pixels = ImageFiles(files, CenterCrop(32, 32), "skip")
     image_set = ImageSet(pixels, torch.zeros(6, dtype=torch.long), ["a", "b"], "there", files=files)
@@ -288,10 +298,46 @@ def test_the_image_that_replaces_an_unreadable_one_keeps_its_own_box(tmp_path, c
     def bright(images, labels):
         return images.mean(1), torch.zeros(len(images), 2)
 
-    found = evaluate_localization(
-        make_context(image_set), image_set, boxes, bright, background="clean", th=0.5, noise_std=0
-    )
-    assert found["gt_known"] == 100 and "1 file of there cannot be read" in capsys.readouterr().out
+    context = make_context(image_set)
+    context.session = replace(context.session, batch_size=2)
+    found = evaluate_localization(context, image_set, boxes, bright, background=background, th=0.5, noise_std=0)
+    assert found["images"] == found["baselines"]["images"] == 2
+    assert found["gt_known"] == 100 or background == "rep"
+    assert "4 files of there cannot be read: left out" in capsys.readouterr().out
+    for name in ("0.png", "5.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match="there: none of the image files can be read"):
+        evaluate_localization(context, image_set, boxes, bright, background="clean", th=0.5, noise_std=0)
+
+
+@pytest.mark.parametrize("memory", [0, 2**31])
+def test_unreadable_images_are_left_out_of_every_task(tmp_path, capsys, monkeypatch, memory):
+    monkeypatch.setattr("engine.data.image_set.MAX_MEMORY_BYTES", memory)
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", 200 * (number % 4 // 3), size=(32, 32))
+    files = FileList(tmp_path, [f"{number}.png" for number in range(8)])
+    labels = torch.tensor([0, 0, 0, 1] * 2)
+    whole = ImageSet(ImageFiles(files, CenterCrop(32, 32), "skip"), labels, ["a", "b"], "there", files=files)
+    readable = whole.take(torch.tensor([0, 1, 3, 7]))
+    for number in (2, 4, 5, 6):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    found, expected = (measure_tasks(image_set) for image_set in (whole, readable))
+    assert found.pop("unreadable") == 4 and expected.pop("unreadable") == 0
+    assert found == pytest.approx(expected, rel=1e-5) and found["images"] == found["robust images"] == 4
+    assert capsys.readouterr().out.count("4 files of there cannot be read: left out") == 1
+
+
+def measure_tasks(image_set: ImageSet) -> dict[str, float]:
+    torch.manual_seed(0)
+    context = make_context(image_set)
+    context.session = replace(context.session, batch_size=2, shared={})
+    accuracy = plan_accuracy(context, topk=[1], ece=15)()
+    calibration = plan_calibration(context, ece=15)()
+    robustness = measure_robustness(context)
+    ood = measure_ood(context.predict_clean()[0], context.predict("again")[0])
+    figures = {key: accuracy[key] for key in ("unreadable", "images", "top1", "loss", "ece")}
+    figures |= {key: calibration[key] for key in ("nll", "temperature", "held_out")}
+    return figures | {"robust images": robustness["images"], "clean": robustness["clean"], "ood": ood["inside"]}
 
 
 # ---- Errors and notes ----

@@ -76,14 +76,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
 def format_result(result: dict) -> str:
     """Return a table with one row per classifier and kind of image, under the name of the extractor."""
     from engine.drawing import tables
+    from engine.inference.metrics import list_unreadable
     from engine.runtime.text import format_count
     from saliency.casm.classifier_eval import KINDS
 
     lines = [f"\n{result['name']}: {format_count(result['images'], 'image')}"]
     for name, count in result["left_out"].items():
         lines.append(f"note: {name}: left out {format_count(count, 'image')} of classes that it does not know")
-    if result["unreadable"]:
-        lines.append(f"note: unreadable files: {result['unreadable']}; neighboring images were used in their place")
+    lines += [f"note: {text}" for text in list_unreadable(result, {"unreadable": ""})]
     names = list(result["clean"])
     width = max(map(len, names))
     rows = [{"name": f"{name:{width}}  {kind}", **result[kind][name]} for name in names for kind in KINDS]

@@ -105,6 +105,7 @@ def build_image_rows(extractor, image_set, positions: range, device, precision=N
     """
     import torch
 
+    from engine.data.image_set import describe_unreadable
     from engine.data.loader import DeviceLoader
     from engine.inference.classifier import normalize
     from engine.runtime.device import autocast, disable_tf32
@@ -112,7 +113,11 @@ def build_image_rows(extractor, image_set, positions: range, device, precision=N
     from saliency.casm.masking import inpaint, mask_in, mask_out
 
     shown = image_set.take(torch.tensor(positions))
-    (batch,) = DeviceLoader(shown, len(shown), device=device, mean=(0, 0, 0), std=(1, 1, 1)).epoch()  # pixels in 0..1
+    loader = DeviceLoader(shown, len(shown), device=device, mean=(0, 0, 0), std=(1, 1, 1))  # pixels in 0..1
+    batches = list(loader.epoch())
+    if count := loader.count_unreadable():
+        print(f"note: {describe_unreadable(count, shown)}")
+    (batch,) = batches
     with disable_tf32(), autocast(device, precision):
         images = normalize(batch.images, extractor.mean, extractor.std)
         selected = binarize(extractor.extract(images, batch.labels).masks)

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> dict:
     from engine import runtime, training
     from engine.config.select import select_kwargs
     from engine.data import load_data
+    from engine.data.image_set import describe_unreadable
     from models import build_model
     from saliency.casm import setup
     from saliency.casm.network import CasmNetwork, build_decoder
@@ -95,10 +96,11 @@ def main(argv: list[str] | None = None) -> dict:
             with runtime.Progress("evaluating", len(test_loader), bar=run.bar, lines=False) as progress:
                 held_out = evaluate(network, test_loader, config, progress=progress)
             run.end_epoch(row | {f"val_{key}": value for key, value in held_out.items() if key != "images"})
+            for loader in (train_loader, test_loader):
+                if count := loader.count_unreadable():
+                    run.log.say(f"note: {describe_unreadable(count, loader.image_set)}")
             for note in setup.list_mask_notes(run.history[-1], options["lambda_r"]):
                 run.log.say(note)
-            if skipped := train_loader.skipped + test_loader.skipped:
-                run.log.say(f"note: unreadable files: {skipped}; neighboring images were used in their place")
     run.guard.restore()
     run.log.say(f"example masks: {run.log.draw_masks(network, data)}")
     train_loader.close()

@@ -188,9 +188,7 @@ def test_image_set_keeps_the_file_of_each_image(tmp_path):
     assert image_set.with_view(SquashedView(8)).files.names() == image_set.files.names()
     decoded = load_data("tiny-imagenet", data_dir=str(tmp_path), on_bad_image="skip").test
     assert isinstance(decoded.pixels, torch.Tensor)
-    assert decoded.files.names() == ["images/val_0.JPEG", "images/val_0.JPEG", "images/val_2.JPEG"], (
-        "the files that were read"
-    )
+    assert decoded.files.names() == ["images/val_0.JPEG", "images/val_2.JPEG"], "the files that were read"
 
 
 def test_copies_have_their_own_files(tmp_path):

@@ -10,7 +10,7 @@ from support import write_class_folders, write_image
 
 from engine.data.augment import Augmentation, crop_and_flip
 from engine.data.datasets import load_data
-from engine.data.image_set import STATISTICS, ImageSet, split_by_class
+from engine.data.image_set import STATISTICS, ImageSet, decode_all, split_by_class
 from engine.data.loader import DeviceLoader
 from engine.data.shapes import CLASSES, draw_shapes
 from engine.errors import UserError
@@ -162,8 +162,52 @@ def test_unreadable_image_raises_or_is_skipped(tmp_path, workers):
         read("stop")
     batch, batches = read("skip")
     list(batches.epoch())
-    assert batch.labels.tolist() == [0, 0, 1, 1, 1, 1] and batches.skipped == 1
+    assert batch.labels.tolist() == [0, 0, 1, 1, 1, 1] and batches.count_unreadable() == 1
     assert torch.equal(batch.images[2], batch.images[3])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_evaluation_images_are_left_out_and_counted(tmp_path, workers):
+    write_class_folders(tmp_path)
+
+    def read():
+        test = load_data("folder", data_dir=str(tmp_path), image_size=32, on_bad_image="skip").test
+        loader = DeviceLoader(test, 2, device=CPU, **HALF_STATISTICS, workers=workers)
+        batches = list(loader.epoch())
+        loader.close()
+        return batches, loader
+
+    expected = torch.cat([batch.images for batch in read()[0]])[[0, 4, 5]]
+    for name in ("cat/1.jpg", "cat/2.jpg", "dog/0.jpg"):  # half of the first batch and all of the second
+        (tmp_path / "val" / name).write_bytes(b"no picture")
+    batches, loader = read()
+    assert [batch.index.tolist() for batch in batches] == [[0], [4, 5]] and loader.count_unreadable() == 3
+    assert all(torch.equal(batch.index, batch.loaded_index) for batch in batches)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [0, 1, 1]
+    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+    for name in ("cat/0.jpg", "dog/1.jpg", "dog/2.jpg"):
+        (tmp_path / "val" / name).write_bytes(b"no picture")
+    batches, loader = read()
+    with pytest.raises(UserError, match=r"val: none of the image files can be read\n"):
+        loader.count_unreadable()
+    assert batches == []
+
+
+def test_decoding_leaves_out_unreadable_evaluation_images_and_replaces_training_images(tmp_path):
+    write_class_folders(tmp_path)
+    for split, name in (("train", "cat/0.png"), ("val", "cat/0.jpg")):
+        (tmp_path / split / name).write_bytes(b"no picture")
+    data = load_data("folder", data_dir=str(tmp_path), image_size=32, on_bad_image="skip")
+    notes: list[str] = []
+    train, test = (decode_all(part, 0, lambda items, **_: items, notes) for part in (data.train, data.test))
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1] and torch.equal(train.pixels[0], train.pixels[1])
+    assert test.labels.tolist() == [0, 0, 1, 1, 1] and len(test.files) == len(test.pixels) == 5
+    assert [note.partition("cannot")[2] for note in notes] == [
+        " be read: another image is used for each",
+        " be read: left out",
+    ]
+    loader = DeviceLoader(test, 5, device=CPU, **HALF_STATISTICS)
+    assert len(list(loader.epoch())) == 1 and loader.count_unreadable() == 1, "counted here too"
 
 
 # ---- Splits ----

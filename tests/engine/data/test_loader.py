@@ -346,11 +346,14 @@ def test_unreadable_files_raise_or_are_replaced_in_training(photos, workers):
     bad.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"cat.4\.jpg.*\n.*--on_bad_image skip"):
         list(make_loader(photos, workers=workers).epoch(0))
+    photos = photos.with_replacement()
+    assert photos.pixels.on_bad_image == "stop"
     photos.pixels.on_bad_image = "skip"
+    photos = photos.with_replacement()
     batches = make_loader(photos, 10, workers=workers)
     batch = next(batches.epoch(0))
     where = batch.index.tolist().index(4)
-    assert batch.labels[where] == 1 and batches.skipped == 1 and batch.labels.sum() == 6
+    assert batch.labels[where] == 1 and batches.count_unreadable() == 1 and batch.labels.sum() == 6
     batches.close()
     for path in photos.pixels.files:
         path.write_bytes(b"")

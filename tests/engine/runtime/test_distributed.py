@@ -6,19 +6,23 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, find_free_port, run_in_two_processes, same_state, shapes_command
+from support import ROOT, find_free_port, run_in_two_processes, same_state, shapes_command, write_image
 from torch import nn
 
 import models
 import train
 from engine.data.augment import Augmentation
+from engine.data.folders import FileList
+from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader, Shard, get_process_shard
+from engine.data.views import CenterCrop
 from engine.errors import Terminated, UserError
 from engine.inference.predict import predict
 from engine.runtime import distributed
@@ -150,10 +154,25 @@ def train_weights(ports) -> dict:
     image_set = make_noise(37)
     logits, labels = predict(model, DeviceLoader(image_set, 8, device=CPU, shard=get_process_shard(), **HALF))
     found["validation"] = logits, labels, float(distributed.all_reduce_sum(torch.tensor(float(len(labels)))))
+    found["unreadable"] = evaluate_with_unreadable_files()
     one = torch.ones(())
     found["sum"] = float(distributed.all_reduce_sum(one)), float(one)
     distributed.shut_down_processes()
     return found
+
+
+def evaluate_with_unreadable_files() -> tuple[list[int], list[int]]:
+    """Return the labels of the images that were evaluated, and what each process counts as unreadable."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(5):
+            write_image(Path(folder, f"{number}.png"), 50 * number, size=(8, 8))
+        for number in (0, 1, 4):  # all that the main process reads in the first batch, and the last batch
+            Path(folder, f"{number}.png").write_bytes(b"no picture")
+        files = ImageFiles(FileList(folder, [f"{number}.png" for number in range(5)]), CenterCrop(8, 8), "skip")
+        image_set = ImageSet(files, torch.arange(5), list("abcde"), "there")
+        loader = DeviceLoader(image_set, 4, device=CPU, shard=get_process_shard(), **HALF)
+        _, labels = predict(torch.nn.Flatten(), loader)
+        return labels.tolist(), all_gather_object(loader.count_unreadable())
 
 
 def run_all(ports) -> dict:
@@ -331,6 +350,10 @@ def test_evaluation_counts_every_image_once(weight_results):
     assert count == len(image_set) and torch.equal(labels, expected)
     assert weight_results["sum"] == (2, 1), "all_reduce_sum must not change its argument"
     torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_processes_count_their_unreadable_files_together(weight_results):
+    assert weight_results["unreadable"] == ([2, 3], [3, 3])
 
 
 METHODS = ["puzzlemix", "rlmix", "none"]

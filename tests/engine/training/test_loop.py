@@ -6,18 +6,24 @@ import warnings
 
 import pytest
 import torch
+from support import write_image
 from torch import nn
 from torch.nn import functional as F
 
 from engine.config.phases import parse_lr_points, parse_phases
 from engine.config.recipes import IMAGENET_RECIPES
 from engine.data.augment import Augmentation
+from engine.data.folders import FileList
+from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
+from engine.data.views import CenterCrop
 from engine.errors import UserError
 from engine.inference.metrics import confusion_matrix, topk_correct
 from engine.inference.predict import compute_scores, predict
 from engine.runtime.device import choose_device, choose_precision, get_rng_state, keep_freed_memory, set_rng_state
+from engine.training.console import format_epoch, summarize_history
+from engine.training.evaluate import evaluate_held_out
 from engine.training.loop import StepConfig, profile_steps, train_one_epoch
 from engine.training.loss import LOSSES, smooth_labels
 from engine.training.monitor import EpochMonitor
@@ -337,6 +343,26 @@ def test_predict_leaves_the_network_unchanged_and_keeps_image_order():
         expected = torch.cat([model(batch.images) for batch in loader.epoch()])
     expected = expected[torch.cat([batch.index for batch in loader.epoch()]).argsort()]
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)  # in float32, whatever the precision of training
+
+
+def test_an_unreadable_image_is_left_out_of_the_evaluation_in_training(tmp_path):
+    """Before: the four broken files of a class counted as their neighbours, 75 % instead of 50 %."""
+    for number in range(8):
+        write_image(tmp_path / f"{number}.png", 200 * (number % 2), size=(8, 8))
+    for number in range(4, 8):
+        (tmp_path / f"{number}.png").write_bytes(b"no picture")
+    files = FileList(tmp_path, [f"{number}.png" for number in range(8)])
+    test = ImageSet(ImageFiles(files, CenterCrop(8, 8), "skip"), torch.arange(8) // 4, ["a", "b"], "there", files=files)
+    loader = DeviceLoader(test, 3, device=CPU, mean=(0.0,) * 3, std=(1.0,) * 3)
+    model = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 2))
+    nn.init.zeros_(model[2].bias)
+    model[2].weight.data = torch.tensor([[0.0, 0, 1], [1.0, 0, 0]])  # bright in red: class b
+    state = TrainingState(model, torch.optim.SGD(model.parameters(), 0.1))
+    row = evaluate_held_out(state, {"test": loader}, bar=False)
+    assert row["test_top1"] == 50 and row["test_unreadable"] == 4
+    row |= {"epoch": 1, "lr": 0.1, "train_loss": 0.0, "train_acc": 0.0, "seconds": 1.0, "images_per_second": 1.0}
+    assert "4 test files cannot be read: left out" in format_epoch(row, 1, {"method": ["none"]})
+    assert summarize_history([row], {})["test_unreadable"] == 4
 
 
 def test_profile_steps_times_every_part():

@@ -75,7 +75,7 @@ def test_basics_extractor_is_scored(dataset, tmp_path, capsys):
     assert "mine" in output.splitlines()[-1] and "0.500" in output.splitlines()[-1]
 
 
-def test_replacements_of_unreadable_images_are_not_scored(dataset, tmp_path):
+def test_unreadable_images_do_not_count(dataset, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(BASICS)
     (dataset / "val" / "n01" / "n01_0.png").write_bytes(b"no picture")
     words = [str(dataset), "--annotation-path", str(dataset / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
@@ -83,6 +83,8 @@ def test_replacements_of_unreadable_images_are_not_scored(dataset, tmp_path):
         score.main([*words, *ON_CPU])
     (result,) = score.main([*words, "--on-bad-image", "skip", *ON_CPU])
     assert result["scored"] == 3 and result["unreadable"] == 1 and result["LE"] == 0
+    assert result["images"] == 4 and result["accuracy"] == 25, "before: 40, since one image counted twice"
+    assert "1 image that cannot be read; left out" in capsys.readouterr().out
 
 
 def test_basics_extractor_sets_its_image_size_and_class_order(dataset, tmp_path):
