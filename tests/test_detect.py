@@ -229,7 +229,7 @@ def test_training_can_start_from_another_detector(run, detector, tmp_path, capsy
     bare |= {"roi_heads.box_predictor.bbox_pred.bias": torch.zeros(16)}
     torch.save(bare, tmp_path / "bare.pt")
     words = ("--frcnn_checkpoint", str(tmp_path / "bare.pt"), "--iters", "1")
-    run(*words, "--lr", "0", "--log_off", start=False)
+    run(*words, "--lr", "1e-30", "--log_off", start=False)
     assert "has 3 classes without names: the predictor of the 10 classes" in capsys.readouterr().out
     with pytest.raises(UserError, match="bare.pt: a detector for 3 classes, but the data has 10"):
         run(*words, "--evaluate", start=False)

@@ -339,7 +339,7 @@ def test_a_run_without_last_pt_is_not_restarted(shapes_run):
 
 def test_init_from_loads_the_weights(shapes_run, capsys):
     run = shapes_run(epochs=1)
-    start = ["--init_from", str(run / "best.pt"), "--lr", "0", "--weight_decay", "0", "--scheduler", "constant"]
+    start = ["--init_from", str(run / "best.pt"), "--lr", "1e-30", "--weight_decay", "0", "--scheduler", "constant"]
     tuned = shapes_run(*start, "--num_classes", "4", name="tuned", epochs=1)
     assert "last layer is newly initialised" in capsys.readouterr().out
     assert torch.equal(load_checkpoint(tuned)["model"]["conv1.weight"], load_checkpoint(run)["model"]["conv1.weight"])
