@@ -38,7 +38,8 @@ class ValueList(list):
 def path(text: str) -> str:
     """Expand a leading ~ or ~user, also in NAME=FILE. The shell does not do so in --data_dir=~/images."""
     name, equals, file = text.rpartition("=")
-    return name + equals + os.path.expanduser(file)
+    expanded = os.path.expanduser(file)
+    return text if expanded == file else name + equals + expanded  # argparse knows its default by identity
 
 
 def boolean(text: str) -> bool:

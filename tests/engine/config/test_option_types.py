@@ -63,6 +63,11 @@ def test_values_with_which_nothing_is_learned_are_refused(words, expected, capsy
     assert expected in get_error(train.build_parser(), capsys, *words.split())
 
 
+def test_a_positional_argument_that_is_not_given_is_not_among_the_typed_options():
+    """argparse converts its default, which marks that it is missing."""
+    assert import_module("saliency.casm.commands.train").build_parser().read([]) == {}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_every_path_option_expands_the_home_folder(module):
     parser = import_module(module).build_parser()
