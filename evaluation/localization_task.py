@@ -10,6 +10,7 @@ from engine.data.loader import Batch
 from engine.drawing import tables
 from engine.errors import UserError
 from engine.inference.classifier import normalize
+from engine.inference.metrics import rank_labels
 from engine.runtime.device import disable_tf32
 from engine.runtime.distributed import gather_object
 from engine.runtime.progress import Progress, use_progress_bar
@@ -112,8 +113,8 @@ def evaluate_localization(
             images = normalize(pixels, context.classifier.mean, context.classifier.std)
             maps, logits = compute_maps(images, batch.labels)
         context.check_finite(logits, background)
-        hits = (logits.topk(min(5, logits.shape[1]), 1).indices == batch.labels.unsqueeze(1)).cpu()
-        rows.append((batch.index, *compute_map_ious(maps, true_boxes, thresholds), hits[:, 0], hits.any(1)))
+        rank = rank_labels(logits, batch.labels).cpu()
+        rows.append((batch.index, *compute_map_ious(maps, true_boxes, thresholds), rank < 1, rank < 5))
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
     gathered = [columns for columns in gather_object(columns) or [] if columns]
     if not gathered:

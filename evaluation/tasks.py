@@ -12,7 +12,7 @@ import torch
 from engine.data.annotations import find_boxes
 from engine.errors import UserError
 from engine.inference.classifier import normalize
-from engine.inference.metrics import confusion_matrix
+from engine.inference.metrics import confusion_matrix, rank_classes
 from engine.inference.predict import compute_scores
 from engine.runtime.progress import progress_bar
 from evaluation.attacks import build_attacks
@@ -179,10 +179,12 @@ def plan_examples(context: EvalContext, *, examples: int, method: str, layer: st
         batches = [batch.images for batch in loader.epoch()]
         loader.count_unreadable()  # raises an error if no image is left
         pixels = torch.cat(batches)
-        best = context.classifier(pixels).softmax(1).max(1)
-        maps, _ = compute_maps(normalize(pixels, context.classifier.mean, context.classifier.std), best.indices)
+        logits = context.classifier(pixels)
+        best = rank_classes(logits)[:, 0]
+        probabilities = logits.softmax(1).gather(1, best.unsqueeze(1))[:, 0]
+        maps, _ = compute_maps(normalize(pixels, context.classifier.mean, context.classifier.std), best)
         names = context.classifier.titles or context.image_set.classes
-        titles = [f"{names[int(k)]} {float(p):.0%}" for p, k in zip(best.values, best.indices, strict=True)]
+        titles = [f"{names[int(k)]} {float(p):.0%}" for p, k in zip(probabilities, best, strict=True)]
         images = (255 * pixels).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return {"images": images, "maps": maps.cpu().numpy(), "titles": titles}
 

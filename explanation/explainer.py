@@ -20,6 +20,7 @@ from engine.data.image_set import STATISTICS
 from engine.data.views import Box, CenterCrop, FixedView, SquashedView, center_offset
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, load_classifier, make_names_unique, normalize
+from engine.inference.metrics import rank_classes
 from engine.runtime.device import autocast
 from engine.runtime.progress import progress_bar
 from explanation.images import slugify
@@ -33,7 +34,8 @@ class Explanation(NamedTuple):
 
     classifier: Classifier
     method: str
-    target: int  # index of the class
+    predicted: int  # index of the most probable class
+    target: int  # index of the class of the heatmap
     probabilities: torch.Tensor  # (K,), of all classes for this image
     heatmap: torch.Tensor  # (h, w) in 0..1
     box: Box  # the part of the image that the classifier saw
@@ -60,14 +62,14 @@ class Explainer:
         explanations = [[] for _ in images]
         with translate_errors(self.classifier.name, self.view.size):
             with torch.no_grad():
-                probabilities = self.classifier(pixels).softmax(1)
-            if not probabilities.isfinite().all():
+                logits = self.classifier(pixels)
+            if not logits.isfinite().all():
                 raise UserError(f"{self.classifier.name}: the outputs are NaN or infinite\nuse undamaged weights")
-            ranking = probabilities.argsort(1, descending=True)
+            ranking, probabilities = rank_classes(logits), logits.softmax(1).cpu()
             for (method, compute_maps), target in product(self.methods.items(), self.targets):
                 classes = ranking[:, -target - 1] if target < 0 else torch.full_like(ranking[:, 0], target)
                 maps = compute_maps(inputs, classes).cpu()
-                columns = zip(classes.tolist(), probabilities.cpu(), maps, boxes, strict=True)
+                columns = zip(ranking[:, 0].tolist(), classes.tolist(), probabilities, maps, boxes, strict=True)
                 for row, column in zip(explanations, columns, strict=True):
                     row.append(Explanation(self.classifier, method, *column))
         return explanations

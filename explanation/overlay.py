@@ -104,7 +104,7 @@ def describe_explanation(explanation: Explanation) -> dict:
     """Return the classifier, the method, and index, name and probability of the predicted and the target class."""
     classifier, probabilities = explanation.classifier, explanation.probabilities
     row = {"model": classifier.name, "method": explanation.method}
-    for key, index in (("predicted", int(probabilities.argmax())), ("target", explanation.target)):
+    for key, index in (("predicted", explanation.predicted), ("target", explanation.target)):
         row |= {f"{key}_index": index, key: classifier.title(index), f"{key}_probability": float(probabilities[index])}
     return row
 

@@ -233,6 +233,14 @@ def test_several_target_classes_with_names_from_a_file(use_toy, photo, tmp_path)
     assert sum(row["target_probability"] for row in rows) == pytest.approx(1)
 
 
+def test_classes_far_below_the_predicted_one_keep_their_order(use_toy, photo, tmp_path):
+    use_toy(scale=100.0)  # the logits are 2000 times 1, -1, 0 and 0.5: all probabilities but one are 0
+    words = ["--image_path", photo, "--model_path", "a", "--target_class", "top3", "-o", str(tmp_path)]
+    rows = cam.main(words)
+    assert [row["target_index"] for row in rows] == [0, 3, 2] and rows[1]["target_probability"] == 0
+    assert {row["predicted_index"] for row in rows} == {0}
+
+
 # ---- Errors ----
 
 

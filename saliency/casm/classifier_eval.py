@@ -12,6 +12,7 @@ from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, load_classifier, normalize
+from engine.inference.metrics import rank_labels
 from engine.runtime.device import autocast, disable_tf32
 from engine.runtime.progress import Progress, use_progress_bar
 from saliency.casm.boxes import binarize
@@ -114,9 +115,9 @@ def sum_batch_metrics(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tenso
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS has no float64
     log_probs = logits.to(dtype).log_softmax(1)
     loss = -log_probs.gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
-    hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels.unsqueeze(1)
+    rank = rank_labels(logits, labels.clamp_min(0))
     entropy = -(log_probs.exp() * log_probs).sum(1)
-    rows = torch.stack([loss, hits[:, 0], hits.any(1), entropy, torch.ones_like(loss)])
+    rows = torch.stack([loss, rank < 1, rank < 5, entropy, torch.ones_like(loss)])
     return torch.where(labels >= 0, rows, 0).sum(1)
 
 
