@@ -62,6 +62,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     )
     sync_bn = options["norm"] == "syncbn"
     detector = training.place_network(detector, device, options["channels_last"], sync_bn, remedy="take --norm bn")
+    remedy = "choose another --batch_size or --norm frozen"
+    notes += training.check_small_batches(detector, [(train, None)], sync_bn=sync_bn, remedy=remedy)
 
     # ---- Optimizer and schedule ----
     options |= scale_schedule(options, len(train))

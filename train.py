@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             training.load_initial_weights(model, options["init_from"], len(sets.classes), models.find_matching_models)
         )
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
+    notes += training.check_small_batches(model, [(train, sets.image_size)], sync_bn=options["sync_bn"])
 
     # ---- Loss, optimizer, schedule ----
     loss_fn, num_classes = training.LOSSES[options["loss"]], len(sets.classes)

@@ -115,6 +115,13 @@ class DetectionLoader:
     def __len__(self) -> int:
         return math.ceil(len(self.image_set) / self.batch_size)
 
+    def count_part_images(self) -> tuple[int, int]:
+        """Return the number of images in a micro-batch of a shuffled epoch, and in one of its last step."""
+        whole, rest = divmod(len(self.image_set), self.batch_size)
+        full = self.batch_size // self.shard.parts
+        last = math.ceil(rest / self.shard.parts) if rest else full
+        return (full if whole else last), last
+
     def close(self) -> None:
         """Stop the worker processes, if there are any."""
         self.reader.close()

@@ -61,6 +61,8 @@ def explain_error(error: Exception) -> str:
     if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
         remedy = "try a smaller --batch_size or --image_size (detect.py: --min_size)"
         return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
+    if "more than 1 value per channel" in str(error):  # such as --mix_fraction, which leaves one image of a batch
+        return "batch norm on feature maps of 1x1 pixel needs at least 2 images\nuse a larger --batch_size"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}"
     first = (str(error).splitlines() or [""])[0]

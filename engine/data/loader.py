@@ -123,6 +123,13 @@ class DeviceLoader:
         min_rest = self.shard.parts if self.shuffle else 1
         return whole + (rest >= min_rest and not self.drop_last)
 
+    def count_part_images(self) -> tuple[int, int]:
+        """Return the number of images in a micro-batch of a shuffled epoch, and in one of its last step."""
+        whole, rest = divmod(len(self.image_set), self.batch_size)
+        full = self.batch_size // self.shard.parts
+        last = rest // self.shard.parts if len(self) > whole else full
+        return (full if whole else last), last
+
     def close(self) -> None:
         """Stop the worker processes, if there are any."""
         if self.reader:

@@ -12,6 +12,7 @@ __getattr__ = lazy_attributes(
         "monitor": "EpochMonitor",
         "run": "Run",
         "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
+        "small_batches": "check_small_batches",
         "schedule": "StepSchedule build_scheduler",
         "start": "RunKind Start start_processes start_run",
         "optimizer": "build_optimizer",

@@ -74,6 +74,11 @@ def main(argv: list[str] | None = None) -> dict:
     network = CasmNetwork(classifier, build_decoder(classifier, **select_kwargs(options, ["width", "upsample"])))
     network.to(device, memory_format=torch.channels_last)
 
+    if iterations == len(train_loader):
+        notes += training.check_small_batches(
+            network, [(train_loader, data.image_size)], skips_single=True, remedy="choose another --batch_size"
+        )
+
     # ---- Optimizers and pool of past classifiers ----
     pool = setup.build_pool(classifier, **select_kwargs(options, setup.build_pool))
     state = build_casm_state(network, pool, precision=precision, **select_kwargs(options, build_casm_state))

@@ -701,7 +701,7 @@ def test_a_last_batch_of_one_image_is_skipped_if_batch_norm_cannot_use_it(tmp_pa
     words += ["--epochs", "1", "--casms-path", str(tmp_path), "--device", "cpu", "--no_progress"]
     casm_train.main([*words, "--batch-size", "5", "--name", "a"])
     assert read_checkpoint(tmp_path / "a.chk", kind="casm")["decoder_optimizer"]["state"][0]["step"] == 1
-    with pytest.raises(UserError, match="raise --batch-size"):
+    with pytest.raises(UserError, match="use a larger --batch_size"):
         casm_train.main([*words, "--batch-size", "1", "--name", "b"])
 
 
