@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 
 
@@ -18,3 +19,16 @@ def suggest_closest(word: str, names: Iterable[str]) -> str:
     matches = difflib.get_close_matches(word, list(names), 3, 0.5)
     best = max(matches, key=lambda name: len(os.path.commonprefix([word, name])), default=None)
     return f"; did you mean {best}?" if best else ""
+
+
+def explain_missing(name: str | os.PathLike, otherwise: str = "no such file") -> str:
+    """Return why nothing has this name and what can be done, for a URL, `-` and a name of timm; else `otherwise`."""
+    name = os.fspath(name)
+    if re.match(r"(timm[:/.]|hf[-_]hub:)", name):
+        return (
+            "networks are not loaded from timm; where torchvision has the same one, give its NAME, or save the weights "
+            "with torch.save(model.state_dict(), FILE) and give NAME=FILE"
+        )
+    if re.match(r"[A-Za-z][\w+.-]+:/", name):
+        return "URLs are not opened; download the file, for example with curl -LO URL, and give its path"
+    return "standard input is not read; save it to a file and give its path" if name == "-" else otherwise

@@ -17,7 +17,8 @@ from evaluation.options import ALEXNET
 def print_info(path: str) -> dict:
     """Print and return what a checkpoint contains, as far as it is stored or can be inferred from the tensor shapes."""
     file = SavedClassifier(path)
-    trained_with = [f"--{key} {file.options[key]}" for key in ("dataset", "method", "recipe") if file.options]
+    values = {key: file.options[key] for key in ("dataset", "method", "recipe") if file.options}
+    values = {key: " ".join(value) if isinstance(value, list) else value for key, value in values.items()}
     info = {
         "file": str(file.path),
         "network": file.options.get("model") or " or ".join(models.find_matching_models(file.weights)) or "unknown",
@@ -26,7 +27,7 @@ def print_info(path: str) -> dict:
         "parameters": sum(value.numel() for value in file.weights.values()),
         "tensors": len(file.weights),
         "first keys": ", ".join(list(file.weights)[:3]),
-        "trained with": " ".join(trained_with),
+        "trained with": " ".join(f"--{key} {value}" for key, value in values.items()),
     }
     print("\n".join(f"{key:12} {value}" for key, value in info.items() if value not in (None, "")))
     return info

@@ -15,7 +15,7 @@ from engine.data.image_set import ImageSet
 from engine.data.listing import filter_images, walk_files
 from engine.data.sample_rng import normal, uniform
 from engine.data.views import CenterCrop
-from engine.errors import UserError, suggest_closest
+from engine.errors import UserError, explain_missing, suggest_closest
 from evaluation.corruption_benchmarks import explain_os_errors
 
 NOISE = ("noise", "uniform")
@@ -63,10 +63,11 @@ def find_pixels(
         if os.path.isdir(spec):
             return Path(spec).resolve().name, ImageFiles(find_image_files(Path(spec)), view, on_bad_image), spec
     names = (*DATASETS, *NOISE)
-    raise UserError(
-        f"--ood {spec}: neither a folder nor one of {', '.join(names)}{suggest_closest(name.lower(), names)}\ngive a "
-        "folder of images, a data set, or NAME=DIR for a data set that is not in --data_dir"
+    unknown = (
+        f"neither a folder nor one of {', '.join(names)}{suggest_closest(name.lower(), names)}\ngive a folder of "
+        "images, a data set, or NAME=DIR for a data set that is not in --data_dir"
     )
+    raise UserError(f"--ood {spec}: {explain_missing(spec, unknown)}")
 
 
 def find_image_files(root: Path) -> FileList:

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.data.decode import BadImage, decode_image
-from engine.data.listing import IMAGE_EXTENSIONS, filter_images
-from engine.errors import UserError
+from engine.data.label_lists import format_examples
+from engine.data.listing import IMAGE_EXTENSIONS, filter_images, filter_unknown, is_visible, list_images
+from engine.errors import UserError, explain_missing
 
 MAX_NAME_BYTES = 60  # of each part of a file name; file systems allow 255 bytes in total
 
@@ -26,25 +27,37 @@ def find_images(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern)
         if path.is_file():
-            files = [path]
-        elif path.is_dir():
-            try:
-                files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
-            except OSError as error:
-                raise UserError(f"--image_path {path}: the folder cannot be read ({error.strerror})") from error
-        elif any(letter in pattern for letter in "*?["):
-            files = [Path(name) for name in sorted(glob(pattern, recursive=True))]
-        else:
-            raise UserError(f"--image_path {pattern}: no such file or folder")
-        if not path.is_file():
-            files = [file for file in files if filter_images([file.name]) and not file.is_dir()]
-        if not files:
+            images.append(path)
+            continue
+        entries = list_entries(pattern)
+        found = filter_images(str(entry) for entry in entries if not entry.is_dir())
+        if not found:
             problem = "no images in this folder" if path.is_dir() else "no image matches this pattern"
             raise UserError(
                 f"--image_path {pattern}: {problem}\nimage files end in {' '.join(sorted(IMAGE_EXTENSIONS))}"
             )
-        images += files
+        unread = filter_unknown(str(entry) for entry in entries if not entry.is_dir())
+        unread += [f"{entry}/" for entry in entries if entry.is_dir() and list_images(entry)]
+        if unread:
+            print_line(
+                f"note: {pattern}: not read, since these are subfolders or have no ending of an image: "
+                f"{format_examples(unread)} ({len(unread)})"
+            )
+        images += map(Path, found)
     return list(dict.fromkeys(images))
+
+
+def list_entries(pattern: str) -> list[Path]:
+    """Return the visible entries of a folder, or the paths that a glob pattern matches, sorted."""
+    path = Path(pattern)
+    if path.is_dir():
+        try:
+            return sorted(entry for entry in path.iterdir() if is_visible(entry.name))
+        except OSError as error:
+            raise UserError(f"--image_path {path}: the folder cannot be read ({error.strerror})") from error
+    if any(letter in pattern for letter in "*?[") and "://" not in pattern:
+        return [Path(name) for name in sorted(glob(pattern, recursive=True))]
+    raise UserError(f"--image_path {pattern}: {explain_missing(pattern)}")
 
 
 def chunk(

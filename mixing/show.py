@@ -12,7 +12,7 @@ from engine.config.option_types import choices, int_at_least
 from engine.config.options import DATASETS, add_common_options, add_dataset_option
 from engine.config.parser import Parser
 from engine.config.select import select_kwargs
-from engine.errors import UserError
+from engine.errors import UserError, explain_missing
 from engine.launch import run_main
 from mixing import ALIASES, MIXERS, build_mixer, hyper_parameters
 from saliency import build_source
@@ -107,7 +107,7 @@ def read_options(parser: Parser, argv: list[str] | None) -> dict:
     if not options["output"].endswith(".png"):
         parser.error(f"--output {options['output']}: the file name must end in .png")
     if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
-        parser.error(f"--images {' '.join(missing)}: no such file")
+        parser.error(f"--images {' '.join(missing)}: {explain_missing(missing[0])}")
     return options
 
 

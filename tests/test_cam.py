@@ -278,7 +278,7 @@ def test_usage_errors(photo, words, message, capsys):
         (["--target_class", "4"], "--target_class 4: .*0 to 3"),
         (["--target_class", "top0"], "top1 to top4"),
         (["--target_class", "top5"], "top1 to top4"),
-        (["--target_class", "brigth"], "did you mean bright"),
+        (["--target_class", "brigth"], "the nearest are bright"),
         (["--target_class", "none", "r"], "3 classes match"),
         (["--labels", "names.txt"], "2 names, but a has 4 classes"),
         (["--labels", "photo.png"], "not a text file"),

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 import evaluate
+import models
 from engine.errors import UserError
+from engine.inference.classifier import load_classifier
 from models import build_model
 
 
@@ -90,13 +92,28 @@ def test_data_with_some_of_the_classes_is_matched_by_name(shapes_run, capsys):
     assert part["classes"] == whole["classes"] and sum(map(sum, part["confusion"][4:])) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("timm:resnet50", "networks are not loaded from timm; where torchvision has the same one, give its NAME"),
+        ("timm/resnet50.a1_in1k", "networks are not loaded from timm"),
+        ("hf-hub:timm/resnet50.a1_in1k", "networks are not loaded from timm"),
+        ("resnet50.a1_in1k", "no such file or run folder, .*; did you mean resnet50"),
+        ("https://example.org/resnet50.pth", "URLs are not opened; download the file"),
+        ("-", "standard input is not read"),
+    ],
+)
+def test_names_of_other_sources_of_networks_are_explained(name, remedy):
+    with pytest.raises(UserError, match=f"^classifier '{name}': {remedy}"):
+        load_classifier(name, models)
+
+
 def test_info_prints_what_checkpoints_contain(shapes_run, tmp_path, capsys):
     run = shapes_run(epochs=1)
     torch.save({"net": build_model("wrn16_8", 5).state_dict()}, tmp_path / "f.pth")
     ours, theirs = evaluate.main(["--info", "--model_path", str(run), str(tmp_path / "f.pth")])
-    assert (ours["network"], ours["classes"], ours["epoch"]) == ("resnet20", 10, 1) and "--dataset shapes" in ours[
-        "trained with"
-    ]
+    assert (ours["network"], ours["classes"], ours["epoch"]) == ("resnet20", 10, 1)
+    assert ours["trained with"].startswith("--dataset shapes --method none --recipe ")
     assert (theirs["network"], theirs["classes"], theirs["epoch"]) == ("wrn16_8", 5, None)
     assert "network      wrn16_8" in capsys.readouterr().out
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from engine.data.datasets import TINY_SIDE
 from engine.data.image_set import ImageSet
+from engine.data.label_lists import read_lines
 from engine.errors import UserError
 
 T = TypeVar("T")
@@ -236,6 +237,8 @@ def read_csv(path: Path) -> dict[str, list[AnnotationRow]]:
             if not any(cells.values()):
                 continue
             try:
+                if not cells["file"]:
+                    raise ValueError("it names no file")
                 class_name = cells.get("wnid") or cells.get("class") or None
                 row = AnnotationRow(
                     parse_numbers(cells, columns), class_name, parse_numbers(cells, ("width", "height"))
@@ -257,7 +260,7 @@ def parse_numbers(cells: dict[str, str], columns: tuple[str, ...]) -> tuple[int,
 
 def read_json(path: Path) -> dict[str, list[AnnotationRow]]:
     """Read a JSON file: file name -> its boxes. Raises UserError for anything but lists of boxes."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"))
     if not isinstance(content, dict):
         raise UserError(f"--annotation-path {path}: not a JSON object {{...}}\n{REMEDY}")
     rows = {}
@@ -346,16 +349,14 @@ def read_tiny(path: Path, rows: dict[str, list[AnnotationRow]], wnid: str | None
 
     Raises UserError for lines of another form.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        cells = line.split("\t")
-        if not line.strip():
-            continue
+    form = "file x0 y0 x1 y1" if wnid else "file wnid x0 y0 x1 y1"
+    for number, line in read_lines(path, form):
+        cells = line.split("\t") if "\t" in line else line.split()
         try:
             x0, y0, x1, y1 = map(parse_pixel, cells[1 if wnid else 2 :])
         except ValueError as error:
-            form = "file x0 y0 x1 y1" if wnid else "file wnid x0 y0 x1 y1"
             raise UserError(
-                f"{path}, line {number}: {line!r} does not have the form `{form}`, separated by tabs\nfix that line"
+                f"{path}, line {number}: {line!r} does not have the form `{form}`\nfix that line"
             ) from error
         box = (x0, y0, x1 + 1, y1 + 1)  # upper bounds are inclusive here: 0 to 63 covers all 64 pixels
         rows.setdefault(cells[0], []).append(AnnotationRow(box, wnid or cells[1]))

@@ -3,11 +3,12 @@
 import csv
 import re
 from collections import Counter
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
-from engine.errors import UserError, suggest_closest
+from engine.errors import UserError
 
 
 def map_labels(
@@ -49,6 +50,8 @@ def read_class_list(file: str) -> list[str]:
     names = read_column(file, "class_list", ("wnid", "class"))
     names = [re.sub(r"^(n\d{8})\s.*", r"\1", name) for name in names]
     duplicates = [name for name, number in Counter(names).items() if number > 1]
+    if "" in names:
+        raise UserError(f"--class_list {file}: class {names.index('')} has no name; name every class, in order")
     if duplicates:
         raise UserError(f"--class_list {file}: {duplicates[0]!r} is listed more than once; list each class once")
     return names
@@ -88,8 +91,12 @@ def find_class(query: str, titles: list[str], num_classes: int) -> int:
         if fits:
             shown = ", ".join(f"{titles[index]} ({index})" for index in fits[:8]) + (", ..." if fits[8:] else "")
             raise ValueError(f"{len(fits)} classes match: {shown}\ngive the full name or the index")
+    parts = {part: index for index, name in enumerate(names) for part in (*re.split(", *", name), name)}
+    near = dict.fromkeys(parts[part] for part in get_close_matches(sought, parts, 5))
+    shown = ", ".join(f"{titles[index]} ({index})" for index in near or range(min(3, len(titles))))
     raise ValueError(
-        f"no class has this name{suggest_closest(sought, names)}\ngive a name, a part of a name, or an index"
+        f"no class has this name; {'the nearest are' if near else 'the first classes are'} {shown}\n"
+        "give a name, a part of a name, or an index"
     )
 
 
@@ -103,8 +110,14 @@ def read_column(file: str, option: str, columns: tuple[str, ...]) -> list[str]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not file.lower().endswith(".csv"):
         return lines
-    rows = list(csv.DictReader(lines))
-    column = next((name for name in columns if rows and name in rows[0]), None)
+    header, *rows = csv.reader(lines, skipinitialspace=True) if lines else [[]]
+    header = [name.strip().lower() for name in header]
+    rows = [dict(zip(header, map(str.strip, row), strict=False)) for row in rows]
+    for name in ("index", "class_index"):
+        order = [row.get(name, "") for row in rows]
+        if all(map(str.isdigit, order)) and order != sorted(order, key=int):
+            raise UserError(f"--{option} {file}: the rows are not in the order of the column {name}; sort them by it")
+    column = next((name for name in columns if rows and name in header), None)
     if column is None:
         raise UserError(f"--{option} {file}: the first line has none of the columns {', '.join(columns)}")
-    return [row[column] or "" for row in rows]  # a short row has None in its last columns
+    return [row.get(column, "") for row in rows]

@@ -11,13 +11,13 @@ HEADERS = {"file", "filename", "file_name", "image", "imageid", "image_id", "ima
 BOXES = re.compile(r"(\S+)(?:\s+-?[\d.]+){4}(?:\s.*)?")  # a class and the boxes that some lists give after it
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
+def read_lines(path: Path, form: str = "file class") -> list[tuple[int, str]]:
     """Return the lines of a text file that are not blank, with their numbers. Raises UserError if it is not text."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or "not a text file in UTF-8"
-        raise UserError(f"{path}: cannot be read ({reason})\ngive a text file with lines `file class`") from error
+        raise UserError(f"{path}: cannot be read ({reason})\ngive a text file with lines `{form}`") from error
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 

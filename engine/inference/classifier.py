@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 from engine.data.image_set import STATISTICS, get_statistics
-from engine.errors import UserError, suggest_closest
+from engine.errors import UserError, explain_missing, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
 
@@ -161,11 +161,12 @@ def load_classifier(
     if not file:
         return load_torchvision(name, None, models, weights)
     if not Path(file).exists() and not equals and model is None:
-        raise UserError(
-            f"classifier {name_or_path!r}: no such file or run folder, and no torchvision network has this name"
+        unknown = (
+            "no such file or run folder, and no torchvision network has this name"
             f"{suggest_closest(name_or_path, list_torchvision_models())}\ngive NAME for a torchvision network with its "
             f"ImageNet weights, or NAME=FILE for one with other weights"
         )
+        raise UserError(f"classifier {name_or_path!r}: {explain_missing(name_or_path, unknown)}")
     # ---- A file: one of our networks, or else torchvision's ----
     saved = SavedClassifier(file, averaged=averaged)
     matches = models.find_matching_models(saved.weights, like=name)

@@ -14,7 +14,7 @@ from typing import Protocol, TypedDict
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, explain_missing
 from engine.runtime.files import delay_interrupt, write_atomic
 from engine.runtime.safe_unpickle import PLACEHOLDER_PICKLE
 
@@ -161,7 +161,8 @@ def find_checkpoint(path: str) -> Path:
     if file.is_dir():
         file = file / "last.pt"
     if not file.is_file():
-        raise UserError(f"{file}: no such file; give a checkpoint, or a run folder with last.pt")
+        missing = "no such file; give a checkpoint, or a run folder with last.pt"
+        raise UserError(f"{file}: {explain_missing(path, missing)}")
     return file
 
 
@@ -173,7 +174,7 @@ def read_file(path: Path):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {explain_missing(path)}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     size = path.stat().st_size

@@ -9,6 +9,7 @@ import torch
 import models
 from engine.data.class_names import map_labels
 from engine.data.image_set import ImageSet
+from engine.data.listing import is_visible
 from engine.data.loader import DeviceLoader
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, load_classifier, normalize
@@ -55,7 +56,8 @@ def load_resnets(folder: str, device: torch.device) -> list[Classifier]:
 
     Raises UserError for a folder without files, and for any other file.
     """
-    files = [path for path in sorted(Path(folder).iterdir()) if path.is_file()] if Path(folder).is_dir() else []
+    paths = sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []
+    files = [path for path in paths if path.is_file() and is_visible(path.name)]
     if not files:
         raise UserError(f"--resnets-path {folder}: no such folder, or it holds no files")
     classifiers = [load_classifier(str(file), models, model="resnet50") for file in files]

@@ -167,6 +167,12 @@ def test_a_folder_without_readable_images_is_refused_at_once(tmp_path):
         load_ood_set(str(tmp_path), image_size=8, on_bad_image="skip")
 
 
+@pytest.mark.parametrize(("spec", "remedy"), [("https://a.org/b.zip", "URLs are not opened"), ("-", "standard input")])
+def test_a_url_or_a_dash_is_explained(spec, remedy):
+    with pytest.raises(UserError, match=f"^--ood {spec}: {remedy}"):
+        load_ood_set(spec, image_size=8)
+
+
 def test_a_folder_without_images_lists_its_content(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no images in this folder or its subfolders\n.*contains nothing"):

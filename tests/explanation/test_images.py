@@ -1,10 +1,13 @@
 """Find image files, and name their outputs."""
 
+import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support import write_image
 
+from engine.errors import UserError
 from explanation import chunk, find_images, unique_stems
 
 
@@ -15,6 +18,34 @@ def test_images_are_found_once_and_in_order(tmp_path):
     (tmp_path / "b" / "folder.png").mkdir()
     found = find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
     assert [str(file.relative_to(tmp_path)) for file in found] == ["b/2.png", "b/1.jpg", "b/deep/3.png", "[x]*.png"]
+
+
+def test_what_a_folder_holds_besides_images_is_said(tmp_path, capsys):
+    for name in ("1.png", "deep/2.png", ".hidden/3.png", "empty.png"):
+        write_image(tmp_path / name, 0)
+    for name in ("4.heic", "notes.txt", "._1.png"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty").mkdir()
+    for pattern in (tmp_path, tmp_path / "*"):
+        assert [file.name for file in find_images([str(pattern)])] == ["1.png", "empty.png"]
+        note = capsys.readouterr().out
+        assert note.startswith(f"note: {pattern}: not read, since") and note.endswith(
+            f": {tmp_path}/4.heic, {tmp_path}/deep/ (2)\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("https://example.org/cat.jpg", "URLs are not opened; download the file, for example with curl -LO URL"),
+        ("http://example.org/cat.jpg?size=1", "URLs are not opened"),
+        ("-", "standard input is not read; save it to a file"),
+        ("gone.jpg", "no such file"),
+    ],
+)
+def test_names_that_are_no_files_are_explained(name, remedy):
+    with pytest.raises(UserError, match=f"^--image_path {re.escape(name)}: {remedy}"):
+        find_images([name])
 
 
 def test_chunk_limits_images_and_pixels_and_does_not_read_ahead():

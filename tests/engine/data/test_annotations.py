@@ -341,6 +341,7 @@ def test_csv_of_base_names_works_where_they_are_unique(tmp_path, pets):
             r"line 3: 'cat/0.png,1,2,x,4'.*\nfix that line",
         ),
         ("file,xmin,ymin,xmax,ymax\ncat/0.png,1,2,3\n", r"line 2"),
+        ("file,xmin,ymin,xmax,ymax\n,1,2,3,4\n", r"line 2: .* \(it names no file\)"),
         ("file,xmin,ymin,xmax,ymax\ncat/9.png,1,2,3,4\n", r"any of the 4.*cat/0.png \(.*cat/9.png\)"),
     ],
 )
@@ -417,6 +418,15 @@ def test_tiny_imagenet_has_inclusive_boxes(tmp_path, layout):
     }
     boxes = {"val_0.JPEG": (0, 3, 64, 41), "val_1.JPEG": (5, 5, 6, 10), "val_2.JPEG": (1, 2, 4, 5)}
     assert by_name == {name: BoxAnnotation([box], 64, 64) for name, box in boxes.items()}
+
+
+@pytest.mark.parametrize("separator", ["\t", " "])
+def test_tiny_imagenet_boxes_may_have_a_byte_order_mark_and_spaces(tmp_path, separator):
+    write_tiny(tmp_path, "images/{file}")
+    path = tmp_path / "val" / "val_annotations.txt"
+    path.write_bytes(("\ufeff" + path.read_text().replace("\t", separator).replace("\n", "\r\n")).encode())
+    annotations = find_boxes(load_evaluation("tiny-imagenet", data_dir=str(tmp_path)), "tiny-imagenet")
+    assert len(annotations.per_image) == 3 and not annotations.notes()
 
 
 def test_tiny_imagenet_boxes_of_other_classes_are_not_used(tmp_path):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.data.class_names import find_class, read_titles
+from engine.data.class_names import find_class, read_class_list, read_titles
+from engine.errors import UserError
 
 TITLES = [
     "tench",
@@ -44,7 +45,10 @@ def test_find_class_accepts_an_index_or_a_name(query, expected):
         ("-1", "0 to 8"),
         ("CARDIGAN", r"2 classes match: Cardigan \(3\), cardigan \(4\)"),
         ("shark", "2 classes match: tiger shark"),
-        ("tensh", "did you mean tench"),
+        ("tensh", r"no class has this name; the nearest are tench \(0\)\n"),
+        ("pupy", r"the nearest are dog, puppy \(7\)"),
+        ("tiger sharks", r"the nearest are tiger shark \(1\), white shark \(2\)\n"),
+        ("xyz", r"the first classes are tench \(0\), tiger shark \(1\), white shark \(2\)\n"),
     ],
 )
 def test_find_class_explains_unknown_and_ambiguous_queries(query, message):
@@ -58,3 +62,24 @@ def test_find_class_explains_unknown_and_ambiguous_queries(query, message):
 def test_titles_are_read_from_a_column_of_a_csv(tmp_path):
     (tmp_path / "names.csv").write_text("index,name\n0,bright\n1,dark\n2,none\n3\n")
     assert read_titles(str(tmp_path / "names.csv")) == ["bright", "dark", "none", ""]
+
+
+def test_a_csv_may_have_a_byte_order_mark_spaces_and_capitals(tmp_path):
+    (tmp_path / "names.csv").write_bytes("\ufeffClass_Index, WNID\r\n0, n01 \r\n\r\n1, n02\r\n".encode())
+    assert read_class_list(str(tmp_path / "names.csv")) == ["n01", "n02"]
+
+
+@pytest.mark.parametrize("column", ["index", "class_index"])
+def test_rows_out_of_order_are_refused(tmp_path, column):
+    file = tmp_path / "names.csv"
+    file.write_text(f"{column},name\n" + "".join(f"{k},c{k}\n" for k in range(1, 12)))
+    assert read_titles(str(file)) == [f"c{k}" for k in range(1, 12)]
+    file.write_text(f"{column},name\n1,bright\n0,dark\n")
+    with pytest.raises(UserError, match=f"names.csv: the rows are not in the order of the column {column}; sort them"):
+        read_titles(str(file))
+
+
+def test_a_class_without_a_name_is_refused(tmp_path):
+    (tmp_path / "names.csv").write_text("wnid,name\nn01,bright\n,dark\n")
+    with pytest.raises(UserError, match=r"--class_list .*names.csv: class 1 has no name"):
+        read_class_list(str(tmp_path / "names.csv"))
