@@ -133,6 +133,15 @@ def summarize_history(history: list[dict], best: dict) -> dict:
     }
 
 
+def lower_classifier_rate(options: dict) -> tuple[str, bool]:
+    """Return RunKind.lower_rate: how to train at a lower rate, and whether a resumed run can."""
+    if options["scheduler"] == "points":  # they are absolute rates
+        return "lower rates in --lr_points", True
+    if options["scheduler"] == "onecycle":  # fixed for the run: see check_resume_options()
+        return "a lower --max_lr" if options["max_lr"] else "a lower --lr", False
+    return "a lower --lr", True
+
+
 CLASSIFIER = RunKind(
     name="classifier",
     resolve=resolve_options,
@@ -143,6 +152,7 @@ CLASSIFIER = RunKind(
     metric="{split}_top1",
     best_columns=["test_top1"],
     timed_parts=["mixing", "saliency"],
+    lower_rate=lower_classifier_rate,
 )
 
 

@@ -280,9 +280,29 @@ class Run:
         barrier()  # the first process that exits ends all others: wait for the one that saves
         scaler, lr = self.state.scaler, self.state.optimizer.param_groups[0]["lr"]
         scale = f", loss scale {scaler.get_scale():g}" if scaler and scaler.is_enabled() else ""
-        return UserError(
-            f"{error}, current lr {lr:g}{scale}{saved}\ntry {self.kind.nonfinite_remedy}; {self.format_resume_hint()}"
-        )
+        resume = f"{self.log.resume_flag} {self.log.last}" if not self.log.off and self.log.last.exists() else None
+        remedies = list_nonfinite_remedies(self.kind.lower_rate(self.options), self.options, self.precision, resume)
+        return UserError(f"{error}, current lr {lr:g}{scale}{saved}\n{'; or '.join(remedies)}")
+
+
+def list_nonfinite_remedies(
+    lower_rate: tuple[str, bool], options: dict, precision: torch.dtype | None, resume: str | None
+) -> list[str]:
+    """Return what can be done after a NaN or infinite loss, with options that this run takes and does not have yet.
+
+    lower_rate: see RunKind. resume: the option that resumes the run; None: it has no checkpoint.
+    """
+    rate, rate_changes = lower_rate
+    clip = "--clip_grad 1" if options.get("clip_grad", 1) == 0 or options.get("clip_grad", 1) > 1 else ""
+    amp = {torch.float16: "--amp bf16 or off", torch.bfloat16: "--amp off"}.get(precision, "")
+    if resume is None:
+        return [f"start another run with {' or '.join(filter(None, (rate, clip, amp)))}"]
+    forced = " or ".join(filter(None, (rate if rate_changes else "", clip)))
+    return [
+        *([f"resume with {resume} --force_config and {forced}"] if forced else []),
+        *([f"resume with {resume} and {amp}"] if amp else []),
+        *([] if rate_changes else [f"start another run with {rate}"]),
+    ]
 
 
 def format_precision(name: str) -> str:

@@ -43,7 +43,8 @@ class RunKind:
     choose_folder: Callable = choose_run_folder  # (options, checkpoint to resume, locate_runs) -> the run folder
     folder_type: type[RunFolder] = RunFolder
     stats_type: type[EpochStats] = EpochStats
-    nonfinite_remedy: str = "a lower --lr, --clip_grad 1, or --amp bf16 or off"  # advice after a NaN or infinite loss
+    # options -> the advice that lowers the learning rate, and whether --force_config applies it to a resumed run
+    lower_rate: Callable[[dict], tuple[str, bool]] = lambda options: ("a lower --lr", True)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from engine.training.run_folder import RunFolder
 from engine.training.start import RunKind, Start
 from saliency.casm.network import SUFFIX, CasmNetwork
 from saliency.casm.setup import RESUME_RULES, resolve_options
-from saliency.casm.training import NONFINITE_REMEDY, CasmStats
+from saliency.casm.training import CasmStats
 
 LOG_COLUMNS = {  # published title -> key of the history; each is logged for training and for evaluation images
     "accuracy": "accuracy",
@@ -200,5 +200,5 @@ CASM_RUN = RunKind(
     choose_folder=choose_checkpoint,
     folder_type=CasmFolder,
     stats_type=CasmStats,
-    nonfinite_remedy=NONFINITE_REMEDY,
+    lower_rate=lambda options: ("a lower --lr-casme" + (" or --lr" if not options["fixed_classifier"] else ""), False),
 )

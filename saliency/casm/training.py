@@ -22,7 +22,7 @@ from engine.runtime.checkpoint import Checkpoint
 from engine.runtime.device import autocast, get_rng_state, set_rng_state
 from engine.training.loop import LossCheck
 from engine.training.monitor import EpochMonitor
-from engine.training.running_sums import EpochStats
+from engine.training.running_sums import EpochStats, NonFiniteLoss
 from engine.training.state import TrainingState
 from saliency.casm.metrics import MaskStatistics
 from saliency.casm.network import CasmNetwork
@@ -30,7 +30,6 @@ from saliency.casm.pool import ClassifierPool
 from saliency.gradient import in_mode
 
 MAX_DECODER_GRAD_NORM = 10.0  # as published
-NONFINITE_REMEDY = "a lower --lr or --lr-casme, or --amp off"
 LOSSES = ("clean_loss", "masked_loss", "total")
 PROGRESS = {"acc": "accuracy", "masked-out acc": "masked_accuracy", "area": "avg_mask", "confused": "confused"}
 
@@ -317,15 +316,20 @@ def can_train_on_one_image(classifier: nn.Module, images: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def evaluate(
-    network: CasmNetwork, loader: DeviceLoader, config: StepConfig, *, progress: Callable | None = None
+    network: CasmNetwork,
+    loader: DeviceLoader,
+    config: StepConfig,
+    *,
+    step: int = 0,
+    progress: Callable | None = None,
 ) -> dict[str, float]:
     """Return the means of CasmStats over all batches, with the current classifier and in evaluation mode.
 
-    Raises UserError if a loss is NaN or infinite.
+    step: of the run so far. Raises NonFiniteLoss if a loss is NaN or infinite.
     """
     network.eval()
     stats = CasmStats()
-    for step, batch in enumerate(loader.epoch()):
+    for number, batch in enumerate(loader.epoch(), 1):
         with autocast(loader.device, config.precision):
             masks, logits = network(batch.images)
             masked_logits = network.classifier(batch.images * (1 - masks)).float()
@@ -334,9 +338,9 @@ def evaluate(
         )
         stats.add_step(loss | {"masks": masks, "clean_loss": F.cross_entropy(logits, batch.labels)})
         if progress:
-            progress(step + 1)
+            progress(number)
     loader.count_unreadable()  # raises an error if no image is left
     means = stats.means()
     if bad := [key for key in LOSSES if not math.isfinite(means[key])]:
-        raise UserError(f"{bad[0]} of the evaluation images is NaN or infinite\ntry {NONFINITE_REMEDY}")
+        raise NonFiniteLoss(step, torch.tensor([]), step, what=f"{bad[0]} of the evaluation images", evidence={})
     return means

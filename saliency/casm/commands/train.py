@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> dict:
     lines = setup.describe_run(data, state, iterations, **select_kwargs(options, setup.describe_run))
     run.log_header(lines, notes)
     if not start.saved:
-        accuracy = evaluate(network, subset_loader, config)["accuracy"]
+        with run.save_on_interrupt():
+            accuracy = evaluate(network, subset_loader, config)["accuracy"]
         subset_loader.close()
         run.log.say("\n".join(setup.list_accuracy_notes(accuracy, len(data.classes))))
 
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> dict:
             with run.monitor(epoch) as monitor:
                 row = train_one_epoch(state, train_loader, config, epoch=epoch, iterations=iterations, monitor=monitor)
             with runtime.Progress("evaluating", len(test_loader), bar=run.bar, lines=False) as progress:
-                held_out = evaluate(network, test_loader, config, progress=progress)
+                held_out = evaluate(network, test_loader, config, step=run.step, progress=progress)
             run.end_epoch(row | {f"val_{key}": value for key, value in held_out.items() if key != "images"})
             for loader in (train_loader, test_loader):
                 if count := loader.count_unreadable():

@@ -539,7 +539,7 @@ def test_checkpoints_of_the_version_that_saved_only_between_epochs_resume(tmp_pa
 
 def test_a_nonfinite_loss_saves_its_batch_and_weights(tmp_path, classifier):
     with pytest.raises(
-        UserError, match="try a lower --lr or --lr-casme, or --amp off; there is no checkpoint"
+        UserError, match="\nstart another run with a lower --lr-casme or --lr( or --amp off)?$"
     ) as caught:
         casm_train.main(build_command(tmp_path, classifier, "--lr", "1e30", "--print-freq", "1"))
     assert "current lr 1e+30; the weights" in str(caught.value) and "loss scale" not in str(caught.value)
