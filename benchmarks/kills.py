@@ -70,12 +70,12 @@ def compare(method: str, kills: int, epochs: int, root: Path, rng: random.Random
     resume_command = [*command, "--name", killed_run.name, "--checkpoint", "auto"]
     killed = during_saves = 0
     while killed < kills:
-        side_file = killed_run / (".last.pt.part" if killed % 4 == 1 else ".best.pt.part")
+        side_files = ".last.pt.part*" if killed % 4 == 1 else ".best.pt.part*"
         process = subprocess.Popen(resume_command, **quiet)
         end = time.monotonic() + rng.uniform(1, 3 + epochs / kills) * epoch_time
         hit = False
         while not hit and process.poll() is None and (killed % 2 or time.monotonic() < end):
-            hit = killed % 2 and side_file.exists() and rng.random() < 0.3
+            hit = killed % 2 and any(killed_run.glob(side_files)) and rng.random() < 0.3
             time.sleep(0.0005)
         process.send_signal(signal.SIGKILL)
         if process.wait() == -signal.SIGKILL:

@@ -32,6 +32,7 @@ from engine.data.image_set import Data, ImageSet
 from engine.data.listing import filter_images, walk_files
 from engine.errors import UserError
 from engine.runtime.distributed import count_cores_per_process
+from engine.runtime.files import make_side_path
 from engine.runtime.progress import progress_bar
 
 LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # label lists, copied unchanged
@@ -157,7 +158,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     The file is not flushed to disk, unlike in engine.runtime.files: a million flushes take hours, and the originals
     still exist. Raises UserError if the file cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.part")
+    temporary = make_side_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -8,14 +8,13 @@ import pickle
 import platform
 import shutil
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, TypedDict
 
 import torch
 
 from engine.errors import UserError, explain_missing
-from engine.runtime.files import delay_interrupt, write_atomic
+from engine.runtime.files import delay_interrupt, make_side_path, write_atomic
 from engine.runtime.safe_unpickle import PLACEHOLDER_PICKLE
 
 FORMAT = 2
@@ -111,9 +110,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy if the file system has no hard links. An existing `target` is
     replaced atomically.
     """
-    side = target.with_name(f".{target.name}.part")
-    with suppress(FileNotFoundError):
-        side.unlink()
+    side = make_side_path(target)
     try:
         os.link(source, side)
     except OSError:

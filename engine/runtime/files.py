@@ -8,8 +8,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 from engine.errors import UserError
+
+MAX_STEM_BYTES = 220  # of a side file, whose name has an ending; most file systems allow 255
 
 
 @contextmanager
@@ -28,6 +31,15 @@ def delay_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def make_side_path(path: Path) -> Path:
+    """Return a new name beside `path` for a file that will be renamed to it.
+
+    It names the process, and no two calls return the same: processes in two containers can have the same number.
+    """
+    name = os.fsencode(path.name)[:MAX_STEM_BYTES].decode(errors="ignore")
+    return path.with_name(f".{name}.part-{os.getpid()}-{uuid4().hex[:8]}")
+
+
 def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Callable[[], None] = lambda: None) -> None:
     """Write a file atomically: write(side) fills a side file, which is flushed to disk and renamed to `path`.
 
@@ -35,7 +47,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
     file is then unchanged.
     """
     path = Path(path)
-    side = path.with_name(f".{path.name}.part")
+    side = make_side_path(path)
     try:
         write(side)
         with open(side, "rb+") as file:
@@ -50,13 +62,14 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
                 os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
         cause = "the disk is full: " if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20 else ""
-        with suppress(OSError):
-            side.unlink()
         kept = "the old file is intact" if path.exists() else "no partial file is left"
         raise UserError(
             f"could not write {path}: {cause}{str(error).splitlines()[0]}\n"
             f"{kept}; free disk space or write elsewhere, then resume a run with --checkpoint"
         ) from error
+    finally:
+        with suppress(OSError):  # it is gone unless an error or Ctrl-C came before the rename
+            side.unlink()
 
 
 def write_json(path: Path, content: dict) -> None:

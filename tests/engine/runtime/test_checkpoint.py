@@ -15,7 +15,7 @@ from support import ROOT
 
 from engine.errors import UserError
 from engine.runtime.checkpoint import find_checkpoint, read_checkpoint, read_file, save_checkpoint
-from engine.runtime.files import delay_interrupt, write_atomic
+from engine.runtime.files import delay_interrupt, make_side_path, write_atomic
 from engine.runtime.foreign_weights import extract_weights, load_weights
 from models import build_model, find_matching_models
 
@@ -210,6 +210,32 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(UserError, match="No space left on device\nthe old file is intact"):
         write_atomic(file, fail)
     assert file.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_two_processes_can_write_one_file_at_once(tmp_path):
+    """Each needs a side file of its own: one renamed that of the other, which then failed or was cut short."""
+    file = tmp_path / (250 * "n")
+
+    def write(side):
+        side.write_text("first, ")
+        write_atomic(file, lambda other: other.write_text("second"))
+        assert file.read_text() == "second"
+        with open(side, "a") as half:
+            half.write("whole")
+
+    write_atomic(file, write)
+    assert file.read_text() == "first, whole" and list(tmp_path.iterdir()) == [file]
+    assert f".part-{os.getpid()}-" in make_side_path(file).name and make_side_path(file) != make_side_path(file)
+
+
+def test_ctrl_c_within_a_write_leaves_no_side_file(tmp_path):
+    def stop(side):
+        side.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(tmp_path / "f", stop)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
