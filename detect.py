@@ -11,8 +11,10 @@ from engine.config.parser import check_output_path, read_config
 from engine.config.resolve import read_options
 from engine.config.select import select_kwargs
 from engine.launch import run_main
+from engine.runtime.claim import releasing_claims
 
 
+@releasing_claims
 def main(argv: list[str] | None = None) -> dict | None:
     """Train or evaluate a detector. Returns the content of results.json; None in the other processes."""
     # ---- Options ----

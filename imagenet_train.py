@@ -14,6 +14,7 @@ from engine.config.select import select_kwargs
 from engine.config.training_options import add_training_options
 from engine.config.unused_options import collect_image_notes, collect_mixing_notes
 from engine.launch import run_main
+from engine.runtime.claim import releasing_claims
 
 IMAGE_SIZE = 224  # default side of the images in pixels
 
@@ -31,6 +32,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@releasing_claims
 def main(argv: list[str] | None = None) -> dict | None:
     """Train a classifier and return the content of result.json. argv: the command line by default."""
     # ---- Options ----

@@ -13,6 +13,7 @@ from engine.config.select import select_kwargs
 from engine.config.training_options import add_training_options
 from engine.config.unused_options import collect_mixing_notes
 from engine.launch import run_main
+from engine.runtime.claim import releasing_claims
 
 
 def build_parser() -> Parser:
@@ -28,6 +29,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@releasing_claims
 def main(argv: list[str] | None = None) -> dict | None:
     """Train a classifier and return the content of result.json. argv: the command line by default."""
     # ---- Options ----

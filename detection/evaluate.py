@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ from engine.runtime.distributed import broadcast_from_main, is_main_process, shu
 from engine.runtime.files import write_atomic, write_json
 from engine.runtime.progress import Progress, progress_bar, use_progress_bar
 from engine.runtime.text import format_count
-from engine.training.run_folder import RunFolder, choose_run_folder
+from engine.training.run_folder import RunFolder, claim_new_folder
 from engine.training.start import start_processes
 from engine.training.state import place_network
 
@@ -98,8 +97,8 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     detector = place_network(detector, device, options["channels_last"], sync_bn=False)
 
     # ---- Run folder ----
-    named = options | {"name": options["name"] or f"evaluate_{datetime.now():%Y%m%d-%H%M%S}", "overwrite": False}
-    folder = broadcast_from_main(lambda: choose_run_folder(named, None, locate_detector_runs))
+    kept = options | {"overwrite": False}
+    folder = broadcast_from_main(lambda: claim_new_folder(kept, locate_evaluations, RunFolder))
     log = RunFolder(folder, off=options["log_off"] or not is_main_process())
     log.write_config(options, device, kind=KIND)
     log.say(test.summary("test"))
@@ -124,6 +123,11 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
         report_result(log, result, test, summary, **select_kwargs(options, report_result))
     shut_down_processes()
     return summary
+
+
+def locate_evaluations(options: dict) -> tuple[Path, str]:
+    """Return the folder of detector runs, and the prefix of the names of unnamed evaluations."""
+    return locate_detector_runs(options)[0], "evaluate"
 
 
 def report_result(

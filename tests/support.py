@@ -1,7 +1,10 @@
 """Helpers that tests of several packages share."""
 
+import fcntl
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -102,3 +105,14 @@ def run_in_two_processes(job, folder: Path, num_ports: int = 1):
     ports = [find_free_port() for _ in range(num_ports)]
     torch.multiprocessing.spawn(run_rank, (job, ports, folder / "result.pt"), nprocs=2)
     return torch.load(folder / "result.pt")
+
+
+@contextmanager
+def hold_lock(lock: Path) -> Iterator[None]:
+    """Lock a file as another process does that writes to its folder; the file stays, as after a kill."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        file.write("process 1 on there")
+        file.flush()
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,6 +1,7 @@
 """End-to-end tests of detect.py on a few drawn scenes."""
 
 import csv
+import datetime
 import functools
 import json
 import os
@@ -9,16 +10,20 @@ import signal
 import numpy as np
 import pytest
 import torch
+from support import hold_lock
 from torchvision.models.detection import faster_rcnn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 import detect
+from detection.evaluate import locate_evaluations
 from detection.metrics import Detections, GroundTruth, voc_metrics
 from detection.options import build_parser
 from detection.recipes import RECIPES
 from detection.resolve import resolve_options, scale_schedule
 from detection.run import build_scheduler
 from engine.errors import Terminated, UserError
+from engine.runtime.claim import release_claims
+from engine.training import run_folder
 from models import build_model
 
 TINY = "--dataset shapes --limit 6 --batch_size 2 --min_size 64 --max_size 128 --rois 8 --proposals 20 10 --amp off"
@@ -209,6 +214,23 @@ def test_saved_detections_give_the_same_metrics(run, tmp_path):
     again = voc_metrics(lists, truths, test.classes)
     assert 100 * again["map"] == pytest.approx(result["figures"]["VOC mAP@0.5 (area)"], abs=1e-9)
     assert sum(len(some) for some in results.values()) > 0
+
+
+def test_detector_runs_and_evaluations_take_a_folder_of_their_own(run, tmp_path, monkeypatch):
+    class Clock:
+        @staticmethod
+        def now():
+            return datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    options = {"root_dir": tmp_path, "dataset": "voc", "recipe": "paper", "name": None, "overwrite": False}
+    parent = tmp_path / "voc" / "frcnn"
+    with hold_lock(parent / "evaluate_20260102-030405" / ".lock"):
+        folder = run_folder.claim_new_folder(options, locate_evaluations, run_folder.RunFolder)
+    assert folder == parent / "evaluate_20260102-030405-2"
+    release_claims()
+    with hold_lock(tmp_path / "shapes" / "frcnn" / "two" / ".lock"), pytest.raises(UserError, match="two is in use"):
+        run("--iters", "1", name="two")
 
 
 def test_finished_run_is_evaluated_again(run, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, same_state, shapes_command, write_class_folders
+from support import ROOT, hold_lock, same_state, shapes_command, write_class_folders
 
 import engine.config.select
 import engine.training.run_folder
@@ -116,15 +116,15 @@ def run_and_kill(command: list[str], seconds: float, when=lambda: False) -> int:
 
 def test_a_run_killed_during_a_save_resumes_exactly(shapes_run, tmp_path):
     whole = shapes_run(method="saliencymix", epochs=3)
-    run, side_file = whole.parent / "killed", whole.parent / "killed" / ".last.pt.part"
+    run = whole.parent / "killed"
     command = shapes_command(tmp_path, "--checkpoint", "auto", name="killed", method="saliencymix", epochs=3)
-    assert run_and_kill(command, 60, when=lambda: side_file.exists()) == -signal.SIGKILL
+    assert run_and_kill(command, 60, when=lambda: any(run.glob(".last.pt.part*"))) == -signal.SIGKILL
     first = load_checkpoint(run)["epoch"] if (run / "last.pt").exists() else 0
-    run_and_kill(command, 60, when=lambda: side_file.exists() and (run / "last.pt").exists())
+    run_and_kill(command, 60, when=lambda: any(run.glob(".last.pt.part*")) and (run / "last.pt").exists())
     second = load_checkpoint(run)["epoch"] if (run / "last.pt").exists() else 0
     assert first <= second
     train.main(command)
-    assert same_run(whole, run) and not list(run.glob(".*.part"))
+    assert same_run(whole, run) and not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize("method", ["sage", "rlmix", "puzzlemix saliencymix --saliency bank"])
@@ -301,17 +301,65 @@ def test_a_copied_checkpoint_resumes_in_the_folder_of_its_dataset(shapes_run, tm
 
 
 def test_runs_of_the_same_second_get_different_folders(tmp_path, monkeypatch):
+    """Also if the first has written nothing yet: two runs started by one script shared a folder."""
+
     class Clock:
         @staticmethod
         def now():
             return datetime.datetime(2026, 1, 2, 3, 4, 5)
 
     monkeypatch.setattr(engine.training.run_folder, "datetime", Clock)
+    folder = tmp_path / "shapes" / "resnet20"
     command = [word for word in shapes_command(tmp_path, epochs=1) if word not in ("--name", "run")]
-    train.main(command)
-    train.main(command)
-    names = sorted(path.name for path in (tmp_path / "shapes" / "resnet20").iterdir())
-    assert names == ["none_20260102-030405", "none_20260102-030405-2"]
+    with hold_lock(folder / "none_20260102-030405" / ".lock"):
+        train.main(command)
+        train.main(command)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [f"none_20260102-030405{end}" for end in ("", "-2", "-3")]
+    assert not list(folder.glob("*-[23]/.*")) and len(list(folder.glob("*/last.pt"))) == 2
+
+
+def test_a_run_that_is_in_use_is_not_resumed_replaced_or_started_again(shapes_run, tmp_path):
+    """A doubled --checkpoint auto, and the same --name twice."""
+    run = shapes_run("--scheduler", "constant", epochs=1)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    refused = r"run is in use: process 1 on there writes to it\n.*delete .*run/.lock$"
+    for words in (["--checkpoint", "auto"], ["--checkpoint", str(run / "best.pt")], ["--overwrite"], []):
+        with hold_lock(run / ".lock"), pytest.raises(UserError, match=refused):
+            shapes_run(*words, "--scheduler", "constant", epochs=2)
+    with hold_lock(run.parent / "young" / ".lock"), pytest.raises(UserError, match="young is in use"):
+        shapes_run(name="young")  # before its first checkpoint
+    kept = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
+    assert kept == before
+    shapes_run("--checkpoint", "auto", "--scheduler", "constant", epochs=2)  # with the file that a killed run leaves
+    assert load_checkpoint(run)["epoch"] == 2 and not (run / ".lock").exists()
+
+
+def test_auto_without_a_run_says_where_it_looked(shapes_run, tmp_path, capsys):
+    shapes_run(name="mixed_1", epochs=1)
+    capsys.readouterr()
+    shapes_run("--checkpoint", "auto", name="mixde_1", epochs=1)
+    out, parent = capsys.readouterr().out, tmp_path / "shapes" / "resnet20"
+    assert f"note: --checkpoint auto: A NEW RUN STARTS, for there is none to resume at {parent / 'mixde_1'}; " in out
+    assert f"runs in {parent}: mixed_1; did you mean mixed_1?\n" in out
+    with pytest.raises(UserError, match=r"no run to evaluate at .*; a run of this name is in .*mixed_1\n"):
+        train.main(f"--evaluate --dataset cifar10 --root_dir {tmp_path} --checkpoint auto --name mixed_1".split())
+
+
+def test_leftovers_of_another_run_do_not_stay_beside_a_new_one(shapes_run, tmp_path):
+    run = tmp_path / "shapes" / "resnet20" / "run"
+    run.mkdir(parents=True)
+    for name in ("best.pt", "result.json", ".last.pt.part-1-0123abcd", "notes.md"):
+        (run / name).write_text("of a run that was killed in its first save")
+    (run / "log.csv").write_text("epoch,loss\n")
+    shapes_run("--scheduler", "constant", epochs=1)
+    assert load_checkpoint(run)["epoch"] == 1 and (run / "notes.md").exists()
+    assert torch.load(run / "best.pt")["epoch"] == 1 and not list(run.glob(".*"))
+    (run / "last.pt").unlink()
+    with pytest.raises(UserError, match=r"last.pt is missing\nresume it with --checkpoint .*best.pt, or replace"):
+        shapes_run(epochs=1)
+    shapes_run("--checkpoint", str(run / "best.pt"), "--scheduler", "constant", epochs=2)
+    assert load_checkpoint(run)["epoch"] == 2
 
 
 def test_several_methods_report_their_saliency_time(shapes_run):

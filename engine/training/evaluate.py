@@ -20,7 +20,7 @@ from engine.runtime.device import setup_backends
 from engine.runtime.distributed import is_main_process, shut_down_processes
 from engine.runtime.foreign_weights import load_weights
 from engine.runtime.progress import Progress, progress_bar
-from engine.training.run_folder import find_resume, locate_classifier_runs
+from engine.training.run_folder import RunFolder, describe_search, find_resume, locate_classifier_runs
 from engine.training.start import start_processes
 from engine.training.state import TrainingState
 
@@ -68,9 +68,11 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
     models: the package `models`. Raises UserError if there is no checkpoint.
     """
     # ---- Checkpoint and options ----
-    path = find_resume(fill_in_options(typed, {}, parser.defaults), locate_classifier_runs)
+    search = fill_in_options(typed, {}, parser.defaults)
+    path = find_resume(search, locate_classifier_runs)
     if path is None:
-        raise UserError("--checkpoint auto: found no run to evaluate; name its folder or a checkpoint file")
+        found = describe_search(search, locate_classifier_runs, RunFolder)
+        raise UserError(f"--checkpoint auto: no run to evaluate at {found}\nname its folder or a checkpoint file")
     file = SavedClassifier(path)
     if not file.options and "dataset" not in typed:
         parser.error(f"--dataset is missing: {path} does not record what it was trained on")

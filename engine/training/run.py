@@ -66,8 +66,7 @@ class Run:
             self.load_checkpoint(start.saved)
         self.finished_before = bool(start.saved) and not self.epochs
         off = self.options.get("log_off", False) or not is_main_process()
-        fresh = self.options["overwrite"] and not start.saved
-        self.log = self.kind.folder_type(start.folder, off=off, fresh=fresh, columns=self.kind.columns)
+        self.log = self.kind.folder_type(start.folder, off=off, fresh=not start.saved, columns=self.kind.columns)
 
     @property
     def epochs(self) -> range:

@@ -1,23 +1,29 @@
 """The run folder: configuration, log, checkpoints and result of a run."""
 
 import csv
+import glob
 import io
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, suggest_closest
 from engine.runtime.checkpoint import Checkpoint, find_checkpoint, get_versions, save_checkpoint
+from engine.runtime.claim import check_claim, claim, read_owner
 from engine.runtime.files import write_atomic, write_json
 
 SECRET_OPTIONS = {"wandb_key"}
+CHECKPOINTS = ("last.pt", "previous.pt", "epoch_*.pt", "phase_*.pt", "best.pt")
+RUN_FILES = (*CHECKPOINTS, "log.txt", "log.csv", "result.json", "results.json", "curves.png", "nonfinite.*")
+NAMES_SHOWN = 5  # of other runs, in a message
+SIDE_FILES = ".*.part*"  # of a process that was killed while it wrote
 
 
 def locate_classifier_runs(options: dict) -> tuple[Path, str]:
@@ -39,56 +45,63 @@ def find_resume(options: dict, locate_runs: Callable) -> Path | None:
     return folder / "last.pt" if (folder / "last.pt").exists() else None
 
 
-def choose_run_folder(options: dict, resume: Path | None, locate_runs: Callable) -> Path:
-    """Return the folder to write to: that of the resumed run, else a new one, for classifiers
-    root_dir/dataset/model/name.
-
-    resume: the checkpoint to resume from. Raises UserError if the folder already holds another run.
-    """
-    if resume and (resume.parent / "config.json").is_file():
-        return resume.parent
-    parent, prefix = locate_runs(options)
-    if options["name"]:
-        folder = parent / options["name"]
-    else:
-        base = f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}"
-        names = (base + (f"-{number}" if number > 1 else "") for number in itertools.count(1))
-        folder = next(parent / name for name in names if not (parent / name).exists())
-    if (folder / "last.pt").exists() and not options["overwrite"] and not options["log_off"]:
-        raise UserError(
-            f"{folder} already holds a run\nresume it with --checkpoint auto --name {folder.name}, replace it with "
-            "--overwrite, or choose another --name"
-        )
-    if (folder / "previous.pt").exists() and not options["overwrite"] and not options["log_off"]:
-        raise UserError(
-            f"{folder} holds a run whose last.pt is missing\nresume from the epoch before with --checkpoint "
-            f"{folder / 'previous.pt'}, or replace the run with --overwrite"
-        )
-    return folder
-
-
 class RunFolder:
     """The files of a run.
 
-    off: write nothing, as in all processes but the main one. fresh: delete the checkpoints of an earlier run in the
-    folder, so that none is mistaken for one of this run. columns: of log.csv. Raises UserError if the folder cannot be
-    created.
+    off: write nothing, as in all processes but the main one. fresh: delete the files of an earlier run in the folder,
+    so that none is mistaken for one of this run. columns: of log.csv. Raises UserError if the folder cannot be created.
     """
 
-    resume_flag = "--checkpoint"
+    resume_flag, parent_flag, suffix = "--checkpoint", "--root_dir", ""
 
     def __init__(self, path: Path, *, off: bool = False, fresh: bool = False, columns: Sequence[str] = ()):
         self.path, self.off, self.columns = Path(path), off, columns
         self.trackers = []
         if not off:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                for stale in [*self.path.glob("*.pt"), *self.path.glob(".*.part")] if fresh else []:
-                    stale.unlink()
-            except OSError as error:
-                raise UserError(
-                    f"cannot create the run folder {self.path}: {error.strerror}; choose another place with --root_dir"
-                ) from error
+            with explain_folder_errors(self.path, self.parent_flag):
+                self.get_lock(self.path).parent.mkdir(parents=True, exist_ok=True)
+                for stale in self.list_stale(fresh):
+                    stale.unlink(missing_ok=True)
+
+    @staticmethod
+    def get_lock(path: Path) -> Path:
+        """Return the file by which a process claims the run folder `path`."""
+        return path / ".lock"
+
+    @staticmethod
+    def find(checkpoint: Path) -> Path | None:
+        """Return the run folder of a checkpoint; None if the file lies elsewhere."""
+        return checkpoint.parent if (checkpoint.parent / "config.json").is_file() else None
+
+    @staticmethod
+    def list_runs(parent: Path) -> list[str]:
+        """Return the names of the runs in a folder that can be resumed."""
+        return sorted(file.parent.name for file in parent.glob("*/last.pt"))
+
+    @staticmethod
+    def find_namesakes(parent: Path, name: str) -> list[Path]:
+        """Return the runs of this name on other data sets or models."""
+        return sorted(file.parent for file in parent.parent.parent.glob(f"*/*/{glob.escape(name)}/last.pt"))
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise UserError, with the remedy, if the folder already holds a run."""
+        if (path / "last.pt").exists():
+            raise UserError(
+                f"{path} already holds a run\nresume it with --checkpoint auto --name {path.name}, replace it with "
+                "--overwrite, or choose another --name"
+            )
+        kept = [file for pattern in CHECKPOINTS for file in sorted(path.glob(pattern), reverse=True)]
+        if kept and ((path / "previous.pt").exists() or count_lines(path / "log.csv") > 1):  # else of no finished epoch
+            raise UserError(
+                f"{path} holds a run whose last.pt is missing\nresume it with --checkpoint {kept[0]}, or replace the "
+                "run with --overwrite"
+            )
+
+    def list_stale(self, fresh: bool) -> Iterator[Path]:
+        """Yield the side files of killed processes and, if fresh, the files of an earlier run."""
+        for pattern in (SIDE_FILES, *(RUN_FILES if fresh else ())):
+            yield from self.path.glob(pattern)
 
     @property
     def last(self) -> Path:
@@ -102,6 +115,7 @@ class RunFolder:
 
     def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
         """Write the checkpoints named in `also`, then last.pt; the last.pt before it becomes previous.pt."""
+        check_claim(self.get_lock(self.path))
         for name in also:
             save_checkpoint(self.path / name, content)
         save_checkpoint(self.last, content, keep_previous=True)
@@ -146,6 +160,76 @@ class RunFolder:
     def write_result(self, result: dict) -> None:
         if not self.off:
             write_json(self.path / "result.json", result)
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a text file, 0 if there is none."""
+    return len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+
+
+@contextmanager
+def explain_folder_errors(path: Path, parent_flag: str) -> Iterator[None]:
+    """Raise UserError for a run folder that cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot create the run folder {path}: {error.strerror}; choose another place with {parent_flag}"
+        ) from error
+
+
+def describe_search(options: dict, locate_runs: Callable, folder_type: type[RunFolder]) -> str:
+    """Return where a resume with `auto` has looked in vain, and which runs it could have meant, for a message."""
+    (parent, prefix), name = locate_runs(options), options["name"]
+    text = str(parent / ((name or f"{prefix}_date-time") + folder_type.suffix))
+    if names := folder_type.list_runs(parent):
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        text += f"; runs in {parent}: {', '.join(names[:NAMES_SHOWN])}{more}{suggest_closest(name or prefix, names)}"
+    if name and (others := folder_type.find_namesakes(parent, name)):
+        text += f"; a run of this name is in {others[0]}"
+    return text
+
+
+def writes_files(options: dict) -> bool:
+    return not (options.get("log_off") or options.get("profile"))
+
+
+def claim_folder(path: Path, folder_type: type[RunFolder], wait: float = 0.0) -> Path:
+    """Claim a run folder for this process and return it. wait: seconds to wait for another process to end.
+
+    Raises UserError if another process has it.
+    """
+    lock = folder_type.get_lock(path)
+    with explain_folder_errors(path, folder_type.parent_flag):
+        claimed = claim(lock, wait=wait)
+    if not claimed:
+        raise UserError(
+            f"{path} is in use: {read_owner(lock)} writes to it\nstop that process or wait for its end; a second run "
+            f"needs another --name; if that machine is gone, delete {lock}"
+        )
+    return path
+
+
+def claim_new_folder(options: dict, locate_runs: Callable, folder_type: type[RunFolder]) -> Path:
+    """Claim a folder for a new run: that of --name, or the first free one of NAME, NAME-2 ... with the date as NAME.
+
+    For classifiers it is root_dir/dataset/model/NAME. With --log_off and --profile, which write no files, it stays
+    unclaimed. Raises UserError if the folder of --name is in use or already holds another run.
+    """
+    parent, prefix = locate_runs(options)
+    if options["name"]:
+        path = parent / (options["name"] + folder_type.suffix)
+        if writes_files(options):
+            claim_folder(path, folder_type)
+            if not options["overwrite"]:
+                folder_type.check_free(path)
+        return path
+    base = f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        path = parent / (base + (f"-{number}" if number > 1 else "") + folder_type.suffix)
+        with explain_folder_errors(path, folder_type.parent_flag):
+            if not path.exists() and (not writes_files(options) or claim(folder_type.get_lock(path), new=True)):
+                return path
 
 
 def get_public_options(options: dict) -> dict:

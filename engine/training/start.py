@@ -8,20 +8,31 @@ import torch
 
 from engine.config.parser import Parser
 from engine.runtime.checkpoint import Checkpoint, read_checkpoint
+from engine.runtime.claim import has_locks
 from engine.runtime.device import choose_device, choose_precision, setup_backends
 from engine.runtime.distributed import (
     broadcast_from_main,
     check_same_value,
     init_processes,
+    is_main_process,
     load_across_restarts,
     restart_count,
     store_across_restarts,
 )
-from engine.training.run_folder import RunFolder, choose_run_folder, find_resume
+from engine.training.run_folder import (
+    RunFolder,
+    claim_folder,
+    claim_new_folder,
+    describe_search,
+    find_resume,
+    writes_files,
+)
 from engine.training.running_sums import EpochStats
 
 # options that may differ between processes
 MACHINE_OPTIONS = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
+
+RESTART_SECONDS = 30.0  # after a restart by torchrun: time for the earlier main process, perhaps elsewhere, to end
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,6 @@ class RunKind:
     progress_unit: str = "epoch"  # or "step", the unit in which a resumed run reports its progress
     draw_nonfinite: Callable | None = None  # (path, evidence, classes): draw the batch with a NaN or infinite loss
     find_resume: Callable = find_resume  # (options, locate_runs) -> the checkpoint to resume, or None
-    choose_folder: Callable = choose_run_folder  # (options, checkpoint to resume, locate_runs) -> the run folder
     folder_type: type[RunFolder] = RunFolder
     stats_type: type[EpochStats] = EpochStats
     # options -> the advice that lowers the learning rate, and whether --force_config applies it to a resumed run
@@ -79,7 +89,7 @@ def start_run(parser: Parser, typed: dict, options: dict, notes: list[str], kind
     if the folder already holds another run.
     """
     device = start_processes(options["device"], options.get("timeout", 0.0))
-    options, saved, folder = resume_or_start(parser, typed, options, kind)
+    options, saved, folder = resume_or_start(parser, typed, options, kind, notes)
     setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
     precision, text = choose_precision(options["amp"], device)
     return Start(kind, options, saved, folder, device, precision, f"{device}, {text}", notes)
@@ -95,8 +105,10 @@ def start_processes(device: str, timeout: float) -> torch.device:
     return chosen
 
 
-def resume_or_start(parser: Parser, typed: dict, options: dict, kind: RunKind) -> tuple[dict, Checkpoint | None, Path]:
-    """Return the options, the checkpoint to resume (None: a new run), and the run folder.
+def resume_or_start(
+    parser: Parser, typed: dict, options: dict, kind: RunKind, notes: list[str]
+) -> tuple[dict, Checkpoint | None, Path]:
+    """Return the options, the checkpoint to resume (None: a new run), and the run folder. Adds to the notes.
 
     If a run is resumed, the options are those of its checkpoint, with the typed ones that may change.
     """
@@ -108,10 +120,28 @@ def resume_or_start(parser: Parser, typed: dict, options: dict, kind: RunKind) -
     common = {key: value for key, value in options.items() if key not in MACHINE_OPTIONS}
     check_same_value("options", common, "start every process with the same command")
     resume = broadcast_from_main(lambda: kind.find_resume(options, kind.locate_runs))
+    folder = earlier or (resume and kind.folder_type.find(resume))
+    if folder and writes_files(options):  # before the checkpoint is read, which another process may replace
+        wait = RESTART_SECONDS if restart_count() else 0.0
+        broadcast_from_main(lambda: claim_folder(Path(folder), kind.folder_type, wait))
     saved = broadcast_from_main(lambda: read_checkpoint(resume, kind.name)) if resume else None
     if saved:
         kind.check_resume(typed, saved["config"], force=options.get("force_config", False))
         options = kind.resolve(parser, typed, saved["config"])
-    folder = Path(earlier or broadcast_from_main(lambda: kind.choose_folder(options, resume, kind.locate_runs)))
+    if not folder:
+        folder = broadcast_from_main(lambda: claim_new_folder(options, kind.locate_runs, kind.folder_type))
     store_across_restarts("run folder", str(folder))
-    return options, saved, folder
+    if is_main_process():
+        notes[:0] = list_start_notes(options, resume, Path(folder), kind)
+    return options, saved, Path(folder)
+
+
+def list_start_notes(options: dict, resume: Path | None, folder: Path, kind: RunKind) -> list[str]:
+    """Return notes if there was no run to resume, and if a second run in the folder could not be refused."""
+    notes, flag = [], kind.folder_type.resume_flag
+    if not resume and options[flag.strip("-")] == "auto":
+        searched = describe_search(options, kind.locate_runs, kind.folder_type)
+        notes.append(f"{flag} auto: A NEW RUN STARTS, for there is none to resume at {searched}")
+    if writes_files(options) and not has_locks(kind.folder_type.get_lock(folder)):
+        notes.append(f"{folder}: no locks on this file system; if two runs write there, the one that began first stops")
+    return notes

@@ -2,8 +2,7 @@
 
 import glob
 import tempfile
-from collections.abc import Callable, Sequence
-from datetime import datetime
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from engine.data.loader import DeviceLoader
 from engine.drawing import figures
 from engine.errors import UserError
 from engine.runtime.checkpoint import Checkpoint, read_file, save_checkpoint
+from engine.runtime.claim import check_claim
 from engine.runtime.files import write_atomic
 from engine.training.run_folder import RunFolder
 from engine.training.start import RunKind, Start
@@ -54,18 +54,6 @@ def find_resume(options: dict, locate_runs: Callable) -> Path | None:
     return path if path.exists() else None
 
 
-def choose_checkpoint(options: dict, resume: Path | None, locate_runs: Callable) -> Path:
-    """Return the path of the run's checkpoint, NAME.chk. Raises UserError if it would overwrite another run."""
-    parent, prefix = locate_runs(options)
-    path = resume or parent / ((options["name"] or f"{prefix}_{datetime.now():%Y%m%d-%H%M%S}") + SUFFIX)
-    if not resume and path.exists() and not options["overwrite"]:
-        raise UserError(
-            f"{path} exists already\nresume the run with --resume {path}, start it again with --overwrite, or give "
-            "another --name"
-        )
-    return path
-
-
 def check_writable(folders: list[Path]) -> None:
     """Create these folders if they are missing. Raises UserError if one cannot be created or written to."""
     for folder in folders:
@@ -85,13 +73,35 @@ class CasmFolder(RunFolder):
     fresh: delete the checkpoint and pool of an earlier run of this name.
     """
 
-    resume_flag = "--resume"
+    resume_flag, parent_flag, suffix = "--resume", "--casms-path", SUFFIX
 
-    def __init__(self, path: Path, *, off: bool = False, fresh: bool = False, columns: Sequence[str] = ()):
-        super().__init__(path.parent, off=off, columns=columns)
-        self.path, self.name = path, path.name.removesuffix(SUFFIX)
-        for stale in [path, *self.find_pools()] if fresh else []:
-            stale.unlink(missing_ok=True)
+    @staticmethod
+    def get_lock(path: Path) -> Path:
+        return path.with_name(f".{path.name}.lock")
+
+    @staticmethod
+    def find(checkpoint: Path) -> Path:
+        return checkpoint
+
+    @staticmethod
+    def list_runs(parent: Path) -> list[str]:
+        return sorted(file.name.removesuffix(SUFFIX) for file in parent.glob(f"*{SUFFIX}"))
+
+    @staticmethod
+    def find_namesakes(parent: Path, name: str) -> list[Path]:
+        return []
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        if path.exists():
+            raise UserError(
+                f"{path} exists already\nresume the run with --resume {path}, start it again with --overwrite, or give "
+                "another --name"
+            )
+
+    @property
+    def name(self) -> str:
+        return self.path.name.removesuffix(SUFFIX)
 
     @property
     def last(self) -> Path:
@@ -100,6 +110,13 @@ class CasmFolder(RunFolder):
     @property
     def nonfinite(self) -> Path:
         return self.path.with_name(f"{self.name}_nonfinite.pt")
+
+    def list_stale(self, fresh: bool) -> Iterator[Path]:
+        name = glob.escape(self.name)
+        for own in (f"{name}{SUFFIX}", f"{name}.pool_*.pt"):
+            yield from self.path.parent.glob(f".{own}.part*")
+        if fresh:
+            yield from [self.path, self.nonfinite, *self.find_pools()]
 
     def find_pools(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{glob.escape(self.name)}.pool_*.pt"))
@@ -130,6 +147,7 @@ class CasmFolder(RunFolder):
 
         The previous pool file is deleted last, so that a run killed at any moment leaves a checkpoint with its pool.
         """
+        check_claim(self.get_lock(self.path))
         pool = None
         if content["pool"]:
             step = f"_step{content['step']}" if content["inside"] else ""
@@ -197,7 +215,6 @@ CASM_RUN = RunKind(
     format_epoch=format_epoch,
     columns=list(LOG_COLUMNS),
     find_resume=find_resume,
-    choose_folder=choose_checkpoint,
     folder_type=CasmFolder,
     stats_type=CasmStats,
     lower_rate=lambda options: ("a lower --lr-casme" + (" or --lr" if not options["fixed_classifier"] else ""), False),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from engine.config.options import add_single_device_options
 from engine.config.parser import Parser
+from engine.runtime.claim import releasing_claims
 from saliency.casm.options import add_train_options, build_casm_parser
 
 
@@ -20,6 +21,7 @@ def build_parser() -> Parser:
     return parser
 
 
+@releasing_claims
 def main(argv: list[str] | None = None) -> dict:
     """Train a decoder. Return the last row of the history."""
     parser = build_parser()
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> dict:
     iterations = count_iterations(len(train_loader), options["pot"])
 
     # ---- Classifier and decoder ----
-    notes = list(data.warnings)
+    notes = [*start.notes, *data.warnings]
     if start.saved:
         classifier = build_model(options["model"], len(data.classes), data.image_size)
     else:

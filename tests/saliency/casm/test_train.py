@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import datetime
 import io
 import json
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import GOLDEN, same_state
+from support import GOLDEN, hold_lock, same_state
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,9 +22,11 @@ import train as train_script
 from engine.data.datasets import load_data
 from engine.data.loader import Batch
 from engine.errors import Terminated, UserError
-from engine.runtime.checkpoint import read_checkpoint
-from engine.training import NonFiniteLoss
+from engine.runtime.checkpoint import read_checkpoint, save_checkpoint
+from engine.runtime.claim import release_claims
+from engine.training import NonFiniteLoss, run_folder
 from models import MODELS, build_model
+from saliency.casm import run_files
 from saliency.casm.commands import train as casm_train
 from saliency.casm.network import (
     CasmNetwork,
@@ -514,12 +517,16 @@ def test_a_run_stopped_within_an_epoch_ends_with_the_same_weights(
     assert_same_run(uninterrupted_run, tmp_path)
 
 
-def test_a_kill_between_writing_pool_and_checkpoint_loses_nothing(tmp_path, classifier, uninterrupted_run):
-    obstacle = tmp_path / ".map.chk.part"  # a folder of this name makes writing the checkpoint fail
-    with pytest.raises(UserError, match="could not write .*map.chk"):
-        with contextlib.redirect_stdout(ActionOnLine("epoch 2/3 1/4", obstacle.mkdir)):
-            casm_train.main(build_command(tmp_path, classifier, *RUN_OPTIONS))
-    obstacle.rmdir()
+def test_a_kill_between_writing_pool_and_checkpoint_loses_nothing(tmp_path, classifier, uninterrupted_run, monkeypatch):
+    def save(path, content):
+        if path.name == "map.chk" and content["epoch"] == 2:
+            raise KeyboardInterrupt
+        save_checkpoint(path, content)
+
+    monkeypatch.setattr(run_files, "save_checkpoint", save)
+    with pytest.raises(KeyboardInterrupt):
+        casm_train.main(build_command(tmp_path, classifier, *RUN_OPTIONS))
+    monkeypatch.undo()
     assert {path.name for path in tmp_path.glob("*.pool_*")} == {"map.pool_001.pt", "map.pool_002.pt"}
     assert read_checkpoint(tmp_path / "map.chk", kind="casm")["pool"] == "map.pool_001.pt"
     resume_run(tmp_path)
@@ -703,6 +710,24 @@ def test_a_last_batch_of_one_image_is_skipped_if_batch_norm_cannot_use_it(tmp_pa
     assert read_checkpoint(tmp_path / "a.chk", kind="casm")["decoder_optimizer"]["state"][0]["step"] == 1
     with pytest.raises(UserError, match="use a larger --batch_size"):
         casm_train.main([*words, "--batch-size", "1", "--name", "b"])
+
+
+def test_two_runs_never_share_a_checkpoint(tmp_path, classifier, monkeypatch):
+    class Clock:
+        @staticmethod
+        def now():
+            return datetime.datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    (tmp_path / "map.chk").write_bytes(Path(classifier).read_bytes())
+    for words in ((), ("--overwrite",), ("--resume", "auto"), ("--resume", str(tmp_path / "map.chk"))):
+        with hold_lock(tmp_path / ".map.chk.lock"), pytest.raises(UserError, match="map.chk is in use: process 1 on"):
+            casm_train.main(build_command(tmp_path, classifier, *words))
+    options = {"casms_path": tmp_path, "reproduce": "l100", "name": None, "overwrite": False}
+    with hold_lock(tmp_path / ".l100_20260102-030405.chk.lock"):
+        path = run_folder.claim_new_folder(options, run_files.locate_casm_runs, run_files.CasmFolder)
+    assert path == tmp_path / "l100_20260102-030405-2.chk"
+    release_claims()
 
 
 def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(tmp_path, classifier):
