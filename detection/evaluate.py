@@ -106,7 +106,7 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     log.say(f"shorter side {options['min_size'][-1]}, longer side up to {options['max_size']} pixels")
     if not initial.data and not {"min_size", "max_size"} & typed.keys():
         notes.append(
-            f"{initial.path} does not record the size of its images; --min_size and --max_size set another one"
+            f"{initial.path} does not record its image size; --min_size and --max_size set another"
         )
     for note in [*notes, *describe_unused_options(options, typed), *test.warnings]:
         log.say(f"note: {note}")
