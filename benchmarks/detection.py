@@ -124,7 +124,7 @@ def time_reference_loop(detector, loader, part, turn: int, steps: int, options: 
     from torchvision.datasets import VOCDetection, wrap_dataset_for_transforms_v2
     from torchvision.transforms import v2
 
-    from detection.voc import find_devkit
+    from detection.voc_folders import find_devkits
 
     device = loader.device
     year, image_set = options["train_sets"][0].split("_")
@@ -134,7 +134,7 @@ def time_reference_loop(detector, loader, part, turn: int, steps: int, options: 
         v2.ToDtype(torch.float, scale=True),
         v2.ToPureTensor(),
     ]
-    root = find_devkit(Path(options["data_dir"])).parent
+    root = find_devkits(Path(options["data_dir"]))[0].parent
     dataset = VOCDetection(root, year=year, image_set=image_set, transforms=v2.Compose(transforms))
     dataset = wrap_dataset_for_transforms_v2(dataset, target_keys=["boxes", "labels"])
     batches = loader.order(turn).split(loader.batch_size)[:steps]

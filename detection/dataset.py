@@ -1,15 +1,12 @@
 """Image sets with ground-truth boxes."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import cv2
 import torch
-from PIL import Image
 
-from engine.data.decode import BadImage, describe_error, load_pixels
+from engine.data.decode import BadImage, decode_image
 from engine.runtime.text import format_count
 
 
@@ -24,6 +21,7 @@ class DetectionSet:
     sizes: list[tuple[int, int]]  # height and width of each image
     origin: str  # where the images come from, for messages
     warnings: list[str] = field(default_factory=list)  # lines that are shown to the user
+    turned: set[str] = field(default_factory=set)  # names of the images whose EXIF orientation is applied
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,7 +42,7 @@ class DetectionSet:
         """Return the images at these positions, in this order."""
         columns = self.names, self.images, self.targets, self.sizes
         chosen = ([column[index] for index in indices] for column in columns)
-        return DetectionSet(self.classes, *chosen, self.origin, list(self.warnings))
+        return DetectionSet(self.classes, *chosen, self.origin, list(self.warnings), self.turned)
 
     def without_difficult(self) -> "DetectionSet":
         """Return the same images without the objects that are marked difficult."""
@@ -59,19 +57,14 @@ class DetectionSet:
         path = self.images[index]
         if isinstance(path, torch.Tensor):
             return path
-        try:
-            raw = path.read_bytes()
-            with Image.open(io.BytesIO(raw)) as image:
-                pixels, _ = load_pixels(image, raw, 1)
-        except Exception as error:
-            raise BadImage(f"{path}: {describe_error(error)}") from error
+        pixels = decode_image(path, upright=self.names[index] in self.turned)
         if pixels.shape[:2] != self.sizes[index]:
             (height, width), (rows, columns) = self.sizes[index], pixels.shape[:2]
             raise BadImage(
                 f"{path}: the image has {columns} x {rows} pixels, but its annotation says {width} x {height}; check "
                 "that the two files belong together"
             )
-        return torch.from_numpy(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def format_first_names(names: Sequence[str]) -> str:

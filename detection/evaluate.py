@@ -105,9 +105,7 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     log.say(f"{initial.path}: Faster R-CNN, neck {options['neck']}, body {initial.body}, on {device}, float32")
     log.say(f"shorter side {options['min_size'][-1]}, longer side up to {options['max_size']} pixels")
     if not initial.data and not {"min_size", "max_size"} & typed.keys():
-        notes.append(
-            f"{initial.path} does not record its image size; --min_size and --max_size set another"
-        )
+        notes.append(f"{initial.path} does not record its image size; --min_size and --max_size set another")
     for note in [*notes, *describe_unused_options(options, typed), *test.warnings]:
         log.say(f"note: {note}")
 

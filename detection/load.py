@@ -8,7 +8,8 @@ from pathlib import Path
 
 from detection.dataset import DetectionSet, format_first_names
 from detection.shape_scenes import MIN_SIDE, draw_scenes
-from detection.voc import prepare_devkit, read_sets
+from detection.voc import read_sets
+from detection.voc_folders import download_missing_sets
 from engine.errors import UserError
 from engine.runtime.distributed import main_process_first
 from engine.runtime.text import format_count
@@ -44,11 +45,17 @@ def load_image_sets(
             for total, (_, seed) in zip(totals, SCENES, strict=True)
         )
     elif dataset == "voc":
-        devkit = main_process_first(lambda: prepare_devkit(Path(data_dir), [*train_sets, test_set], download))
-        train, test = (read_sets(devkit, sets, progress=progress) for sets in (list(train_sets), [test_set]))
+        if download:
+            main_process_first(lambda: download_missing_sets(Path(data_dir), [*train_sets, test_set]))
+        train, test = (read_sets(Path(data_dir), sets, progress=progress) for sets in (list(train_sets), [test_set]))
         totals = [len(train), len(test)]
     else:
         raise ValueError(f"dataset must be voc or shapes, got {dataset!r}")
+    if len(train) and train.classes != test.classes:
+        raise UserError(
+            f"the training and the test set have other classes: {train.origin} and {test.origin}\n"
+            "put the same classes.txt beside all folders VOC<year>"
+        )
     warn_about_shared_images(train, test)
     if limit:
         train, test = (image_set.take(range(min(limit, len(image_set)))) for image_set in (train, test))

@@ -1,4 +1,4 @@
-"""Read PASCAL VOC: images, object boxes and lists of images in a VOCdevkit (Everingham et al., IJCV 2010).
+"""Read PASCAL VOC: the images of a set and their object boxes (Everingham et al., IJCV 2010).
 
 On disk, boxes are 1-based and inclusive. Here they are continuous, (xmin - 1, ymin - 1, xmax, ymax), so that areas and
 overlaps equal those of the "+1" arithmetic in the VOC tools.
@@ -6,187 +6,141 @@ overlaps equal those of the "+1" arithmetic in the VOC tools.
 
 import math
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import torch
-import torchvision
 
 from detection.dataset import DetectionSet, format_first_names
-from engine.data.annotations import read_image_size
-from engine.data.folders import describe_folder
+from detection.orientation import choose_upright, get_upright_size
+from detection.voc_folders import CLASSES, SET_SIZES, find_devkits, read_classes, read_list
+from engine.data.decode import BadImage, read_header
+from engine.data.folders import IMAGE_EXTENSIONS
 from engine.errors import UserError, suggest_closest
 
-CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow "
-    "diningtable dog horse motorbike person pottedplant sheep sofa train tvmonitor"
-).split()
-SET_SIZES = {"2007_train": 2501, "2007_val": 2510, "2007_trainval": 5011, "2007_test": 4952}
-SET_SIZES |= {"2012_train": 5717, "2012_val": 5823, "2012_trainval": 11540}
-ARCHIVES = {  # (year, whether it holds the test set) -> published archive
-    ("2007", False): "VOCtrainval_06-Nov-2007.tar",
-    ("2007", True): "VOCtest_06-Nov-2007.tar",
-    ("2012", False): "VOCtrainval_11-May-2012.tar",
-}
-SUFFIXES = (".jpg", ".jpeg", ".png")  # of image files; if an image has several files, the first suffix is used
+SUFFIXES = (".jpg", ".jpeg", ".png")  # if an image has several files, the first suffix is used
+SUFFIXES += tuple(sorted(IMAGE_EXTENSIONS - {*SUFFIXES}))
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-CLASS_LIST_FLAGS = ("-1", "0", "1")  # in the list of a class: absent, only difficult objects, present
 
 
 class Annotation(NamedTuple):
-    """The ground-truth objects of one image."""
+    """The ground-truth objects of one image, as its file says."""
 
     boxes: list[tuple[float, float, float, float]]
     labels: list[int]
     difficult: list[bool]
-    size: tuple[int, int]  # height, width
+    size: tuple[int, int] | None  # height, width; None: the file does not say
+
+
+class FittedAnnotation(NamedTuple):
+    """The ground-truth objects of one image, with boxes inside it."""
+
+    target: dict[str, torch.Tensor]  # of a DetectionSet
     clipped: int  # number of boxes that extended beyond the image
-    dropped: int  # number of boxes without area, which are not in `boxes`
+    dropped: int  # number of boxes without area, which are not in the target
 
 
-# ---- Folders and downloads ----
+# ---- Image sets ----
 
 
-def list_candidate_folders(data_dir: Path) -> list[Path]:
-    """Return the folders that may be the devkit, best first."""
-    return [data_dir, data_dir / "VOCdevkit", data_dir / "VOCdevkit" / "VOCdevkit"]
+def read_sets(data_dir: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items) -> DetectionSet:
+    """Read the images of these sets, each image once, in the order of the lists. Only headers of images are read.
 
-
-def list_years(folder: Path) -> list[str]:
-    """Return the years of its subfolders VOC<year>, sorted."""
-    names = os.listdir(folder) if folder.is_dir() else []
-    return sorted(name[3:] for name in names if re.fullmatch(r"VOC\d{4}", name))
-
-
-def find_devkit(data_dir: Path) -> Path:
-    """Return the folder that holds VOC2007/ and VOC2012/: data_dir, VOCdevkit in it, or a nested VOCdevkit/VOCdevkit.
-
-    Raises UserError with the folders that were searched.
-    """
-    if found := next(filter(list_years, list_candidate_folders(data_dir)), None):
-        return found
-    folders, archives = ", ".join(map(str, list_candidate_folders(data_dir))), ", ".join(ARCHIVES.values())
-    raise UserError(
-        f"PASCAL VOC not found: looked for VOC2007/ and VOC2012/, each with JPEGImages/, Annotations/ and "
-        f"ImageSets/Main/, in {folders}\nunpack {archives} there, download them with --download true, or set "
-        f"--data_dir to their folder{describe_folder(data_dir)}"
-    )
-
-
-def prepare_devkit(data_dir: Path, sets: list[str], download: bool) -> Path:
-    """Return the devkit. With `download`, first download and unpack the archives of missing sets."""
-    for name in sets if download else []:
-        year, split = split_set_name(name)
-        devkit = next(filter(list_years, list_candidate_folders(data_dir)), None)
-        if devkit is None or not get_list_path(devkit, year, split).is_file():
-            new_devkit = data_dir if data_dir.name == "VOCdevkit" else data_dir / "VOCdevkit"
-            download_archive(devkit or new_devkit, year, split)
-    return find_devkit(data_dir)
-
-
-def download_archive(devkit: Path, year: str, split: str) -> None:
-    """Download and unpack the archive that holds this set. Raises UserError if that fails."""
-    test = split == "test" or split.endswith("_test")
-    archive = ARCHIVES.get((year, test))
-    root = devkit.absolute().parent
-    if archive is None:
-        raise UserError(f"no published archive holds {year}_{split}\nput it into {devkit}/VOC{year} yourself")
-    if devkit.absolute().name != "VOCdevkit":
-        raise UserError(
-            f"{archive} unpacks into a folder named VOCdevkit, but the devkit is {devkit}\nrename it to VOCdevkit, or "
-            "unpack the archive elsewhere and move its content there"
-        )
-    try:
-        torchvision.datasets.VOCDetection(str(root), year=year, image_set="test" if test else "trainval", download=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"downloading {archive} failed ({type(error).__name__}: {reason})\nobtain it elsewhere and unpack it in "
-            f"{root}, so that {root / 'VOCdevkit' / f'VOC{year}'} exists; --dataset shapes needs no files"
-        ) from error
-
-
-def split_set_name(name: str) -> tuple[str, str]:
-    """Split the name of an image set into year and list: 2007_trainval -> 2007, trainval."""
-    match = re.fullmatch(r"(\d{4})_([\w-]+)", name)
-    if not match:
-        raise UserError(
-            f"{name!r} is not the name of an image set\nnames have the form YEAR_LIST, such as {', '.join(SET_SIZES)}"
-        )
-    return match[1], match[2]
-
-
-def get_list_path(devkit: Path, year: str, split: str) -> Path:
-    return devkit / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt"
-
-
-# ---- Image sets and annotations ----
-
-
-def read_sets(devkit: Path, sets: list[str], *, progress: Callable = lambda items, **kwargs: items) -> DetectionSet:
-    """Read the images of these sets, each image once, in the order of the lists.
-
-    The classes are those of VOC, or those in the file classes.txt of the devkit, one name per line. Raises UserError,
-    which names the file, for missing or broken files. Warnings report boxes that were clipped or dropped.
+    data_dir: see voc_folders.list_devkits(). The classes are those of VOC, or those in the file classes.txt beside the
+    folders VOC<year>, one name per line. Raises UserError, which names the file, for missing or broken files. Warnings
+    report boxes that were clipped or dropped, and images with an EXIF orientation.
     """
     # ---- Lists ----
-    classes = read_classes(devkit)
+    devkits = find_devkits(data_dir)
+    lists = {name: read_list(devkits, name) for name in sets}
+    devkit_by_name = {name: devkit for images in lists.values() for name, devkit in images.items()}
+    used = list(dict.fromkeys(devkit_by_name.values())) or devkits[:1]
+    classes = read_classes(used)
+
+    # ---- Images ----
+    names = list(devkit_by_name)
     label_by_class = {name: label for label, name in enumerate(classes, 1)}
-    image_set = DetectionSet(classes, [], [], [], [], f"{devkit} ({', '.join(sets)})")
-    listed = []
-    for name in sets:
-        names = read_list(devkit, name)
-        listed += names
-        if classes == CLASSES and len(names) != SET_SIZES.get(name, len(names)):
-            image_set.warnings.append(
-                f"{name} has {len(names):,} images here instead of {SET_SIZES[name]:,}: do not compare the results "
-                "with published ones"
-            )
-    image_set.names = list(dict.fromkeys(listed))
+    items = progress(names, total=len(names), desc="reading headers and annotations", unit="image")
+    files, headers, annotations = read_headers(items, devkit_by_name, label_by_class)
+    turned, notes = choose_upright(names, headers, [annotation.size for annotation in annotations])
+    sizes = [get_upright_size(one) if name in turned else one[:2] for name, one in zip(names, headers, strict=True)]
+    fitted = [fit_to_image(one, *size) for one, size in zip(annotations, sizes, strict=True)]
 
-    # ---- Images and annotations ----
-    folders = dict.fromkeys(name.split("/")[0] for name in image_set.names)
-    files = {folder: list_image_files(devkit / folder / "JPEGImages") for folder in folders}
-    annotations = []
-    for name in progress(image_set.names, total=len(image_set.names), desc="reading annotations", unit="image"):
-        folder, image_id = name.split("/", 1)
-        file = files[folder].get(image_id)
-        if file is None:
-            raise UserError(
-                f"no image {devkit / folder / 'JPEGImages' / image_id}{' or '.join(SUFFIXES)}\n"
-                f"put it there, or remove {image_id} from the lists"
-            )
-        image_set.images.append(devkit / folder / "JPEGImages" / file)
-        annotation_file = devkit / folder / "Annotations" / f"{image_id}.xml"
-        annotations.append(read_annotation(annotation_file, image_set.images[-1], label_by_class))
-    image_set.sizes = [annotation.size for annotation in annotations]
-    image_set.targets = [make_target(annotation) for annotation in annotations]
-
-    # ---- Warnings ----
-    image_set.warnings += describe_defects(image_set.names, annotations)
-    if repeated := len(listed) - len(image_set.names):
-        image_set.warnings.append(f"images listed more than once (used only once): {repeated:,}")
-    return image_set
+    warnings = [*describe_lists(lists, classes), *notes, *describe_defects(names, fitted)]
+    targets, origin = [one.target for one in fitted], f"{', '.join(map(str, used))} ({', '.join(sets)})"
+    return DetectionSet(classes, names, files, targets, sizes, origin, warnings, turned)
 
 
-def make_target(annotation: Annotation) -> dict[str, torch.Tensor]:
-    """Convert an annotation to the target tensors of a DetectionSet."""
-    return {
-        "boxes": torch.tensor(annotation.boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(annotation.labels, dtype=torch.int64),
-        "difficult": torch.tensor(annotation.difficult, dtype=torch.bool),
-    }
+def read_headers(
+    names: Iterable[str], devkit_by_name: dict[str, Path], label_by_class: dict[str, int]
+) -> tuple[list[Path], list[tuple[int, int, int]], list[Annotation]]:
+    """Return the files of images such as VOC2007/000005, the results of read_header(), and the annotations."""
+    files, headers, annotations = [], [], []
+    list_cached = cache(list_files)
+    for name in names:
+        image, annotation = find_files(devkit_by_name[name], name, list_cached)
+        annotations.append(read_annotation(annotation, label_by_class))
+        try:
+            headers.append(read_header(image))
+        except BadImage as error:
+            raise UserError(f"cannot read an image: {error}\nreplace it, or remove {name} from the lists") from error
+        files.append(image)
+    return files, headers, annotations
 
 
-def describe_defects(names: list[str], annotations: list[Annotation]) -> list[str]:
+def find_files(devkit: Path, name: str, list_files: Callable) -> tuple[Path, Path]:
+    """Return the image file and the annotation file of an image. name: such as VOC2007/000005.
+
+    list_files: list_files() with a cache, because listing a folder once is much faster than a look-up per image.
+    """
+    year, image_id = name.split("/", 1)
+    image, annotation = (devkit / year / folder / image_id for folder in ("JPEGImages", "Annotations"))
+    image_file = list_files(image.parent, SUFFIXES).get(image.name)
+    if image_file is None:
+        raise UserError(
+            f"no image {image} with the ending {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}\n"
+            f"put it there, or remove {image_id} from the lists"
+        )
+    annotation_file = list_files(annotation.parent, (".xml",)).get(annotation.name, f"{annotation.name}.xml")
+    return image.with_name(image_file), annotation.with_name(annotation_file)
+
+
+def list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
+    """Return stem -> file name of the files with one of these suffixes, in any case; of several, the first."""
+    files = {}
+    names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
+    for suffix in suffixes:
+        for name in sorted(names):
+            stem, ending = os.path.splitext(name)
+            if ending.lower() == suffix:
+                files.setdefault(stem, name)
+    return files
+
+
+def describe_lists(lists: dict[str, dict[str, Path]], classes: list[str]) -> list[str]:
+    """Return a line for each set that is not as published, and one for images that are listed repeatedly.
+
+    lists: set -> its images.
+    """
+    lines = [
+        f"{name} has {len(images):,} images here instead of {SET_SIZES[name]:,}: do not compare the results with "
+        "published ones"
+        for name, images in lists.items()
+        if classes == CLASSES and len(images) != SET_SIZES.get(name, len(images))
+    ]
+    repeated = sum(map(len, lists.values())) - len(set().union(*lists.values()))
+    return lines + [f"images listed more than once (used only once): {repeated:,}"] * (repeated > 0)
+
+
+def describe_defects(names: list[str], annotations: list[FittedAnnotation]) -> list[str]:
     """Return a line for each kind of defect, with the number of cases and the first images."""
     defects = {
-        "boxes clipped to their image": [annotation.clipped for annotation in annotations],
-        "boxes dropped because they have no area": [annotation.dropped for annotation in annotations],
-        "images kept although they have no objects": [not annotation.boxes for annotation in annotations],
+        "boxes clipped to their image": [one.clipped for one in annotations],
+        "boxes dropped because they have no area": [one.dropped for one in annotations],
+        "images kept although they have no objects": [len(one.target["boxes"]) == 0 for one in annotations],
     }
     return [
         f"{text}: {sum(counts):,} ({format_first_names([name for name, n in zip(names, counts, strict=True) if n])})"
@@ -195,76 +149,19 @@ def describe_defects(names: list[str], annotations: list[Annotation]) -> list[st
     ]
 
 
-def read_classes(devkit: Path) -> list[str]:
-    """Read classes.txt of the devkit, or return the classes of VOC if there is no such file."""
-    path = devkit / "classes.txt"
-    if not path.is_file():
-        return list(CLASSES)
-    names = [line.strip() for line in read_lines(path) if line.strip()]
-    if not names or len(set(names)) < len(names):
-        problem = "a class name occurs twice" if names else "the file has no class names"
-        raise UserError(f"{path}: {problem}\nwrite one class name per line")
-    return names
+# ---- Annotations ----
 
 
-def read_list(devkit: Path, name: str) -> list[str]:
-    """Return the images of a set, each once, as VOC2007/000005. Lines are `id`, or `id flag` in the list of a class."""
-    year, split = split_set_name(name)
-    path = get_list_path(devkit, year, split)
-    if not path.is_file():
-        available = [
-            f"{other}_{file.stem}"
-            for other in list_years(devkit)
-            for file in sorted(get_list_path(devkit, other, split).parent.glob("*.txt"))
-            if not file.stem.startswith(tuple(f"{word}_" for word in CLASSES))  # lists of one class: too many to show
-        ]
-        raise UserError(
-            f"no image set {name}: {path} does not exist{suggest_closest(name, available)}\n"
-            f"sets in {devkit}: {', '.join(available) or 'none'}; --download true downloads those of 2007 and 2012"
-        )
-    names = []
-    for number, line in enumerate(read_lines(path), 1):
-        words = line.split()
-        if len(words) > 2 or words[1:] and words[1] not in CLASS_LIST_FLAGS:
-            raise UserError(f"{path}, line {number}: {line!r} is neither `id` nor `id flag`\ncorrect the line")
-        if words and words[1:] != ["-1"]:
-            names.append(f"VOC{year}/{words[0]}")
-    if not names:
-        raise UserError(f"{path}: the list is empty\nwrite one image id per line")
-    return list(dict.fromkeys(names))
-
-
-def read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}\nthe file must be UTF-8 text with one name per line") from error
-
-
-def list_image_files(folder: Path) -> dict[str, str]:
-    """Return id -> file name of the images in a folder. Listing it once is much faster than a look-up per image."""
-    files = {}
-    names = os.listdir(folder) if folder.is_dir() else []
-    for suffix in SUFFIXES:
-        for name in names:
-            stem, ending = os.path.splitext(name)
-            if ending.lower() == suffix:
-                files.setdefault(stem, name)
-    return files
-
-
-def read_annotation(path: Path, image: Path, label_by_class: dict[str, int]) -> Annotation:
+def read_annotation(path: Path, label_by_class: dict[str, int]) -> Annotation:
     """Read the objects of an XML file. Parts of objects (heads, hands and feet of persons) are ignored.
 
-    image: the image file, whose header is read if the annotation gives no size. Raises UserError, which names the
-    file, if it is broken.
+    Raises UserError, which names the file, if it is broken.
     """
+    boxes, labels, difficult = [], [], []
     try:
         root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
             raise ValueError(f"the root element is <{root.tag}> instead of <annotation>")
-        height, width = read_size(root) or read_image_size(image)[::-1]
-        boxes, labels, difficult, clipped, dropped = [], [], [], 0, 0
         for element in root.iterfind("object"):
             name = (element.findtext("name") or "").strip()
             if name not in label_by_class:
@@ -275,19 +172,29 @@ def read_annotation(path: Path, image: Path, label_by_class: dict[str, int]) -> 
                     "folders VOC<year>"
                 )
             xmin, ymin, xmax, ymax = (read_number(element, f"bndbox/{side}") for side in CORNERS)
-            box = (xmin - 1, ymin - 1, xmax, ymax)
-            inside = tuple(min(max(edge, 0.0), end) for edge, end in zip(box, (width, height) * 2, strict=True))
-            if inside[2] <= inside[0] or inside[3] <= inside[1]:
-                dropped += 1
-                continue
-            clipped += inside != box
-            boxes.append(inside)
+            boxes.append((xmin - 1, ymin - 1, xmax, ymax))
             labels.append(label_by_class[name])
             difficult.append(bool(read_number(element, "difficult", 0)))
+        return Annotation(boxes, labels, difficult, read_size(root))
     except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # LookupError: unknown encoding
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path}: {reason}\ncorrect the file, or remove {path.stem} from the lists") from error
-    return Annotation(boxes, labels, difficult, (height, width), clipped, dropped)
+
+
+def fit_to_image(annotation: Annotation, height: int, width: int) -> FittedAnnotation:
+    """Clip the boxes to their image and drop those without area."""
+    inside = [
+        tuple(min(max(edge, 0.0), end) for edge, end in zip(box, (width, height) * 2, strict=True))
+        for box in annotation.boxes
+    ]
+    kept = [index for index, (x0, y0, x1, y1) in enumerate(inside) if x0 < x1 and y0 < y1]
+    target = {
+        "boxes": torch.tensor([inside[index] for index in kept], dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor([annotation.labels[index] for index in kept], dtype=torch.int64),
+        "difficult": torch.tensor([annotation.difficult[index] for index in kept], dtype=torch.bool),
+    }
+    clipped = sum(inside[index] != annotation.boxes[index] for index in kept)
+    return FittedAnnotation(target, clipped, len(inside) - len(kept))
 
 
 def read_size(root: ElementTree.Element) -> tuple[int, int] | None:

@@ -9,8 +9,9 @@ plain JPEG. Of several frames, the first is read. Both ignore the EXIF orientati
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -44,19 +45,30 @@ def describe_error(error: Exception) -> str:
 
 
 @contextmanager
-def open_header(path: str | os.PathLike) -> Iterator[tuple[Image.Image, bytes]]:
-    """Yield an image, of which only the header is decoded, and its bytes. Every error in the block becomes BadImage."""
+def open_header(path: str | os.PathLike, with_bytes: bool = True) -> Iterator[tuple[Image.Image, bytes]]:
+    """Yield an image, of which only the header is decoded, and its bytes. Every error in the block becomes BadImage.
+
+    with_bytes: read the whole file; otherwise only its header is read, and the bytes are empty.
+    """
     try:
-        with open(path, "rb", buffering=0) as file:
-            raw = file.read()
-        if not raw:
+        raw = Path(path).read_bytes() if with_bytes else b""
+        if with_bytes and not raw:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns about large images and unusual EXIF data
-            with Image.open(io.BytesIO(raw)) as image:
+            with Image.open(io.BytesIO(raw) if with_bytes else path) as image:
                 yield image, raw
     except Exception as error:
         raise BadImage(f"{path}: {describe_error(error)}") from error
+
+
+def read_header(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Return height, width and EXIF orientation (1: upright) of an image file, of which only the header is read.
+
+    Raises BadImage.
+    """
+    with open_header(path, with_bytes=False) as (image, _):
+        return image.height, image.width, get_orientation(image, getexif=Image.Image.getexif)
 
 
 def decode_image(path: str | os.PathLike, upright: bool = False) -> np.ndarray:
@@ -137,19 +149,23 @@ def scale_to_8bit(image: Image.Image) -> np.ndarray:
     return 255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey
 
 
-def get_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image that is not loaded yet: 1 (upright) to 8."""
+def get_orientation(image: Image.Image, getexif: Callable = lambda image: image.getexif()) -> int:
+    """Return the EXIF orientation of an image that is not loaded yet: 1 (upright) to 8.
+
+    getexif: returns the EXIF data. That of a PNG decodes the pixels to look behind them.
+    """
     if image.format == "TIFF":  # Pillow itself turns these
         return 1
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = getexif(image).get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF data
         return 1
+    return orientation if orientation in range(2, 9) else 1
 
 
 def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Turn and mirror pixels (H, W, 3) according to their EXIF orientation."""
-    if orientation not in range(2, 9):
+    if orientation == 1:
         return pixels
     pixels = pixels.transpose(1, 0, 2) if orientation > 4 else pixels
     rows, columns = (-1 if orientation in flipped else 1 for flipped in ((3, 4, 7, 8), (2, 3, 6, 7)))

@@ -14,8 +14,9 @@ from detection import load, shape_scenes
 from detection.dataset import DetectionSet
 from detection.load import load_image_sets
 from detection.shape_scenes import draw_scenes, export_voc, make_target, paste_objects
-from detection.voc import CLASSES, find_devkit, prepare_devkit, read_sets
-from engine.data.decode import BadImage
+from detection.voc import list_files, read_sets
+from detection.voc_folders import CLASSES, download_missing_sets, find_devkits
+from engine.data.decode import BadImage, decode_image
 from engine.errors import UserError
 
 SIZE = (60, 40)  # width, height
@@ -68,16 +69,51 @@ def devkit(tmp_path) -> Devkit:
 # ---- Folders and downloads ----
 
 
-@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOCdevkit"])
-def test_find_devkit_accepts_every_layout(tmp_path, inside):
+@pytest.mark.parametrize("inside", ["", "VOCdevkit", "VOCdevkit/VOCdevkit", "VOCdevkit2007", "VOCtrainval/VOCdevkit"])
+def test_devkit_is_found_in_every_layout(tmp_path, inside):
     Devkit(tmp_path / inside).add("000001", make_xml())
-    for place in {tmp_path, tmp_path / inside.partition("/")[0], tmp_path / inside}:
-        assert find_devkit(place) == tmp_path / inside
+    for place in {tmp_path, tmp_path / inside.partition("/")[0], tmp_path / inside, tmp_path / inside / "VOC2007"}:
+        assert find_devkits(place) == [tmp_path / inside]
+
+
+@pytest.mark.parametrize("roots", [("VOCdevkit2007", "VOCdevkit2012"), ("VOC2007/VOCdevkit", "VOC2012/VOCdevkit")])
+def test_years_may_be_in_two_devkits(tmp_path, roots):
+    for year, root in zip((2007, 2012), roots, strict=True):
+        Devkit(tmp_path / root).add("000001", make_xml(make_object_xml("cat", 1, 1, 9, 9)), year=year)
+        Devkit(tmp_path / root).add_list("trainval", "000001", year=year)
+    image_set = read_sets(tmp_path, ["2007_trainval", "2012_trainval"])
+    assert image_set.names == ["VOC2007/000001", "VOC2012/000001"]
+    assert image_set.images == [
+        tmp_path / root / f"VOC{year}/JPEGImages/000001.jpg" for year, root in zip((2007, 2012), roots, strict=True)
+    ]
+    (tmp_path / roots[1] / "classes.txt").write_text("gnu\n")
+    with pytest.raises(UserError, match=f"{roots[0]} and .*{roots[1]} have other classes\nput the same classes.txt"):
+        read_sets(tmp_path, ["2007_trainval", "2012_trainval"])
+
+
+def test_sets_of_one_year_may_be_in_two_devkits(tmp_path):
+    for root, split, image_id in (("a/VOCdevkit", "trainval", "000001"), ("b/VOCdevkit", "test", "000002")):
+        Devkit(tmp_path / root).add(image_id, make_xml(make_object_xml("cat", 1, 1, 9, 9)))
+        Devkit(tmp_path / root).add_list(split, image_id)
+    where = {"dataset": "voc", "data_dir": str(tmp_path), "train_sets": ["2007_trainval"], "test_set": "2007_test"}
+    train, test = load_image_sets(**where)
+    assert train.names == ["VOC2007/000001"] and test.names == ["VOC2007/000002"]
+    assert test.images == [tmp_path / "b/VOCdevkit/VOC2007/JPEGImages/000002.jpg"]
+    (tmp_path / "b/VOCdevkit/classes.txt").write_text("cat\n")
+    with pytest.raises(UserError, match="the training and the test set have other classes"):
+        load_image_sets(**where)
+
+
+def test_folder_without_a_year_error_names_the_remedy(tmp_path):
+    Devkit(tmp_path).add("000001", make_xml())
+    (tmp_path / "VOC2007").rename(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"mine has the folders of a VOC<year>, .*\nrename it to .* VOC2007"):
+        find_devkits(tmp_path / "mine")
 
 
 def test_missing_devkit_error_names_folders_and_archives(tmp_path):
     with pytest.raises(UserError) as error:
-        find_devkit(tmp_path)
+        find_devkits(tmp_path)
     what, remedy = str(error.value).split("\n")
     assert f"in {tmp_path}, {tmp_path}/VOCdevkit, {tmp_path}/VOCdevkit/VOCdevkit" in what and "VOC2007/" in what
     for word in ("VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar", "VOCtrainval_11-May-2012.tar", "--download"):
@@ -97,15 +133,12 @@ def test_only_missing_archives_are_downloaded_into_the_existing_devkit(devkit, m
     devkit.add("000001", make_xml())
     devkit.add_list("trainval", "000001")
     top = devkit.root.parent
-    assert (
-        prepare_devkit(devkit.root, ["2007_trainval", "2007_test", "2012_trainval"], False) == devkit.root
-        and not requested
-    )
     for place in (devkit.root, top):
-        assert prepare_devkit(place, ["2007_trainval", "2007_test", "2012_trainval"], True) == devkit.root
+        download_missing_sets(place, ["2007_trainval", "2007_test", "2012_trainval"])
+        assert find_devkits(place) == [devkit.root]
         assert requested == [(str(top), "2007", "test"), (str(top), "2012", "trainval")], "downloaded once only"
     with pytest.raises(UserError, match="no published archive holds 2012_test"):
-        prepare_devkit(top, ["2012_test"], True)
+        download_missing_sets(top, ["2012_test"])
 
 
 def test_download_does_not_nest_an_empty_vocdevkit_folder(tmp_path, monkeypatch):
@@ -114,7 +147,7 @@ def test_download_does_not_nest_an_empty_vocdevkit_folder(tmp_path, monkeypatch)
 
     monkeypatch.setattr(torchvision.datasets, "VOCDetection", download)
     with pytest.raises(UserError) as error:
-        prepare_devkit(tmp_path / "VOCdevkit", ["2007_test"], True)
+        download_missing_sets(tmp_path / "VOCdevkit", ["2007_test"])
     what, remedy = str(error.value).split("\n")
     assert f"VOCtest_06-Nov-2007.tar failed (OSError: no route to host, for {tmp_path})" in what
     assert f"unpack it in {tmp_path}, so that {tmp_path}/VOCdevkit/VOC2007 exists" in remedy
@@ -123,7 +156,7 @@ def test_download_does_not_nest_an_empty_vocdevkit_folder(tmp_path, monkeypatch)
 def test_download_into_a_devkit_of_another_name_is_refused(tmp_path):
     Devkit(tmp_path / "voc").add("000001", make_xml())
     with pytest.raises(UserError, match=r"unpacks into a folder named VOCdevkit, but the devkit is .*voc\nrename"):
-        prepare_devkit(tmp_path / "voc", ["2012_trainval"], True)
+        download_missing_sets(tmp_path / "voc", ["2012_trainval"])
 
 
 # ---- Lists ----
@@ -301,7 +334,7 @@ def test_broken_annotation_error_names_the_file(devkit, content, reason):
 def test_missing_image_error_names_the_file(devkit):
     devkit.add("000001", make_xml())
     devkit.add_list("own", "000001", "000002")
-    with pytest.raises(UserError, match=r"no image .*VOC2007/JPEGImages/000002.jpg or .jpeg or .png\n.*000002"):
+    with pytest.raises(UserError, match=r"no image .*VOC2007/JPEGImages/000002 with the ending .jpg, .*\n.*000002"):
         read_sets(devkit.root, ["2007_own"])
 
 
@@ -309,11 +342,12 @@ def test_missing_image_error_names_the_file(devkit):
 
 
 def test_images_of_every_suffix_are_read_as_rgb(devkit):
-    for image_id, ending in (("1", ".jpg"), ("2", ".JPEG"), ("3", ".png")):
-        devkit.add(image_id, make_xml(make_object_xml("cat", 1, 1, 9, 9)), ending)
-    devkit.add_list("own", "1", "2", "3")
+    endings = (".jpg", ".JPEG", ".webp", ".tif", ".TIFF", ".bmp", ".png")
+    for number, ending in enumerate(endings):
+        devkit.add(str(number), make_xml(make_object_xml("cat", 1, 1, 9, 9)), ending)
+    devkit.add_list("own", *map(str, range(len(endings))))
     image_set = read_sets(devkit.root, ["2007_own"])
-    for index in range(3):
+    for index in range(len(endings)):
         image = image_set.read(index)
         assert image.shape == (3, 40, 60) and image.dtype == torch.uint8 and image.is_contiguous()
         assert (image.flatten(1).float().mean(1) - torch.tensor([200.0, 30, 10])).abs().max() < 3
@@ -321,9 +355,109 @@ def test_images_of_every_suffix_are_read_as_rgb(devkit):
 
 
 def test_image_size_that_differs_from_the_annotation_raises(devkit):
-    image_set = devkit.read_one(make_object_xml("cat", 1, 1, 9, 9), size=(40, 60))
-    with pytest.raises(BadImage, match=r"000001.jpg: the image has 60 x 40 pixels, but its annotation says 40 x 60"):
+    devkit.add("000002", make_xml(size=(50, 40)))
+    devkit.add_list("two", "000001", "000002")
+    image_set = devkit.read_one(make_object_xml("cat", 1, 1, 9, 9))
+    with pytest.raises(UserError, match=r"says: 1: VOC2007/000002 \(60 x 40 pixels, annotation 50 x 40\)\ncheck that"):
+        read_sets(devkit.root, ["2007_two"])
+    Image.new("RGB", (40, 60)).save(image_set.images[0])  # changed during the run
+    with pytest.raises(BadImage, match=r"000001.jpg: the image has 40 x 60 pixels, but its annotation says 60 x 40"):
         image_set.read(0)
+
+
+def test_unreadable_header_error_names_the_file_at_the_start(devkit):
+    devkit.add("000001", make_xml())
+    (devkit.root / "VOC2007/JPEGImages/000001.jpg").write_bytes(b"no image")
+    devkit.add_list("own", "000001")
+    with pytest.raises(UserError, match="000001.jpg: not an image\nreplace it, or remove VOC2007/000001 from"):
+        read_sets(devkit.root, ["2007_own"])
+
+
+def test_images_and_annotations_may_be_in_subfolders(devkit):
+    for folder in ("JPEGImages/sub", "Annotations/sub"):
+        (devkit.root / "VOC2007" / folder).mkdir(parents=True)
+    devkit.add("sub/a", make_xml(make_object_xml("cow", 1, 1, 9, 9)))
+    devkit.add_list("own", "sub/a")
+    image_set = read_sets(devkit.root, ["2007_own"])
+    assert image_set.names == ["VOC2007/sub/a"] and image_set.targets[0]["labels"].tolist() == [10]
+    assert image_set.images == [devkit.root / "VOC2007/JPEGImages/sub/a.jpg"]
+
+
+def test_annotation_may_end_in_capitals(devkit):
+    devkit.add("000001", make_xml(make_object_xml("cow", 1, 1, 9, 9)))
+    folder = devkit.root / "VOC2007" / "Annotations"
+    (folder / "000001.xml").rename(folder / "000001.XML")
+    devkit.add_list("own", "000001")
+    assert read_sets(devkit.root, ["2007_own"]).targets[0]["labels"].tolist() == [10]
+
+
+def test_hidden_files_are_neither_images_nor_lists(devkit):
+    devkit.add("000001", make_xml())
+    (devkit.root / "VOC2007/JPEGImages/._000001.jpg").write_bytes(b"of macOS")
+    (devkit.root / "VOC2007/Annotations/._000001.xml").write_bytes(b"of macOS")
+    devkit.add_list("own", "000001")
+    devkit.add_list("._own", "000001")
+    assert list_files(devkit.root / "VOC2007/JPEGImages", (".jpg",)) == {"000001": "000001.jpg"}
+    with pytest.raises(UserError, match=r"sets in .*VOCdevkit: 2007_own; "):
+        read_sets(devkit.root, ["2007_other"])
+    devkit.add_list("all", "000001", "._000001")
+    image_set = read_sets(devkit.root, ["2007_all"])
+    assert image_set.names == ["VOC2007/000001"]
+
+
+# ---- EXIF orientation ----
+
+
+def draw_corner(orientation: int, size: tuple[int, int] = SIZE) -> tuple[Image.Image, Image.Exif]:
+    """Return an image that is white in the upper left corner once it is upright, and its EXIF data.
+
+    size: width and height of the upright image.
+    """
+    upright = Image.new("RGB", size)
+    upright.paste("white", (0, 0, 20, 10))
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # orientation -> what turns an upright image into the stored one
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return upright.transpose(undo[orientation]) if orientation > 1 else upright, exif
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_turned_upright_where_its_boxes_are(devkit, orientation, ending):
+    devkit.add("000001", make_xml(make_object_xml("cat", 1, 1, 20, 10)))
+    image, exif = draw_corner(orientation)
+    (devkit.root / "VOC2007/JPEGImages/000001.jpg").unlink()
+    image.save(devkit.root / f"VOC2007/JPEGImages/000001{ending}", exif=exif, quality=100)
+    devkit.add_list("own", "000001")
+    image_set = read_sets(devkit.root, ["2007_own"])
+    pixels = image_set.read(0)
+    assert image_set.sizes == [(40, 60)] == [tuple(pixels.shape[1:])]
+    x0, y0, x1, y1 = image_set.targets[0]["boxes"][0].int().tolist()
+    assert pixels[:, y0:y1, x0:x1].min() > 250 and (pixels > 128).sum() == 3 * 20 * 10
+    assert image_set.take([0]).read(0).shape == pixels.shape
+    told = [line for line in image_set.warnings if "EXIF" in line]
+    assert len(told) == (orientation > 1) and all(("1 turned and 0" in line) == (orientation > 4) for line in told)
+
+
+def test_image_whose_annotation_has_the_stored_size_is_not_turned(devkit):
+    for name, orientation in (("000001", 6), ("000002", 3)):
+        image, exif = draw_corner(orientation)
+        devkit.add(name, make_xml(make_object_xml("cat", 1, 1, 9, 9), size=image.size))
+        image.save(devkit.root / f"VOC2007/JPEGImages/{name}.jpg", exif=exif)
+    devkit.add_list("own", "000001", "000002")
+    image_set = read_sets(devkit.root, ["2007_own"])
+    assert image_set.sizes == [(60, 40), (40, 60)] and not image_set.turned
+    for index, path in enumerate(image_set.images):
+        assert torch.equal(image_set.read(index).permute(1, 2, 0), torch.from_numpy(decode_image(path)))
+
+
+def test_orientation_is_named_where_neither_size_fits(devkit):
+    image, exif = draw_corner(6)
+    devkit.add("000001", make_xml(size=(50, 50)))
+    image.save(devkit.root / "VOC2007/JPEGImages/000001.jpg", exif=exif)
+    devkit.add_list("own", "000001")
+    with pytest.raises(UserError, match=r"000001 \(40 x 60 pixels, EXIF orientation 6, annotation 50 x 50\)\n"):
+        read_sets(devkit.root, ["2007_own"])
 
 
 @pytest.mark.parametrize("content", [b"no image", None])
@@ -543,7 +677,7 @@ def test_exported_image_sets_are_read_back_unchanged(tmp_path):
     image_sets["test"].targets[1] = {key: value[:0] for key, value in image_sets["test"].targets[1].items()}
     export_voc(tmp_path, image_sets)
     for name, image_set in image_sets.items():
-        back = read_sets(find_devkit(tmp_path), [f"2007_{name}"])
+        back = read_sets(tmp_path, [f"2007_{name}"])
         assert [Path(one).name for one in back.names] == [Path(one).name for one in image_set.names]
         assert back.classes == image_set.classes and back.sizes == image_set.sizes
         for index, (target, expected) in enumerate(zip(back.targets, image_set.targets, strict=True)):
