@@ -18,7 +18,7 @@ from detection.dataset import DetectionSet, format_first_names
 from detection.orientation import choose_upright, get_upright_size
 from detection.voc_folders import CLASSES, SET_SIZES, find_devkits, read_classes, read_list
 from engine.data.decode import BadImage, read_header
-from engine.data.folders import IMAGE_EXTENSIONS
+from engine.data.listing import IMAGE_EXTENSIONS, get_extension, is_visible
 from engine.errors import UserError, suggest_closest
 
 SUFFIXES = (".jpg", ".jpeg", ".png")  # if an image has several files, the first suffix is used
@@ -111,12 +111,11 @@ def find_files(devkit: Path, name: str, list_files: Callable) -> tuple[Path, Pat
 def list_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Return stem -> file name of the files with one of these suffixes, in any case; of several, the first."""
     files = {}
-    names = [name for name in os.listdir(folder) if not name.startswith(".")] if folder.is_dir() else []
+    names = sorted(filter(is_visible, os.listdir(folder))) if folder.is_dir() else []
     for suffix in suffixes:
-        for name in sorted(names):
-            stem, ending = os.path.splitext(name)
-            if ending.lower() == suffix:
-                files.setdefault(stem, name)
+        for name in names:
+            if get_extension(name) == suffix:
+                files.setdefault(name[: -len(suffix)], name)
     return files
 
 

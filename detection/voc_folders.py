@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torchvision
 
-from engine.data.folders import describe_folder, list_folders
+from engine.data.folders import describe_folder
+from engine.data.listing import is_visible, list_folders
 from engine.errors import UserError, suggest_closest
 
 CLASSES = (
@@ -164,8 +165,7 @@ def read_list(devkits: list[Path], name: str) -> dict[str, Path]:
         words = line.split()
         if len(words) > 2 or words[1:] and words[1] not in CLASS_LIST_FLAGS:
             raise UserError(f"{path}, line {number}: {line!r} is neither `id` nor `id flag`\ncorrect the line")
-        hidden = words and Path(words[0]).name.startswith(".")  # such as the ._000005 of macOS, which are no images
-        if words and not hidden and words[1:] != ["-1"]:
+        if words and words[1:] != ["-1"] and is_visible(words[0]):  # the ._000005 of macOS are no images
             names.append(f"VOC{year}/{words[0]}")
     if not names:
         raise UserError(f"{path}: the list is empty\nwrite one image id per line")
