@@ -125,11 +125,11 @@ def add_puzzlemix_options(parser: Parser) -> None:
     parser.option(
         "--block_num", type=int_list, nargs="+", shown="2 4 8 16", help="blocks per side; one value is drawn per batch"
     )
-    parser.option("--n_labels", type=int_at_least(2), shown="3", help="number of mask values: 2, 3 or 4")
+    parser.option("--n_labels", type=int_at_least(2, 4), shown="3", help="number of mask values: 2, 3 or 4")
     parser.option("--beta", type=float_in_range(), shown="1.2", help="weight of the smoothness of the mask")
     parser.option(
         "--gamma",
-        type=float_in_range(),
+        type=float_in_range(0, 1),
         shown="0.5",
         help="weight of the differences across block borders, relative to --beta",
     )
@@ -156,7 +156,7 @@ def add_puzzlemix_options(parser: Parser) -> None:
 def add_comixup_options(parser: Parser) -> None:
     parser.group("comixup", folded=True)
     parser.option(
-        "--m_part", type=int_at_least(1), shown="20", help="images per part; only images of the same part are mixed"
+        "--m_part", type=int_at_least(2), shown="20", help="images per part; only images of the same part are mixed"
     )
     parser.option("--m_block_num", type=positive_or_minus_one, shown="4", help="blocks per side; -1: drawn per batch")
     parser.option("--m_beta", type=float_in_range(), shown="0.32", help="weight of the smoothness of the masks")

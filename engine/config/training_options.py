@@ -206,7 +206,10 @@ def add_regularization_options(parser: Parser) -> None:
         help="cross-entropy, or binary cross-entropy of the softmax",
     )
     parser.option(
-        "--label_smoothing", type=fraction_below_one, default=0.0, help="label smoothing of the mixed targets"
+        "--label_smoothing",
+        type=fraction_below_one,
+        default=0.0,
+        help="label smoothing of the mixed targets; not of the clean images that some methods also train on",
     )
     parser.option(
         "--dropout",

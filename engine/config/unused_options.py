@@ -32,6 +32,8 @@ def collect_mixing_notes(
                 "only --saliency gradient also trains on the unmixed images; this run trains on the mixed ones alone, "
                 "which changes the method, not just its speed"
             )
+    if options["label_smoothing"] and any(source.clean_weight for source in sources):
+        notes.append("--label_smoothing applies to the labels of the mixed images; those of the clean images stay hard")
     if unused := find_unused_options(typed, parser.get_option_names(*OPTION_GROUPS), read):
         notes.append(f"no effect with --method {' '.join(names)}: {', '.join(unused)}")
     return notes

@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
-SLACK = 1e-4  # epsilon of the auction: each place gets a block at most this much worse than its best one
-SLACK_DOUBLING_ROUNDS = 24  # the slack doubles after so many rounds, so that price wars end
+SLACK = 1e-4  # epsilon of the auction at first: each place gets a block at most this much worse than its best one
+SLACK_DOUBLING_ROUNDS = 24  # the slack doubles after so many rounds, so that price wars end; few auctions take so long
 MAX_ROUNDS = 240  # if the host can check whether the auction is over
 MAX_ROUNDS_NO_SYNC = 48  # if it cannot, because it would wait for the device
 

@@ -63,6 +63,14 @@ def test_values_with_which_nothing_is_learned_are_refused(words, expected, capsy
     assert expected in get_error(train.build_parser(), capsys, *words.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("--m_part 1", "at least 2"), ("--n_labels 5", "at most 4"), ("--gamma 1.5", "between 0 and 1")],
+)
+def test_bounds_of_a_method_are_known_before_anything_is_loaded(words, expected, capsys):
+    assert expected in get_error(train.build_parser(), capsys, *words.split())
+
+
 def test_a_positional_argument_that_is_not_given_is_not_among_the_typed_options():
     """argparse converts its default, which marks that it is missing."""
     assert import_module("saliency.casm.commands.train").build_parser().read([]) == {}
