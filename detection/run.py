@@ -17,6 +17,7 @@ from engine.config.select import select_kwargs
 from engine.errors import UserError
 from engine.runtime.checkpoint import Checkpoint
 from engine.runtime.distributed import is_main_process
+from engine.runtime.text import format_count
 from engine.training.run import Run
 from engine.training.start import RunKind, Start
 
@@ -118,8 +119,8 @@ def reopen_last_epoch(start: Start, steps: int) -> None:
         return
     if saved["step"] > options["iters"]:
         raise UserError(
-            f"--iters {options['iters']:,}: the run has already made {saved['step']:,} steps\ngive a larger number or "
-            "omit --iters; to only evaluate the run, use --evaluate --frcnn_checkpoint"
+            f"--iters {options['iters']:,}: the run has already made {format_count(saved['step'], 'step')}\n"
+            "give a larger number or omit --iters; to only evaluate the run, use --evaluate --frcnn_checkpoint"
         )
     history = saved["history"]  # a run that was killed in its last evaluation has made all steps but lacks the last row
     if not history or history[-1]["iteration"] < options["iters"]:
@@ -160,13 +161,14 @@ def describe_run(
     """
     drops = f"dropping at steps {' '.join(map(str, schedule))}" if schedule else "without drops"
     start = f"; starts from the detector {frcnn_checkpoint}" if frcnn_checkpoint else ""
+    total, epoch, warmup = (format_count(count, "step") for count in (iters, steps, warmup_iters))
     side = f"{min_size[0]}" if len(min_size) == 1 else f"{min(min_size)} to {max(min_size)}"
     return [
         train.summary("training"),
         test.summary("test"),
         f"Faster R-CNN, neck {neck}, backbone {backbone.get('model')} from {backbone.get('path')}{start}; "
-        f"recipe {recipe}: {iters:,} steps ({iters / steps:.1f} epochs of {steps:,} steps), batch {batch_size}, "
-        f"lr {lr:g} {drops}, warm-up {warmup_iters} steps, weight decay {weight_decay:g}",
+        f"recipe {recipe}: {total} ({iters / steps:.1f} epochs of {epoch}), batch {batch_size}, "
+        f"lr {lr:g} {drops}, warm-up {warmup}, weight decay {weight_decay:g}",
         f"shorter side {side}, longer side at most {max_size} pixels; {trainable_layers} of 5 layers trained, batch "
         f"norm {norm}, augmentation {augment}, {'with' if use_difficult else 'without'} difficult objects, seed {seed}",
     ]

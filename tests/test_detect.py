@@ -264,7 +264,9 @@ def test_pretrained_loads_torchvision_weights(run, monkeypatch, capsys):
         detection.initialize, "download_weights", lambda url: build_model("imagenet_resnet18", 1000, 224).state_dict()
     )
     run("--pretrained", "--model", "resnet18", "--iters", "1", "--log_off", start=False)
-    assert "imagenet_resnet18 from https://download.pytorch.org/models/resnet18-f37072fd.pth" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "imagenet_resnet18 from https://download.pytorch.org/models/resnet18-f37072fd.pth" in printed
+    assert ": 1 step (" in printed and " 1 steps" not in printed
 
     def offline(url):
         raise ValueError("cannot download")

@@ -21,6 +21,7 @@ from engine.data.shapes import draw_shapes
 from engine.data.views import CenterCrop, View
 from engine.errors import UserError
 from engine.runtime.distributed import main_process_first
+from engine.runtime.text import format_count
 
 EXPECTED_COUNTS = {  # numbers of training and test images
     "cifar10": (50_000, 10_000),
@@ -132,9 +133,8 @@ def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None
     """Raise UserError if the number of classes is not the expected one."""
     if num_classes and num_classes != len(image_set.classes):
         count = len(image_set.classes)
-        raise UserError(
-            f"--num_classes {num_classes}: {image_set.origin} has {count} classes; give {count} or leave it out"
-        )
+        found = format_count(count, "class")
+        raise UserError(f"--num_classes {num_classes}: {image_set.origin} has {found}; give {count} or leave it out")
     if dataset == "imagenet" and len(image_set.classes) != 1000 and not (num_classes or any_classes):
         raise UserError(
             f"imagenet has 1000 classes, but {image_set.origin} has {len(image_set.classes)}\n"
