@@ -12,7 +12,7 @@ from engine.config.recipes import IMAGENET_RECIPES
 from engine.config.resolve import get_phase_options, read_options, resolve_options, use_copies_as_data_dir
 from engine.config.select import select_kwargs
 from engine.config.training_options import add_training_options
-from engine.config.unused_options import collect_image_notes, collect_mixing_notes
+from engine.config.unused_options import collect_mixing_notes, collect_run_notes
 from engine.launch import run_main
 from engine.runtime.claim import releasing_claims
 
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         state.set_mixer(mixers[current], sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
-    notes += collect_image_notes(options, typed)
+    notes += collect_run_notes(options, typed, start.saved["config"] if start.saved else {})
 
     if options["profile"]:
         return training.print_profile(state, loaders[current], config, options["profile"])

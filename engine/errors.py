@@ -15,10 +15,14 @@ class Terminated(Exception):
 
 
 def suggest_closest(word: str, names: Iterable[str]) -> str:
-    """Return '; did you mean x?' for the closest of the names, or '' if none is close to the word."""
-    matches = difflib.get_close_matches(word, list(names), 3, 0.5)
+    """Return '; did you mean x?' for the closest of the names, or '' if none is close to the word.
+
+    Leading hyphens of options do not count: they would make each option similar to any other.
+    """
+    word, bare = word.lstrip("-"), {name.lstrip("-"): name for name in names}
+    matches = difflib.get_close_matches(word, list(bare), 3, 0.55)
     best = max(matches, key=lambda name: len(os.path.commonprefix([word, name])), default=None)
-    return f"; did you mean {best}?" if best else ""
+    return f"; did you mean {bare[best]}?" if best else ""
 
 
 def explain_missing(name: str | os.PathLike, otherwise: str = "no such file") -> str:

@@ -224,9 +224,10 @@ def test_options_derived_from_a_retyped_option_are_not_taken_from_the_config():
 
 def test_unused_options_are_listed():
     typed = {"data_small": "x", "crop_padding": 4, "min_scale": 0.2, "trad_augment": False}
-    notes = unused_options.collect_image_notes(resolve_command("--trad_augment", "false", "--min_scale", 0.2), typed)
-    assert notes == ["no effect in this run: --data_small, --crop_padding, --min_scale"]
-    assert unused_options.collect_image_notes(resolve_command(), {}) == []
+    options = resolve_command("--trad_augment", "false", "--min_scale", 0.2)
+    notes = unused_options.collect_run_notes(options, typed, {})
+    assert notes == ["no effect in this run: --crop_padding, --data_small, --min_scale"]
+    assert unused_options.collect_run_notes(resolve_command(), {}, {}) == []
 
 
 def test_typed_phases_set_the_number_of_epochs():

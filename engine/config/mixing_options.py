@@ -16,12 +16,13 @@ from engine.config.option_types import (
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
+SIMPLE_METHODS = ("cutout", "mixup", "manifold", "cutmix", "saliencymix")  # without a group of their own
 OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix, rlmix"]
 
 
 def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
     """Add all options of a training run that concern mixing. sources: the package `saliency`."""
-    parser.group("mixing")
+    parser.group("mixing", topics=SIMPLE_METHODS)
     parser.option("--mix_prob", type=float_in_range(0, 1), shown="by method", help="probability that a batch is mixed")
     parser.option("--cutout", type=boolean, default=False, help="also cut holes into every training image")
     parser.option("--mix_fraction", type=float_in_range(0, 1), default=1.0, help="fraction of each batch that is mixed")
@@ -56,7 +57,7 @@ def add_method_options(parser: Parser, *, sources: ModuleType) -> None:
 
 def add_common_method_options(parser: Parser) -> None:
     """Add the hyper-parameters of methods that have only a few, or that several methods share."""
-    parser.group("methods")
+    parser.group("methods", topics=SIMPLE_METHODS)
     parser.option(
         "--mixup_alpha",
         type=float_in_range(),
@@ -95,7 +96,7 @@ def add_common_method_options(parser: Parser) -> None:
 
 def add_saliency_options(parser: Parser, sources: ModuleType) -> None:
     """Add the choice of a saliency source, and the options of the sources."""
-    parser.group("saliency")
+    parser.group("saliency", topics=["saliencymix"])
     parser.option(
         "--saliency",
         type=choice(sources.SOURCES, sources.ALIASES),

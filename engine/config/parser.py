@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         self.defaults: dict[str, object] = {}
         self.positional = positional
         self._groups: dict[str, dict[argparse.Action, str]] = {}  # title -> options and their help texts
+        self._topics: dict[str, set[str]] = {}  # title -> words with which --help shows the group
         self._folded: list[str] = []
         self.group("options")
         self._group.add_argument(
@@ -46,9 +47,13 @@ class Parser(argparse.ArgumentParser):
             + ("" if positional else ", the options of one group, or all options"),
         )
 
-    def group(self, title: str, folded: bool = False) -> None:
-        """Start a group of options with this title in --help. Only `--help TITLE` shows a folded group."""
+    def group(self, title: str, folded: bool = False, topics: Sequence[str] = ()) -> None:
+        """Start a group of options with this title in --help. Only `--help TITLE` shows a folded group.
+
+        topics: further words in place of TITLE; a word may stand for several groups.
+        """
         self._group, self._title = self.add_argument_group(title), title
+        self._topics[title] = {title, *title.split(", "), *topics}
         self._groups.setdefault(title, {})
         if folded:
             self._folded.append(title)
@@ -89,10 +94,10 @@ class Parser(argparse.ArgumentParser):
     def show_help(self, title: str | None) -> None:
         """Print the help and exit.
 
-        title: a group (any word of its title) or `all`. None: all groups except the folded ones.
+        title: a group (any word of its title, or a topic) or `all`. None: all groups except the folded ones.
         """
         if title and title != "all":
-            found = {name for name in self._groups if title in (name, *name.split(", "))}
+            found = {name for name in self._groups if title in self._topics[name]}
             if not found:
                 names = [*self._groups, "all"]
                 self.error(

@@ -13,6 +13,13 @@ GRADIENT_SOURCE_OPTIONS = {
     "kernel_size",
     "eval_mode",
 }  # read by no other source
+SCHEDULER_OPTIONS = {  # option -> the schedules that read it
+    **dict.fromkeys(("schedule", "gammas"), {"multistep"}),
+    **dict.fromkeys(("max_lr", "div_factor", "pct_start", "final_div_factor"), {"onecycle"}),
+    "warmup_epochs": {"multistep", "cosine", "linear", "constant"},
+}
+MEMORY_DATASETS = {"shapes", "cifar10", "cifar100"}  # not read from image files
+LOG_OPTIONS = {"name", "root_dir", "overwrite", "save_every", "vis_epoch", "use_tensorboard", "use_wandb"}
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
 
@@ -39,16 +46,68 @@ def collect_mixing_notes(
     return notes
 
 
-def collect_image_notes(options: dict, typed: dict) -> list[str]:
-    """Return a note on the typed options of imagenet_train.py that have no effect on this run, if there are any."""
-    read = {phase.images for phase in build_phases(options)}
-    unused = [f"--data_{name}" for name in ("small", "large") if f"data_{name}" in typed and name not in read]
-    unused += ["--crop_padding"] if "crop_padding" in typed else []
-    unused += ["--val_labels"] if "val_labels" in typed and options["dataset"] == "tiny-imagenet" else []
-    unused += ["--zero_init"] if typed.get("zero_init") and (options["pretrained"] or options["init_from"]) else []
+def collect_run_notes(options: dict, typed: dict, saved: dict) -> list[str]:
+    """Return notes on options of the schedule, the images and the output that have no effect on this run, or an
+    unexpected one.
+
+    saved: the options of the run that is resumed; {}: a new run.
+    """
+    scheduler = options["scheduler"]
+    ignored = {key for key, readers in SCHEDULER_OPTIONS.items() if scheduler not in readers and typed.get(key)}
+    if scheduler == "onecycle":
+        ignored |= {key for key, replaced in (("momentum", options["momentum"]), ("lr", options["max_lr"])) if replaced}
+    notes = [f"no effect with --scheduler {scheduler}: {names}"] if (names := format_typed(ignored, typed)) else []
+    unused = find_unused_image_options(options, typed)
+    unused |= LOG_OPTIONS if options["log_off"] else set()
+    unused |= {"mix_scheduled_epoch"} if options["mix_schedule"] == "fixed" else set()
+    notes += [f"no effect in this run: {names}"] if (names := format_typed(unused, typed)) else []
+    return notes + describe_length(options, saved)
+
+
+def find_unused_image_options(options: dict, typed: dict) -> set[str]:
+    """Return the options for images that this run does not read, typed or not."""
+    unused, dataset = set(), options["dataset"]
+    if dataset in MEMORY_DATASETS:
+        unused |= {"val_labels", "on_bad_image", "eval_resize"}
+    if dataset == "shapes":
+        unused |= {"data_dir", "val_data_dir", "download"}
+    if dataset == "tiny-imagenet":
+        unused |= {"val_labels"}
     if not options["trad_augment"]:
-        unused += [f"--{key}" for key in ("min_scale", "color_jitter", "lighting") if key in typed]
-    return [f"no effect in this run: {', '.join(unused)}"] if unused else []
+        unused |= {"crop_padding", "min_scale", "color_jitter", "lighting"}
+    if "crop_size" in options:  # large images: random resized crops in place of padded ones
+        read = {phase.images for phase in build_phases(options)}
+        unused |= {"crop_padding"} | {f"data_{name}" for name in ("small", "large") if name not in read}
+        unused |= {"zero_init"} if typed.get("zero_init") and (options["pretrained"] or options["init_from"]) else set()
+    return unused
+
+
+def describe_length(options: dict, saved: dict) -> list[str]:
+    """Return notes on parts of the schedule that the length of the run makes ineffective or moves."""
+    notes, epochs, scheduler = [], options["epochs"], options["scheduler"]
+    if scheduler == "multistep" and min(options["schedule"]) >= epochs:
+        milestones = " ".join(map(str, options["schedule"]))
+        notes.append(f"--schedule {milestones}: the learning rate never drops, since the run ends at epoch {epochs}")
+    if (warmup := options["warmup_epochs"]) > epochs and scheduler in SCHEDULER_OPTIONS["warmup_epochs"]:
+        notes.append(f"--warmup_epochs {warmup:g}: the run ends within the warm-up, at epoch {epochs}")
+    for key in ["mix_off_epoch"] + ["mix_scheduled_epoch"] * (options["mix_schedule"] == "delayed"):
+        if options[key] >= epochs:
+            notes.append(f"--{key} {options[key]}: nothing is mixed, since the run ends at epoch {epochs}")
+    if (before := saved.get("epochs", epochs)) != epochs:
+        changed = f"--epochs {epochs} instead of {before}"
+        if scheduler in ("cosine", "linear"):
+            notes.append(
+                f"{changed}: the {scheduler} schedule now ends at epoch {epochs}, so the learning rate jumps here; "
+                f"results will differ from those of a run with --epochs {epochs} from the start"
+            )
+        if options["mix_off_epoch"]:
+            notes.append(f"{changed}: --mix_off_epoch {options['mix_off_epoch']} now means the last of {epochs} epochs")
+    return notes
+
+
+def format_typed(names: set[str], typed: dict) -> str:
+    """Return those of the options that were typed, as flags."""
+    return ", ".join(f"--{key}" for key in sorted(names & typed.keys()))
 
 
 def find_unused_options(typed: dict, mixing_options: set[str], read: set[str]) -> list[str]:

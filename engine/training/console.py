@@ -57,7 +57,6 @@ def describe_run(
     epochs: int,
     batch_size: int,
     scheduler: str,
-    schedule: list[int],
     lr: float,
     max_lr: float | None,
     lr_points: str | None,
@@ -74,9 +73,6 @@ def describe_run(
     image_sets = {"train": data.train, "valid": data.valid, "test": data.test}
     lines = [image_set.summary(SPLITS[split]) for split, image_set in image_sets.items() if image_set]
     rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
-    if scheduler == "multistep" and min(schedule) >= epochs:
-        milestones = " ".join(map(str, schedule))
-        notes.append(f"--schedule {milestones}: the learning rate never drops, since the run ends at epoch {epochs}")
     if dropout and not has_dropout:
         notes.append(f"--dropout {dropout:g} is ignored: {model} has no dropout, only the wide ResNets (wrn...) have")
     lines.append(
@@ -96,10 +92,11 @@ def describe_run(
 def format_epoch(row: dict, epochs: int, options: dict) -> str:
     """Return the printed line of an epoch. row: of the log. epochs: of the run."""
     mixed = "" if set(options["method"]) <= UNMIXED_LABELS else " (mixed labels, reads low)"
-    text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss {row['train_loss']:.4f}"
+    trained, tested = (" (BCE)", " (cross-entropy)") if options["loss"] == "bce" else ("", "")  # not comparable
+    text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss{trained} {row['train_loss']:.4f}"
     text += f"  train acc{mixed} {row['train_acc']:.2f}"
     for key, name, digits in (
-        ("test_loss", "test loss", 4),
+        ("test_loss", f"test loss{tested}", 4),
         ("test_top1", "top-1", 2),
         ("test_top5", "top-5", 2),
         ("valid_top1", "validation top-1", 2),
@@ -110,25 +107,27 @@ def format_epoch(row: dict, epochs: int, options: dict) -> str:
     return f"{text}  {row['seconds']:.1f} s  {row['images_per_second']:.0f} images/s"
 
 
-def get_top1_history(history: list[dict]) -> list[float]:
-    """Return the top-1 accuracies on the test images, in percent, of the epochs that were evaluated."""
-    return [row["test_top1"] for row in history if "test_top1" in row]
+def get_top1_history(history: list[dict]) -> dict[int, float]:
+    """Return epoch -> top-1 accuracy on the test images, in percent, of the epochs that were evaluated."""
+    return {row["epoch"]: row["test_top1"] for row in history if "test_top1" in row}
 
 
 def summarize_history(history: list[dict], best: dict) -> dict:
     """Return the content of result.json: last and best accuracy on the test images, and the median and the range over
-    the last ten evaluated epochs.
+    the last ten evaluated epochs, with the numbers of these epochs.
     """
     accuracies = get_top1_history(history)
-    last_ten = accuracies[-MEDIAN_EPOCHS:]
+    last_epochs = list(accuracies)[-MEDIAN_EPOCHS:]
+    last_ten = [accuracies[epoch] for epoch in last_epochs]
     return {
         "epochs": len(history),
-        "last_top1": accuracies[-1],
+        "last_top1": last_ten[-1],
         "last_top5": history[-1].get("test_top5"),
         "test_unreadable": history[-1].get("test_unreadable", 0),
         "best": best,
         "median_of_last_ten_top1": statistics.median(last_ten),
         "spread_of_last_ten_top1": max(last_ten) - min(last_ten),
+        "last_ten_epochs": last_epochs,
         "training_seconds": sum(row["seconds"] for row in history),
     }
 
@@ -168,19 +167,20 @@ def finish_run(run: Run, test: DeviceLoader) -> dict | None:
     if not is_main_process():
         return None
     result = summarize_history(run.history, run.best)
-    log_result(run.log, result, evaluated=len(get_top1_history(run.history)))
+    log_result(run.log, result)
     return result
 
 
-def log_result(log: RunFolder, result: dict, evaluated: int) -> None:
-    """Print the last lines and write result.json. evaluated: number of evaluated epochs."""
-    best, top5 = result["best"], result["last_top5"]
+def log_result(log: RunFolder, result: dict) -> None:
+    """Print the last lines and write result.json."""
+    best, top5, epochs = result["best"], result["last_top5"], result["last_ten_epochs"]
     text = f"last epoch: top-1 accuracy {result['last_top1']:.2f} % (error {100 - result['last_top1']:.2f} %)"
     text += f", top-5 accuracy {top5:.2f} %" if top5 is not None else ""
     text += f"; best top-1 {best['test_top1']:.2f} % at epoch {best['epoch']}"
     text += f" (chosen on the {SPLITS[best['split']]} images)"
-    if evaluated >= MEDIAN_EPOCHS:  # below that it would be hardly more than the last epoch
-        text += f"; median of the last {MEDIAN_EPOCHS} evaluated epochs {result['median_of_last_ten_top1']:.2f} %"
+    if len(epochs) == MEDIAN_EPOCHS:  # below that it would be hardly more than the last epoch
+        text += f"; median of the last {MEDIAN_EPOCHS} evaluated epochs, {epochs[0]} to {epochs[-1]}: "
+        text += f"{result['median_of_last_ten_top1']:.2f} %"
     log.say(text)
     if not log.off:
         log.write_result(result)

@@ -22,12 +22,12 @@ from engine.config.legacy_options import (
     OPTION_ALIASES,
     translate_legacy,
 )
-from engine.config.mixing_options import OPTION_GROUPS
+from engine.config.mixing_options import OPTION_GROUPS, SIMPLE_METHODS
 from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.parser import Parser
 from engine.config.recipes import RECIPES, get_recipe_options
 from engine.config.resolve import check_combinations, fill_in_options
-from engine.config.unused_options import collect_mixing_notes, find_unused_options
+from engine.config.unused_options import collect_mixing_notes, collect_run_notes, find_unused_options
 from engine.errors import UserError
 from engine.launch import explain_error
 from mixing import MIXERS, hyper_parameters
@@ -75,6 +75,8 @@ def test_switches_take_an_optional_value(words, value):
 def test_abbreviations_are_refused(capsys):
     assert "--batch_size" in get_usage_error(capsys, "--batch_siz", "3")
     assert "--help" in get_usage_error(capsys, "--zzzzqqq")
+    for word in ("--optimizer", "--optim"):  # no option is like it but for the hyphens
+        assert "did you mean" not in get_usage_error(capsys, word, "sgd")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,11 @@ def test_help_shows_a_single_group_on_request(capsys):
     assert find_options(get_help(capsys, "--help", "sage"))[0] == "--upper_lambda"
     assert get_help(capsys, "-h", "rlmix") == get_help(capsys, "--help", "rmix")
     assert "--upper_lambda" not in get_help(capsys, "--help") and "--help GROUP" in get_help(capsys, "--help")
+    for method in MIXERS:
+        if method != "none":
+            shown = find_options(get_help(capsys, "--help", method))
+            assert ("--mixup_alpha" in shown) == (method in SIMPLE_METHODS) and len(shown) < 40
+    assert "--saliency" in find_options(get_help(capsys, "--help", "saliencymix"))
     with pytest.raises(SystemExit):
         train.build_parser().read(["--help", "sgae"])
     assert "did you mean sage?" in capsys.readouterr().err
@@ -272,6 +279,31 @@ def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, 
     options = {"method": ["comixup"], "label_smoothing": smoothing, "clean_lam": clean_weight}
     notes = collect_mixing_notes(options, {}, train.build_parser(), methods=mixing, saliency=saliency, sources=[source])
     assert any("stay hard" in note for note in notes) == (clean_weight > 0 and smoothing > 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "saved", "expected"),
+    [
+        ("--epochs 5 --schedule 3 --gammas 0.1 --momentum 0.8", {}, ["onecycle: --gammas, --momentum, --schedule"]),
+        ("--lr 0.1 --max_lr 0.2 --momentum 0 --warmup_epochs 1", {}, ["onecycle: --lr, --warmup_epochs"]),
+        ("--lr 0.1 --warmup_epochs 0", {}, []),
+        ("--scheduler points --lr_points 0:1,2:0 --warmup_epochs 1 --pct_start 0.2", {}, ["--pct_start, --warmup"]),
+        ("--scheduler multistep --schedule 50 --max_lr 1", {}, ["multistep: --max_lr", "never drops"]),
+        ("--scheduler cosine --warmup_epochs 30", {}, ["within the warm-up, at epoch 20"]),
+        ("--mix_off_epoch 20", {}, ["--mix_off_epoch 20: nothing is mixed"]),
+        ("--mix_scheduled_epoch 5 --log_off --name a", {}, ["no effect in this run: --mix_scheduled_epoch, --name"]),
+        ("--data_dir x --val_labels y", {}, ["no effect in this run: --data_dir, --val_labels"]),
+        ("--scheduler cosine", {"epochs": 10}, ["--epochs 20 instead of 10: the cosine schedule now ends at epoch 20"]),
+        ("--scheduler linear --mix_off_epoch 2", {"epochs": 10}, ["the linear", "2 now means the last of 20 epochs"]),
+        ("--scheduler multistep", {"epochs": 10}, []),
+        ("--scheduler cosine", {"epochs": 20}, []),
+    ],
+)
+def test_options_without_effect_and_moved_schedules_are_noted(words, saved, expected):
+    parser = train.build_parser()
+    typed = parser.read(["--dataset", "shapes", *words.split()])
+    notes = collect_run_notes(fill_in_options(typed, {}, parser.defaults), typed, saved)
+    assert len(notes) == len(expected) and all(map(str.__contains__, notes, expected)), notes
 
 
 LEGACY_COMMANDS = [  # commands in the READMEs of earlier codes

@@ -361,8 +361,23 @@ def test_an_unreadable_image_is_left_out_of_the_evaluation_in_training(tmp_path)
     row = evaluate_held_out(state, {"test": loader}, bar=False)
     assert row["test_top1"] == 50 and row["test_unreadable"] == 4
     row |= {"epoch": 1, "lr": 0.1, "train_loss": 0.0, "train_acc": 0.0, "seconds": 1.0, "images_per_second": 1.0}
-    assert "4 test files cannot be read: left out" in format_epoch(row, 1, {"method": ["none"]})
+    assert "4 test files cannot be read: left out" in format_epoch(row, 1, {"method": ["none"], "loss": "ce"})
     assert summarize_history([row], {})["test_unreadable"] == 4
+
+
+def test_the_median_names_the_epochs_it_is_of():
+    rows = [{"epoch": n, "seconds": 1.0} | ({} if n % 10 else {"test_top1": float(n)}) for n in range(1, 121)]
+    result = summarize_history(rows, {})
+    assert result["median_of_last_ten_top1"] == 75 and result["last_ten_epochs"] == list(range(30, 121, 10))
+    assert summarize_history(rows[:20], {})["last_ten_epochs"] == [10, 20]
+
+
+def test_losses_that_cannot_be_compared_are_named():
+    row = {"epoch": 1, "lr": 0.1, "train_loss": 0.0, "train_acc": 0.0, "seconds": 1.0, "images_per_second": 1.0}
+    row |= {"test_loss": 4.6}
+    line = format_epoch(row, 1, {"method": ["none"], "loss": "bce"})
+    assert "train loss (BCE) 0.0000" in line and "test loss (cross-entropy) 4.6000" in line
+    assert "test loss 4.6000" in format_epoch(row, 1, {"method": ["none"], "loss": "ce"})
 
 
 def test_profile_steps_times_every_part():
