@@ -63,6 +63,11 @@ def explain_error(error: Exception) -> str:
         return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
     if "more than 1 value per channel" in str(error):  # such as --mix_fraction, which leaves one image of a batch
         return "batch norm on feature maps of 1x1 pixel needs at least 2 images\nuse a larger --batch_size"
+    if "DataLoader" in str(error):  # killed, out of shared memory, or without an answer
+        return (
+            f"the worker processes that read images failed: {str(error).splitlines()[0]}\ngive them more memory (in a "
+            "container also shared memory: docker run --shm-size 8g) or read without them: --workers 0"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"the disk is full: {error}"
     first = (str(error).splitlines() or [""])[0]

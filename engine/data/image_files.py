@@ -2,12 +2,13 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import ClassVar
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from engine.data.decode import BadImage, decode_into
 from engine.data.folders import FileList
@@ -15,6 +16,8 @@ from engine.data.sample_rng import draw_crop_numbers
 from engine.data.views import RandomCrop, View
 from engine.errors import UserError
 from engine.runtime.distributed import count_cores_per_process
+
+WAIT_SECONDS = 600  # for the next batch of the workers; a file server that restarts is back by then
 
 
 class ImageFiles:
@@ -117,9 +120,14 @@ class BatchReader:
                 raise RuntimeError(f"epoch {epoch} was cancelled by a later call of read() or by close()")
             try:
                 pixels, indices, boxes = next(self.batches)
-            except Exception:  # a worker died: the next epoch starts new ones
+            except Exception as error:  # a worker died or does not answer: the next epoch starts new ones
+                if "timed out" in str(error):
+                    self.kill_workers()
                 self.close()
                 raise
+            if isinstance(pixels, RuntimeError):
+                self.close()
+                raise pixels
             if pixels is None:
                 raise UserError(f"cannot read an image: {indices}\n{self.samples.files.remedy}")
             yield pixels, indices, boxes
@@ -133,6 +141,7 @@ class BatchReader:
             batch_sampler=self.order,
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
+            timeout=WAIT_SECONDS if self.workers else 0,
             persistent_workers=self.workers > 0,
             collate_fn=identity_collate,
             worker_init_fn=start_worker,
@@ -145,6 +154,16 @@ class BatchReader:
             return iter(self.loader)
         finally:
             cv2.setNumThreads(threads)
+
+    def kill_workers(self) -> None:
+        """Stop workers that do not answer. They ignore SIGTERM, and Python would wait for them when it exits."""
+        with suppress(ValueError):  # not in the main thread, where torch handles no signal either
+            previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error when a worker is killed
+        for process in self.batches._workers:
+            process.kill()
+        self.batches._shutdown_workers()
+        with suppress(ValueError):
+            signal.signal(signal.SIGCHLD, previous)
 
     def close(self) -> None:
         """Stop the workers."""
@@ -178,7 +197,26 @@ class BatchDataset(Dataset):
 
     def __getitems__(self, request: tuple[int, list[int]]) -> tuple:
         epoch, index = request
-        return self.files.read(index, self.seed, epoch)
+        batch = self.files.read(index, self.seed, epoch)
+        if get_worker_info():
+            try:
+                share_memory(batch)
+            except RuntimeError as error:
+                return RuntimeError(f"DataLoader worker: {error}"), None, None
+        return batch
+
+
+def share_memory(value) -> None:
+    """Move the tensors of a batch to shared memory. The DataLoader would do it in a thread of the worker, and if there
+    is no memory left, the batch would never arrive.
+    """
+    if isinstance(value, torch.Tensor) and value.numel():
+        value.share_memory_()
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            share_memory(one)
+    elif isinstance(value, dict):
+        share_memory(list(value.values()))
 
 
 def identity_collate(batch: tuple) -> tuple:

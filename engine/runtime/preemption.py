@@ -1,12 +1,18 @@
-"""On SIGTERM, stop between two steps, in all processes before the same step."""
+"""On SIGTERM, stop between two steps, in all processes before the same step; on a second one, at once."""
 
+import multiprocessing
+import os
 import signal
+import sys
 import threading
+import time
 
 import torch
 from torch import distributed as dist
 
-from engine.runtime.distributed import get_host_group, world_size
+from engine.runtime.distributed import get_host_group, is_main_process, world_size
+
+REPEAT_SECONDS = 2.0  # a scheduler and torchrun may each send the same request
 
 
 class PreemptionGuard:
@@ -18,6 +24,7 @@ class PreemptionGuard:
 
     def __init__(self):
         self.signalled, self.previous_handler = False, signal.SIG_DFL
+        self.first_time = 0.0  # of the first signal
         self.pending: tuple | None = None  # number of requests, and the running all-reduce that sums it
 
     def install(self) -> None:
@@ -31,7 +38,10 @@ class PreemptionGuard:
             signal.signal(signal.SIGTERM, self.previous_handler)
 
     def request(self, *signal) -> None:
-        """Handle the signal."""
+        """Handle the signal. A second one ends the process, which may be waiting for something that never comes."""
+        if self.signalled and time.monotonic() - self.first_time > REPEAT_SECONDS:
+            end_process()
+        self.first_time = self.first_time if self.signalled else time.monotonic()
         self.signalled = True
 
     def requested(self) -> bool:
@@ -46,3 +56,12 @@ class PreemptionGuard:
         requests = torch.tensor(int(self.signalled))
         self.pending = requests, dist.all_reduce(requests, group=get_host_group(), async_op=True)
         return stop
+
+
+def end_process() -> None:
+    """End this process and its workers now, without saving."""
+    if is_main_process():
+        print("stopped at once by a second SIGTERM, without saving", file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(143)
