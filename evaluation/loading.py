@@ -96,6 +96,8 @@ def build_context(
         classifier.mean, classifier.std = STATISTICS[name]
         if not (norm or stated):
             session.note(f"{path} does not store how images are normalised; using {name} (--norm changes it)")
+    elif classifier.norm_note:
+        session.note(classifier.norm_note)
     if (known := int((class_map >= 0).sum())) < len(classes):
         session.note(f"{classifier.name} has {len(classes)} classes; the data set has {known} of them")
     if left_out := len(data) - len(image_set):

@@ -3,8 +3,9 @@
 For the latter, the network is inferred from the tensor shapes.
 """
 
+import math
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from engine.data.image_set import STATISTICS, get_statistics
 from engine.errors import UserError, explain_missing, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
+
+# trained on pixels in -1..1; torchvision's transform_input turns images normalised for ImageNet into these
+HALF_SCALED = ("googlenet", "inception_v3")
 
 
 def find_best_checkpoint(path: Path | str) -> Path:
@@ -92,10 +96,16 @@ def build_torchvision(name: str, weights: dict[str, torch.Tensor], path: Path | 
 
     if name.startswith("densenet"):  # torchvision's own files use the old key names
         weights = {re.sub(r"(denselayer\d+\.(norm|relu|conv))\.", r"\1", key): value for key, value in weights.items()}
-    extra = {"transform_input": True, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    network = get_model(name, weights=None, num_classes=count_torchvision_classes(name, weights), **extra)
+    arguments = infer_arguments(name, weights)
+    network = get_model(name, weights=None, **arguments)
+    head, layer = last_layer(network)
+    num_classes = len(weights.get(f"{head}.weight", layer.weight))
+    if num_classes != len(layer.weight):
+        network = get_model(name, weights=None, num_classes=num_classes, **arguments)
+    state = OrderedDict(weights)
+    state._metadata = {"": {"version": network._version}}  # MNASNet loads nothing without it
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path} does not hold a {name}: {str(error).splitlines()[1].strip()[:100]} ...") from error
     return network.eval()
@@ -122,6 +132,7 @@ class Classifier:
     epoch: int | None = None
     is_torchvision: bool = False  # whether the network is from torchvision
     resize: int | None = None  # shorter side before the crop, if its weights define it
+    norm_note: str = ""  # what was assumed of the normalisation
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalize(pixels, self.mean, self.std)).float()
@@ -251,31 +262,37 @@ def load_torchvision(name: str, saved: SavedClassifier | None, models: ModuleTyp
         raise UserError(f"classifier {name}: {error}, or give a file of weights as {name}=FILE") from error
     path = str(saved.path) if saved else preset.url
     network = build_torchvision(name, state, path)
-    num_classes = count_torchvision_classes(name, state)
+    num_classes = len(last_layer(network)[1].weight)
     titles = list(preset.meta["categories"]) if preset and len(preset.meta["categories"]) == num_classes else []
     mean, std = map(tuple, (preset.transforms().mean, preset.transforms().std) if preset else STATISTICS["imagenet"])
     side, resize = (preset.transforms().crop_size[0], preset.transforms().resize_size[0]) if preset else (224, 256)
+    if getattr(network, "image_size", side) != side:  # a ViT, which takes images of one size
+        side = resize = network.image_size
+    note = ""
+    if name in HALF_SCALED:
+        mean, std = STATISTICS["half"]
+        note = (
+            f"{path}: images are scaled to -1..1, as for torchvision's weights of {name}; --norm imagenet is for "
+            "weights trained without transform_input"
+        )
     classifier = Classifier(
         name, network, mean, std, num_classes=num_classes, image_size=side, titles=titles, path=path
     )
-    classifier.is_torchvision, classifier.resize = True, resize
+    classifier.is_torchvision, classifier.resize, classifier.norm_note = True, resize, note if saved else ""
     return classifier
 
 
-def count_torchvision_classes(name: str, weights: dict[str, torch.Tensor]) -> int:
-    """Return the number of classes of weights for torchvision's network `name`; 1000 if they lack its last layer."""
-    from torchvision.models import get_model
-
-    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    with torch.device("meta"):
-        layers = get_model(name, weights=None, **extra).named_modules()
-        linear = [key for key, layer in layers if count_outputs(layer) == 1000]
-    head = weights.get(f"{linear[-1]}.weight") if linear else None
-    return 1000 if head is None else len(head)
+def infer_arguments(name: str, weights: dict[str, torch.Tensor]) -> dict:
+    """Return the arguments of torchvision's constructor `name` that the weights imply, apart from num_classes."""
+    if name in HALF_SCALED:  # files from other code often lack the auxiliary classifiers
+        return {"init_weights": False, "aux_logits": any(key.lower().startswith("aux") for key in weights)}
+    if name.startswith("vit_") and {"encoder.pos_embedding", "conv_proj.weight"} <= weights.keys():
+        grid = math.isqrt(weights["encoder.pos_embedding"].shape[1] - 1)  # one more for the class token
+        return {"image_size": grid * weights["conv_proj.weight"].shape[-1]}
+    return {}
 
 
-def count_outputs(layer: torch.nn.Module) -> int:
-    """Return the number of outputs of a layer that can be the last one of a classifier; 0 for other layers."""
-    if isinstance(layer, torch.nn.Linear):
-        return layer.out_features
-    return layer.out_channels if isinstance(layer, torch.nn.Conv2d) else 0
+def last_layer(network: torch.nn.Module) -> tuple[str, torch.nn.Module]:
+    """Return the name and the module of the last linear layer or convolution of one of torchvision's classifiers."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, kinds)][-1]
