@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     # ---- Classifiers ----
     classifiers = []
-    if options["method"] or options["list_layers"]:
+    if options["method"] != [] or options["list_layers"]:
         classifiers = explanation.load_classifiers(**select_kwargs(options, explanation.load_classifiers))
     if options["list_layers"]:
         return [explanation.print_layers(classifier, options["image_size"]) for classifier in classifiers]

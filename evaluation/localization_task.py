@@ -34,7 +34,7 @@ from evaluation.localization import (
     score_localization,
     smooth_maps,
 )
-from saliency.cam import ActivationMaps, upsample_maps
+from saliency.cam import ActivationMaps, choose_methods, upsample_maps
 
 MapFunction = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # see build_map_function()
 BACKGROUND_TITLES = {  # names of the backgrounds in tables and figures
@@ -74,11 +74,16 @@ def load_background_dir(context: EvalContext, image_set: ImageSet, boxes: Boxes,
     return read_background_dir(path, image_set, context.view), boxes
 
 
-def build_map_function(context: EvalContext, method: str, layer: str | None, classic: bool) -> MapFunction:
-    """Return a function: normalised images (B, 3, H, W), labels (B,) -> maps (B, H, W) in 0..1, and logits.
+def build_map_function(
+    context: EvalContext, method: str | None, layer: str | None, classic: bool
+) -> tuple[str, MapFunction]:
+    """Return the method and a function: normalised images (B, 3, H, W), labels (B,) -> maps (B, H, W) in 0..1, logits.
 
-    Raises ValueError if the network has no such maps.
+    method None: cam, or gradcam for a network without cam. Raises ValueError if the network has no such maps.
     """
+    (method,), note = choose_methods(context.classifier.network, method and [method], context.image_size)
+    if note:
+        context.session.note(f"{context.name}: {note}")
     activation_maps = ActivationMaps(context.classifier.network, method, layer=layer)
 
     def compute_maps(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +93,7 @@ def build_map_function(context: EvalContext, method: str, layer: str | None, cla
     if method != "scorecam":  # try it on one image, to fail early; Score-CAM needs one pass per channel
         size, device = context.image_size, context.session.device
         compute_maps(torch.zeros(1, 3, size, size, device=device), torch.tensor([0], device=device))
-    return compute_maps
+    return method, compute_maps
 
 
 def evaluate_localization(
@@ -170,9 +175,10 @@ def format_report(results: list[dict]) -> str:
         for key, scores in result["backgrounds"].items()
     ]
     baselines, first = results[0]["baselines"], rows[0]
+    maps = " and ".join(dict.fromkeys(result["maps"] for result in results))
     lines = [
         f"localisation in percent, {baselines['images']:,} images with ground-truth boxes; boxes around "
-        f"{results[0]['maps']} maps thresholded at {first['th']:g} of their maximum, correct from an IoU of 0.5",
+        f"{maps} maps thresholded at {first['th']:g} of their maximum, correct from an IoU of 0.5",
         tables.format_text(rows, COLUMNS),
         f"GT-known of a centred box of 3/4 of the side: {baselines['centre']:.2f}",
         f"GT-known of the whole image as the box: {baselines['whole']:.2f}",

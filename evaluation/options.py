@@ -136,7 +136,12 @@ def add_task_options(parser: Parser) -> None:
 
     parser.group("localization")
     add_common_options(parser, "annotation_path", "layer")
-    parser.option("--method", type=choice(CAM_METHODS), default="cam", help="class activation map")
+    parser.option(
+        "--method",
+        type=choice(CAM_METHODS),
+        shown="cam; gradcam for networks without cam",
+        help="class activation map",
+    )
     parser.option(
         "--th", type=float_in_range(0, 1), default=0.25, help="threshold of the map, as a fraction of its maximum"
     )
@@ -215,7 +220,7 @@ def check_task(options: dict) -> None:
             )
     if task == "calibration" and not options["ece"]:
         raise ValueError("--ece 0: --task calibration needs bins; give 1 or more")
-    if task in ("localization", "card") and options["layer"] and options["method"] == "cam":
+    if task in ("localization", "card") and options["layer"] and options["method"] in (None, "cam"):
         raise ValueError(
             f"--layer {options['layer']}: --method cam always uses the layer before the global average pooling; "
             "choose another method, such as gradcam"

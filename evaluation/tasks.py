@@ -138,7 +138,7 @@ def plan_localization(
     background: list[str],
     background_dir: str | None,
     noise_std: float,
-    method: str,
+    method: str | None,
     layer: str | None,
     classic: bool,
     th: float,
@@ -156,7 +156,7 @@ def plan_localization(
         )
     if background_dir:
         backgrounds["ready"] = load_background_dir(context, image_set, boxes, background_dir)
-    compute_maps = build_map_function(context, method, layer, classic)
+    method, compute_maps = build_map_function(context, method, layer, classic)
     title = method + (f" of {layer}" if layer else "") + (" (summed over 3 x 3)" if classic else "")
 
     def measure() -> dict:
@@ -170,9 +170,9 @@ def plan_localization(
     return measure
 
 
-def plan_examples(context: EvalContext, *, examples: int, method: str, layer: str | None, classic: bool) -> Plan:
+def plan_examples(context: EvalContext, *, examples: int, method: str | None, layer: str | None, classic: bool) -> Plan:
     """Plan a few images spread over the test set, with the prediction for each and its activation map."""
-    compute_maps = build_map_function(context, method, layer, classic)
+    _, compute_maps = build_map_function(context, method, layer, classic)
 
     def measure() -> dict:
         loader = context.make_loader(context.image_set.subsample(examples), **UNNORMALIZED, whole=True)

@@ -24,7 +24,7 @@ from engine.inference.metrics import rank_classes
 from engine.runtime.device import autocast
 from engine.runtime.progress import progress_bar
 from explanation.images import slugify
-from saliency.cam.maps import ActivationMaps, normalize_maps
+from saliency.cam.maps import ActivationMaps, choose_methods, normalize_maps
 from saliency.cam.tracing import list_layers
 from saliency.casm.network import load_casm
 
@@ -78,7 +78,7 @@ class Explainer:
 def make_cam_explainer(
     classifier: Classifier,
     *,
-    method: list[str],
+    method: list[str] | None,
     layer: str | None,
     target_class: list[str],
     image_size: int | None,
@@ -87,7 +87,10 @@ def make_cam_explainer(
     device: torch.device,
     precision: torch.dtype | None,
 ) -> Explainer:
-    """Make an explainer that draws activation maps. The parameters by name are options of cam.py."""
+    """Make an explainer that draws activation maps. The parameters by name are options of cam.py.
+
+    method None: cam, or gradcam for a network without cam.
+    """
     view = make_view(image_size or classifier.image_size, resize)
     targets = [target for word in target_class for target in parse_target_class(word, classifier)]
     network = classifier.network.to(device).requires_grad_(False)
@@ -99,6 +102,10 @@ def make_cam_explainer(
             maps = ActivationMaps(network, name, layer=None if name == "cam" else layer, **settings)
         return lambda images, classes: normalize_maps(maps(images, classes))
 
+    with translate_errors(classifier.name, view.size):
+        method, note = choose_methods(network, method, view.size)
+    if note:
+        print(f"note: {classifier.name}: {note}")
     methods = {name: make_map_function(name) for name in method}
     return Explainer(classifier, methods, list(dict.fromkeys(targets)), view, device)
 
@@ -190,6 +197,8 @@ def load_classifiers(
         known_norm = not classifier.path or classifier.options or classifier.is_torchvision
         if norm:
             classifier.mean, classifier.std = STATISTICS[norm]
+        elif classifier.norm_note:
+            print(f"note: {classifier.norm_note}")
         elif not known_norm and classifier.image_size <= LARGE_SIDE:
             print(
                 f"note: {classifier.path} does not store the normalisation of its images; assuming that of imagenet "
@@ -230,7 +239,7 @@ def print_layers(classifier: Classifier, image_size: int | None) -> dict:
     with translate_errors(classifier.name, side):
         layers = list_layers(classifier.network, side)
     print(f"{classifier.name}: layer and shape (channels, height, width)")
-    for name, shape, is_default in layers:
-        default = "   (default: the last one before the average pooling)" if is_default else ""
+    for name, shape, reason in layers:
+        default = f"   (default: {reason})" if reason else ""
         print(f"  {name:40} {' x '.join(map(str, shape))}{default}")
     return {"model": classifier.name, "layers": [name for name, _, _ in layers]}

@@ -52,7 +52,11 @@ def build_parser() -> Parser:
     parser.option("--labels", metavar="FILE", shown="from the file or the weights", help="class names, one per line")
     parser.group("maps")
     parser.option(
-        "--method", type=choices([*CAM_METHODS, "casm"]), nargs="+", default=["cam"], help="one or more methods"
+        "--method",
+        type=choices([*CAM_METHODS, "casm"]),
+        nargs="+",
+        shown="cam; gradcam for networks without cam",
+        help="one or more methods",
     )
     add_common_options(parser, "casm")
     parser.option(
@@ -92,11 +96,13 @@ def check_options(parser: Parser, typed: dict) -> dict:
     options = {**parser.defaults, **typed}
     if not (options["image_path"] or options["list_layers"]):
         parser.error("--image_path is missing: give an image file, a folder or a pattern")
-    if "casm" in options["method"] and not options["casm"]:
+    if "casm" in (options["method"] or ()) and not options["casm"]:
         parser.error("--method casm: needs --casm FILE, made by python -m saliency.casm train")
     if options["casm"] and "method" not in typed and not {"model_path", "model"} & typed.keys():
         options["method"] = []  # draw only the trained masks
-    methods = options["method"] = [name for name in dict.fromkeys(options["method"]) if name != "casm"]
+    if options["method"]:
+        options["method"] = [name for name in dict.fromkeys(options["method"]) if name != "casm"]
+    methods = ["cam"] if options["method"] is None else options["method"]
     if options["colormap"] not in colormaps:
         hint = suggest_closest(options["colormap"], colormaps)
         parser.error(f"--colormap {options['colormap']}: not a colormap of matplotlib{hint}")

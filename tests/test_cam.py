@@ -241,6 +241,18 @@ def test_classes_far_below_the_predicted_one_keep_their_order(use_toy, photo, tm
     assert {row["predicted_index"] for row in rows} == {0}
 
 
+def test_methods_that_a_network_lacks_are_named_and_the_others_drawn(use_toy, photo, tmp_path, capsys):
+    use_toy(average=False)
+    words = ["--image_path", photo, "--model_path", "a", "-o", str(tmp_path)]
+    for typed, drawn in (([], ["gradcam"]), (["--method", "cam", "layercam", "gradcam"], ["layercam", "gradcam"])):
+        assert [row["method"] for row in cam.main([*words, *typed])] == drawn
+        assert (
+            "note: a: no cam, " in (printed := capsys.readouterr().out) and f"; using {', '.join(drawn)}\n" in printed
+        )
+    with pytest.raises(UserError, match="use gradcam"):
+        cam.main([*words, "--method", "cam"])
+
+
 # ---- Errors ----
 
 
@@ -305,7 +317,7 @@ def test_errors_of_a_network_name_the_classifier(use_toy, net, photo, tmp_path):
         cam.main([*words, net, "--image_size", "8"])
     use_toy(average=False)
     with pytest.raises(UserError, match="a: .*gradcam"):
-        cam.main([*words, "a"])
+        cam.main([*words, "a", "--method", "cam"])
     use_toy(scale=float("nan"))
     with pytest.raises(UserError, match="a: the outputs are NaN or infinite"):
         cam.main([*words, "a"])

@@ -26,6 +26,7 @@ from saliency.cam.tracing import (
     LayerTap,
     PoolingTap,
     TraceResult,
+    black_image,
     eval_no_grad,
     find_layer,
     trace_network,
@@ -61,9 +62,10 @@ class ActivationMaps:
     `logits` (B, K) float32 are those of the last call. The network, compiled or not, runs in evaluation mode and
     eagerly. Its parameters need not require gradients and get none; its state is restored.
 
-    * layer: dotted name of the module whose output (B, C, h, w) is A; if it is called twice, the last call counts.
-      None: the input of the last pooling before the classifier or, if nothing is pooled (ViT), the output of the last
-      convolution.
+    * layer: dotted name of the module whose output is A; if it is called twice, the last call counts. It may be
+      (B, C, h, w), (B, h, w, C) or tokens (B, h * w, C), with or without a class token, which is left out. None: the
+      input of the last pooling before the classifier or, if nothing is pooled, the input of the last attention (ViT)
+      or the output of the last convolution.
     * batch_size: masked images per forward pass of scorecam. progress: wraps the iterable of these batches, like tqdm.
     * precision: type for autocast; None: float32.
 
@@ -122,7 +124,7 @@ class ActivationMaps:
         self.trace = trace
 
     def forward(self, images: torch.Tensor, tap: PoolingTap | LayerTap) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return A (B, C, h, w) in the dtype of the network, and logits (B, K) float32."""
+        """Return A in the dtype of the network, as the network holds it (tap.layout), and logits (B, K) float32."""
         with tap, torch.autocast(images.device.type, self.precision, bool(self.precision)):
             logits = self.model(images)
         if tap.maps is None:
@@ -131,9 +133,9 @@ class ActivationMaps:
         self.logits = logits.detach()
         return tap.maps, logits
 
-    def make_tap(self) -> PoolingTap | LayerTap:
+    def make_tap(self, images: torch.Tensor) -> PoolingTap | LayerTap:
         if self.module is not None:
-            return LayerTap(self.module, self.layer)
+            return LayerTap(self.module, self.layer, images.shape[-2:])
         return PoolingTap(self.trace.pooling)
 
     @torch.no_grad()
@@ -150,16 +152,23 @@ class ActivationMaps:
     def gradients(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A and g, each (B, C, h, w) float32. Only A requires a gradient, so the autograd graph starts there."""
         with torch.enable_grad(), freeze_parameters(self.model):
-            maps, logits = self.forward(images, self.make_tap())
+            tap = self.make_tap(images)
+            held, logits = self.forward(images, tap)
             if not logits.requires_grad:
                 raise ValueError(f"the logits of {type(self.model).__name__} do not depend on {self.layer!r}")
             scale = FP16_SCALE if self.precision is torch.float16 else 1.0
-            (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum() * scale, maps)
-        return maps.detach().float(), gradients.float() / scale
+            (gradient,) = torch.autograd.grad(class_scores(logits, targets).sum() * scale, held)
+        maps, gradients = tap.layout(held.detach()).float(), tap.layout(gradient).float() / scale
+        if gradient.any() and not gradients.any():
+            name = type(self.model).__name__
+            raise ValueError(f"{name} uses only the class token of {self.layer!r}: name an earlier layer")
+        return maps, gradients
 
     @torch.no_grad()
     def scorecam(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        maps = self.forward(images, self.make_tap())[0].detach().float()
+        tap = self.make_tap(images)
+        held, _ = self.forward(images, tap)
+        maps = tap.layout(held.detach()).float()
         weights = self.channel_scores(images, targets, maps).softmax(1)
         return weighted_sum(maps, weights).relu()
 
@@ -186,6 +195,22 @@ class ActivationMaps:
             owner = pairs // channels
             result[pairs] = score(images[owner] * mask, targets[owner])
         return result.view(count, channels)
+
+
+def choose_methods(model: nn.Module, methods: list[str] | None, side: int) -> tuple[list[str], str]:
+    """Return those of the methods that the network has, and a note on what became of cam, or "".
+
+    None stands for cam, or gradcam if the network has no cam. If cam is all that is asked for it is returned, and
+    calling it raises an error. side: of a square image, in pixels.
+    """
+    wanted = methods or ["cam"]
+    if "cam" not in wanted or methods == ["cam"]:
+        return wanted, ""
+    with eval_no_grad(unwrap(model)):
+        if trace_network(unwrap(model), black_image(unwrap(model), side)).average is not None:
+            return wanted, ""
+    found = [name for name in wanted if name != "cam"] or ["gradcam"]
+    return found, f"no cam, which needs an average in front of a single linear layer; using {', '.join(found)}"
 
 
 def weighted_sum(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -13,20 +13,23 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from saliency.cam.layouts import Layout, LayoutWatch, find_layout
 from saliency.gradient import in_mode
 
 AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}  # functions that can average whole maps
+ATTENTION = {"multi_head_attention_forward", "scaled_dot_product_attention", "_native_multi_head_attention"}
 POOLINGS = AVERAGES | {"adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "amax"}
 
 
 class TraceResult(NamedTuple):
     """What a traced forward pass has shown. Calls of pooling functions and of linear layers are numbered separately."""
 
-    pooling: int | None  # the last call that pools whole maps
+    pooling: int | None  # the last call that pools whole maps; None if attention follows it
     average: int | None  # the global average that cam needs
     linear: int | None  # the linear layer after it; None: the averages are the logits
     layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which the modules return
-    default: str | None  # the last layer before that pooling; without a pooling, the last convolution
+    default: str | None  # the last layer before that pooling; without one, before the last attention or convolution
+    reason: str  # the same in words
 
 
 class RecordedCall(NamedTuple):
@@ -39,17 +42,16 @@ class RecordedCall(NamedTuple):
     average: bool = False  # whether that number is the mean
 
 
-def list_layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], bool]]:
+def list_layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], str]]:
     """List the modules of `model` that can be named as a layer, in the order in which they return.
 
-    Returns tuples of name, (C, h, w) and whether it is the last one before the layer that is used by default; a
-    function such as a ReLU may lie between. images (B, 3, H, W), or the side in pixels of a black image. Modules whose
-    maps have their channels last (Swin's blocks) are listed like the others; only their shape shows it.
+    Returns tuples of name, (C, h, w) and, for the layer whose maps are used by default, why; "" for the others. It may
+    be followed by a function such as a ReLU. images (B, 3, H, W), or the side in pixels of a black image.
     """
     model = unwrap(model)
     with eval_no_grad(model):
         trace = trace_network(model, black_image(model, images) if isinstance(images, int) else images[:1])
-    return [(name, shape, name == trace.default) for name, shape in trace.layers.items()]
+    return [(name, shape, trace.reason if name == trace.default else "") for name, shape in trace.layers.items()]
 
 
 def black_image(model: nn.Module, side: int) -> torch.Tensor:
@@ -62,13 +64,15 @@ def black_image(model: nn.Module, side: int) -> torch.Tensor:
 def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
     """Trace one forward pass of images (1, 3, H, W)."""
     recorder, modules = CallRecorder(), modules_by_name(model)
-    returned: dict[str, tuple[tuple[int, int, int], int]] = {}  # name -> (C, h, w), number of poolings before
+    returned: dict[str, tuple[tuple[int, int, int], int, int]] = {}  # name -> (C, h, w), poolings and attention before
 
     def make_hook(name):
         def hook(module, given, result):
-            if is_feature_map(result, len(images)):
+            channels_last = recorder.channels_last
+            if layout := find_layout(result, images.shape[-2:], channels_last, len(images)):
                 returned.pop(name, None)  # a module that is called again counts where it returns last
-                returned[name] = tuple(result.shape[1:]), len(recorder.poolings)
+                returned[name] = tuple(layout(result).shape[1:]), len(recorder.poolings), len(recorder.attention)
+                recorder.channels_last = channels_last  # the line above calls functions that are watched, too
 
         return hook
 
@@ -81,13 +85,17 @@ def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
             handle.remove()
 
     pooling = max((i for i, call in enumerate(recorder.poolings) if call.whole), default=None)
-    if pooling is None:
-        before = [name for name in returned if isinstance(modules[name], nn.Conv2d)]
+    if recorder.attention and (pooling is None or pooling < recorder.attention[-1]):
+        pooling, reason = None, "the last one before the last attention"
+        before = [name for name, (_, _, attention) in returned.items() if attention < len(recorder.attention)]
+    elif pooling is None:
+        before, reason = [name for name in returned if isinstance(modules[name], nn.Conv2d)], "the last convolution"
     else:
-        before = [name for name, (_, poolings) in returned.items() if poolings <= pooling]
+        reason = "the last one before the average pooling"
+        before = [name for name, (_, poolings, _) in returned.items() if poolings <= pooling]
     average, linear = find_head(recorder, logits)
-    shapes = {name: shape for name, (shape, _) in returned.items()}
-    return TraceResult(pooling, average, linear, shapes, before[-1] if before else None)
+    shapes = {name: shape for name, (shape, *_) in returned.items()}
+    return TraceResult(pooling, average, linear, shapes, before[-1] if before else None, reason)
 
 
 def find_head(recorder: "CallRecorder", logits: torch.Tensor) -> tuple[int | None, int | None]:
@@ -112,18 +120,20 @@ def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.numel() == other.numel()
 
 
-class CallRecorder(TorchFunctionMode):
-    """Records each pooling and each linear layer of a forward pass, in order."""
+class CallRecorder(LayoutWatch):
+    """Records each pooling, linear layer and attention of a forward pass, in order."""
 
     def __init__(self):
         super().__init__()
         self.poolings: list[RecordedCall] = []
         self.linears: list[RecordedCall] = []
+        self.attention: list[int] = []  # number of poolings before each
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         maps = find_pooled_maps(func, args, kwargs)
         result = func(*args, **kwargs)
+        self.watch(func, args, result)
         if maps is not None:
             value, name, count = result[0] if isinstance(result, tuple) else result, func.__name__, maps.shape[:2]
             single = value.shape[:2] == count and value.numel() == count.numel()
@@ -134,6 +144,8 @@ class CallRecorder(TorchFunctionMode):
         elif func is F.linear:
             given = args[0] if args else kwargs["input"]
             self.linears.append(RecordedCall(given, result, given.clone()))
+        elif getattr(func, "__name__", "") in ATTENTION:
+            self.attention.append(len(self.poolings))
         return result
 
 
@@ -147,6 +159,8 @@ class PoolingTap(TorchFunctionMode):
 
     Also collects the weights of the linear layers.
     """
+
+    layout: Layout = staticmethod(lambda maps: maps)
 
     def __init__(self, number: int):
         super().__init__()
@@ -174,34 +188,33 @@ def find_pooled_maps(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor 
     return given if isinstance(given, torch.Tensor) and given.dim() == 4 else None
 
 
-class LayerTap:
-    """Captures the output of `module` and makes it require a gradient.
+class LayerTap(LayoutWatch):
+    """Captures the output of `module` and makes it require a gradient. `layout` makes maps (B, C, h, w) of it.
 
-    The network continues with a copy, because a ReLU may overwrite it in place.
+    The network continues with a copy, because a ReLU may overwrite it in place. size: height and width of the images.
     """
 
-    def __init__(self, module: nn.Module, name: str):
-        self.module, self.name = module, name
+    def __init__(self, module: nn.Module, name: str, size: tuple[int, int]):
+        super().__init__()
+        self.module, self.name, self.size = module, name, size
         self.maps: torch.Tensor | None = None
+        self.layout: Layout | None = None
 
     def __enter__(self):
         self.handle = self.module.register_forward_hook(self.capture)
-        return self
+        return super().__enter__()
 
     def __exit__(self, *problem):
         self.handle.remove()
+        super().__exit__(*problem)
 
     def capture(self, module, given, output):
-        if not is_feature_map(output):
+        self.layout = find_layout(output, self.size, self.channels_last)
+        if self.layout is None:
             got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
             raise ValueError(f"layer {self.name!r} must return maps (B, C, h, w), but it returns {got}")
         self.maps = output.detach().requires_grad_()
         return self.maps.clone()
-
-
-def is_feature_map(output, count: int | None = None) -> bool:
-    """Return whether `output` is a tensor (B, C, h, w), with B = count if given."""
-    return isinstance(output, torch.Tensor) and output.dim() == 4 and count in (None, len(output))
 
 
 def validate_logits(logits, images: torch.Tensor) -> torch.Tensor:

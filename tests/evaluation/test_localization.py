@@ -1,6 +1,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.ops import box_iou
 
@@ -16,6 +18,7 @@ from engine.data.datasets import load_evaluation
 from engine.data.decode import decode_into
 from engine.data.image_set import STATISTICS
 from engine.data.views import CenterCrop, SquashedView
+from evaluation.context import EvalSession
 from evaluation.localization import (
     compute_iou,
     compute_map_ious,
@@ -28,6 +31,7 @@ from evaluation.localization import (
     score_localization,
     smooth_maps,
 )
+from evaluation.localization_task import build_map_function
 
 SIZES = [(80, 48), (48, 80), (500, 375), (333, 501), (64, 64)]  # width, height
 VIEWS = [CenterCrop(32, 32), CenterCrop(28, 32), CenterCrop(224, 256), SquashedView(32), SquashedView(257)]
@@ -317,3 +321,16 @@ def compute_mobilenet_maps(weights: Path, image_set, labels: torch.Tensor) -> tu
         maps.append(torch.einsum("bchw,bc->bhw", features, network.classifier[1].weight[labels[index]]))
         logits.append(network.classifier(features.mean((2, 3))))
     return torch.cat(maps), torch.cat(logits)
+
+
+@pytest.mark.parametrize(
+    ("average", "method", "expected"), [(1, None, "cam"), (2, None, "gradcam"), (1, "gradcam", "gradcam")]
+)
+def test_networks_without_cam_are_scored_by_gradcam_with_a_note(capsys, average, method, expected):
+    layers = [nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(average), nn.Flatten(), nn.Linear(2 * average**2, 4)]
+    network = nn.Sequential(*layers).eval()
+    session = EvalSession(torch.device("cpu"))
+    context = SimpleNamespace(classifier=SimpleNamespace(network=network), image_size=8, name="net", session=session)
+    found, compute_maps = build_map_function(context, method, None, False)
+    assert found == expected and compute_maps(torch.rand(1, 3, 8, 8), torch.tensor([1]))[0].shape == (1, 8, 8)
+    assert ("note: net: no cam, " in capsys.readouterr().out) == (average == 2)

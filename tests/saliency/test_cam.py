@@ -6,7 +6,15 @@ from torch.nn import functional as F
 
 from models import build_model
 from saliency import CAM_METHODS, build_source
-from saliency.cam.maps import ActivationMaps, normalize_maps, upsample_maps
+from saliency.cam.maps import (
+    ActivationMaps,
+    choose_methods,
+    gradcam,
+    gradcam_plus_plus,
+    layercam,
+    normalize_maps,
+    upsample_maps,
+)
 from saliency.cam.tracing import list_layers
 
 GRADIENTS = ("gradcam", "gradcam++", "layercam")
@@ -144,7 +152,10 @@ def test_cam_averages_to_the_logit_and_is_gradcam_without_relu(name):
 # ---- Networks and layers ----
 
 
-@pytest.mark.parametrize(("name", "layer"), [("tv.vgg11", "features"), ("tv.vit", "conv_proj")])
+VIT_LAYER = "encoder.layers.encoder_layer_1.ln_1"  # the input of the last attention
+
+
+@pytest.mark.parametrize(("name", "layer"), [("tv.vgg11", "features"), ("tv.vit", VIT_LAYER)])
 def test_networks_without_a_global_average_need_gradcam(name, layer):
     model, (images, labels) = build(name), random_images(side=64 if name == "tv.vgg11" else 32)
     for method in GRADIENTS:
@@ -268,7 +279,7 @@ def test_wrong_arguments_raise_an_error_naming_them():
 @pytest.mark.parametrize(
     ("name", "side", "default"),
     [("resnet20", 32, ("layer3", (64, 8, 8))), ("wrn16_8", 32, ("bn1", (512, 8, 8)))]
-    + [("tv.vgg11", 64, ("features", (512, 2, 2))), ("tv.vit", 32, ("conv_proj", (16, 4, 4)))],
+    + [("tv.vgg11", 64, ("features", (512, 2, 2))), ("tv.vit", 32, (VIT_LAYER, (16, 4, 4)))],
 )
 def test_list_layers_marks_the_last_before_the_average(name, side, default):
     model = build(name)
@@ -286,11 +297,73 @@ def test_last_convolution_is_the_default_without_a_pooling():
         nn.Sequential(*small_network()[:5], nn.Flatten(), nn.Linear(6 * 49, 2)),
         random_images(2, 16),
     )
-    assert [(name, marked) for name, _, marked in list_layers(model, 16)][-2:] == [("3", True), ("4", False)]
+    assert [(name, why) for name, _, why in list_layers(model, 16)][-2:] == [("3", "the last convolution"), ("4", "")]
     assert_agree(
         ActivationMaps(model, "gradcam")(images, labels % 2),
         ActivationMaps(model, "gradcam", layer="3")(images, labels % 2),
     )
+
+
+@pytest.mark.parametrize("method", CAM_METHODS[1:])
+@pytest.mark.parametrize(("channels", "side"), [(8, 64), (16, 64), (24, 64)])
+def test_maps_with_channels_last_equal_the_permuted_ones(method, channels, side):
+    """Of a Swin whose maps are 16 x 16: 16 channels tell nothing by their shape."""
+    torch.manual_seed(0)
+    model = torchvision.models.SwinTransformer([4, 4], channels, [2], [2], [2, 2], num_classes=CLASSES).eval()
+    images, labels = random_images(2, side)
+    last, first = (ActivationMaps(model, method, layer=layer)(images, labels) for layer in ("norm", "permute"))
+    assert last.shape == (2, 16, 16)
+    assert_agree(last, first)
+    shapes = {name: shape for name, shape, _ in list_layers(model, side)}
+    assert shapes["features.1.0"] == shapes["norm"] == shapes["permute"] == (channels, 16, 16)
+    assert shapes["features.1.0.mlp.0"] == (4 * channels, 16, 16)
+
+
+def test_layers_inside_a_convnext_block_are_listed_channels_first():
+    block = torchvision.models.convnext.CNBlock(32, 1.0, 0.0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+    shapes = {name: shape for name, shape, _ in list_layers(model.eval(), 32)}
+    assert shapes["1.block.0"] == shapes["1.block.2"] == shapes["1.block.6"] == shapes["1"] == (32, 32, 32)
+    assert shapes["1.block.3"] == (128, 32, 32)
+
+
+@pytest.mark.parametrize("method", GRADIENTS)
+def test_tokens_of_a_vit_form_a_grid_without_the_class_token(method):
+    model, (images, labels) = build("tv.vit"), random_images()
+    kept = []
+    handle = model.get_submodule(VIT_LAYER).register_forward_hook(lambda _, given, output: kept.append(output))
+    scores = model(images).gather(1, labels[:, None]).sum()
+    handle.remove()
+    (gradient,) = torch.autograd.grad(scores, kept[0])  # (3, 17, 16), of the class token and 4 x 4 patches
+    maps, gradient = (one[:, 1:].detach().permute(0, 2, 1).reshape(3, 16, 4, 4) for one in (kept[0], gradient))
+    formulas = {"gradcam": gradcam, "gradcam++": gradcam_plus_plus, "layercam": layercam}
+    assert_agree(ActivationMaps(model, method)(images, labels), formulas[method](maps, gradient))
+
+
+@pytest.mark.parametrize("layer", ["encoder.layers.encoder_layer_1", "encoder.ln"])
+def test_layer_of_which_only_the_class_token_is_used_is_refused(layer):
+    with pytest.raises(ValueError, match=f"uses only the class token of '{layer}': name an earlier layer"):
+        ActivationMaps(build("tv.vit"), "gradcam", layer=layer)(*random_images())
+
+
+def test_windows_are_not_taken_for_maps():
+    window = torchvision.models.maxvit.WindowPartition()
+    model = nn.Sequential(nn.Conv2d(3, 24, 1), nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 2))
+    model[1].forward = lambda maps: (window(maps, 4), maps)[1]
+    model[1].add_module("window", window)
+    assert "1.window" not in [name for name, *_ in list_layers(model, 32)]
+    with pytest.raises(ValueError, match=r"must return maps .* it returns \(3, 64, 16, 24\)"):
+        ActivationMaps(model, "gradcam", layer="1.window")(*random_images())
+
+
+def test_cam_is_replaced_or_left_out_where_a_network_has_none():
+    without, has = build("tv.vit"), build("resnet20")
+    assert choose_methods(has, None, 32) == (["cam"], "")
+    assert choose_methods(has, ["layercam", "cam"], 32) == (["layercam", "cam"], "")
+    methods, note = choose_methods(without, None, 32)
+    assert methods == ["gradcam"] and note.endswith("a single linear layer; using gradcam")
+    assert choose_methods(without, ["cam", "layercam", "gradcam"], 32)[0] == ["layercam", "gradcam"]
+    assert choose_methods(without, ["cam"], 32) == (["cam"], "")  # whose error says what to use
 
 
 def test_last_call_of_a_repeated_module_counts():
