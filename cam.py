@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     # ---- Figure and windows ----
     if options["figure"]:
-        explanation.draw_figure(options["figure"], drawn)
+        explanation.draw_figure(options["figure"], drawn, **select_kwargs(options, explanation.draw_figure))
     if options["show"]:
         explanation.show_images([options["figure"]] if options["figure"] else [row["output"] for row in rows])
     return rows

@@ -129,12 +129,20 @@ def locate_evaluations(options: dict) -> tuple[Path, str]:
 
 
 def report_result(
-    log: RunFolder, result: EvalResult, image_set: DetectionSet, summary: dict, *, vis: int, predictions: str | None
+    log: RunFolder,
+    result: EvalResult,
+    image_set: DetectionSet,
+    summary: dict,
+    *,
+    vis: int,
+    predictions: str | None,
+    dpi: int,
+    figure_format: str,
 ) -> None:
     """Print and save the summary, draw curves and detections, and write the detections to a file if requested.
 
     summary: the content of results.json, which includes the result of summarize(). vis: number of test images to draw.
-    predictions: file for all detections, or None.
+    predictions: file for all detections, or None. dpi, figure_format: of the figures.
     """
     for line in report.format_result(summary):
         log.say(line)
@@ -143,9 +151,10 @@ def report_result(
     log.say(f"evaluated {format_count(count, 'image')} in {speed}")
     if not log.off:
         write_json(log.path / "results.json", summary)
-        report.draw_precision_recall_curves(log.path / "precision_recall.png", result.voc)
+        report.draw_precision_recall_curves(log.path / f"precision_recall.{figure_format}", result.voc, dpi=dpi)
         if vis:
-            report.draw_detections(log.path / "vis", image_set, result.detections, result.truths, count=vis)
+            style = {"dpi": dpi, "figure_format": figure_format}
+            report.draw_detections(log.path / "vis", image_set, result.detections, result.truths, count=vis, **style)
         names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
         log.say(f"files in {log.path}: {', '.join(names)}")
     if predictions:

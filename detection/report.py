@@ -205,21 +205,21 @@ def to_rows(*columns) -> list[tuple]:
 # ---- Plots and images ----
 
 
-def draw_training_curves(path: Path, history: list[dict], title: str) -> None:
+def draw_training_curves(path: Path, history: list[dict], title: str, *, dpi: int = figures.DPI) -> None:
     """Draw loss terms and average precisions (percent) over the epochs. A panel without values is omitted."""
     logged = {key for row in history for key, value in row.items() if value is not None}
     panels = {
         unit: names for unit, names in (("loss", LOSS_TITLES), ("percent", PERCENT_TITLES)) if logged & set(names)
     }
     if panels:
-        figures.draw_epoch_panels(path, history, panels, title)
+        figures.draw_epoch_panels(path, history, panels, title, dpi=dpi)
 
 
-def draw_precision_recall_curves(path: Path, voc: dict, max_panels: int = 25) -> None:
+def draw_precision_recall_curves(path: Path, voc: dict, max_panels: int = 25, *, dpi: int = figures.DPI) -> None:
     """Draw precision over recall at an IoU of 0.5; nothing if no class has objects. voc: result of voc_metrics()."""
     panels, title = build_precision_recall_panels(voc, max_panels)
     if panels:
-        draw_precision_recall(path, panels, title)
+        draw_precision_recall(path, panels, title, dpi=dpi)
 
 
 def build_precision_recall_panels(voc: dict, max_panels: int) -> tuple[list[tuple[str, list[float], list[float]]], str]:
@@ -248,12 +248,14 @@ def draw_detections(
     *,
     count: int,
     threshold: float = 0.5,
+    dpi: int = figures.DPI,
+    figure_format: str = "png",
 ) -> list[Path]:
     """Draw `count` evenly spaced images of a set with their objects and their detections.
 
     detections, truths: those of all images of the set. threshold: minimum score of a drawn detection. Errors are those
-    of the VOC rule at an IoU of 0.5. Returns the pages page_01.png, page_02.png .. in `folder`, ROWS_PER_PAGE images
-    on each. Raises ValueError if the numbers of images differ.
+    of the VOC rule at an IoU of 0.5. Returns the pages page_01.png, page_02.png .. in `folder` (or .pdf, .svg), with
+    ROWS_PER_PAGE images on each. Raises ValueError if the numbers of images differ.
     """
     if not len(detections) == len(truths) == len(image_set):
         raise ValueError(
@@ -275,8 +277,8 @@ def draw_detections(
             image = image_set.read(index).permute(1, 2, 0).contiguous().numpy()
             left, right, counts = mark_errors(detections[index], truths[index], image_set.classes, threshold)
             rows.append((f"{image_set.names[index]}: {counts}", image, left, right))
-        pages.append(Path(folder) / f"page_{len(pages) + 1:02d}.png")
-        draw_box_pairs(pages[-1], rows, heads, legend)
+        pages.append(Path(folder) / f"page_{len(pages) + 1:02d}.{figure_format}")
+        draw_box_pairs(pages[-1], rows, heads, legend, dpi=dpi)
     return pages
 
 

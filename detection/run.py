@@ -196,7 +196,8 @@ def draw_epoch(run: Run) -> None:
     """Draw curves.png every ten epochs and at the end."""
     if not run.log.off and (len(run.history) % 10 == 0 or not run.epochs):
         title = f"Faster R-CNN, {run.options['dataset']}"
-        report.draw_training_curves(run.log.path / "curves.png", run.history, title)
+        path = run.log.path / f"curves.{run.options['figure_format']}"
+        report.draw_training_curves(path, run.history, title, dpi=run.options["dpi"])
 
 
 def finish_run(run: Run, result: EvalResult | None, test: DetectionLoader) -> dict | None:
@@ -211,6 +212,8 @@ def finish_run(run: Run, result: EvalResult | None, test: DetectionLoader) -> di
     run.guard.restore()
     if not is_main_process():
         return None
+    if run.finished_before:
+        draw_epoch(run)  # perhaps with another --dpi or --figure_format
     content = {
         "iterations": options["iters"],
         "training_seconds": sum(row["seconds"] for row in run.history),

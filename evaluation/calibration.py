@@ -12,6 +12,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from engine.drawing.figures import place_legend
 from engine.inference.metrics import validate_logits
 
 TEMPERATURES = (0.05, 20.0)  # limits of the fitted temperature
@@ -210,41 +211,62 @@ def describe_bound(names: list[str]) -> str:
 
 
 def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False) -> None:
-    """Draw a reliability diagram, accuracy against confidence, of (name, result of measure_calibration()) pairs.
+    """Draw a reliability diagram, accuracy against confidence in percent, of (name, result of measure_calibration()).
 
     One classifier: a bar for each bin and its gap to the mean confidence, pale if the bin holds fewer than MIN_COUNT
-    images, and a histogram of the confidences above. Several: one line each, with dots that grow with the fraction of
-    the images. after: with temperature scaling.
+    images, and a histogram of the confidences above. Several: one line each through merge_small_bins(), with dots that
+    grow with the fraction of the images. after: with temperature scaling.
     """
-    axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1, zorder=3)
+    axes.plot([0, 100], [0, 100], color="0.4", linestyle="--", linewidth=1, zorder=3)
     for name, result in results:
         shown = result["after"] if after else result
         label = f"{name}: ECE {shown['ece']:.2f} %"
         (draw_bars if len(results) == 1 else draw_line)(axes, shown["reliability"], label)
-    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    axes.legend(fontsize=8, loc="upper left", framealpha=0.85, edgecolor="none").set_zorder(5)
+    groups = "" if len(results) == 1 else f", in groups of at least {MIN_COUNT} images"
+    axes.set(xlim=(0, 100), ylim=(0, 100), xlabel=f"confidence (%){groups}", ylabel="accuracy (%)")
+    place_legend(axes)
+    axes.get_legend().set_zorder(5)
 
 
 def list_filled_bins(table: dict[str, list]) -> list[tuple]:
-    """Return left edges, accuracies, confidences and counts of the bins that hold images."""
+    """Return (left edge, accuracy, confidence, count) of the bins that hold images; all but the count in percent."""
     rows = zip(table["edges"][:-1], table["accuracy"], table["confidence"], table["count"], strict=True)
-    return list(zip(*(row for row in rows if row[-1]), strict=True))
+    return [(*(100 * value for value in values), count) for *values, count in rows if count]
+
+
+def merge_small_bins(table: dict[str, list], least: int = MIN_COUNT) -> list[tuple[float, float, int]]:
+    """Return (confidence, accuracy, count) of neighbouring bins, merged until each group holds `least` images.
+
+    The accuracy of one or two images is 0 or 100 % by chance. If all bins together hold fewer, there is one group.
+    """
+    groups = []
+    for _, accuracy, confidence, count in list_filled_bins(table):
+        if not groups or sum(count for _, _, count in groups[-1]) >= least:
+            groups.append([])
+        groups[-1].append((confidence, accuracy, count))
+    if len(groups) > 1 and sum(count for _, _, count in groups[-1]) < least:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    merged = []
+    for group in groups:
+        total = sum(count for _, _, count in group)
+        merged.append((*(sum(row[key] * row[2] for row in group) / total for key in (0, 1)), total))
+    return merged
 
 
 def draw_bars(axes, table: dict[str, list], label: str) -> None:
     """Draw the bins of one classifier as bars, with a histogram of the confidences above."""
-    left, accuracy, confidence, count = list_filled_bins(table)
-    size = {"width": 1 / len(table["count"]), "align": "edge", "linewidth": 0.6}
+    size = {"width": 100 / len(table["count"]), "align": "edge", "linewidth": 0.6}
     solid = {"color": "tab:blue", "edgecolor": "white", **size}
     hatched = {"color": "none", "edgecolor": "tab:red", "hatch": "////", **size}
     axes.bar(0, 0, label=label, **solid)  # for the legend
     axes.bar(0, 0, label="gap", **hatched)
-    for x, height, mean, images in zip(left, accuracy, confidence, count, strict=True):
+    bins = list_filled_bins(table)
+    for x, height, mean, images in bins:
         alpha = 0.3 if images < MIN_COUNT else None
         axes.bar(x, height, alpha=alpha, **solid)
         axes.bar(x, mean - height, bottom=height, alpha=alpha, **hatched)
     inset = axes.inset_axes([0, 1.03, 1, 0.18], sharex=axes)
-    inset.bar(left, count, color="0.6", edgecolor="white", **size)
+    inset.bar([left for left, *_ in bins], [count for *_, count in bins], color="0.6", edgecolor="white", **size)
     inset.set(yscale="log", ylim=(0.5, None))  # below 1, so that a bin with a single image is visible
     inset.yaxis.set_major_formatter("{x:g}")
     inset.yaxis.set_minor_formatter("")
@@ -255,7 +277,7 @@ def draw_bars(axes, table: dict[str, list], label: str) -> None:
 
 def draw_line(axes, table: dict[str, list], label: str) -> None:
     """Draw the bins of one of several classifiers as a line."""
-    _, accuracy, confidence, count = list_filled_bins(table)
+    confidence, accuracy, count = zip(*merge_small_bins(table), strict=True)
     (line,) = axes.plot(confidence, accuracy, linewidth=1.2, label=label)
     area = [8 + 80 * images / sum(count) for images in count]
     axes.scatter(confidence, accuracy, area, color=line.get_color(), zorder=4, clip_on=False)

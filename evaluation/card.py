@@ -8,10 +8,13 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from engine.drawing import figures, tables
+from engine.drawing.heatmaps import overlay_heatmap
 from engine.inference.metrics import list_unreadable
+from engine.runtime.text import format_count
 from evaluation import calibration, localization, localization_task, occlusion, ood, robustness
 
-Panel = tuple[str, Callable]  # title, and a function that draws on Matplotlib axes
+Panel = tuple[str, Callable]  # title with the number of images, and a function that draws on Matplotlib axes
+PANEL_SIZE = (4.4, 3.6)  # inches
 CALIBRATION_ROWS = {  # key of a result -> title and format
     "nll": ("negative log-likelihood", ".4f"),
     "brier": ("Brier score", ".4f"),
@@ -123,28 +126,40 @@ def collect_notes(results: list[dict], seed: int) -> list[str]:
             f"{baselines['centre']:.2f} %"
         )
         notes += localization_task.describe_noise(found)
+        named = [{"name": result["name"], **result["localization"]} for result in results]
+        notes += localization_task.describe_constant_maps(named)
         notes.append("MaxBoxAccV2: thresholds are chosen on the held-out images, accuracy is measured on the others")
     else:
         notes.append(f"no localisation: {first['dataset']} has no ground-truth boxes; give them with --annotation_path")
     return [*notes, f"seed {seed}"]
 
 
-def draw_page(path: Path | str, results: list[dict], examples: list[dict], title: str) -> None:
-    """Draw all results on one page and save it.
+def draw_page(path: Path | str, results: list[dict], examples: list[dict], *, dpi: int = figures.DPI) -> None:
+    """Draw all results on one page and save it. Each panel says on how many images it rests.
 
     examples: for each classifier `images` uint8 (n, H, W, 3), the same images for all but for their size, `maps`
     (n, H, W) in 0..1 and `titles`, n texts.
     """
-    panels, columns = make_panels([(result["name"], result) for result in results]), 3
-    lines = 1 + len(examples) if examples else 0
-    heights = [3.8 * -(-len(panels) // columns), 1.9 * lines]
-    figure = Figure(figsize=(5.2 * columns, sum(heights) + 0.6), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights) if lines else (figure, None)
+    panels = make_panels([(result["name"], result) for result in results])
+    columns, *heights = plan_panels(panels, len(results))
+    width = PANEL_SIZE[0] * columns
+    if examples:
+        side = min(width / len(examples[0]["images"]), 3.0)
+        heights.append(side + (side + 0.25) * len(examples) + 0.6)
+    figure = Figure(figsize=(width, sum(heights) + 0.5), layout="constrained")
+    top, *bottom = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     draw_panels(top, panels, columns)
-    if lines:
-        draw_examples(bottom, examples, [result["name"] for result in results])
-    figure.suptitle(title)
-    figures.save_figure(figure, path)
+    if examples:
+        draw_examples(bottom[0], examples, [result["name"] for result in results])
+    figure.suptitle(results[0]["dataset"])
+    figures.save_figure(figure, path, dpi)
+
+
+def plan_panels(panels: list[Panel], count: int) -> tuple[int, float]:
+    """Return the number of columns, and the height in inches, of the panels of `count` classifiers."""
+    columns = figures.choose_columns(len(panels), 4)
+    legend = 0.17 * (count + 1) if count > 4 else 0.2
+    return columns, (PANEL_SIZE[1] + legend) * -(-len(panels) // columns)
 
 
 def draw_panels(area, panels: list[Panel], columns: int) -> None:
@@ -158,12 +173,11 @@ def draw_panels(area, panels: list[Panel], columns: int) -> None:
 
 
 def format_label(name: str, limit: int = 32) -> str:
-    """Return a name as a Matplotlib label.
+    """Return a name, shortened, as a Matplotlib label.
 
-    Matplotlib reads $ as mathematics and hides labels that begin with an underscore. A long name, such as a path,
-    loses its middle.
+    Matplotlib reads $ as mathematics and hides labels that begin with an underscore.
     """
-    name = name if len(name) <= limit else f"{name[: limit // 2 - 1]}\u2026{name[-limit // 2 :]}"
+    name = figures.shorten(name, limit)
     return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
 
 
@@ -175,15 +189,22 @@ def make_panels(named: list[tuple[str, dict]]) -> list[Panel]:
         panels += robustness.make_panels([(name, result["robustness"]) for name, result in named])
     if "calibration" in first:
         own = [(name, result["calibration"]) for name, result in named]
-        panels.append(("calibration", partial(calibration.draw_reliability, results=own)))
+        title = f"calibration, {format_count(own[0][1]['images'], 'image')}"
+        panels.append((title, partial(calibration.draw_reliability, results=own)))
     for ood_name in get_nested(first, ("ood", "outside")) or ():
         curves = [(name, result["ood"]["outside"][ood_name]["scores"]["energy"]) for name, result in named]
-        panels.append((f"OOD detection on {format_label(ood_name)}, energy", partial(ood.draw_roc, curves=curves)))
+        title = f"OOD detection, energy, {describe_ood(ood_name, first['ood']['outside'][ood_name])}"
+        panels.append((title, partial(ood.draw_roc, curves=curves)))
     if "localization" in first:
         found = [(name, result["localization"]) for name, result in named]
         for title, panel in make_localization_panels(found):
-            panels.append((", ".join(filter(None, ("localisation", title))), panel))
+            panels.append((f"localisation, {title}", panel))
     return panels
+
+
+def describe_ood(name: str, found: dict) -> str:
+    """Return what a plot of OOD detection rests on. name: of the OOD images. found: a result of measure_ood()."""
+    return f"{found['inside']:,} test and {found['outside']:,} {format_label(name)} images"
 
 
 def make_localization_panels(named: list[tuple[str, dict]]) -> list[Panel]:
@@ -192,7 +213,8 @@ def make_localization_panels(named: list[tuple[str, dict]]) -> list[Panel]:
     for background in first["backgrounds"]:
         curves = [(name, result["backgrounds"][background]) for name, result in named]
         draw = partial(localization.draw_threshold_curves, results=curves, centred=first["baselines"]["centre"])
-        panels.append((localization_task.BACKGROUND_TITLES[background], draw))
+        count = format_count(curves[0][1]["images"], "image")
+        panels.append((", ".join(filter(None, (localization_task.BACKGROUND_TITLES[background], count))), draw))
     return panels
 
 
@@ -206,5 +228,8 @@ def draw_examples(figure, examples: list[dict], names: list[str]) -> None:
     for row, shown, name in zip(grid[1:], examples, names, strict=True):
         row[0].set_ylabel(format_label(name, 22), fontsize=9)
         for axes, image, heatmap, title in zip(row, shown["images"], shown["maps"], shown["titles"], strict=True):
-            axes.imshow(figures.overlay_heatmap(image, heatmap))
-            axes.set_title(format_label(title, 26), fontsize=8)
+            axes.imshow(overlay_heatmap(image, heatmap))
+            title += ", constant map" if figures.is_constant(heatmap) else ""
+            axes.set_title(format_label(title, 34), fontsize=8)
+    label = "activation map of the predicted class, each from its lowest to its highest value"
+    figures.add_colour_bar(figure, grid, label, location="bottom")

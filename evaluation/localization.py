@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from engine.data.annotations import BoxAnnotation
 from engine.data.views import Box, FixedView
+from engine.drawing.figures import place_legend
 from engine.runtime.distributed import count_cores_per_process
 
 Boxes = list[torch.Tensor | None]  # the ground-truth boxes of each image
@@ -214,11 +215,10 @@ def draw_threshold_curves(axes, results: list[tuple[str, dict]], centred: float 
     for name, scores in results:
         if scores["gt_known_at"] is None:
             continue
-        (line,) = axes.plot(scores["thresholds"], scores["gt_known_at"], label=name)
-        axes.plot(scores["best_gt_known_th"], scores["best_gt_known"], marker="o", color=line.get_color())
+        (line,) = axes.plot([100 * th for th in scores["thresholds"]], scores["gt_known_at"], label=name)
+        axes.plot(100 * scores["best_gt_known_th"], scores["best_gt_known"], marker="o", color=line.get_color())
     if centred is not None:
         axes.axhline(centred, color="grey", linestyle="--", linewidth=1, label="centred box")
-    axes.set(xlabel="threshold, fraction of the map's maximum", ylabel="GT-known localisation (%)", xlim=(0, 1))
+    axes.set(xlabel="threshold (% of the map's maximum)", ylabel="GT-known localisation (%)", xlim=(0, 100))
     axes.grid(alpha=0.3)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
+    place_legend(axes)

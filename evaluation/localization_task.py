@@ -14,6 +14,7 @@ from engine.inference.metrics import rank_labels
 from engine.runtime.device import disable_tf32
 from engine.runtime.distributed import gather_object
 from engine.runtime.progress import Progress, use_progress_bar
+from engine.runtime.text import format_count
 from evaluation.backgrounds import (
     add_background_noise,
     build_object_mask,
@@ -119,14 +120,16 @@ def evaluate_localization(
             maps, logits = compute_maps(images, batch.labels)
         context.check_finite(logits, background)
         rank = rank_labels(logits, batch.labels).cpu()
-        rows.append((batch.index, *compute_map_ious(maps, true_boxes, thresholds), rank < 1, rank < 5))
+        constant = (maps.amin((1, 2)) == maps.amax((1, 2))).cpu()
+        rows.append((batch.index, *compute_map_ious(maps, true_boxes, thresholds), rank < 1, rank < 5, constant))
     columns = [torch.cat(column) for column in zip(*rows, strict=True)]
     gathered = [columns for columns in gather_object(columns) or [] if columns]
     if not gathered:
         return {}
-    index, largest_iou, best_iou, top1, top5 = map(torch.cat, zip(*gathered, strict=True))
+    index, largest_iou, best_iou, top1, top5, constant = map(torch.cat, zip(*gathered, strict=True))
     baselines = score_fixed_boxes([boxes[position] for position in index.tolist()], context.image_size)
     scores = {"background": background, "baselines": baselines, "top1": 100 * float(top1.double().mean())}
+    scores["constant_maps"] = int(constant.sum())
     scores["top5"] = 100 * float(top5.double().mean()) if len(image_set.classes) >= 5 else None
     heldout = context.heldout_mask(len(image_set))[index]
     return scores | score_localization(largest_iou, best_iou, top1, heldout, thresholds, th)
@@ -183,11 +186,26 @@ def format_report(results: list[dict]) -> str:
         f"GT-known of a centred box of 3/4 of the side: {baselines['centre']:.2f}",
         f"GT-known of the whole image as the box: {baselines['whole']:.2f}",
         *describe_noise(results[0]),
+        *describe_constant_maps(results),
     ]
     if first["max_box_acc_v2"] is None:
         count = f"{first['held_images']:,} of {first['images']:,} images are"
         lines.append(f"no MaxBoxAccV2: {count} held out; some must choose its thresholds and some be scored")
     return "\n".join(lines)
+
+
+def describe_constant_maps(results: list[dict]) -> list[str]:
+    """Return a line for each classifier and background on which some maps show nothing."""
+    lines = []
+    for result in results:
+        for background, scores in result["backgrounds"].items():
+            title = ", ".join(filter(None, (result["name"], BACKGROUND_TITLES[background])))
+            if count := scores["constant_maps"]:
+                lines.append(
+                    f"{title}: {count:,} of {format_count(scores['images'], 'map')} have the same value everywhere; "
+                    "their box is the first pixel"
+                )
+    return lines
 
 
 def describe_noise(result: dict) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.data.sample_rng import uniform
+from engine.drawing.figures import place_legend
 
 KINDS = {"patches": "random patches", "centre": "centred hole"}
 FRACTIONS = tuple(number / 8 for number in range(8))  # of the area: 0 to 0.875
@@ -95,4 +96,4 @@ def draw_curves(axes, results: list[tuple[str, dict[str, dict[str, list[float]]]
             axes.plot([], [], LINE_STYLES[kind], color="0.4", label=KINDS[kind])
     axes.set(xlabel="hidden (% of the area)", ylabel="top-1 accuracy (%)", ylim=(0, None))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    place_legend(axes)

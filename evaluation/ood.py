@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from engine.drawing.figures import place_legend
 from engine.inference.metrics import validate_logits
 
 HISTOGRAM_BINS, ROC_POINTS = 50, 101
@@ -124,15 +125,15 @@ def draw_histogram(axes, result: dict, score: str = "energy", names: tuple[str, 
         axes.stairs(table[key], table["edges"], color=colour, linewidth=1)
     axes.set(xlabel=SCORE_TITLES[score], ylabel="density", xlim=(table["edges"][0], table["edges"][-1]))
     axes.set_title(f"AUROC {shown['auroc']:.2f} %, FPR at 95 % TPR {shown['fpr95']:.2f} %", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
+    place_legend(axes)
 
 
 def draw_roc(axes, curves: list[tuple[str, dict]]) -> None:
-    """Draw ROC curves, a (name, result of measure_ood() for one score) pair each."""
-    axes.plot([0, 1], [0, 1], color="0.4", linestyle="--", linewidth=1)
+    """Draw ROC curves in percent, a (name, result of measure_ood() for one score) pair each."""
+    axes.plot([0, 100], [0, 100], color="0.4", linestyle="--", linewidth=1)
     for name, shown in curves:
-        axes.plot(shown["roc"]["fpr"], shown["roc"]["tpr"], label=f"{name}: AUROC {shown['auroc']:.2f} %")
-    axes.set(
-        xlim=(0, 1), ylim=(0, 1), xlabel="false positive rate (OOD accepted)", ylabel="true positive rate (ID accepted)"
-    )
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+        fpr, tpr = ([100 * rate for rate in shown["roc"][key]] for key in ("fpr", "tpr"))
+        axes.plot(fpr, tpr, label=f"{name}: AUROC {shown['auroc']:.2f} %")
+    axes.set(xlim=(0, 100), ylim=(0, 100))
+    axes.set(xlabel="false positive rate (%, OOD accepted)", ylabel="true positive rate (%, ID accepted)")
+    place_legend(axes)

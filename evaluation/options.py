@@ -5,17 +5,17 @@ from pathlib import Path
 from engine.config import resolve
 from engine.config.legacy_options import LEGACY_EVALUATION_OPTIONS
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, path, pixel_fraction
-from engine.config.options import DATASETS, add_common_options, add_data_options, add_device_options
-from engine.config.parser import Parser, check_output_path
+from engine.config.options import DATASETS, FIGURE_FORMATS, add_common_options, add_data_options, add_device_options
+from engine.config.parser import Parser, check_figure_path, check_output_path
 from engine.config.phases import LARGE_SIDE
 from saliency import CAM_METHODS
 
 TASKS = {  # name -> the option groups, and single options of other groups, that the task reads besides the common ones
-    "accuracy": ("accuracy", "ece"),
-    "robustness": ("robustness", "figure"),
-    "calibration": ("calibration", "figure"),
-    "ood": ("ood", "figure"),
-    "localization": ("localization", "held_out", "figure"),
+    "accuracy": ("accuracy", "ece", "dpi"),
+    "robustness": ("robustness", "figure", "dpi"),
+    "calibration": ("calibration", "figure", "dpi"),
+    "ood": ("ood", "figure", "dpi"),
+    "localization": ("localization", "held_out", "figure", "dpi"),
     "card": ("robustness", "calibration", "ood", "localization", "pictures"),
 }
 TASK_GROUPS = {"accuracy", *TASKS["card"]}
@@ -60,7 +60,7 @@ def add_task_options(parser: Parser) -> None:
     parser.group("accuracy")
     parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], help="top-k accuracies to print")
     parser.option("--per_class", type=boolean, default=False, help="print the accuracy of each class")
-    parser.option("--confusion", metavar="FILE.png", help="draw the confusion matrix")
+    parser.option("--confusion", metavar="FILE", help="draw the confusion matrix in a .png, .pdf or .svg file")
 
     parser.group("calibration")
     parser.option(
@@ -166,7 +166,10 @@ def add_task_options(parser: Parser) -> None:
     )
 
     parser.group("pictures")
-    parser.option("--figure", metavar="FILE.png", shown="card: next to --output", help="draw the results")
+    parser.option(
+        "--figure", metavar="FILE", shown="card: next to --output", help="draw the results in a .png, .pdf or .svg file"
+    )
+    add_common_options(parser, "dpi")
     parser.option("--examples", type=int_at_least(), default=8, help="card: number of images shown with their maps")
 
 
@@ -187,8 +190,8 @@ def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, li
     except ValueError as error:
         parser.error(str(error))
     for key in ("figure", "confusion"):
-        if not (options[key] or ".png").endswith(".png"):
-            parser.error(f"--{key} {options[key]}: figures are written as PNG; give a file name ending in .png")
+        if options[key]:
+            check_figure_path(parser, f"--{key}", options[key], FIGURE_FORMATS)
     for key in ("output", "figure", "confusion"):
         if options[key]:
             check_output_path(parser, f"--{key}", Path(options[key]))
@@ -251,6 +254,8 @@ def find_unused_options(parser: Parser, typed: dict, options: dict) -> list[str]
         unread |= {"reference"}
     if "noise" not in options["background"]:
         unread |= {"noise_std"}
+    if options["task"] != "card" and not (options["figure"] or options["confusion"]):
+        unread |= {"dpi"}
     return [key for key in typed if key in unread]
 
 

@@ -9,6 +9,7 @@ import torch
 from engine.drawing import tables
 from engine.inference.metrics import format_accuracy
 from engine.runtime.files import write_atomic, write_json
+from engine.runtime.text import format_count
 from evaluation import calibration, localization_task, ood, robustness
 from evaluation.options import TASKS
 
@@ -34,6 +35,7 @@ def report_task(
     figure: str | None,
     per_class: bool,
     confusion: str | None,
+    dpi: int,
 ) -> None:
     """Print the tables of a task, write the JSON file and draw the figures."""
     formats = {
@@ -47,14 +49,14 @@ def report_task(
     if output:
         write_json(Path(output), {"command": command, "results": results})
     if figure and "figure" in TASKS[task]:
-        draw_task(task, results, figure)
+        draw_task(task, results, figure, dpi=dpi)
         print(f"written: {figure}")
     if task == "accuracy" and len(results) == 1:
-        print_details(results[0], per_class, confusion)
+        print_details(results[0], per_class, confusion, dpi=dpi)
 
 
-def report_card(results: list[dict], command: str, *, seed: int, output: str, figure: str | None) -> None:
-    """Print the card and write it as FILE.json, FILE.md and FILE.png."""
+def report_card(results: list[dict], command: str, *, seed: int, output: str, figure: str | None, dpi: int) -> None:
+    """Print the card and write it as FILE.json, FILE.md and FILE.png, or the file `figure`."""
     from evaluation import card
 
     examples = [result.pop("pictures", None) for result in results]  # images and maps do not go into the JSON file
@@ -64,7 +66,7 @@ def report_card(results: list[dict], command: str, *, seed: int, output: str, fi
     markdown, text = Path(output).with_suffix(".md"), card.format_markdown(results, rows, notes)
     write_json(Path(output), {"notes": notes, "results": results})
     write_atomic(markdown, lambda side: side.write_text(text, encoding="utf-8"))
-    card.draw_page(page, results, [each for each in examples if each], notes[0].partition(";")[0])
+    card.draw_page(page, results, [each for each in examples if each], dpi=dpi)
     print(f"written: {output}, {markdown}, {page}")
 
 
@@ -105,7 +107,7 @@ def format_ood(results: list[dict]) -> str:
     return f"{head}\n{tables.format_text(rows, columns)}"
 
 
-def draw_task(task: str, results: list[dict], path: str) -> None:
+def draw_task(task: str, results: list[dict], path: str, *, dpi: int) -> None:
     """Draw the results of a task, a panel for each plot, and save the figure."""
     from matplotlib.figure import Figure
 
@@ -119,17 +121,18 @@ def draw_task(task: str, results: list[dict], path: str) -> None:
         "localization": card.make_localization_panels,
     }
     panels = make_panels[task]([(card.format_label(result["name"]), result) for result in results])
-    columns = min(len(panels), 4)
-    figure = Figure(figsize=(5.2 * columns, 4.6 * -(-len(panels) // columns)), layout="constrained")
+    columns, height = card.plan_panels(panels, len(results))
+    figure = Figure(figsize=(card.PANEL_SIZE[0] * columns, height), layout="constrained")
     card.draw_panels(figure, panels, columns)
-    figures.save_figure(figure, Path(path))
+    figures.save_figure(figure, path, dpi)
 
 
 def make_calibration_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
     """Return reliability diagrams before and after temperature scaling."""
+    count = format_count(named[0][1]["images"], "image")
     return [
-        ("before temperature scaling", partial(calibration.draw_reliability, results=named)),
-        ("after temperature scaling", partial(calibration.draw_reliability, results=named, after=True)),
+        (f"before temperature scaling, {count}", partial(calibration.draw_reliability, results=named)),
+        (f"after temperature scaling, {count}", partial(calibration.draw_reliability, results=named, after=True)),
     ]
 
 
@@ -142,7 +145,7 @@ def make_ood_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]
     ]
 
 
-def print_details(result: dict, per_class: bool, confusion: str | None) -> None:
+def print_details(result: dict, per_class: bool, confusion: str | None, *, dpi: int) -> None:
     """Print what is only shown for a single classifier; its accuracy comes last."""
     if per_class:
         print("top-1 accuracy per class (%)")
@@ -153,7 +156,8 @@ def print_details(result: dict, per_class: bool, confusion: str | None) -> None:
     if confusion:
         from engine.drawing import figures
 
-        title = f"{Path(result['file']).name}: percent of the images of each true class"
-        figures.draw_confusion(Path(confusion), torch.tensor(result["confusion"]), result["classes"], title)
+        counts = torch.tensor(result["confusion"])
+        title = f"{result['name']}, {format_count(int(counts.sum()), 'image')}"
+        figures.draw_confusion(Path(confusion), counts, result["classes"], title, dpi=dpi)
         print(f"written: {confusion}")
     print(format_accuracy(result))

@@ -10,9 +10,10 @@ import torch
 
 from engine.data.image_set import ImageSet, select_classes
 from engine.data.views import CenterCrop
-from engine.drawing import tables
+from engine.drawing import figures, tables
 from engine.errors import UserError
 from engine.inference.metrics import topk_correct
+from engine.runtime.text import format_count
 from evaluation import occlusion
 from evaluation.attacks import Attack
 from evaluation.context import EvalContext, Transform
@@ -251,7 +252,7 @@ def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    figures.place_legend(axes)
 
 
 def average_by_severity(rows: Accuracies, severities: list[int]) -> list[float]:
@@ -273,17 +274,18 @@ def draw_attacks(axes, results: list[tuple[str, dict]]) -> None:
     axes.set(ylabel="top-1 accuracy (%)")
     axes.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles], fontsize=8)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_axisbelow(True)
+    figures.place_legend(axes, below=True)
 
 
 def make_panels(named: list[tuple[str, dict]]) -> list[tuple[str, Callable]]:
     """Return a title and a drawing function for everything that can be drawn of the results, (name, result) each."""
-    first, panels = named[0][1], []
+    first, panels = named[0][1], {}
     if first["attacks"]:
-        panels.append(("attacks", partial(draw_attacks, results=named)))
+        panels["attacks"] = partial(draw_attacks, results=named)
     if first.get("corruptions"):
-        panels.append((f"{first['corrupted_by']} corruptions", partial(draw_severities, results=named)))
+        panels[f"{first['corrupted_by']} corruptions"] = partial(draw_severities, results=named)
     if first.get("occlusion"):
         curves = [(name, result["occlusion"]) for name, result in named]
-        panels.append(("occlusion", partial(occlusion.draw_curves, results=curves)))
-    return panels
+        panels["occlusion"] = partial(occlusion.draw_curves, results=curves)
+    return [(f"{title}, {format_count(first['images'], 'image')}", panel) for title, panel in panels.items()]

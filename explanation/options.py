@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least
-from engine.config.options import add_common_options, add_single_device_options
-from engine.config.parser import Parser
+from engine.config.options import FIGURE_FORMATS, add_common_options, add_single_device_options
+from engine.config.parser import Parser, check_figure_path
 from engine.errors import UserError, suggest_closest
 from saliency import CAM_METHODS
 
@@ -71,7 +71,9 @@ def build_parser() -> Parser:
     parser.option("--batch_size", type=int_at_least(1), default=32, help="scorecam: masked images per forward pass")
     parser.group("output")
     parser.option("--alpha", type=float_in_range(0, 1), default=0.4, help="opacity of the map over the image")
-    parser.option("--colormap", default="jet", metavar="NAME", help="a colormap of matplotlib")
+    parser.option(
+        "--colormap", default="inferno", metavar="NAME", help="a colormap of matplotlib, such as viridis, turbo or jet"
+    )
     parser.option(
         "--output", "-o", default="cam_output", metavar="PATH", help="folder, or a .png file if there is only one map"
     )
@@ -79,8 +81,11 @@ def build_parser() -> Parser:
         "--raw", type=boolean, default=False, help="also save each map as .npy: float32, as large as the image"
     )
     parser.option(
-        "--figure", metavar="FILE.png", help="also draw all maps in one figure: row per image, column per map"
+        "--figure",
+        metavar="FILE",
+        help="also draw all maps in one .png, .pdf or .svg figure: row per image, column per map",
     )
+    add_common_options(parser, "dpi")
     parser.option("--show", type=boolean, default=False, help="show the results in windows")
     add_single_device_options(parser, amp="off", workers=False)
     return parser
@@ -106,16 +111,21 @@ def check_options(parser: Parser, typed: dict) -> dict:
     if options["colormap"] not in colormaps:
         hint = suggest_closest(options["colormap"], colormaps)
         parser.error(f"--colormap {options['colormap']}: not a colormap of matplotlib{hint}")
-    if options["figure"] and not is_png(options["figure"]):
-        parser.error(f"--figure {options['figure']}: must end in .png")
+    if options["figure"]:
+        check_figure_path(parser, "--figure", options["figure"], FIGURE_FORMATS)
     if Path(options["output"]).suffix.lower() in OTHER_FORMATS:
-        parser.error(f"--output {options['output']}: must be a folder or end in .png")
+        parser.error(
+            f"--output {options['output']}: must be a folder or end in .png; a map has the pixels of its image, and "
+            "--figure also writes .pdf and .svg"
+        )
     if options["layer"] and methods == ["cam"]:
         parser.error("--layer: no effect on cam, which uses the input of the average pooling; use --method gradcam")
     unused = [] if "scorecam" in methods else ["batch_size"]
     unused += [] if methods else ["model_path", "model", "weights", "target_class", "layer"]
     if unused := [f"--{name}" for name in unused if name in typed]:
         print(f"note: no effect with {' '.join(methods) or 'casm'}: {', '.join(unused)}")
+    if "dpi" in typed and not options["figure"]:
+        print("note: --dpi: no effect without --figure, since a map has the pixels of its image")
     if not options["model_path"]:
         options |= {"model_path": [options["model"] or PRETRAINED], "model": None}
     return options
@@ -132,7 +142,7 @@ def check_outputs(files: list[Path], *, output: str, figure: str | None) -> None
         if not text:
             continue
         path = Path(text)
-        folder = path.parent if is_png(text) else path
+        folder = path.parent if option == "figure" or is_png(text) else path
         existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             reason = "is not writable" if existing.is_dir() else "is a file, not a folder"

@@ -12,14 +12,15 @@ import torch
 from torch.nn import functional as F
 
 from engine.data.views import Box
-from engine.drawing.figures import draw_comparison, overlay_heatmap
+from engine.drawing.figures import is_constant
+from engine.drawing.heatmaps import CELL_INCHES, draw_comparison, overlay_heatmap
 from engine.errors import UserError
 from engine.runtime.files import write_atomic
+from engine.runtime.text import tell_apart
 from explanation.explainer import Explanation
 from explanation.images import print_line, slugify
 from explanation.options import is_png
 
-MAX_THUMBNAIL_SIDE = 480  # of the images in a figure, in pixels
 MAX_WINDOWS = 10  # maximum number of windows that --show opens
 
 
@@ -32,6 +33,7 @@ class OverlaySettings:
     colormap: str  # name of a colormap of matplotlib
     raw: bool  # also save each heatmap as .npy
     figure: str | None  # file of the figure of all heatmaps; None: no figure, so no thumbnails are kept
+    dpi: int  # of that figure
 
 
 class DrawnImage(NamedTuple):
@@ -39,13 +41,14 @@ class DrawnImage(NamedTuple):
 
     rows: list[dict]  # for each heatmap: classifier, method, classes and file
     thumbnails: list[np.ndarray]  # of the image and of each overlay; empty without a figure
+    is_cropped: bool  # whether a classifier did not see the whole image
 
 
 def save_overlays(
     file: Path, image: np.ndarray, explanations: list[Explanation], stem: str, settings: OverlaySettings
 ) -> DrawnImage:
     """Draw, save and print the explanations of an image uint8 (H, W, 3). stem: prefix of the output file names."""
-    rows, thumbnails = [], [make_thumbnail(image)] if settings.figure else []
+    rows, thumbnails = [], [make_thumbnail(image, settings.dpi)] if settings.figure else []
     for explanation in explanations:
         heatmap = resize_to_box(explanation.heatmap, explanation.box, stretch=explanation.method != "casm")
         overlay = overlay_heatmap(image, heatmap, settings.alpha, settings.colormap, explanation.box)
@@ -54,7 +57,7 @@ def save_overlays(
         is_saved = any(row["output"] == earlier["output"] for earlier in rows)  # a class may have been given twice
         rows.append(row)
         if settings.figure:
-            thumbnails.append(make_thumbnail(overlay))
+            thumbnails.append(make_thumbnail(overlay, settings.dpi))
         if is_saved:
             continue
         save_png(path, overlay)
@@ -62,7 +65,10 @@ def save_overlays(
             row["raw"] = str(path.with_suffix(".npy"))
             save_npy(Path(row["raw"]), pad_to_image(heatmap, explanation.box, *image.shape[:2]))
         print_line(format_row(row))
-    return DrawnImage(rows, thumbnails)
+        if is_constant(heatmap):
+            print_line(f"note: {path}: the map has the same value everywhere, so the image is drawn without colours")
+    is_cropped = any(explanation.box != (0, image.shape[0], 0, image.shape[1]) for explanation in explanations)
+    return DrawnImage(rows, thumbnails, is_cropped)
 
 
 def resize_to_box(heatmap: torch.Tensor, box: Box, stretch: bool) -> np.ndarray:
@@ -82,9 +88,9 @@ def pad_to_image(heatmap: np.ndarray, box: Box, height: int, width: int) -> np.n
     return np.pad(heatmap, ((y1, height - y2), (x1, width - x2)))
 
 
-def make_thumbnail(image: np.ndarray) -> np.ndarray:
-    """Shrink an image uint8 (H, W, 3) to sides of at most MAX_THUMBNAIL_SIDE pixels."""
-    scale = MAX_THUMBNAIL_SIDE / max(image.shape[:2])
+def make_thumbnail(image: np.ndarray, dpi: int) -> np.ndarray:
+    """Shrink an image uint8 (H, W, 3) to the pixels that it has in a figure with this resolution."""
+    scale = CELL_INCHES * dpi / image.shape[1]
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
 
@@ -139,17 +145,25 @@ def save_npy(path: Path, values: np.ndarray) -> None:
     write_atomic(path, write)
 
 
-def draw_figure(path: str, images: list[DrawnImage]) -> None:
+def draw_figure(path: str, images: list[DrawnImage], *, colormap: str, dpi: int) -> None:
     """Draw a row per image and a column per classifier, method and target."""
     first = images[0].rows
-    has_methods = len({row["method"] for row in first}) > 1
+    methods = {row["method"] for row in first}
+    has_methods = len(methods) > 1
+    legend = ["mask of casm, from 0 to 1"] if "casm" in methods else []
+    legend += ["map, each from its own lowest to its highest value"] if methods - {"casm"} else []
+    legend += ["pale and grey: not seen by the network"] if any(image.is_cropped for image in images) else []
+    files = [Path(image.rows[0]["image"]) for image in images]
     draw_comparison(
         path,
         columns=[row["model"] + (f"\n{row['method']}" if has_methods else "") for row in first],
-        names=[Path(rows[0]["image"]).name for rows, _ in images],
-        pictures=[thumbnails[0] for _, thumbnails in images],
-        overlays=[thumbnails[1:] for _, thumbnails in images],
-        texts=[[f"{row['target']} {row['target_probability']:.0%}" for row in rows] for rows, _ in images],
+        names=tell_apart([file.name for file in files], files),
+        pictures=[image.thumbnails[0] for image in images],
+        overlays=[image.thumbnails[1:] for image in images],
+        texts=[[f"{row['target']} {row['target_probability']:.0%}" for row in image.rows] for image in images],
+        legend="\n".join(legend),
+        colormap=colormap,
+        dpi=dpi,
     )
     print(f"wrote {path}")
 

@@ -9,8 +9,8 @@ from typing import Any
 import saliency
 from engine.config.mixing_options import add_method_options
 from engine.config.option_types import choices, int_at_least
-from engine.config.options import DATASETS, add_common_options, add_dataset_option
-from engine.config.parser import Parser
+from engine.config.options import DATASETS, FIGURE_FORMATS, add_common_options, add_dataset_option
+from engine.config.parser import Parser, check_figure_path
 from engine.config.select import select_kwargs
 from engine.errors import UserError, explain_missing
 from engine.launch import run_main
@@ -46,7 +46,8 @@ def build_parser() -> Parser:
     )
     add_common_options(parser, "model", image_size={"shown": "the classifier's, or 224"})
     parser.option("--n", type=int_at_least(1), default=4, help="mixed images per method")
-    parser.option("--output", "-o", default="mix.png", metavar="FILE", help="PNG file to write")
+    parser.option("--output", "-o", default="mix.png", metavar="FILE", help=".png, .pdf or .svg file to write")
+    add_common_options(parser, "dpi")
     add_method_options(parser, sources=saliency)
     return parser
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     import torch  # imported late, so that --help is fast
 
-    from engine.drawing.figures import draw_mixtures
+    from engine.drawing.figures import draw_mixtures, is_constant
 
     # ---- Images and saliency ----
     inputs = load_inputs(**select_kwargs(options, load_inputs))
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> dict:
     guide = options["saliency"] or ("gradient" if inputs.network else STATIC_SOURCE)
     settings = {"network": inputs.network, **statistics, **select_kwargs(options, saliency.list_source_options())}
     maps = compute_maps(guide, images, **settings)
+    if constant := [name for name, one in zip(inputs.names, maps, strict=True) if is_constant(one)]:
+        print(f"note: {guide} saliency is the same everywhere in {', '.join(constant)}, so it guides nothing there")
 
     # ---- Methods ----
     def make_source(mixer):
@@ -89,6 +92,7 @@ def main(argv: list[str] | None = None) -> dict:
         guide="pixel gradient" if guide == "gradient" else guide,
         rows=rows,
         colours=colours,
+        dpi=options["dpi"],
         **statistics,
     )
     print(f"written: {options['output']}")
@@ -104,8 +108,7 @@ def read_options(parser: Parser, argv: list[str] | None) -> dict:
         parser.error("mixing needs at least two images")
     if options["model"] and not options["model_path"]:
         parser.error(f"--model {options['model']} needs --model_path, the file with its weights")
-    if not options["output"].endswith(".png"):
-        parser.error(f"--output {options['output']}: the file name must end in .png")
+    check_figure_path(parser, "--output", options["output"], FIGURE_FORMATS)
     if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
         parser.error(f"--images {' '.join(missing)}: {explain_missing(missing[0])}")
     return options
@@ -158,12 +161,14 @@ def read_files(files: list[str], size: int) -> tuple:
     import torch
 
     from engine.data.decode import BadImage, decode_center
+    from engine.runtime.text import tell_apart
 
     try:
         pixels = torch.stack([torch.from_numpy(decode_center(Path(file), size)) for file in files])
     except BadImage as error:
         raise UserError(f"--images {error}") from error
-    return pixels.permute(0, 3, 1, 2).float() / 255, [Path(file).stem for file in files]
+    paths = [Path(file) for file in files]
+    return pixels.permute(0, 3, 1, 2).float() / 255, tell_apart([path.stem for path in paths], paths)
 
 
 def choose_source(wanted: str | None, default: str, gradient_options: dict, *, network, mean, std, **source_options):

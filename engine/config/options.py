@@ -11,6 +11,7 @@ from engine.config.parser import Parser
 SMALL_DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
 LARGE_DATASETS = ["imagenet", "tiny-imagenet", "folder"]
 DATASETS = ["imagenet", *SMALL_DATASETS]
+FIGURE_FORMATS = ("png", "pdf", "svg")
 DATASET_ALIASES = {"tiny-imagenet-200": "tiny-imagenet", "tiny_imagenet": "tiny-imagenet", "fake": "shapes"}
 
 COMMON_OPTIONS = {  # single options of several commands: name -> arguments of Parser.option()
@@ -60,6 +61,12 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
     "overwrite": {"type": boolean, "default": False, "help": "replace an earlier run of the same name"},
     "print_freq": {"type": int_at_least(1), "default": 100, "help": "log the loss every N steps"},
     "no_progress": {"type": boolean, "default": False, "help": "print plain lines instead of progress bars"},
+    "dpi": {"type": int_at_least(10, 2400), "default": 110, "help": "dots per inch of the figures; 300 for print"},
+    "figure_format": {
+        "type": choice(FIGURE_FORMATS),
+        "default": FIGURE_FORMATS[0],
+        "help": "file type of the figures",
+    },
 }
 
 

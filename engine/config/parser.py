@@ -176,6 +176,13 @@ def read_config(path: str, kind: str = "classifier") -> dict[str, object]:
     return options
 
 
+def check_figure_path(parser: Parser, option: str, file: str, endings: Sequence[str]) -> None:
+    """Exit with a usage error unless the name of a figure ends in one of the file types."""
+    if Path(file).suffix.lower().removeprefix(".") not in endings:
+        *others, last = (f".{ending}" for ending in endings)
+        parser.error(f"{option} {file}: give a file name that ends in {', '.join(others)} or {last}")
+
+
 def check_output_path(parser: Parser, option: str, file: Path) -> None:
     """Exit with a usage error if `file` cannot be written, so that the run fails at its start and not at its end."""
     file = file.absolute()

@@ -258,3 +258,5 @@ def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str =
     parser.option("--wandb_name", metavar="NAME", shown="that of the run", help="name at Weights & Biases")
     parser.option("--wandb_offline", type=boolean, default=False, help="log to disk only, to upload with wandb sync")
     parser.hidden_options(LEGACY_TRACKER_OPTIONS)
+    parser.group("figures", folded=True)
+    add_common_options(parser, "dpi", "figure_format")

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from engine.drawing.figures import ignore_missing_glyphs, save_figure, shorten
+from engine.drawing.figures import DPI, choose_columns, limit_dpi, save_figure, shorten
+from engine.drawing.heatmaps import draw_canvas, paste_picture
+
+SIDE = 500  # longer side of a picture on a page, in units of which DPI are an inch
 
 
 class DrawnBox(NamedTuple):
@@ -23,45 +25,47 @@ class DrawnBox(NamedTuple):
     error: bool = False  # marks the label with a cross on red
 
 
-@ignore_missing_glyphs()
 def draw_box_pairs(
-    path: Path, rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]], titles: tuple[str, str], legend: str
+    path: Path,
+    rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]],
+    titles: tuple[str, str],
+    legend: str,
+    *,
+    dpi: float = DPI,
 ) -> None:
     """Draw every image twice, in two columns with the given titles: with its first boxes and with its second boxes.
 
     rows: text below the images, image uint8 (H, W, 3), first boxes, second boxes; later boxes are drawn over earlier
-    ones. Images are scaled to a longer side of 500 pixels. legend: text at the bottom.
+    ones. Images are scaled to a longer side of SIDE. legend: text at the bottom.
     """
-    # ---- Layout in pixels ----
-    side, gap, above, below, foot, dpi = 500, 10, 24, 24, 20 * (1 + legend.count("\n")) + 6, 100
-    scales = [side / max(picture.shape[:2]) for _, picture, _, _ in rows]
+    # ---- Layout in units of which DPI are an inch ----
+    gap, above, below, foot = 10, 24, 24, 20 * (1 + legend.count("\n")) + 6
+    scales = [SIDE / max(picture.shape[:2]) for _, picture, _, _ in rows]
     heights = [max(1, round(scale * row[1].shape[0])) for scale, row in zip(scales, rows, strict=True)]
-    width, height = 2 * side + 3 * gap, above + sum(heights) + below * len(rows) + foot
-    canvas = np.full((height, width, 3), 255, np.uint8)
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi)
+    width, height = 2 * SIDE + 3 * gap, above + sum(heights) + below * len(rows) + foot
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)  # needed to measure the size of texts
-    # one unit is one pixel of the figure
-    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0), zorder=1)
-    axes.axis("off")
+    dpi = limit_dpi(figure, dpi)
+    canvas = np.full((round(height * dpi / DPI), round(width * dpi / DPI), 3), 255, np.uint8)
+    axes = draw_canvas(figure, canvas, (width, height))
     # ---- Column titles ----
-    style = {"fontsize": 8, "parse_math": False}
+    style = {"fontsize": 7.3, "parse_math": False}
     for column, column_title in enumerate(titles):
-        axes.text(gap + column * (side + gap) + side / 2, above / 2, column_title, ha="center", va="center", **style)
+        axes.text(gap + column * (SIDE + gap) + SIDE / 2, above / 2, column_title, ha="center", va="center", **style)
     # ---- Images with their boxes ----
     top = above
     for scale, tall, (text, picture, *both) in zip(scales, heights, rows, strict=True):
         wide = max(1, round(scale * picture.shape[1]))
-        shrunk = cv2.resize(picture, (wide, tall), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
         for column, boxes in enumerate(both):
-            left = gap + column * (side + gap) + (side - wide) // 2
-            canvas[top : top + tall, left : left + wide] = shrunk
+            left = gap + column * (SIDE + gap) + (SIDE - wide) // 2
+            place = (left + wide / 2, top + tall / 2, wide, tall)
+            paste_picture(canvas, picture, *(dpi / DPI * value for value in place))
             draw_boxes(axes, boxes, (left, top, left + wide, top + tall), scale)
         axes.text(width / 2, top + tall + 4, shorten(text, 120), ha="center", va="top", **style)
         top += tall + below
-    # ---- Legend, with the images behind everything ----
     axes.text(gap, height - 6, legend, va="bottom", linespacing=1.4, **style)
-    figure.figimage(canvas)
-    save_figure(figure, path, dpi=dpi)
+    axes.images[0].set_data(canvas)
+    save_figure(figure, path, dpi)
 
 
 def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], scale: float) -> None:
@@ -83,7 +87,7 @@ def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], sc
             ("#d00000", "white") if one.error else (one.colour, "black" if is_bright(one.colour) else "white")
         )
         label = f"\u2717 {shorten(one.text)}" if one.error else shorten(one.text)
-        text = axes.text(0, 0, label, fontsize=7, va="top", color=ink, parse_math=False)
+        text = axes.text(0, 0, label, fontsize=6.4, va="top", color=ink, parse_math=False)
         text.set_bbox({"facecolor": background, "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
         size = text.get_window_extent()
         w, h = size.width + 4, size.height + 4
@@ -106,14 +110,15 @@ def pairwise_intersection(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (np.minimum(boxes[..., 2:], others[:, 2:]) - np.maximum(boxes[..., :2], others[:, :2])).clip(0).prod(-1)
 
 
-@ignore_missing_glyphs()
-def draw_precision_recall(path: Path, panels: list[tuple[str, list[float], list[float]]], title: str) -> None:
-    """Draw a precision-recall curve for each class.
+def draw_precision_recall(
+    path: Path, panels: list[tuple[str, list[float], list[float]]], title: str, *, dpi: float = DPI
+) -> None:
+    """Draw a precision-recall curve for each class, in percent.
 
     Dots mark the interpolated precision at the 11 recall levels of VOC2007: the highest precision at that recall or
     above. panels: title, recall and precision in 0..1, both empty if there are no detections.
     """
-    columns = min(5, len(panels))
+    columns = choose_columns(len(panels), 5)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(max(2.3 * columns, 6), 2.2 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -122,16 +127,17 @@ def draw_precision_recall(path: Path, panels: list[tuple[str, list[float], list[
         highest = [
             max((p for r, p in zip(recall, precision, strict=True) if r >= level), default=0) for level in recall_levels
         ]
-        axes.vlines(recall_levels, 0, 1, color="0.9", linewidth=0.8, zorder=0)
-        axes.plot(recall, precision, color="tab:blue", linewidth=1.3, zorder=2)
-        axes.plot(recall_levels, highest, ".", color="tab:orange", markersize=5, zorder=3, clip_on=False)
+        axes.vlines(100 * recall_levels, 0, 100, color="0.9", linewidth=0.8, zorder=0)
+        axes.plot(100 * np.array(recall), 100 * np.array(precision), color="tab:blue", linewidth=1.3, zorder=2)
+        dots = {"color": "tab:orange", "markersize": 5, "zorder": 3, "clip_on": False}
+        axes.plot(100 * recall_levels, 100 * np.array(highest), ".", **dots)
         axes.set_title(panel_title, fontsize=9, parse_math=False)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+        axes.set(xlim=(0, 100), ylim=(0, 102))
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=7)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    figure.supxlabel("recall", fontsize=9)
-    figure.supylabel("precision", fontsize=9)
+    figure.supxlabel("recall (%)", fontsize=9)
+    figure.supylabel("precision (%)", fontsize=9)
     figure.suptitle(title, fontsize=9)
-    save_figure(figure, path)
+    save_figure(figure, path, dpi)

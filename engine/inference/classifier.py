@@ -5,7 +5,7 @@ For the latter, the network is inferred from the tensor shapes.
 
 import math
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from engine.data.image_set import STATISTICS, get_statistics
 from engine.errors import UserError, explain_missing, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
+from engine.runtime.text import tell_apart
 
 # trained on pixels in -1..1; torchvision's transform_input turns images normalised for ImageNet into these
 HALF_SCALED = ("googlenet", "inception_v3")
@@ -221,11 +222,9 @@ def build_saved(
 
 def make_names_unique(classifiers: list[Classifier]) -> None:
     """Prefix ambiguous names with as many folders of their paths as necessary. The same file keeps one name."""
-    for count in range(2, max(len(Path(one.path).parts) for one in classifiers) + 1):
-        uses = Counter(name for name, _ in {(one.name, one.path) for one in classifiers})
-        for one in classifiers:
-            if uses[one.name] > 1:
-                one.name = str(Path(*Path(one.path).parts[-count:]))
+    names = tell_apart([one.name for one in classifiers], [Path(one.path) for one in classifiers])
+    for one, name in zip(classifiers, names, strict=True):
+        one.name = name
 
 
 def list_torchvision_models() -> list[str]:

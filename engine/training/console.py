@@ -166,6 +166,8 @@ def finish_run(run: Run, test: DeviceLoader) -> dict | None:
     run.guard.restore()
     if not is_main_process():
         return None
+    if run.finished_before and not run.log.off:
+        draw_learning_curves(run)  # perhaps with another --dpi or --figure_format
     result = summarize_history(run.history, run.best)
     log_result(run.log, result)
     return result
@@ -215,17 +217,31 @@ def draw_epoch(run: Run, data: Data, train: ImageSet) -> None:
     options, epoch, log = run.options, len(run.history), run.log
     if options["log_off"]:
         return
-    methods = "+".join(options["method"])
-    title = f"{methods}, {options['model']}, {options['dataset']}"
     if not log.off and (epoch % 10 == 0 or epoch == run.last_epoch):
-        figures.draw_curves(log.path / "curves.png", run.history, title)
+        draw_learning_curves(run)
     if options["vis_epoch"] and epoch % options["vis_epoch"] == 0:
-        path = None if log.off else log.path / "vis" / f"epoch_{epoch:03d}_{methods}.png"
+        name = f"epoch_{epoch:03d}_{'+'.join(options['method'])}.{options['figure_format']}"
+        path = None if log.off else log.path / "vis" / name
+        title = f"{make_title(options)}, epoch {epoch}"
         with run.state.preserve_state():
-            draw_mixed_images(path, run.state, replace(data, train=train), f"{title}, epoch {epoch}")
+            draw_mixed_images(path, run.state, replace(data, train=train), title, dpi=options["dpi"])
 
 
-def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title: str) -> None:
+def make_title(options: dict) -> str:
+    """Return the title of the figures of a run."""
+    return f"{'+'.join(options['method'])}, {options['model']}, {options['dataset']}"
+
+
+def draw_learning_curves(run: Run) -> None:
+    """Draw loss and accuracy over the epochs so far in curves.png, or .pdf or .svg."""
+    options = run.options
+    mixed = not set(options["method"]) <= UNMIXED_LABELS
+    path = run.log.path / f"curves.{options['figure_format']}"
+    style = {"loss": options["loss"], "mixed": mixed, "dpi": options["dpi"]}
+    figures.draw_curves(path, run.history, make_title(options), **style)
+
+
+def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title: str, *, dpi: int) -> None:
     """Mix eight training images with each other and draw them. path: None: mix only, as processes without files do."""
     mixer, source, device = state.mixer, state.source, state.device
 
@@ -261,4 +277,5 @@ def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title
         std=data.std,
         classes=data.classes,
         title=title,
+        dpi=dpi,
     )

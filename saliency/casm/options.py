@@ -120,7 +120,7 @@ def add_train_options(parser: Parser) -> None:
     add_casm_schedule_options(parser)
     parser.group("running")
     parser.option("--resume", metavar="FILE", help="resume from this .chk; auto: from that of --name, if it exists")
-    add_common_options(parser, "overwrite", "print_freq", "no_progress", "deterministic")
+    add_common_options(parser, "overwrite", "print_freq", "no_progress", "deterministic", "dpi", "figure_format")
 
 
 def add_method_options(parser: Parser) -> None:

@@ -37,7 +37,7 @@ CURVES = {  # y axis -> key of the history -> label of the curve
         "masked_accuracy": "training, masked out",
         "val_masked_accuracy": "evaluation, masked out",
     },
-    "mask area": {"avg_mask": "training", "val_avg_mask": "evaluation"},
+    "mask area (%)": {"avg_mask": "training", "val_avg_mask": "evaluation"},
 }
 
 
@@ -129,7 +129,7 @@ class CasmFolder(RunFolder):
         self.options, self.log_path = options, Path(options["log_path"] or self.path.parent)
 
     def write_log(self, history: list[dict]) -> None:
-        """Write NAME.log (options, column titles, one line per epoch, as published) and plot the curves as NAME.png."""
+        """Write NAME.log (options, column titles, one line per epoch, as published) and draw the curves, NAME.png."""
         titles = [f"{title}_{part}" for title in self.columns for part in ("train", "val")]
         lines = [", ".join(f"{key}={value}" for key, value in sorted(self.options.items()))]
         lines += [" ".join(["epoch", "seconds", *titles])]
@@ -140,7 +140,13 @@ class CasmFolder(RunFolder):
         text = "\n".join(lines) + "\n"
         write_atomic(self.log_path / f"{self.name}.log", lambda side: side.write_text(text, encoding="utf-8"))
         if history:
-            figures.draw_epoch_panels(self.log_path / f"{self.name}.png", history, CURVES, self.name)
+            keys = CURVES["mask area (%)"]
+            percent = [row | {key: 100 * row[key] for key in keys if row.get(key) is not None} for row in history]
+            figures.draw_epoch_panels(self.place_figure(), percent, CURVES, self.name, dpi=self.options["dpi"])
+
+    def place_figure(self, suffix: str = "") -> Path:
+        """Return the path of a figure, by default that of the curves."""
+        return self.log_path / f"{self.name}{suffix}.{self.options['figure_format']}"
 
     def save(self, content: Checkpoint, also: Sequence[str] = ()) -> None:
         """Write the snapshots of the pool to their own file, then the checkpoint, which names that file.
@@ -170,8 +176,8 @@ class CasmFolder(RunFolder):
         )
         names = [data.classes[label] for label in batch.labels]
         rows = [("images", pixels, names), ("mask", masks[:, 0].cpu().numpy(), None), ("masked out", masked_out, None)]
-        path = self.log_path / f"{self.name}_masks.png"
-        figures.draw_image_rows(path, rows, self.name)
+        path = self.place_figure("_masks")
+        figures.draw_image_rows(path, rows, self.name, limits=(0, 1), dpi=self.options["dpi"])
         return path
 
 

@@ -266,6 +266,7 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path):
     assert [text.get_text() for text in left.get_legend().get_texts()] == ["ours (200)", "theirs (100)"]
     assert left.get_xlabel() == "max logit" and f"{result['scores']['max_logit']['auroc']:.2f}" in left.get_title()
     assert len(right.lines) == 1 + len(SCORES)
-    assert list(right.lines[1].get_ydata()) == result["scores"]["msp"]["roc"]["tpr"]
+    assert list(right.lines[1].get_ydata()) == [100 * rate for rate in result["scores"]["msp"]["roc"]["tpr"]]
+    assert right.get_xlim() == right.get_ylim() == (0, 100), "percent, as on all axes"
     save_figure(figure, tmp_path / "ood.png")
     assert (tmp_path / "ood.png").stat().st_size > 5000

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engine.config.option_types import MAX_INT, int_at_least
-from engine.config.options import add_single_device_options
+from engine.config.options import add_common_options, add_single_device_options
 from engine.config.parser import Parser
 from engine.errors import UserError
 from saliency.casm.options import build_casm_parser
@@ -22,6 +22,7 @@ def build_parser() -> Parser:
     parser.group("figures")
     parser.option("--casm_path", metavar="FILE", help="CASM checkpoint (.chk), made by train")
     parser.option("--plots_path", metavar="DIR", default="plots", help="output folder; figures are named BATCH.png")
+    add_common_options(parser, "figure_format", dpi={"default": 300})
     parser.option(
         "--plots",
         type=int_at_least(-MAX_INT),
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     from engine.config.select import select_kwargs
     from engine.drawing.figures import draw_tight_grid
     from engine.runtime.device import choose_device, choose_precision, setup_backends
+    from engine.runtime.text import format_count
     from saliency.casm.extractors import build_casm_extractor
     from saliency.casm.metrics import choose_plot_batches
     from saliency.casm.network import load_casm
@@ -69,10 +71,12 @@ def main(argv: list[str] | None = None) -> list[Path]:
     for batch in choose_plot_batches(-(-len(image_set) // batch_size), options["plots"], options["seed"]):
         start = batch * batch_size
         stop = min(start + min(options["columns"], batch_size), len(image_set))
-        rows = build_image_rows(extractor, image_set, range(start, stop), device, precision)
-        paths.append(Path(options["plots_path"]) / f"{batch}.png")
-        draw_tight_grid(paths[-1], rows)
+        rows, constant = build_image_rows(extractor, image_set, range(start, stop), device, precision)
+        paths.append(Path(options["plots_path"]) / f"{batch}.{options['figure_format']}")
+        draw_tight_grid(paths[-1], rows, dpi=options["dpi"])
         print(f"wrote {paths[-1]}", flush=True)
+        if constant:
+            print(f"note: {paths[-1]}: {constant} of {format_count(stop - start, 'mask')} cover nothing or everything")
     return paths
 
 
@@ -99,14 +103,15 @@ def create_folder(path: str) -> None:
         raise UserError(f"--plots-path {path}: cannot create this folder ({error.strerror})") from error
 
 
-def build_image_rows(extractor, image_set, positions: range, device, precision=None) -> list:
+def build_image_rows(extractor, image_set, positions: range, device, precision=None) -> tuple[list, int]:
     """Return four arrays (n, H, W, 3) in 0..1 of the images at these positions: original, masked in, masked out, and
-    masked out with the hole inpainted.
+    masked out with the hole inpainted; and the number of masks that cover nothing or everything.
     """
     import torch
 
     from engine.data.image_set import describe_unreadable
     from engine.data.loader import DeviceLoader
+    from engine.drawing.figures import is_constant
     from engine.inference.classifier import normalize
     from engine.runtime.device import autocast, disable_tf32
     from saliency.casm.boxes import binarize
@@ -122,4 +127,5 @@ def build_image_rows(extractor, image_set, positions: range, device, precision=N
         images = normalize(batch.images, extractor.mean, extractor.std)
         selected = binarize(extractor.extract(images, batch.labels).masks)
     altered = [alter(batch.images, selected, FILL_GRAY) for alter in (mask_in, mask_out, inpaint)]
-    return [row.permute(0, 2, 3, 1).cpu().numpy() for row in (batch.images, *altered)]
+    constant = sum(is_constant(mask) for mask in selected)
+    return [row.permute(0, 2, 3, 1).cpu().numpy() for row in (batch.images, *altered)], constant

@@ -9,11 +9,11 @@ from engine.drawing import boxes
 
 def test_dots_are_the_interpolated_precision(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(boxes, "save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(boxes, "save_figure", lambda figure, path, dpi: figures.append(figure))
     boxes.draw_precision_recall(tmp_path / "a.png", [("a", [0.3, 0.3, 0.6], [1.0, 0.5, 0.75]), ("b", [], [])], "")
     assert len(figures[0].axes) == 2
     full, empty = (axes.lines[1].get_ydata().tolist() for axes in figures[0].axes[:2])
-    assert full == [1.0] * 4 + [0.75] * 3 + [0.0] * 4 and empty == [0.0] * 11
+    assert full == [100.0] * 4 + [75.0] * 3 + [0.0] * 4 and empty == [0.0] * 11
 
 
 @pytest.mark.parametrize("shape", [(400, 20), (20, 400), (3, 3), (1500, 1000)])

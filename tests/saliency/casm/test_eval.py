@@ -581,7 +581,7 @@ def test_help_does_not_import_torch(command):
 def drawn_figures(monkeypatch) -> list:
     """The path and rows of every figure, in the order drawn; no file is written."""
     figures_drawn = []
-    monkeypatch.setattr(figures, "draw_tight_grid", lambda path, rows: figures_drawn.append((Path(path), rows)))
+    monkeypatch.setattr(figures, "draw_tight_grid", lambda path, rows, dpi: figures_drawn.append((Path(path), rows)))
     return figures_drawn
 
 
