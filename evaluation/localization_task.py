@@ -200,7 +200,7 @@ def describe_constant_maps(results: list[dict]) -> list[str]:
     for result in results:
         for background, scores in result["backgrounds"].items():
             title = ", ".join(filter(None, (result["name"], BACKGROUND_TITLES[background])))
-            if count := scores["constant_maps"]:
+            if count := scores.get("constant_maps"):
                 lines.append(
                     f"{title}: {count:,} of {format_count(scores['images'], 'map')} have the same value everywhere; "
                     "their box is the first pixel"

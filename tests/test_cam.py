@@ -95,7 +95,7 @@ def write_images(root: Path, names: list[str], size=(20, 16)) -> list[str]:
         ("whole", (0, 160, 0, 240)),
     ],
 )
-def test_map_covers_the_crop_and_leaves_the_rest_unchanged(use_toy, photo, tmp_path, resize, box):
+def test_map_covers_the_crop_and_the_rest_is_pale_and_grey(use_toy, photo, tmp_path, resize, box):
     use_toy(140)
     words = ["--image_path", photo, "--model_path", "a", "--resize", resize, "--raw", "--target_class", "0", "1"]
     bright, dark = cam.main([*words, "-o", str(tmp_path / "out"), "--alpha", "0.3", "--colormap", "viridis"])
@@ -104,25 +104,38 @@ def test_map_covers_the_crop_and_leaves_the_rest_unchanged(use_toy, photo, tmp_p
     outside[y1:y2, x1:x2] = False
     before, drawn, heat = pixels(photo), pixels(bright["output"]), np.load(bright["raw"])
     assert heat.shape == (160, 240) and heat.dtype == np.float32 and not heat[outside].any()
-    assert np.array_equal(drawn[outside], before[outside])
+    grey = before[outside] @ (0.299, 0.587, 0.114)
+    assert np.abs(drawn[outside] - (0.4 * grey + 0.6 * 255)[:, None]).max(initial=0) < 2, "the network did not see it"
     assert heat[y1:y2, x1:x2].min() == 0 and heat.max() == 1
     colours = np.array(matplotlib.colormaps["viridis"](heat))[..., :3] * 255
-    expected = np.where(outside[..., None], before, 0.7 * before + 0.3 * colours)
-    assert np.abs(drawn - expected).max() < 2, "--raw saves the map that is drawn"
+    expected = 0.7 * before + 0.3 * colours
+    assert np.abs(drawn - expected)[~outside].max() < 2, "--raw saves the map that is drawn"
     peak = np.unravel_index(heat.argmax(), heat.shape)
     assert 76 <= peak[0] < 104 and 52 <= peak[1] < 88, "the peak is on the bright square, within one cell of the map"
     assert np.load(dark["raw"])[90, 70] < 0.2 and np.load(dark["raw"]).max() == 1
 
 
-def test_constant_map_is_zero_and_alpha_zero_shows_only_the_image(use_toy, photo, tmp_path):
+def test_constant_map_is_zero_and_adds_no_colour(use_toy, photo, tmp_path, capsys):
     use_toy()
     words = ["--image_path", photo, "--model_path", "a", "--target_class", "2", "--raw", "--method", "cam", "gradcam"]
-    for row in cam.main([*words, "-o", str(tmp_path / "out")]):
-        assert not np.load(row["raw"]).any()
-    assert cam.main([*words[:4], "-o", str(tmp_path / "out" / "one.png"), "--alpha", "0"])[0]["output"].endswith(
-        "one.png"
-    )
-    assert np.array_equal(pixels(tmp_path / "out" / "one.png"), pixels(photo)), "alpha 0 shows only the image"
+    rows = cam.main([*words, "-o", str(tmp_path / "out"), "--resize", "whole"])
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert not np.load(row["raw"]).any() and np.array_equal(pixels(row["output"]), pixels(photo))
+        assert f"note: {row['output']}: the map has the same value everywhere" in printed
+    name = str(tmp_path / "out" / "one.png")
+    (row,) = cam.main([*words[:4], "-o", name, "--alpha", "0", "--resize", "whole"])
+    assert row["output"] == name and np.array_equal(pixels(name), pixels(photo)), "alpha 0 shows only the image"
+
+
+def test_rows_of_the_figure_tell_pictures_of_one_name_apart(use_toy, tmp_path, monkeypatch):
+    use_toy()
+    drawn = []
+    monkeypatch.setattr("explanation.overlay.draw_comparison", lambda path, **given: drawn.append(given))
+    files = write_images(tmp_path, ["a/dog.png", "b/dog.png", "a/cat.png"])
+    words = ["--image_path", *files, "--model_path", "m", "-o", str(tmp_path / "out"), "--dpi", "50"]
+    cam.main([*words, "--figure", str(tmp_path / "f.svg")])
+    assert drawn[0]["names"] == ["a/dog.png", "b/dog.png", "cat.png"] and drawn[0]["dpi"] == 50
 
 
 def test_casm_masks_are_drawn_without_rescaling(casm_file, photo, tmp_path, capsys):
@@ -263,8 +276,8 @@ def test_methods_that_a_network_lacks_are_named_and_the_others_drawn(use_toy, ph
         (["--image_path", "PHOTO", "--method", "casm"], "needs --casm FILE"),
         (["--image_path", "PHOTO", "--method", "grad-cam"], "did you mean gradcam"),
         (["--image_path", "PHOTO", "--colormap", "jett"], "did you mean jet"),
-        (["--image_path", "PHOTO", "--figure", "f.pdf"], "must end in .png"),
-        (["--image_path", "PHOTO", "--output", "f.jpg"], "must be a folder or end in .png"),
+        (["--image_path", "PHOTO", "--figure", "f.jpg"], "ends in .png, .pdf or .svg"),
+        (["--image_path", "PHOTO", "--output", "f.jpg"], "must be a folder or end in .png; a map has"),
         (["--image_path", "PHOTO", "--layer", "features"], "--method gradcam"),
         (["--image_path", "PHOTO", "--alpha", "1.5"], "between 0 and 1"),
     ],

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from engine.drawing.figures import DPI, choose_columns, limit_dpi, save_figure, shorten
+from engine.drawing.figures import DPI, choose_columns, ignore_missing_glyphs, limit_dpi, save_figure, shorten
 from engine.drawing.heatmaps import draw_canvas, paste_picture
 
 SIDE = 500  # longer side of a picture on a page, in units of which DPI are an inch
@@ -25,6 +25,7 @@ class DrawnBox(NamedTuple):
     error: bool = False  # marks the label with a cross on red
 
 
+@ignore_missing_glyphs()  # texts are measured before the figure is saved
 def draw_box_pairs(
     path: Path,
     rows: list[tuple[str, np.ndarray, list[DrawnBox], list[DrawnBox]]],

@@ -16,6 +16,7 @@ from evaluation.calibration import (
     draw_reliability,
     fit_temperature,
     measure_calibration,
+    merge_small_bins,
     negative_log_likelihood,
     reliability_table,
 )
@@ -321,11 +322,24 @@ def test_one_classifier_is_drawn_as_bars_and_several_as_lines(tmp_path, after):
         assert len(axes.child_axes) == (1 if count == 1 else 0), "the histogram of the confidences"
         assert len(axes.lines) == (1 if count == 1 else 3)
         table = (results[0][1]["after"] if after else results[0][1])["reliability"]
-        right = [one for one in table["accuracy"] if one is not None]
-        drawn = [bar.get_height() for bar in axes.patches[2::2]] if count == 1 else list(axes.lines[1].get_ydata())
-        assert drawn == right
+        if count == 1:
+            right = [100 * one for one in table["accuracy"] if one is not None]
+            assert [bar.get_height() for bar in axes.patches[2::2]] == right
+        else:
+            right = [accuracy for _, accuracy, _ in merge_small_bins(table)]
+            assert list(axes.lines[1].get_ydata()) == right
+        assert axes.get_xlim() == axes.get_ylim() == (0, 100), "percent, as on all axes"
         save_figure(figure, tmp_path / f"{count}.png")
         assert (tmp_path / f"{count}.png").stat().st_size > 5000
+
+
+def test_the_line_rests_on_groups_of_enough_images():
+    table = {"edges": [0, 0.2, 0.4, 0.6, 0.8, 1], "count": [1, 0, 9, 20, 2]}
+    table |= {"accuracy": [0.0, None, 1.0, 0.5, 0.0], "confidence": [0.1, None, 0.5, 0.7, 0.9]}
+    first, last = merge_small_bins(table, 10)
+    assert first == pytest.approx((46, 90, 10)), "an accuracy of 0 in a bin of one image is no point of its own"
+    assert last == pytest.approx((100 * (20 * 0.7 + 2 * 0.9) / 22, 100 * 10 / 22, 22))
+    assert merge_small_bins(table, 1000) == [pytest.approx((100 * 20.4 / 32, 100 * 19 / 32, 32))]
 
 
 def test_a_single_image_is_drawn():

@@ -280,6 +280,7 @@ def test_the_figure_has_a_line_for_each_classifier():
     lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
     assert list(lines) == ["one", "two", "centred box"] and lines["centred box"].get_linestyle() == "--"
     assert list(lines["one"].get_ydata()) == scores["gt_known_at"] and lines["two"].get_ydata()[0] > 0
+    assert list(lines["one"].get_xdata()) == pytest.approx([10, 20, 30]), "percent, as on the other axis"
 
 
 # ---- Real images ----

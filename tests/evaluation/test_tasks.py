@@ -12,6 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from support import ROOT, shapes_command, write_image
 from torch.nn import functional as F
@@ -26,14 +27,16 @@ from engine.data.views import CenterCrop
 from engine.errors import UserError
 from engine.inference.classifier import Classifier
 from evaluation.card import format_label, format_markdown, make_rows
+from evaluation.card import make_panels as make_card_panels
 from evaluation.context import EvalContext, EvalSession, check_same_images
-from evaluation.localization_task import evaluate_localization
+from evaluation.localization_task import describe_constant_maps, evaluate_localization
 from evaluation.ood import measure_ood
 from evaluation.options import TASKS, build_parser, merge_trained_options
 from evaluation.reports import draw_task
 from evaluation.robustness import (
     add_mean_corruption_errors,
     find_published_set,
+    make_panels,
     match_published,
     measure_robustness,
 )
@@ -358,7 +361,9 @@ def measure_tasks(image_set: ImageSet) -> dict[str, float]:
         ("--task localization --th 1.1", "between 0 and 1"),
         ("--task card --output card.txt", "ending in .json"),
         ("--task card --output /nowhere/card.json", "the folder /nowhere does not exist"),
-        ("--task ood --figure tests", "ending in .png"),
+        ("--task ood --figure tests", "ends in .png, .pdf or .svg"),
+        ("--confusion matrix.jpg", "ends in .png, .pdf or .svg"),
+        ("--figure FILE.png --dpi 9", "at least 10"),
         ("--output tests", "this is a folder; give the name of a file"),
     ],
 )
@@ -504,8 +509,31 @@ def test_two_classes_have_no_top_5(runs, tmp_path, capsys):
 def test_each_task_draws_any_number_of_classifiers(card, tmp_path, task, count):
     names = ["plain", "_hidden", "$x^2", "a/very/long/path/of/some/run/best.pt", "fifth"]
     result = json.loads(json.dumps(card[0][task]), object_hook=convert_severities)
-    draw_task(task, [{"name": name, **result} for name in names[:count]], str(tmp_path / "figure.png"))
+    draw_task(task, [{"name": name, **result} for name in names[:count]], str(tmp_path / "figure.png"), dpi=60)
     assert matplotlib.image.imread(tmp_path / "figure.png").std() > 0.05
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_legend_of_the_attacks_covers_no_bar_and_the_grid_no_colour(count):
+    result = {"clean": 99.0, "attacks": {"FGSM 4/255": 98.0, "PGD 4/255, 20 steps": 97.0}, "images": 24}
+    (title, draw), axes = make_panels([(f"run {n}", result) for n in range(count)])[0], Figure().subplots()
+    draw(axes)
+    axes.figure.canvas.draw()
+    assert title == "attacks, 24 images"
+    assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0 and axes.get_axisbelow() is True
+
+
+def test_each_panel_of_the_card_says_what_it_rests_on(card):
+    titles = [title for title, _ in make_card_panels([("a", card[0])])]
+    calibrated, boxes = card[0]["calibration"]["images"], card[0]["localization"]["backgrounds"]["clean"]["images"]
+    assert {"attacks, 16 images", "occlusion, 16 images", f"calibration, {calibrated} images"} <= set(titles)
+    assert f"localisation, {boxes} images" in titles and all("images" in title for title in titles)
+
+
+def test_constant_maps_are_counted(capsys):
+    scores = {"clean": {"constant_maps": 3, "images": 1200}, "rep": {"constant_maps": 0, "images": 1200}}
+    (line,) = describe_constant_maps([{"name": "a", "backgrounds": scores}])
+    assert line == "a: 3 of 1,200 maps have the same value everywhere; their box is the first pixel"
 
 
 def convert_severities(content: dict) -> dict:

@@ -44,6 +44,25 @@ def test_all_methods_are_shown_without_a_network(image_files, tmp_path, capsys):
     assert "picture0" in output_text and str(output) in output_text
 
 
+def test_a_constant_map_is_told_and_pictures_of_one_name_are_told_apart(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("engine.drawing.figures.draw_mixtures", lambda path, **given: drawn.append(given))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (32, 32), (90, 90, 90)).save(tmp_path / folder / "dog.png")
+    words = ["--images", str(tmp_path / "a" / "dog.png"), str(tmp_path / "b" / "dog.png"), "--image_size", "32"]
+    show.main([*words, "--method", "mixup", "--dpi", "300", "-o", str(tmp_path / "mix.svg")])
+    assert drawn[0]["names"] == ["a/dog.png", "b/dog.png"] and drawn[0]["dpi"] == 300
+    assert "saliency is the same everywhere in a/dog.png, b/dog.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_the_figure_is_written_in_the_format_of_its_name(image_files, tmp_path, ending):
+    output = tmp_path / f"mix.{ending}"
+    show.main(["--images", *image_files, "--method", "mixup", "--image_size", "32", "--n", "1", "-o", str(output)])
+    assert output.read_bytes()[:4] == {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xm"}[ending]
+
+
 def test_the_gradient_of_a_trained_run_guides_the_mix(shapes_run, tmp_path, monkeypatch):
     run = shapes_run(epochs=1)
     args = ["--dataset", "shapes", "--indices", "1", "2", "3", "--model_path", str(run), "--n", "3"]
@@ -105,7 +124,7 @@ def test_errors_name_the_option_and_the_remedy(image_files, tmp_path, capsys):
         (["--images", image_files[0]], "at least two images"),
         (["--images", *image_files, "--method", "puzzle-mix"], "puzzlemix"),
         (["--images", *image_files, "--model", "resnet18"], "--model_path"),
-        (["--images", *image_files, "--output", "mix.jpg"], "must end in .png"),
+        (["--images", *image_files, "--output", "mix.jpg"], "ends in .png, .pdf or .svg"),
         (["--images", *image_files, "nothing.jpg"], "--images nothing.jpg: no such file"),
     ):
         with pytest.raises(SystemExit) as exit_:

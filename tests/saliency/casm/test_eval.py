@@ -648,6 +648,14 @@ def test_only_drawn_images_are_read_and_resize_comes_before_the_crop(checkpoint,
         run_plot(*words, "--resize", 16)
 
 
+def test_masks_that_select_nothing_are_told(checkpoint, tmp_path, drawn_figures, monkeypatch, capsys):
+    monkeypatch.setattr("saliency.casm.boxes.binarize", lambda masks: torch.zeros_like(masks, dtype=torch.bool))
+    words = ["--casm-path", checkpoint, "--plots-path", tmp_path, "--limit", 4, "--plots", 1, "--figure-format", "pdf"]
+    (path,) = run_plot(*words)
+    assert path.name == "0.pdf"
+    assert f"note: {path}: 4 of 4 masks cover nothing or everything" in capsys.readouterr().out
+
+
 def test_figures_have_the_published_layout(checkpoint, tmp_path, capsys):
     written = run_plot(
         "--casm-path", checkpoint, "--plots-path", tmp_path / "p", "--limit", 3, "--columns", 2, "--plots", 1

@@ -1,0 +1,17 @@
+"""Tests of the wording of counts and names."""
+
+from pathlib import Path
+
+from engine.runtime.text import tell_apart
+
+
+def test_names_that_several_paths_share_get_as_many_folders_as_necessary():
+    paths = [Path(path) for path in ("x/a/dog.jpg", "y/a/dog.jpg", "x/b/dog.jpg", "cat.jpg", "cat.jpg")]
+    assert tell_apart([path.stem for path in paths], paths) == [
+        "x/a/dog.jpg",
+        "y/a/dog.jpg",
+        "b/dog.jpg",
+        "cat",
+        "cat",
+    ], "the same path keeps one name"
+    assert tell_apart([], []) == []
