@@ -241,6 +241,8 @@ def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str =
 
     name_prefix: first part of the name of a run without --name, for --help.
     """
+    parser.group("figures", folded=True)
+    add_common_options(parser, "dpi", "figure_format")
     parser.group("output")
     parser.option("--root_dir", metavar="DIR", default="runs", help="folder of all runs, as DIR/DATASET/MODEL/NAME")
     parser.option("--name", type=run_name("--root_dir"), shown=f"{name_prefix}_date-time", help="name of the run")
@@ -258,5 +260,3 @@ def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str =
     parser.option("--wandb_name", metavar="NAME", shown="that of the run", help="name at Weights & Biases")
     parser.option("--wandb_offline", type=boolean, default=False, help="log to disk only, to upload with wandb sync")
     parser.hidden_options(LEGACY_TRACKER_OPTIONS)
-    parser.group("figures", folded=True)
-    add_common_options(parser, "dpi", "figure_format")
