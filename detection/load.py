@@ -3,8 +3,11 @@
 Boxes are x0, y0, x1, y1 in continuous pixel coordinates: the pixel in row 0 and column 0 is the box 0, 0, 1, 1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from detection.dataset import DetectionSet, format_first_names
 from detection.shape_scenes import MIN_SIDE, draw_scenes
@@ -26,15 +29,17 @@ def load_image_sets(
     test_set: str = "2007_test",
     download: bool = False,
     limit: int = 0,
+    max_size: int = 0,
     image_size: int = 0,
     progress: Callable = lambda items, **kwargs: items,
 ) -> tuple[DetectionSet, DetectionSet]:
     """Return the training set and the test set.
 
     dataset: `voc`, or `shapes` for drawn scenes. train_sets, test_set: lists of VOC as YEAR_LIST; if train_sets is
-    empty, so is the training set. limit: use the first N images of each set; 0: all. image_size: for shapes, the mean
-    side of a scene in pixels; 0: 160. progress: wraps an iterable in a progress bar (tqdm's signature). Raises
-    UserError, with what was looked for and the remedy, if files are missing.
+    empty, so is the training set. limit: use the first N images of each set; 0: all. max_size: limit of the longer side
+    after resizing, which must leave a pixel of the shorter side; 0: not checked. image_size: for shapes, the mean side
+    of a scene in pixels; 0: 160. progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError,
+    with what was looked for and the remedy, if files are missing.
     """
     if dataset == "shapes":
         if image_size and image_size < MIN_SIDE:
@@ -64,7 +69,34 @@ def load_image_sets(
                 image_set.warnings.append(
                     f"--limit {limit}: only {len(image_set):,} of {total:,} {name} images are used"
                 )
+    for image_set in (train, test):
+        check_sides(image_set, max_size)
+    warn_about_uncounted_objects(test)
     return train, test
+
+
+def check_sides(image_set: DetectionSet, max_size: int) -> None:
+    """Raise UserError if an image is so elongated that no pixel of its shorter side is left at --max_size."""
+    scales = [np.float32(max_size) / np.float32(max(size)) for size in image_set.sizes if max_size]  # as in torchvision
+    lost = [index for index, scale in enumerate(scales) if min(image_set.sizes[index]) * float(scale) < 1]
+    if lost:
+        named = [f"{image_set.names[n]} ({image_set.sizes[n][1]} x {image_set.sizes[n][0]} pixels)" for n in lost]
+        needed = max(math.ceil(max(image_set.sizes[n]) / min(image_set.sizes[n])) for n in lost)
+        raise UserError(
+            f"--max_size {max_size} leaves less than a pixel of the shorter side of {format_count(len(lost), 'image')}: "
+            f"{format_first_names(named)}\nremove them from the lists, or give at least --max_size {needed}"
+        )
+
+
+def warn_about_uncounted_objects(test: DetectionSet) -> None:
+    """Add a warning to the test set if it has no object that counts, so that average precision is undefined."""
+    difficult = [flag for target in test.targets for flag in target["difficult"].tolist()]
+    if all(difficult):
+        what = f"{format_count(len(difficult), 'object')}, marked difficult" if difficult else "there are none"
+        test.warnings.append(
+            f"no object of the test set counts ({what}): average precision is undefined, and a run writes last.pt but "
+            "no best.pt"
+        )
 
 
 def warn_about_shared_images(train: DetectionSet, test: DetectionSet) -> None:

@@ -7,6 +7,7 @@ which of the two its boxes are for.
 
 from detection.dataset import format_first_names
 from engine.errors import UserError
+from engine.runtime.text import format_count
 
 Header = tuple[int, int, int]  # height and width as stored, EXIF orientation (1: upright)
 Size = tuple[int, int]  # height, width
@@ -34,7 +35,7 @@ def choose_upright(names: list[str], headers: list[Header], annotated: list[Size
             case.append(name)
     if wrong:
         raise UserError(
-            f"images of another size than their annotation says: {len(wrong):,}: {format_first_names(wrong)}\n"
+            f"{format_count(len(wrong), 'image')} of another size than annotated: {format_first_names(wrong)}\n"
             "check that image and annotation belong together; correct its <size>, or remove the image from the lists"
         )
     if not turned + stored + open_cases:
@@ -44,8 +45,8 @@ def choose_upright(names: list[str], headers: list[Header], annotated: list[Size
     if open_cases:
         action = "turned, as labelling tools show them" if turn_open else "left as stored, like most others"
         parts.append(
-            f"{len(open_cases):,} whose size does not tell {action} ({format_first_names(open_cases)}); if their boxes "
-            "are in other places, save them without the EXIF orientation"
+            f"{len(open_cases):,} whose annotation does not tell ({format_first_names(open_cases)}): {action}; if their "
+            "boxes are elsewhere, save them without the EXIF orientation"
         )
     note = f"images with an EXIF orientation: {'; '.join(parts)}"
     return {*turned, *(open_cases if turn_open else [])}, [note]

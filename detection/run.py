@@ -231,4 +231,6 @@ def finish_run(run: Run, result: EvalResult | None, test: DetectionLoader) -> di
             f"last epoch: VOC07 mAP@0.5 {result.row.get('map07', math.nan):.2f} %; best {best['value']:.2f} % at epoch "
             f"{best['epoch']} (chosen on the test images)"
         )
+    else:
+        run.log.say("no best.pt: average precision is undefined on these test images; last.pt has the last weights")
     return content

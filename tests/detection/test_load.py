@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detection import load, shape_scenes
 from detection.dataset import DetectionSet
@@ -358,7 +359,10 @@ def test_image_size_that_differs_from_the_annotation_raises(devkit):
     devkit.add("000002", make_xml(size=(50, 40)))
     devkit.add_list("two", "000001", "000002")
     image_set = devkit.read_one(make_object_xml("cat", 1, 1, 9, 9))
-    with pytest.raises(UserError, match=r"says: 1: VOC2007/000002 \(60 x 40 pixels, annotation 50 x 40\)\ncheck that"):
+    with pytest.raises(
+        UserError,
+        match=r"1 image of another size than annotated: VOC2007/000002 \(60 x 40 pixels, annotation 50 x 40\)\ncheck that",
+    ):
         read_sets(devkit.root, ["2007_two"])
     Image.new("RGB", (40, 60)).save(image_set.images[0])  # changed during the run
     with pytest.raises(BadImage, match=r"000001.jpg: the image has 40 x 60 pixels, but its annotation says 60 x 40"):
@@ -548,6 +552,31 @@ def test_load_image_sets_draws_different_training_and_test_scenes(monkeypatch):
         load_image_sets(dataset="shapes", image_size=16)
     with pytest.raises(ValueError, match="'coco'"):
         load_image_sets(dataset="coco")
+
+
+@pytest.mark.parametrize("size, needed", [((1, 4001), 4001), ((3, 6001), 2001)])
+def test_image_that_is_too_elongated_is_named_at_the_start(size, needed):
+    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "difficult": torch.zeros(0).bool()}
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    image_set = DetectionSet(["a"], ["strip"], [image], [target], [size], "a test")
+    with pytest.raises(UserError, match=rf"strip \({size[1]} x {size[0]} pixels\)\n.* at least --max_size {needed}$"):
+        load.check_sides(image_set, needed - 1)
+    load.check_sides(image_set, needed)
+    resize = GeneralizedRCNNTransform(600, needed, [0.5] * 3, [0.5] * 3)
+    assert resize([image.float()])[0].image_sizes[0][0] == 1
+
+
+def test_test_set_without_countable_objects_is_reported(devkit):
+    devkit.add("000001", make_xml(make_object_xml("cat", 1, 1, 9, 9)))
+    devkit.add("000002", make_xml(make_object_xml("cat", 1, 1, 9, 9, difficult=1)))
+    devkit.add("000003", make_xml())
+    for split, image_id in (("train", "000001"), ("hard", "000002"), ("empty", "000003")):
+        devkit.add_list(split, image_id)
+    where = {"dataset": "voc", "data_dir": str(devkit.root), "train_sets": ["2007_hard"]}
+    found = [load_image_sets(**where, test_set=f"2007_{split}")[1].warnings for split in ("train", "hard", "empty")]
+    told = [[line for line in lines if "no best.pt" in line] for lines in found]
+    assert [len(lines) for lines in told] == [0, 1, 1]
+    assert "counts (1 object, marked difficult)" in told[1][0] and "counts (there are none)" in told[2][0]
 
 
 # ---- Drawn scenes ----
