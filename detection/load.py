@@ -83,8 +83,8 @@ def check_sides(image_set: DetectionSet, max_size: int) -> None:
         named = [f"{image_set.names[n]} ({image_set.sizes[n][1]} x {image_set.sizes[n][0]} pixels)" for n in lost]
         needed = max(math.ceil(max(image_set.sizes[n]) / min(image_set.sizes[n])) for n in lost)
         raise UserError(
-            f"--max_size {max_size} leaves less than a pixel of the shorter side of {format_count(len(lost), 'image')}: "
-            f"{format_first_names(named)}\nremove them from the lists, or give at least --max_size {needed}"
+            f"--max_size {max_size} leaves less than a pixel of the shorter side of {format_count(len(lost), 'image')}"
+            f": {format_first_names(named)}\nremove them from the lists, or give at least --max_size {needed}"
         )
 
 

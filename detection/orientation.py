@@ -43,10 +43,12 @@ def choose_upright(names: list[str], headers: list[Header], annotated: list[Size
     turn_open = len(turned) >= len(stored)
     parts = [f"{len(turned):,} turned and {len(stored):,} left as stored, as the size in their annotation says"]
     if open_cases:
-        action = "turned, as labelling tools show them" if turn_open else "left as stored, like most others"
+        action, other = "turned, as labelling tools show them", "without EXIF orientation"
+        if not turn_open:
+            action, other = "left as stored, like most others", "turned"
         parts.append(
-            f"{len(open_cases):,} whose annotation does not tell ({format_first_names(open_cases)}): {action}; if their "
-            "boxes are elsewhere, save them without the EXIF orientation"
+            f"{len(open_cases):,} whose annotation does not tell ({format_first_names(open_cases)}): {action}; if "
+            f"their boxes do not fit, save them {other}"
         )
     note = f"images with an EXIF orientation: {'; '.join(parts)}"
     return {*turned, *(open_cases if turn_open else [])}, [note]

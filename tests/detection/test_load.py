@@ -361,7 +361,7 @@ def test_image_size_that_differs_from_the_annotation_raises(devkit):
     image_set = devkit.read_one(make_object_xml("cat", 1, 1, 9, 9))
     with pytest.raises(
         UserError,
-        match=r"1 image of another size than annotated: VOC2007/000002 \(60 x 40 pixels, annotation 50 x 40\)\ncheck that",
+        match=r"1 image of another size than annotated: VOC2007/000002 \(60 x 40 pixels, annotation 50 x 40\)\ncheck",
     ):
         read_sets(devkit.root, ["2007_two"])
     Image.new("RGB", (40, 60)).save(image_set.images[0])  # changed during the run
