@@ -145,7 +145,18 @@ def read_checkpoint(path: Path, kind: str = "classifier") -> Checkpoint:
         )
     if (found := content.get("kind", "classifier")) != kind:
         raise UserError(f"{path}: this is a checkpoint of {KINDS.get(found, found)}\nexpected one of {KINDS[kind]}")
+    check_finite(path, *(content.get(key) for key in ("model", "ema", "decoder")))
     return content
+
+
+def check_finite(path: Path, *states: dict | None) -> None:
+    """Raise UserError if a state dict holds NaN or infinite values. path: of the file that it comes from."""
+    values = [item for state in states if state for item in state.items() if isinstance(item[1], torch.Tensor)]
+    if broken := [key for key, value in values if value.is_floating_point() and not value.isfinite().all()]:
+        raise UserError(
+            f"{path}: the weights are NaN or infinite ({shorten_list(broken)})\nuse another file, such as a checkpoint "
+            "of an earlier epoch"
+        )
 
 
 def is_checkpoint(content) -> bool:
@@ -186,6 +197,11 @@ def read_file(path: Path):
         except pickle.UnpicklingError:
             return torch.load(path, map_location="cpu", weights_only=False, pickle_module=PLACEHOLDER_PICKLE)
     except Exception as error:
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path}: a TorchScript program; expected a state dict\nsave its weights where you trust it: "
+                f"torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')"
+            ) from error
         previous = path.with_name("previous.pt")
         remedy = "copy or download the file again"
         if path.name == "last.pt" and previous.is_file():
@@ -213,3 +229,8 @@ def list_first_keys(content) -> str:
     if isinstance(content, dict):
         return ", ".join(map(str, list(content)[:5])) or "an empty dictionary"
     return type(content).__name__
+
+
+def shorten_list(names: list[str]) -> str:
+    """Return the first three names and the number of the others, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

@@ -5,42 +5,53 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
-from engine.runtime.checkpoint import list_first_keys
+from engine.runtime.checkpoint import check_finite, is_checkpoint, list_first_keys, shorten_list
+from engine.runtime.distributed import is_main_process
+from engine.runtime.safe_unpickle import Placeholder
 
-WEIGHT_KEYS = ("model", "model_state_dict", "state_dict", "net", "state_dict_classifier")
-PREFIXES = ("module.", "_orig_mod.", "model.")
+WEIGHT_KEYS = (  # where codes keep the weights, in the order of preference
+    "model",
+    "model_state_dict",
+    "state_dict",
+    "net",
+    "state_dict_classifier",
+    "network",
+    "model_state",
+    "params",
+    "weights",
+    "backbone",
+    "encoder",
+    "student",
+)
+AVERAGE_KEYS = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "params_ema", "teacher")
+WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.", "encoder_q.")  # names that no network starts with
+PARTS = ("backbone.", "encoder.")  # the same if all keys have them; a ViT has an encoder, too
+COUNTERS = ("n_averaged", "total_ops", "total_params")  # of torch's AveragedModel and of thop; not weights
 
 
 def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = "classifier") -> dict:
     """Return the state dict in the content of a file, with our key names.
 
     The file may be one of our checkpoints, a bare state dict, or in a layout of the published codes. kind: `classifier`
-    or `detector`. averaged: return the weight average (`ema`) of one of our checkpoints. path: for messages. Raises
-    UserError if there are no such weights, or if they are of the other kind.
+    or `detector`. averaged: return the weight average. path: for messages. Prints which of several state dicts and what
+    part of one is used. Raises UserError if there are no such weights, if they are NaN or infinite, or if they are of
+    the other kind.
     """
     if averaged:
-        if not isinstance(content, dict) or not content.get("ema"):
+        states = find_states(content, AVERAGE_KEYS) if isinstance(content, dict) else {}
+        if not states.keys() - {""}:
             raise UserError(f"{path}: has no weight average, since it was trained without --ema")
-        content = {"model": content["ema"]}
-
-    # ---- Find the state dict ----
-    state = content
-    if isinstance(content, dict):
-        state = next((content[key] for key in WEIGHT_KEYS if isinstance(content.get(key), dict)), content)
-    weights = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)} if isinstance(state, dict) else {}
-    if not weights or len(weights) < len(state) / 2:
-        raise UserError(
-            f"{path}: no weights found (first keys: {list_first_keys(content)}); expected a state dict, or one under "
-            f"the key {', '.join(WEIGHT_KEYS[:-1])} or {WEIGHT_KEYS[-1]}"
-        )
-
-    # ---- Remove prefixes from the keys ----
-    changed = True
-    while changed:  # wrappers may be nested, as in `module._orig_mod.`
-        changed = False
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in weights):
-                weights, changed = {key[len(prefix) :]: value for key, value in weights.items()}, True
+    else:
+        states = find_states(content, WEIGHT_KEYS + AVERAGE_KEYS)
+    if not states:
+        raise UserError(explain_missing(content, path))
+    (key, state), *others = states.items()
+    if others and not is_checkpoint(content):
+        print_note(f"{path}: the weights under {key} are used, not those under {', '.join(name for name, _ in others)}")
+    weights = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    weights = {name: value for name, value in weights.items() if name.rpartition(".")[2] not in COUNTERS}
+    weights = remove_prefixes(weights, path)
+    check_finite(path, weights)
 
     # ---- Check the kind ----
     detector = any(key.startswith(("roi_heads.", "rpn.")) for key in weights)
@@ -54,6 +65,70 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
             "use classifiers with detect.py --backbone_checkpoint"
         )
     return weights if detector else rename_replication_keys(weights)
+
+
+def find_states(content, keys: tuple[str, ...]) -> dict[str, dict]:
+    """Return the state dicts under the keys, also one inside another, by their keys; "" is the content itself."""
+    if not isinstance(content, dict):
+        return {}
+    found = {}
+    for key in keys:
+        inner = content.get(key)
+        nested = {"": inner} if is_state_dict(inner) else find_states(inner, keys)
+        found |= {f"{key}.{name}" if name else key: state for name, state in nested.items()}
+    return found or ({"": content} if is_state_dict(content) else {})
+
+
+def is_state_dict(content) -> bool:
+    """Return whether at least half of the entries are tensors."""
+    if not isinstance(content, dict):
+        return False
+    tensors = sum(isinstance(value, torch.Tensor) for value in content.values())
+    return tensors > 0 and tensors >= len(content) / 2
+
+
+def explain_missing(content, path: Path) -> str:
+    """Return the message for a file in which no weights are found."""
+    objects = {"": content, **content} if isinstance(content, dict) else {"": content}
+    for key, value in objects.items():
+        if isinstance(value, Placeholder) and (not key or key in WEIGHT_KEYS + AVERAGE_KEYS):
+            where, part = (f" under {key}", f"['{key}']") if key else ("", "")
+            return (
+                f"{path}: a whole pickled object{where}, which is not opened because that could run code; expected a "
+                "state dict\nif you trust the file and have its code, save its weights: "
+                f"torch.save(torch.load('{path}', weights_only=False){part}.state_dict(), 'weights.pt')"
+            )
+    return (
+        f"{path}: no weights found (first keys: {list_first_keys(content)}); expected a state dict, or one under the "
+        f"key {', '.join(WEIGHT_KEYS[:-1])} or {WEIGHT_KEYS[-1]}"
+    )
+
+
+def remove_prefixes(weights: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Remove the names of wrappers from the start of the keys, as in `module._orig_mod.`.
+
+    Entries outside the wrapper, such as the weights of a loss, are left out with a note.
+    """
+    left_out = []
+    while prefix := find_prefix(weights):
+        left_out += [key for key in weights if not key.startswith(prefix)]
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if left_out:
+        print_note(f"{path}: left out, being no part of the network: {shorten_list(left_out)}")
+    return weights
+
+
+def find_prefix(weights: dict[str, torch.Tensor]) -> str | None:
+    """Return the first wrapper that the keys begin with, or None."""
+    whole = (prefix for prefix in PARTS if weights and all(key.startswith(prefix) for key in weights))
+    some = (prefix for prefix in WRAPPERS if any(key.startswith(prefix) for key in weights))
+    return next(some, next(whole, None))
+
+
+def print_note(line: str) -> None:
+    """Print a note in the main process."""
+    if is_main_process():
+        print(f"note: {line}", flush=True)
 
 
 def rename_replication_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -116,8 +191,3 @@ def load_weights(
         )
     model.load_state_dict({key: weights.get(key, own[key]) for key in own})
     return bool(shape and shape[0] != num_classes)
-
-
-def shorten_list(names: list[str]) -> str:
-    """Return the first three names and the number of the others, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

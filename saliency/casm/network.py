@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from engine.data.image_set import STATISTICS
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
-from engine.runtime.checkpoint import is_checkpoint, list_first_keys, read_file
+from engine.runtime.checkpoint import check_finite, is_checkpoint, list_first_keys, read_file
 from models import build_model, find_matching_models
 
 UPSAMPLE_MODES = ("nearest", "bilinear")
@@ -165,6 +165,7 @@ def build_saved_casm(path: Path, content) -> SavedCasm:
             f"{path}: holds no mask decoder (found: {list_first_keys(content)})\n"
             "make one with python -m saliency.casm train, or pass a plain classifier by --classifier"
         )
+    check_finite(path, decoder)
     classes, image_size = list(content.get("classes", [])), content.get("image_size", 224)
     classifier = SavedClassifier(path, content=content).build(
         build_model,

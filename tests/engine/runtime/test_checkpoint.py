@@ -16,8 +16,8 @@ from support import ROOT
 from engine.errors import UserError
 from engine.runtime.checkpoint import find_checkpoint, read_checkpoint, read_file, save_checkpoint
 from engine.runtime.files import delay_interrupt, make_side_path, write_atomic
-from engine.runtime.foreign_weights import extract_weights, load_weights
-from models import build_model, find_matching_models
+from engine.runtime.foreign_weights import extract_weights, find_prefix, load_weights
+from models import MODELS, build_model, find_matching_models, get_model_shapes
 
 
 class Recorder:
@@ -54,6 +54,18 @@ def same_tensors(a: dict, b: dict) -> bool:
         lambda w: {"net": {f"module._orig_mod.{k}": v for k, v in w.items()}, "acc": __import__("numpy").float64(1.0)},
         lambda w: {"state_dict_classifier": {f"model.{k}": v for k, v in w.items()}, "path": Path("x")},
         lambda w: {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in w.items()},
+        lambda w: {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in w.items()}},
+        lambda w: {"model_ema": {"n_averaged": torch.tensor(7), **{f"module.{k}": v for k, v in w.items()}}},
+        lambda w: {**w, "total_ops": torch.zeros(1), "layer1.total_params": torch.zeros(1)},
+        lambda w: {"state_dict": {"criterion.weight": torch.ones(3), **{f"model.{k}": v for k, v in w.items()}}},
+        lambda w: {
+            "state_dict": {f"module.{name}.{k}": v for name in ("encoder_q", "encoder_k") for k, v in w.items()}
+        },
+        lambda w: {f"net.backbone.{k}": v for k, v in w.items()},
+        lambda w: {f"network.module.encoder.{k}": v for k, v in w.items()},
+        lambda w: {"teacher": {f"backbone.{k}": v for k, v in w.items()}},
+        lambda w: {"params": w, "epoch": 3},
+        lambda w: {"model": {"state_dict": w, "arch": "x"}},
     ],
 )
 def test_weights_are_found_in_every_published_layout(tmp_path, wrap, old_format):
@@ -61,6 +73,46 @@ def test_weights_are_found_in_every_published_layout(tmp_path, wrap, old_format)
     file = tmp_path / "old.pth.tar"
     torch.save(wrap(weights), file, _use_new_zipfile_serialization=not old_format)
     assert same_tensors(extract_weights(read_file(file), file), weights)
+
+
+def test_the_weights_that_are_used_are_named(capsys):
+    both = {"state_dict": make_weights(), "state_dict_ema": make_weights("resnet32")}
+    assert same_tensors(extract_weights(both, "f"), both["state_dict"])
+    assert capsys.readouterr().out == (
+        "note: f: the weights under state_dict are used, not those under state_dict_ema\n"
+    )
+    assert same_tensors(extract_weights(both, "f", averaged=True), both["state_dict_ema"])
+    extract_weights({"model.w": torch.ones(1), "loss.w": torch.ones(1)}, "f")
+    assert "note: f: left out, being no part of the network: loss.w\n" in capsys.readouterr().out
+    extract_weights({"format": 2, "model": {"w": torch.ones(1)}, "ema": {"w": torch.ones(1)}}, "f")
+    assert not capsys.readouterr().out
+
+
+def test_no_key_of_our_networks_is_taken_for_a_wrapper():
+    for name in MODELS:
+        assert find_prefix(get_model_shapes(name, 10)) is None, name
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"epoch": 3, "model": module}])
+def test_a_whole_pickled_network_is_refused_with_the_call_that_saves_its_weights(tmp_path, monkeypatch, wrap):
+    monkeypatch.chdir(tmp_path)
+    torch.save(wrap(torch.nn.Linear(2, 2)), "whole.pt")
+    with pytest.raises(UserError, match="whole pickled object") as error:
+        extract_weights(read_file(Path("whole.pt")), Path("whole.pt"))
+    exec(str(error.value).partition("save its weights: ")[2])
+    assert extract_weights(read_file(Path("weights.pt")), "weights.pt").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    weights = make_weights()
+    weights["layer1.0.conv1.weight"][0, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"f: the weights are NaN or infinite \(layer1.0.conv1.weight\)"):
+        extract_weights({"state_dict": {f"module.{key}": one for key, one in weights.items()}}, "f")
+    for key in ("model", "ema"):
+        torch.save({"format": 2, key: weights}, tmp_path / "last.pt")
+        with pytest.raises(UserError, match="last.pt: the weights are NaN or infinite"):
+            read_checkpoint(tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("old_format", [False, True])
