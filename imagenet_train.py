@@ -115,11 +115,12 @@ def main(argv: list[str] | None = None) -> dict | None:
         **select_kwargs(options, ["loss", "saliency", *saliency.list_source_options()]),
     )
     with parser.usage_errors():
-        mixers = []
+        mixers, values = [], []
         for number, phase in enumerate(phases):
             names = mixing.compose_options(options["method"])
             hyper_parameters = select_kwargs(get_phase_options(options, number), names)
             mixers.append(mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **hyper_parameters))
+            values.append(mixing.collect_hyper_parameters(options["method"], **hyper_parameters))
             mixers[number].check_size(phase.crop, phase.crop)
         current = find_phase(phases, start.saved_epoch)
         state.set_mixer(mixers[current], sources)
@@ -130,8 +131,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options["profile"]:
         return training.print_profile(state, loaders[current], config, options["profile"])
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
-    lines, more_notes = training.describe_run(sets, phases, **select_kwargs(options, training.describe_run))
-    run.log_header(lines, [*notes, *more_notes])
+    lines, more_notes = training.describe_run(sets, phases, values, **select_kwargs(options, training.describe_run))
+    run.log_header(lines, [*notes, *more_notes], hyper_parameters=values[0] if len(phases) == 1 else values)
 
     # ---- Epochs ----
     for epoch in run.epochs:

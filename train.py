@@ -103,8 +103,9 @@ def main(argv: list[str] | None = None) -> dict | None:
     if options["profile"]:
         return training.print_profile(state, train, config, options["profile"])
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
-    lines, more_notes = training.describe_run(sets, **select_kwargs(options, training.describe_run))
-    run.log_header(lines, [*notes, *more_notes])
+    values = mixing.collect_hyper_parameters(options["method"], **hyper_parameters)
+    lines, more_notes = training.describe_run(sets, (), [values], **select_kwargs(options, training.describe_run))
+    run.log_header(lines, [*notes, *more_notes], hyper_parameters=values)
 
     # ---- Epochs ----
     for epoch in run.epochs:

@@ -72,6 +72,21 @@ def build_mixer(name: str, /, **options):
     return mixer_class(name)(**{k: v for k, v in options.items() if k in known and v is not None})
 
 
+def collect_hyper_parameters(
+    names: list[str], *, method_options: dict[str, dict] | None = None, cutout: bool = False, **options
+) -> dict[str, dict]:
+    """Return method -> the values of its hyper-parameters with which compose_mixer() builds it from these arguments.
+
+    The mean and std of the images, which some methods also take, are left out.
+    """
+    given, found = {key: value for key, value in options.items() if value is not None}, {}
+    for name in [*names, *(["cutout"] if cutout and "cutout" not in names else [])]:
+        defaults = hyper_parameters(name)
+        values = {**defaults, **(method_options or {}).get(name, {}), **given}
+        found[name] = {key: values[key] for key in defaults if key not in ("mean", "std")}
+    return found
+
+
 def compose_options(names: list[str]) -> list[str]:
     """Return the names of the keyword arguments of compose_mixer() that these methods read."""
     compose_mixer = import_module("mixing.compose").compose_mixer

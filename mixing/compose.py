@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn import functional as F
 
-from mixing import build_mixer
+from mixing import build_mixer, collect_hyper_parameters
 from mixing.base import Mixer
 
 
@@ -194,11 +194,11 @@ def compose_mixer(
     for that method alone, which hyper_parameters override. cutout: first cut holes into the images. mix_*: see
     PartialMix. Raises ValueError for an unknown method and for a hyper-parameter out of range.
     """
-    given = {key: value for key, value in hyper_parameters.items() if value is not None}
-    mixers = [build_mixer(name, **{**(method_options or {}).get(name, {}), **given}) for name in names]
+    values = collect_hyper_parameters(names, method_options=method_options, cutout=cutout, **hyper_parameters)
+    mixers = [build_mixer(name, **{**hyper_parameters, **values[name]}) for name in names]
     mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
     if mix_fraction < 1 or mix_off_epoch or mix_schedule != "fixed":
         mixer = PartialMix(mixer, mix_fraction, mix_schedule, mix_scheduled_epoch, mix_off_epoch)
     if cutout and names != ["cutout"]:
-        mixer = Chain([build_mixer("cutout", **given), mixer])
+        mixer = Chain([build_mixer("cutout", **values["cutout"]), mixer])
     return mixer

@@ -176,6 +176,10 @@ def test_the_run_folder_is_complete(shapes_run):
         and config["options"]["lr"] == 0.1
         and config["versions"]["torch"]
     )
+    values = {"mixup_alpha": 1.0, "mix_prob": 0.5, "saliency_scope": "sample", "in_batch": False}
+    assert config["hyper_parameters"] == {"saliencymix": values}
+    line = "saliencymix: mixup_alpha 1, mix_prob 0.5, saliency_scope sample, in_batch false\n"
+    assert line in (run / "log.txt").read_text()
     assert "secret" not in (run / "config.json").read_text() and "wandb_key" not in load_checkpoint(run)["config"]
     assert result["epochs"] == 2 and result["last_top1"] == float(f"{load_checkpoint(run)['history'][-1]['test_top1']}")
     saved = load_checkpoint(run)

@@ -141,3 +141,10 @@ def pixel_fraction(text: str) -> float:
         remedy = f"; write {text.strip()}/255" if not slash and 1 < value <= 255 else ""
         raise argparse.ArgumentTypeError(f"expected a value between 0 and 1, got {text!r}{remedy}")
     return value
+
+
+def format_option(value) -> str:
+    """Return the text of a value, as one would type it."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(format_option, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)

@@ -75,6 +75,7 @@ RECIPES = {
     },
 }
 IMAGENET_METHOD_OPTIONS = {  # by method; sage then tries as many offsets at 224 pixels as with 0.01 at 32 pixels
+    "mixup": {"mixup_alpha": 0.2},
     "cutmix": {"mix_prob": 1.0},
     "saliencymix": {"mix_prob": 1.0},
     "puzzlemix": {"neigh_size": 2, "t_size": -1},
@@ -155,10 +156,11 @@ def get_recipe_options(name: str, *, dataset: str | None, model: str | None) -> 
         by_method["puzzlemix"] = {"t_size": 4}
     if dataset == "tiny-imagenet":
         options["crop_padding"] = 4
-        by_method |= {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold", "cutmix")}
+        by_method |= {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold")}
         by_method["puzzlemix"] = {"clean_lam": 1.0}
     if name == "puzzle":
-        by_method["cutmix"] = {**by_method.get("cutmix", {}), "mix_prob": 1.0, "cutmix_box": "real"}
+        alpha = {"mixup_alpha": 0.2} if dataset == "tiny-imagenet" else {}
+        by_method["cutmix"] = {**alpha, "mix_prob": 1.0, "cutmix_box": "real"}
     options["method_options"] = by_method
     return options
 

@@ -3,8 +3,10 @@
 from types import ModuleType
 
 from engine.config.mixing_options import OPTION_GROUPS
+from engine.config.option_types import format_option
 from engine.config.parser import Parser
 from engine.config.phases import build_phases
+from engine.config.recipes import RECIPE_METHODS, get_recipe_options
 
 GRADIENT_SOURCE_OPTIONS = {
     "clean_lam",
@@ -61,7 +63,7 @@ def collect_run_notes(options: dict, typed: dict, saved: dict) -> list[str]:
     unused |= LOG_OPTIONS if options["log_off"] else set()
     unused |= {"mix_scheduled_epoch"} if options["mix_schedule"] == "fixed" else set()
     notes += [f"no effect in this run: {names}"] if (names := format_typed(unused, typed)) else []
-    return notes + describe_length(options, saved)
+    return notes + describe_other_recipe(options, typed) + describe_length(options, saved)
 
 
 def find_unused_image_options(options: dict, typed: dict) -> set[str]:
@@ -103,6 +105,40 @@ def describe_length(options: dict, saved: dict) -> list[str]:
         if options["mix_off_epoch"]:
             notes.append(f"{changed}: --mix_off_epoch {options['mix_off_epoch']} now means the last of {epochs} epochs")
     return notes
+
+
+def describe_other_recipe(options: dict, typed: dict) -> list[str]:
+    """Return a note if `--recipe auto` chose one recipe, but most of the typed values are those of another one.
+
+    Such a command is usually one of a comparison whose other methods get the other recipe.
+    """
+    name, common = options["recipe"], {"dataset": options["dataset"], "model": options["model"]}
+    recipes = ["saliencymix", *RECIPE_METHODS]
+    if typed.get("recipe", "auto") != "auto" or options["config"] or name not in recipes:
+        return []
+    own, best, other = get_recipe_options(name, **common), [], name
+    for candidate in recipes:
+        recipe = get_recipe_options(candidate, **common)
+        differing = [key for key in typed if key in recipe and not is_same(recipe[key], own[key])]
+        its, ours = ([key for key in differing if is_same(typed[key], values[key])] for values in (recipe, own))
+        if len(its) > max(1, len(best), len(ours)):
+            best, other = its, candidate
+    if not best:
+        return []
+    values = get_recipe_options(other, **common)
+    rest = [key for key in values if key not in {*typed, "method_options", "dataset", "model"}]
+    rest = [key for key in rest if key in options and not is_same(values[key], options[key])]
+    rest = [f"{key} {format_option(values[key])} (not {format_option(options[key])})" for key in rest]
+    return [
+        f"--recipe auto means {name} for {' '.join(options['method'])}, but {' '.join(f'--{key}' for key in best)} are "
+        f"as in --recipe {other}, which also sets {', '.join(rest) or 'options of the methods'}; runs to compare need "
+        "the same --recipe"
+    ]
+
+
+def is_same(a, b) -> bool:
+    """Return whether two values of an option mean the same: one factor of --gammas serves for all milestones."""
+    return set(a) == set(b) if isinstance(a, list) and isinstance(b, list) else a == b
 
 
 def format_typed(names: set[str], typed: dict) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from engine.config.option_types import format_option
 from engine.config.phases import Phase
 from engine.config.resolve import check_resume_options, resolve_options
 from engine.data.image_set import Data, ImageSet
@@ -49,6 +50,7 @@ MEDIAN_EPOCHS = 10  # the last evaluated epochs whose median accuracy is reporte
 def describe_run(
     data: Data,
     plan: Sequence[Phase] = (),
+    hyper_parameters: Sequence[dict[str, dict]] = (),
     *,
     method: list[str],
     model: str,
@@ -67,7 +69,8 @@ def describe_run(
 ) -> tuple[list[str], list[str]]:
     """Return lines that describe the data and the training, and notes on unexpected settings.
 
-    plan: the phases of the run. The keyword-only parameters are the options of the same names.
+    plan: the phases of the run. hyper_parameters: of the methods, in each phase. The keyword-only parameters are the
+    options of the same names.
     """
     notes, has_dropout = list(data.warnings), model.startswith("wrn")
     image_sets = {"train": data.train, "valid": data.valid, "test": data.test}
@@ -86,7 +89,19 @@ def describe_run(
             f"phase {number}: up to epoch {phase.end}, {phase.images} images, {phase.crop}-pixel crops of at least "
             f"{100 * phase.min_scale:g} % of the area, batch size {phase.batch_size}"
         )
-    return lines, notes
+    return lines + describe_methods(hyper_parameters), notes
+
+
+def describe_methods(hyper_parameters: Sequence[dict[str, dict]]) -> list[str]:
+    """Return a line with the hyper-parameters of each method, and further ones for phases in which they differ."""
+    lines, before = [], {}
+    for number, methods in enumerate(hyper_parameters, 1):
+        for name, values in methods.items():
+            texts = [f"{key} {format_option(value)}" for key, value in values.items() if value is not None]
+            if texts and values != before.get(name):
+                lines.append(f"{name}{f' in phase {number}' if number > 1 else ''}: {', '.join(texts)}")
+        before = methods
+    return lines
 
 
 def format_epoch(row: dict, epochs: int, options: dict) -> str:

@@ -104,10 +104,13 @@ class Run:
                 "from an uninterrupted run"
             )
 
-    def log_header(self, lines: list[str], notes: list[str]) -> None:
-        """Write the first files of the run, print lines and notes, and handle SIGTERM from here on."""
+    def log_header(self, lines: list[str], notes: list[str], **config) -> None:
+        """Write the first files of the run, print lines and notes, and handle SIGTERM from here on.
+
+        config: further entries of config.json.
+        """
         add_trackers(self.log, self.options)
-        self.log.write_config(self.options, self.state.device, kind=self.kind.name)
+        self.log.write_config(self.options, self.state.device, kind=self.kind.name, **config)
         self.log.write_log(self.history)
         processes = f", {world_size()} processes" if world_size() > 1 else ""
         folder = "" if self.log.off else f"; writing to {self.log.path}"

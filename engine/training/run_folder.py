@@ -127,7 +127,8 @@ class RunFolder:
             with open(self.path / "log.txt", "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    def write_config(self, options: dict, device: torch.device, kind: str) -> None:
+    def write_config(self, options: dict, device: torch.device, kind: str, **more) -> None:
+        """Write config.json. more: entries besides the options and the circumstances of the run."""
         if self.off:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -136,6 +137,7 @@ class RunFolder:
             {
                 "kind": kind,
                 "options": get_public_options(options),
+                **more,
                 "versions": {**get_versions(), "opencv": get_opencv_versions()},
                 "device": name,
                 "command": hide_secrets(sys.argv),

@@ -41,6 +41,22 @@ def test_every_option_of_compose_mixer_has_a_flag_and_a_help_text(helps):
         assert helps.get(key), key
 
 
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_the_reported_hyper_parameters_are_those_of_the_mixer(name):
+    by_method = {"cutmix": {"mixup_alpha": 0.2, "cutmix_box": "real"}, "mixup": {"mixup_alpha": 0.3}}
+    (values,) = mixing.collect_hyper_parameters([name], method_options=by_method, mix_prob=None).values()
+    mixer = mixing.compose_mixer([name], method_options=by_method, mix_prob=None)
+    assert values.keys() == hyper_parameters(name).keys() - {"mean", "std"}
+    for key, value in values.items():
+        assert key == "adv_eps" or getattr(mixer, key, value) == value, key  # the mixer keeps adv_eps in another unit
+    wanted = hyper_parameters(name) | by_method.get(name, {})
+    wanted = {key: value for key, value in wanted.items() if key not in ("mean", "std")}
+    assert values == wanted
+    assert mixing.collect_hyper_parameters([name], method_options=by_method, mixup_alpha=0.7)[name] == {
+        key: 0.7 if key == "mixup_alpha" else value for key, value in wanted.items()
+    }
+
+
 def test_packages_import_their_public_names_lazily():
     code = "import sys, mixing, saliency, models; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -27,7 +27,12 @@ from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.parser import Parser
 from engine.config.recipes import RECIPES, get_recipe_options
 from engine.config.resolve import check_combinations, fill_in_options
-from engine.config.unused_options import collect_mixing_notes, collect_run_notes, find_unused_options
+from engine.config.unused_options import (
+    collect_mixing_notes,
+    collect_run_notes,
+    describe_other_recipe,
+    find_unused_options,
+)
 from engine.errors import UserError
 from engine.launch import explain_error
 from mixing import MIXERS, hyper_parameters
@@ -306,6 +311,22 @@ def test_options_without_effect_and_moved_schedules_are_noted(words, saved, expe
     assert len(notes) == len(expected) and all(map(str.__contains__, notes, expected)), notes
 
 
+def test_a_command_with_the_values_of_another_recipe_is_noted():
+    """The command line of SAGE's README: `auto` trains its baselines with another batch, loss and augmentation."""
+    words = "--dataset cifar10 --model preactresnet18 --lr 0.2 --epochs 300 --schedule 100 200 --gammas 0.1 0.1".split()
+    typed = train.build_parser().read(words)
+    for method, expected in (("none", 1), ("cutmix", 1), ("sage", 0), ("puzzlemix", 0)):
+        options = resolve(*words, "--method", method)
+        assert len(describe_other_recipe(options, typed)) == expected, method
+        assert describe_other_recipe(options, {**typed, "recipe": options["recipe"]}) == []
+    assert describe_other_recipe(resolve("--method", "cutmix", "--epochs", "300"), {"epochs": 300}) == [], "one value"
+    (note,) = describe_other_recipe(resolve(*words, "--method", "cutmix"), typed)
+    assert note.startswith("--recipe auto means saliencymix for cutmix, but --model --lr --epochs --schedule --gammas")
+    assert "are as in --recipe puzzle, which also sets" in note
+    for difference in ("loss bce (not ce)", "batch_size 100 (not 128)", "trad_augment true (not false)"):
+        assert difference in note
+
+
 LEGACY_COMMANDS = [  # commands in the READMEs of earlier codes
     "--model resnet50 --dataset cifar100 --saliency_probab 0.5 --batch_size 128 --epochs 200",
     "--model wideresnet --dataset cifar10 --cutmix_probab 0.5 --cutout --cutout_length 16 --trad_augment --lr 0.1",
@@ -373,6 +394,12 @@ def test_published_settings_depend_on_method_dataset_and_network():
         "update_ratio": 0.5,
     }
     assert get_method_options("--method", "puzzlemix")["puzzlemix"] == {"t_size": 4}
+    tiny = ("--method", "cutmix", "--dataset", "tiny-imagenet", "--recipe")
+    assert "cutmix" not in get_method_options(*tiny, "saliencymix"), "alpha 1, probability 0.5 and the integer box"
+    assert get_method_options(*tiny, "puzzle")["cutmix"] == {"mixup_alpha": 0.2, "mix_prob": 1.0, "cutmix_box": "real"}
+    assert get_method_options("--method", "cutmix", "--recipe", "puzzle")["cutmix"]["mix_prob"] == 1.0
+    for recipe in ("cutmix300", "fast100"):
+        assert get_recipe_options(recipe, dataset=None, model=None)["method_options"]["mixup"] == {"mixup_alpha": 0.2}
     assert get_method_options("--method", "puzzlemix", "--dataset", "tiny-imagenet")["puzzlemix"] == {"clean_lam": 1.0}
 
 

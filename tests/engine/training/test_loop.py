@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.inference.metrics import confusion_matrix, topk_correct
 from engine.inference.predict import compute_scores, predict
 from engine.runtime.device import choose_device, choose_precision, get_rng_state, keep_freed_memory, set_rng_state
-from engine.training.console import format_epoch, summarize_history
+from engine.training.console import describe_methods, format_epoch, summarize_history
 from engine.training.evaluate import evaluate_held_out
 from engine.training.loop import StepConfig, profile_steps, train_one_epoch
 from engine.training.loss import LOSSES, smooth_labels
@@ -370,6 +370,15 @@ def test_the_median_names_the_epochs_it_is_of():
     result = summarize_history(rows, {})
     assert result["median_of_last_ten_top1"] == 75 and result["last_ten_epochs"] == list(range(30, 121, 10))
     assert summarize_history(rows[:20], {})["last_ten_epochs"] == [10, 20]
+
+
+def test_hyper_parameters_are_described_where_they_change():
+    first = {"none": {}, "puzzlemix": {"block_num": (2, 4), "clean_lam": 1.0, "transport": True, "off": None}}
+    last = {**first, "puzzlemix": {**first["puzzlemix"], "clean_lam": 0.0}}
+    assert describe_methods([first, first, last]) == [
+        "puzzlemix: block_num 2 4, clean_lam 1, transport true",
+        "puzzlemix in phase 3: block_num 2 4, clean_lam 0, transport true",
+    ]
 
 
 def test_losses_that_cannot_be_compared_are_named():
