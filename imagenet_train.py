@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         state.set_mixer(mixers[current], sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
-    notes += collect_run_notes(options, typed, start.saved["config"] if start.saved else {})
+    notes += collect_run_notes(options, typed, start.saved["config"] if start.saved else {}, steps.first_step(1))
 
     if options["profile"]:
         return training.print_profile(state, loaders[current], config, options["profile"])

@@ -225,9 +225,9 @@ def test_options_derived_from_a_retyped_option_are_not_taken_from_the_config():
 def test_unused_options_are_listed():
     typed = {"data_small": "x", "crop_padding": 4, "min_scale": 0.2, "trad_augment": False}
     options = resolve_command("--trad_augment", "false", "--min_scale", 0.2)
-    notes = unused_options.collect_run_notes(options, typed, {})
+    notes = unused_options.collect_run_notes(options, typed, {}, 100)
     assert notes == ["no effect in this run: --crop_padding, --data_small, --min_scale"]
-    assert unused_options.collect_run_notes(resolve_command(), {}, {}) == []
+    assert unused_options.collect_run_notes(resolve_command(), {}, {}, 100) == []
 
 
 def test_typed_phases_set_the_number_of_epochs():

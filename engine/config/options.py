@@ -36,7 +36,7 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
     },
     "norm": {
         "type": choice(["own", "imagenet", "half"]),
-        "help": "mean and std of the images: of the dataset, of ImageNet, or 0.5",
+        "help": "mean and std of the images: of the dataset (folder: ImageNet's; shapes: 0.5), of ImageNet, or 0.5",
     },
     "class_list": {"metavar": "FILE", "help": "all class names of the network in order, one per line or in a .csv"},
     "annotation_path": {

@@ -1,9 +1,10 @@
 """Recipes: published training settings. `--recipe NAME` sets the options that are not given; a typed option wins.
 
-For small images: `shapes` is this project's own; `saliencymix` follows Uddin et al. (arXiv 2006.01791); `puzzle` is the
-setting that Puzzle Mix, Co-Mixup and SAGE share (300 epochs); `rmix` follows R-Mix (arXiv 2212.04875). For ImageNet:
-`cutmix300` is the setting of CutMix and SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three
-phases.
+For small images: `shapes` and `small` are this project's own, `small` for a few hundred to a few thousand images;
+`saliencymix` follows Uddin et al. (arXiv 2006.01791); `puzzle` is the setting that Puzzle Mix, Co-Mixup and SAGE share
+(300 epochs); `rmix` follows R-Mix (arXiv 2212.04875). For ImageNet: `cutmix300` is the setting of CutMix and
+SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three phases. `small_photos` is `small` for
+photos at 224 pixels, best with pretrained weights.
 """
 
 COMMON = {  # shared by nearly all recipes
@@ -73,6 +74,18 @@ RECIPES = {
         "crop_padding": 2,
         "drop_last": True,
     },
+    "small": {
+        **COMMON,
+        "model": "resnet18",
+        "dataset": "folder",
+        "epochs": 100,
+        "batch_size": 16,
+        "lr": 0.02,
+        "weight_decay": 5e-4,
+        "scheduler": "cosine",
+        "crop_padding": 4,
+        "drop_last": True,
+    },
 }
 IMAGENET_METHOD_OPTIONS = {  # by method; sage then tries as many offsets at 224 pixels as with 0.01 at 32 pixels
     "mixup": {"mixup_alpha": 0.2},
@@ -117,6 +130,17 @@ IMAGENET_RECIPES = {
             {"puzzlemix": {"clean_lam": 1.0}},
             {"puzzlemix": {"clean_lam": 0.0}},
         ],
+    },
+    "small_photos": {
+        **COMMON,
+        "model": "imagenet_resnet18",
+        "dataset": "folder",
+        "epochs": 30,
+        "batch_size": 32,
+        "lr": 0.01,
+        "scheduler": "cosine",
+        "drop_last": True,
+        "method_options": IMAGENET_METHOD_OPTIONS,
     },
     "none": {
         **COMMON,

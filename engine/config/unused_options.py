@@ -21,6 +21,7 @@ SCHEDULER_OPTIONS = {  # option -> the schedules that read it
     "warmup_epochs": {"multistep", "cosine", "linear", "constant"},
 }
 MEMORY_DATASETS = {"shapes", "cifar10", "cifar100"}  # not read from image files
+FEW_STEPS = 10  # of an epoch
 LOG_OPTIONS = {"name", "root_dir", "overwrite", "save_every", "vis_epoch", "use_tensorboard", "use_wandb"}
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
 
@@ -48,11 +49,11 @@ def collect_mixing_notes(
     return notes
 
 
-def collect_run_notes(options: dict, typed: dict, saved: dict) -> list[str]:
+def collect_run_notes(options: dict, typed: dict, saved: dict, steps: int) -> list[str]:
     """Return notes on options of the schedule, the images and the output that have no effect on this run, or an
     unexpected one.
 
-    saved: the options of the run that is resumed; {}: a new run.
+    saved: the options of the run that is resumed; {}: a new run. steps: per epoch.
     """
     scheduler = options["scheduler"]
     ignored = {key for key, readers in SCHEDULER_OPTIONS.items() if scheduler not in readers and typed.get(key)}
@@ -63,7 +64,24 @@ def collect_run_notes(options: dict, typed: dict, saved: dict) -> list[str]:
     unused |= LOG_OPTIONS if options["log_off"] else set()
     unused |= {"mix_scheduled_epoch"} if options["mix_schedule"] == "fixed" else set()
     notes += [f"no effect in this run: {names}"] if (names := format_typed(unused, typed)) else []
-    return notes + describe_other_recipe(options, typed) + describe_length(options, saved)
+    if options["dataset"] == "folder" and options["norm"] == "own":
+        notes.append("--norm own: a folder has no mean and std on record; pixels are normalised by those of ImageNet")
+    notes += describe_other_recipe(options, typed) + describe_length(options, saved)
+    return notes if saved else notes + describe_few_steps(options, typed, steps)
+
+
+def describe_few_steps(options: dict, typed: dict, steps: int) -> list[str]:
+    """Return a note if an epoch has so few steps that a recipe for a large data set cannot work: at its learning rate
+    the running statistics of batch norm never catch up with the weights.
+    """
+    small = "small_photos" if "crop_size" in options else "small"
+    chosen = options["recipe"] == small or options["limit"] or {"lr", "max_lr", "lr_points"} & typed.keys()
+    if steps >= FEW_STEPS or chosen:
+        return []
+    return [
+        f"an epoch has only {steps} step{'s' * (steps > 1)}: recipe {options['recipe']}, with its batch size and its "
+        f"learning rate, is for large data sets; take --recipe {small}{' --pretrained' * (small == 'small_photos')}"
+    ]
 
 
 def find_unused_image_options(options: dict, typed: dict) -> set[str]:

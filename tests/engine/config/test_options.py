@@ -307,8 +307,31 @@ def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, 
 def test_options_without_effect_and_moved_schedules_are_noted(words, saved, expected):
     parser = train.build_parser()
     typed = parser.read(["--dataset", "shapes", *words.split()])
-    notes = collect_run_notes(fill_in_options(typed, {}, parser.defaults), typed, saved)
+    notes = collect_run_notes(fill_in_options(typed, {}, parser.defaults), typed, saved, steps=100)
     assert len(notes) == len(expected) and all(map(str.__contains__, notes, expected)), notes
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "expected"),
+    [
+        ("--dataset folder --method puzzlemix", 1, "only 1 step: recipe puzzle, with"),
+        ("--dataset folder", 9, "only 9 steps: recipe saliencymix, with"),
+        ("--dataset cifar10 --method rmix", 9, "take --recipe small"),
+        ("--dataset folder", 10, ""),
+        ("--dataset folder --recipe small", 6, ""),
+        ("--dataset folder --batch_size 32 --lr 0.05", 6, ""),
+        ("--dataset folder --limit 40", 1, ""),
+    ],
+)
+def test_a_recipe_for_large_data_sets_is_noted_where_an_epoch_has_few_steps(words, steps, expected):
+    parser = train.build_parser()
+    typed = parser.read(words.split())
+    options = fill_in_options(typed, {}, parser.defaults)
+    notes = [note for note in collect_run_notes(options, typed, {}, steps) if "step" in note]
+    assert (len(notes) == 1 and expected in notes[0]) if expected else not notes
+    assert not [note for note in collect_run_notes(options, typed, options, steps) if "step" in note], "on a resume"
+    said = [note for note in collect_run_notes(options, typed, {}, steps) if "those of ImageNet" in note]
+    assert len(said) == (options["dataset"] == "folder")
 
 
 def test_a_command_with_the_values_of_another_recipe_is_noted():
