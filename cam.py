@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     if options["figure"]:
         explanation.draw_figure(options["figure"], drawn, **select_kwargs(options, explanation.draw_figure))
     if options["show"]:
-        explanation.show_images([options["figure"]] if options["figure"] else [row["output"] for row in rows])
+        is_shown = options["figure"] and is_png(options["figure"])  # a window cannot show PDF and SVG
+        explanation.show_images([options["figure"]] if is_shown else [row["output"] for row in rows])
     return rows
 
 

@@ -370,6 +370,8 @@ def test_windows_open_only_with_show_and_a_display(use_toy, photo, tmp_path, mon
     monkeypatch.setenv("DISPLAY", ":0")
     cam.main([*words, "--show"])
     assert shown == [str(tmp_path / "f.png"), "shown"]
+    (row,) = cam.main([*words[:6], "--figure", str(tmp_path / "f.pdf"), "--show"])
+    assert shown[2:] == [row["output"], "shown"], "a window cannot show a PDF file"
     fake.show = lambda: 1 / 0
     cam.main([*words[:6], "--show"])
     assert "no window could be opened (ZeroDivisionError)" in capsys.readouterr().out

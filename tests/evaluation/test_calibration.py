@@ -336,7 +336,7 @@ def test_one_classifier_is_drawn_as_bars_and_several_as_lines(tmp_path, after):
 def test_the_line_rests_on_groups_of_enough_images():
     table = {"edges": [0, 0.2, 0.4, 0.6, 0.8, 1], "count": [1, 0, 9, 20, 2]}
     table |= {"accuracy": [0.0, None, 1.0, 0.5, 0.0], "confidence": [0.1, None, 0.5, 0.7, 0.9]}
-    first, last = merge_small_bins(table, 10)
+    first, last = merge_small_bins(table)
     assert first == pytest.approx((46, 90, 10)), "an accuracy of 0 in a bin of one image is no point of its own"
     assert last == pytest.approx((100 * (20 * 0.7 + 2 * 0.9) / 22, 100 * 10 / 22, 22))
     assert merge_small_bins(table, 1000) == [pytest.approx((100 * 20.4 / 32, 100 * 19 / 32, 32))]

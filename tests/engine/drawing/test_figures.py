@@ -76,7 +76,7 @@ def test_the_confusion_matrix_shows_its_whole_title_and_its_scale(tmp_path, monk
     drawn = []
     monkeypatch.setattr(figures, "save_figure", lambda figure, path, dpi: drawn.append(figure))
     names = [f"a very long name of class {number} $_" for number in range(classes)]
-    title = "saliencymix_resnet20_shapes, 12,000 images"
+    title = "runs/shapes/resnet20/saliencymix_with_a_very_long_name_of_its_own/best.pt, 12,000 images"
     figures.draw_confusion(tmp_path / "a.png", torch.eye(classes).long(), names, title)
     figure = drawn[0]
     figure.canvas.draw()
