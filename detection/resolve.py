@@ -20,6 +20,7 @@ TRAINING_OPTIONS = (  # options that an evaluation does not use
     | {"batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"}
     | {"clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"}
 )
+MAX_LR_RISE = 4e-4  # per step of a shortened warm-up: as in the recipe `shapes`; five times that was seen to diverge
 RULES = OptionRules(
     changeable={"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
     | {"coco_count_difficult", "vis", "predictions"}
@@ -101,7 +102,7 @@ def scale_schedule(options: dict, steps_per_epoch: int) -> dict:
     """Return iters, schedule and warmup_iters of a run, in optimizer steps.
 
     If a run is longer or shorter than its recipe, the lr drops scale with its length. In a shorter run the recipe's
-    warm-up takes at most a tenth of the steps.
+    warm-up takes a tenth of the steps, or as many more as MAX_LR_RISE asks for.
     """
     recipe = RECIPES[options["recipe"]]
     length = options["iters"] or (options["epochs"] and options["epochs"] * steps_per_epoch) or recipe["iters"]
@@ -109,7 +110,9 @@ def scale_schedule(options: dict, steps_per_epoch: int) -> dict:
     if drops is None:
         drops = [max(1, round(drop * length / recipe["iters"])) for drop in recipe["schedule"]]
     if warmup is None:
-        warmup = recipe["warmup_iters"] if length >= recipe["iters"] else min(recipe["warmup_iters"], length // 10)
+        warmup = recipe["warmup_iters"]
+        if length < recipe["iters"]:
+            warmup = min(warmup, max(length // 10, round(options["lr"] / MAX_LR_RISE)))
     return {"iters": length, "schedule": drops, "warmup_iters": warmup}
 
 

@@ -484,6 +484,21 @@ def test_schedule_scales_with_the_length_of_the_run():
     assert scale_schedule(typed, 10) == {"iters": 100, "schedule": [90], "warmup_iters": 7}
 
 
+@pytest.mark.parametrize(
+    ("words", "warmup"),
+    [
+        ("--iters 100", 10),
+        ("--dataset shapes --iters 100", 50),
+        ("--dataset shapes --iters 30", 50),
+        ("--dataset shapes --iters 100 --lr 0.01", 25),
+        ("--dataset shapes --iters 100 --lr 0.1", 50),
+        ("--recipe fpn18k --iters 600", 60),
+    ],
+)
+def test_a_shortened_warmup_rises_no_faster_than_is_known_to_train(words, warmup):
+    assert scale_schedule(resolve(*words.split()), 41)["warmup_iters"] == warmup
+
+
 def test_lr_scales_with_the_batch_size_only_with_scale_lr():
     assert resolve("--batch_size", "2")["lr"] == 0.004
     assert resolve("--batch_size", "2", "--scale_lr")["lr"] == pytest.approx(0.001)
