@@ -97,6 +97,7 @@ def read_background_dir(path: Path | str, image_set: ImageSet, view: View) -> Im
             f"{', '.join(missing[:3])}{more}\n{REMEDY}{describe_folder(path)}"
         )
     names = FileList(path, files)
+    names.upright = image_set.files.upright
     return replace(image_set, pixels=ImageFiles(names, view), origin=str(path), files=names)
 
 

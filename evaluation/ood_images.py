@@ -76,7 +76,9 @@ def find_image_files(root: Path) -> FileList:
     if not names:
         remedy = f"give a folder with .jpg, .png or similar files{describe_folder(root)}"
         raise UserError(f"{root}: no images in this folder or its subfolders\n{remedy}")
-    return FileList(root, names)
+    files = FileList(root, names)
+    files.upright = True
+    return files
 
 
 def draw_noise(kind: str, side: int, count: int) -> torch.Tensor:

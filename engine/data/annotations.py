@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from engine.data.datasets import TINY_SIDE
+from engine.data.decode import BadImage, read_header
 from engine.data.image_set import ImageSet
 from engine.data.label_lists import read_lines
 from engine.errors import UserError
@@ -106,6 +107,8 @@ def find_boxes(
         annotation = None
         try:
             annotation = lookup(index, name, image_set.classes[labels[index]])
+            if annotation and annotation.boxes and image_set.files.upright:
+                check_orientation(image_set.files[index], annotation)
             if annotation is None:
                 annotations.missing.append(name)
             elif annotation.others:
@@ -114,6 +117,7 @@ def find_boxes(
             elif not annotation.boxes:
                 annotations.empty.append(name)
         except (ValueError, OSError) as error:
+            annotation = None
             annotations.broken.append(f"{name} ({error or type(error).__name__})")
         annotations.per_image.append(annotation if annotation and annotation.boxes else None)
     if names and len(annotations.missing) == len(names):
@@ -122,6 +126,20 @@ def find_boxes(
             f"{image_set.origin}; looked for {describe(names[0], image_set.classes[labels[0]])}\n{REMEDY}"
         )
     return annotations
+
+
+def check_orientation(file: Path, annotation: BoxAnnotation) -> None:
+    """Raise ValueError if an image is turned by its EXIF orientation and its boxes may refer to it as it is stored."""
+    try:
+        height, width, orientation = read_header(file)
+    except BadImage:  # whoever reads the image tells it
+        return
+    is_upright = orientation > 4 and height != width and annotation[1:3] == (height, width)
+    if orientation != 1 and not is_upright:
+        raise ValueError(
+            f"EXIF orientation {orientation}, and the boxes may be of the image as it is stored: store it upright, for "
+            "example with PIL.ImageOps.exif_transpose"
+        )
 
 
 def check_annotations_given(image_set: ImageSet, dataset: str, annotation_path: str | None) -> None:

@@ -68,7 +68,9 @@ def load_data(
     else:
         view = get_default_view(dataset, image_size, eval_resize)
         paths = [name and Path(name) for name in (data_dir, val_data_dir, val_labels)]
-        train, test = (make_image_set(found, view, on_bad_image) for found in find_splits(dataset, *paths))
+        train, test = (
+            make_image_set(found, view, on_bad_image, dataset == "folder") for found in find_splits(dataset, *paths)
+        )
     # ---- Checks, validation split and limit ----
     warnings = [*train.notes, *test.notes] + describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
@@ -124,7 +126,8 @@ def load_evaluation(
         image_set = make_shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
     else:
         found = find_evaluation_images(dataset, folder, val_folder, labels_file)
-        image_set = make_image_set(found, view or get_default_view(dataset, image_size, eval_resize), on_bad_image)
+        view = view or get_default_view(dataset, image_size, eval_resize)
+        image_set = make_image_set(found, view, on_bad_image, dataset == "folder")
     check_class_count(dataset, image_set, num_classes, any_classes)
     return image_set.first(limit) if limit else image_set
 

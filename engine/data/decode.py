@@ -3,7 +3,8 @@
 OpenCV decodes JPEGs, at a half, a quarter or an eighth of the size if the crop stays large enough, and torch's
 anti-aliased uint8 kernel resizes them. On one core this takes about half of Pillow's time, and the pixels equal
 Pillow's to within one level of 255 (except for reduced decoding). Pillow reads the header and every file that is not a
-plain JPEG. Of several frames, the first is read. Both ignore the EXIF orientation; turn_upright() applies it.
+plain JPEG. Of several frames, the first is read. Both ignore the EXIF orientation; turn_upright() applies it
+where `upright` asks for it: to the user's own images, but not to published data sets, whose figures were made without.
 """
 
 import io
@@ -80,21 +81,25 @@ def decode_image(path: str | os.PathLike, upright: bool = False) -> np.ndarray:
 
 
 def decode_center(path: str | os.PathLike, size: int) -> np.ndarray:
-    """Resize the shorter side to `size`, then crop the centre: RGB uint8 (size, size, 3)."""
+    """Turn upright, resize the shorter side to `size`, then crop the centre: RGB uint8 (size, size, 3)."""
     out = np.empty((size, size, 3), np.uint8)
-    decode_into(out, path, CenterCrop(size, size), None)
+    decode_into(out, path, CenterCrop(size, size), None, upright=True)
     return out
 
 
-def decode_into(out: np.ndarray, path: str | os.PathLike, view: View, draws: torch.Tensor | None) -> list[float]:
-    """Decode an image into out, RGB uint8 (size, size, 3).
+def decode_into(
+    out: np.ndarray, path: str | os.PathLike, view: View, draws: torch.Tensor | None, upright: bool = False
+) -> list[float]:
+    """Decode an image into out, RGB uint8 (size, size, 3). upright: apply the EXIF orientation.
 
     Returns the box that is visible in it: y1, y2, x1, x2 as fractions of the image. Raises BadImage.
     """
     with open_header(path) as (image, raw):
-        height, width = image.height, image.width
+        orientation = get_orientation(image) if upright else 1
+        height, width = image.size if orientation > 4 else image.size[::-1]
         (y1, y2, x1, x2), (rows, columns) = view.plan(height, width, draws)
         pixels, reduced = load_pixels(image, raw, min((y2 - y1) // rows, (x2 - x1) // columns) // view.margin)
+        pixels = turn_upright(pixels, orientation)
         top, left, h, w = (side // reduced for side in (y1, x1, y2 - y1, x2 - x1))
         pixels = resize_image(pixels[top : top + h, left : left + w], rows, columns)
     down, across = center_offset(view.size, rows, columns)

@@ -28,6 +28,7 @@ class FileList:
     def __init__(self, root: str | os.PathLike, names: Iterable[str]):
         """names: relative to root."""
         self.root, text, ends = os.fspath(root), bytearray(), array("q", [0])
+        self.upright = False  # whether the EXIF orientation of these images is applied
         for name in names:
             text += os.fsencode(name)
             ends.append(len(text))
@@ -42,7 +43,7 @@ class FileList:
         if not isinstance(index, torch.Tensor):
             return Path(self.path(index))
         chosen = FileList(self.root, ())
-        chosen.text, chosen.spans = self.text, self.spans[index]
+        chosen.text, chosen.spans, chosen.upright = self.text, self.spans[index], self.upright
         return chosen
 
     def __iter__(self) -> Iterator[Path]:

@@ -79,7 +79,7 @@ class ImageFiles:
         for step in range(len(self)):
             read_index = (index + step) % len(self)
             try:
-                return read_index, decode_into(out, self.files.path(read_index), self.view, draws)
+                return read_index, decode_into(out, self.files.path(read_index), self.view, draws, self.files.upright)
             except BadImage:
                 if self.on_bad_image != "replace":
                     raise

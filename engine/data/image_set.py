@@ -133,7 +133,9 @@ def split_by_class(
     return train.take(torch.cat(kept).sort().values), valid
 
 
-def make_image_set(found: DataFiles, view: View, on_bad_image: str) -> ImageSet:
+def make_image_set(found: DataFiles, view: View, on_bad_image: str, upright: bool = False) -> ImageSet:
+    """Return an image set of files. upright: apply the EXIF orientation of the images."""
+    found.files.upright = upright
     pixels = ImageFiles(found.files, view, on_bad_image)
     return ImageSet(pixels, found.labels, found.classes, str(found.root), files=found.files, notes=found.notes)
 

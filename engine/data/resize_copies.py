@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from engine.config.parser import Parser
-from engine.data.decode import convert_to_rgb, describe_error
+from engine.data.decode import convert_to_rgb, describe_error, get_orientation
 from engine.data.folders import find_training_images
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import Data, ImageSet
@@ -139,6 +139,9 @@ def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) ->
             if image.format == "JPEG":
                 factor = MIN_REDUCED_RATIO * missing[0] / min(image.size)  # draft() never goes below the requested size
                 image.draft("RGB", (int(image.width * factor), int(image.height * factor)))
+            extra = {"exif": Image.Exif()} if (orientation := get_orientation(image)) != 1 else {}
+            for exif in extra.values():  # copies are turned like the originals
+                exif[ExifTags.Base.Orientation] = orientation
             rgb = convert_to_rgb(image)
     except Exception as error:
         return CopyResult(name, 0, len(sizes) - len(missing), describe_error(error))
@@ -147,7 +150,7 @@ def make_copies(name: str, *, source: str, dest: str, sizes: tuple[int, ...]) ->
         shape = tuple(max(size, round(temporary * scale)) for temporary in rgb.size)
         with atomic_file(targets[size]) as temporary:
             copy = rgb.resize(shape, Image.Resampling.BICUBIC)
-            copy.save(temporary, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
+            copy.save(temporary, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING, **extra)
     return CopyResult(name, len(missing), len(sizes) - len(missing), None)
 
 
@@ -225,6 +228,7 @@ def find_copies(data: Data, folders: dict[str, str | None]) -> dict[str, ImageSe
     image_sets = dict.fromkeys(["original", *folders], data.train)
     for name, (copies, index) in found.items():
         files = copies.files[index[kept]]
+        files.upright = data.train.files.upright
         pixels = ImageFiles(files, data.train.pixels.view, data.train.pixels.on_bad_image)
         image_sets[name] = replace(data.train, pixels=pixels, origin=str(copies.root), files=files)
     return image_sets

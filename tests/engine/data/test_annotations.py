@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from engine.data.annotations import BoxAnnotation, find_boxes
 from engine.data.datasets import load_data, load_evaluation
@@ -289,6 +289,29 @@ def test_missing_empty_and_broken_annotations_are_counted_separately(tmp_path):
 def test_xml_numbers_may_have_spaces_and_fractions(tmp_path, pets):
     write_text(tmp_path / "ann" / "rex.xml", format_xml(" 80 ", "48.0", (" dog\n", " 10 ", "10.0", "30.6", "\n31 ")))
     assert find_boxes(pets, "folder", str(tmp_path / "ann")).per_image[3] == BoxAnnotation([(10, 10, 31, 31)], 80, 48)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "kept"),
+    [(1, SIZE, True), (6, SIZE[::-1], True), (6, SIZE, False), (6, None, False), (3, SIZE, False)],
+)
+def test_boxes_of_a_turned_image_are_used_only_if_their_size_is_the_upright_one(tmp_path, orientation, size, kept):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    file = tmp_path / "val" / "cat" / "0.jpg"
+    file.parent.mkdir(parents=True)
+    Image.new("RGB", SIZE).save(file, exif=exif)
+    image_set = load_evaluation("folder", data_dir=str(tmp_path))
+    path = write_text(tmp_path / "boxes.csv", "file,xmin,ymin,xmax,ymax\n0.jpg,1,2,3,4\n")
+    if size:
+        write_text(tmp_path / "ann" / "0.xml", format_xml(*size, ("cat", 1, 2, 3, 4)))
+        path = str(tmp_path / "ann")
+    annotations = find_boxes(image_set, "folder", path)
+    assert [annotation is not None for annotation in annotations.per_image] == [kept]
+    assert kept or f"EXIF orientation {orientation}, and the boxes may" in annotations.notes()[0]
+    with Image.open(file) as image:  # the remedy
+        ImageOps.exif_transpose(image).save(tmp_path / "val" / "cat" / "0.jpg")
+    assert not find_boxes(image_set, "folder", path).notes()
 
 
 def test_folder_of_unrelated_annotations_raises_and_names_the_first_candidate(tmp_path, pets):

@@ -10,8 +10,12 @@ import torch
 from PIL import Image, ImageOps
 
 from detection.dataset import DetectionSet
-from engine.data.decode import BadImage, decode_center, decode_image
-from engine.data.resize_copies import resize_copies
+from engine.data.datasets import load_data, load_evaluation
+from engine.data.decode import BadImage, decode_center, decode_image, decode_into
+from engine.data.resize_copies import find_copies, resize_copies
+from engine.data.sample_rng import draw_crop_numbers
+from engine.data.views import CenterCrop, RandomCrop, SquashedView
+from evaluation.ood_images import load_ood_set
 
 RED, BLUE = (200, 40, 20), (10, 30, 220)
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
@@ -79,6 +83,51 @@ def test_every_exif_orientation_is_applied(tmp_path, value):
     image.save(tmp_path / "turned.png", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
     assert np.array_equal(decode_image(tmp_path / "turned.png", upright=True), upright)
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+@pytest.mark.parametrize("view", [CenterCrop(16, 20), SquashedView(16), RandomCrop(16)])
+def test_crops_are_those_of_the_upright_image(tmp_path, value, view):
+    exif = Image.Exif()
+    exif[0x112] = value
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (30, 40, 3)).astype(np.uint8))
+    image.save(tmp_path / "turned.png", exif=exif)
+    ImageOps.exif_transpose(Image.open(tmp_path / "turned.png")).save(tmp_path / "upright.png", exif=b"")
+    draws = draw_crop_numbers(0, 0, [0])[0]
+    outs = [np.empty((16, 16, 3), np.uint8) for _ in range(3)]
+    names, uprights = ("turned.png", "upright.png", "turned.png"), (True, False, False)
+    boxes = [
+        decode_into(out, tmp_path / name, view, draws, upright)
+        for out, name, upright in zip(outs, names, uprights, strict=True)
+    ]
+    assert np.array_equal(outs[0], outs[1]) and boxes[0] == boxes[1]
+    assert np.array_equal(outs[0], outs[2]) == (value == 1)
+
+
+def test_own_images_are_upright_everywhere_and_published_ones_as_stored(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    values = np.zeros((48, 64, 3), np.uint8)
+    values[:, :32] = 200  # upright, the upper half is bright
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(values).save(tmp_path / "set" / name / "0.jpg", quality=95, exif=exif)
+    resize_copies(tmp_path / "set", [48], tmp_path / "copies", workers=1)
+    data = load_data("folder", data_dir=str(tmp_path / "set"), image_size=32)
+    copies = find_copies(data, {"small": str(tmp_path / "copies" / "48")})["small"]
+    evaluated = load_evaluation("folder", data_dir=str(tmp_path / "set"), image_size=32)
+    ood = load_ood_set(str(tmp_path / "set" / "val"), image_size=32)[1]
+    published = load_evaluation("imagenet", data_dir=str(tmp_path / "set"), image_size=32, num_classes=2)
+
+    def half(pixels, axis: int) -> bool:
+        first, second = np.array_split(np.asarray(pixels).astype(int), 2, axis)
+        return first.mean() > second.mean() + 90
+
+    for image_set in (data.train, data.test, copies, evaluated, ood, data.train.take(torch.tensor([1]))):
+        assert half(image_set.pixels.read([0])[0][0], 0), image_set.origin
+    assert half(published.pixels.read([0])[0][0], 1)
+    file = tmp_path / "set" / "val" / "cat" / "0.jpg"
+    assert half(decode_image(file, upright=True), 0) and half(decode_center(file, 32), 0)
 
 
 def test_unreadable_images_raise_with_the_reason(tmp_path):
