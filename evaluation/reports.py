@@ -157,7 +157,7 @@ def print_details(result: dict, per_class: bool, confusion: str | None, *, dpi: 
         from engine.drawing import figures
 
         counts = torch.tensor(result["confusion"])
-        title = f"{result['name']}, {format_count(int(counts.sum()), 'image')}"
+        title = f"{result['file'] or result['name']}, {format_count(int(counts.sum()), 'image')}"
         figures.draw_confusion(Path(confusion), counts, result["classes"], title, dpi=dpi)
         print(f"written: {confusion}")
     print(format_accuracy(result))
