@@ -11,11 +11,14 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import filter as fnmatch_filter
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,7 @@ from engine.data.image_files import ImageFiles
 from engine.data.image_set import Data, ImageSet
 from engine.data.listing import filter_images, walk_files
 from engine.errors import UserError
+from engine.runtime.claim import claim, read_owner, release_claims
 from engine.runtime.distributed import count_cores_per_process
 from engine.runtime.files import make_side_path
 from engine.runtime.progress import progress_bar
@@ -38,6 +42,9 @@ from engine.runtime.progress import progress_bar
 LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # label lists, copied unchanged
 QUALITY, SUBSAMPLING = 95, 0  # full colour resolution: a fifth more bytes and a fifth more time to decode than 4:2:0
 MIN_REDUCED_RATIO = 2  # a JPEG decoded at reduced size stays at least this much larger than its largest copy
+
+HELD_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+_temporaries: set[Path] = set()  # the files that this process is writing
 
 
 @dataclass
@@ -87,26 +94,64 @@ def resize_copies(
     images, lists = find_images_and_lists(source)
     if not images:
         raise UserError(f"no images in {source}\ngive the folder that contains train/ and val/ with --data_dir")
-    # ---- Label lists ----
-    for name in lists:
-        for size in sizes:
-            target = dest / str(size) / name
-            if not target.exists():
-                with atomic_file(target) as temporary:
-                    shutil.copyfile(source / name, temporary)
-    # ---- Images ----
-    report = ResizeReport()
-    copy_image = partial(make_copies, source=str(source), dest=str(dest), sizes=tuple(sorted(set(sizes), reverse=True)))
-    with start_pool(workers or count_cores_per_process()) as pool:
-        outcomes = pool.map(copy_image, images, chunksize=8)
-        for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
-            report.made += outcome.made
-            report.skipped += outcome.skipped
-            if outcome.problem:
-                report.bad.append((source / outcome.name, outcome.problem))
+    with claim_destinations(dest, sizes), explain_killed_worker():
+        # ---- Label lists ----
+        for name in lists:
+            for size in sizes:
+                target = dest / str(size) / name
+                if not target.exists():
+                    with atomic_file(target) as temporary:
+                        shutil.copyfile(source / name, temporary)
+        # ---- Images ----
+        report = ResizeReport()
+        order = tuple(sorted(set(sizes), reverse=True))
+        copy_image = partial(make_copies, source=str(source), dest=str(dest), sizes=order)
+        with start_pool(workers or count_cores_per_process()) as pool:
+            outcomes = pool.map(copy_image, images, chunksize=8)
+            for outcome in progress(outcomes, total=len(images), desc="resizing", unit="image"):
+                report.made += outcome.made
+                report.skipped += outcome.skipped
+                if outcome.problem:
+                    report.bad.append((source / outcome.name, outcome.problem))
     report.bad.sort()
     report.seconds = time.perf_counter() - start
     return report
+
+
+@contextmanager
+def explain_killed_worker() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that makes copies was killed, perhaps for lack of memory\nrun the command again with fewer "
+            "--workers; it makes only the copies that are missing"
+        ) from error
+
+
+@contextmanager
+def claim_destinations(dest: Path, sizes: list[int]) -> Iterator[None]:
+    """Claim the folders of copies, and delete the side files that a killed process left there.
+
+    Raises UserError if another process makes copies there, or if a folder cannot be created.
+    """
+    try:
+        for folder in {dest / str(size) for size in sizes}:
+            try:
+                claimed = claim(folder / ".lock")
+            except OSError as error:
+                raise UserError(f"cannot create {folder}: {error.strerror}\ngive another --resize_dest") from error
+            if not claimed:
+                raise UserError(
+                    f"{folder} is in use: {read_owner(folder / '.lock')} makes copies there\nwait for its end, or give "
+                    f"another --resize_dest; if that machine is gone, delete {folder / '.lock'}"
+                )
+            for root, _, files in os.walk(folder):
+                for name in fnmatch_filter(files, ".*.part*"):
+                    os.unlink(os.path.join(root, name))
+        yield
+    finally:
+        release_claims()
 
 
 def check_folders(source: Path, dest: Path, sizes: list[int]) -> None:
@@ -162,6 +207,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     still exist. Raises UserError if the file cannot be written.
     """
     temporary = make_side_path(target)
+    _temporaries.add(temporary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -170,31 +216,68 @@ def atomic_file(target: Path) -> Iterator[Path]:
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise UserError(f"cannot write {target}: {reason}\nfree disk space, or give another --resize_dest") from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        delete_temporary(temporary)
+
+
+def delete_temporary(temporary: Path) -> None:
+    with suppress(OSError):
+        temporary.unlink()
+    _temporaries.discard(temporary)
 
 
 @contextmanager
 def start_pool(workers: int) -> Iterator[Executor]:
-    """Yield a pool of forked processes, which need no new imports.
+    """Yield a pool of forked processes, which need no new imports; after an error or Ctrl-C they end at once.
 
     Where fork is not available, the pool has threads; Pillow releases the GIL.
     """
+    processes = []
     if sys.platform == "linux" and workers > 1:
-        fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(workers, mp_context=fork, initializer=ignore_interrupt)
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=start_worker)
+        before = multiprocessing.active_children()
+        with hold_signals():  # a worker that got Ctrl-C before it ignores it would break the pool
+            pool.submit(int)  # starts all workers
+        processes = [process for process in multiprocessing.active_children() if process not in before]
     else:
         pool = ThreadPoolExecutor(workers)
     try:
         yield pool
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # running tasks finish first
+        pool.shutdown(cancel_futures=True)
 
 
-def ignore_interrupt() -> None:
-    """Ignore Ctrl-C in a worker: the parent handles it and lets its workers finish their current tasks."""
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM in the block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_worker() -> None:
+    """Prepare a worker: the parent handles Ctrl-C; SIGTERM and the end of the parent end the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs `finally`, which deletes a temporary file
+    signal.signal(signal.SIGTERM, end_worker)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_SIGNALS)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    end_worker()
+
+
+def end_worker(*signal) -> None:
+    """Delete the temporary file and exit. The pool would take an exception for the result of the task, and go on."""
+    for temporary in list(_temporaries):
+        delete_temporary(temporary)
+    os._exit(1)
 
 
 def resize_data_set(parser: Parser, typed: dict) -> None:

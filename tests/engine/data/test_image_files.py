@@ -62,7 +62,7 @@ def test_workers_that_do_not_answer_are_given_up(monkeypatch):
 
 
 def test_a_killed_worker_is_named_with_a_remedy():
-    read_failing(lambda: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker .*(killed by signal|exited unexpectedly)")
+    read_failing(lambda: os.kill(os.getpid(), signal.SIGKILL), "worker .*(killed by signal|exited unexpectedly)")
 
 
 def test_a_batch_arrives_whole():
