@@ -45,13 +45,15 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
 
     from engine.data.folders import find_class_folders
+    from engine.data.image_set import spread_over_classes
     from engine.runtime.device import choose_device, setup_backends
 
     device = choose_device(options["device"])
     setup_backends(device, seed=0, deterministic=False)
     place = Path(options["data_dir"])
     data_files = find_class_folders(place / "train" if (place / "train").is_dir() else place)
-    index = torch.arange(options["images"]) % len(data_files.labels)
+    index = spread_over_classes(data_files.labels, options["images"])
+    index = index[torch.arange(options["images"]) % len(index)]
     data_files = data_files._replace(files=data_files.files[index], labels=data_files.labels[index])
     print(
         f"{len(index):,} images in {place}, crop {options['crop_size']}, batch {options['batch_size']}, "

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.data.decode import BadImage, decode_image
+from engine.data.image_set import spread_over_classes
 from engine.runtime.text import format_count
 
 
@@ -43,6 +44,11 @@ class DetectionSet:
         columns = self.names, self.images, self.targets, self.sizes
         chosen = ([column[index] for index in indices] for column in columns)
         return DetectionSet(self.classes, *chosen, self.origin, list(self.warnings), self.turned)
+
+    def subsample(self, max_count: int) -> "DetectionSet":
+        """Return max_count images, or all if there are fewer, spread over the classes of their first objects."""
+        first = [int(target["labels"][0]) if len(target["labels"]) else 0 for target in self.targets]
+        return self.take(spread_over_classes(torch.tensor(first, dtype=torch.long), max_count).tolist())
 
     def without_difficult(self) -> "DetectionSet":
         """Return the same images without the objects that are marked difficult."""

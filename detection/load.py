@@ -36,10 +36,10 @@ def load_image_sets(
     """Return the training set and the test set.
 
     dataset: `voc`, or `shapes` for drawn scenes. train_sets, test_set: lists of VOC as YEAR_LIST; if train_sets is
-    empty, so is the training set. limit: use the first N images of each set; 0: all. max_size: limit of the longer side
-    after resizing, which must leave a pixel of the shorter side; 0: not checked. image_size: for shapes, the mean side
-    of a scene in pixels; 0: 160. progress: wraps an iterable in a progress bar (tqdm's signature). Raises UserError,
-    with what was looked for and the remedy, if files are missing.
+    empty, so is the training set. limit: use only N images of each set, spread over the classes; 0: all. max_size:
+    limit of the longer side after resizing, which must leave a pixel of the shorter side; 0: not checked. image_size:
+    for shapes, the mean side of a scene in pixels; 0: 160. progress: wraps an iterable in a progress bar (tqdm's
+    signature). Raises UserError, with what was looked for and the remedy, if files are missing.
     """
     if dataset == "shapes":
         if image_size and image_size < MIN_SIDE:
@@ -63,7 +63,7 @@ def load_image_sets(
         )
     warn_about_shared_images(train, test)
     if limit:
-        train, test = (image_set.take(range(min(limit, len(image_set)))) for image_set in (train, test))
+        train, test = (image_set.subsample(limit) for image_set in (train, test))
         for image_set, total, name in zip((train, test), totals, ("training", "test"), strict=True):
             if len(image_set) < total:
                 image_set.warnings.append(

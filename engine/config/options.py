@@ -28,7 +28,11 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
         "help": "number of classes: for shapes 2 to 10, otherwise only checked against the data",
     },
     "image_size": {"type": int_at_least(8), "metavar": "PIXELS", "help": "side of the images in pixels"},
-    "limit": {"type": int_at_least(), "default": 0, "help": "use only the first N images of each split; 0: all"},
+    "limit": {
+        "type": int_at_least(),
+        "default": 0,
+        "help": "images of each split, spread over the classes; 0: all",
+    },
     "on_bad_image": {
         "type": choice(["stop", "skip"]),
         "default": "stop",

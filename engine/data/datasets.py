@@ -77,7 +77,7 @@ def load_data(
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
     train = train.with_replacement()
     if limit:
-        train, test = train.first(limit), test.first(limit)
+        train, test = train.subsample(limit), test.subsample(limit)
     # ---- Tiny-ImageNet at its own size is decoded into memory ----
     if dataset == "tiny-imagenet" and train.pixels.size == TINY_SIDE and not eval_resize:
         train, test, valid = (
@@ -129,7 +129,7 @@ def load_evaluation(
         view = view or get_default_view(dataset, image_size, eval_resize)
         image_set = make_image_set(found, view, on_bad_image, dataset == "folder")
     check_class_count(dataset, image_set, num_classes, any_classes)
-    return image_set.first(limit) if limit else image_set
+    return image_set.subsample(limit) if limit else image_set
 
 
 def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None, any_classes: bool = False) -> None:

@@ -51,20 +51,9 @@ class ImageSet:
         files = self.files[index] if self.files is not None else None
         return replace(self, pixels=self.pixels[index], labels=self.labels[index], annotations=annotations, files=files)
 
-    def first(self, max_count: int) -> "ImageSet":
-        """Return the first max_count images, or all if there are fewer."""
-        return self.take(torch.arange(min(max_count, len(self))))
-
     def subsample(self, max_count: int) -> "ImageSet":
-        """Return max_count images from all parts of the set, the same ones in every call.
-
-        The set is cut into max_count equal intervals, and one image is drawn from each. Evenly spaced images would
-        cover only a few classes where the classes alternate.
-        """
-        count = min(max_count, len(self))
-        ends = torch.arange(count + 1) * len(self) // max(count, 1)
-        drawn = uniform(torch.arange(count), (), seed=0, purpose="a few of a part")
-        return self.take(ends[:-1] + (drawn * ends.diff()).long())
+        """Return max_count images of all classes, or all images if there are fewer; see spread_over_classes()."""
+        return self.take(spread_over_classes(self.labels, max_count))
 
     def with_view(self, view: View) -> "ImageSet":
         """Return the same image files with another crop and resize."""
@@ -105,6 +94,28 @@ class Data:
     def held_out(self) -> dict[str, ImageSet]:
         """The splits that are evaluated after each epoch, by name."""
         return {"test": self.test, **({"valid": self.valid} if self.valid else {})}
+
+
+def spread_over_classes(labels: torch.Tensor, max_count: int) -> torch.Tensor:
+    """Return the indices of max_count images, or of all if there are fewer: sorted, and the same in every call.
+
+    labels (N,). Each class has about the same share of the chosen images as of all, and at least one if there are
+    enough. The images of a class are cut into equal intervals, and one image is drawn from each.
+    """
+    count, order = min(max_count, len(labels)), labels.argsort(stable=True)
+    if not count:
+        return order[:0]
+    sizes = torch.bincount(labels)
+    sizes = sizes[sizes > 0]
+    if count < len(sizes):  # the intervals hold several classes
+        sizes = torch.tensor([len(labels)])
+    shares = (sizes - 1).cumsum(0) * (count - len(sizes)) // max(len(labels) - len(sizes), 1)
+    counts = 1 + shares.diff(prepend=shares.new_zeros(1))  # the first image of each class, and a share of the others
+    groups = zip((sizes.cumsum(0) - sizes).tolist(), sizes.tolist(), counts.tolist(), strict=True)
+    ends = [start + torch.arange(wanted) * size // wanted for start, size, wanted in groups]
+    ends = torch.cat([*ends, torch.tensor([len(labels)])])
+    drawn = uniform(torch.arange(count), (), seed=0, purpose="a few of a part")
+    return order[ends[:-1] + (drawn * ends.diff()).long()].sort().values
 
 
 def split_by_class(

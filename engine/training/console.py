@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from engine.config.option_types import format_option
 from engine.config.phases import Phase
 from engine.config.resolve import check_resume_options, resolve_options
-from engine.data.image_set import Data, ImageSet
+from engine.data.image_set import Data, ImageSet, spread_over_classes
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures
 from engine.inference.metrics import list_unreadable
@@ -260,8 +260,8 @@ def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title
     """Mix eight training images with each other and draw them. path: None: mix only, as processes without files do."""
     mixer, source, device = state.mixer, state.source, state.device
 
-    # ---- Batch: evenly spaced images, since folders come sorted by class ----
-    indices = torch.linspace(0, len(data.train) - 1, min(8, len(data.train))).long()
+    # ---- Batch ----
+    indices = spread_over_classes(data.train.labels, 8)
     if mixer.batch_size:  # the method needs a batch of this size: repeat the eight images
         indices = indices.repeat(1 + mixer.batch_size // len(indices))[: mixer.batch_size]
     loader = DeviceLoader(data.train.take(indices), len(indices), device=device, mean=data.mean, std=data.std)

@@ -9,9 +9,10 @@ import torch
 from support import write_class_folders, write_image
 
 from engine.data.augment import Augmentation, crop_and_flip
-from engine.data.datasets import load_data
-from engine.data.image_set import STATISTICS, ImageSet, decode_all, split_by_class
+from engine.data.datasets import load_data, load_evaluation
+from engine.data.image_set import STATISTICS, ImageSet, decode_all, split_by_class, spread_over_classes
 from engine.data.loader import DeviceLoader
+from engine.data.sample_rng import uniform
 from engine.data.shapes import CLASSES, draw_shapes
 from engine.errors import UserError
 
@@ -348,5 +349,36 @@ def test_subsample_covers_the_whole_set_and_alternating_classes(count, max_count
     subset = image_set.subsample(max_count)
     places, wanted = subset.pixels.tolist(), min(count, max_count)
     assert len(places) == wanted and places == sorted(set(places))
-    assert all(n * count // wanted <= place < (n + 1) * count // wanted for n, place in enumerate(places))
-    assert max_count != 60 or 20 < int(subset.labels.sum()) < 40
+    assert all(abs(place - n * count / max(wanted, 1)) <= 2 * count / wanted for n, place in enumerate(places))
+    assert abs(int(subset.labels.sum()) - wanted / 2) <= 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted"), [([6, 6, 6], [2, 2, 2]), ([10, 0, 2], [5, 0, 1]), ([10, 5, 5], [3, 1, 2])]
+)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_few_images_are_spread_over_the_classes(sizes, wanted, shuffled):
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels))] if shuffled else labels
+    chosen = spread_over_classes(labels, 6)
+    assert torch.bincount(labels[chosen], minlength=3).tolist() == wanted and chosen.tolist() == sorted(chosen.tolist())
+    assert len(spread_over_classes(labels, 2)) == 2 and len(spread_over_classes(labels, 0)) == 0
+    assert spread_over_classes(labels, 100).tolist() == list(range(len(labels)))
+
+
+def test_a_few_of_a_sorted_set_are_those_of_earlier_versions():
+    labels, index = torch.arange(10).repeat_interleave(30), torch.arange(50)
+    drawn = uniform(index, (), seed=0, purpose="a few of a part")
+    assert torch.equal(spread_over_classes(labels, 50), 6 * index + (6 * drawn).long())
+
+
+def test_limit_takes_images_of_every_class_and_keeps_balance(tmp_path):
+    for split in ("train", "val"):
+        for number in range(24):
+            write_image(tmp_path / split / "abc"[number // 8] / f"{number}.png", 10 * number, size=(8, 8))
+    data = load_data("folder", data_dir=str(tmp_path), image_size=8, limit=6)
+    assert data.train.labels.tolist() == data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    few = load_data("folder", data_dir=str(tmp_path), image_size=8, limit=9, labels_per_class=5)
+    assert torch.bincount(few.train.labels).tolist() == [3, 3, 3]
+    alone = load_evaluation("folder", data_dir=str(tmp_path), image_size=8, limit=6)
+    assert alone.files.names() == data.test.files.names(), "training and evaluate.py take the same images"
