@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         progress=runtime.progress_bar, **select_kwargs(options, detection.load_image_sets)
     )
     train_set = train_set if options["use_difficult"] else train_set.without_difficult()
-    detection.check_same_data(start.saved, train_set)
+    training.check_same_data(start, train_set.classes, len(train_set))
     data.check_batch_size(options["batch_size"], options["accumulate"], len(train_set), drop_last=False)
     train = detection.DetectionLoader(
         train_set,

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         if not options[f"data_{name}"]:
             notes.append(f"--data_{name} is not given: this run reads the original images, which is slower")
     data.check_same_images(sets)
+    training.check_same_data(start, sets.classes, len(sets.train))
     common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
     colors = select_kwargs(options, ["color_jitter", "lighting"])
@@ -130,7 +131,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     if options["profile"]:
         return training.print_profile(state, loaders[current], config, options["profile"])
-    run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
+    extra, split = {"images": len(sets.train)}, "valid" if sets.valid else "test"
+    run = training.Run(start, state, sets, steps, epochs=options["epochs"], split=split, extra=extra)
     lines, more_notes = training.describe_run(sets, phases, values, **select_kwargs(options, training.describe_run))
     run.log_header(lines, [*notes, *more_notes], hyper_parameters=values[0] if len(phases) == 1 else values)
 

@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     # ---- Data ----
     sets = data.load_data(progress=runtime.progress_bar, **select_kwargs(options, data.load_data))
     data.check_same_images(sets)
+    training.check_same_data(start, sets.classes, len(sets.train))
     data.check_batch_size(options["batch_size"], options["accumulate"], len(sets.train), options["drop_last"])
     common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
@@ -102,7 +103,8 @@ def main(argv: list[str] | None = None) -> dict | None:
 
     if options["profile"]:
         return training.print_profile(state, train, config, options["profile"])
-    run = training.Run(start, state, sets, steps, epochs=options["epochs"], split="valid" if sets.valid else "test")
+    extra, split = {"images": len(sets.train)}, "valid" if sets.valid else "test"
+    run = training.Run(start, state, sets, steps, epochs=options["epochs"], split=split, extra=extra)
     values = mixing.collect_hyper_parameters(options["method"], **hyper_parameters)
     lines, more_notes = training.describe_run(sets, (), [values], **select_kwargs(options, training.describe_run))
     run.log_header(lines, [*notes, *more_notes], hyper_parameters=values)

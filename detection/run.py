@@ -15,7 +15,6 @@ from detection.loop import LOSS_NAMES
 from detection.resolve import KIND, check_resume_options, locate_detector_runs, resolve_resumed_options
 from engine.config.select import select_kwargs
 from engine.errors import UserError
-from engine.runtime.checkpoint import Checkpoint
 from engine.runtime.distributed import is_main_process
 from engine.runtime.text import format_count
 from engine.training.run import Run
@@ -67,6 +66,7 @@ DETECTOR = RunKind(
     timed_parts=["data"],
     progress_unit="step",
     draw_nonfinite=draw_nonfinite,
+    data_remedy="pass its data with --data_dir, or start a new run from its weights with --frcnn_checkpoint",
 )
 
 
@@ -95,16 +95,6 @@ def build_scheduler(
         return warmup * math.prod(gamma for start, gamma in zip(schedule, factors, strict=True) if step >= start)
 
     return LambdaLR(optimizer, factor)
-
-
-def check_same_data(saved: Checkpoint | None, train: DetectionSet) -> None:
-    """Raise UserError if a run would resume on other training images."""
-    if saved and (saved["classes"], saved["images"]) != (train.classes, len(train)):
-        raise UserError(
-            f"the run to resume was trained on {saved['images']:,} images of {len(saved['classes'])} classes, but "
-            f"this data has {len(train):,} images of {len(train.classes)}\npass its data with --data_dir, or start a "
-            "new run from its weights with --frcnn_checkpoint"
-        )
 
 
 def reopen_last_epoch(start: Start, steps: int) -> None:

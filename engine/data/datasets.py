@@ -1,6 +1,7 @@
 """Load a data set by name: its training, validation and test images."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,10 +75,16 @@ def load_data(
     # ---- Checks, validation split and limit ----
     warnings = [*train.notes, *test.notes] + describe_counts(dataset, len(train), len(test), limit)
     check_class_count(dataset, train, num_classes)
+    if len(train.classes) < 2:
+        raise UserError(
+            f"{train.origin} has a single class, {train.classes[0]!r}, so every prediction would be right\n"
+            "give images of at least one other class"
+        )
     train, valid = split_by_class(train, labels_per_class, valid_labels_per_class, seed)
     train = train.with_replacement()
     if limit:
         train, test = train.subsample(limit), test.subsample(limit)
+    warnings += [*describe_single_class(train), *describe_single_class(test)]
     # ---- Tiny-ImageNet at its own size is decoded into memory ----
     if dataset == "tiny-imagenet" and train.pixels.size == TINY_SIDE and not eval_resize:
         train, test, valid = (
@@ -129,7 +136,17 @@ def load_evaluation(
         view = view or get_default_view(dataset, image_size, eval_resize)
         image_set = make_image_set(found, view, on_bad_image, dataset == "folder")
     check_class_count(dataset, image_set, num_classes, any_classes)
-    return image_set.subsample(limit) if limit else image_set
+    image_set = image_set.subsample(limit) if limit else image_set
+    return replace(image_set, notes=(*image_set.notes, *describe_single_class(image_set)))
+
+
+def describe_single_class(image_set: ImageSet) -> list[str]:
+    """Return a line if all images are of one class."""
+    found, count = image_set.labels.unique().tolist(), format_count(len(image_set), "image")
+    if len(found) != 1:
+        return []
+    name = image_set.classes[found[0]]
+    return [f"{image_set.origin}: {count}, all of the class {name!r}; accuracy says nothing about the other classes"]
 
 
 def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None, any_classes: bool = False) -> None:

@@ -43,12 +43,12 @@ class Checkpoint(TypedDict, total=False):
     rng: list[dict]  # states of the random generators in each process
     classes: list[str]  # class names of the data
     num_classes: int
+    images: int  # number of training images
     image_size: int | None  # side in pixels; None: images of any size
     mean: list[float]  # of the normalisation, per channel
     std: list[float]
     versions: dict[str, str]  # of Python and the packages
     backbone: dict  # detectors: origin of the backbone
-    images: int  # detectors: number of training images
     decoder: dict  # saliency maps: state dict of the mask decoder
     decoder_optimizer: dict
     pool: str | None  # saliency maps: name of the file with past classifiers

@@ -14,7 +14,7 @@ __getattr__ = lazy_attributes(
         "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
         "small_batches": "check_small_batches",
         "schedule": "StepSchedule build_scheduler",
-        "start": "RunKind Start start_processes start_run",
+        "start": "RunKind Start check_same_data start_processes start_run",
         "optimizer": "build_optimizer",
         "state": "SourceBuilder TrainingState build_training_state place_network",
     },

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from engine.config.parser import Parser
+from engine.errors import UserError
 from engine.runtime.checkpoint import Checkpoint, read_checkpoint
 from engine.runtime.claim import has_locks
 from engine.runtime.device import choose_device, choose_precision, setup_backends
@@ -19,6 +20,7 @@ from engine.runtime.distributed import (
     restart_count,
     store_across_restarts,
 )
+from engine.runtime.text import format_count
 from engine.training.run_folder import (
     RunFolder,
     claim_folder,
@@ -55,6 +57,7 @@ class RunKind:
     stats_type: type[EpochStats] = EpochStats
     # options -> the advice that lowers the learning rate, and whether --force_config applies it to a resumed run
     lower_rate: Callable[[dict], tuple[str, bool]] = lambda options: ("a lower --lr", True)
+    data_remedy: str = "pass its data with --data_dir, or start a new run from its weights with --init_from"
 
 
 @dataclass
@@ -93,6 +96,30 @@ def start_run(parser: Parser, typed: dict, options: dict, notes: list[str], kind
     setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
     precision, text = choose_precision(options["amp"], device)
     return Start(kind, options, saved, folder, device, precision, f"{device}, {text}", notes)
+
+
+def check_same_data(start: Start, classes: list[str], images: int) -> None:
+    """Raise UserError if a run would resume on data of other classes or with another number of training images.
+
+    With --force_config another number is only noted.
+    """
+    saved, remedy = start.saved or {}, start.kind.data_remedy
+    before, count = saved.get("classes", classes), saved.get("images", images)
+    if before != classes and len(before) == len(classes):
+        raise UserError(
+            f"the classes of the run to resume ({', '.join(before[:5])} ...) are not those of the data "
+            f"({', '.join(classes[:5])} ...)\n{remedy}"
+        )
+    if (before, count) != (classes, images):
+        change = (
+            f"the run to resume was trained on {format_count(count, 'image')} of {format_count(len(before), 'class')}, "
+            f"but this data has {format_count(images, 'image')} of {len(classes)}"
+        )
+        if before != classes or not start.options.get("force_config"):
+            raise UserError(f"{change}\n{remedy}")
+        start.notes.append(f"{change}; results will differ from an uninterrupted run")
+    if saved and "images" not in saved and start.options["limit"] and start.options["dataset"] != "shapes":
+        start.notes.append("this run was started on the first images of --limit, which now spreads over the classes")
 
 
 def start_processes(device: str, timeout: float) -> torch.device:

@@ -195,15 +195,6 @@ def load_saved_pool(start: Start) -> None:
     saved["pool"] = read_file(path) if path else []
 
 
-def check_same_classes(start: Start, data: Data) -> None:
-    """Raise UserError if a run would be resumed on data with other classes."""
-    if start.saved and start.saved["classes"] != data.classes:
-        raise UserError(
-            f"{start.folder}: the classes of the run ({', '.join(start.saved['classes'][:5])} ...) are not those of "
-            f"the data ({', '.join(data.classes[:5])} ...)\nresume it on the data that it was started with"
-        )
-
-
 def format_epoch(row: dict, epochs: int, options: dict) -> str:
     """Return the console line of an epoch."""
     return (
@@ -224,4 +215,5 @@ CASM_RUN = RunKind(
     folder_type=CasmFolder,
     stats_type=CasmStats,
     lower_rate=lambda options: ("a lower --lr-casme" + (" or --lr" if not options["fixed_classifier"] else ""), False),
+    data_remedy="name the folder that it was started with as DATA, or start another run under another --name",
 )

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> dict:
     from models import build_model
     from saliency.casm import setup
     from saliency.casm.network import CasmNetwork, build_decoder
-    from saliency.casm.run_files import CASM_RUN, check_same_classes, check_writable, load_saved_pool
+    from saliency.casm.run_files import CASM_RUN, check_writable, load_saved_pool
     from saliency.casm.training import (
         StepConfig,
         build_casm_state,
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ---- Data ----
     data = load_data(progress=runtime.progress_bar, **select_kwargs(options, load_data))
-    check_same_classes(start, data)
+    training.check_same_data(start, data.classes, len(data.train))
     setup.fill_from_data(options, data)
     loading = select_kwargs(options, ["batch_size", "crop_padding", "seed", "workers"])
     train_loader, test_loader, subset_loader = setup.build_loaders(data, device, **loading)
@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> dict:
     state = build_casm_state(network, pool, precision=precision, **select_kwargs(options, build_casm_state))
     config = StepConfig(precision=precision, **select_kwargs(options, ["hp", "lambda_r", "adversarial"]))
     steps = training.StepSchedule([(options["epochs"], iterations)])
-    run = training.Run(start, state, data, steps, epochs=options["epochs"])
+    extra = {"images": len(data.train)}
+    run = training.Run(start, state, data, steps, epochs=options["epochs"], extra=extra)
     lines = setup.describe_run(data, state, iterations, **select_kwargs(options, setup.describe_run))
     run.log_header(lines, notes)
     if not start.saved:

@@ -1,6 +1,7 @@
 """Tests of loading data sets: CIFAR, Tiny-ImageNet, folders, splits, shapes and their batches."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,26 @@ def test_limit_and_wrong_class_count(tmp_path):
         load_data("cifar10", data_dir=str(tmp_path), image_size=64)
 
 
+def test_a_single_class_is_refused_in_training_and_noted_in_evaluation(tmp_path):
+    write_class_folders(tmp_path)
+    for split in ("train", "val"):
+        shutil.rmtree(tmp_path / split / "dog")
+    with pytest.raises(UserError, match=r"train has a single class, 'cat', so every .*\ngive images of at least one"):
+        load_data("folder", data_dir=str(tmp_path))
+    (note,) = load_evaluation("folder", data_dir=str(tmp_path)).notes
+    assert note.endswith("val: 3 images, all of the class 'cat'; accuracy says nothing about the other classes")
+
+
+def test_a_limit_that_leaves_one_class_is_noted(tmp_path):
+    write_class_folders(tmp_path)
+    notes = load_data("folder", data_dir=str(tmp_path), limit=1).warnings
+    assert [note.partition(", all of")[0] for note in notes[1:]] == [
+        f"{tmp_path / 'train'}: 1 image",
+        f"{tmp_path / 'val'}: 1 image",
+    ]
+    assert not load_evaluation("folder", data_dir=str(tmp_path), limit=2).notes
+
+
 def test_norm_selects_mean_and_std(tmp_path):
     for norm, name in (("own", "half"), ("imagenet", "imagenet"), ("half", "half")):
         data = load_data("shapes", norm=norm, num_classes=2, limit=1, image_size=8)
@@ -354,16 +375,17 @@ def test_subsample_covers_the_whole_set_and_alternating_classes(count, max_count
 
 
 @pytest.mark.parametrize(
-    ("sizes", "wanted"), [([6, 6, 6], [2, 2, 2]), ([10, 0, 2], [5, 0, 1]), ([10, 5, 5], [3, 1, 2])]
+    "sizes, wanted",
+    [([6, 6, 6], [2, 2, 2]), ([10, 0, 2], [4, 0, 2]), ([10, 5, 5], [2, 2, 2]), ([90, 45, 45], [8, 5, 5])],
 )
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_few_images_are_spread_over_the_classes(sizes, wanted, shuffled):
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels))] if shuffled else labels
-    chosen = spread_over_classes(labels, 6)
+    chosen = spread_over_classes(labels, sum(wanted))
     assert torch.bincount(labels[chosen], minlength=3).tolist() == wanted and chosen.tolist() == sorted(chosen.tolist())
     assert len(spread_over_classes(labels, 2)) == 2 and len(spread_over_classes(labels, 0)) == 0
-    assert spread_over_classes(labels, 100).tolist() == list(range(len(labels)))
+    assert spread_over_classes(labels, 200).tolist() == list(range(len(labels)))
 
 
 def test_a_few_of_a_sorted_set_are_those_of_earlier_versions():
