@@ -31,12 +31,12 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
     "limit": {
         "type": int_at_least(),
         "default": 0,
-        "help": "images of each split, spread over the classes; 0: all",
+        "help": "number of training and of test images, spread over the classes; 0: all",
     },
     "on_bad_image": {
         "type": choice(["stop", "skip"]),
         "default": "stop",
-        "help": "what to do with a file that cannot be read; skip: train on another one, leave it out of evaluations",
+        "help": "what to do with a file that cannot be read; skip: leave it out (training: use another one instead)",
     },
     "norm": {
         "type": choice(["own", "imagenet", "half"]),
