@@ -261,7 +261,7 @@ def test_forced_options_are_used(shapes_run):
     saved = load_checkpoint(run)
     group = saved["optimizer"]["param_groups"][0]
     assert (group["lr"], group["weight_decay"], saved["config"]["method"]) == (0.01, 0.003, ["mixup"])
-    assert saved["history"][1]["lr"] == 0.01
+    assert saved["history"][1]["lr"] == 0.01 and saved["images"] == 48
 
 
 def test_epochs_may_be_added_with_schedules_other_than_onecycle(shapes_run):

@@ -10,7 +10,7 @@ from engine.errors import UserError
 
 RESUME_CHANGEABLE = (  # for every kind of run
     {"epochs", "checkpoint", "evaluate", "force_config", "config"}
-    | {"device", "workers", "amp", "timeout", "debug", "data_dir", "val_data_dir", "download"}
+    | {"device", "workers", "amp", "timeout", "debug", "data_dir", "val_data_dir", "download", "on_bad_image"}
     | {"root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "use_tensorboard"}
     | {"dpi", "figure_format"}
     | {"use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"}

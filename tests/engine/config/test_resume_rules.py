@@ -43,3 +43,7 @@ def test_changed_options_are_refused_with_both_values_unless_forced():
     check_changed_options({"lr": 0.2}, saved, rules=RULES, force=True)
     with pytest.raises(UserError, match="--size: the saved state would not fit"):
         check_changed_options({"lr": 0.2, "size": 64}, saved, rules=RULES, force=True)
+
+
+def test_the_remedy_for_an_unreadable_file_is_allowed_on_a_resume():
+    check_changed_options({"on_bad_image": "skip"}, {"on_bad_image": "stop"}, rules=OptionRules())

@@ -738,12 +738,14 @@ def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(tmp_path, classif
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
-def test_a_run_resumes_only_with_its_own_classes(tmp_path, classifier):
+def test_a_run_resumes_only_on_its_own_data(tmp_path, classifier):
     casm_train.main(build_command(tmp_path, classifier, "--epochs", "1"))
     content = torch.load(tmp_path / "map.chk")
-    torch.save({**content, "classes": content["classes"][::-1]}, tmp_path / "map.chk")
-    with pytest.raises(UserError, match="the classes of the run .* are not those of the data"):
-        casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2", "--device", "cpu"])
+    others = {"classes": content["classes"][::-1]}, {"images": content["images"] + 1}
+    for changed, message in zip(others, ("the classes of the run .* are not those of", "was trained on"), strict=True):
+        torch.save(content | changed, tmp_path / "map.chk")
+        with pytest.raises(UserError, match=message):
+            casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2", "--device", "cpu"])
 
 
 def test_errors_explain_files_that_are_no_casm_checkpoints(tmp_path, casm_file):
