@@ -149,8 +149,8 @@ def summarize_history(history: list[dict], best: dict) -> dict:
 
 def lower_classifier_rate(options: dict) -> tuple[str, bool]:
     """Return RunKind.lower_rate: how to train at a lower rate, and whether a resumed run can."""
-    if options["scheduler"] == "points":  # they are absolute rates
-        return "lower rates in --lr_points", True
+    if options["scheduler"] == "points":  # they are absolute rates, and typed ones need the scheduler's name
+        return "--scheduler points with lower --lr_points", True
     if options["scheduler"] == "onecycle":  # fixed for the run: see check_resume_options()
         return "a lower --max_lr" if options["max_lr"] else "a lower --lr", False
     return "a lower --lr", True
