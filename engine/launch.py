@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def explain_error(error: Exception) -> str:
         return (
             f"lost connection to another process: {first}\nsaved checkpoints are intact; resume with --checkpoint auto"
         )
-    if type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error):
+    no_memory = re.search("not enough memory|can't allocate memory", str(error))  # of the CPU
+    if type(error).__name__ == "OutOfMemoryError" or no_memory:
         remedy = "try a smaller --batch_size or --image_size (detect.py: --min_size)"
         return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
     if "more than 1 value per channel" in str(error):  # such as --mix_fraction, which leaves one image of a batch
