@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> dict | None:
             notes.append("--pretrained: torchvision's weights" + (", with a new last layer" if new_last_layer else ""))
     if options["init_from"] and not start.saved:
         notes.append(
-            training.load_initial_weights(model, options["init_from"], len(sets.classes), models.find_matching_models)
+            training.load_initial_weights(model, options["init_from"], sets.classes, models.find_matching_models)
         )
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
     crops = [phase.crop for phase in phases]

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         model = models.build_model(options["model"], len(sets.classes), sets.image_size, options["dropout"])
     if options["init_from"] and not start.saved:
         notes.append(
-            training.load_initial_weights(model, options["init_from"], len(sets.classes), models.find_matching_models)
+            training.load_initial_weights(model, options["init_from"], sets.classes, models.find_matching_models)
         )
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
     notes += training.check_small_batches(model, [(train, sets.image_size)], sync_bn=options["sync_bn"])

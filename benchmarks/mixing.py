@@ -113,7 +113,7 @@ class Bench:
         layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.model = build_model(options["model"], self.classes, data.image_size)
         if options["init_from"]:
-            load_initial_weights(self.model, options["init_from"], self.classes, find_matching_models)
+            load_initial_weights(self.model, options["init_from"], data.classes, find_matching_models)
         self.model = self.model.to(device, memory_format=layout)
         if options["compile"]:
             self.model.compile()

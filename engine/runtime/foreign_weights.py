@@ -156,6 +156,16 @@ def rename_replication_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch
     return renamed
 
 
+def select_rows(
+    own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], head: str, rows: dict[int, int]
+) -> dict[str, torch.Tensor]:
+    """Return the last layer of `own`, with some rows from the weights. head: its name. rows: see load_weights()."""
+    selected = {key: own[key].clone() for key in (f"{head}.weight", f"{head}.bias") if key in own and key in weights}
+    for key, values in selected.items():
+        values[list(rows)] = weights[key][list(rows.values())].to(values)
+    return selected
+
+
 def load_weights(
     model: torch.nn.Module,
     weights: dict[str, torch.Tensor],
@@ -164,11 +174,14 @@ def load_weights(
     num_classes: int,
     new_head: bool = False,
     matches: list[str] | None = None,
+    rows: dict[int, int] | None = None,
 ) -> bool:
     """Load weights into a network; every key must match. Returns whether the last layer keeps its initial weights.
 
     new_head: keep the initial weights of the last layer if the number of classes differs. path: for messages. matches:
-    names of the models that the weights fit, for messages. Raises UserError, which names what does not fit.
+    names of the models that the weights fit, for messages. rows: class -> class of the weights, for the classes whose
+    rows of the last layer are loaded; None: both have the same classes. Raises UserError, which names what does not
+    fit.
     """
     own = model.state_dict()
     head = list(own)[-1].rsplit(".", 1)[0]  # the classifier is the last layer of each of our networks
@@ -180,6 +193,8 @@ def load_weights(
                 f"data has {num_classes}\nto fine-tune it with a new last layer, train with --init_from {path}"
             )
         weights = {**weights, **{key: own[key] for key in own if key.startswith(head + ".")}}
+    elif rows is not None:
+        weights = {**weights, **select_rows(own, weights, head, rows)}
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in weights if key not in own]
     mismatched = [key for key in own if key in weights and own[key].shape != weights[key].shape]

@@ -20,6 +20,7 @@ from engine.runtime.device import setup_backends
 from engine.runtime.distributed import is_main_process, shut_down_processes
 from engine.runtime.foreign_weights import load_weights
 from engine.runtime.progress import Progress, progress_bar
+from engine.runtime.text import format_count
 from engine.training.run_folder import RunFolder, describe_search, find_resume, locate_classifier_runs
 from engine.training.start import start_processes
 from engine.training.state import TrainingState
@@ -49,17 +50,24 @@ def evaluate(network: torch.nn.Module, loader: DeviceLoader, bar: bool) -> dict[
     return compute_scores(logits, labels) | ({"unreadable": unreadable} if unreadable else {})
 
 
-def load_initial_weights(model: torch.nn.Module, path: str, num_classes: int, find_matching_models: Callable) -> str:
+def load_initial_weights(model: torch.nn.Module, path: str, classes: list[str], find_matching_models: Callable) -> str:
     """--init_from: load the weights of a file into the network, and return a note about it.
 
-    The last layer keeps its random weights if the number of classes differs. find_matching_models(weights): names of
-    the models that the weights fit, for error messages.
+    The last layer keeps its random weights if the number of classes differs. If only the names differ, its rows are
+    matched by name. find_matching_models(weights): names of the models that the weights fit, for error messages.
     """
-    weights = SavedClassifier(path).weights
-    matches = find_matching_models(weights)
-    fresh = load_weights(model, weights, Path(path), num_classes=num_classes, new_head=True, matches=matches)
-    head = f"; the last layer is newly initialised for {num_classes} classes" if fresh else ""
-    return f"--init_from {path}: weights loaded{head}"
+    saved = SavedClassifier(path)
+    note, count, rows = f"--init_from {path}: weights loaded", format_count(len(classes), "class"), None
+    if len(saved.classes) == len(classes) and saved.classes != classes:
+        positions = {name: row for row, name in enumerate(saved.classes)}
+        rows = {row: positions[name] for row, name in enumerate(classes) if name in positions}
+        note += f"; the last layer is taken over by name for {len(rows)} of {count}, and new for the others"
+    matches = find_matching_models(saved.weights)
+    if load_weights(
+        model, saved.weights, Path(path), num_classes=len(classes), new_head=True, matches=matches, rows=rows
+    ):
+        note += f"; the last layer is newly initialised for {count}"
+    return note
 
 
 def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict:
