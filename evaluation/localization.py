@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from engine.data.annotations import BoxAnnotation
+from engine.data.annotation_files import BoxAnnotation
 from engine.data.views import Box, FixedView
 from engine.drawing.figures import place_legend
 from engine.runtime.distributed import count_cores_per_process

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from engine.data.annotations import BoxAnnotation
+from engine.data.annotation_files import BoxAnnotation
 from engine.data.image_set import ImageSet
 from engine.data.loader import Batch
 from engine.drawing import tables

@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from engine.data.annotations import BoxAnnotation, BoxAnnotations, find_boxes
+from engine.data.annotation_files import BoxAnnotation
+from engine.data.annotations import BoxAnnotations, find_boxes
 from engine.data.class_names import map_labels
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader

@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.ops import box_iou
 
-from engine.data.annotations import BoxAnnotation, find_boxes
+from engine.data.annotation_files import BoxAnnotation
+from engine.data.annotations import find_boxes
 from engine.data.datasets import load_evaluation
 from engine.data.decode import decode_into
 from engine.data.image_set import STATISTICS

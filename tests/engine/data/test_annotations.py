@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from engine.data.annotations import BoxAnnotation, find_boxes
+from engine.data.annotation_files import BoxAnnotation
+from engine.data.annotations import find_boxes
 from engine.data.datasets import load_data, load_evaluation
 from engine.data.decode import decode_into
 from engine.data.image_set import ImageSet
