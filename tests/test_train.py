@@ -364,6 +364,12 @@ def test_leftovers_of_another_run_do_not_stay_beside_a_new_one(shapes_run, tmp_p
         shapes_run(epochs=1)
     shapes_run("--checkpoint", str(run / "best.pt"), "--scheduler", "constant", epochs=2)
     assert load_checkpoint(run)["epoch"] == 2
+    log = (run / "log.csv").read_bytes()
+    for file in run.glob("*.pt"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"last.pt is missing\nchoose another --name, or replace"):
+        shapes_run(epochs=1)
+    assert (run / "log.csv").read_bytes() == log, "the log of a finished run outlives its checkpoints"
 
 
 def test_several_methods_report_their_saliency_time(shapes_run):

@@ -91,12 +91,11 @@ class RunFolder:
                 f"{path} already holds a run\nresume it with --checkpoint auto --name {path.name}, replace it with "
                 "--overwrite, or choose another --name"
             )
+        if not (path / "previous.pt").exists() and count_lines(path / "log.csv") < 2:
+            return  # no epoch was finished
         kept = [file for pattern in CHECKPOINTS for file in sorted(path.glob(pattern), reverse=True)]
-        if kept and ((path / "previous.pt").exists() or count_lines(path / "log.csv") > 1):  # else of no finished epoch
-            raise UserError(
-                f"{path} holds a run whose last.pt is missing\nresume it with --checkpoint {kept[0]}, or replace the "
-                "run with --overwrite"
-            )
+        remedy = f"resume it with --checkpoint {kept[0]}" if kept else "choose another --name"
+        raise UserError(f"{path} holds a run whose last.pt is missing\n{remedy}, or replace the run with --overwrite")
 
     def list_stale(self, fresh: bool) -> Iterator[Path]:
         """Yield the side files of killed processes and, if fresh, the files of an earlier run."""

@@ -193,13 +193,20 @@ def test_image_set_keeps_the_file_of_each_image(tmp_path):
 
 
 def test_copies_have_their_own_files(tmp_path):
-    names = ["train/cat/0.png", "train/cat/1.png", "train/cat/2.png", "val/cat/0.png"]
+    names = [
+        "train/cat/0.png",
+        "train/cat/1.png",
+        "train/cat/2.png",
+        "train/dog/0.png",
+        "val/cat/0.png",
+        "val/dog/0.png",
+    ]
     write_images(tmp_path / "large", names)
     write_images(tmp_path / "small", names[1:])
     data = load_data("folder", data_dir=str(tmp_path / "large"), on_bad_image="skip")
     parts = find_copies(data, {"small": str(tmp_path / "small")})
-    assert list(parts["small"].files) == [tmp_path / "small" / name for name in names[1:3]]
-    assert list(parts["original"].files) == [tmp_path / "large" / name for name in names[1:3]]
+    assert list(parts["small"].files) == [tmp_path / "small" / name for name in names[1:4]]
+    assert list(parts["original"].files) == [tmp_path / "large" / name for name in names[1:4]]
 
 
 @pytest.mark.parametrize("size", [(80, 48), (48, 80), (16, 300)])
