@@ -2,12 +2,20 @@
 
 from collections import Counter
 
+import torch
+
 import models
 from engine.data.class_names import map_labels, read_class_list
 from engine.data.datasets import load_evaluation
 from engine.data.image_set import DEFAULT_STATISTICS, STATISTICS, ImageSet, select_classes
 from engine.errors import UserError
-from engine.inference.classifier import Classifier, SavedClassifier, load_classifier, make_names_unique
+from engine.inference.classifier import (
+    Classifier,
+    SavedClassifier,
+    load_classifier,
+    make_names_unique,
+    translate_errors,
+)
 from engine.runtime.distributed import check_same_value
 from engine.runtime.progress import progress_bar
 from evaluation.context import EvalContext, EvalSession
@@ -90,6 +98,9 @@ def build_context(
     class_map = map_labels(data.classes, classifier.classes, class_list, classifier.num_classes)
     image_set = select_classes(data, class_map, classes)
     context = EvalContext(classifier, image_set, dataset, class_map, session)
+    if classifier.is_torchvision:  # some take images of one size, or of a least size
+        with translate_errors(classifier.name, context.image_size), torch.no_grad():
+            classifier.network(torch.zeros(1, 3, context.image_size, context.image_size, device=session.device))
     stated = classifier.is_torchvision or bool(classifier.options)
     if norm or not stated:
         name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm

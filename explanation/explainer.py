@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -19,7 +18,7 @@ from engine.data.class_names import find_class, read_titles
 from engine.data.image_set import STATISTICS
 from engine.data.views import Box, CenterCrop, FixedView, SquashedView, center_offset
 from engine.errors import UserError
-from engine.inference.classifier import Classifier, load_classifier, make_names_unique, normalize
+from engine.inference.classifier import Classifier, load_classifier, make_names_unique, normalize, translate_errors
 from engine.inference.metrics import rank_classes
 from engine.runtime.device import autocast
 from engine.runtime.progress import progress_bar
@@ -137,20 +136,6 @@ def make_casm_explainer(
 
     view = make_view(image_size or saved.image_size, resize)
     return Explainer(classifier, {"casm": compute_masks}, [-1], view, device)
-
-
-@contextmanager
-def translate_errors(name: str, size: int) -> Iterator[None]:
-    """Raise UserError if a method cannot explain the classifier `name`, or if that takes no images of `size` pixels."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
-    except (RuntimeError, AssertionError) as error:
-        if "memory" in str(error) or "CUDA" in str(error):
-            raise
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{name} cannot take images of {size} pixels ({reason})\nset another --image_size") from error
 
 
 def make_view(size: int, resize: str) -> FixedView:

@@ -6,7 +6,8 @@ For the latter, the network is inferred from the tensor shapes.
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -218,6 +219,20 @@ def build_saved(
         path=str(saved.path),
         epoch=saved.epoch,
     )
+
+
+@contextmanager
+def translate_errors(name: str, size: int) -> Iterator[None]:
+    """Raise UserError for errors of the classifier `name`, also if it takes no images of `size` pixels."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        if "memory" in str(error) or "CUDA" in str(error):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{name} cannot take images of {size} pixels ({reason})\nset another --image_size") from error
 
 
 def make_names_unique(classifiers: list[Classifier]) -> None:

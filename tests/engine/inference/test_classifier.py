@@ -4,8 +4,10 @@ import pytest
 import torch
 from torchvision.models import get_model
 
+import evaluate
 import models
 from engine.data.image_set import STATISTICS
+from engine.errors import UserError
 from engine.inference.classifier import infer_arguments, load_classifier, normalize
 
 
@@ -45,3 +47,10 @@ def test_googlenet_reads_images_as_torchvisions_weights_do(tmp_path, aux_logits)
 def test_vit_is_built_for_the_image_size_of_its_weights():
     weights = {"encoder.pos_embedding": torch.zeros(1, 24**2 + 1, 4), "conv_proj.weight": torch.zeros(4, 3, 16, 16)}
     assert infer_arguments("vit_b_16", weights) == {"image_size": 384}
+
+
+def test_evaluation_tells_that_a_network_takes_no_images_of_a_size(tmp_path):
+    save_torchvision(tmp_path / "f.pt", "squeezenet1_1", num_classes=10)
+    words = ["--model_path", f"squeezenet1_1={tmp_path / 'f.pt'}", "--dataset", "shapes", "--device", "cpu"]
+    with pytest.raises(UserError, match=r"squeezenet1_1 cannot take images of 16 pixels .*\n.*--image_size"):
+        evaluate.main([*words, "--image_size", "16", "--limit", "10"])
