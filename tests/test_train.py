@@ -215,9 +215,13 @@ def test_a_run_is_not_overwritten_by_accident(shapes_run):
     with pytest.raises(UserError, match=r"already holds a run\n.*--checkpoint auto --name run.*--overwrite"):
         shapes_run(epochs=1)
     before = load_checkpoint(run)
-    (run / "epoch_007.pt").write_bytes((run / "last.pt").read_bytes())
+    (run / "vis").mkdir()
+    old = [run / name for name in ("epoch_007.pt", "curves.pdf", "vis/epoch_007_none.png")]
+    for file in old:
+        file.write_bytes(b"of the earlier run")
     shapes_run("--overwrite", "--seed", "5", epochs=1)
-    assert not same_state(load_checkpoint(run)["model"], before["model"]) and not (run / "epoch_007.pt").exists()
+    assert not same_state(load_checkpoint(run)["model"], before["model"])
+    assert [file for file in old if file.exists()] == []
 
 
 def test_auto_without_a_name_takes_the_newest_run_of_the_method(tmp_path):

@@ -21,7 +21,8 @@ from engine.runtime.files import write_atomic, write_json
 
 SECRET_OPTIONS = {"wandb_key"}
 CHECKPOINTS = ("last.pt", "previous.pt", "epoch_*.pt", "phase_*.pt", "best.pt")
-RUN_FILES = (*CHECKPOINTS, "log.txt", "log.csv", "result.json", "results.json", "curves.png", "nonfinite.*")
+FIGURES = ("curves.*", "precision_recall.*", "vis/epoch_*", "vis/page_*")
+RUN_FILES = (*CHECKPOINTS, *FIGURES, "log.txt", "log.csv", "result.json", "results.json", "nonfinite.*")
 NAMES_SHOWN = 5  # of other runs, in a message
 SIDE_FILES = ".*.part*"  # of a process that was killed while it wrote
 
