@@ -64,7 +64,7 @@ def collect_run_notes(options: dict, typed: dict, saved: dict, steps: int) -> li
     unused |= LOG_OPTIONS if options["log_off"] else set()
     unused |= {"mix_scheduled_epoch"} if options["mix_schedule"] == "fixed" else set()
     notes += [f"no effect in this run: {names}"] if (names := format_typed(unused, typed)) else []
-    if options["dataset"] == "folder" and options["norm"] == "own":
+    if options["dataset"] == "folder" and typed.get("norm") == "own":
         notes.append("--norm own: a folder has no mean and std on record; pixels are normalised by those of ImageNet")
     notes += describe_other_recipe(options, typed) + describe_length(options, saved)
     return notes if saved else notes + describe_few_steps(options, typed, steps)
@@ -137,7 +137,7 @@ def describe_other_recipe(options: dict, typed: dict) -> list[str]:
     own, best, other = get_recipe_options(name, **common), [], name
     for candidate in recipes:
         recipe = get_recipe_options(candidate, **common)
-        differing = [key for key in typed if key in recipe and not is_same(recipe[key], own[key])]
+        differing = [key for key in typed if key in recipe and not is_same(recipe[key], own[key]) and key != "dataset"]
         its, ours = ([key for key in differing if is_same(typed[key], values[key])] for values in (recipe, own))
         if len(its) > max(1, len(best), len(ours)):
             best, other = its, candidate

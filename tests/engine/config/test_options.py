@@ -331,8 +331,14 @@ def test_a_recipe_for_large_data_sets_is_noted_where_an_epoch_has_few_steps(word
     notes = [note for note in collect_run_notes(options, typed, {}, steps) if "step" in note]
     assert (len(notes) == 1 and expected in notes[0]) if expected else not notes
     assert not [note for note in collect_run_notes(options, typed, options, steps) if "step" in note], "on a resume"
-    said = [note for note in collect_run_notes(options, typed, {}, steps) if "those of ImageNet" in note]
-    assert len(said) == (options["dataset"] == "folder")
+
+
+@pytest.mark.parametrize(("words", "count"), [("", 0), ("--norm own", 1), ("--norm imagenet", 0)])
+def test_the_statistics_of_a_folder_are_noted_where_its_own_are_asked_for(words, count):
+    parser = train.build_parser()
+    typed = parser.read(["--dataset", "folder", *words.split()])
+    notes = collect_run_notes(fill_in_options(typed, {}, parser.defaults), typed, {}, steps=100)
+    assert len(notes) == count and all("those of ImageNet" in note for note in notes)
 
 
 def test_a_command_with_the_values_of_another_recipe_is_noted():
@@ -344,6 +350,9 @@ def test_a_command_with_the_values_of_another_recipe_is_noted():
         assert len(describe_other_recipe(options, typed)) == expected, method
         assert describe_other_recipe(options, {**typed, "recipe": options["recipe"]}) == []
     assert describe_other_recipe(resolve("--method", "cutmix", "--epochs", "300"), {"epochs": 300}) == [], "one value"
+    for data in (["--dataset", "cifar100"], ["--dataset", "cifar100", "--trad_augment"]):
+        found = describe_other_recipe(resolve(*data, "--method", "cutmix"), train.build_parser().read(data))
+        assert found == [], "the data set is no setting of a recipe"
     (note,) = describe_other_recipe(resolve(*words, "--method", "cutmix"), typed)
     assert note.startswith("--recipe auto means saliencymix for cutmix, but --model --lr --epochs --schedule --gammas")
     assert "are as in --recipe puzzle, which also sets" in note
