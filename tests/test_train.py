@@ -71,7 +71,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(shapes_run, tmp_path, method)
     [
         "--ema 0.9 --clip_grad 1 --warmup_epochs 0.5 --scheduler cosine",
         "--scheduler multistep --schedule 2 --gammas 0.1 --loss bce --recipe puzzle --model resnet20 --amp off",
-        "--valid_labels_per_class 2 --labels_per_class 5 --mix_off_epoch 1 --mix_fraction 0.5 --limit 0",
+        "--valid_labels_per_class 2 --labels_per_class 5 --mix_off_epoch 1 --mix_fraction 0.5 --limit 40",
     ],
 )
 def test_all_training_state_is_resumed_exactly(shapes_run, options):

@@ -259,10 +259,10 @@ def test_rule_changes_the_box():
 
 
 def test_scores_without_known_classes_are_none_rather_than_nan(dataset, tmp_path):
-    (tmp_path / "mine.py").write_text(BASICS + '\nclasses = ["n02"]\n')
+    (tmp_path / "mine.py").write_text(BASICS + '\nclasses = ["n01"]\n')
     words = [str(dataset), "--annotation-path", str(dataset / "ann.v1"), "--basics", str(tmp_path / "mine.py")]
-    (result,) = score.main([*words, "--limit", "2", *ON_CPU])  # both images are of n01
-    assert result["accuracy"] is None and result["OM"] is None and result["LE"] == 0
+    (result,) = score.main([*words, "--limit", "1", *ON_CPU])  # an image of n02
+    assert result["unknown"] == 1 and result["accuracy"] is None and result["OM"] is None and result["LE"] == 0
 
 
 def test_results_under_the_earlier_name_are_read(casm_file, tmp_path, capsys):
