@@ -118,7 +118,8 @@ def check_same_data(start: Start, classes: list[str], images: int) -> None:
         if before != classes or not start.options.get("force_config"):
             raise UserError(f"{change}\n{remedy}")
         start.notes.append(f"{change}; results will differ from an uninterrupted run")
-    if saved and "images" not in saved and start.options["limit"] and start.options["dataset"] != "shapes":
+    earlier_version = saved and "dpi" not in saved["config"]  # --limit was changed together with this option
+    if earlier_version and start.options["limit"] and start.options["dataset"] != "shapes":
         start.notes.append("this run was started on the first images of --limit, which now spreads over the classes")
 
 

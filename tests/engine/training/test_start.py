@@ -21,7 +21,7 @@ def make_start(saved: dict | None, kind=CLASSIFIER, **options) -> Start:
     "kind, remedy", [(CLASSIFIER, "--init_from"), (DETECTOR, "--frcnn_checkpoint"), (CASM_RUN, "DATA")]
 )
 def test_a_run_resumes_only_on_as_many_images_of_the_same_classes(kind, remedy):
-    start = make_start({"classes": ["a", "b"], "images": 12}, kind)
+    start = make_start({"classes": ["a", "b"], "images": 12, "config": {"dpi": 110}}, kind)
     check_same_data(start, ["a", "b"], 12)
     for classes, images, message in (
         (["a", "b"], 13, "trained on 12 images of 2 classes, but this data has 13 images of 2"),
@@ -35,7 +35,7 @@ def test_a_run_resumes_only_on_as_many_images_of_the_same_classes(kind, remedy):
 
 
 def test_forced_options_allow_another_number_of_images_and_say_so():
-    start = make_start({"classes": ["a", "b"], "images": 12}, force_config=True)
+    start = make_start({"classes": ["a", "b"], "images": 12, "config": {"dpi": 110}}, force_config=True)
     check_same_data(start, ["a", "b"], 13)
     assert "12 images of 2 classes, but this data has 13 images" in start.notes[0]
     with pytest.raises(UserError, match="2 classes, but"):
@@ -44,6 +44,7 @@ def test_forced_options_allow_another_number_of_images_and_say_so():
 
 @pytest.mark.parametrize("dataset, limit, notes", [("folder", 6, 1), ("folder", 0, 0), ("shapes", 6, 0)])
 def test_a_limited_run_of_an_earlier_version_resumes_with_a_note(dataset, limit, notes):
-    start = make_start({"classes": ["a", "b"]}, dataset=dataset, limit=limit)
-    check_same_data(start, ["a", "b"], 6)
-    assert len(start.notes) == notes and all("the first images of --limit" in note for note in start.notes)
+    for kind, more in ((CLASSIFIER, {}), (DETECTOR, {"images": 6})):  # detectors stored the number already
+        start = make_start({"classes": ["a", "b"], "config": {}, **more}, kind, dataset=dataset, limit=limit)
+        check_same_data(start, ["a", "b"], 6)
+        assert len(start.notes) == notes and all("the first images of --limit" in note for note in start.notes)
