@@ -30,6 +30,16 @@ from engine.training.start import start_processes
 from engine.training.state import place_network
 
 
+class EvaluationFolder(RunFolder):
+    """The files of an evaluation, which never replaces a training run."""
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise UserError, with the remedy, if the folder holds a training run."""
+        if (path / "log.csv").exists():
+            raise UserError(f"{path} already holds a training run\nchoose another --name for the evaluation")
+
+
 @dataclass
 class EvalResult:
     """The detections in a set of images and their metrics."""
@@ -98,8 +108,8 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
 
     # ---- Run folder ----
     kept = options | {"overwrite": False}
-    folder = broadcast_from_main(lambda: claim_new_folder(kept, locate_evaluations, RunFolder))
-    log = RunFolder(folder, off=options["log_off"] or not is_main_process())
+    folder = broadcast_from_main(lambda: claim_new_folder(kept, locate_evaluations, EvaluationFolder))
+    log = EvaluationFolder(folder, off=options["log_off"] or not is_main_process())
     log.write_config(options, device, kind=KIND)
     log.say(test.summary("test"))
     log.say(f"{initial.path}: Faster R-CNN, neck {options['neck']}, body {initial.body}, on {device}, float32")

@@ -19,6 +19,7 @@ TRAINING_OPTIONS = (  # options that an evaluation does not use
     {"recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"}
     | {"batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"}
     | {"clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"}
+    | {"overwrite"}
 )
 MAX_LR_RISE = 4e-4  # per step of a shortened warm-up: as in the recipe `shapes`; five times that was seen to diverge
 RULES = OptionRules(

@@ -384,7 +384,7 @@ def test_evaluation_uses_the_recorded_options_unless_typed(run, detector, tmp_pa
         detect.main([*common, "--model", "resnet50"])
     output = ["--root_dir", str(tmp_path), "--name", "run"]
     run("--iters", "1")
-    with pytest.raises(UserError, match="run already holds a run"):
+    with pytest.raises(UserError, match="run already holds a training run\nchoose another --name for the evaluation"):
         detect.main([*common[:-3], *output, "--overwrite", "--limit", "2"])
 
 
