@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import Image
 
 from engine.data.annotation_files import (
     REMEDY,
@@ -201,9 +200,12 @@ def make_row_lookup(image_set: ImageSet, rows: dict[str, list[AnnotationRow]]) -
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """Return width and height from the header of an image file."""
-    with Image.open(path) as image:
-        return image.size
+    """Return width and height from the header of an image file; 1, 1 if it cannot be read, which its reader tells."""
+    try:
+        height, width, _ = read_header(path)
+    except BadImage:
+        return 1, 1
+    return width, height
 
 
 def open_tiny_annotations(image_set: ImageSet) -> tuple[Lookup, DescribeSources]:
