@@ -80,8 +80,8 @@ def find_states(content, keys: tuple[str, ...]) -> dict[str, dict]:
 
 
 def is_state_dict(content) -> bool:
-    """Return whether at least half of the entries are tensors."""
-    if not isinstance(content, dict):
+    """Return whether all keys are texts and at least half of the entries are tensors."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         return False
     tensors = sum(isinstance(value, torch.Tensor) for value in content.values())
     return tensors > 0 and tensors >= len(content) / 2

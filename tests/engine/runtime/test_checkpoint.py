@@ -103,6 +103,11 @@ def test_a_whole_pickled_network_is_refused_with_the_call_that_saves_its_weights
     assert extract_weights(read_file(Path("weights.pt")), "weights.pt").keys() == {"weight", "bias"}
 
 
+def test_tensors_that_have_no_names_are_no_weights():
+    with pytest.raises(UserError, match=r"no weights found \(first keys: 0, 1\)"):
+        extract_weights({0: torch.ones(2), 1: torch.ones(3)}, "f")
+
+
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     weights = make_weights()
