@@ -269,7 +269,7 @@ def draw_attacks(axes, results: list[tuple[str, dict]]) -> None:
         values = [result["clean"], *result["attacks"].values()]
         positions = [x + (number - (len(results) - 1) / 2) * width for x in range(len(titles))]
         bars = axes.bar(positions, values, width, label=name)
-        if len(results) <= 3:
+        if len(results) * len(titles) <= 10:  # more would run into each other
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set(ylabel="top-1 accuracy (%)")
     axes.set_xticks(range(len(titles)), [title.replace(", ", ",\n") for title in titles], fontsize=8)

@@ -523,6 +523,16 @@ def test_the_legend_of_the_attacks_covers_no_bar_and_the_grid_no_colour(count):
     assert axes.get_legend().get_window_extent().y1 < axes.get_window_extent().y0 and axes.get_axisbelow() is True
 
 
+@pytest.mark.parametrize(("count", "labels"), [(2, 8), (3, 0)])
+def test_the_values_above_the_bars_of_attacks_do_not_run_into_each_other(count, labels):
+    result = {"clean": 99.0, "attacks": dict.fromkeys(["FGSM 4/255", "FGSM 8/255", "PGD 4/255"], 10.0), "images": 24}
+    axes = Figure(figsize=(4.4, 3.2), dpi=110, layout="constrained").subplots()  # as large as in a card
+    make_panels([(f"run {n}", result) for n in range(count)])[0][1](axes)
+    axes.figure.canvas.draw()
+    spans = sorted(text.get_window_extent().intervalx.tolist() for text in axes.texts)
+    assert len(spans) == labels and all(left[1] < right[0] for left, right in zip(spans, spans[1:], strict=False))
+
+
 def test_each_panel_of_the_card_says_what_it_rests_on(card):
     titles = [title for title, _ in make_card_panels([("a", card[0])])]
     calibrated, boxes = card[0]["calibration"]["images"], card[0]["localization"]["backgrounds"]["clean"]["images"]
