@@ -268,6 +268,23 @@ def test_forced_options_are_used(shapes_run):
     assert saved["history"][1]["lr"] == 0.01 and saved["images"] == 48
 
 
+def test_a_forced_number_of_steps_keeps_the_learning_rate_of_the_epoch(shapes_run, capsys):
+    """Schedules count steps: at another batch size they would be read at another epoch."""
+    run = shapes_run("--scheduler", "cosine", epochs=2)
+    rate = load_checkpoint(run)["history"][1]["lr"]
+    for size in ("10", "48"):  # 5 steps per epoch and 1 step, before 3
+        train.main(["--checkpoint", str(run / "previous.pt"), "--batch_size", size, "--force_config", "--log_off"])
+        output = capsys.readouterr().out
+        assert "note: the number of steps per epoch changes; the learning rate continues" in output
+        assert f"epoch 2/2  lr {rate:.4g}" in output
+
+
+def test_a_one_cycle_schedule_for_other_steps_is_refused_at_the_start(shapes_run):
+    run = shapes_run(epochs=2)
+    with pytest.raises(UserError, match=r"fixed for 6 steps, but this data and number of processes give 8\n"):
+        train.main(["--checkpoint", str(run / "previous.pt"), "--limit", "80", "--force_config", "--log_off"])
+
+
 def test_epochs_may_be_added_with_schedules_other_than_onecycle(shapes_run):
     run = shapes_run("--scheduler", "constant", epochs=1)
     train.main(["--checkpoint", str(run), "--epochs", "2", "--no_progress"])

@@ -88,6 +88,8 @@ class Run:
         self.history, self.best, self.epoch_start = saved["history"], saved["best"], saved["before"]
         if saved["inside"]:  # the method needs its epoch before its state: that says how far into the epoch it is
             self.start_epoch(len(self.history))
+        if self.kind.progress_unit == "epoch" and "scheduler" in saved:
+            self.move_schedule(saved)
         self.stats = self.state.load_state_dict(saved)
         if self.stats:
             epoch, steps = len(self.history) + 1, self.count_steps(len(self.history))
@@ -103,6 +105,16 @@ class Run:
                 "images, but random draws, batch statistics and what a method has learned change; results will differ "
                 "from an uninterrupted run"
             )
+
+    def move_schedule(self, saved: Checkpoint) -> None:
+        """Move the saved schedule, which counts steps, to the current epoch, where --force_config changed the number of
+        steps per epoch.
+        """
+        step = self.schedule.first_step(len(self.history))
+        step += saved["inside"][0]["tally"]["step"] if saved["inside"] else 0
+        if step != saved["step"]:
+            saved["scheduler"]["last_epoch"] = step
+            self.notes.append("the number of steps per epoch changes; the learning rate continues from the same epoch")
 
     def log_header(self, lines: list[str], notes: list[str], **config) -> None:
         """Write the first files of the run, print lines and notes, and handle SIGTERM from here on.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from engine.data.image_set import Data
 from engine.errors import UserError
@@ -86,7 +86,7 @@ class TrainingState:
 
         Hyper-parameters of the optimizer stay as built, since --force_config may have changed them. If the number of
         processes differs, the random generators are reseeded and the per-process state of the method is dropped.
-        Raises UserError if the state of the method does not fit.
+        Raises UserError if the state of the method or a one-cycle schedule does not fit.
         """
         self.load_optimizer(saved)
         self.model.load_state_dict(saved["model"])
@@ -115,6 +115,8 @@ class TrainingState:
         """Restore optimizer and schedule, but keep the current hyper-parameters."""
         current = [{key: group[key] for key in ("weight_decay", "nesterov")} for group in self.optimizer.param_groups]
         base_lrs, momentum = self.scheduler.base_lrs, self.optimizer.param_groups[0]["momentum"]
+        if isinstance(self.scheduler, OneCycleLR):
+            check_one_cycle(saved["scheduler"]["total_steps"], self.scheduler.total_steps)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         for group, own in zip(self.optimizer.param_groups, current, strict=True):
@@ -177,6 +179,15 @@ def average_buffer_lists(copies: Sequence[list[torch.Tensor]]) -> list[torch.Ten
         torch.stack(values).mean(0) if values[0].is_floating_point() else values[0]
         for values in zip(*copies, strict=True)
     ]
+
+
+def check_one_cycle(before: int, now: int) -> None:
+    """Raise UserError if a one-cycle schedule was saved for another number of steps: torch cannot continue it."""
+    if before != now:
+        raise UserError(
+            f"the one-cycle schedule of this run is fixed for {before:,} steps, but this data and number of processes "
+            f"give {now:,}\nresume with those of the run, or start a new run; --init_from takes the weights of this one"
+        )
 
 
 def get_plain_scheduler_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict:
