@@ -37,7 +37,7 @@ class ValueList(list):
 
 def path(text: str) -> str:
     """Expand a leading ~ or ~user, also in NAME=FILE. The shell does not do so in --data_dir=~/images."""
-    name, equals, file = text.rpartition("=")
+    name, equals, file = ("", "", text) if text.startswith("~") else text.rpartition("=")
     expanded = os.path.expanduser(file)
     return text if expanded == file else name + equals + expanded  # argparse knows its default by identity
 

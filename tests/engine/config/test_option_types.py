@@ -87,3 +87,4 @@ def test_every_path_option_expands_the_home_folder(module):
     if module == "evaluation.options":
         assert parser.read(["--model_path=vgg16=~/a.pt"]) == {"model_path": [f"vgg16={Path.home() / 'a.pt'}"]}
         assert parser.read(["--ood", "mine=~/a"]) == {"ood": [f"mine={Path.home() / 'a'}"]}
+        assert parser.read(["--model_path=~/lr=0.1/a.pt"]) == {"model_path": [str(Path.home() / "lr=0.1" / "a.pt")]}
