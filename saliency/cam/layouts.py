@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 Layout = Callable[[torch.Tensor], torch.Tensor]  # brings the output of a layer into the form (B, C, h, w)
 CLASS_TOKENS = (0, 1)  # how many tokens may come before those of the grid
+MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims")  # functions that reorder dimensions
 
 
 class LayoutWatch(TorchFunctionMode):
@@ -21,10 +22,10 @@ class LayoutWatch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.watch(func, args, result)
+        self.watch(func, args, kwargs or {}, result)
         return result
 
-    def watch(self, func: Callable, args: tuple, result) -> None:
+    def watch(self, func: Callable, args: tuple, kwargs: dict, result) -> None:
         """Take note of a call of `func` with its result."""
         name = getattr(func, "__name__", "")
         if not isinstance(result, torch.Tensor) or result.dim() not in (3, 4):
@@ -33,10 +34,18 @@ class LayoutWatch(TorchFunctionMode):
             self.channels_last = True
         elif name in ("conv2d", "batch_norm"):
             self.channels_last = False
-        elif name in ("permute", "transpose"):
-            order = tuple(args[1]) if isinstance(args[1], (list, tuple, torch.Size)) else args[1:]
-            if order in ((0, 2, 3, 1), (0, 3, 1, 2), (0, 2, 1), (1, 2)):
-                self.channels_last = order == (0, 2, 3, 1) or (len(order) < 4 and not self.channels_last)
+        elif name in MOVES:
+            order = find_order(func, args, kwargs, result.dim())
+            if order in ((0, 2, 3, 1), (0, 3, 1, 2)):
+                self.channels_last = order == (0, 2, 3, 1)
+            elif order == (0, 2, 1):
+                self.channels_last = not self.channels_last
+
+
+def find_order(func: Callable, args: tuple, kwargs: dict, dims: int) -> tuple[int, ...]:
+    """Return the order into which a call of one of MOVES brings the dimensions of its input, however it is written."""
+    probe = torch.empty(tuple(range(dims)), device="meta")  # each dimension is as long as its number
+    return tuple(func(probe, *args[1:], **{key: value for key, value in kwargs.items() if key != "input"}).shape)
 
 
 def find_layout(output, size: tuple[int, int], channels_last: bool, count: int | None = None) -> Layout | None:

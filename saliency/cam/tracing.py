@@ -133,7 +133,7 @@ class CallRecorder(LayoutWatch):
         kwargs = kwargs or {}
         maps = find_pooled_maps(func, args, kwargs)
         result = func(*args, **kwargs)
-        self.watch(func, args, result)
+        self.watch(func, args, kwargs, result)
         if maps is not None:
             value, name, count = result[0] if isinstance(result, tuple) else result, func.__name__, maps.shape[:2]
             single = value.shape[:2] == count and value.numel() == count.numel()

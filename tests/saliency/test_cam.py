@@ -319,6 +319,31 @@ def test_maps_with_channels_last_equal_the_permuted_ones(method, channels, side)
     assert shapes["features.1.0.mlp.0"] == (4 * channels, 16, 16)
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda maps: maps.permute(0, 2, 3, 1),
+        lambda maps: maps.permute(dims=[0, 2, 3, 1]),
+        lambda maps: torch.permute(input=maps, dims=(0, -2, -1, 1)),
+        lambda maps: maps.movedim(1, -1),
+    ],
+)
+def test_channels_last_are_recognised_however_the_dimensions_are_moved(last):
+    class Last(nn.Module):
+        def forward(self, maps):
+            return last(maps)
+
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES)]
+    first = nn.Sequential(nn.Conv2d(3, 8, 1), *head).eval()  # 8 channels of 8 x 8: the shape does not tell
+    model = nn.Sequential(first[0], Last(), torchvision.ops.misc.Permute([0, 3, 1, 2]), *head).eval()
+    images, labels = random_images(2, 8)
+    assert_agree(
+        ActivationMaps(model, "gradcam", layer="1")(images, labels),
+        ActivationMaps(first, "gradcam", layer="0")(images, labels),
+    )
+
+
 def test_layers_inside_a_convnext_block_are_listed_channels_first():
     block = torchvision.models.convnext.CNBlock(32, 1.0, 0.0)
     model = nn.Sequential(nn.Conv2d(3, 32, 1), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
