@@ -290,7 +290,7 @@ def draw_confusion(path: Path, counts: torch.Tensor, classes: list[str], title: 
     """Draw a confusion matrix: rows are true classes, columns predicted ones, values the percentage of the row."""
     share = 100 * counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     count = len(classes)
-    side = 0.5 * count + 2.5 if count <= MAX_NUMBERED else 10
+    side = max(0.5 * count + 2.5, 5) if count <= MAX_NUMBERED else 10  # room for names and title
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     axes, high = figure.subplots(), 100.0 if count <= MAX_NUMBERED else max(float(share.max()), 1.0)
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=high)
