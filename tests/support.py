@@ -2,9 +2,10 @@
 
 import fcntl
 import os
+import random
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,12 @@ def load_recorded_problem(golden, number: int, case: dict):
 
 
 def find_free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    """Return a free port below those for outgoing connections, one of which could take it before the test does."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 def run_rank(rank: int, job, ports: list[int], result: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +13,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from support import ROOT, shapes_command, write_image
+from support import ROOT, find_free_port, shapes_command, write_image
 from torch.nn import functional as F
 
 import evaluate
@@ -125,13 +124,10 @@ def test_two_processes_give_the_results_of_one(runs, card, tmp_path, monkeypatch
     """This process has rank 0."""
     words = ["--task", "card", "--model_path", runs["trained"], *SMALL_CARD, "--timeout", "60"]
     words += ["--batch_size", "7", "--examples", "0", "--output", str(tmp_path / "two.json")]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(find_free_port()))
     second = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen([sys.executable, "evaluate.py", *words], cwd=ROOT, env=second, **pipes) as other:
