@@ -281,8 +281,8 @@ def find_class_folders(root: Path) -> DataFiles:
         raise UserError(f"{root}: {what}; expected {root}/<class>/*.jpg (or .png, .JPEG ...){describe_folder(root)}")
     left_out = {
         ("empty class folder", "ignored"): empty,
-        ("image", "not read, since they are in no class folder"): list_images(root),
-        ("file", "not read, since their endings are not of images that can be read; convert them to .png"): unknown,
+        ("image", "not read: not in a class folder"): list_images(root),
+        ("file", "not read: no ending of an image that can be read; convert such images to .png"): unknown,
     }
     return label_files(
         folders,

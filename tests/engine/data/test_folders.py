@@ -59,9 +59,9 @@ def test_what_is_not_read_is_said_with_number_and_examples(tmp_path):
     for name in ("train/cat/1.heic", "train/dog/deep/2.heic", "train/dog/notes.txt", "train/3.jpg", "val/dog/4"):
         write_jpeg(tmp_path / name)
     train, val = tmp_path / "train", tmp_path / "val"
-    why = "not read, since their endings are not of images that can be read; convert them to .png"
+    why = "not read: no ending of an image that can be read; convert such images to .png"
     expected = [
-        f"{train}: 1 image not read, since they are in no class folder (3.jpg)",
+        f"{train}: 1 image not read: not in a class folder (3.jpg)",
         f"{train}: 2 files {why} (cat/1.heic, dog/deep/2.heic)",
         f"{val}: 1 file {why} (dog/4)",
     ]
