@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from engine.data.cifar import LAYOUTS
 from engine.data.datasets import load_evaluation
-from engine.data.folders import FileList, describe_folder
+from engine.data.folders import UNKNOWN_ENDING, FileList, describe_folder, describe_left_out
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
-from engine.data.listing import filter_images, walk_files
+from engine.data.listing import filter_images, filter_unknown, walk_files
 from engine.data.sample_rng import normal, uniform
 from engine.data.views import CenterCrop
 from engine.errors import UserError, explain_missing, suggest_closest
@@ -33,9 +33,9 @@ def load_ood_set(
     `uniform`. Tensors of another size are resized; image files are cropped to the centre square. limit: at most this
     many images, spread over the set; 0: all. Raises UserError for any other spec, and if no image can be read.
     """
-    name, pixels, origin = find_pixels(spec, image_size, data_dir, limit, on_bad_image)
+    name, pixels, origin, notes = find_pixels(spec, image_size, data_dir, limit, on_bad_image)
     files = pixels.files if isinstance(pixels, ImageFiles) else None
-    image_set = ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), [name], origin, files=files)
+    image_set = ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), [name], origin, files=files, notes=notes)
     image_set = image_set.subsample(limit or len(image_set))
     if files is None:
         return name, replace(image_set, pixels=resize_images(image_set.pixels, image_size))
@@ -48,20 +48,21 @@ def load_ood_set(
 
 def find_pixels(
     spec: str, image_size: int, data_dir: str, limit: int, on_bad_image: str
-) -> tuple[str, torch.Tensor | ImageFiles, str]:
-    """Return name, pixels and origin of the images that `spec` stands for; see load_ood_set()."""
+) -> tuple[str, torch.Tensor | ImageFiles, str, tuple[str, ...]]:
+    """Return name, pixels, origin and notes of the images that `spec` stands for; see load_ood_set()."""
     name, _, root = spec.partition("=")
     root, view = root or data_dir, CenterCrop(image_size, image_size)
     with explain_os_errors(Path(root)):
         if spec in NOISE:
-            return name, draw_noise(spec, image_size, min(limit or NOISE_COUNT, NOISE_COUNT)), f"{spec}, drawn"
+            return name, draw_noise(spec, image_size, min(limit or NOISE_COUNT, NOISE_COUNT)), f"{spec}, drawn", ()
         if name in DATASETS:
             side = image_size if name == "shapes" else None  # CIFAR images only exist at 32 pixels
             options = {"view": view, "image_size": side, "any_classes": True, "on_bad_image": on_bad_image}
             found = load_evaluation(name, data_dir=root, **options)
-            return name, found.pixels, found.origin
+            return name, found.pixels, found.origin, found.notes
         if os.path.isdir(spec):
-            return Path(spec).resolve().name, ImageFiles(find_image_files(Path(spec)), view, on_bad_image), spec
+            files, notes = find_image_files(Path(spec))
+            return Path(spec).resolve().name, ImageFiles(files, view, on_bad_image), spec, notes
     names = (*DATASETS, *NOISE)
     unknown = (
         f"neither a folder nor one of {', '.join(names)}{suggest_closest(name.lower(), names)}\ngive a folder of "
@@ -70,15 +71,16 @@ def find_pixels(
     raise UserError(f"--ood {spec}: {explain_missing(spec, unknown)}")
 
 
-def find_image_files(root: Path) -> FileList:
-    """Return all image files in a folder and its subfolders, sorted."""
-    names = filter_images(walk_files(root))
+def find_image_files(root: Path) -> tuple[FileList, tuple[str, ...]]:
+    """Return all image files in a folder and its subfolders, sorted, and notes on files that are not read."""
+    found = list(walk_files(root))
+    names = filter_images(found)
     if not names:
         remedy = f"give a folder with .jpg, .png or similar files{describe_folder(root)}"
         raise UserError(f"{root}: no images in this folder or its subfolders\n{remedy}")
     files = FileList(root, names)
     files.upright = True
-    return files
+    return files, describe_left_out(root, {("file", UNKNOWN_ENDING): filter_unknown(found)})
 
 
 def draw_noise(kind: str, side: int, count: int) -> torch.Tensor:

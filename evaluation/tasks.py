@@ -118,6 +118,8 @@ def plan_ood(context: EvalContext, *, ood: list[str] | None, data_dir: str, limi
     ood_sets = {}
     for spec in ood or ["noise"]:
         name, image_set = context.session.cached(f"{spec} {load.keywords}", partial(load, spec))
+        for line in image_set.notes:
+            context.session.note(line)
         if image_set.origin == context.image_set.origin:
             context.session.note(f"--ood {spec}: these are the in-distribution test images themselves")
         ood_sets[spec if name in ood_sets else name] = image_set

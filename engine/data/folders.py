@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.runtime.text import format_count
 
 IMAGENET_FOLDERS = (".", "imagenet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
+UNKNOWN_ENDING = "not read: no ending of an image that can be read; convert such images to .png"
 DEFAULT_DIR = Path("data")  # default of --data_dir; only with it are folders in the working directory tried too
 
 
@@ -158,11 +159,16 @@ def label_images(root: Path, folder: str, labels_file: Path, needs_all: bool) ->
             f"{labels_file}, {format_examples(absent, '; ')}\n"
             "correct the list, or name the right folder with --val_data_dir"
         )
-    unlabelled = [name for name in names if name not in labels]
     notes = [f"{labels_file}: {format_count(len(absent), 'line')} ignored: {absent[0]}"] if absent else []
-    if unlabelled:
-        count = format_count(len(unlabelled), "image")
-        notes.append(f"{where}: {count} not listed in {labels_file} and left out ({format_examples(unlabelled)})")
+    files = list(walk_files(where))
+    left_out = {
+        ("image", f"not listed in {labels_file} and left out"): [name for name in names if name not in labels],
+        ("image", f"in subfolders left out, as {labels_file} is for the images beside them"): [
+            name for name in filter_images(files) if os.sep in name
+        ],
+        ("file", UNKNOWN_ENDING): filter_unknown(files),
+    }
+    notes += describe_left_out(where, left_out)
     folders: dict[str, list[str]] = {}
     for name in sorted(labels):
         folders.setdefault(labels[name], []).append(os.path.join(folder, name))
@@ -282,16 +288,17 @@ def find_class_folders(root: Path) -> DataFiles:
     left_out = {
         ("empty class folder", "ignored"): empty,
         ("image", "not read: not in a class folder"): list_images(root),
-        ("file", "not read: no ending of an image that can be read; convert such images to .png"): unknown,
+        ("file", UNKNOWN_ENDING): unknown,
     }
-    return label_files(
-        folders,
-        root,
-        [
-            f"{root}: {format_count(len(names), noun)} {why} ({format_examples(names)})"
-            for (noun, why), names in left_out.items()
-            if names
-        ],
+    return label_files(folders, root, describe_left_out(root, left_out))
+
+
+def describe_left_out(root: Path, left_out: dict[tuple[str, str], list[str]]) -> tuple[str, ...]:
+    """Return a note for each reason why something in a folder is left out. left_out: (noun, reason) -> names."""
+    return tuple(
+        f"{root}: {format_count(len(names), noun)} {why} ({format_examples(names)})"
+        for (noun, why), names in left_out.items()
+        if names
     )
 
 

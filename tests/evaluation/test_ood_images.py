@@ -116,6 +116,7 @@ def test_subfolders_are_searched_and_hidden_files_are_skipped(tmp_path):
     for hidden in (".b.png", "a/._z.jpg", ".cache/c.png"):
         write_image(root / hidden, 99)
     (root / "a" / "readme.txt").write_text("no picture")
+    (root / "a" / "b.heic").touch()
     name, image_set = load_ood_set(str(root), image_size=8)
     assert name == "textures" and image_set.files.names() == ["a/deep/z.JPG", "a/other.png", "b.png"]
     assert (
@@ -123,6 +124,7 @@ def test_subfolders_are_searched_and_hidden_files_are_skipped(tmp_path):
         and image_set.classes == ["textures"]
         and read_pixels(image_set)[1:, 4, 4, 0].tolist() == [30, 20]
     )
+    assert [note.startswith(f"{root}: 1 file not read") for note in image_set.notes] == [True]
     first, last = load_ood_set(str(root), image_size=8, limit=2)[1].files.names()
     assert first == "a/deep/z.JPG" and last in ("a/other.png", "b.png")
 

@@ -1,5 +1,6 @@
 """Which files of a folder are images, which folders are classes, and what is said about the rest."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,12 @@ def test_images_without_a_label_are_reported(tmp_path):
     _, test = find_folder(tmp_path, None, labels)
     assert test.files.names() == ["a.jpg", "b.jpg"]
     assert test.notes == (f"{tmp_path / 'val'}: 2 images not listed in {labels} and left out (c.jpg, d.jpg)",)
+    write_jpeg(tmp_path / "val" / "more" / "e.jpg")
+    (tmp_path / "val" / "f.heic").touch()
+    _, test = find_folder(tmp_path, None, labels)
+    _, subfolder, ending = test.notes
+    assert "1 image in subfolders left out" in subfolder and subfolder.endswith(f"({os.path.join('more', 'e.jpg')})")
+    assert "1 file not read" in ending and ending.endswith("(f.heic)")
 
 
 def test_wrong_lines_of_a_label_list_stop_with_the_first_ones(tmp_path):
