@@ -181,7 +181,8 @@ def match_classes(initial: InitialWeights, classes: list[str]) -> tuple[dict[int
     if not initial.classes and initial.num_classes == len(classes):
         order = format_first_names(classes)
         return {label: label for label in range(len(classes) + 1)}, [
-            f"{path} does not name its classes; they are taken for the {count} of this data in the same order ({order})"
+            f"{path} does not name its classes; they are assumed to be the {count} of this data, in the same order "
+            f"({order})"
         ]
     saved = {name: label for label, name in enumerate(initial.classes, 1)}
     rows = {label: saved[name] for label, name in enumerate(classes, 1) if name in saved}

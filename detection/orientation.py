@@ -1,8 +1,8 @@
 """EXIF orientation of images with annotated boxes: which images are turned upright.
 
 Tools of today show an image upright and draw boxes on it as it is shown; older ones, and the readers of torchvision and
-of most detectors, leave the pixels as they are stored. Where turning swaps the sides, the size in the annotation tells
-which of the two its boxes are for.
+of most detectors, leave the pixels as they are stored. Where turning swaps the sides, the size in the annotation
+shows which of the two its boxes are for.
 """
 
 from detection.dataset import format_first_names
@@ -22,8 +22,9 @@ def get_upright_size(header: Header) -> Size:
 def choose_upright(names: list[str], headers: list[Header], annotated: list[Size | None]) -> tuple[set[str], list[str]]:
     """Return the names of the images to turn upright, and a note if any image has an EXIF orientation.
 
-    annotated: the sizes that the annotations say. An image whose size does not tell is treated as most of those whose
-    size does; without those it is turned. Raises UserError for an annotated size that an image has in neither way.
+    annotated: the sizes in the annotations. An image whose size does not decide is treated like the majority of those
+    whose size does; without those it is turned. Raises UserError for an annotated size that an image has neither as it
+    is stored nor turned.
     """
     turned, stored, open_cases, wrong = [], [], [], []
     for name, header, size in zip(names, headers, annotated, strict=True):
@@ -47,7 +48,7 @@ def choose_upright(names: list[str], headers: list[Header], annotated: list[Size
         if not turn_open:
             action, other = "left as stored, like most others", "turned"
         parts.append(
-            f"{len(open_cases):,} whose annotation does not tell ({format_first_names(open_cases)}): {action}; if "
+            f"{len(open_cases):,} whose annotation does not decide ({format_first_names(open_cases)}): {action}; if "
             f"their boxes do not fit, save them {other}"
         )
     note = f"images with an EXIF orientation: {'; '.join(parts)}"

@@ -110,7 +110,7 @@ def check_orientation(file: Path, annotation: BoxAnnotation) -> None:
     """Raise ValueError if an image is turned by its EXIF orientation and its boxes may refer to it as it is stored."""
     try:
         height, width, orientation = read_header(file)
-    except BadImage:  # whoever reads the image tells it
+    except BadImage:  # reading the image raises the error
         return
     is_upright = orientation > 4 and height != width and annotation[1:3] == (height, width)
     if orientation != 1 and not is_upright:
@@ -200,7 +200,10 @@ def make_row_lookup(image_set: ImageSet, rows: dict[str, list[AnnotationRow]]) -
 
 
 def read_image_size(path: Path) -> tuple[int, int]:
-    """Return width and height from the header of an image file; 1, 1 if it cannot be read, which its reader tells."""
+    """Return width and height from the header of an image file.
+
+    1, 1 if it cannot be read: reading its pixels then raises the error.
+    """
     try:
         height, width, _ = read_header(path)
     except BadImage:

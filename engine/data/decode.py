@@ -37,7 +37,7 @@ class BadImage(Exception):
 
 
 def describe_error(error: Exception) -> str:
-    """Return the decoder's message, or a better one where Pillow's does not tell what is wrong with the file."""
+    """Return the decoder's message, or a better one where Pillow's does not say what is wrong with the file."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     if isinstance(error, Image.DecompressionBombError):

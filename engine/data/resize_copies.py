@@ -274,7 +274,7 @@ def end_with_parent() -> None:
 
 
 def end_worker(*signal) -> None:
-    """Delete the temporary file and exit. The pool would take an exception for the result of the task, and go on."""
+    """Delete the temporary file and exit. The pool would treat an exception as the result of the task, and continue."""
     for temporary in list(_temporaries):
         delete_temporary(temporary)
     os._exit(1)

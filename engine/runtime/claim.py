@@ -121,7 +121,7 @@ def check_claim(lock: Path) -> None:
     """Raise UserError if another process has taken over, which is possible only on a file system without locks."""
     held = _claims.get(lock.resolve())
     if held and not held.locked and (owner := read_owner(lock)) not in (held.owner, UNKNOWN_OWNER):
-        raise UserError(f"{lock.parent} has been taken over by {owner}; this process stops, and that one goes on")
+        raise UserError(f"{lock.parent} has been taken over by {owner}; this process stops, and the other continues")
 
 
 def release_claims() -> None:
