@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         current = find_phase(phases, start.saved_epoch)
         state.set_mixer(mixers[current], sources)
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
+        notes += mixing.note_torch_solvers(options["method"], options["kernels"], device)
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += collect_run_notes(options, typed, start.saved["config"] if start.saved else {}, steps.first_step(1))
 

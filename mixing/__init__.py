@@ -28,8 +28,9 @@ ALIASES = {  # other names of the methods, as users of other repositories know t
     "puzzle": "puzzlemix",
     "comix": "comixup",
 }
+SETTINGS = {"mean", "std", "kernels"}  # arguments of methods that are no hyper-parameters: they change no result
 _MODULES = {cls: module for module, cls in MIXERS.values()}  # public name -> its module
-_MODULES |= {"Mixer": "mixing.base"}
+_MODULES |= {"Mixer": "mixing.base", "note_torch_solvers": "mixing.kernels"}
 _MODULES |= dict.fromkeys(("Chain", "Choice", "PartialMix", "compose_mixer"), "mixing.compose")
 
 
@@ -77,13 +78,13 @@ def collect_hyper_parameters(
 ) -> dict[str, dict]:
     """Return method -> the values of its hyper-parameters with which compose_mixer() builds it from these arguments.
 
-    The mean and std of the images, which some methods also take, are left out.
+    SETTINGS, which some methods also take, are left out.
     """
     given, found = {key: value for key, value in options.items() if value is not None}, {}
     for name in [*names, *(["cutout"] if cutout and "cutout" not in names else [])]:
         defaults = hyper_parameters(name)
         values = {**defaults, **(method_options or {}).get(name, {}), **given}
-        found[name] = {key: values[key] for key in defaults if key not in ("mean", "std")}
+        found[name] = {key: values[key] for key in defaults if key not in SETTINGS}
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Dirichlet
 
 from mixing.base import Mixer
+from mixing.kernels import check_mode
 from mixing.ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
 from mixing.solvers.comixup_energy import Labelling
 from mixing.solvers.comixup_labelling import solve
@@ -99,7 +100,8 @@ class CoMixup(Mixer):
     * m_omega (omega): weight of the distances in the compatibility matrix. m_stride: step in pixels of the 8 x 8 window
       that finds the most salient positions.
     * m_niter: effort, as the corresponding number of sweeps of the published solver. set_resolve: separate outputs that
-      show the same inputs. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one output at a time).
+      show the same inputs. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one output at a time). kernels:
+      see mixing.kernels.use_kernels().
     * clean_lam: weight of the clean loss that is also trained on. mix_prob: probability that a batch is mixed.
 
     After a call, `objective` is the value that the solver reached, one for each part of the batch, on the device.
@@ -124,6 +126,7 @@ class CoMixup(Mixer):
         clean_lam: float = 1.0,
         mix_prob: float = 1.0,
         solver: str = "parallel",
+        kernels: str = "auto",
     ):
         if mixup_alpha <= 0:
             raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
@@ -145,7 +148,7 @@ class CoMixup(Mixer):
         self.problem = {"beta": m_beta, "gamma": m_gamma, "thres": m_thres, "thres_type": m_thres_type}
         self.effort = {"sweeps": m_niter, "resolve": set_resolve}
         self.clean_lam, self.mix_prob = clean_lam, check_probability("mix_prob", mix_prob)
-        self.solve = SOLVERS[solver]()
+        self.solve, self.kernels = SOLVERS[solver](), check_mode(kernels)
         self.objective: torch.Tensor | None = None
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mixing.base import Mixer
+from mixing.kernels import check_mode
 from mixing.ops import (
     block_means,
     check_divides,
@@ -134,7 +135,8 @@ class PuzzleMix(Mixer):
     transport: whether blocks move. t_eps: cost of a move. t_size: side in pixels of the blocks that move; -1: as in the
     mask. clean_lam: weight of the clean loss that is also trained on. adv_p: probability that the images of a batch get
     adversarial noise of at most adv_eps / 255; it is drawn a second time for the partners. mix_prob: probability that a
-    batch is mixed. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one image at a time).
+    batch is mixed. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one image at a time). kernels: see
+    mixing.kernels.use_kernels().
 
     mean, std: the normalisation of the images, because colour differences and adversarial noise refer to pixels in
     0..1.
@@ -162,6 +164,7 @@ class PuzzleMix(Mixer):
         adv_eps: float = 10.0,
         mix_prob: float = 1.0,
         solver: str = "parallel",
+        kernels: str = "auto",
         mean: tuple[float, ...] = (0.5, 0.5, 0.5),
         std: tuple[float, ...] = (0.5, 0.5, 0.5),
     ):
@@ -185,6 +188,7 @@ class PuzzleMix(Mixer):
         self.neigh_size, self.transport, self.t_eps, self.t_size = neigh_size, transport, t_eps, t_size
         self.clean_lam, self.adv_eps, self.adv_p = clean_lam, adv_eps / 255, check_probability("adv_p", adv_p)
         self.mix_prob, self.solve = check_probability("mix_prob", mix_prob), SOLVERS[solver]()
+        self.kernels = check_mode(kernels)
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     @property

@@ -9,6 +9,7 @@ searches the offsets.
 import torch
 
 from mixing.base import Mixer
+from mixing.kernels import check_mode
 from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
 from mixing.solvers.sage_offsets import find_best_offset, find_best_offset_exhaustive, grid_offsets, random_offsets
 
@@ -109,7 +110,8 @@ class SAGE(Mixer):
 
     update_ratio: weight of the mixed loss; the clean loss has the rest, and with 1 it is not trained on. blur_sigma and
     kernel_size, in pixels: Gaussian blur of the saliency. eval_mode: use batch norm's running statistics in the
-    saliency pass instead of those of the batch. mix_prob: probability that a batch is mixed.
+    saliency pass instead of those of the batch. mix_prob: probability that a batch is mixed. kernels: see
+    mixing.kernels.use_kernels().
     """
 
     default_source = "gradient"
@@ -125,6 +127,7 @@ class SAGE(Mixer):
         kernel_size: int = 5,
         eval_mode: bool = False,
         mix_prob: float = 1.0,
+        kernels: str = "auto",
     ):
         if mixup_alpha < 0:
             raise ValueError(f"mixup_alpha must not be negative, got {mixup_alpha}")
@@ -135,7 +138,7 @@ class SAGE(Mixer):
         self.rand_pos = check_probability("rand_pos", rand_pos)
         self.update_ratio = check_probability("update_ratio", update_ratio)
         self.blur_sigma, self.kernel_size, self.eval_mode = blur_sigma, kernel_size, eval_mode
-        self.mix_prob = check_probability("mix_prob", mix_prob)
+        self.mix_prob, self.kernels = check_probability("mix_prob", mix_prob), check_mode(kernels)
         self.offset: torch.Tensor | None = None  # (B, 2) dy, dx of the last batch; None if it was not mixed
 
     @property

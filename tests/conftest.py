@@ -11,6 +11,9 @@ import pytest
 import torch
 from support import GOLDEN, shapes_command
 
+if not torch.cuda.is_available():  # triton reads it when it is imported: kernels then run on CPU tensors, interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")

@@ -17,13 +17,14 @@ MAY_IMPORT = {  # package -> other packages of this repository that it may impor
     "explanation": {"engine", "saliency", "models"},
     "detection": {"engine", "models"},
 }
-THIRD_PARTY = {"torch", "numpy", "cv2", "torchvision", "gco", "matplotlib", "tqdm", "PIL", "pycocotools"}
+THIRD_PARTY = {"torch", "numpy", "cv2", "torchvision", "gco", "matplotlib", "tqdm", "PIL", "pycocotools", "triton"}
 NUMERIC = {"models": {"torch"}, "mixing": {"torch"}, "saliency": {"torch", "numpy", "cv2"}}
 EXCEPTIONS = {  # path prefix -> additional packages that it may import
     "saliency/casm": {"models", "engine"},
     "saliency/casm/classifier_eval.py": {"torchvision"},
     "mixing/show.py": {"models", "engine", "saliency", "matplotlib", "numpy", "torchvision"},
     "mixing/solvers/graphcut.py": {"gco", "numpy"},
+    "mixing/kernels/": {"triton"},
 }
 LAYERS = (  # of engine, from the lowest: a module may import from its own layer and from lower ones
     "engine.errors",

@@ -92,6 +92,12 @@ def add_common_method_options(parser: Parser) -> None:
         default="parallel",
         help="puzzlemix, comixup: this project's solver, or graph cuts (pip install gco-wrapper)",
     )
+    parser.option(
+        "--kernels",
+        type=choice(["auto", "triton", "torch"]),
+        default="auto",
+        help="puzzlemix, comixup, sage: Triton kernels where they run (CUDA) or torch; auto falls back to torch",
+    )
 
 
 def add_saliency_options(parser: Parser, sources: ModuleType) -> None:

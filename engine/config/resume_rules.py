@@ -10,9 +10,20 @@ from engine.errors import UserError
 
 RESUME_CHANGEABLE = (  # for every kind of run
     {"epochs", "checkpoint", "evaluate", "force_config", "config"}
-    | {"device", "workers", "amp", "timeout", "debug", "data_dir", "val_data_dir", "download", "on_bad_image"}
+    | {
+        "device",
+        "workers",
+        "amp",
+        "kernels",
+        "timeout",
+        "debug",
+        "data_dir",
+        "val_data_dir",
+        "download",
+        "on_bad_image",
+    }
     | {"root_dir", "name", "overwrite", "log_off", "save_every", "print_freq", "no_progress", "use_tensorboard"}
-    | {"dpi", "figure_format"}
+    | {"dpi", "figure_format", "kernels"}
     | {"use_wandb", "wandb_project", "wandb_entity", "wandb_name", "wandb_offline", "wandb_key"}
 )
 PER_CALL_OPTIONS = {"checkpoint", "config", "evaluate", "force_config", "overwrite", "debug", "name"}

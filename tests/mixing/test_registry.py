@@ -46,11 +46,11 @@ def test_the_reported_hyper_parameters_are_those_of_the_mixer(name):
     by_method = {"cutmix": {"mixup_alpha": 0.2, "cutmix_box": "real"}, "mixup": {"mixup_alpha": 0.3}}
     (values,) = mixing.collect_hyper_parameters([name], method_options=by_method, mix_prob=None).values()
     mixer = mixing.compose_mixer([name], method_options=by_method, mix_prob=None)
-    assert values.keys() == hyper_parameters(name).keys() - {"mean", "std"}
+    assert values.keys() == hyper_parameters(name).keys() - mixing.SETTINGS
     for key, value in values.items():
         assert key == "adv_eps" or getattr(mixer, key, value) == value, key  # the mixer keeps adv_eps in another unit
     wanted = hyper_parameters(name) | by_method.get(name, {})
-    wanted = {key: value for key, value in wanted.items() if key not in ("mean", "std")}
+    wanted = {key: value for key, value in wanted.items() if key not in mixing.SETTINGS}
     assert values == wanted
     assert mixing.collect_hyper_parameters([name], method_options=by_method, mixup_alpha=0.7)[name] == {
         key: 0.7 if key == "mixup_alpha" else value for key, value in wanted.items()
