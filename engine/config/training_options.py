@@ -198,7 +198,12 @@ def add_regularization_options(parser: Parser) -> None:
     parser.group("training")
     parser.option("--nesterov", type=boolean, shown="recipe", help="use Nesterov momentum")
     parser.option("--no_decay_bn", type=boolean, default=False, help="no weight decay on batch norm parameters")
-    parser.option("--sync_bn", type=boolean, default=False, help="synchronize batch norm over all processes")
+    parser.option(
+        "--sync_bn",
+        type=boolean,
+        default=False,
+        help="synchronize batch norm over all processes; every layer then waits for the GPU",
+    )
     parser.option(
         "--loss",
         type=choice(["ce", "bce"]),

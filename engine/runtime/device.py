@@ -21,14 +21,16 @@ FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 def choose_device(name: str) -> torch.device:
     """Return the device for --device: auto, cpu, cuda, cuda:N or mps.
 
-    auto is cuda if there is a GPU, else cpu. Under torchrun, cuda is the GPU whose index is the local rank. Raises
-    UserError if the device does not exist.
+    auto is cuda if there is a GPU, else cpu. With several processes, cuda is the GPU whose index is the local rank. A
+    process that sees a single GPU takes that one, since job schedulers show each process its own; init_processes()
+    checks that no two share it. Raises UserError if the device does not exist.
     """
     _, world_size, local_rank = rank_environment()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    num_gpus = torch.cuda.device_count()
     if name == "cuda":
-        name = f"cuda:{local_rank}"  # some torch functions, such as set_device, need the index
+        name = f"cuda:{0 if num_gpus == 1 else local_rank}"  # some torch functions, such as set_device, need the index
     elif world_size > 1 and name != "cpu":
         raise UserError(f"--device {name}: with several processes, use --device auto, cuda or cpu")
     try:
@@ -42,9 +44,9 @@ def choose_device(name: str) -> torch.device:
             else "is built without CUDA"
         )
         raise UserError(f"--device {name}: no CUDA device; torch {torch.__version__} {build}; use --device cpu")
-    needed = max(device.index + 1, local_world_size()) if device.type == "cuda" else 0
-    if needed > torch.cuda.device_count():  # the same error in all processes of the machine: the first one prints it
-        gpus = f"there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+    needed = max(device.index + 1, local_world_size() if num_gpus > 1 else 1) if device.type == "cuda" else 0
+    if needed > num_gpus:  # the same error in all processes of the machine: the first one prints it
+        gpus = f"there are {num_gpus} CUDA devices, counted from 0"
         if world_size > 1:
             gpus += f", for {local_world_size()} processes; start fewer with --nproc_per_node"
         raise UserError(f"--device {name}: {gpus}")
@@ -89,7 +91,7 @@ def setup_backends(device: torch.device, *, seed: int, deterministic: bool) -> N
         keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not deterministic
+    set_tf32(not deterministic, not deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # must be set before cuBLAS starts
@@ -108,13 +110,33 @@ def seed_rank_generator(seed: int, *, include_main: bool = False) -> None:
 @contextmanager
 def disable_tf32() -> Iterator[None]:
     """Compute without TensorFloat-32 in the block, so that an evaluation does not depend on the device."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    before = get_tf32()
+    set_tf32(False, False)
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        set_tf32(*before)
+
+
+def get_tf32() -> tuple[bool, bool]:
+    """Return whether matrix products and convolutions may compute in TensorFloat-32."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # torch 2.9: the older flags cannot be read once other code has set these
+        return matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+    return matmul.allow_tf32, cudnn.allow_tf32
+
+
+def set_tf32(matmul: bool, convolution: bool) -> None:
+    """Set whether matrix products and convolutions may compute in TensorFloat-32.
+
+    Since torch 2.9 each operation has a setting of its own, which wins over the older flags. torch.compile still reads
+    the flags, and torch raises an error where the two disagree. So both are set.
+    """
+    cudnn = torch.backends.cudnn
+    torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32 = matmul, convolution
+    if hasattr(cudnn, "conv"):
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if matmul else "ieee"
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if convolution else "ieee"
 
 
 def keep_freed_memory() -> None:

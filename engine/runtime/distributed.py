@@ -74,7 +74,8 @@ def count_cores_per_process() -> int:
 def init_processes(device: torch.device, timeout_seconds: float) -> None:
     """Connect to the other processes; from then on only the main process prints to stdout.
 
-    Raises UserError if torchrun's environment variables are missing, or if not all processes connect in time.
+    Raises UserError if torchrun's environment variables are missing, if not all processes connect in time, or if two of
+    them have the same GPU.
     """
     global _groups, _alone
     own_rank, world_size, _ = rank_environment()
@@ -117,6 +118,21 @@ def init_processes(device: torch.device, timeout_seconds: float) -> None:
     atexit.register(failure_watch.stop)
     if own_rank:
         sys.stdout = open(os.devnull, "w")
+    check_own_gpus(device)
+
+
+def check_own_gpus(device: torch.device) -> None:
+    """Raise UserError if two processes have the same GPU, which NCCL does not support."""
+    if device.type != "cuda":
+        return
+    first: dict[str, int] = {}  # identifier of a GPU -> its process
+    for number, gpu in enumerate(all_gather_object(str(torch.cuda.get_device_properties(device).uuid))):
+        if gpu in first:
+            raise UserError(
+                f"processes {first[gpu]} and {number} have the same GPU ({gpu}): start one process per GPU\n"
+                "lower --nproc_per_node of torchrun, or let the job scheduler give each process a GPU of its own"
+            )
+        first[gpu] = number
 
 
 def connect_store(timeout: timedelta, create: bool = False) -> dist.Store:

@@ -1,4 +1,4 @@
-"""Training steps: losses, schedules, metrics, devices and precision, and the loop itself."""
+"""Training steps: losses, schedules, metrics, and the loop itself."""
 
 import copy
 import math
@@ -18,10 +18,8 @@ from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
 from engine.data.views import CenterCrop
-from engine.errors import UserError
 from engine.inference.metrics import confusion_matrix, topk_correct
 from engine.inference.predict import compute_scores, predict
-from engine.runtime.device import choose_device, choose_precision, get_rng_state, keep_freed_memory, set_rng_state
 from engine.training.console import describe_methods, format_epoch, summarize_history
 from engine.training.evaluate import evaluate_held_out
 from engine.training.loop import StepConfig, profile_steps, train_one_epoch
@@ -179,46 +177,6 @@ def test_topk_counts_labels_among_the_k_highest_logits():
 
 def test_confusion_matrix_rows_are_true_classes():
     assert confusion_matrix(torch.tensor([1, 1, 0]), torch.tensor([0, 1, 0]), 2).tolist() == [[1, 1], [0, 1]]
-
-
-# ---- Devices and generators ----
-
-
-def test_errors_explain_unavailable_devices_and_precisions():
-    assert choose_device("cpu") == CPU
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA device; torch"):
-            choose_device("cuda")
-    with pytest.raises(UserError, match="auto, cpu"):
-        choose_device("gpu")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
-        patch.setattr(torch.cuda, "device_count", lambda: 2)
-        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0), "set_device needs an index"
-        assert choose_device("cuda:1").index == 1
-        for name, value in (("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
-            patch.setenv(name, value)
-        with pytest.raises(UserError, match="2 CUDA devices, counted from 0, for 3 processes"):
-            choose_device("auto")  # the main process, which prints the errors, raises it too
-    with pytest.raises(UserError, match="bf16 or off"):
-        choose_precision("fp16", CPU)
-    assert choose_precision("off", CPU)[0] is None and choose_precision("bf16", CPU)[0] is torch.bfloat16
-    dtype, text = choose_precision("auto", CPU)
-    assert (dtype is torch.bfloat16) == text.startswith("bfloat16")
-    keep_freed_memory()
-
-
-def test_rng_state_is_restored_exactly(tmp_path):
-    import random
-
-    import numpy as np
-
-    torch.save(get_rng_state(CPU), tmp_path / "rng.pt")
-    first = torch.rand(3), np.random.rand(3), random.random()
-    set_rng_state(torch.load(tmp_path / "rng.pt", weights_only=True), CPU)
-    assert (
-        torch.equal(first[0], torch.rand(3)) and (first[1] == np.random.rand(3)).all() and first[2] == random.random()
-    )
 
 
 # ---- The loop ----
