@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from compile_ahead import CAPABILITIES, Build, compile_ahead, count_instructions
 
 import train
 from mixing import PuzzleMix, kernels, note_torch_solvers
@@ -82,3 +83,20 @@ def test_the_test_kernel_runs():
     from mixing.kernels.probe import run_probe
 
     run_probe(CUDA if torch.cuda.is_available() else CPU)
+
+
+def test_the_test_kernel_compiles_for_all_gpus():
+    pytest.importorskip("triton")
+    from mixing.kernels.probe import add_one
+
+    for usage in compile_ahead([Build(add_one, {"values": "*fp32"}, {"COUNT": 32}, 1, gpu) for gpu in CAPABILITIES]):
+        assert usage.spilled == usage.shared == 0 and usage.registers <= 32 and usage.resident == 32
+        assert 0 < usage.instructions < 100 and usage.loops == []
+
+
+def test_innermost_loops_are_counted_from_label_to_branch():
+    line = "        /*0{:03x}*/                   {} ;"
+    words = ["MOV", ".L_x_0:", "FADD", ".L_x_1:", "FMUL", "FADD", "@P0 BRA `(.L_x_1)", "BRA `(.L_x_0)", "EXIT"]
+    words += [".L_x_2:", "BRA `(.L_x_2)", "NOP"]
+    code = [word if word.startswith(".") else line.format(16 * place, word) for place, word in enumerate(words)]
+    assert count_instructions("\n".join(code)) == (9, [3])
