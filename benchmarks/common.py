@@ -15,11 +15,12 @@ def read_options(parser, argv: list[str] | None) -> dict:
 
 
 def add_method_options(parser, *, model: str, methods: list[str]) -> None:
-    """Declare --model, --method, --saliency, --saliency_size and --threads. model, methods: the defaults."""
+    """Declare --model, --method, --kernels, --saliency, --saliency_size and --threads. model, methods: the defaults."""
     import mixing
     import models
     import saliency
     from engine.config.option_types import choice, int_at_least
+    from mixing.kernels import MODES
 
     networks, names = choice(models.MODELS, models.ALIASES), choice(mixing.MIXERS, mixing.ALIASES)
     sources = choice(saliency.SOURCES, saliency.ALIASES)
@@ -36,6 +37,7 @@ def add_method_options(parser, *, model: str, methods: list[str]) -> None:
         metavar="PIXELS",
         help="gradient: side of the images in the saliency pass",
     )
+    parser.option("--kernels", type=choice(MODES), default="auto", help="auto, triton or torch, as for train.py")
     parser.option("--threads", type=int_at_least(1), shown="all", help="CPU threads")
 
 

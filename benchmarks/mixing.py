@@ -138,6 +138,7 @@ class Bench:
         """Return the mixer of a method, with the settings of the recipe puzzle, and its saliency source."""
         published = get_recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
         own = {**published["method_options"].get(name, {}), "rand_pos": self.options["rand_pos"]}
+        own["kernels"] = self.options["kernels"]
         mixer = build_mixer(name, **{**own, **self.statistics, "mix_prob": 1.0, **wanted})
         mixer.check_size(self.side, self.side)
         source = mixer.build_source(
