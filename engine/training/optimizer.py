@@ -1,4 +1,4 @@
-"""Build the optimizer."""
+"""Build the optimizer and restore its state."""
 
 import torch
 
@@ -33,3 +33,17 @@ def split_norm_parameters(network: torch.nn.Module) -> list[dict]:
     norm_parameters = {id(parameter): parameter for layer in norms for parameter in layer.parameters()}
     others = [parameter for parameter in network.parameters() if id(parameter) not in norm_parameters]
     return [{"params": others}, {"params": list(norm_parameters.values()), "weight_decay": 0.0}]
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Restore a state_dict() of the optimizer. Its tensors take the memory format of their parameters.
+
+    The fused step of SGD goes through parameter, gradient and momentum in the order of memory: after a change of
+    --channels_last it would raise an error on CUDA and mix up the elements on a CPU. Gradients always have the format
+    of their parameters.
+    """
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)

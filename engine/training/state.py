@@ -23,6 +23,7 @@ from engine.runtime.distributed import (
 )
 from engine.training.ema import ModelEma
 from engine.training.loss import LOSSES, get_cross_entropy_scale
+from engine.training.optimizer import load_optimizer_state
 from engine.training.running_sums import EpochStats
 from engine.training.stopwatch import flatten_sources
 
@@ -117,7 +118,7 @@ class TrainingState:
         base_lrs, momentum = self.scheduler.base_lrs, self.optimizer.param_groups[0]["momentum"]
         if isinstance(self.scheduler, OneCycleLR):
             check_one_cycle(saved["scheduler"]["total_steps"], self.scheduler.total_steps)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         for group, own in zip(self.optimizer.param_groups, current, strict=True):
             group.update(own)
