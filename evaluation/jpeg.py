@@ -1,6 +1,7 @@
 """JPEG compression as batched tensor operations."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch.nn import functional as F
@@ -54,18 +55,23 @@ def quantize_blocks(plane: torch.Tensor, table: tuple, quality: int) -> torch.Te
     size = plane.shape[2:]
     plane = F.pad(plane, (0, -size[1] % 8, 0, -size[0] % 8), mode="replicate")
     count, channels, height, width = plane.shape
-    percent = 5000 // quality if quality < 50 else 200 - 2 * quality  # scale of the table, as in libjpeg
-    steps = torch.tensor(table, device=plane.device).mul(percent).add(50).div(100, rounding_mode="floor").clamp(1, 255)
+    steps = make_quantization_steps(table, quality, plane.device).unsqueeze(2)
     position = torch.arange(8, device=plane.device)
     cosines = (position.unsqueeze(1) * (2 * position + 1) * (math.pi / 16)).cos() / 2  # (frequency, position)
     cosines = torch.cat([cosines[:1] / math.sqrt(2), cosines[1:]])
     blocks = plane.view(count, channels, height // 8, 8, width // 8, 8).permute(3, 5, 0, 1, 2, 4).flatten(2)
-    steps = steps.unsqueeze(2)
     coefficients = dct_blocks(blocks, cosines) / steps
     coefficients = round_half_up(coefficients.abs()) * coefficients.sign() * steps
     blocks = dct_blocks(coefficients, cosines.T).round().clamp(-128, 127)
     blocks = blocks.view(8, 8, count, channels, height // 8, width // 8).permute(2, 3, 4, 0, 5, 1)
     return blocks.reshape(plane.shape)[..., : size[0], : size[1]]
+
+
+@lru_cache(maxsize=32)
+def make_quantization_steps(table: tuple, quality: int, device: torch.device) -> torch.Tensor:
+    """Return the quantisation steps (8, 8) of a libjpeg quality, made once per device: a copy would wait."""
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality  # scale of the table, as in libjpeg
+    return torch.tensor(table).mul(percent).add(50).div(100, rounding_mode="floor").clamp(1, 255).to(device)
 
 
 def dct_blocks(blocks: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:

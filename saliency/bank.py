@@ -61,7 +61,7 @@ class Bank(Source):
         new = torch.lerp(new * scale.view(-1, 1, 1), old, self.momentum)
         new = torch.where(visible & valid.view(-1, 1, 1), new, old)
         self.maps[batch.loaded_index] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
-        self.updated[batch.loaded_index] = True
+        self.updated.index_fill_(0, batch.loaded_index, True)  # an assignment would wait for the device
 
     def sync(self, all_reduce_sum):
         """Merge the maps of all processes.

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -146,8 +147,15 @@ class Classifier:
 
 def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """Normalise pixels (B, 3, H, W) in 0..1 with mean and std."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+    mean, std = (make_channel_constant(tuple(values), pixels.device) for values in (mean, std))
     return (pixels - mean) / std
+
+
+@lru_cache(maxsize=64)
+def make_channel_constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Return one number per channel as a tensor (3, 1, 1). It is made once per device, since each copy would wait."""
+    with torch.inference_mode(False):  # so that a pass with gradients can use it, too
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def load_classifier(

@@ -138,9 +138,13 @@ class Rollout:
         return self.filled == self.steps
 
     def write(self, **values) -> None:
-        """Write values into the row being filled. The row counts once `filled` has moved past it."""
+        """Write tensors or numbers into the row being filled. The row counts once `filled` has moved past it."""
         for name, value in values.items():
-            self.rows[name][self.filled] = value
+            row = self.rows[name][self.filled]
+            if isinstance(value, torch.Tensor):
+                row.copy_(value)
+            else:
+                row.fill_(value)  # an assignment would copy the number to the device and wait
 
     def state_dict(self) -> dict:
         return {name: row[: self.filled].clone() for name, row in self.rows.items()}

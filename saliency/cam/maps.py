@@ -159,7 +159,8 @@ class ActivationMaps:
             scale = FP16_SCALE if self.precision is torch.float16 else 1.0
             (gradient,) = torch.autograd.grad(class_scores(logits, targets).sum() * scale, held)
         maps, gradients = tap.layout(held.detach()).float(), tap.layout(gradient).float() / scale
-        if gradient.any() and not gradients.any():
+        lacks_token = gradients.numel() < gradient.numel()  # only then are the values read, which waits for the device
+        if lacks_token and gradient.any() and not gradients.any():
             name = type(self.model).__name__
             raise ValueError(f"{name} uses only the class token of {self.layer!r}: name an earlier layer")
         return maps, gradients

@@ -9,7 +9,7 @@ from engine.data.annotations import BoxAnnotations, find_boxes
 from engine.data.class_names import map_labels
 from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
-from engine.inference.classifier import Classifier
+from engine.inference.classifier import Classifier, make_channel_constant, normalize
 from engine.runtime.device import autocast
 from engine.runtime.progress import Progress, progress_bar, use_progress_bar
 from engine.runtime.text import format_count
@@ -122,10 +122,9 @@ def score_crops(
     The classifier is given each rectangle alone, enlarged to the size of the image. labels (B,): -1 if unknown.
     """
     height, width = images.shape[-2:]
-    source, target = (
-        torch.tensor([one.mean, one.std], device=images.device).view(2, 3, 1, 1) for one in (extractor, classifier)
-    )
-    crops = crop_rectangles((images * source[1] + source[0] - target[0]) / target[1], rectangles)
+    mean, std = (make_channel_constant(tuple(values), images.device) for values in (extractor.mean, extractor.std))
+    pixels = images * std + mean
+    crops = crop_rectangles(normalize(pixels, classifier.mean, classifier.std), rectangles)
     probabilities = classifier.network(crops).float().softmax(1).gather(1, labels.clamp_min(0).unsqueeze(1))[:, 0]
     y1, y2, x1, x2 = rectangles.unbind(1)
     metric = compute_saliency_metric((y2 - y1) * (x2 - x1) / (height * width), probabilities)

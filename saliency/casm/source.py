@@ -74,7 +74,7 @@ class CASM(Source):
         max_cell = max(1, min(height, width) // MIN_GRID)
         cell = next(side for side in range(max_cell, 0, -1) if height % side == 0 and width % side == 0)
         centers = (find_centroids(F.avg_pool2d(saliency, cell)) + 0.5) * cell - 0.5
-        size = torch.tensor([height, width], device=saliency.device)
-        random_points = torch.rand(count, 2, device=saliency.device) * size
+        drawn = torch.rand(count, 2, device=saliency.device)
+        random_points = torch.stack([drawn[:, 0] * height, drawn[:, 1] * width], 1)
         rows, columns = torch.where(centers.isnan(), random_points, (centers + 0.5)).floor().long().unbind(1)
         return rows, columns
