@@ -1,0 +1,174 @@
+"""Steps on the device of fake_cuda.py, built as the scripts build them: what each launches, and what a GPU minds."""
+
+from collections import Counter
+
+import torch
+from fake_cuda import CUDA, FakeCuda, Finding, fake_cuda, find_device_mix_up
+from torch import nn
+
+import models
+import saliency
+from engine.data.augment import Augmentation
+from engine.data.image_set import Data, ImageSet
+from engine.data.loader import DeviceLoader, Shard
+from engine.training.loop import StepConfig, train_one_epoch
+from engine.training.loss import LOSSES
+from engine.training.monitor import EpochMonitor
+from engine.training.optimizer import build_optimizer
+from engine.training.state import SourceBuilder, build_training_state, place_network
+from engine.training.stopwatch import Stopwatch
+from mixing import MIXERS, compose_mixer
+from models.stages import StagedNetwork
+
+PHASES = ("data", "saliency", "mixing", "network")
+CLASSES, SIDE = 10, 32
+STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+
+class SmallNetwork(StagedNetwork):
+    """A classifier of a few layers, where the network does not matter."""
+
+    stages, raw_stem = ("layer1", "layer2"), True
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.layer1 = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1, bias=False))
+        self.layer2 = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1, bias=False))
+        self.linear = nn.Linear(16, CLASSES)
+
+    def stem(self, images):
+        return self.conv1(images)
+
+
+class LaunchWatch(Stopwatch):
+    """Counts launches in place of seconds."""
+
+    def __init__(self, fake: FakeCuda):
+        super().__init__(torch.device("cpu"))
+        self.fake = fake
+
+    def now(self) -> int:
+        return self.fake.launches
+
+
+class StepDone(Exception):
+    """The step that is counted has ended."""
+
+
+class StepCounter:
+    """Counts the launches and the findings of one step, which follows `warm_up` steps that make the constants.
+
+    As a context manager it ends quietly with the step, and it turns a device mix-up into a finding. All steps draw the
+    same random numbers on the host, so that they need the same constants.
+    """
+
+    def __init__(self, fake: FakeCuda, warm_up: int = 1):
+        self.fake, self.warm_up, self.steps = fake, warm_up, 0
+        self.watch = LaunchWatch(fake)
+
+    def monitor(self, **options) -> EpochMonitor:
+        return EpochMonitor(CUDA, watch=self.watch, after_step=self.end_step, **options)
+
+    def end_step(self, *_) -> None:
+        """Note the end of a step. Raises StepDone after the counted one."""
+        self.steps += 1
+        if self.steps > self.warm_up:
+            raise StepDone
+        if self.steps == self.warm_up:
+            self.watch.host.clear()
+            self.fake.findings.clear()
+        torch.manual_seed(0)
+
+    @property
+    def launches(self) -> dict[str, int]:
+        """The launches of each phase of the step."""
+        return {phase: int(self.watch.host.get(phase, 0)) for phase in PHASES}
+
+    @property
+    def findings(self) -> Counter[Finding]:
+        return self.fake.findings
+
+    @property
+    def waits(self) -> int:
+        return sum(count for finding, count in self.findings.items() if finding.kind == "wait")
+
+    def __enter__(self) -> "StepCounter":
+        torch.manual_seed(0)
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if mix_up := find_device_mix_up(error):
+            self.findings[mix_up] += 1
+        elif error is None:
+            raise AssertionError(f"there were only {self.steps} steps")
+        return bool(mix_up) or kind is StepDone
+
+
+def make_image_set(count: int) -> ImageSet:
+    pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(count) % CLASSES, [f"class{k}" for k in range(CLASSES)], "random pixels")
+
+
+def make_network(name: str | None = None) -> nn.Module:
+    """Return a network of the registry, or the small one, on the fake device."""
+    network = models.build_model(name, CLASSES, SIDE) if name else SmallNetwork()
+    return place_network(network, CUDA, channels_last=True, sync_bn=False)
+
+
+def count_training_step(
+    method: str,
+    source: str | None = None,
+    precision: torch.dtype | None = torch.bfloat16,
+    *,
+    model: str | None = None,
+    images: ImageSet | None = None,
+    batch_size: int = 20,
+    micro_batches: int = 1,
+    augmentation: Augmentation | None = None,
+    warm_up: int = 1,
+    ema: float = 0.0,
+    source_options: dict | None = None,
+    label_smoothing: float = 0.0,
+    clip_grad: float = 0.0,
+    **hyper_parameters,
+) -> StepCounter:
+    """Count a step of engine.training.loop.train_one_epoch. source: None for the method's own; model: see make_network.
+
+    The other arguments are those of the objects that the step is built from.
+    """
+    with fake_cuda() as fake:
+        images = images or make_image_set((warm_up + 2) * batch_size)
+        data = Data(images, images, None, **STATISTICS, image_size=SIDE, warnings=[])
+        loader = DeviceLoader(
+            images,
+            batch_size,
+            device=CUDA,
+            shuffle=True,
+            augmentation=augmentation or Augmentation(4),
+            shard=Shard(micro_batches=micro_batches),
+            **STATISTICS,
+        )
+        network = make_network(model)
+        optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        state = build_training_state(network, optimizer, scheduler, precision, ema=ema)
+        mixer = compose_mixer([method], mix_prob=1.0, **STATISTICS, **hyper_parameters)
+        options = {"loss": "bce", "saliency": source, **(source_options or {})}
+        state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, **options))
+        config = StepConfig(LOSSES["bce"], CLASSES, precision, label_smoothing, clip_grad)
+        with StepCounter(fake, warm_up) as counter:
+            mixer.start_epoch(0, 1, len(loader))
+            train_one_epoch(state, loader, config, epoch=0, monitor=counter.monitor())
+    return counter
+
+
+ROWS: dict[str, dict] = {  # of the table of launches: name -> arguments of count_training_step()
+    **{name: {"method": name} for name in MIXERS if name != "puzzlemix"},
+    **{f"puzzlemix {side}": {"method": "puzzlemix", "block_num": (side,)} for side in (2, 4, 8, 16)},
+}
+
+
+def count_row(name: str) -> StepCounter:
+    """Count the launches of a row of the table: preactresnet18, batch 100, 32 pixels, bfloat16."""
+    return count_training_step(**ROWS[name], model="preactresnet18", batch_size=100)

@@ -1,0 +1,69 @@
+"""Steps on a fake CUDA device: no wait, no device mix-up, nothing that --deterministic refuses, no launch too many.
+
+No GPU is needed; fake_cuda.py says what is seen and what is not. A failure names the line of the product and what it
+did there.
+"""
+
+import pytest
+import torch
+from fake_cuda import find_obstacle
+
+from mixing import MIXERS, mixer_class
+from saliency import SOURCES
+
+if obstacle := find_obstacle():
+    pytest.skip(obstacle, allow_module_level=True)
+
+from cuda_steps import PHASES, ROWS, count_row, count_training_step
+
+BF16, FP16 = torch.bfloat16, torch.float16
+GUIDED = [name for name in MIXERS if mixer_class(name).default_source]
+LAUNCHES = {  # preactresnet18, batch 100, 32 pixels, bf16: data, saliency, mixing, network
+    "none": (30, 0, 0, 245),
+    "cutout": (30, 0, 19, 245),
+    "mixup": (30, 0, 9, 245),
+    "manifold": (30, 0, 9, 245),
+    "cutmix": (30, 0, 35, 245),
+    "saliencymix": (30, 148, 44, 245),
+    "rmix": (30, 185, 43, 245),
+    "rlmix": (30, 185, 97, 247),
+    "sage": (30, 244, 101, 266),
+    "comixup": (30, 243, 2620, 266),
+    "puzzlemix 2": (30, 169, 2988, 245),
+    "puzzlemix 4": (30, 169, 3064, 245),
+    "puzzlemix 8": (30, 169, 4109, 245),
+    "puzzlemix 16": (30, 169, 5809, 245),
+}
+SLOW = {"comixup", "puzzlemix"}  # their torch solvers launch thousands of operations
+
+
+def check(counter) -> None:
+    """Fail with everything that was found in the step."""
+    assert not counter.findings, "\n".join(f"{count} x {finding}" for finding, count in counter.findings.items())
+
+
+def mark(name: str, *values):
+    return pytest.param(*values, marks=[pytest.mark.slow] if name.split()[0] in SLOW else [])
+
+
+@pytest.mark.parametrize("name", [mark(name, name) for name in ROWS])
+def test_a_step_waits_for_nothing_and_launches_no_more_than_the_table_says(name):
+    counter = count_row(name)
+    check(counter)
+    above = {
+        phase: f"{counter.launches[phase]} launches, {allowed} in the table"
+        for phase, allowed in zip(PHASES, LAUNCHES[name], strict=True)
+        if counter.launches[phase] > allowed
+    }
+    assert not above
+
+
+@pytest.mark.parametrize("method", [mark(name, name) for name in GUIDED])
+@pytest.mark.parametrize("source, precision", [("bank", BF16), (None, FP16)])
+def test_guided_methods_never_wait(method, source, precision):
+    check(count_training_step(method, source, precision))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_sources_never_wait(source, casm_file):
+    check(count_training_step("saliencymix", source, source_options={"casm": casm_file}))
