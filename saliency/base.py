@@ -12,6 +12,7 @@ Each of the other members has a default. Override only what differs:
 * `has_gradient`, gradient(), reduce(): if it can return the signed pixel gradient. Adversarial PuzzleMix needs it.
 * points(): if it knows the position of the object better than the maximum of its map does. SaliencyMix asks for it.
 * `learns`, start_batch(), after_backward(), sync(), state_dict(): if it is updated while the classifier trains.
+* `capturable`: if methods of it are fixed sequences of device operations, which a run on CUDA captures as graphs.
 
 The training step in engine/training/loop.py makes these calls to a source that learns, in this order:
 
@@ -41,6 +42,10 @@ class Source:
     logits: torch.Tensor | None = None  # (B, K) float32 of the last call, if the source runs the classifier
     has_gradient: bool = False  # whether gradient() and reduce() are implemented
     learns: bool = False  # whether start_batch() and after_backward() must be called in every training step
+    # Names of methods that a run may replace by captured CUDA graphs, which cost one launch each. Such a method takes
+    # tensors, None and plain values. For arguments of the same shapes it launches the same operations on the same
+    # memory: it never waits for the device or draws on the host, and it updates tensors of the source in place.
+    capturable: tuple[str, ...] = ()
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the saliency maps, (B, H, W) float32 >= 0."""

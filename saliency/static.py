@@ -7,6 +7,7 @@ depends on it.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ def to_grey(images: torch.Tensor) -> torch.Tensor:
     if images.shape[1] == 1:
         return images[:, 0].int()
     red, green, blue = images.int().unbind(1)
-    return (9798 * red + 19235 * green + 3735 * blue + 16384) >> 15
+    return (9798 * red).add_(green, alpha=19235).add_(blue, alpha=3735).add_(16384) >> 15
 
 
 def binomial_blur(image: torch.Tensor) -> torch.Tensor:
@@ -32,10 +33,10 @@ def binomial_blur(image: torch.Tensor) -> torch.Tensor:
 
     Borders are reflected without repeating the edge pixel.
     """
-    rows = F.pad(image.unsqueeze(1).float(), (1, 1, 1, 1), mode="reflect").squeeze(1)
-    rows = rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]
-    total = rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]
-    return (total.int() + 8) >> 4
+    padded = F.pad(image.unsqueeze(1).float(), (1, 1, 1, 1), mode="reflect").squeeze(1)
+    rows = (padded[:, :-2] + padded[:, 2:]).add_(padded[:, 1:-1], alpha=2)
+    total = (rows[..., :-2] + rows[..., 2:]).add_(rows[..., 1:-1], alpha=2)
+    return total.int().add_(8) >> 4
 
 
 def center_surround(image: torch.Tensor, windows: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,23 +55,34 @@ def center_surround(image: torch.Tensor, windows: torch.Tensor | None = None) ->
         integral = below @ windows.to(exact["dtype"]) @ beside
     centre = image.float()
     signed, unsigned = torch.zeros_like(image), torch.zeros_like(image)
-    # windows that contain the whole image all give the same map: compute one and count it several times
-    whole = [scale for scale in SCALES if scale >= max(height, width)]
-    for scale in [scale for scale in SCALES if scale not in whole] + whole[:1]:
-        strips = window_sums(integral, 1, scale)  # (B, H, W + 1)
-        area = window_sums(torch.arange(height + 1, device=image.device), 0, scale).unsqueeze(1)
-        area = area * window_sums(torch.arange(width + 1, device=image.device), 0, scale)
-        surround = (window_sums(strips, 2, scale) - image).float() / (area - 1)
+    for scale, weight, neighbours in list_windows(height, width, image.device):
+        sums = window_sums(window_sums(integral, 1, scale), 2, scale)
+        surround = sums.sub_(image).float().div_(neighbours)
         difference = (centre - surround).int()  # truncated towards 0
         if windows is not None:
             difference.fmod_(256)  # OpenCV keeps 8 bits; only float windows can exceed them
-        weight = len(whole) if scale in whole else 1
         signed.add_(difference, alpha=weight)
         unsigned.add_(difference.abs_(), alpha=weight)
-    on, off = (unsigned + signed) >> 1, (unsigned - signed) >> 1
-    on8, off8 = scale_to_255(on), scale_to_255(off)
-    most = torch.maximum(on8.amax((1, 2)), off8.amax((1, 2))).clamp_min(1).view(-1, 1, 1)
-    return (255 * (on8 + off8)).div(most, rounding_mode="floor") & 255
+    on_off = torch.stack((unsigned + signed, unsigned - signed), 1) >> 1  # (B, 2, H, W)
+    on_off = scale_to_255(on_off)
+    most = on_off.amax((1, 2, 3)).clamp_min_(1).view(-1, 1, 1)
+    return on_off.sum(1, dtype=torch.int32).mul_(255).div_(most, rounding_mode="floor") & 255
+
+
+@cache
+def list_windows(height: int, width: int, device: torch.device) -> list[tuple[int, int, torch.Tensor]]:
+    """Return for each scale its half width, the number of scales that it stands for, and the number of pixels around
+    each pixel in its window, (H, W) float32.
+
+    Windows that contain the whole image all give the same map: the first of them stands for all.
+    """
+    whole = [scale for scale in SCALES if scale >= max(height, width)]
+    rows, columns = torch.arange(height + 1, device=device), torch.arange(width + 1, device=device)
+    windows = []
+    for scale in [scale for scale in SCALES if scale not in whole] + whole[:1]:
+        area = window_sums(rows, 0, scale).unsqueeze(1) * window_sums(columns, 0, scale)
+        windows.append((scale, len(whole) if scale in whole else 1, (area - 1).float()))
+    return windows
 
 
 def window_sums(integral: torch.Tensor, dim: int, scale: int) -> torch.Tensor:
@@ -88,8 +100,8 @@ def window_sums(integral: torch.Tensor, dim: int, scale: int) -> torch.Tensor:
 
 
 def scale_to_255(values: torch.Tensor) -> torch.Tensor:
-    """Scale int32 values (B, H, W) >= 0 to trunc(255 * values / maximum); an all-zero map stays zero."""
-    share = values / values.amax((1, 2), keepdim=True).clamp_min(1)
+    """Scale int32 maps (..., H, W) >= 0 to trunc(255 * values / maximum); an all-zero map stays zero."""
+    share = values / values.amax((-2, -1), keepdim=True).clamp_min_(1)
     exact = share.double() if share.device.type != "mps" else share  # OpenCV multiplies the float32 quotient in double
     return (255 * exact).int()
 
@@ -182,11 +194,19 @@ class StaticSource(Source):
     """A source that reads the image itself: it undoes the normalisation and rounds to 8 bits. Targets are ignored."""
 
     per_image = True
+    capturable = ("compute_maps",)
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     @torch.no_grad()
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        return self.compute_maps(images)
+
+    def compute_maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the maps (B, H, W) of normalised images (B, 3, H, W)."""
+        raise NotImplementedError
+
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """Convert normalised images (B, 3, H, W) to uint8."""
         if self.mean.device != images.device:  # only once: a copy in each step would synchronise with the device
@@ -197,22 +217,22 @@ class StaticSource(Source):
 class FineGrained(StaticSource):
     """See fine_grained()."""
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def compute_maps(self, images):
         return fine_grained(self.pixels(images))
 
 
 class SpectralResidual(StaticSource):
     """See spectral_residual()."""
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def compute_maps(self, images):
         return spectral_residual(self.pixels(images))
 
 
 class FloatBytes(StaticSource):
     """See float_bytes()."""
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        return float_bytes(images.detach())
+    def compute_maps(self, images):
+        return float_bytes(images)
 
 
 class Uniform(Source):

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from engine.runtime import graphs
 from mixing import kernels
 
 CUDA = torch.device("cuda", 0)
@@ -104,8 +105,8 @@ def find_device_mix_up(error: BaseException | None) -> Finding | None:
 class FakeCuda(TorchDispatchMode):
     """Runs operations with tensors on `cuda` on FakeTensors and all others as they are.
 
-    launches: number of launches so far. An operation counts as one, and so does a kernel of ours. findings: what was
-    found, with its number.
+    launches: number of launches so far. An operation counts as one, and so do a kernel of ours and the replay of a
+    graph. findings: what was found, with its number.
     """
 
     def __init__(self):
@@ -199,6 +200,17 @@ class FakeCuda(TorchDispatchMode):
         self.launches += 1
         if any(is_on_host(one) for one in args):
             self.note("device mix-up", f"{getattr(kernel, '__name__', kernel)} gets a tensor on the host")
+
+    def capture(self, function, arguments: list, device: torch.device, pool) -> tuple:
+        """Record what a captured function would mind, in place of engine.runtime.graphs.capture()."""
+        before = self.launches
+        result = function(*arguments)
+        self.launches = before
+        return Inert(), result
+
+    def replay(self, graph) -> None:
+        """Count a replayed graph in place of engine.runtime.graphs.replay()."""
+        self.launches += 1
 
     def check_refused(self, name: str, args: tuple) -> None:
         sums_floats = name in ("cumsum", "cumsum_") and args[0].is_floating_point()
@@ -327,6 +339,9 @@ def fake_cuda():
         (torch.cuda, "Event", Inert),
         (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
         (torch.cuda, "current_stream", lambda *args: Inert()),
+        (graphs, "EAGER_CALLS", 1),  # the step that is counted captures, so what a capture minds is found
+        (graphs, "capture", fake.capture),
+        (graphs, "replay", fake.replay),
         (fake_tensor, "init_gpu_context", lambda *args: None),
         (torch.autograd, "_engine_run_backward", backward),
         (torch.Tensor, "data_ptr", get_pointer),

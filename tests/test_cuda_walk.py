@@ -24,7 +24,7 @@ LAUNCHES = {  # preactresnet18, batch 100, 32 pixels, bf16: data, saliency, mixi
     "mixup": (30, 0, 9, 245),
     "manifold": (30, 0, 9, 245),
     "cutmix": (30, 0, 35, 245),
-    "saliencymix": (30, 148, 44, 245),
+    "saliencymix": (30, 3, 44, 245),
     "rmix": (30, 185, 43, 245),
     "rlmix": (30, 185, 97, 247),
     "sage": (30, 244, 101, 266),

@@ -205,6 +205,8 @@ class Run:
         self.log.write_log(self.history)
         self.log.track(row)
         self.log.say(self.kind.format_epoch(row, self.last_epoch, self.options) + remark)
+        for note in self.state.graphs.take_notes():
+            self.log.say(f"note: {note}")
         self.warn_unusable_maps(images)
 
     def warn_unusable_maps(self, images: int) -> None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
@@ -21,6 +21,7 @@ from engine.runtime.distributed import (
     world_size,
     wrap_ddp,
 )
+from engine.runtime.graphs import GraphCapture
 from engine.training.ema import ModelEma
 from engine.training.loss import LOSSES, get_cross_entropy_scale
 from engine.training.optimizer import load_optimizer_state
@@ -42,9 +43,11 @@ class TrainingState:
     network: torch.nn.Module | None = (
         None  # `model` or its DistributedDataParallel wrapper; the training step calls this one
     )
+    graphs: GraphCapture = field(init=False)  # what the run captures as CUDA graphs
 
     def __post_init__(self):
         self.network = self.network or self.model
+        self.graphs = GraphCapture(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -253,10 +256,14 @@ class SourceBuilder:
             "training_loss": LOSSES[loss],
             "cross_entropy_scale": get_cross_entropy_scale(loss, len(data.classes)),
         }
+        self.graphs = state.graphs
 
     def __call__(self, mixer):
         name = self.name or mixer.default_source
-        source = self.learning_sources.get(name) or self.build_source(name, **self.values | mixer.gradient_options)
+        if name in self.learning_sources:
+            return self.learning_sources[name]
+        source = self.build_source(name, **self.values | mixer.gradient_options)
+        self.graphs.wrap_source(source)
         if source.learns:
             self.learning_sources[name] = source
         return source
