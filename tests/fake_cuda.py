@@ -6,7 +6,8 @@ no values. The branches for CUDA therefore run as on a GPU, and a FakeCuda sees:
 * `wait`: the host waits for the device. It reads a value back, copies without non_blocking, or calls an operation whose
   size depends on the values. CUDA kernels also copy and wait inside index_put_ with a value or an index on the host,
   `x[i] = number` and torch.tensor(..., device="cuda").
-* `stale copy`: a non_blocking copy to the host, which may be read before it has arrived.
+* `stale copy`: a non_blocking copy to the host, which may be read before it has arrived. A single bool is a flag that
+  the host polls, and stays as it was.
 * `refused`: an operation that --deterministic refuses on CUDA.
 
 A tensor on the host that meets one on the device raises an error, as on a GPU. Not seen: values, the layouts that cuDNN
@@ -172,6 +173,8 @@ class FakeCuda(TorchDispatchMode):
             source, target = args[1], args[0].device
             free = args[2] if len(args) > 2 else kwargs.get("non_blocking")
         if is_fake(source) and not is_cuda(target):
+            if name == "copy_" and free and args[0].dtype is torch.bool and not args[0].dim():
+                return args[0]
             self.note("stale copy" if free else "wait", "a copy to the host")
             if name != "_to_copy":
                 return args[0]

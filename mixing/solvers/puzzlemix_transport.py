@@ -13,8 +13,8 @@ import torch
 
 SLACK = 1e-4  # epsilon of the auction at first: each place gets a block at most this much worse than its best one
 SLACK_DOUBLING_ROUNDS = 24  # the slack doubles after so many rounds, so that price wars end; few auctions take so long
-MAX_ROUNDS = 240  # if the host can check whether the auction is over
-MAX_ROUNDS_NO_SYNC = 48  # if it cannot, because it would wait for the device
+MAX_ROUNDS = 1000  # a guard: once the slack exceeds all differences in value, an auction ends; 218 rounds were seen
+MAX_BIDS = 2**24  # values of a block for a place that are in memory at once where the host does not count the bidders
 
 
 @cache
@@ -59,79 +59,71 @@ def solve_transport(block_saliency: torch.Tensor, needed: torch.Tensor, t_eps: f
     side.
     """
     batch, rows, columns = block_saliency.shape
-    own = torch.arange(rows * columns, device=block_saliency.device).repeat(batch, 1)
     unit = t_eps / max(rows - 1, columns - 1, 1) ** 2
     moves = can_improve(block_saliency, needed, unit)
     if block_saliency.device.type != "cpu":  # selecting those images would make the host wait for the device
-        return run_auction(block_saliency, needed & moves.view(-1, 1, 1), unit, may_sync=False)
+        most_bidders = min(batch * rows * columns, MAX_BIDS // (rows * columns))
+        return run_auction(block_saliency, needed & moves.view(-1, 1, 1), unit, most_bidders)
+    block = torch.arange(rows * columns).repeat(batch, 1)
     which = moves.nonzero().squeeze(1)
-    return (
-        own.index_copy_(0, which, run_auction(block_saliency[which], needed[which], unit, may_sync=True))
-        if len(which)
-        else own
-    )
+    if len(which):
+        block[which] = run_auction(block_saliency[which], needed[which], unit)
+    return block
 
 
-def run_auction(block_saliency: torch.Tensor, needed: torch.Tensor, unit: float, may_sync: bool) -> torch.Tensor:
-    """As solve_transport(), where unit is the cost of one step and may_sync says whether the host may read results."""
+def run_auction(
+    block_saliency: torch.Tensor, needed: torch.Tensor, unit: float, most_bidders: int | None = None
+) -> torch.Tensor:
+    """As solve_transport(), where unit is the cost of one step.
+
+    most_bidders: how many places can bid in a round; None: all, and the host counts them.
+    """
     # ---- Start: every block at its own place, all prices 0 ----
     batch, rows, columns = block_saliency.shape
     places = rows * columns
-    own = torch.arange(places, device=block_saliency.device).expand(batch, places)
+    # one more image, in which no place is needed, receives the writes of padding and of lost bids
+    end, block_saliency, needed = batch * places, append_image(block_saliency), append_image(needed)
+    cost = unit * squared_distances(rows, columns, block_saliency.device)
+    index = torch.arange(end + places, device=block_saliency.device)
     unassigned = (needed & (envelope(block_saliency, unit, 2) - block_saliency > SLACK)).view(-1)
-    # one dummy entry at the end receives the writes of padding and of lost bids
-    end, cost = batch * places, unit * squared_distances(rows, columns, block_saliency.device)
-    block = own.flatten()
-    owner = append_entry(torch.where(needed.view(-1) & ~unassigned, block, -1), -1)
-    block, unassigned = append_entry(block, 0), append_entry(unassigned, False)
-    price = block_saliency.new_zeros(end + 1)
-    for number in range(MAX_ROUNDS if may_sync else MAX_ROUNDS_NO_SYNC):
-        bidder, real = find_bidders(unassigned[:-1], end // 8, may_sync)
-        if len(bidder) == 0:
+    needed, saliency, price = needed.view(-1), block_saliency.view(-1), block_saliency.new_zeros(end + places)
+    block, owner = index.clone(), torch.where(unassigned, -1, index)  # of each place; of each block
+    waiting = torch.ones((), dtype=torch.bool, pin_memory=price.is_cuda)
+    for number in range(MAX_ROUNDS):
+        # the host does not wait for CUDA: it sees the end of the auction late, and rounds after the end change nothing
+        waiting.copy_(unassigned.any(), non_blocking=True)
+        if not waiting:
             break
         # ---- Each unassigned place bids for its best block ----
+        bidder = find_bidders(unassigned, most_bidders, padding=end)
         image, place = bidder // places, bidder % places
-        net = block_saliency.view(batch, places) - price[:-1].view(batch, places)
-        best, wanted = (net[image] - cost[place]).topk(2)
-        wanted = image * places + wanted[:, 0]
-        bid = price[wanted] + best[:, 0] - best[:, 1] + SLACK * 2 ** (number // SLACK_DOUBLING_ROUNDS)
-        bid = torch.where(real, bid, -1.0)
+        net = (saliency - price).view(-1, places)[image] - cost[place]
+        best, wanted = net.max(1)  # of equal blocks the first, on every device
+        second = net.scatter_(1, wanted.unsqueeze(1), -torch.inf).amax(1)
+        wanted = torch.add(wanted, image, alpha=places)
+        bid = price[wanted] + best - second + SLACK * 2 ** (number // SLACK_DOUBLING_ROUNDS)
         # ---- Each block goes to the highest bid; of equal bids the first place wins ----
-        highest = torch.full_like(price, -1.0).scatter_reduce_(0, wanted, bid, "amax")
-        leads = real & (bid == highest[wanted])
-        first = torch.full_like(owner, places).scatter_reduce_(0, wanted, torch.where(leads, place, places), "amin")
-        won = leads & (first[wanted] == place)
-        loser = owner[wanted]
-        unassigned[torch.where(won & (loser >= 0), image * places + loser, end)] = True
-        unassigned[torch.where(won, bidder, end)] = False
+        rank = (bid.view(torch.int32).long() << 32) - place  # the bits of positive numbers are in their order
+        won = rank == torch.zeros_like(index).scatter_reduce_(0, wanted, rank, "amax")[wanted]
         taken = torch.where(won, wanted, end)
-        price[taken], owner[taken] = bid, place
-        block[torch.where(won, bidder, end)] = wanted % places
-    # ---- Images that ran out of rounds keep all their blocks in place ----
-    unfinished = unassigned[:-1].view(batch, places).any(1, keepdim=True)
-    return torch.where(unfinished, own, block[:-1].view(batch, places))
+        price[taken], owner[taken], block[bidder] = bid, bidder, wanted
+        unassigned = needed & (owner[block] != index)
+    return block[:end].view(batch, places) % places
 
 
-def append_entry(values: torch.Tensor, last) -> torch.Tensor:
-    """Append one entry to a vector."""
-    return torch.cat([values, values.new_full((1,), last)])
+def append_image(values: torch.Tensor) -> torch.Tensor:
+    """Append an image of zeros to values (B, rows, columns)."""
+    return torch.cat([values, torch.zeros_like(values[:1])])
 
 
-def find_bidders(unassigned: torch.Tensor, max_bidders: int, may_sync: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of the unassigned places, and which of them are real.
-
-    Without may_sync there are always max_bidders indices, some of them padding, because counting would make the host
-    wait.
-    """
-    if may_sync:
-        indices = unassigned.nonzero().squeeze(1)
-        return indices, torch.ones_like(indices, dtype=torch.bool)
-    slot = unassigned.cumsum(0) - 1
-    indices = slot.new_zeros(max_bidders + 1)
-    indices[torch.where(unassigned & (slot < max_bidders), slot, max_bidders)] = torch.arange(
-        len(unassigned), device=unassigned.device
-    )
-    return indices[:max_bidders], torch.arange(max_bidders, device=unassigned.device) <= slot[-1]
+def find_bidders(unassigned: torch.Tensor, most: int | None, padding: int) -> torch.Tensor:
+    """Return the indices of the unassigned places; not None: of the first `most`, padded to that number."""
+    if most is None:
+        return unassigned.nonzero().squeeze(1)
+    slot = torch.where(unassigned, unassigned.cumsum(0) - 1, most).clamp_max_(most)
+    bidder = torch.full_like(slot[: most + 1], padding)
+    bidder[slot] = torch.arange(len(slot), device=slot.device)
+    return bidder[:most]
 
 
 def move_blocks(images: torch.Tensor, block: torch.Tensor, image: torch.Tensor, rows: int, columns: int):

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from fake_cuda import fake_cuda, find_obstacle
 from support import GOLDEN, load_recorded_problem, tensor
 from torch import nn
 from torch.nn import functional as F
 
 from mixing.ops import block_means, normalize_sum
 from mixing.puzzlemix import PuzzleMix, build_mask_problem, mix
-from mixing.solvers import puzzlemix_mask
+from mixing.solvers import puzzlemix_mask, puzzlemix_transport
 from mixing.solvers.puzzlemix_transport import can_improve, run_auction, solve_transport, squared_distances
 from saliency.gradient import Gradient
 
@@ -116,7 +117,21 @@ def plan_cost(block, salient, needed, t_eps):
     return (value * needed.flatten(1)).sum(1)
 
 
-def test_transport_is_at_least_as_good_as_the_recorded_plans(golden):
+def assert_valid(block, needed):
+    for row, wanted in zip(block, needed.flatten(1), strict=True):
+        assert len(row[wanted].unique()) == wanted.sum(), "a block must not be shown twice"
+        assert torch.equal(row[~wanted], torch.arange(len(row))[~wanted])
+
+
+def solve_without_counting(salient, needed, t_eps):
+    """As solve_transport() does on other devices, where the host does not count the bidders."""
+    unit = t_eps / (max(salient.shape[1:]) - 1) ** 2
+    moves = can_improve(salient, needed, unit)
+    return run_auction(salient, needed & moves.view(-1, 1, 1), unit, needed.numel())
+
+
+@pytest.mark.parametrize("solve", [solve_transport, solve_without_counting])
+def test_transport_is_at_least_as_good_as_the_recorded_plans(golden, solve):
     for number, case in enumerate(cases(golden)):
         side = case["t_block_num"]
         if not side:
@@ -125,20 +140,32 @@ def test_transport_is_at_least_as_good_as_the_recorded_plans(golden):
         salient = normalize_sum(block_means(tensor(golden[case["sal"]]), side, side))
         for image, values in (("t1", salient), ("t2", salient[partner])):
             needed = tensor(golden[f"c{number}_{image}_need"]).view(-1, side, side)
-            block = solve_transport(values, needed, case["t_eps"])
-            for row, wanted in zip(block, needed.flatten(1), strict=True):
-                assert len(row[wanted].unique()) == wanted.sum(), "a block must not be shown twice"
-                assert torch.equal(row[~wanted], torch.arange(side**2)[~wanted])
+            block = solve(values, needed, case["t_eps"])
+            assert_valid(block, needed)
             cost = plan_cost(block, values, needed, case["t_eps"]).double()
             assert (cost - tensor(golden[f"c{number}_{image}_cost_ref"])).mean() <= 1e-6, case
             assert (cost - tensor(golden[f"c{number}_{image}_cost_opt"])).max() <= 2e-3, case
 
 
-@pytest.mark.parametrize("may_sync", [True, False])
-def test_small_transports_are_optimal(may_sync):
-    """Compared with all ways to fill the needed places, with and without host synchronisation."""
+@pytest.mark.parametrize("t_eps", [0.1, 0.02])
+def test_cheap_moves_end_alike_whether_or_not_the_host_counts(t_eps):
+    """Auctions of a hundred rounds and more; with few bidders in a round they end, too."""
+    salient, needed = normalize_sum(torch.rand(12, 8, 8) ** 4 + 0.01), torch.rand(12, 8, 8) < 0.5
+    block, stay = solve_transport(salient, needed, t_eps), torch.arange(64).expand(12, 64)
+    assert_valid(block, needed)
+    assert torch.equal(block, solve_without_counting(salient, needed, t_eps))
+    gain = plan_cost(stay, salient, needed, t_eps) - plan_cost(block, salient, needed, t_eps)
+    assert gain.min() > 0.2, "no image is given up"
+    few = run_auction(salient, needed, t_eps / 49, most_bidders=40)
+    assert_valid(few, needed)
+    assert (plan_cost(stay, salient, needed, t_eps) - plan_cost(few, salient, needed, t_eps) > 0.9 * gain).all()
+
+
+@pytest.mark.parametrize("most_bidders", [None, 72])
+def test_small_transports_are_optimal(most_bidders):
+    """Compared with all ways to fill the needed places, whether or not the host counts the bidders."""
     salient, needed = normalize_sum(torch.rand(12, 2, 3) ** 4), torch.rand(12, 2, 3) < 0.5
-    block = run_auction(salient, needed, 0.05 / 4, may_sync=may_sync)
+    block = run_auction(salient, needed, 0.05 / 4, most_bidders)
     ours = plan_cost(block, salient, needed, 0.05)
     for image in range(12):
         wanted = needed[image].flatten().nonzero().flatten()
@@ -155,10 +182,22 @@ def test_can_improve_finds_all_images_that_gain():
     salient, needed = normalize_sum(0.2 + torch.rand(300, 8, 8)), torch.rand(300, 8, 8) < 0.5
     moves = can_improve(salient, needed, 1.0 / 49)
     assert 30 < moves.sum() < 270
-    found = run_auction(salient, needed, 1.0 / 49, may_sync=True)
+    found = run_auction(salient, needed, 1.0 / 49)
     gain = plan_cost(torch.arange(64).expand(300, 64), salient, needed, 1.0) - plan_cost(found, salient, needed, 1.0)
     assert gain[~moves].max() < 64e-4 and gain[~moves].mean() < 1e-5 and gain[moves].min() > -64e-4
     assert gain[moves].mean() > 1e-3
+
+
+@pytest.mark.skipif(find_obstacle() is not None, reason=str(find_obstacle()))
+def test_the_host_does_not_wait_for_the_auction(monkeypatch):
+    launches = []
+    for rounds in (1, 1, 2):  # first once for the cached distances
+        monkeypatch.setattr(puzzlemix_transport, "MAX_ROUNDS", rounds)
+        with fake_cuda() as fake:
+            solve_transport(torch.rand(4, 8, 8, device="cuda"), torch.rand(4, 8, 8, device="cuda") < 0.5, 0.8)
+        assert not fake.findings
+        launches.append(fake.launches)
+    assert launches[2] - launches[1] < 40
 
 
 # ---- Mixing ----
