@@ -37,7 +37,8 @@ def build_object_mask(boxes: Boxes, height: int, width: int, device: torch.devic
     whole = torch.tensor([[0, height, 0, width]])
     known = [whole if each is None else each.cpu() for each in boxes]
     padded = torch.nn.utils.rnn.pad_sequence(known, batch_first=True) if known else torch.zeros(0, 0, 4)
-    y1, y2, x1, x2 = padded.to(device).unsqueeze(-1).unbind(2)  # (B, n, 1) each; padding boxes are empty
+    padded = padded.to(device, non_blocking=True).unsqueeze(-1)
+    y1, y2, x1, x2 = padded.unbind(2)  # (B, n, 1) each; padding boxes are empty
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     in_rows, in_columns = ((rows >= y1) & (rows < y2)).float(), ((columns >= x1) & (columns < x2)).float()
     return (in_rows.mT @ in_columns > 0).unsqueeze(1)

@@ -1,16 +1,24 @@
 """Steps on the device of fake_cuda.py, built as the scripts build them: what each launches, and what a GPU minds."""
 
 from collections import Counter
+from collections.abc import Callable
 
+import pytest
 import torch
 from fake_cuda import CUDA, FakeCuda, Finding, fake_cuda, find_device_mix_up
 from torch import nn
 
 import models
 import saliency
+import saliency.casm.training as casm
+from detection.faster_rcnn import DetectorConfig, build_detector, set_trainable_layers
+from detection.loader import DetectionLoader
+from detection.loop import train_one_epoch as train_detector
+from detection.shape_scenes import draw_scenes
 from engine.data.augment import Augmentation
 from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader, Shard
+from engine.inference.predict import predict
 from engine.training.loop import StepConfig, train_one_epoch
 from engine.training.loss import LOSSES
 from engine.training.monitor import EpochMonitor
@@ -19,6 +27,8 @@ from engine.training.state import SourceBuilder, build_training_state, place_net
 from engine.training.stopwatch import Stopwatch
 from mixing import MIXERS, compose_mixer
 from models.stages import StagedNetwork
+from saliency.casm.network import CasmNetwork, build_decoder
+from saliency.casm.pool import ClassifierPool
 
 PHASES = ("data", "saliency", "mixing", "network")
 CLASSES, SIDE = 10, 32
@@ -105,6 +115,17 @@ class StepCounter:
         return bool(mix_up) or kind is StepDone
 
 
+def check(counter: StepCounter, places: tuple[str, ...] = (), whats: tuple[str, ...] = ()) -> None:
+    """Fail with everything that was found in the step. places, whats: of waits that are there by design."""
+    lines = [
+        f"{count} x {finding}"
+        for finding, count in counter.findings.items()
+        if finding.kind != "wait" or finding.place.split(":")[0] not in places and finding.what not in whats
+    ]
+    if lines:
+        pytest.fail("\n".join(lines), pytrace=False)
+
+
 def make_image_set(count: int) -> ImageSet:
     pixels = torch.randint(0, 256, (count, SIDE, SIDE, 3), dtype=torch.uint8)
     return ImageSet(pixels, torch.arange(count) % CLASSES, [f"class{k}" for k in range(CLASSES)], "random pixels")
@@ -114,6 +135,10 @@ def make_network(name: str | None = None) -> nn.Module:
     """Return a network of the registry, or the small one, on the fake device."""
     network = models.build_model(name, CLASSES, SIDE) if name else SmallNetwork()
     return place_network(network, CUDA, channels_last=True, sync_bn=False)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
 
 
 def count_training_step(
@@ -151,8 +176,7 @@ def count_training_step(
         )
         network = make_network(model)
         optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        state = build_training_state(network, optimizer, scheduler, precision, ema=ema)
+        state = build_training_state(network, optimizer, make_scheduler(optimizer), precision, ema=ema)
         mixer = compose_mixer([method], mix_prob=1.0, **STATISTICS, **hyper_parameters)
         options = {"loss": "bce", "saliency": source, **(source_options or {})}
         state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, **options))
@@ -160,6 +184,57 @@ def count_training_step(
         with StepCounter(fake, warm_up) as counter:
             mixer.start_epoch(0, 1, len(loader))
             train_one_epoch(state, loader, config, epoch=0, monitor=counter.monitor())
+    return counter
+
+
+def count_casm_step(*, hp: float, fixed_classifier: bool = False, precision=torch.bfloat16, adversarial: bool = False):
+    """Count a step of saliency.casm.training.train_one_epoch."""
+    with fake_cuda() as fake:
+        classifier = SmallNetwork()
+        network = place_network(CasmNetwork(classifier, build_decoder(classifier, 8)), CUDA, True, sync_bn=False)
+        rates = {"lr": 0.1, "lr_casme": 0.001, "momentum": 0.9, "weight_decay": 1e-4}
+        options = {"fixed_classifier": fixed_classifier, "hp": hp, "precision": precision}
+        state = casm.build_casm_state(network, ClassifierPool(3, 2, device=CUDA), **options, **rates)
+        loader = DeviceLoader(make_image_set(60), 20, device=CUDA, shuffle=True, **STATISTICS)
+        config = casm.StepConfig(hp, 10.0, adversarial, precision)
+        with StepCounter(fake) as counter:
+            monitor = counter.monitor(stats=casm.CasmStats())
+            casm.train_one_epoch(state, loader, config, epoch=0, iterations=3, monitor=monitor)
+    return counter
+
+
+def count_detection_step(precision: torch.dtype | None = torch.bfloat16, clip_grad: float = 1.0) -> StepCounter:
+    """Count a step of detection.loop.train_one_epoch on drawn scenes."""
+    with fake_cuda() as fake:
+        half = (0.5, 0.5, 0.5)
+        config = DetectorConfig(half, half, min_size=(64,), max_size=128, rois=16, proposals=(20, 10))
+        detector = build_detector("resnet18", CLASSES, config)
+        set_trainable_layers(detector, trainable_layers=3)
+        place_network(detector, CUDA, channels_last=False, sync_bn=False)
+        optimizer = build_optimizer(detector, lr=0.1, momentum=0.9, nesterov=False, weight_decay=1e-4)
+        state = build_training_state(detector, optimizer, make_scheduler(optimizer), precision)
+        loader = DetectionLoader(draw_scenes(12, size=64), 4, device=CUDA, shuffle=True, augment="flip")
+        with StepCounter(fake) as counter:
+            options = {"clip_grad": clip_grad, "monitor": counter.monitor()}
+            train_detector(state, loader, epoch=0, steps=3, precision=precision, **options)
+    return counter
+
+
+def count_prediction_step() -> StepCounter:
+    """Count a batch of engine.inference.predict.predict."""
+    with fake_cuda() as fake, StepCounter(fake) as counter:
+        loader = DeviceLoader(make_image_set(60), 20, device=CUDA, **STATISTICS)
+        predict(make_network(), loader, precision=torch.bfloat16, progress=counter.end_step)
+    return counter
+
+
+def count_call(build: Callable[[], Callable[[], object]]) -> StepCounter:
+    """Count the second of two calls of the function that build() returns."""
+    with fake_cuda() as fake, StepCounter(fake) as counter:
+        call = build()
+        for _ in range(2):
+            call()
+            counter.end_step()
     return counter
 
 

@@ -49,7 +49,7 @@ NO_LAUNCH = frozenset(  # views, allocations and questions
     "_local_scalar_dense record_stream".split()
 )
 SIZE_FROM_VALUES = frozenset(
-    "nonzero masked_select _unique2 unique_dim unique_consecutive bincount histc equal allclose is_nonzero".split()
+    "nonzero masked_select _unique2 unique_dim unique_consecutive bincount histc equal allclose is_nonzero nms".split()
 )
 REFUSED = frozenset(  # by torch.use_deterministic_algorithms; for bilinear, F.interpolate has another way
     "kthvalue histc put_ reflection_pad1d_backward reflection_pad2d_backward replication_pad2d_backward "
@@ -116,6 +116,7 @@ class FakeCuda(TorchDispatchMode):
         self.findings: collections.Counter[Finding] = collections.Counter()
         self.in_backward = False
         self.in_place, self.results = False, []  # of the last operation
+        self.exceptions = WeakIdKeyDictionary()  # results of any(), which are read as False: nothing is wrong
 
     def note(self, kind: str, what: str) -> None:
         self.findings[Finding(kind, find_place(traceback.extract_stack()), what)] += 1
@@ -127,6 +128,8 @@ class FakeCuda(TorchDispatchMode):
         result = self.run(func, args, kwargs)
         name = func.overloadpacket.__name__
         self.results = [one for one in tree_leaves(result) if is_fake(one)]
+        if name == "any":
+            self.exceptions.update(dict.fromkeys(self.results))
         self.in_place = name.endswith("_") and not name.startswith("_")
         return result
 
@@ -154,7 +157,9 @@ class FakeCuda(TorchDispatchMode):
         if name == "_local_scalar_dense":
             self.note("wait", "a value is read back")
             dtype = args[0].dtype
-            return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else OUT_OF_REACH
+            if dtype is torch.bool:
+                return args[0] not in self.exceptions
+            return 1.0 if dtype.is_floating_point else OUT_OF_REACH
         if name in COPIES:
             return self.copy(func, name, args, kwargs)
         self.check_indexing(name, args)
@@ -240,6 +245,8 @@ def invent_result(name: str, args: tuple):
     with FAKE_MODE:
         if name == "nonzero":
             return torch.zeros(first.numel(), first.dim(), dtype=torch.long, device=CUDA)
+        if name == "nms":
+            return torch.arange(len(first), device=CUDA)
         if name == "masked_select":
             return torch.empty(first.numel(), dtype=first.dtype, device=CUDA)
     raise NotImplementedError(f"{name} of tensors on the device")

@@ -14,7 +14,7 @@ from saliency import SOURCES
 if obstacle := find_obstacle():
     pytest.skip(obstacle, allow_module_level=True)
 
-from cuda_steps import PHASES, ROWS, count_row, count_training_step
+from cuda_steps import PHASES, ROWS, check, count_row, count_training_step
 
 BF16, FP16 = torch.bfloat16, torch.float16
 GUIDED = [name for name in MIXERS if mixer_class(name).default_source]
@@ -35,11 +35,6 @@ LAUNCHES = {  # preactresnet18, batch 100, 32 pixels, bf16: data, saliency, mixi
     "puzzlemix 16": (30, 169, 5809, 245),
 }
 SLOW = {"comixup", "puzzlemix"}  # their torch solvers launch thousands of operations
-
-
-def check(counter) -> None:
-    """Fail with everything that was found in the step."""
-    assert not counter.findings, "\n".join(f"{count} x {finding}" for finding, count in counter.findings.items())
 
 
 def mark(name: str, *values):
