@@ -18,6 +18,7 @@ class Bank(Source):
     """
 
     learns = True
+    capturable = ("look_up", "update")
 
     def __init__(self, num_images: int, bank_size: int = 16, bank_momentum: float = 0.5, device="cpu"):
         if bank_size < 1 or not 0 <= bank_momentum < 1:
@@ -35,33 +36,45 @@ class Bank(Source):
         batch, count = self.batch, len(images)
         if batch is None or count > len(batch.loaded_index):
             raise ValueError("the bank only has maps of training images: call start_batch(batch) before each batch")
-        maps = self.maps[batch.loaded_index[-count:]].float()  # PartialMix mixes the end of the batch
+        return self.look_up(count, *images.shape[-2:], batch.loaded_index, batch.shift, batch.flip, batch.box)
+
+    def look_up(self, count: int, height: int, width: int, index: torch.Tensor, *view: torch.Tensor | None):
+        """Return the maps (count, height, width) of the last images of a batch, as PartialMix mixes these.
+
+        index, and view as shift, flip, box: of the batch, see engine.data.loader.Batch.
+        """
+        maps = self.maps[index[-count:]].float()
         rows, columns = (
             interpolation_weights((bounds[:-1] + bounds[1:])[:, -count:].T / 2, side)
-            for bounds, side in zip(pixel_bounds(batch, images.shape[-2:]), maps.shape[1:], strict=True)
+            for bounds, side in zip(pixel_bounds(index, *view, (height, width)), maps.shape[1:], strict=True)
         )
         return rows @ maps @ columns.mT
 
     @torch.no_grad()
     def after_backward(self, image_grad, coverage):
-        batch, cells = self.batch, self.maps.shape[-2:]
+        batch = self.batch
+        self.update(image_grad, coverage, batch.loaded_index, batch.shift, batch.flip, batch.box)
+
+    def update(self, image_grad: torch.Tensor, coverage: torch.Tensor, index: torch.Tensor, *view: torch.Tensor | None):
+        """Learn from a batch; see after_backward() of the base class and look_up()."""
+        cells = self.maps.shape[-2:]
         share = coverage.squeeze(1).clamp(0, 1)
         strength = image_grad.float().square().mean(1).sqrt()  # already multiplied by the weight of each pixel
         rows, columns = (
             cell_overlap(bounds.T, side)
-            for bounds, side in zip(pixel_bounds(batch, strength.shape[-2:]), cells, strict=True)
+            for bounds, side in zip(pixel_bounds(index, *view, strength.shape[-2:]), cells, strict=True)
         )
         strength, share = (rows @ values @ columns.mT for values in (strength, share))  # averages over the cells
         visible = share > 0.25  # enough of the cell was visible to learn from
-        old = self.maps[batch.loaded_index].float()
+        old = self.maps[index].float()
         new = strength / share.clamp_min(0.25)
         # scale the new values to the old ones in the same cells, so that no part of a map outweighs the others
         scale = (old * visible).sum((1, 2)) / (new * visible).sum((1, 2))
         valid = (scale > 0) & scale.isfinite()
         new = torch.lerp(new * scale.view(-1, 1, 1), old, self.momentum)
         new = torch.where(visible & valid.view(-1, 1, 1), new, old)
-        self.maps[batch.loaded_index] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
-        self.updated.index_fill_(0, batch.loaded_index, True)  # an assignment would wait for the device
+        self.maps[index] = (new / new.mean((1, 2), keepdim=True)).clamp_max(6e4).half()
+        self.updated.index_fill_(0, index, True)  # an assignment would wait for the device
 
     def sync(self, all_reduce_sum):
         """Merge the maps of all processes.
@@ -70,7 +83,7 @@ class Bank(Source):
         """
         learned = all_reduce_sum(self.updated.half()).to(self.maps.device) > 0
         maps = all_reduce_sum(self.maps * self.updated.view(-1, 1, 1)).to(self.maps.device)
-        self.maps = torch.where(learned.view(-1, 1, 1), maps, self.maps)
+        self.maps.copy_(torch.where(learned.view(-1, 1, 1), maps, self.maps))  # in place: captured graphs read it
         self.updated.zero_()
 
     def state_dict(self):
@@ -80,21 +93,27 @@ class Bank(Source):
         self.maps.copy_(state["maps"])
 
 
-def pixel_bounds(batch, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def pixel_bounds(
+    index: torch.Tensor,
+    shift: torch.Tensor | None,
+    flip: torch.Tensor | None,
+    box: torch.Tensor | None,
+    size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where the borders between pixel rows and columns lie in the original images, whose sides are 1.
 
     Shapes (H + 1, B) and (W + 1, B). The borders between columns run from right to left in flipped images.
     """
-    device, (height, width) = batch.loaded_index.device, size
-    zero = torch.zeros(len(batch.loaded_index), device=device)
+    device, (height, width) = index.device, size
+    zero = torch.zeros(len(index), device=device)
     top, bottom, left, right = zero, zero + 1, zero, zero + 1
-    if batch.box is not None:
-        top, bottom, left, right = batch.box.unbind(1)
-    elif batch.shift is not None:
-        top, left = batch.shift[0] / height, batch.shift[1] / width
+    if box is not None:
+        top, bottom, left, right = box.unbind(1)
+    elif shift is not None:
+        top, left = shift[0] / height, shift[1] / width
         bottom, right = top + 1, left + 1
-    if batch.flip is not None:
-        left, right = torch.where(batch.flip, right, left), torch.where(batch.flip, left, right)
+    if flip is not None:
+        left, right = torch.where(flip, right, left), torch.where(flip, left, right)
     down, across = (torch.arange(side + 1, device=device).unsqueeze(1) / side for side in size)
     return top + down * (bottom - top), left + across * (right - left)
 

@@ -155,7 +155,7 @@ class Recording:
     """
 
     def __init__(self, function: Callable, arguments: tuple, device: torch.device, pool: tuple | None):
-        self.arguments = [torch.empty_like(one) if isinstance(one, torch.Tensor) else one for one in arguments]
+        self.arguments = [one.detach().clone() if isinstance(one, torch.Tensor) else one for one in arguments]
         self.graph, self.result = capture(function, self.arguments, device, pool)
 
     def replay(self, arguments: tuple):

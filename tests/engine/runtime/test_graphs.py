@@ -2,6 +2,7 @@ import pytest
 import torch
 from fake_graphs import FakeGraphs
 
+from engine.data.loader import Batch
 from engine.runtime import graphs
 from engine.runtime.graphs import EAGER_CALLS, MAX_GRAPHS, GraphCapture
 from saliency import SOURCES, build_source, source_class
@@ -110,6 +111,36 @@ def test_static_sources_are_captured(fake, name):
         images = torch.randn(2, 3, 20, 16)
         assert torch.equal(source(images, None), plain(images, None))
     assert (fake.captures, fake.replays) == (1, 2)
+
+
+def compare_banks(device: torch.device) -> None:
+    """Let a captured bank and a plain one learn from the same batches."""
+    bank, plain = (build_source("bank", num_images=6, bank_size=4, device=device) for _ in range(2))
+    capture = GraphCapture(device)
+    capture.wrap_source(bank)
+    for _ in range(EAGER_CALLS + 2):
+        images, coverage, gradient = torch.rand(4, 3, 8, 8), torch.rand(4, 1, 8, 8), torch.randn(4, 3, 8, 8)
+        index, shift, flip = torch.randperm(6)[:4], torch.randint(-2, 3, (2, 4)), torch.rand(4) < 0.5
+        batch = Batch(images, index, index, *(one.to(device) for one in (index, shift, flip)), None)
+        maps = []
+        for one in (bank, plain):
+            one.start_batch(batch)
+            maps.append(one(images.to(device)))
+            one.after_backward(gradient.to(device), coverage.to(device))
+        assert torch.equal(*maps) and torch.equal(bank.maps, plain.maps) and torch.equal(bank.updated, plain.updated)
+    bank.sync(lambda tensor: tensor.cpu())  # a graph reads the merged maps, too
+    bank.start_batch(batch)
+    assert torch.equal(bank(images.to(device)), plain(images.to(device)))
+    assert len(bank.look_up.recordings) == len(bank.update.recordings) == 1 and not capture.take_notes()
+
+
+def test_the_bank_is_captured(fake):
+    compare_banks(CPU)
+
+
+@pytest.mark.gpu
+def test_the_bank_is_captured_on_cuda():
+    compare_banks(CUDA)
 
 
 def test_sources_have_the_methods_that_they_declare_as_capturable():
