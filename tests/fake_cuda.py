@@ -209,12 +209,12 @@ class FakeCuda(TorchDispatchMode):
         if any(is_on_host(one) for one in args):
             self.note("device mix-up", f"{getattr(kernel, '__name__', kernel)} gets a tensor on the host")
 
-    def capture(self, function, arguments: list, device: torch.device, pool) -> tuple:
+    def capture(self, function, arguments: tuple, device: torch.device, pool) -> tuple:
         """Record what a captured function would mind, in place of engine.runtime.graphs.capture()."""
         before = self.launches
         result = function(*arguments)
         self.launches = before
-        return Inert(), result
+        return Inert(), arguments, result
 
     def replay(self, graph) -> None:
         """Count a replayed graph in place of engine.runtime.graphs.replay()."""

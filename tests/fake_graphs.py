@@ -24,10 +24,11 @@ def as_tuple(result) -> tuple:
 
 
 class FakeGraph:
-    def __init__(self, function, arguments: list):
-        self.function, self.arguments, self.memory = function, arguments, list_memory(function)
+    def __init__(self, function, arguments: tuple):
+        self.function, self.arguments = function, graphs.copy_arguments(arguments)
+        self.memory = list_memory(function)
         saved, generator = [tensor.clone() for tensor in self.memory], torch.get_rng_state()
-        self.result = function(*arguments)
+        self.result = function(*self.arguments)
         with torch.no_grad():  # a capture executes nothing, and its results have no values yet
             for tensor, value in zip(self.memory, saved, strict=True):
                 tensor.copy_(value)
@@ -52,7 +53,7 @@ class FakeGraphs:
     def capture(self, function, arguments, device, pool):
         graph = FakeGraph(function, arguments)
         self.captures += 1
-        return graph, graph.result
+        return graph, graph.arguments, graph.result
 
     def replay(self, graph: FakeGraph):
         self.replays += 1

@@ -42,18 +42,23 @@ def call_on_capture_stream(function: Callable, arguments: tuple, device: torch.d
     return result
 
 
-def capture(function: Callable, arguments: list, device: torch.device, pool: tuple | None) -> tuple:
+def copy_arguments(arguments: tuple) -> tuple:
+    return tuple(one.detach().clone() if isinstance(one, torch.Tensor) else one for one in arguments)
+
+
+def capture(function: Callable, arguments: tuple, device: torch.device, pool: tuple | None) -> tuple:
     """Record the operations of function(*arguments) without executing them. The only place that captures.
 
-    Returns the graph, and the tensors that function returned, whose values are those of the last replay. pool: memory
-    of an earlier graph, to share.
+    Returns the graph, the copies of the arguments that it reads, and the results that a replay writes. pool: memory of
+    an earlier graph, to share.
     """
+    arguments = copy_arguments(arguments)
     graph, stream = torch.cuda.CUDAGraph(), get_capture_stream(device)
     with torch.cuda.stream(stream):  # torch.cuda.graph() does not restore the stream after a failed capture
         # other threads may allocate pinned memory for the next batch meanwhile
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = function(*arguments)
-    return graph, result
+    return graph, arguments, result
 
 
 def replay(graph) -> None:
@@ -155,8 +160,7 @@ class Recording:
     """
 
     def __init__(self, function: Callable, arguments: tuple, device: torch.device, pool: tuple | None):
-        self.arguments = [one.detach().clone() if isinstance(one, torch.Tensor) else one for one in arguments]
-        self.graph, self.result = capture(function, self.arguments, device, pool)
+        self.graph, self.arguments, self.result = capture(function, arguments, device, pool)
 
     def replay(self, arguments: tuple):
         with torch.no_grad():
