@@ -7,6 +7,7 @@
 | place boxes and turn them into masks | center_boxes(), clip_boxes(), box_mask() |
 | work on a grid of blocks | block_means(), upsample_blocks(), check_divides() |
 | clean up and normalise saliency maps | replace_invalid_maps(), normalize_sum() |
+| send numbers drawn on the host to the device | to_device() |
 
 Boxes are rows (y1, y2, x1, x2) of a long tensor, half-open, in pixels. lam is the share of the first image.
 """
@@ -37,13 +38,18 @@ def check_at_least(name: str, value: int, minimum: int) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy values from the host to a device without waiting for it."""
+    # CUDA copies asynchronously, and in a captured graph at all, only from pinned memory
+    return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
+
+
 def replace_invalid_maps(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace each map of saliency (B, H, W) whose sum is zero, NaN or infinite by ones.
 
     Returns the maps and a mask of the replaced ones, (B,) bool.
     """
-    total = saliency.sum((1, 2))
-    invalid = ~((total > 0) & total.isfinite())
+    invalid = saliency.sum((1, 2)).nan_to_num(0.0, 0.0, 0.0) <= 0  # NaN and infinite sums become 0
     return saliency.masked_fill(invalid.view(-1, 1, 1), 1.0), invalid
 
 
@@ -126,9 +132,10 @@ def center_boxes(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, h
 
 def clip_boxes(rows, columns, half_height, half_width, height: int, width: int) -> torch.Tensor:
     """Return boxes with these half sides around the given points, clipped at the image borders: (B, 4)."""
-    y1, y2 = (rows - half_height).clamp(0, height), (rows + half_height).clamp(0, height)
-    x1, x2 = (columns - half_width).clamp(0, width), (columns + half_width).clamp(0, width)
-    return torch.stack([y1, y2, x1, x2], dim=-1)
+    boxes = torch.stack([rows - half_height, rows + half_height, columns - half_width, columns + half_width], dim=-1)
+    boxes[..., :2].clamp_(0, height)
+    boxes[..., 2:].clamp_(0, width)
+    return boxes
 
 
 def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ MAX_PERCENTILE = 0.99  # the percentile of the last action; that of the first is
 
 def actions_to_percentiles(actions: torch.Tensor, num_action: int) -> torch.Tensor:
     """Map actions (B,) in 0..num_action - 1 to percentiles (B,) float32, equally spaced from 0 to 0.99."""
-    return actions.float() * (MAX_PERCENTILE / max(num_action - 1, 1))
+    return actions * (MAX_PERCENTILE / max(num_action - 1, 1))
 
 
 def salient_mask(blocks: torch.Tensor, percentile: torch.Tensor) -> torch.Tensor:

@@ -9,9 +9,10 @@ searches the offsets.
 import torch
 
 from mixing.base import Mixer
-from mixing.kernels import check_mode
+from mixing.kernels import check_mode, use_kernels
 from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
-from mixing.solvers.sage_offsets import find_best_offset, find_best_offset_exhaustive, grid_offsets, random_offsets
+from mixing.solvers import sage_offsets
+from mixing.solvers.sage_offsets import grid_offsets, random_offsets
 
 MIN_WEIGHT = 1e-12  # of each image, so that neither map vanishes when lam is 0 or 1
 MIN_SUM = 1e-16  # of the two maps at a pixel: where both are 0, the partner shows
@@ -26,6 +27,19 @@ def scale_maps(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor)
     return lam.clamp_min(MIN_WEIGHT) * saliency, (1 - lam).clamp_min(MIN_WEIGHT) * saliency[partner]
 
 
+def find_offset(
+    first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None, kernels: bool = False
+) -> torch.Tensor:
+    """Return the best of these offsets for each pair of maps, (B, 2) long. Arguments: see scale_maps() and mix()."""
+    if kernels:
+        from mixing.kernels import sage as solver
+    else:
+        solver = sage_offsets
+    if offsets is None:
+        return solver.find_best_offset_exhaustive(first, second)
+    return solver.find_best_offset(first, second, offsets)
+
+
 def mix(
     images: torch.Tensor,
     targets: torch.Tensor,
@@ -33,20 +47,20 @@ def mix(
     partner: torch.Tensor,
     lam: torch.Tensor,
     offsets: torch.Tensor | None,
+    kernels: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the best offset for each pair and mix.
 
     images (B, C, H, W), targets (B, K), saliency (B, H, W) >= 0 with no map all zero, partner (B,), lam (). offsets (K,
-    2) long on the CPU: the candidates, where the first of equals wins; None: all offsets.
+    2) long on the CPU: the candidates, where the first of equals wins; None: all offsets. kernels: whether Triton
+    searches them.
 
     Returns the mixed images, the soft targets, the offset (dy, dx) of each partner in pixels, (B, 2) long, and the
     weight of the image at each pixel, (B, H, W).
     """
     with torch.no_grad():
         first, second = scale_maps(saliency, partner, lam)
-        offset = (
-            find_best_offset_exhaustive(first, second) if offsets is None else find_best_offset(first, second, offsets)
-        )
+        offset = find_offset(first, second, offsets, kernels)
     mixed, soft, mask = blend_shifted(images, targets, first, second, partner, offset)
     return mixed, soft, offset, mask
 
@@ -67,8 +81,7 @@ def blend_shifted(
     """
     with torch.no_grad():
         pixels, inside = source_pixels(offset, *images.shape[-2:])
-        image = torch.arange(len(images), device=images.device).unsqueeze(1)
-        second = second.flatten().index_select(0, (pixels + image * pixels.shape[1]).flatten()).view_as(first) * inside
+        second = second.flatten(1).gather(1, pixels).view_as(first) * inside
         mask = first / (first + second).clamp_min(MIN_SUM)
         share = mask.mean((1, 2)).unsqueeze(1)
     # in place: on a CPU, allocating a tensor of 224 x 224 images takes longer than filling it
@@ -85,10 +98,10 @@ def source_pixels(offset: torch.Tensor, height: int, width: int) -> tuple[torch.
     """
     rows = torch.arange(height, device=offset.device) - offset[:, :1]
     columns = torch.arange(width, device=offset.device) - offset[:, 1:]
-    row_inside, column_inside = (rows >= 0) & (rows < height), (columns >= 0) & (columns < width)
-    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    pixels = (rows * width).unsqueeze(2) + columns.unsqueeze(1)
-    return pixels.flatten(1), row_inside.float().unsqueeze(2) * column_inside.float().unsqueeze(1)
+    near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    pixels = (near_rows * width).unsqueeze(2) + near_columns.unsqueeze(1)
+    inside = (near_rows == rows).float().unsqueeze(2) * (near_columns == columns).float().unsqueeze(1)
+    return pixels.flatten(1), inside
 
 
 def gather_pixels(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -177,6 +190,7 @@ class SAGE(Mixer):
         lam = draw_lam(self.mixup_alpha, images) if self.mixup_alpha > 0 else torch.tensor(0.5, dtype=torch.float64)
         lam, partner = self.upper_lambda * lam, draw_partner(images)
         offsets = self.draw_offsets(*images.shape[-2:])
-        mixed, soft, self.offset, mask = mix(images, targets, saliency, partner, lam, offsets)
+        kernels = use_kernels(self.kernels, images.device)
+        mixed, soft, self.offset, mask = mix(images, targets, saliency, partner, lam, offsets, kernels)
         self.set_weight(images, lambda: mask)
         return mixed, soft

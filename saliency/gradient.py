@@ -6,6 +6,7 @@ Simonyan et al., arXiv 1312.6034, Sec. 3, in the forms of the mixing methods: th
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 from torch import nn
@@ -124,12 +125,18 @@ def resize_images(images: torch.Tensor, side: int) -> torch.Tensor:
 
 def blur(saliency: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
     """Blur maps (B, H, W) with a Gaussian. Borders are reflected without repeating the edge pixel."""
-    reach = kernel_size // 2
-    kernel = torch.arange(-reach, reach + 1, device=saliency.device, dtype=saliency.dtype)
-    kernel = (kernel.square() / (-2 * sigma**2)).exp()
-    kernel = kernel / kernel.sum()
-    padded = F.pad(saliency.unsqueeze(1), (reach,) * 4, mode="reflect")
+    kernel = gaussian_kernel(sigma, kernel_size, saliency.device, saliency.dtype)
+    padded = F.pad(saliency.unsqueeze(1), (kernel_size // 2,) * 4, mode="reflect")
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
+
+
+@cache
+def gaussian_kernel(sigma: float, kernel_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights of a Gaussian blur along one axis, (kernel_size,), with sum 1."""
+    reach = kernel_size // 2
+    kernel = torch.arange(-reach, reach + 1, device=device, dtype=dtype)
+    kernel = (kernel.square() / (-2 * sigma**2)).exp()
+    return kernel / kernel.sum()
 
 
 @contextmanager

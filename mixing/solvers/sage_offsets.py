@@ -19,6 +19,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from mixing.ops import to_device
+
 CACHE_PIXELS = 2**20  # pixels of a block of images that fits into the cache of a CPU
 MAX_WINDOW_PIXELS = 2**26  # pixels of all shifted maps of a block of images: 256 MB
 NUM_NODES = 19  # of the quadrature of 1 / (A + B), a factor of e apart, starting at exp(FIRST_NODE)
@@ -67,7 +69,7 @@ def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.T
     first, second (B, H, W): A and the unshifted B of each pair. offsets (K, 2), on the CPU so that no loop waits for
     the device.
     """
-    return to_device(offsets, first)[score_offsets(first, second, offsets).argmax(1)]
+    return take_best(score_offsets(first, second, offsets), to_device(offsets, first.device))
 
 
 def find_best_offset_exhaustive(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -75,20 +77,39 @@ def find_best_offset_exhaustive(first: torch.Tensor, second: torch.Tensor) -> to
 
     All offsets get an approximate score; only the best NUM_RESCORED of each pair are scored exactly.
     """
+    candidates = choose_candidates(first, second)
+    return take_best(
+        mass_in_frame(second, candidates) - 2 * lost_saliency_by_window(first, second, candidates), candidates
+    )
+
+
+def choose_candidates(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the NUM_RESCORED offsets with the best approximate score for each pair, (B, NUM_RESCORED, 2) long."""
     offsets = all_offsets(*first.shape[-2:], first.device)
     approximate = mass_in_frame(second, offsets) - 2 * approximate_lost_saliency(first, second)
     # back in the order of all_offsets(), so that the first of equals wins
-    chosen = approximate.topk(min(NUM_RESCORED, len(offsets)), sorted=False).indices.sort(1).values
-    candidates = offsets[chosen]  # (B, R, 2)
-    exact = mass_in_frame(second, candidates) - 2 * lost_saliency_by_window(first, second, candidates)
-    return candidates[torch.arange(len(first), device=first.device), exact.argmax(1)]
+    return offsets[approximate.topk(min(NUM_RESCORED, len(offsets)), sorted=False).indices.sort(1).values]
+
+
+def take_best(scores: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Return the first offset with the highest score for each pair, (B, 2) long.
+
+    scores (B, K); offsets (K, 2), or (B, K, 2) with its own for each pair.
+    """
+    best = scores.argmax(1).view(-1, 1, 1).expand(-1, -1, 2)
+    return offsets.expand(len(scores), -1, -1).gather(1, best).squeeze(1)
 
 
 def score_offsets(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Return the saliency that survives at each offset, (B, K). offsets (K, 2) on the CPU."""
     windows = first.device.type != "cpu" and len(offsets) * first.numel() <= MAX_WINDOW_PIXELS
-    loss = (lost_saliency_by_window if windows else lost_saliency_by_overlap)(first, second, offsets)
-    return first.sum((1, 2)).unsqueeze(1) + mass_in_frame(second, to_device(offsets, first)) - 2 * loss
+    on_device = to_device(offsets, first.device)
+    loss = (
+        lost_saliency_by_window(first, second, on_device)
+        if windows
+        else lost_saliency_by_overlap(first, second, offsets)
+    )
+    return first.sum((1, 2)).unsqueeze(1) + mass_in_frame(second, on_device) - 2 * loss
 
 
 def lost_saliency_by_overlap(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -116,11 +137,11 @@ def lost_saliency_by_overlap(first: torch.Tensor, second: torch.Tensor, offsets:
 def lost_saliency_by_window(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Return the lost saliency, (B, K), computing all offsets at once.
 
-    offsets (K, 2), or (B, K, 2) with its own for each image. A few kernels over all shifted maps, in blocks of at most
-    MAX_WINDOW_PIXELS pixels: the fewest launches for small images on a GPU.
+    offsets (K, 2), or (B, K, 2) with its own for each image, on the device of the maps. A few kernels over all shifted
+    maps, in blocks of at most MAX_WINDOW_PIXELS pixels: the fewest launches for small images on a GPU.
     """
     height, width = first.shape[-2:]
-    offsets = to_device(offsets, first).expand(len(first), -1, -1)
+    offsets = offsets.expand(len(first), -1, -1)
     block = max(1, MAX_WINDOW_PIXELS // (offsets.shape[1] * height * width))
     total = []
     for one, two, dy, dx in zip(*(values.split(block) for values in (first, second, *offsets.unbind(-1))), strict=True):
@@ -180,8 +201,3 @@ def integral_image(values: torch.Tensor, as_integers: bool) -> tuple[torch.Tenso
     table = counts.new_zeros(batch, height + 1, width + 1)
     torch.cumsum(counts.cumsum(1), 2, out=table[:, 1:, 1:])
     return table, unit
-
-
-def to_device(offsets: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Copy the offsets to the device of `like` without waiting for it."""
-    return offsets.to(like.device, non_blocking=True)
