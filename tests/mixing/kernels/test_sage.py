@@ -115,7 +115,8 @@ def test_method_uses_the_kernel_where_kernels_run(monkeypatch):
         for runs in (False, True):
             monkeypatch.setattr(sage, "use_kernels", lambda mode, device, runs=runs: runs)
             torch.manual_seed(1)
-            results.append(SAGE(rand_pos=0.1, search=search, mixup_alpha=0.0)(images, targets, lambda images, targets: maps))
+            mixer = SAGE(mixup_alpha=0.0, rand_pos=0.1, search=search)
+            results.append(mixer(images, targets, lambda images, targets: maps))
         assert all(map(torch.equal, *results))
     assert launches == [kernels.score_kernel] * 2
 
