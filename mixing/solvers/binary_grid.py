@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from mixing.solvers.puzzlemix_mask import THRESHOLDS, ascend_dual
+from mixing.solvers.puzzlemix_mask import THRESHOLDS
 
 STEPS = (40, 60)  # of the dual ascent, for grids with up to 8 blocks per side and for larger ones
 
@@ -77,7 +77,7 @@ def solve_binary_approximately(
     f[:, 1:].sub_(edges[1])
     f[:, :-1].sub_(edges[1])
     f, edges = f.mul_(scale), [edge.mul_(scale) for edge in edges]
-    x = ascend_dual(f.unsqueeze(0), *edges, STEPS[0 if side <= 8 else 1])[0]
+    x = ascend_dual(f, *edges, STEPS[0 if side <= 8 else 1])
     best, best_value = torch.zeros_like(g), torch.zeros_like(scale)
     for threshold in THRESHOLDS:
         trial = (x > threshold).to(g.dtype)
@@ -86,3 +86,43 @@ def solve_binary_approximately(
         lower = value < best_value
         best, best_value = torch.where(lower, trial, best), torch.where(lower, value, best_value)
     return best, best_value
+
+
+def ascend_dual(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Return x (h, w, N) that minimises |x + f|^2 / 2 + sum a |x_k - x_k'| over neighbours.
+
+    f (h, w, N) is of the order of 1; a is down (h-1, w, N) and right (h, w-1, N). The dual variables are flows |p| <= a
+    on the edges: x = -f - (flow out) + (flow in). They are found by accelerated projected gradient steps (FISTA: Beck
+    and Teboulle, SIAM J. Imaging Sci. 2009) of length 1.25 / 8, where 8 bounds the norm of the operator; with momentum,
+    steps are stable up to 4/3 of 1 / 8. The ascent of mixing/solvers/puzzlemix_mask.py needs fewer iterations, but more
+    operations for each, and stops at optimal signs; here, x is also rounded at thresholds for the terms J > 0.
+
+    The blocks are stored in one row, so that a neighbour is a fixed offset away and each operation runs over one
+    contiguous stretch. This is twice as fast as slicing the grid. Edges from the end of a row to the next row weigh 0.
+    """
+    rows, columns, count = f.shape
+    momentum, minus_f = 1.0, -f.reshape(-1)
+    right = torch.cat([right, right.new_zeros(rows, 1, count)], 1).view(-1)[:-count]
+    upper = [edge.reshape(-1) for edge in (down, right)]
+    lower, differences = [-bound for bound in upper], [torch.empty_like(bound) for bound in upper]
+    flows, extrapolated = [torch.zeros_like(bound) for bound in upper], [torch.zeros_like(bound) for bound in upper]
+    x = torch.empty_like(minus_f)
+    sides = [(x[:-step], x[step:]) for step in (columns * count, count)]
+
+    def apply_flows(pair):
+        x.copy_(minus_f)
+        for (first, second), flow in zip(sides, pair, strict=True):
+            first.sub_(flow)
+            second.add_(flow)
+
+    for _ in range(iterations):
+        apply_flows(extrapolated)
+        momentum, before = (1 + (1 + 4 * momentum * momentum) ** 0.5) / 2, momentum
+        for axis, (first, second) in enumerate(sides):
+            torch.sub(first, second, out=differences[axis])
+            flow = extrapolated[axis].add_(differences[axis], alpha=1.25 / 8)  # flows extrapolated by the momentum
+            torch.clamp(flow, lower[axis], upper[axis], out=flow)
+            extrapolated[axis] = torch.lerp(flows[axis], flow, 1 + (before - 1) / momentum, out=flows[axis])
+            flows[axis] = flow
+    apply_flows(flows)
+    return x.view(f.shape)
