@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mixing.base import Mixer
-from mixing.kernels import check_mode
+from mixing.kernels import check_mode, use_kernels
 from mixing.ops import (
     block_means,
     check_divides,
@@ -21,8 +21,8 @@ from mixing.ops import (
     normalize_sum,
     upsample_blocks,
 )
-from mixing.solvers import puzzlemix_mask
-from mixing.solvers.puzzlemix_transport import move_blocks, solve_transport
+from mixing.solvers import puzzlemix_mask, puzzlemix_transport
+from mixing.solvers.puzzlemix_transport import move_blocks
 
 MaskProblem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # unary (L, n, n, B), down (n-1, n, B), right (n, n-1, B)
 
@@ -246,10 +246,19 @@ class PuzzleMix(Mixer):
             if rows > n or columns > n:
                 block_saliency = normalize_sum(block_means(saliency, rows, columns))
         grid_mask = upsample_blocks(mask, rows, columns).squeeze(1)
-        blocks = solve_transport(
-            torch.cat([block_saliency, block_saliency[partner]]), torch.cat([grid_mask > 0, grid_mask < 1]), self.t_eps
-        )
+        hidden = torch.arange(2, device=mask.device).view(2, 1, 1, 1)  # the value that hides the image, its partner
+        needed = (grid_mask != hidden).flatten(0, 1)
+        solve_transport = self.choose_transport(images.device)
+        blocks = solve_transport(torch.cat([block_saliency, block_saliency[partner]]), needed, self.t_eps)
         return mask, (*blocks.chunk(2), rows, columns)
+
+    def choose_transport(self, device: torch.device):
+        """Return the function that solves the transport: on CUDA a Triton kernel, if it runs there."""
+        if use_kernels(self.kernels, device):
+            from mixing.kernels import puzzlemix_transport as kernels
+
+            return kernels.solve_transport
+        return puzzlemix_transport.solve_transport
 
     def compute_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the saliency (B, H, W) of randomly noised images, and adversarial noise (B, C, H, W).

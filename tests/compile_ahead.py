@@ -27,7 +27,7 @@ class Build:
 
     kernel: the function. signature: types of its arguments, without the constants, such as {"x": "*fp32", "n": "i32"};
     pointers count as aligned to 16 bytes, as torch allocates tensors. constants: values of its tl.constexpr arguments.
-    warps: of 32 threads. capability: of the GPU, times 10.
+    warps: of 32 threads. capability: of the GPU, times 10. options: others of the compiler.
     """
 
     kernel: object
@@ -35,6 +35,7 @@ class Build:
     constants: dict[str, int | float | bool] = field(default_factory=dict)
     warps: int = 4
     capability: int = 90
+    options: dict[str, bool | int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def compile_ahead(builds: list[Build]) -> list[Usage]:
 # ---- In the other process ----
 
 
-def compile_kernel(kernel: list[str], signature: dict, constants: dict, warps: int, capability: int) -> Usage:
+def compile_kernel(
+    kernel: list[str], signature: dict, constants: dict, warps: int, capability: int, options: dict
+) -> Usage:
     """Compile one variant. kernel: module and name."""
     import importlib
 
@@ -96,7 +99,8 @@ def compile_kernel(kernel: list[str], signature: dict, constants: dict, warps: i
     pointers = [place for place, type_ in enumerate(types.values()) if type_.startswith("*")]
     aligned = {(place,): [["tt.divisibility", 16]] for place in pointers}
     source = ASTSource(function, types, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, **options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spilled, instructions, loops = read_machine_code(compiled.asm["cubin"])
     return Usage(registers, spilled, compiled.metadata.shared, instructions, loops, warps, capability)
 

@@ -126,16 +126,25 @@ def find_bidders(unassigned: torch.Tensor, most: int | None, padding: int) -> to
     return bidder[:most]
 
 
+@cache
+def number_strips(rows: int, columns: int, height: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number of each strip of an image, (N, height), and the pixel rows of a block, (height, 1).
+
+    A strip is one pixel row of one block; strips are counted in the order of the pixels. height: that of a block.
+    """
+    block, line = torch.arange(rows * columns, device=device).unsqueeze(1), torch.arange(height, device=device)
+    return (block // columns * height + line) * columns + block % columns, line.unsqueeze(1)
+
+
 def move_blocks(images: torch.Tensor, block: torch.Tensor, image: torch.Tensor, rows: int, columns: int):
     """Show block `block` (B', N) of image number `image` (B',) at each place, in one gather: (B', C, H, W).
 
     images (B, C, H, W), cut into rows x columns = N blocks.
     """
     _, channels, height, width = images.shape
-    block_height, block_width = height // rows, width // columns
-    strips = images.permute(0, 2, 3, 1).reshape(-1, block_width * channels)  # one pixel row of one block each
-    row, column = (block // columns).view(-1, rows, 1, columns), (block % columns).view(-1, rows, 1, columns)
-    line = torch.arange(block_height, device=images.device).view(1, 1, -1, 1)
-    index = (image.view(-1, 1, 1, 1) * height + row * block_height + line) * columns + column
+    strips = images.permute(0, 2, 3, 1).reshape(-1, width // columns * channels)
+    number, line = number_strips(rows, columns, height // rows, images.device)
+    index = number[block.view(-1, rows, 1, columns), line]
+    index = torch.add(index, image.view(-1, 1, 1, 1), alpha=height * columns)
     moved = strips.index_select(0, index.flatten()).view(len(block), height, width, channels)
     return moved.permute(0, 3, 1, 2)
