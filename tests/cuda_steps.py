@@ -177,7 +177,7 @@ def count_training_step(
         network = make_network(model)
         optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
         state = build_training_state(network, optimizer, make_scheduler(optimizer), precision, ema=ema)
-        mixer = compose_mixer([method], mix_prob=1.0, **STATISTICS, **hyper_parameters)
+        mixer = compose_mixer(method.split(), mix_prob=1.0, **STATISTICS, **hyper_parameters)
         options = {"loss": "bce", "saliency": source, **(source_options or {})}
         state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, **options))
         config = StepConfig(LOSSES["bce"], CLASSES, precision, label_smoothing, clip_grad)

@@ -80,6 +80,14 @@ def is_on_host(value) -> bool:
     return isinstance(value, torch.Tensor) and not is_fake(value)
 
 
+def list_arguments(args: tuple, kwargs: dict) -> list:
+    """Return all arguments, with those in lists; faster than torch's tree_leaves()."""
+    found = []
+    for one in (*args, *kwargs.values()):
+        found += one if isinstance(one, (list, tuple)) else [one]
+    return found
+
+
 def is_cuda(device) -> bool:
     return device is not None and torch.device(device).type == "cuda"
 
@@ -143,7 +151,7 @@ class FakeCuda(TorchDispatchMode):
         return torch.device("meta") if by_autograd else CUDA
 
     def run(self, func, args: tuple, kwargs: dict):
-        leaves, wanted = tree_leaves((args, kwargs)), kwargs.get("device")
+        leaves, wanted = list_arguments(args, kwargs), kwargs.get("device")
         faked = any(map(is_fake, leaves))
         if wanted is not None and torch.device(wanted).type == "meta" and (self.in_backward or faked):
             kwargs["device"] = wanted = CUDA  # C++ asked for the device before
@@ -277,7 +285,7 @@ class PythonCalls(TorchFunctionMode):
         """Make the node that gathers the gradient of a parameter while C++ sees the parameter on `meta`."""
         if not torch.is_grad_enabled() or self.fake.in_backward:
             return
-        for one in tree_leaves((args, kwargs)):
+        for one in list_arguments(args, kwargs):
             if is_fake(one) and one.requires_grad and one.is_leaf and one not in self.leaves:
                 self.fake.in_backward = True
                 self.leaves[one] = one.view_as(one).grad_fn.next_functions[0][0]

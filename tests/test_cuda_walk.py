@@ -7,14 +7,21 @@ did there.
 import pytest
 import torch
 from fake_cuda import find_obstacle
+from support import write_class_folders
 
+from engine.data.augment import Augmentation
+from engine.data.folders import FileList
+from engine.data.image_files import ImageFiles
+from engine.data.image_set import ImageSet
+from engine.data.views import CenterCrop, RandomCrop
 from mixing import MIXERS, mixer_class
 from saliency import SOURCES
+from saliency.casm.network import load_casm
 
 if obstacle := find_obstacle():
     pytest.skip(obstacle, allow_module_level=True)
 
-from cuda_steps import PHASES, ROWS, check, count_row, count_training_step
+from cuda_steps import PHASES, ROWS, SIDE, check, count_row, count_training_step
 
 BF16, FP16 = torch.bfloat16, torch.float16
 GUIDED = [name for name in MIXERS if mixer_class(name).default_source]
@@ -34,11 +41,20 @@ LAUNCHES = {  # preactresnet18, batch 100, 32 pixels, bf16: data, saliency, mixi
     "puzzlemix 8": (30, 169, 1287, 245),
     "puzzlemix 16": (30, 169, 2987, 245),
 }
+LEARNING = {"agent_trajectory_size": 2, "agent_batch_size": 2, "agent_epochs": 1, "warm_up": 4}  # learns in step 5
 SLOW = {"comixup", "puzzlemix"}  # their torch solvers launch thousands of operations
 
 
 def mark(name: str, *values):
     return pytest.param(*values, marks=[pytest.mark.slow] if name.split()[0] in SLOW else [])
+
+
+def slow(**options):
+    return pytest.param(options, marks=pytest.mark.slow)
+
+
+def name_options(options: dict) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items()).removeprefix("method=")
 
 
 @pytest.mark.parametrize("name", [mark(name, name) for name in ROWS])
@@ -59,6 +75,50 @@ def test_guided_methods_never_wait(method, source, precision):
     check(count_training_step(method, source, precision))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "saliencymix", "saliency_scope": "batch"},
+        {"method": "saliencymix", "in_batch": True},
+        {"method": "cutmix", "per_sample": True, "cutmix_box": "real"},
+        {"method": "mixup", "in_batch": True, "precision": None},
+        {"method": "sage", "search": "exhaustive"},
+        {"method": "sage", "search": "grid", "update_ratio": 1.0, "source_options": {"saliency_size": 16}},
+        {"method": "rmix", "patches_per_side": (2, 4), "pairing": "reversed"},
+        {"method": "rlmix", **LEARNING},
+        {"method": "rlmix", "source": "bank", **LEARNING},
+        {"method": "mixup cutmix"},
+        {"method": "saliencymix", "mix_fraction": 0.5, "cutout": True, "source": "bank"},
+        slow(method="puzzlemix", adv_p=1.0, adv_eps=10.0),
+        slow(method="puzzlemix", adv_p=1.0, precision=FP16),
+        slow(method="puzzlemix", clean_lam=1.0, t_size=4, n_labels=4),
+        slow(method="puzzlemix", block_num=(4,), source_options={"saliency_size": 16}),
+        slow(method="comixup", m_block_num=-1, m_niter=1),
+        slow(method="comixup", m_thres_type="soft", clean_lam=0.0, m_niter=1),
+    ],
+    ids=name_options,
+)
+def test_options_of_methods_never_wait(options, casm_file):
+    check(count_training_step(**{"source_options": {"casm": casm_file}, **options}))
+
+
+@pytest.mark.parametrize("precision", [BF16, pytest.param(FP16, marks=pytest.mark.slow)])
+def test_options_of_training_never_wait(precision):
+    options = {"ema": 0.99, "clip_grad": 1.0, "label_smoothing": 0.1, "micro_batches": 2}
+    augmentation = Augmentation(4, color_jitter=0.4, lighting=0.1)
+    check(count_training_step("mixup", None, precision, augmentation=augmentation, **options))
+
+
+@pytest.mark.parametrize("augmentation", [Augmentation(view=RandomCrop(SIDE, 0.3)), Augmentation(4)])
+def test_batches_from_files_never_wait(augmentation, tmp_path):
+    write_class_folders(tmp_path)
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
+    files = ImageFiles(FileList(tmp_path / "train", names), CenterCrop(SIDE, SIDE))
+    images = ImageSet(files, torch.arange(6) // 3, ["cat", "dog"], "files")
+    check(count_training_step("saliencymix", "bank", images=images, batch_size=2, augmentation=augmentation))
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_sources_never_wait(source, casm_file):
+    load_casm(casm_file)  # builds every network once to find the one of the file, which is slow on the fake device
     check(count_training_step("saliencymix", source, source_options={"casm": casm_file}))
