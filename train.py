@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
         scheduler = training.build_scheduler(optimizer, steps, **select_kwargs(options, training.build_scheduler))
     state = training.build_training_state(
-        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile"])
+        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile", "graph_step"])
     )
 
     # ---- Mixing ----
@@ -100,6 +100,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
         notes += mixing.note_torch_solvers(options["method"], options["kernels"], device)
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
+    notes += state.list_step_notes()
     notes += collect_run_notes(options, typed, start.saved["config"] if start.saved else {}, steps.first_step(1))
 
     if options["profile"]:

@@ -19,9 +19,10 @@ from engine.data.augment import Augmentation
 from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader, Shard
 from engine.inference.predict import predict
-from engine.training.loop import StepConfig, train_one_epoch
+from engine.training.loop import train_one_epoch
 from engine.training.loss import LOSSES
 from engine.training.monitor import EpochMonitor
+from engine.training.network_step import StepConfig
 from engine.training.optimizer import build_optimizer
 from engine.training.state import SourceBuilder, build_training_state, place_network
 from engine.training.stopwatch import Stopwatch
@@ -153,6 +154,7 @@ def count_training_step(
     augmentation: Augmentation | None = None,
     warm_up: int = 1,
     ema: float = 0.0,
+    graph_step: bool = False,
     source_options: dict | None = None,
     label_smoothing: float = 0.0,
     clip_grad: float = 0.0,
@@ -176,7 +178,9 @@ def count_training_step(
         )
         network = make_network(model)
         optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        state = build_training_state(network, optimizer, make_scheduler(optimizer), precision, ema=ema)
+        state = build_training_state(
+            network, optimizer, make_scheduler(optimizer), precision, ema=ema, graph_step=graph_step
+        )
         mixer = compose_mixer(method.split(), mix_prob=1.0, **STATISTICS, **hyper_parameters)
         options = {"loss": "bce", "saliency": source, **(source_options or {})}
         state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, **options))

@@ -26,7 +26,7 @@ def as_tuple(result) -> tuple:
 class FakeGraph:
     def __init__(self, function, arguments: tuple):
         self.function, self.arguments = function, graphs.copy_arguments(arguments)
-        self.memory = list_memory(function)
+        self.memory, self.grad_enabled = list_memory(function), torch.is_grad_enabled()
         saved, generator = [tensor.clone() for tensor in self.memory], torch.get_rng_state()
         self.result = function(*self.arguments)
         with torch.no_grad():  # a capture executes nothing, and its results have no values yet
@@ -59,7 +59,8 @@ class FakeGraphs:
         self.replays += 1
         now = list_memory(graph.function)
         assert all(one is other for one, other in zip(now, graph.memory, strict=True)), "memory that a graph uses moved"
-        result = graph.function(*graph.arguments)
+        with torch.set_grad_enabled(graph.grad_enabled):
+            result = graph.function(*graph.arguments)
         with torch.no_grad():
             for own, value in zip(as_tuple(graph.result), as_tuple(result), strict=True):
                 own.copy_(value)

@@ -118,6 +118,14 @@ def test_batches_from_files_never_wait(augmentation, tmp_path):
     check(count_training_step("saliencymix", "bank", images=images, batch_size=2, augmentation=augmentation))
 
 
+@pytest.mark.parametrize("method, precision", [("none", BF16), ("sage", FP16)])
+def test_a_captured_network_step_can_be_captured_and_takes_few_launches(method, precision):
+    counter = count_training_step(method, precision=precision, ema=0.9, clip_grad=1.0, micro_batches=2, graph_step=True)
+    check(counter)
+    eager = count_training_step(method, precision=precision, ema=0.9, clip_grad=1.0, micro_batches=2)
+    assert counter.launches["network"] < eager.launches["network"] / 2
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_sources_never_wait(source, casm_file):
     load_casm(casm_file)  # builds every network once to find the one of the file, which is slow on the fake device

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_graphs import FakeGraphs
 from support import ROOT, hold_lock, same_state, shapes_command, write_class_folders
 
 import engine.config.select
@@ -536,6 +537,18 @@ def test_a_resumed_run_rewrites_the_whole_log(shapes_run, monkeypatch):
     train.main(["--checkpoint", str(part / "epoch_001.pt"), "--no_progress"])
     assert read_log(part) == read_log(whole)
     assert engine.config.select.select_kwargs({"a": 1, "b": 2}, ["a", "c"]) == {"a": 1}
+
+
+def test_a_run_with_captured_graphs_resumes_exactly_as_an_eager_one(shapes_run, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        fake = FakeGraphs(patch)
+        whole = shapes_run("--batch_size", "8", "--graph_step", "--save_every", "1", method="saliencymix")
+    assert fake.captures == 2, "the network's step and the maps"
+    assert "CUDA graph" not in capsys.readouterr().out
+    part = stop_copy(whole, "epoch_001.pt")
+    train.main(["--checkpoint", str(part), "--no_progress"])
+    assert "note: --graph_step has no effect: a CUDA graph needs a CUDA device" in capsys.readouterr().out
+    assert same_run(whole, part)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from engine.errors import UserError
 
 RULES = OptionRules(
     changeable={"profile", "vis_epoch", "list_models", "data_small", "data_large", "resize_to", "resize_dest"}
+    | {"graph_step"}
     | RESUME_CHANGEABLE,
     architecture={"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}
     | {"bank_size", "num_action", "num_patches"},
@@ -109,6 +110,8 @@ def check_combinations(options: dict, typed: dict) -> None:
         raise ValueError(
             "--compile: manifold mixup uses a forward hook, and compiled networks ignore hooks; leave it out"
         )
+    if options["compile"] and options["graph_step"]:
+        raise ValueError("--graph_step and --compile are two ways to run the network's step; give one of them")
     if options["loss"] == "bce" and options["label_smoothing"]:
         raise ValueError("--label_smoothing is not available with --loss bce; use --loss ce")
     if options["config"] and "recipe" in typed:

@@ -80,6 +80,12 @@ def add_run_options(
     )
     parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --checkpoint and exit")
     parser.option("--compile", type=boolean, default=False, help="compile the network with torch.compile")
+    parser.option(
+        "--graph_step",
+        type=boolean,
+        default=False,
+        help="capture the network's forward and backward pass as a CUDA graph (one GPU)",
+    )
     parser.option("--profile", type=int_at_least(), default=0, help="time the parts of N training steps, and exit")
 
 

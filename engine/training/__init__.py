@@ -7,9 +7,10 @@ __getattr__ = lazy_attributes(
     {
         "console": "CLASSIFIER count_replaced describe_run draw_epoch finish_run print_profile",
         "evaluate": "evaluate_checkpoint evaluate_held_out load_initial_weights",
-        "loop": "StepConfig profile_steps train_one_epoch",
+        "loop": "profile_steps train_one_epoch",
         "loss": "LOSSES",
         "monitor": "EpochMonitor",
+        "network_step": "StepConfig",
         "run": "Run",
         "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
         "small_batches": "check_small_batches",

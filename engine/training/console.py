@@ -18,7 +18,8 @@ from engine.inference.metrics import list_unreadable
 from engine.runtime.distributed import is_main_process
 from engine.runtime.text import format_count
 from engine.training.evaluate import evaluate_held_out
-from engine.training.loop import StepConfig, profile_steps
+from engine.training.loop import profile_steps
+from engine.training.network_step import StepConfig
 from engine.training.run import Run
 from engine.training.run_folder import RunFolder, locate_classifier_runs
 from engine.training.start import RunKind
@@ -222,6 +223,8 @@ def print_profile(state: TrainingState, loader: DeviceLoader, config: StepConfig
     print(f"{total:.2f} ms per step of {format_count(images, 'image')}, about {factor:.2f} times a step without mixing")
     for part, milliseconds in table.items():
         print(f"  {part:9} {milliseconds:9.2f} ms  {100 * milliseconds / total:5.1f} %")
+    for note in state.graphs.take_notes():
+        print(f"note: {note}")
 
 
 def draw_epoch(run: Run, data: Data, train: ImageSet) -> None:

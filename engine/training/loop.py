@@ -1,34 +1,20 @@
 """One epoch of training with any mixing method."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from engine.data.loader import Batch, DeviceLoader
-from engine.runtime.device import autocast
 from engine.runtime.distributed import all_gather_object
-from engine.training.loss import smooth_labels
 from engine.training.monitor import EpochMonitor
+from engine.training.network_step import StepConfig
 from engine.training.running_sums import NonFiniteLoss
 from engine.training.state import TrainingState
 from engine.training.stopwatch import Stopwatch, time_source
 
 NO_BAD_STEP = 2**62  # stands for the step of the first NaN or infinite loss as long as there is none
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """The loss of a training step and how its gradient is computed."""
-
-    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (logits (B, K), soft targets (B, K)) -> ()
-    num_classes: int
-    precision: torch.dtype | None = None  # of autocast; None: float32
-    label_smoothing: float = 0.0
-    clip_grad: float = 0.0  # maximum norm of the gradient; 0: no clipping
 
 
 def train_one_epoch(
@@ -66,7 +52,7 @@ def train_one_epoch(
     batches = loader.epoch(epoch, start=stats.step)
     for step in range(stats.step, steps):
         monitor.raise_if_stopped(check=lambda: losses.check(stats.step - 1))
-        state.optimizer.zero_grad(set_to_none=True)
+        state.zero_grad()
         for number in range(loader.micro_batches):
             batch = next(batches)
             last = number + 1 == loader.micro_batches
@@ -84,10 +70,10 @@ def backward_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix a batch and add the gradient of its loss to .grad.
 
-    Returns the loss, (), and for each image the label weight of the predicted class, (B,). sync: whether
+    Returns the loss, (), and for each image the label weight of the predicted class, (B, 1). sync: whether
     DistributedDataParallel averages the gradients over the processes in this backward pass.
     """
-    mixer, device = state.mixer, batch.images.device
+    mixer = state.mixer
     targets = F.one_hot(batch.labels, config.num_classes).float()
     watch.lap("data")
     learning_sources = [one for one in state.sources if one.learns]
@@ -102,19 +88,14 @@ def backward_batch(
         mixed.retain_grad()
     watch.lap("mixing")
     with mixer.during(state.model), nullcontext() if sync or state.network is state.model else state.network.no_sync():
-        with autocast(device, config.precision):
-            logits = state.network(mixed)
-        loss = config.loss_fn(logits, smooth_labels(soft, config.label_smoothing))
-        weighted = mixer.mixed_weight * loss
-        (state.scaler.scale(weighted) if state.scaler else weighted).backward()
+        loss, hits = state.run_network_step(config, mixed, soft, mixer.mixed_weight)
     watch.lap("network")
     mixer.after_backward(mixed.grad if mixer.wants_mixed_grad else None)
     watch.lap("mixing")
     for one in learning_sources:
         one.after_backward(batch.images.grad, coverage)
         watch.lap("saliency")
-    with torch.no_grad():
-        return loss.detach(), soft.gather(1, logits.argmax(1, keepdim=True))
+    return loss, hits
 
 
 def optimizer_step(state: TrainingState, clip_grad: float, micro_batches: int) -> None:

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
@@ -24,6 +25,7 @@ from engine.runtime.distributed import (
 from engine.runtime.graphs import GraphCapture
 from engine.training.ema import ModelEma
 from engine.training.loss import LOSSES, get_cross_entropy_scale
+from engine.training.network_step import StepConfig, find_capture_obstacle, run_network_step
 from engine.training.optimizer import load_optimizer_state
 from engine.training.running_sums import EpochStats
 from engine.training.stopwatch import flatten_sources
@@ -43,11 +45,14 @@ class TrainingState:
     network: torch.nn.Module | None = (
         None  # `model` or its DistributedDataParallel wrapper; the training step calls this one
     )
-    graphs: GraphCapture = field(init=False)  # what the run captures as CUDA graphs
+    graph_step: bool = False  # whether the network's step is captured as a CUDA graph, with methods that allow it
+    graphs: GraphCapture = field(init=False)  # what the run captures
 
     def __post_init__(self):
         self.network = self.network or self.model
         self.graphs = GraphCapture(self.device)
+        self.eager_step = partial(run_network_step, self.network, self.scaler)
+        self.captured_step = self.graphs.wrap(self.eager_step, "the network's step")
 
     @property
     def device(self) -> torch.device:
@@ -154,6 +159,29 @@ class TrainingState:
         """Use this mixing method from now on, with the saliency source that build_source(mixer) returns."""
         self.mixer, self.source = mixer, mixer.build_source(build_source)
 
+    @property
+    def step_obstacle(self) -> str | None:
+        """Why the network's step cannot be captured as a CUDA graph with the current method, or None."""
+        return find_capture_obstacle(self.graphs, self.mixer, self.sources)
+
+    def list_step_notes(self) -> list[str]:
+        """Return a note if --graph_step has no effect with the current method."""
+        obstacle = self.graph_step and self.step_obstacle
+        return [f"--graph_step has no effect: {obstacle}"] if obstacle else []
+
+    def run_network_step(
+        self, config: StepConfig, mixed: torch.Tensor, soft: torch.Tensor, weight: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the network's part of a step, eagerly or as a captured graph; see network_step.run_network_step()."""
+        if not self.graph_step or self.step_obstacle:
+            return self.eager_step(config, mixed, soft, weight)
+        # a graph reads the weight from the device, where it is written without a wait
+        return self.captured_step(config, mixed, soft, torch.full((), weight, device=mixed.device))
+
+    def zero_grad(self) -> None:
+        """Clear the gradients. A captured step adds to gradients in the same memory, so with it they are set to 0."""
+        self.optimizer.zero_grad(set_to_none=not self.graph_step)
+
     def sync_sources(self) -> None:
         """Share what the sources have learned since the last call among all processes."""
         if world_size() > 1:
@@ -172,7 +200,7 @@ class TrainingState:
         finally:
             for buffer, value in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(value)
-            self.model.zero_grad(set_to_none=True)
+            self.zero_grad()
             self.mixer.load_state_dict(method)
             set_rng_state(rng, self.device)
 
@@ -210,11 +238,12 @@ def build_training_state(
     *,
     ema: float = 0.0,
     compile: bool = False,
+    graph_step: bool = False,
 ) -> TrainingState:
     """Return the state of a new run, without a mixing method.
 
     precision: dtype of autocast; None: float32. float16 gets a gradient scaler. ema: decay of the weight average; 0:
-    none. compile: compile the model with torch.compile.
+    none. compile: compile the model with torch.compile. graph_step: see TrainingState.
     """
     average = ModelEma(model, ema) if ema else None
     if compile:
@@ -222,7 +251,15 @@ def build_training_state(
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if precision is torch.float16 else None
     network = wrap_ddp(model)
-    return TrainingState(model, optimizer, scheduler=scheduler, scaler=scaler, ema=average, network=network)
+    return TrainingState(
+        model,
+        optimizer,
+        scheduler=scheduler,
+        scaler=scaler,
+        ema=average,
+        network=network,
+        graph_step=graph_step,
+    )
 
 
 class SourceBuilder:

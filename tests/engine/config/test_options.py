@@ -98,6 +98,7 @@ def test_abbreviations_are_refused(capsys):
         (["--mix_prob", "1.5"], "between 0 and 1"),
         (["--ngpu", "4"], "torchrun --nproc_per_node 4"),
         (["--compile", "--method", "manifold"], "leave it out"),
+        (["--compile", "--graph_step"], "give one of them"),
         (["--loss", "bce", "--label_smoothing", "0.1"], "--loss ce"),
         (["--gammas", "0.1", "0.2", "--schedule", "1", "2", "3", "--scheduler", "multistep"], "2 factors for the 3"),
         (["--evaluate"], "--checkpoint"),

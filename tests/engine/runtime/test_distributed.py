@@ -30,9 +30,10 @@ from engine.runtime.device import seed_rank_generator
 from engine.runtime.distributed import all_gather_object, is_main_process, rank, world_size
 from engine.runtime.preemption import PreemptionGuard
 from engine.training import loop
-from engine.training.loop import StepConfig, train_one_epoch
+from engine.training.loop import train_one_epoch
 from engine.training.loss import LOSSES
 from engine.training.monitor import EpochMonitor
+from engine.training.network_step import StepConfig
 from engine.training.state import TrainingState
 from mixing import MIXERS, build_mixer
 from models import build_model

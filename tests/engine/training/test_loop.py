@@ -22,9 +22,10 @@ from engine.inference.metrics import confusion_matrix, topk_correct
 from engine.inference.predict import compute_scores, predict
 from engine.training.console import describe_methods, format_epoch, summarize_history
 from engine.training.evaluate import evaluate_held_out
-from engine.training.loop import StepConfig, profile_steps, train_one_epoch
+from engine.training.loop import profile_steps, train_one_epoch
 from engine.training.loss import LOSSES, smooth_labels
 from engine.training.monitor import EpochMonitor
+from engine.training.network_step import StepConfig
 from engine.training.running_sums import NonFiniteLoss
 from engine.training.schedule import StepSchedule, build_scheduler, interpolate_lr
 from engine.training.state import TrainingState
