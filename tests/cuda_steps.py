@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fake_cuda import CUDA, FakeCuda, Finding, fake_cuda, find_device_mix_up
+from fake_cuda import fake_cuda
+from fake_operations import CUDA, FakeCuda, Finding, find_device_mix_up
 from torch import nn
 
 import models
@@ -248,6 +249,6 @@ ROWS: dict[str, dict] = {  # of the table of launches: name -> arguments of coun
 }
 
 
-def count_row(name: str) -> StepCounter:
+def count_row(name: str, kernels: str = "auto") -> StepCounter:
     """Count the launches of a row of the table: preactresnet18, batch 100, 32 pixels, bfloat16."""
-    return count_training_step(**ROWS[name], model="preactresnet18", batch_size=100)
+    return count_training_step(**ROWS[name], model="preactresnet18", batch_size=100, kernels=kernels)

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from fake_cuda import CUDA, find_obstacle
+from fake_cuda import find_obstacle
+from fake_operations import CUDA
 
 if obstacle := find_obstacle():
     pytest.skip(obstacle, allow_module_level=True)
