@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from compile_ahead import Build, compile_ahead
 from torch.nn import functional as F
 
 import models
@@ -119,6 +120,22 @@ def test_method_uses_the_kernel_where_kernels_run(monkeypatch):
             results.append(mixer(images, targets, lambda images, targets: maps))
         assert all(map(torch.equal, *results))
     assert launches == [kernels.score_kernel] * 2
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(n, marks=pytest.mark.slow) for n in (80, 100))])
+def test_a_program_keeps_its_tile_in_registers(capability):
+    """So nothing is spilled, and enough programs run on a multiprocessor to hide the latency of their loads."""
+    signature = dict.fromkeys(["first", "second", "scores"], "*fp32") | {"offsets": "*i64"}
+    signature |= dict.fromkeys(["offset_stride", "height", "width"], "i32")
+    builds = []
+    for side in (32, 224):
+        tile = kernels.choose_tile(side, side)
+        warps = tile.pop("num_warps")
+        builds.append(Build(kernels.score_kernel, signature, tile, warps, capability))
+    small, large = compile_ahead(builds)
+    assert small.spilled == large.spilled == 0 and small.shared == 0 and large.shared <= 64
+    assert small.registers <= 80 and small.resident >= 24 and small.loops[0] <= 180
+    assert large.registers <= 48 and large.resident >= 8 and large.loops[0] <= 100
 
 
 @pytest.mark.slow
