@@ -2,7 +2,8 @@
 
 Kim et al., ICML 2020, arXiv 2009.06962, Sec. 3. As in the authors' code, the mask is optimised first, without
 transport, and the transport once after it. The pairwise term of the mask is (m - m')^2.
-mixing/solvers/puzzlemix_mask.py finds the mask, mixing/solvers/puzzlemix_transport.py the transport.
+mixing/solvers/puzzlemix_mask.py finds the mask, mixing/solvers/puzzlemix_transport.py the transport, and on CUDA the
+Triton kernels of mixing/kernels/ do.
 """
 
 import math
@@ -233,9 +234,9 @@ class PuzzleMix(Mixer):
             cell = largest_divisor(block_height, self.neigh_size), largest_divisor(block_width, self.neigh_size)
             cells = F.avg_pool2d(images.float(), cell) * self.std  # the mean would cancel in the differences
         block_saliency = normalize_sum(block_means(saliency, n, n))
-        problem = build_mask_problem(block_saliency, cells, partner, lam, **self.weights)
-        labels, self.bound = self.solve(*problem)
-        self.energy = puzzlemix_mask.energy(labels, *problem)
+        build, solve = self.choose_mask_solver(images.device)
+        problem = build(block_saliency, cells, partner, lam, **self.weights)
+        labels, self.energy, self.bound = solve(*problem)
         mask = 1 - labels.permute(2, 0, 1) / (self.n_labels - 1)
         if not self.transport:
             return mask, None
@@ -251,6 +252,14 @@ class PuzzleMix(Mixer):
         solve_transport = self.choose_transport(images.device)
         blocks = solve_transport(torch.cat([block_saliency, block_saliency[partner]]), needed, self.t_eps)
         return mask, (*blocks.chunk(2), rows, columns)
+
+    def choose_mask_solver(self, device: torch.device):
+        """Return build_mask_problem() and the solver of its problems, on CUDA as Triton kernels if they run there."""
+        if self.solve is puzzlemix_mask.solve and use_kernels(self.kernels, device):
+            from mixing.kernels import puzzlemix_mask as kernels
+
+            return kernels.build_mask_problem, kernels.solve
+        return build_mask_problem, self.solve
 
     def choose_transport(self, device: torch.device):
         """Return the function that solves the transport: on CUDA a Triton kernel, if it runs there."""
@@ -285,7 +294,12 @@ def load_graph_cuts():
     from mixing.solvers.graphcut import import_gco, solve_mask
 
     import_gco()  # so that a missing package is reported now and not at the first batch
-    return lambda *problem: (solve_mask(*problem), None)
+
+    def solve(*problem):
+        labels = solve_mask(*problem)
+        return labels, puzzlemix_mask.energy(labels, *problem), None
+
+    return solve
 
 
 SOLVERS = {"parallel": lambda: puzzlemix_mask.solve, "gco": load_graph_cuts}

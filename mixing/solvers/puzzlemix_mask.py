@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+EXACT_SIDE = 4  # largest side of a grid that is solved exactly
 ITERATIONS = {8: 40, 16: 60}  # largest side of the grid -> most iterations of the dual ascent
 CHECK_EVERY = 5  # iterations
 TOLERANCE = 1e-6  # energy - bound of a settled image, for each block and layer, in units of the mean |f|
@@ -54,12 +55,20 @@ def energy(labels: torch.Tensor, unary: torch.Tensor, down: torch.Tensor, right:
     return own + vertical + (right * (share[:, 1:] - share[:, :-1]).square()).sum((0, 1))
 
 
-def solve(unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return labels (n, n, B) of lowest energy and a lower bound (B,) of the energy. Arguments as in energy()."""
-    if unary.shape[1] <= 4:
+def solve(
+    unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return labels (n, n, B) of lowest energy, their energy (B,) and a lower bound (B,) of the energy.
+
+    Arguments as in energy().
+    """
+    if unary.shape[1] <= EXACT_SIDE:
         labels = solve_exact(unary, down, right)
-        return labels, energy(labels, unary, down, right)
-    return solve_total_variation(unary, down, right)
+        reached = bound = energy(labels, unary, down, right)
+    else:
+        labels, bound = solve_total_variation(unary, down, right)
+        reached = energy(labels, unary, down, right)
+    return labels, reached, bound
 
 
 @cache
@@ -134,8 +143,7 @@ def solve_total_variation(
     f = unary[1:] - unary[:-1] + (1 + 2 * k - layers) / layers**2 * weight_sum
     scale = f.abs().mean((0, 1, 2)).clamp_min(1e-12)
     edges = layers**2 * scale
-    side = max(unary.shape[1:3])
-    iterations = iterations or next((steps for largest, steps in ITERATIONS.items() if side <= largest), 4 * side)
+    iterations = iterations or count_iterations(max(unary.shape[1:3]))
     x, is_settled = ascend_until_settled(f / scale, down / edges, right / edges, iterations)
     bound = unary[0].sum((0, 1)) + scale * (-x).clamp_max_(0).sum((0, 1, 2))
     labels = (x > THRESHOLDS[0]).sum(0)
@@ -193,6 +201,11 @@ def ascend_together(ascent: "DualAscent", iterations: int) -> tuple[torch.Tensor
     return x, all_settled.index_copy_(0, images, is_settled)
 
 
+def count_iterations(side: int) -> int:
+    """Return the most iterations for a grid. side: the larger one."""
+    return next((steps for largest, steps in ITERATIONS.items() if side <= largest), 4 * side)
+
+
 @cache
 def step_lengths(layers: int, device: torch.device) -> torch.Tensor:
     """Return the step lengths (K, K) of the flows between all pairs of layers."""
@@ -203,7 +216,11 @@ def step_lengths(layers: int, device: torch.device) -> torch.Tensor:
 
 def momentum_after(iteration: int, side: int) -> float:
     """Return the momentum after an iteration, counted from 1. side: the larger one of the grid."""
-    return min((iteration - 1) / (iteration + 2), 1 - 2.4 / max(side, 16))
+    return min((iteration - 1) / (iteration + 2), highest_momentum(side))
+
+
+def highest_momentum(side: int) -> float:
+    return 1 - 2.4 / max(side, 16)
 
 
 def split_by_parity(grid: torch.Tensor) -> torch.Tensor:
