@@ -81,8 +81,9 @@ def main(argv: list[str] | None = None) -> dict | None:
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
         scheduler = training.build_scheduler(optimizer, steps, **select_kwargs(options, training.build_scheduler))
     state = training.build_training_state(
-        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "compile", "graph_step"])
+        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "graph_step"])
     )
+    notes += [state.compile_model()] if options["compile"] else []
 
     # ---- Mixing ----
     with parser.usage_errors():
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> dict | None:
                 row = training.train_one_epoch(state, train, config, epoch=epoch, monitor=monitor)
             if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
-            run.end_epoch(row, remark=training.count_replaced(train))
+            run.end_epoch(row, remark=training.format_remark(state, train))
             training.draw_epoch(run, sets, train.image_set)
     result = training.finish_run(run, held_out["test"])
     runtime.shut_down_processes()

@@ -36,3 +36,9 @@ def explain_missing(name: str | os.PathLike, otherwise: str = "no such file") ->
     if re.match(r"[A-Za-z][\w+.-]+:/", name):
         return "URLs are not opened; download the file, for example with curl -LO URL, and give its path"
     return "standard input is not read; save it to a file and give its path" if name == "-" else otherwise
+
+
+def get_compile_error(error: Exception) -> str:
+    """Return the first line of an error of torch.compile, without those that only name the backend."""
+    cause = getattr(error, "inner_exception", error)
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import Terminated, UserError
+from engine.errors import Terminated, UserError, get_compile_error
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -65,6 +65,8 @@ def explain_error(error: Exception) -> str:
         return f"out of memory: {str(error).splitlines()[0]}\n{remedy}"
     if "more than 1 value per channel" in str(error):  # such as --mix_fraction, which leaves one image of a batch
         return "batch norm on feature maps of 1x1 pixel needs at least 2 images\nuse a larger --batch_size"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"torch.compile failed: {get_compile_error(error)}\nrun or resume without it: --compile false"
     if "DataLoader" in str(error):  # killed, out of shared memory, or without an answer
         return (
             f"the worker processes that read images failed: {str(error).splitlines()[0]}\ngive them more memory (in a "

@@ -552,9 +552,12 @@ def test_a_run_with_captured_graphs_resumes_exactly_as_an_eager_one(shapes_run, 
 
 
 @pytest.mark.slow
-def test_compiled_networks_save_uncompiled_parameter_names(shapes_run):
-    run = shapes_run("--compile", method="cutmix", epochs=1)
-    assert "conv1.weight" in load_checkpoint(run)["model"]
+def test_a_compiled_run_resumes_exactly(shapes_run):
+    whole = shapes_run("--compile", method="rmix", epochs=2)
+    part = shapes_run("--compile", "--save_every", "1", name="part", method="rmix", epochs=2)
+    shapes_run("--checkpoint", str(part / "epoch_001.pt"), name="part", method="rmix", epochs=2)
+    assert same_run(whole, part)
+    assert "conv1.weight" in load_checkpoint(whole)["model"]
 
 
 @pytest.mark.gpu

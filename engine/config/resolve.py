@@ -19,8 +19,8 @@ from engine.config.resume_rules import (
 from engine.errors import UserError
 
 RULES = OptionRules(
-    changeable={"profile", "vis_epoch", "list_models", "data_small", "data_large", "resize_to", "resize_dest"}
-    | {"graph_step"}
+    changeable={"compile", "graph_step", "profile", "vis_epoch", "list_models"}
+    | {"data_small", "data_large", "resize_to", "resize_dest"}
     | RESUME_CHANGEABLE,
     architecture={"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}
     | {"bank_size", "num_action", "num_patches"},

@@ -79,7 +79,9 @@ def add_run_options(
         "--init_from", metavar="FILE", help="initial weights; the last layer is new if the number of classes differs"
     )
     parser.option("--evaluate", "-e", type=boolean, default=False, help="evaluate --checkpoint and exit")
-    parser.option("--compile", type=boolean, default=False, help="compile the network with torch.compile")
+    parser.option(
+        "--compile", type=boolean, default=False, help="compile the network with torch.compile; pays in long runs only"
+    )
     parser.option(
         "--graph_step",
         type=boolean,

@@ -5,7 +5,7 @@ from engine import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
-        "console": "CLASSIFIER count_replaced describe_run draw_epoch finish_run print_profile",
+        "console": "CLASSIFIER describe_run draw_epoch finish_run format_remark print_profile",
         "evaluate": "evaluate_checkpoint evaluate_held_out load_initial_weights",
         "loop": "profile_steps train_one_epoch",
         "loss": "LOSSES",

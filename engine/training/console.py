@@ -206,10 +206,13 @@ def log_result(log: RunFolder, result: dict) -> None:
         log.say(f"files in {log.path}: {', '.join(names)}")
 
 
-def count_replaced(loader: DeviceLoader) -> str:
-    """Return the end of an epoch's line, which counts the unreadable training files; empty if there were none."""
-    count = loader.count_unreadable()
-    return f"  {format_count(count, 'training file')} cannot be read: replaced by others" if count else ""
+def format_remark(state: TrainingState, loader: DeviceLoader) -> str:
+    """Return the end of an epoch's line: the seconds that its steps and its evaluation spent on compiling, and the
+    number of unreadable training files. Empty if there were none.
+    """
+    count, seconds = loader.count_unreadable(), state.compile_clock.take() if state.compile_clock else 0.0
+    compiling = f"  compiling took {seconds:.1f} s" if seconds else ""
+    return compiling + (f"  {format_count(count, 'training file')} cannot be read: replaced by others" if count else "")
 
 
 def print_profile(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> None:

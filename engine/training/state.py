@@ -23,6 +23,7 @@ from engine.runtime.distributed import (
     wrap_ddp,
 )
 from engine.runtime.graphs import GraphCapture
+from engine.training.compilation import CompileClock, compile_network
 from engine.training.ema import ModelEma
 from engine.training.loss import LOSSES, get_cross_entropy_scale
 from engine.training.network_step import StepConfig, find_capture_obstacle, run_network_step
@@ -47,6 +48,7 @@ class TrainingState:
     )
     graph_step: bool = False  # whether the network's step is captured as a CUDA graph, with methods that allow it
     graphs: GraphCapture = field(init=False)  # what the run captures
+    compile_clock: CompileClock | None = None  # None: the model is not compiled
 
     def __post_init__(self):
         self.network = self.network or self.model
@@ -155,6 +157,11 @@ class TrainingState:
         stats.load_state_dict(own["tally"], self.device)
         return stats
 
+    def compile_model(self) -> str:
+        """Compile the model with torch.compile, if this machine can. Returns a note for the log."""
+        self.compile_clock, note = compile_network(self.model)
+        return note
+
     def set_mixer(self, mixer, build_source: Callable) -> None:
         """Use this mixing method from now on, with the saliency source that build_source(mixer) returns."""
         self.mixer, self.source = mixer, mixer.build_source(build_source)
@@ -237,17 +244,14 @@ def build_training_state(
     precision: torch.dtype | None = None,
     *,
     ema: float = 0.0,
-    compile: bool = False,
     graph_step: bool = False,
 ) -> TrainingState:
     """Return the state of a new run, without a mixing method.
 
     precision: dtype of autocast; None: float32. float16 gets a gradient scaler. ema: decay of the weight average; 0:
-    none. compile: compile the model with torch.compile. graph_step: see TrainingState.
+    none. graph_step: see TrainingState.
     """
     average = ModelEma(model, ema) if ema else None
-    if compile:
-        model.compile()
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if precision is torch.float16 else None
     network = wrap_ddp(model)
