@@ -95,6 +95,7 @@ class Bench:
 
         from engine.data.augment import Augmentation
         from engine.data.loader import DeviceLoader
+        from engine.training.compilation import compile_network
         from engine.training.evaluate import load_initial_weights
         from engine.training.loss import LOSSES, get_cross_entropy_scale
 
@@ -116,7 +117,7 @@ class Bench:
             load_initial_weights(self.model, options["init_from"], data.classes, find_matching_models)
         self.model = self.model.to(device, memory_format=layout)
         if options["compile"]:
-            self.model.compile()
+            compile_network(self.model)
         self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-4, momentum=0.9, fused=device.type != "mps")
         self.source_options = {
             **self.statistics,

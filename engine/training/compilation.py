@@ -45,8 +45,8 @@ def compile_network(network: nn.Module, **options) -> tuple[CompileClock | None,
     """
     if obstacle := find_obstacle(next(network.parameters()).device, **options):
         return None, (
-            f"--compile has no effect: nothing can be compiled here ({obstacle}); install a C++ compiler and the header "
-            "files of Python, or leave it out"
+            f"--compile has no effect: nothing can be compiled here ({obstacle}); install a C++ compiler and "
+            "the header files of Python, or leave it out"
         )
     import torch._dynamo
 
