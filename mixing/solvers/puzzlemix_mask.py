@@ -39,7 +39,7 @@ RATE = 1.25  # length of a step, relative to exact minimisation; with momentum, 
 PAIR_SHARE = 0.3  # the step of the flow between layers k and k' falls by this factor with each unit of |k - k'|
 THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # that round the relaxed solution, in units of the mean |f|
 CACHED_FLOWS = 2**19  # per thread: flows of the images that are solved together on a CPU
-LEAVING_SHARE, FEW_IMAGES = 0.6, 16  # on a CPU, settled images leave when at most this share of more images is open
+LEAVING_SHARE, FEW_IMAGES = 0.5, 16  # on a CPU, settled images leave when at most this share of more images is open
 
 
 def energy(labels: torch.Tensor, unary: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -180,14 +180,14 @@ def ascend_together(ascent: "DualAscent", iterations: int) -> tuple[torch.Tensor
     On a CPU, settled images leave. A device would have to wait for the host, so there all images go on, and the x of a
     settled image is kept.
     """
-    first = found = ascent.compute_x()
-    images = torch.arange(first.shape[-1], device=first.device)  # those in the ascent
+    found = ascent.get_x()
+    images = torch.arange(found.shape[-1], device=found.device)  # those in the ascent
     is_settled = torch.zeros_like(images, dtype=torch.bool)
-    x, all_settled, on_cpu = torch.empty_like(first), is_settled.clone(), first.device.type == "cpu"
+    x, all_settled, on_cpu = torch.empty_like(found), is_settled.clone(), found.device.type == "cpu"
     while ascent.iteration < iterations:
         ascent.advance(min(CHECK_EVERY, iterations - ascent.iteration))
-        found = torch.where(is_settled, found, ascent.compute_x())
-        is_settled = is_settled | (ascent.compute_gap() <= TOLERANCE * first[..., 0].numel())
+        found = torch.where(is_settled, found, ascent.get_x())
+        is_settled = is_settled | (ascent.compute_gap() <= ascent.tolerance)
         num_open = len(images) - int(is_settled.sum()) if on_cpu else len(images)
         if not num_open:
             break
@@ -198,7 +198,7 @@ def ascend_together(ascent: "DualAscent", iterations: int) -> tuple[torch.Tensor
             images, found, is_settled = (tensor.index_select(-1, stay) for tensor in (images, found, is_settled))
             ascent.keep(stay)
     x.index_copy_(-1, images, found)
-    return x, all_settled.index_copy_(0, images, is_settled)
+    return ascent.join_parts(x), all_settled.index_copy_(0, images, is_settled)
 
 
 def count_iterations(side: int) -> int:
@@ -246,7 +246,7 @@ class DualAscent:
     def __init__(self, f: torch.Tensor, down: torch.Tensor, right: torch.Tensor):
         layers, rows, columns, batch = f.shape
         height, width = rows + rows % 2, columns + columns % 2
-        self.grid, self.iteration = (rows, columns), 0
+        self.grid, self.iteration, self.tolerance = (rows, columns), 0, TOLERANCE * f[..., 0].numel()
         self.steps = step_lengths(layers, f.device).view(layers, layers, 1)
         cells = f.new_zeros(layers, height + 2, width, batch)
         cells[:, :rows, :columns] = f
@@ -274,6 +274,8 @@ class DualAscent:
         self.flows = list(flows.flatten(-2))
         self.extrapolated = [(one, one.split(1, 2), one.split(1, 1)) for one in extrapolated.flatten(-2)]
         self.spare = torch.empty_like(self.flows[0])
+        self.u, labels = torch.empty_like(self.cost), torch.empty_like(self.cost[:, :, :1])
+        self.labels, self.coupling = Blocks(labels, self.pair_up(labels)), torch.empty_like(self.upper)
 
     def keep(self, images: torch.Tensor) -> None:
         """Go on with these images only. images: indices, (B',) long."""
@@ -309,19 +311,26 @@ class DualAscent:
             torch.lerp(self.previous.all, self.x.all, weight, out=self.previous.all)
             self.x, self.previous = self.previous, self.x
 
-    def compute_x(self) -> torch.Tensor:
-        """Return x (K, n, n, B) of the flows."""
+    def get_x(self) -> torch.Tensor:
+        """Return a view of x of the flows, (2, 2, K, cells + padding, B)."""
+        return self.previous.all.unflatten(-1, (-1, self.batch))
+
+    def join_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x of get_x() as a grid (K, n, n, B)."""
         rows, columns = self.grid
-        grid = self.previous.all.unflatten(-1, (-1, (columns + 1) // 2, self.batch))  # part, part, K, h + 1, w, B
-        return grid.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)[:, :rows, :columns].contiguous()
+        cells = x.unflatten(-2, (-1, (columns + 1) // 2)).permute(2, 3, 0, 4, 1, 5)
+        return cells.flatten(3, 4).flatten(1, 2)[:, :rows, :columns]
 
     def compute_gap(self) -> torch.Tensor:
         """Return energy - bound (B,) of u = [x > 0].
 
         The coupling of all pairs of layers depends on the sums S of u over the layers only: a (K S + K S' - 2 S S').
         """
-        u = (self.previous.all > 0).to(self.cost.dtype)
-        gap = torch.addcmul(self.previous.all.clamp_min(0), u, self.cost)
-        coupling = torch.stack([a * b for a, b in self.pair_up(u.sum(2, keepdim=True))]).mul_(self.upper)
-        sums = (tensor.view(-1, self.batch).sum(0) for tensor in (gap, coupling))
-        return next(sums) - 2 * next(sums)
+        torch.gt(self.previous.all, 0, out=self.u)
+        torch.sum(self.u, 2, keepdim=True, out=self.labels.all)
+        for product, (first, second) in zip(self.coupling, self.labels.pairs, strict=True):
+            torch.mul(first, second, out=product)
+        coupling = self.coupling.mul_(self.upper)
+        gap = self.previous.all.clamp_min(0).addcmul_(self.u, self.cost)
+        gap, coupling = (terms.view(-1, self.batch).sum(0) for terms in (gap, coupling))
+        return gap - 2 * coupling
