@@ -26,6 +26,7 @@ batch, and every implementation follows it:
 The batch is the last dimension of all tensors, so that arithmetic runs along it.
 """
 
+import math
 from functools import cache
 from typing import NamedTuple
 
@@ -166,10 +167,10 @@ def ascend_until_settled(
     The sum is over all pairs of layers. f (K, n, n, B) is of the order of 1; a is down (n-1, n, B) and right
     (n, n-1, B). On a CPU, as many images are solved at a time as fit the cache, so that the time is linear in B.
     """
-    size = f.shape[-1]
+    flows, num_parts = 2 * len(f) * f.numel(), 1
     if f.device.type == "cpu":
-        size = max(1, CACHED_FLOWS * torch.get_num_threads() // (2 * len(f) * f[..., 0].numel()))
-    parts = zip(*(tensor.split(size, -1) for tensor in (f, down, right)), strict=True)
+        num_parts = min(f.shape[-1], math.ceil(flows / (CACHED_FLOWS * torch.get_num_threads())))
+    parts = zip(*(tensor.tensor_split(num_parts, -1) for tensor in (f, down, right)), strict=True)
     x, is_settled = zip(*(ascend_together(DualAscent(*part), iterations) for part in parts), strict=True)
     return torch.cat(x, -1), torch.cat(is_settled)
 
