@@ -216,10 +216,7 @@ def ascend(
     mate_3, limit_3 = load_edges(down, place, batch, n, LAYERS, False, 1)
     # ---- Costs of the layers, in units of their mean ----
     real = (layer < LAYERS)[:, None] & inside[None, :]
-    cost = unary + (layer[:, None] * n * n + place[None, :]) * batch + image
-    rise = tl.load(cost + n * n * batch, mask=real, other=0.0) - tl.load(cost, mask=real, other=0.0)
-    limit_sum = limit_0 + limit_1 + limit_2 + limit_3
-    f = tl.where(real, rise + (1 + 2 * layer - LAYERS)[:, None] * limit_sum[None, :], 0.0)
+    f = load_layers(unary, limit_0 + limit_1 + limit_2 + limit_3, real, batch, n, LAYERS)
     scale = tl.maximum(tl.sum(tl.abs(f)) / (LAYERS * n * n), 1e-12)
     f = f / scale
     limit_0, limit_1, limit_2, limit_3 = limit_0 / scale, limit_1 / scale, limit_2 / scale, limit_3 / scale
@@ -256,9 +253,9 @@ def ascend(
     best, lowest = tl.zeros([PLACES], tl.int32), float("inf")
     for number in tl.static_range(len(THRESHOLDS.value)):
         trial = tl.sum((real & (x > THRESHOLDS.value[number])).to(tl.int32), 0)
-        own = tl.load(unary + (trial * n * n + place) * batch + image, mask=inside, other=0.0)
         coupling = limit_0 * squared_step(trial, mate_0) + limit_1 * squared_step(trial, mate_1)
         coupling += limit_2 * squared_step(trial, mate_2) + limit_3 * squared_step(trial, mate_3)
+        own = tl.load(unary + (trial * n * n + place) * batch + image, mask=inside, other=0.0)
         reached = tl.sum(own) + scale * tl.sum(coupling) / 2
         if number == 0:
             best, lowest = trial, reached
@@ -269,6 +266,15 @@ def ascend(
     tl.store(energy + image, lowest)
     first_costs = tl.load(unary + place * batch + image, mask=inside, other=0.0)
     tl.store(bound + image, tl.sum(first_costs) - scale * tl.sum(tl.where(real, tl.maximum(x, 0.0), 0.0)))
+
+
+@triton.jit
+def load_layers(unary, limit_sum, real, batch, n, LAYERS: tl.constexpr):
+    """Return f (K, N) of the relaxed problem. limit_sum: of the edges at each block; real: what is no padding."""
+    layer, place = tl.arange(0, real.shape[0]), tl.arange(0, real.shape[1])
+    cost = unary + (layer[:, None] * n * n + place[None, :]) * batch + tl.program_id(0)
+    rise = tl.load(cost + n * n * batch, mask=real, other=0.0) - tl.load(cost, mask=real, other=0.0)
+    return tl.where(real, rise + (1 + 2 * layer - LAYERS)[:, None] * limit_sum[None, :], 0.0)
 
 
 @triton.jit
