@@ -6,11 +6,13 @@ the same input, and outputs avoid inputs that many other outputs show. mixing/so
 objective, mixing/solvers/comixup_labelling.py minimises it. Targets follow the area that each input covers.
 """
 
+from functools import partial
+
 import torch
 from torch.distributions import Dirichlet
 
 from mixing.base import Mixer
-from mixing.kernels import check_mode
+from mixing.kernels import check_mode, use_kernels
 from mixing.ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
 from mixing.solvers.comixup_energy import Labelling
 from mixing.solvers.comixup_labelling import solve
@@ -148,7 +150,7 @@ class CoMixup(Mixer):
         self.problem = {"beta": m_beta, "gamma": m_gamma, "thres": m_thres, "thres_type": m_thres_type}
         self.effort = {"sweeps": m_niter, "resolve": set_resolve}
         self.clean_lam, self.mix_prob = clean_lam, check_probability("mix_prob", mix_prob)
-        self.solve, self.kernels = SOLVERS[solver](), check_mode(kernels)
+        self.solve = SOLVERS[solver](check_mode(kernels))
         self.objective: torch.Tensor | None = None
 
     @property
@@ -196,12 +198,19 @@ def part_starts(begin: int, end: int, size: int, device: torch.device) -> torch.
     return torch.arange(begin, end, size, device=device).view(-1, 1, 1, 1, 1)
 
 
-def solve_in_parallel(cost, compatibility, *, sweeps: int, resolve: bool, **problem) -> Labelling:
-    """Run mixing.solvers.comixup_labelling.solve() from random initial labellings."""
+def solve_in_parallel(
+    cost, compatibility, *, sweeps: int, resolve: bool, kernels: str = "auto", **problem
+) -> Labelling:
+    """Run mixing.solvers.comixup_labelling.solve(), or its kernels, from random initial labellings."""
     parts, m = cost.shape[:2]
     starts = next(count for minimum, count in STARTS.items() if m >= minimum)
     order = torch.rand(parts, starts, m, device=cost.device).argsort(2)
-    return solve(cost, compatibility, order, rounds=ROUNDS * sweeps, resolve=resolve, **problem)
+    effort = {"rounds": ROUNDS * sweeps, "resolve": resolve}
+    if use_kernels(kernels, cost.device):
+        from mixing.kernels import comixup
+
+        return comixup.solve(cost, compatibility, order, **effort, **problem)
+    return solve(cost, compatibility, order, **effort, **problem)
 
 
 def load_graph_cuts():
@@ -212,4 +221,7 @@ def load_graph_cuts():
     return solve_labelling
 
 
-SOLVERS = {"parallel": lambda: solve_in_parallel, "gco": load_graph_cuts}
+SOLVERS = {
+    "parallel": lambda kernels: partial(solve_in_parallel, kernels=kernels),
+    "gco": lambda kernels: load_graph_cuts(),
+}

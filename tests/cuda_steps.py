@@ -244,7 +244,8 @@ def count_call(build: Callable[[], Callable[[], object]]) -> StepCounter:
 
 
 ROWS: dict[str, dict] = {  # of the table of launches: name -> arguments of count_training_step()
-    **{name: {"method": name} for name in MIXERS if name != "puzzlemix"},
+    **{name: {"method": name} for name in MIXERS if name not in ("puzzlemix", "comixup")},
+    **{f"comixup {side}": {"method": "comixup", "m_block_num": side} for side in (4, 16)},
     **{f"puzzlemix {side}": {"method": "puzzlemix", "block_num": (side,)} for side in (2, 4, 8, 16)},
 }
 

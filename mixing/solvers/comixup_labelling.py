@@ -46,8 +46,7 @@ def solve(
     """
     parts, m, h, w = cost.shape
     energy = build_energy(cost, compatibility, beta, gamma, thres, thres_type)
-    side = max(n for n in range(1, EXACT_SIDE + 1) if h % n == 0 and w % n == 0)
-    tall, wide = h // side, w // side
+    tall, wide = find_coarse_blocks(h, w)
     first_rounds = max(rounds // 2, 1)
     coarse = energy.coarsen(tall, wide)
     starts = coarse.repeat(order.shape[1])
@@ -63,6 +62,12 @@ def solve(
         z, value = run_rounds(z, energy, 1, extra)
         value = value - (extra * count_blocks(z, parts)).sum((1, 2))
     return to_labelling(z, value, parts)
+
+
+def find_coarse_blocks(h: int, w: int) -> tuple[int, int]:
+    """Return the size in blocks of the larger blocks of which a grid of h x w consists, at most EXACT_SIDE a side."""
+    side = max(n for n in range(1, EXACT_SIDE + 1) if h % n == 0 and w % n == 0)
+    return h // side, w // side
 
 
 def count_blocks(z: torch.Tensor, parts: int) -> torch.Tensor:
