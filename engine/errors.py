@@ -39,6 +39,9 @@ def explain_missing(name: str | os.PathLike, otherwise: str = "no such file") ->
 
 
 def get_compile_error(error: Exception) -> str:
-    """Return the first line of an error of torch.compile, without those that only name the backend."""
+    """Return the telling line of an error of torch.compile: the first error of a compiler, else the first line, without
+    those that only name the backend.
+    """
     cause = getattr(error, "inner_exception", error)
-    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    lines = str(cause).strip().splitlines() or [type(cause).__name__]
+    return next((line.strip() for line in lines if "error: " in line), lines[0])[:200]

@@ -119,11 +119,11 @@ def test_a_failing_compiler_ends_the_run_in_one_line():
     network = build_network()
 
     def fail(graph, inputs):
-        raise RuntimeError("\nC++ compile error\nCommand: g++ ...")
+        raise RuntimeError("\nC++ compile error\nCommand: g++ ...\nx.cpp:1: fatal error: Python.h: No such file")
 
     network.compile(backend=fail)
     with pytest.raises(RuntimeError) as caught:
         network(torch.rand(2, 3, 8, 8))
     assert explain_error(caught.value) == (
-        "torch.compile failed: C++ compile error\nrun or resume without it: --compile false"
+        "torch.compile failed: x.cpp:1: fatal error: Python.h: No such file\nrun or resume without it: --compile false"
     )
