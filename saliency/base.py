@@ -46,6 +46,7 @@ class Source:
     # tensors, None and plain values. For arguments of the same shapes it launches the same operations on the same
     # memory: it never waits for the device or draws on the host, and it updates tensors of the source in place.
     capturable: tuple[str, ...] = ()
+    network_passes: tuple[str, ...] = ()  # the same for methods that run the network; captured with --graph_step
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the saliency maps, (B, H, W) float32 >= 0."""

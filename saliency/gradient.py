@@ -42,6 +42,7 @@ class Gradient(Source):
     """
 
     has_gradient = True
+    network_passes = ("run_network",)
 
     def __init__(
         self,
@@ -85,6 +86,11 @@ class Gradient(Source):
         return self.reduce(self.gradient(images, targets))
 
     def gradient(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        gradient, self.logits = self.run_network(images, targets)
+        return gradient
+
+    def run_network(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradient with respect to the images, (B, C, H, W), and the logits, (B, K), both in float32."""
         pixels = images.detach()
         if self.saliency_size:
             if self.saliency_size > max(images.shape[-2:]):
@@ -100,7 +106,6 @@ class Gradient(Source):
         ):
             with precision:
                 logits = self.model(pixels)
-            self.logits = logits.detach().float()
             loss = self.loss_fn(logits.float(), targets)
             if reuse:
                 loss = self.clean_weight * loss
@@ -111,7 +116,7 @@ class Gradient(Source):
                 (gradient,) = torch.autograd.grad(loss * (len(images) * scale), pixels)
         if self.saliency_size:
             gradient = F.interpolate(gradient.float(), images.shape[-2:], mode="bilinear", align_corners=False)
-        return gradient.float()
+        return gradient.float(), logits.detach().float()
 
     @torch.no_grad()
     def reduce(self, gradient: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,13 @@ def list_memory(function) -> list[torch.Tensor]:
     """Return what a captured function may write besides its results: buffers and gradients of the networks it was
     given, and the tensors of its source.
     """
-    owners = [*getattr(function, "args", ()), getattr(function, "__self__", None)]
-    networks = [one for one in owners if isinstance(one, nn.Module)]
+    owned = [*getattr(function, "args", ())]
+    if source := getattr(function, "__self__", None):
+        owned += [value for name, value in vars(source).items() if name != "logits"]
+    networks = [one for one in owned if isinstance(one, nn.Module)]
     memory = [tensor for network in networks for tensor in network.buffers()]
     memory += [parameter.grad for network in networks for parameter in network.parameters()]
-    return memory + [one for owner in owners for one in vars(owner or FakeGraph).values() if torch.is_tensor(one)]
+    return memory + [one for one in owned if isinstance(one, torch.Tensor)]
 
 
 def as_tuple(result) -> tuple:

@@ -127,6 +127,7 @@ def test_a_captured_network_step_can_be_captured_and_takes_few_launches(method, 
     check(counter)
     eager = count_training_step(method, precision=precision, ema=0.9, clip_grad=1.0, micro_batches=2)
     assert counter.launches["network"] < eager.launches["network"] / 2
+    assert counter.launches["saliency"] <= eager.launches["saliency"] / 2
 
 
 @pytest.mark.parametrize("source", SOURCES)

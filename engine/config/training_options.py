@@ -86,7 +86,7 @@ def add_run_options(
         "--graph_step",
         type=boolean,
         default=False,
-        help="capture the network's forward and backward pass as a CUDA graph (one GPU)",
+        help="capture the network's forward and backward passes as CUDA graphs (one GPU)",
     )
     parser.option("--profile", type=int_at_least(), default=0, help="time the parts of N training steps, and exit")
 

@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 EAGER_CALLS = 3  # in a row with the same kind of arguments, before they are captured
-MAX_GRAPHS = 4  # of a function: each keeps the memory of its intermediate results
+MAX_GRAPHS = 4  # of a function
 SMALL = 2**23  # elements of a tensor: an operation on more of them takes the device longer than the host to launch it
 
 
@@ -69,12 +69,15 @@ def replay(graph) -> None:
 class GraphCapture:
     """Wraps the functions of a run that are worth capturing. notes: lines for the log, on captures that failed.
 
+    All graphs share the memory of their intermediate results, the pool: one runs after the other, and the results of
+    one are copied before another may overwrite them.
+
     A failed capture may leave torch's random generator and its allocator in a state that earlier graphs cannot bear.
     From then on the whole run is eager.
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.notes = device, []
+        self.device, self.notes, self.pool = device, [], None
         self.enabled = can_capture(device)
 
     def wrap(self, function: Callable, name: str, max_size: float = math.inf) -> Callable:
@@ -84,11 +87,12 @@ class GraphCapture:
         """
         return CapturedFunction(function, name, self, max_size) if self.enabled else function
 
-    def wrap_source(self, source) -> None:
-        """Capture the methods of a saliency source that it declares as capturable."""
-        for name in source.capturable if self.enabled else ():
-            title = f"{type(source).__name__}.{name}"
-            setattr(source, name, self.wrap(getattr(source, name), title, max_size=SMALL))
+    def wrap_source(self, source, network_passes: bool = False) -> None:
+        """Capture the methods of a saliency source that it declares as capturable. network_passes: these, too."""
+        sizes = dict.fromkeys(source.capturable, SMALL)
+        sizes |= dict.fromkeys(source.network_passes if network_passes else (), math.inf)
+        for name, max_size in sizes.items() if self.enabled else ():
+            setattr(source, name, self.wrap(getattr(source, name), f"{type(source).__name__}.{name}", max_size))
 
     def take_notes(self) -> list[str]:
         """Return the notes since the last call."""
@@ -143,9 +147,8 @@ class CapturedFunction:
         """Capture a graph for this kind of call if it is time to. Returns whether there is one now."""
         if self.in_a_row <= EAGER_CALLS or len(self.recordings) == MAX_GRAPHS:
             return False
-        pool = next((recording.graph.pool() for recording in self.recordings.values()), None)
         try:
-            self.recordings[call] = Recording(self.function, arguments, self.graphs.device, pool)
+            self.recordings[call] = Recording(self.function, arguments, self.graphs)
         except Exception as error:  # the eager call that follows raises what has nothing to do with the capture
             self.recordings.clear()
             self.graphs.disable(self.name, error)
@@ -154,13 +157,11 @@ class CapturedFunction:
 
 
 class Recording:
-    """A captured call: a graph, the arguments that it reads and the results that it writes.
+    """A captured call: a graph, the arguments that it reads and the results that it writes."""
 
-    The graphs of a function share memory: one may overwrite the results of another, which have been copied by then.
-    """
-
-    def __init__(self, function: Callable, arguments: tuple, device: torch.device, pool: tuple | None):
-        self.graph, self.arguments, self.result = capture(function, arguments, device, pool)
+    def __init__(self, function: Callable, arguments: tuple, graphs: GraphCapture):
+        self.graph, self.arguments, self.result = capture(function, arguments, graphs.device, graphs.pool)
+        graphs.pool = self.graph.pool()
 
     def replay(self, arguments: tuple):
         with torch.no_grad():

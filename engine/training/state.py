@@ -297,14 +297,15 @@ class SourceBuilder:
             "training_loss": LOSSES[loss],
             "cross_entropy_scale": get_cross_entropy_scale(loss, len(data.classes)),
         }
-        self.graphs = state.graphs
+        self.graphs, self.graph_step = state.graphs, state.graph_step
 
     def __call__(self, mixer):
         name = self.name or mixer.default_source
         if name in self.learning_sources:
             return self.learning_sources[name]
         source = self.build_source(name, **self.values | mixer.gradient_options)
-        self.graphs.wrap_source(source)
+        captures_passes = self.graph_step and not find_capture_obstacle(self.graphs, mixer, [source])
+        self.graphs.wrap_source(source, network_passes=captures_passes)
         if source.learns:
             self.learning_sources[name] = source
         return source

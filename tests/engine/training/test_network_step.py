@@ -82,13 +82,14 @@ def compare(method: str, device: str = "cpu", precision: torch.dtype | None = No
 def test_a_captured_step_trains_as_the_eager_one(monkeypatch, method):
     fake = FakeGraphs(monkeypatch)
     compare(method, label_smoothing=0.1)
-    assert fake.captures == 1 and fake.replays == 2 * 6 - 3, "the smaller last batch is eager"
+    graphs = 1 if method in ("none", "cutmix") else 2  # the other methods also take gradients of the clean images
+    assert fake.captures == graphs and fake.replays >= graphs * (2 * 6 - 3), "the smaller last batch is eager"
 
 
 def test_gradients_of_micro_batches_and_clean_images_add_up(monkeypatch):
     fake = FakeGraphs(monkeypatch)
     compare("comixup", micro_batches=2, clip_grad=0.5)
-    assert fake.captures == 1
+    assert fake.captures == 2
 
 
 def test_a_gradient_scaler_is_captured(monkeypatch):
