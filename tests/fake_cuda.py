@@ -27,6 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from engine.runtime import graphs
 from mixing import kernels
 
+TRIED = (2, 14)  # the oldest torch that this was tried with; with another, operations may count differently
 PRIVATE = (  # functions of torch that this file relies on: (owner, name)
     (torch._C, "_ensureCUDADeviceGuardSet"),
     (torch.autograd, "_engine_run_backward"),
@@ -77,6 +78,8 @@ def find_obstacle() -> str | None:
     """Return why there can be no fake CUDA device here, or None."""
     if torch.cuda.is_available():
         return "there is a CUDA device, whose constants must not be fake"
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TRIED:
+        return f"torch {torch.__version__}: FakeTensors were tried with {'.'.join(map(str, TRIED))} and later"
     missing = [name for owner, name in PRIVATE if not hasattr(owner, name)]
     return f"torch {torch.__version__} lacks {', '.join(missing)}" if missing else None
 
