@@ -13,6 +13,7 @@ of them at once. See "CUDA Graphs" in the notes on CUDA semantics of the PyTorch
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 
@@ -53,12 +54,39 @@ def capture(function: Callable, arguments: tuple, device: torch.device, pool: tu
     an earlier graph, to share.
     """
     arguments = copy_arguments(arguments)
-    graph, stream = torch.cuda.CUDAGraph(), get_capture_stream(device)
-    with torch.cuda.stream(stream):  # torch.cuda.graph() does not restore the stream after a failed capture
-        # other threads may allocate pinned memory for the next batch meanwhile
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = function(*arguments)
+    graph, stream, pool = torch.cuda.CUDAGraph(), get_capture_stream(device), pool or torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.stream(stream):  # torch.cuda.graph() does not restore the stream after a failed capture
+            # other threads may allocate pinned memory for the next batch meanwhile
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = function(*arguments)
+    except Exception:
+        renew_generator(device)
+        release_pool(device, pool)
+        raise
     return graph, arguments, result
+
+
+def renew_generator(device: torch.device) -> None:
+    """Make the random generator of a device usable after a failed capture, which older versions of torch never end.
+
+    Its numbers go on as if nothing had been captured.
+    """
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+def release_pool(device: torch.device, pool: tuple) -> None:
+    """Return the memory of a failed capture, in which older versions of torch go on to allocate.
+
+    They would never free what several streams have used, such as a batch read from files, and empty_cache() would fail.
+    """
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None)  # its name since torch 2.8
+    try:
+        (end or torch._C._cuda_endAllocateCurrentStreamToPool)(device.index or 0, pool)
+    except RuntimeError:  # torch has done so itself
+        return
+    torch._C._cuda_releasePool(device.index or 0, pool)
 
 
 def replay(graph) -> None:
@@ -72,12 +100,15 @@ class GraphCapture:
     All graphs share the memory of their intermediate results, the pool: one runs after the other, and the results of
     one are copied before another may overwrite them.
 
-    A failed capture may leave torch's random generator and its allocator in a state that earlier graphs cannot bear.
-    From then on the whole run is eager.
+    No graph is deleted while another may be replayed, not even with the saliency source of a phase that has ended:
+    newer versions of torch then free the cuBLAS workspaces of the capture stream, which all graphs use (pytorch issue
+    193402), and the pool. A failed capture may leave torch's random generator and its allocator in a state that earlier
+    graphs cannot bear. From then on the whole run is eager, without any graph.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.notes, self.pool = device, [], None
+        self.functions, self.graphs = weakref.WeakSet(), []
         self.enabled = can_capture(device)
 
     def wrap(self, function: Callable, name: str, max_size: float = math.inf) -> Callable:
@@ -85,7 +116,11 @@ class GraphCapture:
 
         name: what the log calls it. max_size: of a tensor that is passed; with larger ones the calls stay eager.
         """
-        return CapturedFunction(function, name, self, max_size) if self.enabled else function
+        if not self.enabled:
+            return function
+        captured = CapturedFunction(function, name, self, max_size)
+        self.functions.add(captured)
+        return captured
 
     def wrap_source(self, source, network_passes: bool = False) -> None:
         """Capture the methods of a saliency source that it declares as capturable. network_passes: these, too."""
@@ -101,22 +136,13 @@ class GraphCapture:
 
     def disable(self, name: str, error: Exception) -> None:
         """Go on without graphs after a failed capture of the function `name`."""
-        self.enabled = False
+        self.enabled, self.graphs = False, []
+        for function in self.functions:
+            function.recordings.clear()
         while isinstance(error.__context__, RuntimeError):  # the end of a broken capture raises another error
             error = error.__context__
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         self.notes.append(f"{name} cannot be captured as a CUDA graph ({reason}): the run goes on without, slower")
-        renew_generator(self.device)
-
-
-def renew_generator(device: torch.device) -> None:
-    """Make the random generator of a device usable after a failed capture, which older versions of torch never end.
-
-    Its numbers go on as if nothing had been captured.
-    """
-    if device.type == "cuda":
-        generator = torch.cuda.default_generators[device.index or 0]
-        generator.graphsafe_set_state(generator.clone_state())
 
 
 class CapturedFunction:
@@ -150,7 +176,6 @@ class CapturedFunction:
         try:
             self.recordings[call] = Recording(self.function, arguments, self.graphs)
         except Exception as error:  # the eager call that follows raises what has nothing to do with the capture
-            self.recordings.clear()
             self.graphs.disable(self.name, error)
             return False
         return True
@@ -162,6 +187,7 @@ class Recording:
     def __init__(self, function: Callable, arguments: tuple, graphs: GraphCapture):
         self.graph, self.arguments, self.result = capture(function, arguments, graphs.device, graphs.pool)
         graphs.pool = self.graph.pool()
+        graphs.graphs.append(self.graph)
 
     def replay(self, arguments: tuple):
         with torch.no_grad():

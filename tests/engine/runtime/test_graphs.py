@@ -1,3 +1,7 @@
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 from fake_graphs import FakeGraphs
@@ -102,6 +106,58 @@ def test_after_a_failed_capture_everything_is_eager_with_one_note(fake, monkeypa
     assert not capture.take_notes() and fake.replays == 1 + EAGER_CALLS
 
 
+def test_a_graph_outlives_its_function_while_others_may_be_replayed(fake, monkeypatch):
+    """Torch frees workspaces that all graphs use with the first one that is deleted, as at the end of a phase."""
+    capture = GraphCapture(CPU)
+    run, other = capture.wrap(double, "double"), capture.wrap(double, "other")
+    for _ in range(EAGER_CALLS + 1):
+        run(torch.ones(2)), other(torch.ones(2))
+    graph, others_graph = (weakref.ref(*[one.graph for one in each.recordings.values()]) for each in (run, other))
+    del run
+    gc.collect()
+    assert graph() is not None
+    capture.disable("other", RuntimeError("out of memory"))  # its graph would keep the memory of its results
+    gc.collect()
+    assert graph() is others_graph() is None
+
+
+@pytest.mark.parametrize("torch_ends_it", [False, True])
+def test_a_failed_capture_gives_its_memory_back(monkeypatch, torch_ends_it):
+    calls = []
+
+    class Graph(contextlib.AbstractContextManager):
+        def __init__(self, graph, **options):
+            self.options = options
+
+        def __exit__(self, *error):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(*pool):
+        calls.append(("end", *pool))
+        if torch_ends_it:
+            raise RuntimeError("not currently recording to mempool_id")
+
+    class Generator:
+        def clone_state(self):
+            return "copy"
+
+        def graphsafe_set_state(self, state):
+            calls.append(("renew", state))
+
+    monkeypatch.setattr(graphs, "get_capture_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 7))
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, Generator()))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *pool: calls.append(("release", *pool)), raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(double, (torch.ones(2),), torch.device("cuda", 1), None)
+    ended = [("renew", "copy"), ("end", 1, (0, 7))]
+    assert calls == (ended if torch_ends_it else [*ended, ("release", 1, (0, 7))])
+
+
 @pytest.mark.parametrize("name", ["fine_grained", "spectral_residual", "float_bytes"])
 def test_static_sources_are_captured(fake, name):
     options = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -184,5 +240,6 @@ def test_a_function_that_waits_goes_on_eagerly_on_cuda():
     for _ in range(EAGER_CALLS + 3):
         assert run(torch.ones(3, device=CUDA)).eq(3).all()
         torch.rand(3, device=CUDA)  # the generator still works
+    torch.cuda.empty_cache()  # raises if the allocator takes the capture for unfinished
     assert len(capture.take_notes()) == 1
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
