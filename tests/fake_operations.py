@@ -161,6 +161,8 @@ class FakeCuda(TorchDispatchMode):
             return invent_result(name, args)
         if name == "_sample_dirichlet":  # has no FakeTensor implementation
             return torch.empty_like(args[0])
+        if name == "index":
+            args = (args[0], invent_indices(args[1]))
         return None if name in WITHOUT_RESULT else run_fake(func, args, kwargs)
 
     def copy(self, func, name: str, args: tuple, kwargs: dict):
@@ -227,6 +229,18 @@ def run_fake(func, args: tuple, kwargs: dict):
     args, kwargs = tree_map(fake, (args, kwargs))
     with FAKE_MODE:
         return func(*args, **kwargs)
+
+
+def invent_indices(indices: list) -> list:
+    """Return an index with positions in place of masks, all of them, because a FakeTensor cannot say which."""
+    found = []
+    for one in indices:
+        if is_fake(one) and one.dtype in (torch.bool, torch.uint8):
+            with FAKE_MODE:
+                found += [torch.zeros(one.numel(), dtype=torch.long, device=CUDA) for _ in one.shape]
+        else:
+            found.append(one)
+    return found
 
 
 def invent_result(name: str, args: tuple):
