@@ -313,7 +313,7 @@ def select_kernel(
             for word in range(words):
                 taken = tl.xor_sum(tl.where(wins, tl.load(mine + word, mask=real, other=0), 0), 0)  # no bit is in two
                 free &= (tl.load(touched + row * words + word, mask=tried, other=0) & taken) == 0
-            gains = tl.where(free, gains, 0.0)
+            gains = tl.where(free | (tried_as >= labels_tried), gains, 0.0)  # padding is never the best
     # ---- Best labelling and moves ----
     moved = chosen >= 0
     index = output * labels_tried + chosen
