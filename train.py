@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> dict | None:
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
         scheduler = training.build_scheduler(optimizer, steps, **select_kwargs(options, training.build_scheduler))
     state = training.build_training_state(
-        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "graph_step"])
+        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "graph_step", "kernels"])
     )
     notes += [state.compile_model()] if options["compile"] else []
 

@@ -96,7 +96,8 @@ def add_common_method_options(parser: Parser) -> None:
         "--kernels",
         type=choice(["auto", "triton", "torch"]),
         default="auto",
-        help="puzzlemix, comixup, sage: Triton kernels where they run (CUDA) or torch; auto falls back to torch",
+        help="on CUDA: Triton kernels for puzzlemix, comixup and sage, and CUDA graphs of saliency (auto: where they "
+        "run), or torch operations alone",
     )
 
 

@@ -42,6 +42,8 @@ def collect_mixing_notes(
                 "only --saliency gradient also trains on the unmixed images; this run trains on the mixed ones alone, "
                 "which changes the method, not just its speed"
             )
+    if options["graph_step"] or any(source.capturable for source in sources):
+        read = read | {"kernels"}  # torch: no CUDA graphs
     if options["label_smoothing"] and any(source.clean_weight for source in sources):
         notes.append("--label_smoothing applies to the labels of the mixed images; those of the clean images stay hard")
     if unused := find_unused_options(typed, parser.get_option_names(*OPTION_GROUPS), read):

@@ -104,12 +104,20 @@ class GraphCapture:
     newer versions of torch then free the cuBLAS workspaces of the capture stream, which all graphs use (pytorch issue
     193402), and the pool. A failed capture may leave torch's random generator and its allocator in a state that earlier
     graphs cannot bear. From then on the whole run is eager, without any graph.
+
+    kernels: the option; `torch` captures nothing. obstacle: why nothing is captured, or None.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, kernels: str = "auto"):
         self.device, self.notes, self.pool = device, [], None
         self.functions, self.graphs = weakref.WeakSet(), []
-        self.enabled = can_capture(device)
+        self.obstacle = "--kernels torch does without CUDA graphs" if kernels == "torch" else None
+        if not can_capture(device):
+            self.obstacle = f"a CUDA graph needs a CUDA device, and this is {device.type}"
+
+    @property
+    def enabled(self) -> bool:
+        return self.obstacle is None
 
     def wrap(self, function: Callable, name: str, max_size: float = math.inf) -> Callable:
         """Return a CapturedFunction of a function, or the function itself where nothing can be captured.
@@ -136,7 +144,7 @@ class GraphCapture:
 
     def disable(self, name: str, error: Exception) -> None:
         """Go on without graphs after a failed capture of the function `name`."""
-        self.enabled, self.graphs = False, []
+        self.obstacle, self.graphs = "a capture failed", []
         for function in self.functions:
             function.recordings.clear()
         while isinstance(error.__context__, RuntimeError):  # the end of a broken capture raises another error

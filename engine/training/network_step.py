@@ -45,8 +45,8 @@ def run_network_step(
 
 def find_capture_obstacle(graphs: GraphCapture, mixer, sources: list) -> str | None:
     """Return why the network's step cannot be captured with this method and its sources; None: it can."""
-    if not graphs.enabled:
-        return f"a CUDA graph needs a CUDA device, and this is {graphs.device.type}"
+    if graphs.obstacle:
+        return graphs.obstacle
     if world_size() > 1:
         return "with several processes, their gradients are averaged in the backward pass"
     if mixer.mixes_hidden:

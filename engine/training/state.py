@@ -47,12 +47,13 @@ class TrainingState:
         None  # `model` or its DistributedDataParallel wrapper; the training step calls this one
     )
     graph_step: bool = False  # whether the network's step is captured as a CUDA graph, with methods that allow it
+    kernels: str = "auto"  # torch: no CUDA graphs
     graphs: GraphCapture = field(init=False)  # what the run captures
     compile_clock: CompileClock | None = None  # None: the model is not compiled
 
     def __post_init__(self):
         self.network = self.network or self.model
-        self.graphs = GraphCapture(self.device)
+        self.graphs = GraphCapture(self.device, self.kernels)
         self.eager_step = partial(run_network_step, self.network, self.scaler)
         self.captured_step = self.graphs.wrap(self.eager_step, "the network's step")
 
@@ -245,11 +246,12 @@ def build_training_state(
     *,
     ema: float = 0.0,
     graph_step: bool = False,
+    kernels: str = "auto",
 ) -> TrainingState:
     """Return the state of a new run, without a mixing method.
 
     precision: dtype of autocast; None: float32. float16 gets a gradient scaler. ema: decay of the weight average; 0:
-    none. graph_step: see TrainingState.
+    none. graph_step, kernels: see TrainingState.
     """
     average = ModelEma(model, ema) if ema else None
     device = next(model.parameters()).device.type
@@ -263,6 +265,7 @@ def build_training_state(
         ema=average,
         network=network,
         graph_step=graph_step,
+        kernels=kernels,
     )
 
 

@@ -283,9 +283,18 @@ def test_unused_options_are_found():
 @pytest.mark.parametrize(("clean_weight", "smoothing"), [(1.0, 0.1), (0.0, 0.1), (1.0, 0.0)])
 def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, smoothing):
     source = Gradient(None, clean_weight=clean_weight)
-    options = {"method": ["comixup"], "label_smoothing": smoothing, "clean_lam": clean_weight}
+    options = {"method": ["comixup"], "label_smoothing": smoothing, "clean_lam": clean_weight, "graph_step": False}
     notes = collect_mixing_notes(options, {}, train.build_parser(), methods=mixing, saliency=saliency, sources=[source])
     assert any("stay hard" in note for note in notes) == (clean_weight > 0 and smoothing > 0)
+
+
+@pytest.mark.parametrize(("method", "unused"), [("saliencymix", False), ("cutmix", True)])
+def test_kernels_has_an_effect_where_something_would_be_captured(method, unused):
+    sources = [saliency.build_source("fine_grained", mean=(0.5,) * 3, std=(0.5,) * 3)] if not unused else []
+    options = {"method": [method], "label_smoothing": 0.0, "clean_lam": None, "graph_step": False}
+    arguments = {"methods": mixing, "saliency": saliency, "sources": sources}
+    notes = collect_mixing_notes(options, {"kernels": "torch"}, train.build_parser(), **arguments)
+    assert any("--kernels" in note for note in notes) == unused
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,10 @@ def test_nothing_is_wrapped_without_cuda():
     assert GraphCapture(CPU).wrap(double, "double") is double
 
 
+def test_kernels_torch_captures_nothing(fake):
+    assert GraphCapture(CPU, "torch").wrap(double, "double") is double
+
+
 def test_a_graph_replaces_calls_after_some_eager_ones_and_reads_its_new_arguments(fake):
     run = GraphCapture(CPU).wrap(double, "double")
     given = [torch.full((2, 3), float(number)) for number in range(EAGER_CALLS + 3)]

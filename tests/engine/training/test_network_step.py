@@ -39,11 +39,13 @@ def make_state(
     graph_step: bool,
     device: str = "cpu",
     precision: torch.dtype | None = None,
+    kernels: str = "auto",
 ) -> TrainingState:
     network = make_network().to(device)
     optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    state = build_training_state(network, optimizer, scheduler, precision, ema=0.9, graph_step=graph_step)
+    options = {"ema": 0.9, "graph_step": graph_step, "kernels": kernels}
+    state = build_training_state(network, optimizer, scheduler, precision, **options)
     data = Data(IMAGES, IMAGES, None, **STATISTICS, image_size=16, warnings=[])
     mixer = compose_mixer([method], **STATISTICS, **HYPER_PARAMETERS.get(method, {}))
     state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, loss="ce", saliency=source))
@@ -116,6 +118,14 @@ def test_a_step_that_cannot_be_captured_is_eager_with_a_note(monkeypatch, method
     if method != "manifold":  # needs a network with stages
         train(state, epochs=1)
         assert fake.captures == (2 if source else 0), "the bank itself is captured"
+
+
+def test_kernels_torch_captures_no_step(monkeypatch):
+    fake = FakeGraphs(monkeypatch)
+    state = make_state("saliencymix", graph_step=True, kernels="torch")
+    assert state.list_step_notes() == ["--graph_step has no effect: --kernels torch does without CUDA graphs"]
+    train(state, epochs=1)
+    assert fake.captures == 0
 
 
 def test_without_cuda_a_note_says_that_the_option_has_no_effect():
