@@ -31,7 +31,7 @@ from mixing.solvers.comixup_labelling import (
 from mixing.solvers.comixup_moves import EXACT_SIDE
 
 MAX_SIDE, MAX_INPUTS = 16, 128  # of a grid, and of a part
-LABELS_TOGETHER = 4  # labels of one output in a program, on grids that are solved exactly
+LABELS_TOGETHER = {True: 4, False: 1}  # whether binary problems are solved exactly -> labels of a program
 power = triton.next_power_of_2
 
 
@@ -183,7 +183,7 @@ class Search:
     def expand(self) -> None:
         energy, state, (h, w) = self.energy, self.state, self.grid
         exact, steps = max(h, w) <= EXACT_SIDE, STEPS[0 if max(h, w) <= 8 else 1]
-        together = LABELS_TOGETHER if exact else 1
+        together = LABELS_TOGETHER[exact]
         launch(
             expand_kernel,
             (len(state.labels), triton.cdiv(self.tried, together)),

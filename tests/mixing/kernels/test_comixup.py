@@ -17,6 +17,7 @@ from engine.inference.classifier import load_classifier, normalize
 from mixing import comixup
 from mixing.comixup import CoMixup, block_costs, compatibility_matrix, most_salient_window
 from mixing.solvers import binary_grid, comixup_labelling
+from mixing.solvers.comixup_energy import build_energy, objective
 from saliency.gradient import Gradient
 
 triton = pytest.importorskip("triton")
@@ -42,16 +43,21 @@ def first_of_equal_inputs(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "topk", topk)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(kernels, "LABELS_TOGETHER", 16)
+        monkeypatch.setattr(kernels, "LABELS_TOGETHER", {True: 16, False: 16})
 
 
 def make_problem(parts: int, m: int, h: int, w: int, starts: int):
-    """Return costs, compatibilities and orders of the inputs."""
+    """Return costs, compatibilities and orders of the inputs.
+
+    The costs of an input differ in scale, as under the prior. Otherwise, inputs that are better on all blocks have
+    gains that are equal up to rounding, which then ranks them.
+    """
     cost = torch.rand(parts, m, h, w, device=DEVICE) ** 3
     distance = torch.rand(parts, m, m, device=DEVICE)
     identity = torch.eye(m, device=DEVICE).expand_as(distance)
     order = torch.rand(parts, starts, m, device=DEVICE).argsort(2)
-    return -cost / cost.sum((2, 3), keepdim=True), identity.lerp(distance + distance.mT, 0.01), order
+    scale = torch.rand(parts, m, 1, 1, device=DEVICE) + 0.5
+    return -scale * cost / cost.sum((2, 3), keepdim=True), identity.lerp(distance + distance.mT, 0.01), order
 
 
 def assert_same_labelling(problem: tuple, **options):
@@ -117,6 +123,33 @@ def test_labelling_equals_that_of_torch(sizes, options):
     assert_same_labelling(make_problem(*sizes), **PROBLEM | options)
 
 
+@pytest.mark.parametrize("thres_type", ["hard", "soft"])
+def test_gain_of_a_move_is_the_decrease_of_the_objective(thres_type):
+    m, h, w = 3, 2, 2
+    cost, a, order = make_problem(1, m, h, w, 1)
+    options = {"beta": 0.32, "gamma": 1.0, "thres": 0.4, "thres_type": thres_type}
+    energy = build_energy(cost, a, **options)
+    search = kernels.Search(kernels.start(energy, order), energy, a, None)
+    search.offer(try_soft=True)
+    search.expand()
+    offered, blocks, gain = (array.view(m, search.tried, -1) for array in (search.offered, search.blocks, search.gain))
+    labels = F.one_hot(search.state.labels.long(), m).double().mean(1)  # (outputs, blocks, inputs)
+
+    def evaluate(labels):
+        terms = objective(labels.view(1, m, h, w, m), cost.double(), a.double(), **options)
+        return sum(terms)
+
+    for output in range(m):
+        for number in range(search.tried):
+            label = F.one_hot(offered[output, number].long(), m).double().mean(0)
+            moved = labels.clone()
+            moved[output] = torch.where(blocks[output, number].unsqueeze(1) > 0, label, moved[output])
+            torch.testing.assert_close(
+                gain[output, number].double(), evaluate(labels) - evaluate(moved), atol=1e-5, rtol=0
+            )
+    assert blocks.any(2).sum() > 5 and (blocks.sum(2) < h * w).any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "options"),
@@ -136,13 +169,13 @@ def test_labelling_equals_that_of_torch_at_more_sizes(sizes, options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [number for number, case in enumerate(CASES) if case["m"] <= 10 and case["bn"] <= 4])
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_labelling_equals_that_of_torch_on_recorded_problems(number):
     case = CASES[number]
     cost, a = (torch.from_numpy(RECORDED[f"c{number}_{name}"])[None].to(DEVICE) for name in ("cost", "A"))
     order = torch.rand(1, 1, case["m"], device=DEVICE).argsort(2)
     options = {key: case[key] for key in ("beta", "gamma", "thres", "thres_type", "resolve")}
-    assert_same_labelling((cost, a, order), rounds=4, **options)
+    assert_same_labelling((cost, a, order), rounds=4 if case["m"] <= 8 else 2, **options)
 
 
 @pytest.mark.slow
@@ -197,10 +230,10 @@ ARGUMENTS = {  # types of the kernels' arguments; all others are i32
 }
 OFFERED = {"LABELS": 11, "HARD": 4, "REOFFERED": 4, "SOFT": 3}
 GRID = {"H": 4, "W": 4, "HEIGHT": 4, "WIDTH": 4}
-FINE = {"H": 0, "W": 0, "EXACT": False, "LABELS": 1}
+FINE = {"H": 0, "W": 0, "EXACT": False, "LABELS": kernels.LABELS_TOGETHER[False]}
 SMALL, LARGE = {"CHUNK": 16}, {"CHUNK": 64}
 VARIANTS = {  # for parts of 20 images: kernel, warps, constants without INPUTS, the most registers that it may take
-    "expand 4": ("expand_kernel", 1, {**GRID, "EXACT": True, "LABELS": kernels.LABELS_TOGETHER}, 152),
+    "expand 4": ("expand_kernel", 1, {**GRID, "EXACT": True, "LABELS": kernels.LABELS_TOGETHER[True]}, 152),
     "expand 8": ("expand_kernel", 1, {**FINE, "HEIGHT": 8, "WIDTH": 8}, 96),
     "expand 16": ("expand_kernel", 1, {**FINE, "HEIGHT": 16, "WIDTH": 16}, 240),
     "offer 4": ("offer_kernel", 4, {**OFFERED, **SMALL}, 80),
