@@ -13,6 +13,7 @@ from mixing import hyper_parameters
 
 MODES = ("auto", "triton", "torch")
 MIN_CAPABILITY = (7, 0)  # the oldest GPUs that Triton supports
+MIN_TRITON = (3, 4)  # that of torch 2.8; 3.2 and 3.3 were tried and fail to compile some of the kernels
 
 
 def check_mode(mode: str) -> str:
@@ -56,8 +57,11 @@ def find_obstacle(device: torch.device) -> str | None:
         found, least = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return f"the GPU has compute capability {found}, and Triton needs {least}"
     try:
-        from mixing.kernels.probe import run_probe
+        from mixing.kernels.probe import VERSION, run_probe
 
+        if VERSION < MIN_TRITON:
+            found, least = (".".join(map(str, pair)) for pair in (VERSION, MIN_TRITON))
+            return f"triton {found} is too old; the kernels need {least}, which comes with torch 2.8"
         run_probe(device)
     except ImportError as error:
         return f"triton cannot be imported ({error})"

@@ -6,6 +6,8 @@ import triton.language as tl
 
 from mixing.kernels import launch
 
+VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+
 
 @triton.jit
 def add_one(values, COUNT: tl.constexpr):

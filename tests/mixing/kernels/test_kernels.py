@@ -56,6 +56,13 @@ def test_where_kernels_cannot_run_the_torch_solvers_do_and_one_line_says_why(gpu
         kernels.use_kernels("triton", CUDA)
 
 
+def test_an_old_triton_is_not_used(gpu, monkeypatch):
+    """The test kernel runs there, but the others do not compile."""
+    monkeypatch.setattr("mixing.kernels.probe.VERSION", (3, 3))
+    (note,) = note_torch_solvers(["puzzlemix"], "auto", CUDA)
+    assert "triton 3.3 is too old; the kernels need 3.4, which comes with torch 2.8" in note
+
+
 def test_without_triton_the_torch_solvers_run(gpu, monkeypatch):
     monkeypatch.delitem(sys.modules, "mixing.kernels.probe")
     monkeypatch.setitem(sys.modules, "triton", None)
