@@ -9,7 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it; the processes o
 import numpy as np
 import pytest
 import torch
-from support import GOLDEN, shapes_command
+from support import GOLDEN, find_browser, shapes_command
 
 if not torch.cuda.is_available():  # triton reads it when it is imported: kernels then run on CPU tensors, interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -30,6 +30,7 @@ def pytest_collection_modifyitems(config, items):
     skip_reasons = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device",
         "slow": None if config.getoption("--slow") else "slow; run with --slow",
+        "browser": None if find_browser() else "no Chromium or Chrome on the path",
         "data": None if os.environ.get("REAL_DATA") else "no real data; set REAL_DATA to its folder",
     }
     for item in items:
