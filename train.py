@@ -1,5 +1,7 @@
 """Train a classifier on small images with a mixing method: python train.py --method saliencymix --dataset cifar10"""
 
+from functools import partial
+
 import mixing
 import models
 import saliency
@@ -31,7 +33,10 @@ def build_parser() -> Parser:
 
 @releasing_claims
 def main(argv: list[str] | None = None) -> dict | None:
-    """Train a classifier and return the content of result.json. argv: the command line by default."""
+    """Train a classifier and return the content of result.json, or of seeds.json with --seeds.
+
+    argv: the command line by default.
+    """
     # ---- Options ----
     parser = build_parser()
     typed, notes = read_options(parser, argv)
@@ -40,6 +45,14 @@ def main(argv: list[str] | None = None) -> dict | None:
         return print(models.list_models(models.MODELS))
     if options["evaluate"]:
         return training.evaluate_checkpoint(parser, typed, models)
+    train = partial(train_run, parser)
+    result = (partial(training.train_seeds, train) if options["seeds"] else train)(typed, options, notes)
+    runtime.shut_down_processes()
+    return result
+
+
+def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> dict | None:
+    """Train one run and return the content of result.json, in the main process."""
     start = training.start_run(parser, typed, options, notes, training.CLASSIFIER)
     options, device, notes, precision = start.options, start.device, start.notes, start.precision
 
@@ -121,9 +134,7 @@ def main(argv: list[str] | None = None) -> dict | None:
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, remark=training.format_remark(state, train))
             training.draw_epoch(run, sets, train.image_set)
-    result = training.finish_run(run, held_out["test"])
-    runtime.shut_down_processes()
-    return result
+    return training.finish_run(run, held_out["test"])
 
 
 if __name__ == "__main__":

@@ -114,6 +114,10 @@ int_list = OptionType(  # positive integers, separated by spaces or commas
     lambda text: ValueList(map(int_at_least(1), text.replace(",", " ").split())), "N"
 )
 
+seed_list = OptionType(  # seeds, separated by spaces or commas
+    lambda text: ValueList(map(int_at_least(0, MAX_SEED), text.replace(",", " ").split())), "SEED"
+)
+
 
 def run_name(parent_option: str) -> OptionType:
     """Return the type of the name of a run, which is one part of a path. parent_option: names the folder of runs."""

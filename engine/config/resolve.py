@@ -24,7 +24,7 @@ RULES = OptionRules(
     | RESUME_CHANGEABLE,
     architecture={"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}
     | {"bank_size", "num_action", "num_patches"},
-    per_call=PER_CALL_OPTIONS | {"profile", "list_models", "resize_to", "resize_dest"},
+    per_call=PER_CALL_OPTIONS | {"profile", "seeds", "list_models", "resize_to", "resize_dest"},
     replaces={"image_size": {"crop_size", "eval_resize"}, "phases": {"epochs", "batch_size"}},
 )
 ONE_CYCLE_OPTIONS = {"epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum"}  # they define the schedule
@@ -133,7 +133,25 @@ def check_combinations(options: dict, typed: dict) -> None:
             f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of "
             "--schedule; give one for all or one for each"
         )
+    check_seeds(options, typed)
     check_mixing_combinations(options)
+
+
+def check_seeds(options: dict, typed: dict) -> None:
+    """Raise ValueError, with the remedy, for options that contradict --seeds."""
+    if not options["seeds"]:
+        return
+    if repeated := sorted({seed for seed in options["seeds"] if options["seeds"].count(seed) > 1}):
+        raise ValueError(f"--seeds: {repeated[0]} is given more than once; give each seed once")
+    if "seed" in typed:
+        raise ValueError("--seed and --seeds both set the seed; give one of them")
+    if options["profile"]:
+        raise ValueError("--profile times a single run; give --seed instead of --seeds")
+    if options["checkpoint"] not in (None, "auto"):
+        raise ValueError(
+            f"--checkpoint {options['checkpoint']}: --seeds resumes all of its runs with --checkpoint auto --name "
+            "NAME; leave --seeds out to resume one of them"
+        )
 
 
 def check_mixing_combinations(options: dict) -> None:

@@ -16,6 +16,7 @@ from engine.config.option_types import (
     int_at_least,
     positive,
     run_name,
+    seed_list,
 )
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
@@ -105,6 +106,13 @@ def add_resume_options(parser: Parser) -> None:
         "--force_config", type=boolean, default=False, help="resume even if the options differ from those of the run"
     )
     add_common_options(parser, "seed", "deterministic")
+    parser.option(
+        "--seeds",
+        type=seed_list,
+        nargs="+",
+        default=[],
+        help="train one run per seed, in NAME/seed_N, and print mean and standard deviation",
+    )
 
 
 def add_optimizer_options(

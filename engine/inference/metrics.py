@@ -1,5 +1,8 @@
 """Compute accuracy and confusion matrices from logits, and validate logits."""
 
+import statistics
+from collections.abc import Sequence
+
 import torch
 
 from engine.runtime.text import format_count
@@ -69,3 +72,9 @@ def list_unreadable(result: dict, splits: dict[str, str]) -> list[str]:
     """
     found = [(result[key], f"{split} file".strip()) for key, split in splits.items() if result.get(key)]
     return [f"{format_count(count, noun)} cannot be read: left out" for count, noun in found]
+
+
+def summarize_values(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Return mean, standard deviation of a sample (n - 1) and number of the values. std is None for a single value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}

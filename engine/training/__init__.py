@@ -14,6 +14,7 @@ __getattr__ = lazy_attributes(
         "run": "Run",
         "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
         "small_batches": "check_small_batches",
+        "seeds": "train_seeds",
         "schedule": "StepSchedule build_scheduler",
         "start": "RunKind Start check_same_data start_processes start_run",
         "optimizer": "build_optimizer",

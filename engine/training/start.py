@@ -140,7 +140,8 @@ def resume_or_start(
 
     If a run is resumed, the options are those of its checkpoint, with the typed ones that may change.
     """
-    if earlier := load_across_restarts("run folder"):
+    store_key = f"run folder of {options['name']}"  # each of --seeds has its own
+    if earlier := load_across_restarts(store_key):
         last = broadcast_from_main(lambda: str(path) if (path := Path(earlier) / "last.pt").exists() else None)
         options = {**options, "checkpoint": last, "overwrite": last is None}
     elif restart_count() and options["name"]:  # the store with the folder's path was lost, so find it by the name
@@ -158,7 +159,7 @@ def resume_or_start(
         options = kind.resolve(parser, typed, saved["config"])
     if not folder:
         folder = broadcast_from_main(lambda: claim_new_folder(options, kind.locate_runs, kind.folder_type))
-    store_across_restarts("run folder", str(folder))
+    store_across_restarts(store_key, str(folder))
     if is_main_process():
         notes[:0] = list_start_notes(options, resume, Path(folder), kind)
     return options, saved, Path(folder)

@@ -49,6 +49,7 @@ def add_wandb(run: RunFolder, options: dict) -> None:
         mode="offline" if options["wandb_offline"] else "online",
         dir=str(run.path),
         config=get_public_options(options),
+        reinit=True,  # a process that trains several --seeds has one session for each
     )
     run.trackers.append(
         lambda row: session.log({key: value for key, value in row.items() if value is not None}, step=row["epoch"])
