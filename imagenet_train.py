@@ -74,12 +74,13 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
     colors = select_kwargs(options, ["color_jitter", "lighting"])
-    loaders = []
+    loaders, interpolation = [], options["interpolation"]
     for phase in phases:
         data.check_batch_size(phase.batch_size, options["accumulate"], len(sets.train), options["drop_last"])
-        augmentation = data.Augmentation(view=data.RandomCrop(phase.crop, phase.min_scale), **colors)
+        view = data.RandomCrop(phase.crop, phase.min_scale, interpolation=interpolation)
+        augmentation = data.Augmentation(view=view, **colors)
         loader = data.DeviceLoader(
-            copies[phase.images].with_view(data.CenterCrop(phase.crop, default_eval_resize(phase.crop))),
+            copies[phase.images].with_view(data.CenterCrop(phase.crop, default_eval_resize(phase.crop), interpolation)),
             phase.batch_size,
             shuffle=True,
             augmentation=augmentation if options["trad_augment"] else None,

@@ -77,8 +77,7 @@ class EvalContext:
     @property
     def image_size(self) -> int:
         """The side of the images in pixels."""
-        pixels = self.image_set.pixels
-        return pixels.shape[1] if isinstance(pixels, torch.Tensor) else pixels.size
+        return self.image_set.size
 
     @property
     def view(self) -> FixedView:

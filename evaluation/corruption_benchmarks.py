@@ -18,7 +18,7 @@ import torch
 from engine.data.folders import describe_folder, describe_missing, find_class_folders, label_files
 from engine.data.image_set import ImageSet, make_image_set
 from engine.data.listing import list_folders
-from engine.data.views import View
+from engine.data.views import SquashedView, View
 from engine.errors import UserError, suggest_closest
 from evaluation.corruptions import SEVERITIES
 
@@ -56,6 +56,7 @@ class CorruptedSet:
     labels: torch.Tensor | None = None  # for arrays: (N,) long of one severity, or of all five
     view: View | None = None  # for folders: how images are resized and cropped
     on_bad_image: str = "stop"
+    resize: SquashedView | None = None  # for arrays: to the size that the network takes
 
     def load(self, name: str, severity: int) -> ImageSet:
         """Return the images of one corruption at one severity; labels are positions in `classes`.
@@ -78,17 +79,24 @@ class CorruptedSet:
             rows = slice((severity - 1) * count, severity * count)
             labels = self.labels if len(self.labels) == count else self.labels[rows]
             pixels = torch.from_numpy(images[rows]).clone()  # reads the memory map here, where its errors are caught
-            return ImageSet(pixels, labels, self.classes, f"{source}, severity {severity}")
+            origin = f"{source}, severity {severity}"
+            return ImageSet(pixels, labels, self.classes, origin, resize=self.resize)
 
 
 def find_corrupted_set(
-    folder: Path, classes: list[str], *, view: View | None = None, on_bad_image: str = "stop"
+    folder: Path,
+    classes: list[str],
+    *,
+    view: View | None = None,
+    on_bad_image: str = "stop",
+    resize: SquashedView | None = None,
 ) -> CorruptedSet:
     """Return the corrupted set in a folder, or in its subfolder CIFAR-10-C, ImageNet-C or the like.
 
     If there are several subfolders, the published set with as many classes as the network goes first. classes: those of
-    the network. view: how image files are resized and cropped; arrays need none. Raises UserError if there is no such
-    set, if an array is damaged, and if the set has classes that the network does not have.
+    the network. view: how image files are resized and cropped. resize: how arrays are resized; None: they keep their
+    size. Raises UserError if there is no such set, if an array is damaged, and if the set has classes that the network
+    does not have.
     """
     with explain_os_errors(folder):
         if not folder.is_dir():
@@ -105,7 +113,7 @@ def find_corrupted_set(
                     open_images(path, len(labels))
                 sources = sort_corruptions({name: dict.fromkeys(SEVERITIES, path) for name, path in arrays.items()})
                 notes = list_missing(root, sources) + notes
-                return CorruptedSet("arrays", root, classes, sources, notes, labels)
+                return CorruptedSet("arrays", root, classes, sources, notes, labels, resize=resize)
             if sources := sort_corruptions(list_severity_folders(root)):
                 if view is None:
                     raise ValueError(f"{root} holds image files: the argument view is needed to read them")

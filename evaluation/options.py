@@ -25,8 +25,8 @@ BACKGROUNDS = ("clean", "rep", "noise")
 BUILT_IN, NONE, ALEXNET = "built-in", "none", "alexnet"
 REFERENCE_OPTIONS = {"task": "robustness", "attack": [NONE], "occlusion": False}  # mCE needs corruption errors only
 TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_size", "eval_resize", "num_classes"]
-TRAINED_OPTIONS += ["limit", "on_bad_image"]  # default to the values that the classifier was trained with
-FILE_DATASETS = ("imagenet", "tiny-imagenet", "folder")  # image files, which can be resized to any size
+# these default to the values that the classifier was trained with
+TRAINED_OPTIONS += ["interpolation", "limit", "on_bad_image"]
 BOX_DATASETS = ("shapes", "tiny-imagenet")  # data sets with ground-truth boxes
 
 
@@ -282,7 +282,7 @@ def merge_trained_options(parser: Parser, typed: dict, options: dict, classifier
     options = {**options, **trained, "norm": None, **typed}
     if not options["dataset"]:
         parser.error(f"--dataset is missing: {classifier.path} does not store which data set it was trained on")
-    if options["dataset"] in FILE_DATASETS and not options["image_size"] and classifier.image_size > LARGE_SIDE:
+    if options["dataset"] != "shapes" and not options["image_size"] and classifier.image_size > LARGE_SIDE:
         options["image_size"] = classifier.image_size
         if options["dataset"] == "imagenet" and not options["eval_resize"]:
             options["eval_resize"] = classifier.resize

@@ -96,14 +96,15 @@ def find_published_set(context: EvalContext, path: str, on_bad_image: str) -> Co
     or if the images do not have the size that the classifier is evaluated at.
     """
     view = CenterCrop(context.image_size, context.image_size)
-    found = find_corrupted_set(Path(path), context.image_set.classes, view=view, on_bad_image=on_bad_image)
+    reading = {"view": view, "on_bad_image": on_bad_image, "resize": context.image_set.resize}
+    found = find_corrupted_set(Path(path), context.image_set.classes, **reading)
     for line in found.notes:
         context.session.note(line)
     name, severities = next(iter(found.sources.items()))
     first = found.load(name, next(iter(severities)))
-    if first.files is None and first.pixels.shape[1] != context.image_size:
+    if first.size != context.image_size:
         raise UserError(
-            f"{found.root}: the images have {first.pixels.shape[1]} pixels a side, but {context.name} is evaluated at "
+            f"{found.root}: the images have {first.size} pixels a side, but {context.name} is evaluated at "
             f"{context.image_size}\ngive the corrupted images of the data set that it was trained on"
         )
     return found

@@ -151,7 +151,8 @@ def read_examples(dataset: str, data_dir: str, indices: list[int], image_size: i
     if max(indices) >= len(data.train):
         raise UserError(f"--indices: {dataset} has {len(data.train)} training images, from 0")
     part = data.train.take(torch.tensor(indices))
-    pixels = part.pixels if isinstance(part.pixels, torch.Tensor) else part.pixels.read_all(0, lambda x, **_: x)[0]
+    in_memory = isinstance(part.pixels, torch.Tensor)
+    pixels = part.resize_batch(part.pixels) if in_memory else part.pixels.read_all(0, lambda x, **_: x)[0]
     names = [f"{data.classes[label]} ({index})" for label, index in zip(part.labels, indices, strict=True)]
     return pixels.permute(0, 3, 1, 2).float() / 255, names, data.mean, data.std
 

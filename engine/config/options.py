@@ -28,6 +28,11 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
         "help": "number of classes: for shapes 2 to 10, otherwise only checked against the data",
     },
     "image_size": {"type": int_at_least(8), "metavar": "PIXELS", "help": "side of the images in pixels"},
+    "interpolation": {
+        "type": choice(["bilinear", "bicubic"]),
+        "default": "bilinear",
+        "help": "how images are resized, always with anti-aliasing",
+    },
     "limit": {
         "type": int_at_least(),
         "default": 0,
@@ -98,7 +103,7 @@ def add_data_options(
         shown="image_size; 256 on ImageNet",
         help="shorter side of evaluation images before the centre crop",
     )
-    add_common_options(parser, norm={"default": norm})
+    add_common_options(parser, "interpolation", norm={"default": norm})
 
 
 def add_dataset_option(

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from engine.config.phases import default_eval_resize
 from engine.data.cifar import LAYOUTS, find_cifar, read_cifar, read_class_names
 from engine.data.folders import find_evaluation_images, find_splits
@@ -19,7 +17,7 @@ from engine.data.image_set import (
 )
 from engine.data.shapes import CLASSES as SHAPE_NAMES
 from engine.data.shapes import draw_shapes
-from engine.data.views import CenterCrop, View
+from engine.data.views import CenterCrop, SquashedView, View
 from engine.errors import UserError
 from engine.runtime.distributed import main_process_first
 from engine.runtime.text import format_count
@@ -42,6 +40,7 @@ def load_data(
     download: bool = False,
     image_size: int | None = None,
     eval_resize: int | None = None,
+    interpolation: str = "bilinear",
     val_labels: str | None = None,
     norm: str = "own",
     num_classes: int | None = None,
@@ -60,14 +59,15 @@ def load_data(
     """
     # ---- Training and test images ----
     if dataset in LAYOUTS:
-        train, test = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
+        found = load_cifar(dataset, Path(data_dir), Path(val_data_dir or data_dir), download)
+        train, test = (resize_cifar(image_set, image_size, interpolation) for image_set in found)
     elif dataset == "shapes":
         max_count = 0 if labels_per_class or valid_labels_per_class else limit
         train, test = (
             make_shapes_image_set(split, image_size or 32, num_classes or 10, progress, max_count) for split in (0, 1)
         )
     else:
-        view = get_default_view(dataset, image_size, eval_resize)
+        view = get_default_view(dataset, image_size, eval_resize, interpolation)
         paths = [name and Path(name) for name in (data_dir, val_data_dir, val_labels)]
         train, test = (
             make_image_set(found, view, on_bad_image, dataset == "folder") for found in find_splits(dataset, *paths)
@@ -90,8 +90,7 @@ def load_data(
         train, test, valid = (
             split and decode_all(split, workers, progress, warnings) for split in (train, test, valid)
         )
-    side = check_image_size(dataset, train, image_size)
-    return Data(train, test, valid, *get_statistics(dataset, norm), side, warnings)
+    return Data(train, test, valid, *get_statistics(dataset, norm), train.size, warnings)
 
 
 def describe_counts(dataset: str, train: int, test: int, limit: int) -> list[str]:
@@ -112,6 +111,7 @@ def load_evaluation(
     val_labels: str | None = None,
     image_size: int | None = None,
     eval_resize: int | None = None,
+    interpolation: str = "bilinear",
     num_classes: int | None = None,
     any_classes: bool = False,
     limit: int = 0,
@@ -120,7 +120,8 @@ def load_evaluation(
 ) -> ImageSet:
     """Load only the test images of load_data(); the training images may be missing. Image files are not decoded yet.
 
-    view: how image files are cropped and resized, in place of image_size and eval_resize; shapes and CIFAR ignore it.
+    view: how image files are cropped and resized, in place of image_size, eval_resize and interpolation; shapes and
+    CIFAR ignore it.
     any_classes: take a part of ImageNet's classes without num_classes; for callers that match classes by name.
     Raises UserError if images are missing; it names the paths that were tried and the remedy.
     """
@@ -128,12 +129,12 @@ def load_evaluation(
     if dataset in LAYOUTS:
         cifar = main_process_first(lambda: find_cifar(dataset, val_folder or folder, download))
         image_set = make_cifar_image_set(dataset, cifar, [LAYOUTS[dataset].test])
-        check_image_size(dataset, image_set, image_size)
+        image_set = resize_cifar(image_set, image_size, interpolation)
     elif dataset == "shapes":
         image_set = make_shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
     else:
         found = find_evaluation_images(dataset, folder, val_folder, labels_file)
-        view = view or get_default_view(dataset, image_size, eval_resize)
+        view = view or get_default_view(dataset, image_size, eval_resize, interpolation)
         image_set = make_image_set(found, view, on_bad_image, dataset == "folder")
     check_class_count(dataset, image_set, num_classes, any_classes)
     image_set = image_set.subsample(limit) if limit else image_set
@@ -162,14 +163,6 @@ def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None
         )
 
 
-def check_image_size(dataset: str, image_set: ImageSet, image_size: int | None) -> int:
-    """Return the side of the images in pixels. Raises UserError if it differs from image_size."""
-    side = image_set.pixels.shape[1] if isinstance(image_set.pixels, torch.Tensor) else image_set.pixels.size
-    if image_size not in (None, side):
-        raise UserError(f"--image_size {image_size}: the images of {dataset} are {side} x {side} pixels; leave it out")
-    return side
-
-
 def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tuple[ImageSet, ImageSet]:
     """Load the training and test images of CIFAR-10 or CIFAR-100."""
     train_folder = test_folder = main_process_first(lambda: find_cifar(name, train_dir, download))
@@ -185,6 +178,12 @@ def make_cifar_image_set(name: str, folder: Path, files: list[str]) -> ImageSet:
     return ImageSet(*read_cifar(name, folder, files), read_class_names(name, folder), str(folder))
 
 
+def resize_cifar(image_set: ImageSet, image_size: int | None, interpolation: str) -> ImageSet:
+    """Return the same images, resized batch by batch if image_size is another size than their own."""
+    own = image_size in (None, image_set.size)
+    return image_set if own else replace(image_set, resize=SquashedView(image_size, interpolation=interpolation))
+
+
 def make_shapes_image_set(split: int, size: int, num_classes: int, progress: Callable, max_count: int = 0) -> ImageSet:
     """Draw the training images (split 0) or the test images (split 1); split is also the seed.
 
@@ -198,7 +197,9 @@ def make_shapes_image_set(split: int, size: int, num_classes: int, progress: Cal
     return ImageSet(drawn.pop("images"), drawn.pop("labels"), SHAPE_NAMES[:num_classes], origin, drawn)
 
 
-def get_default_view(dataset: str, image_size: int | None, eval_resize: int | None) -> CenterCrop:
+def get_default_view(
+    dataset: str, image_size: int | None, eval_resize: int | None, interpolation: str = "bilinear"
+) -> CenterCrop:
     """Return the crop of evaluation images. Raises UserError if the crop is larger than the resized image."""
     size = image_size or (224 if dataset == "imagenet" else TINY_SIDE)
     resize = eval_resize or (default_eval_resize(size) if dataset == "imagenet" else size)
@@ -207,4 +208,4 @@ def get_default_view(dataset: str, image_size: int | None, eval_resize: int | No
             f"--eval_resize {resize}: smaller than the crop of {size} pixels; give at least {size}, or a smaller "
             "--image_size"
         )
-    return CenterCrop(size, resize)
+    return CenterCrop(size, resize, interpolation)

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
-from torch.nn import functional as F
 
+from engine.data.resize import resize_pixels
 from engine.data.views import CenterCrop, View, center_offset
 
 OPENCV_FLAGS = {
@@ -101,7 +101,7 @@ def decode_into(
         pixels, reduced = load_pixels(image, raw, min((y2 - y1) // rows, (x2 - x1) // columns) // view.margin)
         pixels = turn_upright(pixels, orientation)
         top, left, h, w = (side // reduced for side in (y1, x1, y2 - y1, x2 - x1))
-        pixels = resize_image(pixels[top : top + h, left : left + w], rows, columns)
+        pixels = resize_image(pixels[top : top + h, left : left + w], rows, columns, view.interpolation)
     down, across = center_offset(view.size, rows, columns)
     cv2.cvtColor(pixels[down : down + view.size, across : across + view.size], cv2.COLOR_BGR2RGB, dst=out)
     return [reduced * top / height, reduced * (top + h) / height, reduced * left / width, reduced * (left + w) / width]
@@ -177,10 +177,6 @@ def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
-def resize_image(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Resize uint8 (H, W, 3) to (rows, columns, 3), bilinear with anti-aliasing."""
-    if pixels.shape[:2] == (rows, columns):
-        return pixels
-    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # torch sees this as channels_last: 1.5x faster
-    images = F.interpolate(images, (rows, columns), mode="bilinear", antialias=True)
-    return images.permute(0, 2, 3, 1)[0].numpy()
+def resize_image(pixels: np.ndarray, rows: int, columns: int, interpolation: str = "bilinear") -> np.ndarray:
+    """Resize uint8 (H, W, 3) to (rows, columns, 3) with anti-aliasing."""
+    return resize_pixels(torch.from_numpy(pixels)[None], rows, columns, interpolation)[0].numpy()

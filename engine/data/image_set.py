@@ -7,8 +7,9 @@ import torch
 
 from engine.data.folders import DataFiles, FileList
 from engine.data.image_files import ImageFiles
+from engine.data.resize import resize_pixels
 from engine.data.sample_rng import uniform
-from engine.data.views import View
+from engine.data.views import SquashedView, View
 from engine.errors import UserError
 from engine.runtime.distributed import check_same_value
 from engine.runtime.text import format_count
@@ -41,9 +42,23 @@ class ImageSet:
     files: FileList | None = None  # the file of each image, if the images are from files
     notes: tuple[str, ...] = ()  # lines on files that were not read, to show to the user
     unreadable: int = 0  # number of files that decode_all() left out
+    resize: SquashedView | None = None  # of images in a tensor, after they are cropped; None: they keep their size
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def size(self) -> int:
+        """The side of the images of a batch, in pixels."""
+        if not isinstance(self.pixels, torch.Tensor):
+            return self.pixels.size
+        return self.resize.size if self.resize else self.pixels.shape[1]
+
+    def resize_batch(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Resize pixels of the set, uint8 (B, H, W, 3), to its size."""
+        if self.resize is None:
+            return pixels
+        return resize_pixels(pixels, self.resize.size, self.resize.size, self.resize.interpolation)
 
     def take(self, index: torch.Tensor) -> "ImageSet":
         """Return the images at these indices, in this order."""

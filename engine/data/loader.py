@@ -161,6 +161,7 @@ class DeviceLoader:
                 pixels = pixels.index_select(0, device_index)
             elif flip is not None:
                 pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(2), pixels)
+            pixels = self.image_set.resize_batch(pixels)
             loaded_index = device_index if loaded_index is None else loaded_index
             images = self.normalize(pixels, batch_drawn)
             yield Batch(images, self.labels[loaded_index], index, loaded_index, shift, flip, box)

@@ -35,6 +35,7 @@ class CenterCrop(FixedView):
 
     size: int
     resize: int
+    interpolation: str = "bilinear"  # or bicubic
     # Reduced decoding keeps at least this multiple of the target size. With 2, evaluation images differ from fully
     # decoded ones by 0.8 of 255 on average (with 1, by 2).
     margin: ClassVar[int] = 2
@@ -56,6 +57,7 @@ class RandomCrop:
     size: int
     min_scale: float = 0.08
     max_scale: float = 1.0
+    interpolation: str = "bilinear"
     margin: ClassVar[int] = 1  # reduced decoding must not make enlarging necessary
 
     def plan(self, height: int, width: int, draws: torch.Tensor | None) -> tuple[Box, tuple[int, int]]:
@@ -81,6 +83,7 @@ class SquashedView(FixedView):
 
     size: int
     resize: int | None = None
+    interpolation: str = "bilinear"
     margin: ClassVar[int] = 2  # see CenterCrop
 
     def plan(self, height: int, width: int, draws: torch.Tensor | None) -> tuple[Box, tuple[int, int]]:

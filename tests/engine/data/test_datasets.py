@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import write_class_folders, write_image
+from torchvision.transforms.v2 import functional as tv
 
 from engine.data.augment import Augmentation, crop_and_flip
 from engine.data.datasets import load_data, load_evaluation
@@ -235,8 +236,18 @@ def test_limit_and_wrong_class_count(tmp_path):
     assert (len(data.train), len(data.test)) == (3, 3) and "partial" in data.warnings[-1]
     with pytest.raises(UserError, match="--num_classes 7"):
         load_data("cifar10", data_dir=str(tmp_path), num_classes=7)
-    with pytest.raises(UserError, match="--image_size 64"):
-        load_data("cifar10", data_dir=str(tmp_path), image_size=64)
+
+
+def test_cifar_images_are_resized_after_reading_and_keep_their_pixels_in_memory(tmp_path):
+    write_cifar10(tmp_path / "cifar-10-batches-py")
+    data = load_data("cifar10", data_dir=str(tmp_path), image_size=48, interpolation="bicubic", limit=3)
+    alone = load_evaluation("cifar10", data_dir=str(tmp_path), image_size=48, interpolation="bicubic", limit=3)
+    assert data.image_size == data.test.size == 48 and data.train.pixels.shape[1:] == (32, 32, 3)
+    batch = next(DeviceLoader(data.test, 3, device=torch.device("cpu"), mean=(0, 0, 0), std=(1 / 255,) * 3).epoch())
+    expected = tv.resize(data.test.pixels.permute(0, 3, 1, 2), [48, 48], tv.InterpolationMode.BICUBIC)
+    torch.testing.assert_close(batch.images, expected.float(), atol=1e-4, rtol=0)
+    assert torch.equal(alone.resize_batch(alone.pixels), data.test.resize_batch(data.test.pixels))
+    assert load_data("cifar10", data_dir=str(tmp_path), image_size=32).train.resize is None
 
 
 def test_a_single_class_is_refused_in_training_and_noted_in_evaluation(tmp_path):
