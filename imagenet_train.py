@@ -95,7 +95,10 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     }
 
     # ---- Network: random weights, those of torchvision (--pretrained), or those of a file (--init_from) ----
-    model = models.build_model(options["model"], len(sets.classes), sets.image_size)
+    with parser.usage_errors("--model"):
+        model = models.build_model(
+            options["model"], len(sets.classes), sets.image_size, model_args=options["model_args"]
+        )
     with parser.usage_errors():
         if options["zero_init"]:
             models.zero_init(model)

@@ -78,7 +78,9 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
 
     # ---- Network ----
     with parser.usage_errors("--model"):
-        model = models.build_model(options["model"], len(sets.classes), sets.image_size, options["dropout"])
+        model = models.build_model(
+            options["model"], len(sets.classes), sets.image_size, options["dropout"], options["model_args"]
+        )
     if options["init_from"] and not start.saved:
         notes.append(
             training.load_initial_weights(model, options["init_from"], sets.classes, models.find_matching_models)

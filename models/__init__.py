@@ -5,6 +5,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+LIBRARIES = ("torchvision", "timm")  # their classifiers have the names LIBRARY:NAME; see models/library.py
 MODELS = {  # name -> (module, constructor, its first arguments)
     **{f"resnet{depth}": ("models.resnet", "resnet", depth) for depth in (18, 34, 50, 101, 152)},
     **{f"resnet{depth}": ("models.resnet", "NarrowResNet", depth) for depth in (20, 32, 44, 56, 110)},
@@ -33,15 +34,42 @@ def get_stem_stride(image_size: int) -> int:
     return 1 if image_size < 64 else 2
 
 
-def build_model(name: str, num_classes: int, image_size: int = 32, dropout: float = 0.0):
-    """Build the network `name` for square images of `image_size` pixels: (B, 3, H, W) -> (B, num_classes).
+def split_model_name(name: str) -> tuple[str | None, str]:
+    """Split `timm:NAME` or `torchvision:NAME` into library and name. The library of any other name is None."""
+    library, colon, rest = name.partition(":")
+    return (library.lower(), rest) if colon and library.lower() in LIBRARIES else (None, name)
 
-    The weights are initialised at random. dropout is used only by the wide ResNets. Raises ValueError for an unknown
-    name, and if images are too large for the network.
+
+def check_model_name(name: str) -> str:
+    """Return the name of a network of ours or of a library in its own spelling.
+
+    Raises ValueError, with the closest name, for an unknown one, and for a network of timm without timm.
     """
+    library, rest = split_model_name(name)
+    if library:
+        return f"{library}:{import_module('models.library').check_name(library, rest)}"
     name = ALIASES.get(name, name)
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}, torchvision:NAME or timm:NAME")
+    return name
+
+
+def build_model(
+    name: str, num_classes: int, image_size: int = 32, dropout: float = 0.0, model_args: dict | None = None
+):
+    """Build the network `name` for square images of `image_size` pixels: (B, 3, H, W) -> (B, num_classes).
+
+    The weights are initialised at random. dropout is used only by the wide ResNets. model_args: arguments of the
+    constructor of a library's network. Raises ValueError for an unknown name, for arguments that the constructor does
+    not take, and for an image size that the network does not take.
+    """
+    name, model_args = check_model_name(name), model_args or {}
+    library, rest = split_model_name(name)
+    if library:
+        build = import_module("models.library").build_library_model
+        return build(library, rest, num_classes, image_size, model_args)
+    if model_args:
+        raise ValueError(f"{name} takes no --model_args; they are for networks torchvision:NAME and timm:NAME")
     module, constructor, *arguments = MODELS[name]
     extra = {"dropout": dropout} if name in DROPOUT_MODELS else {}
     if name not in IMAGENET_MODELS:

@@ -18,11 +18,13 @@ MAY_IMPORT = {  # package -> other packages of this repository that it may impor
     "detection": {"engine", "models"},
 }
 THIRD_PARTY = {"torch", "numpy", "cv2", "torchvision", "gco", "matplotlib", "tqdm", "PIL", "pycocotools", "triton"}
+THIRD_PARTY |= {"timm"}
 NUMERIC = {"models": {"torch"}, "mixing": {"torch"}, "saliency": {"torch", "numpy", "cv2"}}
 EXCEPTIONS = {  # path prefix -> additional packages that it may import
     "saliency/casm": {"models", "engine"},
     "saliency/casm/classifier_eval.py": {"torchvision"},
     "mixing/show.py": {"models", "engine", "saliency", "matplotlib", "numpy", "torchvision"},
+    "models/library.py": {"torchvision", "timm"},
     "mixing/solvers/graphcut.py": {"gco", "numpy"},
     "mixing/kernels/": {"triton"},
 }

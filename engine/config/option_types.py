@@ -1,11 +1,14 @@
 """Option types: convert the text of an option, or raise ArgumentTypeError with the allowed values."""
 
 import argparse
+import ast
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from engine.errors import suggest_closest
 
@@ -102,6 +105,35 @@ def choices(names: Iterable[str], aliases: dict[str, str] | None = None) -> Opti
     """Return the type of an argument that may hold several names separated by spaces; otherwise like choice()."""
     one = choice(names, aliases)
     return OptionType(lambda text: ValueList(map(one, text.split())), "NAME", one.names)
+
+
+def model_name(models: ModuleType, names: Iterable[str], aliases: dict[str, str]) -> OptionType:
+    """Return the type of a network: one of `names`, as in choice(), or LIBRARY:NAME. models: the package `models`."""
+    ours = choice(names, aliases)
+
+    def convert(text: str) -> str:
+        if not models.split_model_name(text)[0]:
+            return ours(text)
+        try:
+            return models.check_model_name(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return OptionType(convert, "NAME", [*ours.names, *(f"{library}:NAME" for library in models.LIBRARIES)])
+
+
+def key_value(text: str) -> dict[str, object]:
+    """Convert KEY=VALUE to {KEY: VALUE}. The value is a Python literal, true, false, none, or else text."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    if (word := value.lower()) in ("true", "false", "none"):
+        return {key: {"true": True, "false": False, "none": None}[word]}
+    try:
+        parsed = json.loads(json.dumps(ast.literal_eval(value)))  # tuples become lists, as in config.json
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        parsed = value
+    return {key: parsed}
 
 
 positive = float_in_range(exclude=[0])

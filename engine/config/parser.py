@@ -157,7 +157,11 @@ class ShowHelp(argparse.Action):
 
 
 def join_values(value):
-    """Convert [ValueList(8), ValueList(16)] to [8, 16]; return anything else unchanged."""
+    """Convert [ValueList(8), ValueList(16)] to [8, 16] and [{"a": 1}, {"b": 2}] to one dictionary; return anything else
+    unchanged.
+    """
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {key: one for part in value for key, one in part.items()}
     if isinstance(value, list) and value and isinstance(value[0], ValueList):
         return [one for part in value for one in part]
     return value

@@ -22,10 +22,10 @@ RULES = OptionRules(
     changeable={"compile", "graph_step", "profile", "vis_epoch", "list_models"}
     | {"data_small", "data_large", "resize_to", "resize_dest"}
     | RESUME_CHANGEABLE,
-    architecture={"model", "dataset", "num_classes", "image_size", "scheduler", "ema"}
+    architecture={"model", "model_args", "dataset", "num_classes", "image_size", "scheduler", "ema"}
     | {"bank_size", "num_action", "num_patches"},
     per_call=PER_CALL_OPTIONS | {"profile", "seeds", "list_models", "resize_to", "resize_dest"},
-    replaces={"image_size": {"crop_size", "eval_resize"}, "phases": {"epochs", "batch_size"}},
+    replaces={"model": {"model_args"}, "image_size": {"crop_size", "eval_resize"}, "phases": {"epochs", "batch_size"}},
 )
 ONE_CYCLE_OPTIONS = {"epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum"}  # they define the schedule
 ONE_CYCLE_OPTIONS |= {"div_factor", "pct_start", "final_div_factor"}

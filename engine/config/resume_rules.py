@@ -35,7 +35,8 @@ class OptionRules:
 
     changeable: may change when a run is resumed. architecture: must not change even with force, because the saved state
     would no longer fit. per_call: belong to a single call of a command and are never taken from a saved run. replaces:
-    a typed option -> saved options that it overrides. remedy: advice in the error about all other changes.
+    an option -> saved options that no longer count if it is typed with another value. remedy: advice in the error about
+    all other changes.
     """
 
     changeable: Set[str] = frozenset(RESUME_CHANGEABLE)
@@ -55,7 +56,8 @@ def merge_options(
     the saved run.
     """
     typed = {key: value for key, value in typed.items() if (key, value) != ("recipe", "auto")}
-    replaced = set().union(*(keys for option, keys in rules.replaces.items() if option in typed))
+    new = {key for key, value in typed.items() if key not in saved or saved[key] != value}
+    replaced = set().union(*(keys for option, keys in rules.replaces.items() if option in new))
     kept = defaults.keys() - rules.per_call - replaced
     given = {**{key: value for key, value in saved.items() if key in kept}, **typed}
     return {**defaults, **recipe(given), **given}

@@ -14,6 +14,8 @@ from engine.config.option_types import (
     fraction_below_one,
     fraction_or_off,
     int_at_least,
+    key_value,
+    model_name,
     positive,
     run_name,
     seed_list,
@@ -68,10 +70,18 @@ def add_run_options(
     )
     parser.option(
         "--model",
-        type=choice(names, aliases),
+        type=model_name(models, names, aliases),
         metavar="NAME",
         shown="recipe",
-        help="network architecture; see --list_models",
+        help="network architecture, torchvision:NAME and timm:NAME included; see --list_models",
+    )
+    parser.option(
+        "--model_args",
+        type=key_value,
+        nargs="+",
+        metavar="KEY=VALUE",
+        default={},
+        help="arguments of the constructor of a torchvision: or timm: network",
     )
     parser.option(
         "--list_models", type=boolean, default=False, help="print the networks and their number of parameters, and exit"

@@ -29,7 +29,8 @@ SIDE_FILES = ".*.part*"  # of a process that was killed while it wrote
 
 def locate_classifier_runs(options: dict) -> tuple[Path, str]:
     """Return the parent folder of all runs of this data set and model, and the prefix of runs without a --name."""
-    return Path(options["root_dir"]) / options["dataset"] / options["model"], "+".join(options["method"])
+    folder = options["model"].replace(":", "_")  # timm:NAME: Windows and scp take no colon in a path
+    return Path(options["root_dir"]) / options["dataset"] / folder, "+".join(options["method"])
 
 
 def find_resume(options: dict, locate_runs: Callable) -> Path | None:

@@ -88,3 +88,12 @@ def test_every_path_option_expands_the_home_folder(module):
         assert parser.read(["--model_path=vgg16=~/a.pt"]) == {"model_path": [f"vgg16={Path.home() / 'a.pt'}"]}
         assert parser.read(["--ood", "mine=~/a"]) == {"ood": [f"mine={Path.home() / 'a'}"]}
         assert parser.read(["--model_path=~/lr=0.1/a.pt"]) == {"model_path": [str(Path.home() / "lr=0.1" / "a.pt")]}
+
+
+def test_key_value_reads_literals_and_words(capsys):
+    words = "--model_args a=0.1 b=(3,3) c=True d=false e=none f=gelu".split()
+    args = train.build_parser().read(words)["model_args"]
+    assert args == {"a": 0.1, "b": [3, 3], "c": True, "d": False, "e": None, "f": "gelu"}
+    assert "expected KEY=VALUE, got 'patch_size'" in get_error(
+        train.build_parser(), capsys, "--model_args", "patch_size"
+    )

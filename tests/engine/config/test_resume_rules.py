@@ -33,6 +33,8 @@ def test_per_call_and_replaced_options_are_not_taken_from_the_saved_run():
     saved = {"name": "run", "crop": 28}
     assert merge({}, saved)["name"] is None and merge({}, saved)["crop"] == 28
     assert merge({"size": 64}, saved)["crop"] is None
+    assert merge({"size": 64}, {**saved, "size": 32})["crop"] is None
+    assert merge({"size": 32}, {**saved, "size": 32})["crop"] == 28
 
 
 def test_changed_options_are_refused_with_both_values_unless_forced():

@@ -1,0 +1,77 @@
+"""Networks of torchvision and timm by name: names, constructor arguments, image sizes."""
+
+import sys
+
+import pytest
+import torch
+
+import models
+from models import build_model, check_model_name, split_model_name
+
+
+def test_names_are_split_at_the_library_only():
+    assert split_model_name("TIMM:vit_tiny_patch16_224") == ("timm", "vit_tiny_patch16_224")
+    assert split_model_name("resnet18") == (None, "resnet18")
+    assert split_model_name("C:/weights") == (None, "C:/weights")
+    assert check_model_name("Torchvision:ResNet18") == "torchvision:resnet18"
+    assert check_model_name("wrn28-10") == "wrn28_10"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("torchvision:mobilenet_v22", "did you mean torchvision:mobilenet_v2"),
+        ("torchvision:fcn_resnet50", "torchvision has no classifier"),
+        ("timm:vit_tiny_patch16_223", "did you mean timm:vit_tiny_patch16_224"),
+        ("vit_tiny", "timm:NAME"),
+    ],
+)
+def test_unknown_names_give_the_nearest(name, remedy):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=remedy):
+        check_model_name(name)
+
+
+def test_a_missing_timm_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="pip install timm"):
+        build_model("timm:resnet18", 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "model_args", "message"),
+    [
+        (
+            "torchvision:resnet18",
+            32,
+            {"drop_path": 0.1},
+            "takes no argument 'drop_path'; it takes .*norm_layer",
+        ),
+        ("torchvision:resnet18", 32, {"num_classes": 3}, "num_classes is the number of classes of the data"),
+        ("torchvision:resnet18", 32, {"width_per_group": "wide"}, "cannot be built with width_per_group=wide"),
+        ("torchvision:vit_b_32", 40, {}, "cannot be built with image_size=40 .*divisible"),
+        ("torchvision:alexnet", 32, {}, "takes no images of 32 pixels .*--image_size"),
+        ("resnet20", 32, {"depth": 3}, "resnet20 takes no --model_args"),
+    ],
+)
+def test_what_a_network_does_not_take_is_one_line(name, size, model_args, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build_model(name, 4, size, model_args=model_args)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_network_is_built_for_the_image_size_of_the_run():
+    pytest.importorskip("timm")
+    vit = build_model("timm:vit_tiny_patch16_224", 4, 48, model_args={"patch_size": 8, "depth": 1})
+    assert vit.patch_embed.grid_size == (6, 6) and vit.training
+    assert build_model("timm:vit_tiny_patch16_224", 4, 48, model_args={"img_size": 48, "depth": 1}).num_classes == 4
+    assert torch.is_tensor(build_model("torchvision:vit_b_32", 4, 64)(torch.zeros(2, 3, 64, 64)))
+
+
+def test_building_draws_the_same_numbers_again():
+    torch.manual_seed(0)
+    first = build_model("torchvision:squeezenet1_1", 4, 64).state_dict()
+    torch.manual_seed(0)
+    models.library.list_arguments.cache_clear()
+    again = build_model("torchvision:squeezenet1_1", 4, 64).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
