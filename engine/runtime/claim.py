@@ -112,6 +112,27 @@ def read_owner(lock: Path) -> str:
     return UNKNOWN_OWNER
 
 
+def is_claimed(lock: Path) -> bool:
+    """Return whether a process has claimed a lock file, without claiming it. On a file system without locks, the file
+    of a process that was killed looks like a claim.
+    """
+    try:
+        descriptor = os.open(lock, os.O_RDONLY)
+    except OSError:  # no such file
+        return False
+    try:
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def has_locks(lock: Path) -> bool:
     """Return whether a claim of this process is a lock, or only the text in a file."""
     return _claims[lock.resolve()].locked

@@ -1,0 +1,1 @@
+"""Compare training runs: python -m evaluation.compare RUN ..."""
