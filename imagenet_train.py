@@ -115,7 +115,9 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
 
     # ---- Loss, optimizer, schedule ----
     loss_fn, num_classes = training.LOSSES[options["loss"]], len(sets.classes)
-    config = training.StepConfig(loss_fn, num_classes, precision, options["label_smoothing"], options["clip_grad"])
+    config = training.StepConfig(
+        loss_fn, num_classes, precision, **select_kwargs(options, ["label_smoothing", "clip_grad", "clean_weight"])
+    )
     steps = training.StepSchedule([(phase.end, len(loader)) for phase, loader in zip(phases, loaders, strict=True)])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
@@ -130,7 +132,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         saliency.build_source,
         state,
         sets,
-        precision,
+        config,
         **select_kwargs(options, ["loss", "saliency", *saliency.list_source_options()]),
     )
     with parser.usage_errors():
@@ -143,7 +145,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
             mixers[number].check_size(phase.crop, phase.crop)
         current = find_phase(phases, start.saved_epoch)
         state.set_mixer(mixers[current], sources)
-        runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
+        runtime.check_sync_bn(state.sources, values[current], **select_kwargs(options, runtime.check_sync_bn))
         notes += mixing.note_torch_solvers(options["method"], options["kernels"], device)
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += state.list_step_notes()

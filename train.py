@@ -90,7 +90,9 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
 
     # ---- Loss, optimizer, schedule ----
     loss_fn, num_classes = training.LOSSES[options["loss"]], len(sets.classes)
-    config = training.StepConfig(loss_fn, num_classes, precision, options["label_smoothing"], options["clip_grad"])
+    config = training.StepConfig(
+        loss_fn, num_classes, precision, **select_kwargs(options, ["label_smoothing", "clip_grad", "clean_weight"])
+    )
     steps = training.StepSchedule([(options["epochs"], len(train))])
     with parser.usage_errors():
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
@@ -103,17 +105,18 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     # ---- Mixing ----
     with parser.usage_errors():
         hyper_parameters = select_kwargs(options, mixing.compose_options(options["method"]))
+        values = mixing.collect_hyper_parameters(options["method"], **hyper_parameters)
         mixer = mixing.compose_mixer(options["method"], mean=sets.mean, std=sets.std, **hyper_parameters)
         mixer.check_size(sets.image_size, sets.image_size)
         sources = training.SourceBuilder(
             saliency.build_source,
             state,
             sets,
-            precision,
+            config,
             **select_kwargs(options, ["loss", "saliency", *saliency.list_source_options()]),
         )
         state.set_mixer(mixer, sources)
-        runtime.check_sync_bn(state.sources, **select_kwargs(options, runtime.check_sync_bn))
+        runtime.check_sync_bn(state.sources, values, **select_kwargs(options, runtime.check_sync_bn))
         notes += mixing.note_torch_solvers(options["method"], options["kernels"], device)
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += state.list_step_notes()
@@ -123,7 +126,6 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         return training.print_profile(state, train, config, options["profile"])
     extra, split = {"images": len(sets.train)}, "valid" if sets.valid else "test"
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split=split, extra=extra)
-    values = mixing.collect_hyper_parameters(options["method"], **hyper_parameters)
     lines, more_notes = training.describe_run(sets, (), [values], **select_kwargs(options, training.describe_run))
     run.log_header(lines, [*notes, *more_notes], hyper_parameters=values)
 

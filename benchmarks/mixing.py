@@ -2,8 +2,8 @@
 
 Prints two tables; every batch is mixed. The first has the time of a training step of every method relative to an
 unmixed step, next to the minimum set by the number of network passes: 1 without an additional pass, 5/3 with a pass
-for the gradient at the pixels, 2 if the clean loss is trained on too. All methods run in turns in one process, so that
-slow moments of the machine affect them alike. The second has the time of mixing alone, on gradients of the given
+for the gradient at the pixels, 2 if the unmixed batch is trained on too. All methods run in turns in one process, so
+that slow moments of the machine affect them alike. The second has the time of mixing alone, on gradients of the given
 network, the energies of PuzzleMix masks with their gap to a lower bound, and the objective of Co-Mixup. If the package
 gco-wrapper is installed, it also has the same for graph cuts.
 """
@@ -20,7 +20,7 @@ from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
 from engine.config.parser import Parser
 from engine.config.recipes import get_recipe_options
 from engine.launch import run_main
-from mixing import build_mixer
+from mixing import OWN_CLEAN_LOSS_OFF, build_mixer
 from models import build_model, find_matching_models
 from saliency import build_source
 
@@ -44,6 +44,7 @@ def build_parser() -> Parser:
         help="name of the dataset",
     )
     parser.option("--data_dir", "--data", metavar="DIR", default="data", help="folder of the dataset")
+    parser.option("--clean_weight", type=float_in_range(), shown="by method", help="as in train.py")
     parser.option("--norm", metavar="NAME", default="own", help="own, imagenet or half")
     parser.option("--batch_size", type=int_at_least(2), default=100, help="images per step")
     parser.option(
@@ -98,8 +99,11 @@ class Bench:
         from engine.training.compilation import compile_network
         from engine.training.evaluate import load_initial_weights
         from engine.training.loss import LOSSES, get_cross_entropy_scale
+        from engine.training.network_step import StepConfig
+        from engine.training.sources import SourceBuilder
+        from engine.training.state import TrainingState
 
-        self.options, self.device, self.precision, self.loss_fn = options, device, precision, LOSSES["bce"]
+        self.options, self.device, self.loss_fn = options, device, LOSSES["bce"]
         self.classes = len(data.classes)
         self.statistics = {"mean": data.mean, "std": data.std}
         loader_options = {"device": device, "channels_last": options["channels_last"], "seed": 0, "drop_last": True}
@@ -128,6 +132,10 @@ class Bench:
         self.source_options |= {"training_loss": self.loss_fn, "precision": precision}
         self.source_options |= {"saliency_size": options["saliency_size"]}
         self.source_options |= {"cross_entropy_scale": get_cross_entropy_scale("bce", self.classes)}
+        self.config = StepConfig(self.loss_fn, self.classes, precision, clean_weight=options["clean_weight"])
+        chosen = {key: options[key] for key in ("saliency", "saliency_size")}
+        state = TrainingState(self.model, self.optimizer, kernels=options["kernels"])
+        self.sources = SourceBuilder(build_source, state, data, self.config, loss="bce", **chosen)
         self.side, self.methods = data.image_size, {}
         for name in ["none", *options["method"]]:
             try:
@@ -140,23 +148,18 @@ class Bench:
         published = get_recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
         own = {**published["method_options"].get(name, {}), "rand_pos": self.options["rand_pos"]}
         own["kernels"] = self.options["kernels"]
+        own |= OWN_CLEAN_LOSS_OFF if self.options["clean_weight"] is not None else {}
         mixer = build_mixer(name, **{**own, **self.statistics, "mix_prob": 1.0, **wanted})
         mixer.check_size(self.side, self.side)
-        source = mixer.build_source(
-            lambda one: build_source(
-                self.options["saliency"] or one.default_source, **self.source_options | one.gradient_options
-            )
-        )
-        return mixer, source
+        return mixer, mixer.build_source(self.sources)
 
     def step(self, name: str, epoch: int):
         """Run one training step and return the seconds of its parts."""
-        from engine.training import EpochMonitor, StepConfig, TrainingState, train_one_epoch
+        from engine.training import EpochMonitor, TrainingState, train_one_epoch
 
         monitor, (mixer, source) = EpochMonitor(self.device), self.methods[name]
         state = TrainingState(self.model, self.optimizer, mixer=mixer, source=source)
-        config = StepConfig(self.loss_fn, self.classes, self.precision)
-        train_one_epoch(state, self.loader, config, epoch=epoch, monitor=monitor, max_steps=1)
+        train_one_epoch(state, self.loader, self.config, epoch=epoch, monitor=monitor, max_steps=1)
         return monitor.watch.seconds()
 
     def minimum(self, name: str) -> float:
@@ -164,6 +167,8 @@ class Bench:
         source = self.methods[name][1]
         if self.options["saliency_size"]:
             return float("nan")  # depends on the network
+        if self.options["clean_weight"] and name != "none":
+            return 2.0
         if type(source).__name__ != "Gradient":
             return 1.0
         return 2.0 if source.clean_weight else 5 / 3

@@ -28,6 +28,7 @@ ALIASES = {  # other names of the methods, as users of other repositories know t
     "puzzle": "puzzlemix",
     "comix": "comixup",
 }
+OWN_CLEAN_LOSS_OFF = {"clean_lam": 0.0, "update_ratio": 1.0}  # values without a loss of the unmixed images
 SETTINGS = {"mean", "std", "kernels"}  # arguments of methods that are no hyper-parameters: they change no result
 _MODULES = {cls: module for module, cls in MIXERS.values()}  # public name -> its module
 _MODULES |= {"Mixer": "mixing.base", "note_torch_solvers": "mixing.kernels"}
@@ -74,13 +75,19 @@ def build_mixer(name: str, /, **options):
 
 
 def collect_hyper_parameters(
-    names: list[str], *, method_options: dict[str, dict] | None = None, cutout: bool = False, **options
+    names: list[str],
+    *,
+    method_options: dict[str, dict] | None = None,
+    cutout: bool = False,
+    clean_weight: float | None = None,
+    **options,
 ) -> dict[str, dict]:
     """Return method -> the values of its hyper-parameters with which compose_mixer() builds it from these arguments.
 
     SETTINGS, which some methods also take, are left out.
     """
     given, found = {key: value for key, value in options.items() if value is not None}, {}
+    given |= OWN_CLEAN_LOSS_OFF if clean_weight is not None else {}
     for name in [*names, *(["cutout"] if cutout and "cutout" not in names else [])]:
         defaults = hyper_parameters(name)
         values = {**defaults, **(method_options or {}).get(name, {}), **given}

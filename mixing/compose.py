@@ -140,8 +140,8 @@ class PartialMix(Chain):
         # the clean loss covers only the images that are mixed, so these would be trained on twice and the others once
         if partial and any(part and part.clean_weight for part in sources):
             raise ValueError(
-                "a method that mixes only part of each batch cannot also train on the clean images: "
-                "add --clean_lam 0 (sage: --update_ratio 1)"
+                "a method that mixes only part of each batch cannot also train on the unmixed images in the pass of "
+                "its saliency source: add --clean_weight 0"
             )
         return source
 
@@ -182,6 +182,7 @@ def compose_mixer(
     *,
     method_options: dict[str, dict] | None = None,
     cutout: bool = False,
+    clean_weight: float | None = None,
     mix_fraction: float = 1.0,
     mix_schedule: str = "fixed",
     mix_scheduled_epoch: int = 0,
@@ -191,10 +192,13 @@ def compose_mixer(
     """Build one mixer from the methods `names`; with several, one is drawn for each batch.
 
     hyper_parameters go to every method that has them; None means "use the default". method_options: method -> defaults
-    for that method alone, which hyper_parameters override. cutout: first cut holes into the images. mix_*: see
-    PartialMix. Raises ValueError for an unknown method and for a hyper-parameter out of range.
+    for that method alone, which hyper_parameters override. cutout: first cut holes into the images. clean_weight: the
+    weight that the training step gives the loss of the unmixed batch, in place of clean_lam and update_ratio of the
+    methods; None: as the method has it. mix_*: see PartialMix. Raises ValueError for an unknown method and for a
+    hyper-parameter out of range.
     """
-    values = collect_hyper_parameters(names, method_options=method_options, cutout=cutout, **hyper_parameters)
+    for_all = {"method_options": method_options, "cutout": cutout, "clean_weight": clean_weight}
+    values = collect_hyper_parameters(names, **for_all, **hyper_parameters)
     mixers = [build_mixer(name, **{**hyper_parameters, **values[name]}) for name in names]
     mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
     if mix_fraction < 1 or mix_off_epoch or mix_schedule != "fixed":

@@ -25,7 +25,8 @@ from engine.training.loss import LOSSES
 from engine.training.monitor import EpochMonitor
 from engine.training.network_step import StepConfig
 from engine.training.optimizer import build_optimizer
-from engine.training.state import SourceBuilder, build_training_state, place_network
+from engine.training.sources import SourceBuilder
+from engine.training.state import build_training_state, place_network
 from engine.training.stopwatch import Stopwatch
 from mixing import MIXERS, compose_mixer
 from models.stages import StagedNetwork
@@ -159,6 +160,7 @@ def count_training_step(
     source_options: dict | None = None,
     label_smoothing: float = 0.0,
     clip_grad: float = 0.0,
+    clean_weight: float | None = None,
     **hyper_parameters,
 ) -> StepCounter:
     """Count a step of engine.training.loop.train_one_epoch. source: None for the method's own; model: see make_network.
@@ -182,10 +184,11 @@ def count_training_step(
         state = build_training_state(
             network, optimizer, make_scheduler(optimizer), precision, ema=ema, graph_step=graph_step
         )
-        mixer = compose_mixer(method.split(), mix_prob=1.0, **STATISTICS, **hyper_parameters)
+        config = StepConfig(LOSSES["bce"], CLASSES, precision, label_smoothing, clip_grad, clean_weight)
+        hyper_parameters |= {"mix_prob": 1.0, "clean_weight": clean_weight, **STATISTICS}
+        mixer = compose_mixer(method.split(), **hyper_parameters)
         options = {"loss": "bce", "saliency": source, **(source_options or {})}
-        state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, **options))
-        config = StepConfig(LOSSES["bce"], CLASSES, precision, label_smoothing, clip_grad)
+        state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, config, **options))
         with StepCounter(fake, warm_up) as counter:
             mixer.start_epoch(0, 1, len(loader))
             train_one_epoch(state, loader, config, epoch=0, monitor=counter.monitor())

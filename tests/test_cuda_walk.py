@@ -100,6 +100,10 @@ def test_guided_methods_never_wait(method, source, precision):
         {"method": "sage", "kernels": "torch"},
         {"method": "comixup", "m_block_num": -1},
         {"method": "comixup", "m_thres_type": "soft", "clean_lam": 0.0},
+        {"method": "manifold", "clean_weight": 1.0},
+        {"method": "rlmix", "clean_weight": 1.0, **LEARNING},
+        {"method": "mixup sage", "clean_weight": 1.0, "precision": FP16},
+        {"method": "saliencymix", "clean_weight": 0.5, "source": "bank"},
     ],
     ids=name_options,
 )
@@ -130,6 +134,14 @@ def test_a_captured_network_step_can_be_captured_and_takes_few_launches(method, 
     eager = count_training_step(method, precision=precision, ema=0.9, clip_grad=1.0, micro_batches=2)
     assert counter.launches["network"] < eager.launches["network"] / 2
     assert counter.launches["saliency"] <= eager.launches["saliency"] / 2
+
+
+@pytest.mark.parametrize(("method", "clean"), [("mixup", 1.0), ("puzzlemix", 0.0)])
+def test_the_unmixed_batch_takes_a_pass_of_its_own_only_where_the_source_has_none(method, clean):
+    counter = count_training_step(method, clean_weight=1.0, block_num=(2,))
+    check(counter)
+    passes = counter.watch.host.get("clean", 0) / (counter.launches["network"] - counter.launches["data"])
+    assert (0.5 < passes < 1.5) if clean else passes == 0
 
 
 @pytest.mark.parametrize("source", SOURCES)

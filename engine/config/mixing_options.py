@@ -24,6 +24,12 @@ def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
     """Add all options of a training run that concern mixing. sources: the package `saliency`."""
     parser.group("mixing", topics=SIMPLE_METHODS)
     parser.option("--mix_prob", type=float_in_range(0, 1), shown="by method", help="probability that a batch is mixed")
+    parser.option(
+        "--clean_weight",
+        type=float_in_range(),
+        shown="by method",
+        help="also train on the unmixed batch, with this weight of its loss; replaces --clean_lam and --update_ratio",
+    )
     parser.option("--cutout", type=boolean, default=False, help="also cut holes into every training image")
     parser.option("--mix_fraction", type=float_in_range(0, 1), default=1.0, help="fraction of each batch that is mixed")
     parser.option(

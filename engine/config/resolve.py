@@ -25,7 +25,14 @@ RULES = OptionRules(
     architecture={"model", "model_args", "dataset", "num_classes", "image_size", "scheduler", "ema"}
     | {"bank_size", "num_action", "num_patches"},
     per_call=PER_CALL_OPTIONS | {"profile", "seeds", "list_models", "resize_to", "resize_dest"},
-    replaces={"model": {"model_args"}, "image_size": {"crop_size", "eval_resize"}, "phases": {"epochs", "batch_size"}},
+    replaces={
+        "model": {"model_args"},
+        "image_size": {"crop_size", "eval_resize"},
+        "phases": {"epochs", "batch_size"},
+        "clean_weight": {"clean_lam", "update_ratio"},
+        "clean_lam": {"clean_weight"},
+        "update_ratio": {"clean_weight"},
+    },
 )
 ONE_CYCLE_OPTIONS = {"epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum"}  # they define the schedule
 ONE_CYCLE_OPTIONS |= {"div_factor", "pct_start", "final_div_factor"}
@@ -159,6 +166,12 @@ def check_mixing_combinations(options: dict) -> None:
     if options["saliency_scope"] == "batch" and options["in_batch"] and "saliencymix" in options["method"]:
         raise ValueError(
             "--in_batch draws one lam per image and cannot be combined with --saliency_scope batch; leave one out"
+        )
+    own = [key for key in ("clean_lam", "update_ratio") if options[key] is not None]
+    if options["clean_weight"] is not None and own:
+        raise ValueError(
+            f"--clean_weight {options['clean_weight']:g}: --{own[0]} {options[own[0]]:g} sets the weight of the "
+            "unmixed images, too; give one of them"
         )
     if "comixup" in options["method"] and options["batch_size"] == 1:
         raise ValueError("--batch_size 1: comixup mixes several images; use a larger batch")

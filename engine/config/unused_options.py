@@ -35,16 +35,19 @@ def collect_mixing_notes(
     """
     notes, names = [], options["method"]
     read = set().union(*map(methods.hyper_parameters, names), *map(saliency.source_parameters, sources))
+    read |= {"clean_weight"} if names != ["none"] else set()
+    read -= {"eval_mode"} if options["clean_weight"] else set()  # the pass that trains is in training mode
     if sources and not any(source.has_gradient for source in sources):
         read = read - GRADIENT_SOURCE_OPTIONS
-        if options["clean_lam"] or {"comixup", "sage"} & set(names):
+        if options["clean_weight"] is None and (options["clean_lam"] or {"comixup", "sage"} & set(names)):
             notes.append(
                 "only --saliency gradient also trains on the unmixed images; this run trains on the mixed ones alone, "
-                "which changes the method, not just its speed"
+                "which changes the method, not just its speed; --clean_weight 1 trains on both"
             )
     if options["graph_step"] or any(source.capturable for source in sources):
         read = read | {"kernels"}  # torch: no CUDA graphs
-    if options["label_smoothing"] and any(source.clean_weight for source in sources):
+    own_clean_loss = options["clean_weight"] is None and any(source.clean_weight for source in sources)
+    if options["label_smoothing"] and own_clean_loss:
         notes.append("--label_smoothing applies to the labels of the mixed images; those of the clean images stay hard")
     if unused := find_unused_options(typed, parser.get_option_names(*OPTION_GROUPS), read):
         notes.append(f"no effect with --method {' '.join(names)}: {', '.join(unused)}")

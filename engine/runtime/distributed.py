@@ -196,15 +196,21 @@ def convert_sync_batchnorm(model: nn.Module, sync_bn: bool, remedy: str = "leave
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def check_sync_bn(sources: list, *, sync_bn: bool, method: list[str], mix_prob: float | None) -> None:
+def check_sync_bn(
+    sources: list, hyper_parameters: dict[str, dict], *, sync_bn: bool, method: list[str], clean_weight: float | None
+) -> None:
     """Raise ValueError if synchronised batch norm could deadlock.
 
     It needs the same forward passes in all processes. But each process draws for itself whether and by which method it
-    mixes, and a saliency source in training mode adds a pass.
+    mixes, and a saliency source in training mode adds a pass, as the loss of the unmixed batch does. hyper_parameters:
+    method -> their values.
     """
-    varies = len(method) > 1 or (mix_prob or 1) < 1
-    if world_size() > 1 and sync_bn and varies and any(source.mode == "train" for source in sources):
-        raise ValueError("--sync_bn with a saliency pass in training mode needs a single --method and --mix_prob 1")
+    varies = len(method) > 1 or any(values.get("mix_prob", 1.0) < 1 for values in hyper_parameters.values())
+    adds_pass = clean_weight or any(source.mode == "train" for source in sources)
+    if world_size() > 1 and sync_bn and varies and adds_pass:
+        raise ValueError(
+            "--sync_bn with --clean_weight or a saliency pass in training mode needs a single --method and --mix_prob 1"
+        )
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:

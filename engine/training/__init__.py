@@ -18,6 +18,7 @@ __getattr__ = lazy_attributes(
         "schedule": "StepSchedule build_scheduler",
         "start": "RunKind Start check_same_data start_processes start_run",
         "optimizer": "build_optimizer",
-        "state": "SourceBuilder TrainingState build_training_state place_network",
+        "sources": "SourceBuilder",
+        "state": "TrainingState build_training_state place_network",
     },
 )

@@ -65,6 +65,7 @@ def describe_run(
     lr_points: str | None,
     weight_decay: float,
     loss: str,
+    clean_weight: float | None,
     trad_augment: bool,
     seed: int,
 ) -> tuple[list[str], list[str]]:
@@ -76,6 +77,7 @@ def describe_run(
     notes, has_dropout = list(data.warnings), model.startswith("wrn")
     image_sets = {"train": data.train, "valid": data.valid, "test": data.test}
     lines = [image_set.summary(SPLITS[split]) for split, image_set in image_sets.items() if image_set]
+    clean = f" + {clean_weight:g} x that of the unmixed batch" if clean_weight and method != ["none"] else ""
     rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
     if dropout and not has_dropout:
         notes.append(f"--dropout {dropout:g} is ignored: {model} has no dropout, only the wide ResNets (wrn...) have")
@@ -83,7 +85,7 @@ def describe_run(
         f"method {' '.join(method)}, model {model}{f' with dropout {dropout:g}' if dropout and has_dropout else ''}, "
         f"recipe {recipe}: {format_count(epochs, 'epoch')}, batch size {batch_size}, "
         f"{'peak lr' if scheduler == 'onecycle' else 'lr'} {rate} ({scheduler}), weight decay {weight_decay:g}, "
-        f"loss {loss}, {'random crop and flip' if trad_augment else 'no augmentation'}, seed {seed}"
+        f"loss {loss}{clean}, {'random crop and flip' if trad_augment else 'no augmentation'}, seed {seed}"
     )
     for number, phase in enumerate(plan if len(plan) > 1 else [], 1):
         lines.append(

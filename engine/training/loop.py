@@ -12,7 +12,7 @@ from engine.training.monitor import EpochMonitor
 from engine.training.network_step import StepConfig
 from engine.training.running_sums import NonFiniteLoss
 from engine.training.state import TrainingState
-from engine.training.stopwatch import Stopwatch, time_source
+from engine.training.stopwatch import Stopwatch, take_clean_pass, time_source
 
 NO_BAD_STEP = 2**62  # stands for the step of the first NaN or infinite loss as long as there is none
 
@@ -28,9 +28,10 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train for one epoch. Returns `train_loss`, `train_acc` in percent, and the number of `images`.
 
-    train_loss is the mean loss of the mixed images, without the weight that the method gives it, so that methods can be
-    compared. train_acc is the mean label weight of the predicted class. Each optimizer step averages the gradients of
-    `loader.micro_batches` batches. epoch: counted from 0. max_steps: stop the epoch early.
+    train_loss is the mean loss of the mixed images, without the weight that the method gives it and without the loss of
+    the unmixed batch, so that methods can be compared. train_acc is the mean label weight of the predicted class. Each
+    optimizer step averages the gradients of `loader.micro_batches` batches. epoch: counted from 0. max_steps: stop the
+    epoch early.
 
     Losses stay on the device and are checked every `monitor.log_every` steps. Raises NonFiniteLoss if the check finds a
     NaN or infinite loss, and TrainingInterrupted before a step if `monitor.stop_requested()`.
@@ -70,6 +71,10 @@ def backward_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix a batch and add the gradient of its loss to .grad.
 
+    With config.clean_weight, clean_weight times the loss of the unmixed batch is added to the loss, unless the method
+    has left the batch unmixed. If the saliency source has added this gradient already, in the pass that gives the maps,
+    there is no further pass.
+
     Returns the loss, (), and for each image the label weight of the predicted class, (B, 1). sync: whether
     DistributedDataParallel averages the gradients over the processes in this backward pass.
     """
@@ -87,7 +92,12 @@ def backward_batch(
         mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
         mixed.retain_grad()
     watch.lap("mixing")
-    with mixer.during(state.model), nullcontext() if sync or state.network is state.model else state.network.no_sync():
+    unmixed = mixed is batch.images and soft is targets
+    if config.clean_weight and not take_clean_pass(source) and not unmixed:
+        with state.no_sync():
+            state.run_network_step(config, batch.images.detach(), targets, config.clean_weight)
+        watch.lap("clean")
+    with mixer.during(state.model), nullcontext() if sync else state.no_sync():
         loss, hits = state.run_network_step(config, mixed, soft, mixer.mixed_weight)
     watch.lap("network")
     mixer.after_backward(mixed.grad if mixer.wants_mixed_grad else None)
@@ -154,8 +164,8 @@ def mixing_coverage(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def profile_steps(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> dict[str, float]:
-    """Return milliseconds per step for data, saliency, mixing and network: means of `steps` steps, after ten steps of
-    warm-up.
+    """Return milliseconds per step for data, saliency, mixing, network and, if the unmixed batch has a pass of its own,
+    clean: means of `steps` steps, after ten steps of warm-up.
     """
     state.scheduler, seconds = None, {}  # a one-cycle schedule raises an error after its last step
     train_one_epoch(state, loader, config, epoch=0, max_steps=10)
@@ -166,4 +176,5 @@ def profile_steps(state: TrainingState, loader: DeviceLoader, config: StepConfig
         for part, value in monitor.watch.seconds().items():
             seconds[part] = seconds.get(part, 0.0) + value
         done, epoch = done + now, epoch + 1
-    return {part: 1000 * seconds.get(part, 0.0) / done for part in ("data", "saliency", "mixing", "network")}
+    parts = ["data", "saliency", "mixing", "network", *(["clean"] if "clean" in seconds else [])]
+    return {part: 1000 * seconds.get(part, 0.0) / done for part in parts}

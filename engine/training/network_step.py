@@ -20,6 +20,11 @@ class StepConfig:
     precision: torch.dtype | None = None  # of autocast; None: float32
     label_smoothing: float = 0.0
     clip_grad: float = 0.0  # maximum norm of the gradient; 0: no clipping
+    clean_weight: float | None = None  # weight of the loss of the unmixed batch; None: as the method has it
+
+    def compute_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss, (), with smoothed labels. logits, targets (B, K)."""
+        return self.loss_fn(logits, smooth_labels(targets, self.label_smoothing))
 
 
 def run_network_step(
@@ -36,7 +41,7 @@ def run_network_step(
     """
     with autocast(mixed.device, config.precision):
         logits = network(mixed)
-    loss = config.loss_fn(logits, smooth_labels(soft, config.label_smoothing))
+    loss = config.compute_loss(logits, soft)
     weighted = weight * loss
     (scaler.scale(weighted) if scaler else weighted).backward()
     with torch.no_grad():

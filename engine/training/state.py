@@ -2,14 +2,13 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
-from engine.data.image_set import Data
 from engine.errors import UserError
 from engine.runtime.checkpoint import Checkpoint
 from engine.runtime.device import get_rng_state, seed_rank_generator, set_rng_state
@@ -25,7 +24,6 @@ from engine.runtime.distributed import (
 from engine.runtime.graphs import GraphCapture
 from engine.training.compilation import CompileClock, compile_network
 from engine.training.ema import ModelEma
-from engine.training.loss import LOSSES, get_cross_entropy_scale
 from engine.training.network_step import StepConfig, find_capture_obstacle, run_network_step
 from engine.training.optimizer import load_optimizer_state
 from engine.training.running_sums import EpochStats
@@ -177,6 +175,10 @@ class TrainingState:
         obstacle = self.graph_step and self.step_obstacle
         return [f"--graph_step has no effect: {obstacle}"] if obstacle else []
 
+    def no_sync(self) -> AbstractContextManager:
+        """Return a context manager in which backward passes do not average the gradients over the processes."""
+        return nullcontext() if self.network is self.model else self.network.no_sync()
+
     def run_network_step(
         self, config: StepConfig, mixed: torch.Tensor, soft: torch.Tensor, weight: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,51 +269,6 @@ def build_training_state(
         graph_step=graph_step,
         kernels=kernels,
     )
-
-
-class SourceBuilder:
-    """Builds the saliency source of a mixer. A source that learns is built once for all methods and phases of a run.
-
-    build_source: saliency.build_source. loss: name of the training loss. saliency: name of the source, or None for the
-    default of the mixer. source_options: the command-line options that sources take (saliency.list_source_options).
-    """
-
-    def __init__(
-        self,
-        build_source: Callable,
-        state: TrainingState,
-        data: Data,
-        precision: torch.dtype | None,
-        *,
-        loss: str,
-        saliency: str | None,
-        **source_options,
-    ):
-        self.build_source, self.name = build_source, saliency
-        self.learning_sources: dict[str, object] = {}
-        self.values = source_options | {
-            "model": state.model,
-            "num_images": len(data.train),
-            "device": state.device,
-            "mean": data.mean,
-            "std": data.std,
-            "precision": precision,
-            "scaler": state.scaler,
-            "training_loss": LOSSES[loss],
-            "cross_entropy_scale": get_cross_entropy_scale(loss, len(data.classes)),
-        }
-        self.graphs, self.graph_step = state.graphs, state.graph_step
-
-    def __call__(self, mixer):
-        name = self.name or mixer.default_source
-        if name in self.learning_sources:
-            return self.learning_sources[name]
-        source = self.build_source(name, **self.values | mixer.gradient_options)
-        captures_passes = self.graph_step and not find_capture_obstacle(self.graphs, mixer, [source])
-        self.graphs.wrap_source(source, network_passes=captures_passes)
-        if source.learns:
-            self.learning_sources[name] = source
-        return source
 
 
 def place_network(

@@ -53,6 +53,7 @@ class TimedSource:
 
     def __init__(self, source, watch: Stopwatch):
         self.source, self.watch = source, watch
+        self.called = False  # since take_clean_pass() was called
 
     clean_weight = property(lambda self: self.source.clean_weight)
     per_image = property(lambda self: self.source.per_image)
@@ -73,6 +74,7 @@ class TimedSource:
 
     def time_call(self, function: Callable, *args) -> torch.Tensor:
         self.watch.lap("mixing")
+        self.called = True
         result = function(*args)
         self.watch.lap("saliency")
         return result
@@ -91,3 +93,12 @@ def time_source(source, watch: Stopwatch):
     if isinstance(source, list):
         return [time_source(one, watch) for one in source]
     return source and TimedSource(source, watch)
+
+
+def take_clean_pass(source) -> bool:
+    """Return whether a source, as time_source() returns it, has trained on the unmixed images since the last call."""
+    sources = flatten_sources(source)
+    trained = any(one.called and one.clean_weight for one in sources)
+    for one in sources:
+        one.called = False
+    return trained

@@ -27,6 +27,7 @@ from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.parser import Parser
 from engine.config.recipes import RECIPES, get_recipe_options
 from engine.config.resolve import check_combinations, fill_in_options
+from engine.config.select import select_kwargs
 from engine.config.unused_options import (
     collect_mixing_notes,
     collect_run_notes,
@@ -40,11 +41,11 @@ from saliency.casm.commands import train as casm_train
 from saliency.gradient import Gradient
 
 
-def resolve(*words: str) -> dict:
-    """Return all options of train.py for a command line."""
+def resolve(*words: str, saved: dict | None = None) -> dict:
+    """Return all options of train.py for a command line, where `saved` are those of a run to resume."""
     parser = train.build_parser()
     typed, _ = translate_legacy(parser.read(list(words)))
-    options = fill_in_options(typed, {}, parser.defaults)
+    options = fill_in_options(typed, saved or {}, parser.defaults)
     check_combinations(options, typed)
     return options
 
@@ -102,6 +103,9 @@ def test_abbreviations_are_refused(capsys):
         (["--loss", "bce", "--label_smoothing", "0.1"], "--loss ce"),
         (["--gammas", "0.1", "0.2", "--schedule", "1", "2", "3", "--scheduler", "multistep"], "2 factors for the 3"),
         (["--evaluate"], "--checkpoint"),
+        (["--clean_weight", "1", "--clean_lam", "0.5"], "--clean_weight 1: --clean_lam 0.5 sets the weight"),
+        (["--clean_weight", "0", "--update_ratio", "0.7"], "--update_ratio 0.7 sets the weight"),
+        (["--clean_weight", "-1"], "--clean_weight"),
         (["--mix_schedule", "delayed"], "--mix_scheduled_epoch"),
     ],
 )
@@ -284,14 +288,41 @@ def test_unused_options_are_found():
 def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, smoothing):
     source = Gradient(None, clean_weight=clean_weight)
     options = {"method": ["comixup"], "label_smoothing": smoothing, "clean_lam": clean_weight, "graph_step": False}
+    options["clean_weight"] = None
     notes = collect_mixing_notes(options, {}, train.build_parser(), methods=mixing, saliency=saliency, sources=[source])
     assert any("stay hard" in note for note in notes) == (clean_weight > 0 and smoothing > 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "typed", "expected"),
+    [
+        ("comixup", {}, ["only --saliency gradient also trains on the unmixed images"]),
+        ("comixup", {"clean_weight": 1.0}, []),
+        ("none", {"clean_weight": 1.0}, ["no effect with --method none: --clean_weight"]),
+        ("sage", {"clean_weight": 1.0, "blur_sigma": 1.0}, ["no effect with --method sage: --blur_sigma"]),
+    ],
+)
+def test_notes_say_what_is_trained_on(method, typed, expected):
+    sources = [saliency.build_source("uniform")] if method != "none" else []
+    options = {"method": [method], "label_smoothing": 0.1, "clean_lam": None, "graph_step": False}
+    options |= {"clean_weight": None} | typed
+    arguments = {"methods": mixing, "saliency": saliency, "sources": sources}
+    notes = collect_mixing_notes(options, typed, train.build_parser(), **arguments)
+    assert len(notes) == len(expected) and all(map(str.startswith, notes, expected))
+
+
+def test_clean_weight_replaces_what_a_recipe_or_the_resumed_run_says_of_the_unmixed_images():
+    options = resolve("--method", "puzzlemix", "--dataset", "tiny-imagenet", "--clean_weight", "0.5")
+    hyper_parameters = select_kwargs(options, mixing.compose_options(options["method"]))
+    assert mixing.collect_hyper_parameters(["puzzlemix"], **hyper_parameters)["puzzlemix"]["clean_lam"] == 0
+    saved = resolve("--method", "sage", "--update_ratio", "0.7")
+    assert resolve("--clean_weight", "1", saved=saved)["update_ratio"] is None
 
 
 @pytest.mark.parametrize(("method", "unused"), [("saliencymix", False), ("cutmix", True)])
 def test_kernels_has_an_effect_where_something_would_be_captured(method, unused):
     sources = [saliency.build_source("fine_grained", mean=(0.5,) * 3, std=(0.5,) * 3)] if not unused else []
-    options = {"method": [method], "label_smoothing": 0.0, "clean_lam": None, "graph_step": False}
+    options = {"method": [method], "label_smoothing": 0.0, "clean_lam": None, "clean_weight": None, "graph_step": False}
     arguments = {"methods": mixing, "saliency": saliency, "sources": sources}
     notes = collect_mixing_notes(options, {"kernels": "torch"}, train.build_parser(), **arguments)
     assert any("--kernels" in note for note in notes) == unused
@@ -468,8 +499,8 @@ def test_invalid_combinations_are_refused(words, message, capsys):
         ("--method puzzlemix --image_size 36", "36x36 pixels cannot be cut into 8x8 blocks"),
         ("--method rmix --image_size 36", "random_patches"),
         ("--method comixup --m_block_num 5", "m_block_num"),
-        ("--method sage --saliency_size 16", "update_ratio 1"),
-        ("--method sage --mix_fraction 0.5", "update_ratio 1"),
+        ("--method sage --saliency_size 16", "clean_weight 0"),
+        ("--method sage --mix_fraction 0.5", "clean_weight 0"),
         ("--method sage --kernel_size 65", "kernel_size 65"),
     ],
 )

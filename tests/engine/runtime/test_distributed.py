@@ -47,6 +47,7 @@ CASES = {  # name -> method, hyper-parameters, source (None: the default of the 
     "rmix with clean loss": ("rmix", {"clean_lam": 1.0}, None, 1),
     "puzzlemix with bank": ("puzzlemix", {}, "bank", 1),
     "sage in two micro-batches": ("sage", {}, None, 2),
+    "mixup and the unmixed batch": ("mixup", {"clean_weight": 0.5}, None, 2),
 }
 REFUSED = {  # options -> message
     ("--batch_size", "7"): r"--batch_size 7: the total .* divisible by 2 processes = 2\nuse 6 or 8",
@@ -98,7 +99,8 @@ def run_steps(case: str, model, batches, network=None, steps: int = 1, lr: float
     mixer.start_epoch(0, 1, len(batches))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     state = TrainingState(model, optimizer, mixer=mixer, source=source, network=network)
-    config, monitor = StepConfig(LOSSES["ce"], len(batches.image_set.classes)), EpochMonitor(device(), log_every=1)
+    config = StepConfig(LOSSES["ce"], len(batches.image_set.classes), clean_weight=CASES[case][1].get("clean_weight"))
+    monitor = EpochMonitor(device(), log_every=1)
     train_one_epoch(state, batches, config, epoch=0, monitor=monitor, max_steps=steps)
     return [parameter.grad.clone() for parameter in model.parameters()]
 

@@ -16,7 +16,8 @@ from engine.training.loop import train_one_epoch
 from engine.training.loss import LOSSES
 from engine.training.network_step import StepConfig
 from engine.training.optimizer import build_optimizer
-from engine.training.state import SourceBuilder, TrainingState, build_training_state
+from engine.training.sources import SourceBuilder
+from engine.training.state import TrainingState, build_training_state
 from mixing import compose_mixer
 from saliency.bank import Bank
 
@@ -40,6 +41,7 @@ def make_state(
     device: str = "cpu",
     precision: torch.dtype | None = None,
     kernels: str = "auto",
+    clean_weight: float | None = None,
 ) -> TrainingState:
     network = make_network().to(device)
     optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3)
@@ -47,8 +49,9 @@ def make_state(
     options = {"ema": 0.9, "graph_step": graph_step, "kernels": kernels}
     state = build_training_state(network, optimizer, scheduler, precision, **options)
     data = Data(IMAGES, IMAGES, None, **STATISTICS, image_size=16, warnings=[])
-    mixer = compose_mixer([method], **STATISTICS, **HYPER_PARAMETERS.get(method, {}))
-    state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, precision, loss="ce", saliency=source))
+    mixer = compose_mixer([method], clean_weight=clean_weight, **STATISTICS, **HYPER_PARAMETERS.get(method, {}))
+    config = StepConfig(LOSSES["ce"], 4, precision, clean_weight=clean_weight)
+    state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, config, loss="ce", saliency=source))
     return state
 
 
@@ -73,7 +76,8 @@ def train(
 
 def compare(method: str, device: str = "cpu", precision: torch.dtype | None = None, **options) -> TrainingState:
     """Train with a captured and an eager step, to the same checkpoint. Returns the first state."""
-    state, eager = (make_state(method, graph_step=flag, device=device, precision=precision) for flag in (True, False))
+    own = {"device": device, "precision": precision, "clean_weight": options.get("clean_weight")}
+    state, eager = (make_state(method, graph_step=flag, **own) for flag in (True, False))
     assert train(state, precision=precision, **options) == train(eager, precision=precision, **options)
     assert same_state(state.state_dict(), eager.state_dict())
     assert not state.list_step_notes() and not state.graphs.take_notes()
@@ -92,6 +96,13 @@ def test_gradients_of_micro_batches_and_clean_images_add_up(monkeypatch):
     fake = FakeGraphs(monkeypatch)
     compare("comixup", micro_batches=2, clip_grad=0.5)
     assert fake.captures == 2
+
+
+@pytest.mark.parametrize(("method", "captures"), [("mixup", 1), ("puzzlemix", 2)])
+def test_the_pass_over_the_unmixed_batch_replays_the_graph_of_the_step(monkeypatch, method, captures):
+    fake = FakeGraphs(monkeypatch)
+    compare(method, clean_weight=0.5, label_smoothing=0.1)
+    assert fake.captures == captures and fake.replays >= 2 * (2 * 6 - 3)
 
 
 def test_a_gradient_scaler_is_captured(monkeypatch):
