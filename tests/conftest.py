@@ -1,5 +1,6 @@
 """Command-line options, markers and fixtures for all tests."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -42,6 +43,23 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed_torch():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_shapes_once():
+    """Draw each set of `shapes` once per process: its images are the same in every run, and hundreds of tests train."""
+    from engine.data import datasets
+
+    draw_cached = functools.cache(datasets.draw_shapes)
+
+    def draw_shapes(count: int, size: int, *, num_classes: int, seed: int, progress) -> dict[str, torch.Tensor]:
+        return {
+            key: value.clone() for key, value in draw_cached(count, size, num_classes=num_classes, seed=seed).items()
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "draw_shapes", draw_shapes)
+        yield
 
 
 @pytest.fixture
