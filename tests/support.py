@@ -24,7 +24,7 @@ def find_browser() -> str | None:
 
 
 def shapes_command(root: Path, *words: str, name: str = "run", method: str = "none", epochs: int = 2) -> list[str]:
-    """Return the arguments of a short training run of train.py on `shapes`, on the CPU."""
+    """Return the arguments of a short training run of train.py on `shapes` of 16 pixels, on the CPU."""
     command = [
         "--dataset",
         "shapes",
@@ -34,6 +34,8 @@ def shapes_command(root: Path, *words: str, name: str = "run", method: str = "no
         str(epochs),
         "--limit",
         "48",
+        "--image_size",
+        "16",
         "--batch_size",
         "20",
     ]

@@ -197,7 +197,7 @@ def test_the_run_folder_is_complete(shapes_run):
         saved["format"] == 2
         and saved["num_classes"] == 10
         and saved["classes"][0] == "disc"
-        and saved["image_size"] == 32
+        and saved["image_size"] == 16
     )
     assert saved["best"]["split"] == "test" and saved["best"]["value"] == max(r["test_top1"] for r in saved["history"])
 

@@ -62,7 +62,7 @@ def runs(tmp_path_factory) -> dict[str, str]:
     and one with a NaN.
     """
     root = tmp_path_factory.mktemp("runs")
-    train.main(shapes_command(root, name="trained", epochs=1))
+    train.main(shapes_command(root, "--image_size", "32", name="trained", epochs=1))
     paths = {"trained": root / "shapes" / "resnet20" / "trained"}
     fit_last_layer(paths["trained"] / "best.pt")
     for name, classes in (("random", 10), ("two", 2), ("broken", 10)):
