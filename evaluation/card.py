@@ -38,14 +38,14 @@ class Row(NamedTuple):
     spec: str  # format of the values
     sign: int  # 1: higher is better, -1: lower is better, 0: neither
 
-    def format_cells(self, mark: str = "") -> list[str]:
-        """Return the title and the formatted values; the best of several values stands between two marks."""
+    def format_cells(self, mark: Callable[[str], str] | None = None) -> list[str]:
+        """Return the title and the formatted values; `mark` formats the best of several values once more."""
         texts = ["-" if value is None else format(value, self.spec) for value in self.values]
         known = [value for value in self.values if value is not None]
-        if not mark or not self.sign or len(known) < 2:
+        if mark is None or not self.sign or len(known) < 2:
             return [self.title, *texts]
         best = format(max(known) if self.sign > 0 else min(known), self.spec)
-        return [self.title, *(f"{mark}{text}{mark}" if text == best else text for text in texts)]
+        return [self.title, *(mark(text) if text == best else text for text in texts)]
 
 
 def make_rows(results: list[dict]) -> list[Row]:
@@ -93,7 +93,7 @@ def format_text(results: list[dict], rows: list[Row]) -> str:
 
 def format_markdown(results: list[dict], rows: list[Row], notes: list[str]) -> str:
     """Return the table in Markdown, the best of several values in bold, followed by the notes."""
-    cells = [["", *(result["name"] for result in results)], *(row.format_cells("**") for row in rows)]
+    cells = [["", *(result["name"] for result in results)], *(row.format_cells("**{}**".format) for row in rows)]
     table = tables.format_markdown(cells)
     return "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n"
 

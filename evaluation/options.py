@@ -46,7 +46,7 @@ def build_parser() -> Parser:
     parser.option("--ema", type=boolean, default=False, help="evaluate the averaged weights of a run with --ema")
     parser.option("--batch_size", "-b", type=int_at_least(1), default=500, help="in total over all processes")
     parser.option(
-        "--output", "-o", metavar="FILE.json", help="write all results as JSON; card: also FILE.md and FILE.png"
+        "--output", "-o", metavar="FILE.json", help="write all results as JSON; card: also FILE.md, .html, .png"
     )
     add_task_options(parser)
     add_data_options(parser, DATASETS, dataset_default="from the file")
@@ -230,8 +230,8 @@ def check_task(options: dict) -> None:
         )
     if task == "card" and options["output"] and not options["output"].endswith(".json"):
         raise ValueError(
-            f"--output {options['output']}: --task card writes JSON, with .md and .png next to it; give a file name "
-            "ending in .json"
+            f"--output {options['output']}: --task card writes JSON, with .md, .html and .png next to it; give a file "
+            "name ending in .json"
         )
 
 

@@ -56,18 +56,24 @@ def report_task(
 
 
 def report_card(results: list[dict], command: str, *, seed: int, output: str, figure: str | None, dpi: int) -> None:
-    """Print the card and write it as FILE.json, FILE.md and FILE.png, or the file `figure`."""
-    from evaluation import card
+    """Print the card and write it as FILE.json, FILE.md, FILE.html and FILE.png, or the file `figure`."""
+    from evaluation import card, card_page
 
     examples = [result.pop("pictures", None) for result in results]  # images and maps do not go into the JSON file
-    rows, notes = card.make_rows(results), [*card.collect_notes(results, seed), f"`{command}`"]
+    measured = card.collect_notes(results, seed)
+    rows, notes = card.make_rows(results), [*measured, f"`{command}`"]
     print("\n".join([card.format_text(results, rows), *(f"- {note}" for note in notes)]))
-    page = Path(figure or Path(output).with_suffix(".png"))
-    markdown, text = Path(output).with_suffix(".md"), card.format_markdown(results, rows, notes)
+    examples = [each for each in examples if each]
+    drawing = Path(figure or Path(output).with_suffix(".png"))
+    texts = {
+        Path(output).with_suffix(".md"): card.format_markdown(results, rows, notes),
+        Path(output).with_suffix(".html"): card_page.format_page(results, examples, measured, command),
+    }
     write_json(Path(output), {"notes": notes, "results": results})
-    write_atomic(markdown, lambda side: side.write_text(text, encoding="utf-8"))
-    card.draw_page(page, results, [each for each in examples if each], dpi=dpi)
-    print(f"written: {output}, {markdown}, {page}")
+    for path, text in texts.items():
+        write_atomic(path, lambda side, text=text: side.write_text(text, encoding="utf-8"))
+    card.draw_page(drawing, results, examples, dpi=dpi)
+    print(f"written: {', '.join(map(str, [output, *texts, drawing]))}")
 
 
 def format_accuracies(results: list[dict], topk: list[int]) -> str:

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it; the processes o
 import numpy as np
 import pytest
 import torch
+from browser import Browser
 from support import GOLDEN, find_browser, shapes_command
 
 if not torch.cuda.is_available():  # triton reads it when it is imported: kernels then run on CPU tensors, interpreted
@@ -75,6 +76,14 @@ def static_golden():
 @pytest.fixture(scope="session")
 def network_golden():
     return np.load(GOLDEN / "networks.npz")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium, for tests marked `browser`."""
+    running = Browser(find_browser(), tmp_path_factory.mktemp("browser"))
+    yield running
+    running.close()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +29,7 @@ from engine.inference.classifier import Classifier
 from evaluation.card import format_label, format_markdown, make_rows
 from evaluation.card import make_panels as make_card_panels
 from evaluation.context import EvalContext, EvalSession, check_same_images
+from evaluation.html import to_html
 from evaluation.localization_task import describe_constant_maps, evaluate_localization
 from evaluation.ood import measure_ood
 from evaluation.options import TASKS, build_parser, merge_trained_options
@@ -471,6 +473,14 @@ def test_the_card_is_a_table_a_page_and_a_file(card, runs):
         assert text in notes, text
     assert notes.rstrip().endswith(f"--output {path}`")
     assert matplotlib.image.imread(path.with_suffix(".png")).std() > 0.05
+    page = path.with_suffix(".html").read_text()
+    numbers = re.findall(r"\| *(-?\d+\.\d+) *\|", table)
+    assert len(numbers) > 20 and all(f'">{number}</td>' in page for number in numbers)
+    assert all(to_html(note).replace("`", "") in page for note in written["notes"])
+    assert page.count("data:image/svg+xml") == len(make_card_panels([("a", result)]))
+    assert page.count("data:image/png") == 2 + 2  # images and their maps
+    assert page.count('<tr><th scope="row">fog</th>') == 2  # the mean and severity 5
+    assert sum(result["accuracy"]["class_images"]) == 40
 
 
 def test_the_best_of_several_values_is_bold():
