@@ -20,6 +20,7 @@ from engine.config.legacy_options import translate_legacy
 from engine.config.phases import build_phases, parse_phases
 from engine.config.recipes import IMAGENET_RECIPES, RECIPES
 from engine.config.resolve import RULES, check_combinations, fill_in_options
+from evaluation.compare import __main__ as comparison
 from evaluation.corruptions import CORRUPTIONS
 from mixing import MIXERS, show
 from saliency import SOURCES
@@ -55,6 +56,9 @@ def test_every_command_is_accepted(command):
     words = shlex.split(command)
     if words[1:3] == ["-m", "mixing.show"]:
         assert show.build_parser().read(words[3:])
+        return
+    if words[1:3] == ["-m", "evaluation.compare"]:
+        assert len(words) == 3 or comparison.build_parser().read(words[3:])["runs"]
         return
     if words[1].startswith(("benchmarks/", "docs/")):
         assert (ROOT / words[1]).is_file()

@@ -17,14 +17,14 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose options can be written with underscores or hyphens.
 
     read() returns only the options that were typed. Their defaults are in `defaults`, so that a recipe or a checkpoint
-    can fill in the others. prog: name of the program. positional: the program takes arguments without an option name;
-    its switches then have no value, because an optional value would swallow such an argument.
+    can fill in the others. prog: name of the program. positional: what --help calls the arguments without an option
+    name, if the program takes any; its switches then have no value, because an optional value would swallow one.
     """
 
-    def __init__(self, description: str, prog: str | None = None, positional: bool = False):
+    def __init__(self, description: str, prog: str | None = None, positional: str = ""):
         super().__init__(
             prog=prog,
-            usage="%(prog)s DATA [options]" if positional else "%(prog)s [options]",
+            usage=f"%(prog)s {positional} [options]" if positional else "%(prog)s [options]",
             description=description,
             add_help=False,
             allow_abbrev=False,

@@ -122,6 +122,8 @@ class Run:
         config: further entries of config.json.
         """
         add_trackers(self.log, self.options)
+        config |= {"precision": format_precision(str(self.precision)), "classes": len(self.data.classes)}
+        config["parameters"] = sum(parameter.numel() for parameter in self.state.model.parameters())
         self.log.write_config(self.options, self.state.device, kind=self.kind.name, **config)
         self.log.write_log(self.history)
         processes = f", {world_size()} processes" if world_size() > 1 else ""

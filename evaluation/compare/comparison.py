@@ -6,11 +6,10 @@ from engine.errors import UserError, suggest_closest
 from engine.runtime.text import format_count
 from evaluation.compare.fairness import find_option_differences, list_warnings
 from evaluation.compare.groups import Group, group_runs
+from evaluation.compare.metrics import METRICS, Metric
 from evaluation.compare.runs import LeftOut, Run
 from evaluation.compare.statistics import (
-    METRICS,
     GroupFigures,
-    Metric,
     PairedDifference,
     compare_with_baseline,
     get_curve,

@@ -1,6 +1,28 @@
 """What differs between the groups of a comparison, and which of it makes the comparison unfair."""
 
+from engine.runtime.text import format_count
 from evaluation.compare.groups import Group, format_value
+from evaluation.compare.metrics import METRICS
+from evaluation.compare.runs import Run
+from evaluation.compare.statistics import get_curve
+
+FAIR_OPTIONS = {  # what has to be equal for a fair comparison of methods -> the options that decide it
+    "recipe": ["recipe"],
+    "network": ["model", "model_args", "dropout"],
+    "initial weights": ["init_from", "pretrained", "freeze"],
+    "length of training": ["epochs", "phases"],
+    "batch size": ["batch_size", "accumulate", "drop_last"],
+    "training images": ["labels_per_class", "valid_labels_per_class"],
+    "image size": ["image_size", "crop_size", "eval_resize", "interpolation", "norm"],
+    "augmentation": [
+        *("trad_augment", "crop_padding", "crop_padding_mode", "min_scale", "color_jitter", "lighting"),
+        *("auto_augment", "rand_augment_ops", "rand_augment_magnitude", "rand_augment_std", "random_erasing"),
+    ],
+    "optimizer": ["optimizer", "lr", "max_lr", "momentum", "nesterov", "weight_decay", "layer_decay", "clip_grad"],
+    "schedule": ["scheduler", "schedule", "gammas", "lr_points", "warmup_epochs", "min_lr"],
+    "loss": ["loss", "label_smoothing", "bce_target_thresh"],
+    "training on unmixed images": ["clean_weight"],
+}
 
 
 def find_option_differences(groups: list[Group]) -> dict[str, list[str]]:
@@ -11,5 +33,87 @@ def find_option_differences(groups: list[Group]) -> dict[str, list[str]]:
 
 
 def list_warnings(groups: list[Group]) -> list[str]:
-    """Return a line for each thing that makes the comparison unfair."""
-    return []
+    """Return a line for each thing that makes the comparison of the groups unfair or uncertain."""
+    differences = find_option_differences(groups)
+    warnings = []
+    for title, options in FAIR_OPTIONS.items():
+        texts = [
+            f"--{option} {join_values(zip_labels(groups, differences[option]))}"
+            for option in options
+            if option in differences
+        ]
+        warnings += [f"{title} differs: {'; '.join(texts)}"] if texts else []
+    runs = [run for group in groups for run in group.runs]
+    warnings += [
+        *describe_record(groups, "precision", "precision", "accuracies and times are not those of one set-up"),
+        *describe_parameters(groups, "model" in differences),
+        *describe_record(groups, "commit", "commit of the code", "its results may have moved in between"),
+        *describe_record(groups, "device", "device", "do not compare minutes and images/s"),
+        *describe_folders(runs),
+        *describe_seeds(groups),
+        *describe_best(runs),
+    ]
+    if damaged := [str(run.folder) for run in runs if (run.result or {}).get("test_unreadable")]:
+        warnings.append(f"test files that could not be read do not count in {', '.join(damaged)}")
+    return warnings
+
+
+def zip_labels(groups: list[Group], values: list[str]) -> dict[str, list[str]]:
+    """Return value -> labels of the groups that have it."""
+    found: dict[str, list[str]] = {}
+    for group, value in zip(groups, values, strict=True):
+        found.setdefault(value, []).append(group.label)
+    return found
+
+
+def join_values(found: dict[str, list[str]], shown: int = 4) -> str:
+    """Return who has which value, such as `200 (none; cutmix), 300 (puzzlemix)`."""
+    texts = []
+    for value, names in found.items():
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        texts.append(f"{value} ({'; '.join(names[:shown])}{more})")
+    return ", ".join(texts)
+
+
+def describe_record(groups: list[Group], key: str, title: str, consequence: str) -> list[str]:
+    """Return a warning if an entry of config.json is not the same in all runs that record it."""
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        for value in dict.fromkeys(run.config.get(key) for run in group.runs):
+            if value is not None:
+                found.setdefault(value[:10] if key == "commit" else str(value), []).append(group.label)
+    return [f"{title} differs: {join_values(found)}; {consequence}"] if len(found) > 1 else []
+
+
+def describe_parameters(groups: list[Group], other_model: bool) -> list[str]:
+    """Return a warning if networks of one name differ in size. other_model: a warning names the networks already."""
+    return (
+        [] if other_model else describe_record(groups, "parameters", "number of parameters", "networks are not equal")
+    )
+
+
+def describe_folders(runs: list[Run]) -> list[str]:
+    """Return a warning if runs on one's own images have read them from different folders."""
+    folders = sorted({str(run.options.get("data_dir")) for run in runs})
+    if runs[0].options["dataset"] != "folder" or len(folders) < 2:
+        return []
+    return [f"the images are read from several folders: {', '.join(folders)}; are they the same?"]
+
+
+def describe_seeds(groups: list[Group]) -> list[str]:
+    """Return warnings on groups with one finished seed, and on groups with different seeds."""
+    finished = [group for group in groups if group.finished]
+    warnings = []
+    if single := [group.label for group in finished if len(group.finished) == 1]:
+        warnings.append(f"one seed only, so no spread: {'; '.join(single)}")
+    seeds = zip_labels(finished, [" ".join(str(run.seed) for run in group.finished) for group in finished])
+    return warnings + ([f"finished seeds differ: {join_values(seeds)}"] if len(seeds) > 1 else [])
+
+
+def describe_best(runs: list[Run]) -> list[str]:
+    """Return a warning if the best epoch is chosen on the test images."""
+    chosen = [bool(get_curve(run, METRICS["valid_top1"])) for run in runs if run.history]
+    if all(chosen):
+        return []
+    some = f" in {format_count(chosen.count(False), 'run')} of {len(chosen)}" if any(chosen) else ""
+    return [f"the best epoch is chosen on the test images{some}, which flatters it: report the last epoch"]

@@ -16,6 +16,7 @@ from engine.config.training_options import (
     add_schedule_options,
     add_step_options,
 )
+from engine.config.unused_options import SCHEDULER_OPTIONS
 from evaluation.compare.runs import FINISHED, RUNNING, LeftOut, Run
 
 RESULT_OPTIONS = {"epochs", "amp"}  # may change when a run is resumed, and yet change its results
@@ -61,9 +62,13 @@ def get_default_options() -> dict:
 
 
 def get_result_options(run: Run) -> dict:
-    """Return the options of a run that decide its results, without its seed. Values that set nothing are left out."""
+    """Return the options of a run that decide its results, without its seed. Values that set nothing are left out, and
+    so are options that the learning rate schedule of the run does not read.
+    """
     options = get_default_options() | {key: value for key, value in run.options.items() if value is not None}
-    return {key: value for key, value in options.items() if key not in NEUTRAL_OPTIONS and value not in ([], {}, "")}
+    unread = {key for key, readers in SCHEDULER_OPTIONS.items() if options.get("scheduler") not in readers}
+    ignored = NEUTRAL_OPTIONS | unread
+    return {key: value for key, value in options.items() if key not in ignored and value not in ([], {}, "")}
 
 
 def group_runs(runs: list[Run]) -> tuple[list[Group], list[LeftOut]]:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 from engine.errors import explain_missing
 from engine.runtime.claim import is_claimed
 from engine.training.run_folder import RunFolder
+from saliency.casm.network import SUFFIX as CASM_SUFFIX
 
 RUN_FILES = ("config.json", "log.csv", "last.pt", "result.json")  # any of them makes a folder a run folder
+COMPARED = "only runs of train.py and imagenet_train.py are compared"
 FINISHED, RUNNING, STOPPED = "finished", "running", "stopped"
 
 
@@ -91,16 +93,11 @@ def find_runs(words: list[str]) -> tuple[list[Run], list[LeftOut]]:
     runs, left_out = {}, []
     for word in words:
         for path in expand_word(word):
-            if not path.is_dir():
-                missing = explain_missing(path, "no such folder")
-                left_out.append(LeftOut(path, "a file, not a run folder" if path.exists() else missing))
-                continue
-            folders = list(list_run_folders(path))
+            folders = list(list_runs(path)) if path.is_dir() else [path]
             if not folders:
                 left_out.append(LeftOut(path, "no run in this folder"))
             for folder in folders:
-                key = folder.resolve()
-                if key in runs:
+                if (key := folder.resolve()) in runs:
                     continue
                 try:
                     runs[key] = read_run(folder)
@@ -118,12 +115,13 @@ def expand_word(word: str) -> list[Path]:
     return sorted(found, key=split_numbers) or [Path(word)]
 
 
-def list_run_folders(path: Path) -> Iterator[Path]:
-    """Yield `path` if it is a run folder, otherwise all run folders below it."""
+def list_runs(path: Path) -> Iterator[Path]:
+    """Yield `path` if it is a run folder, otherwise all run folders and all checkpoints of mask networks below it."""
     for parent, folders, files in os.walk(path):
         if any(name in files for name in RUN_FILES):
             folders.clear()
             yield Path(parent)
+        yield from (Path(parent) / name for name in sorted(files) if name.endswith(CASM_SUFFIX))
         folders.sort(key=split_numbers)
 
 
@@ -134,6 +132,8 @@ def split_numbers(path: Path | str) -> list:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder. Raises ValueError, with the reason, if it does not hold a run that can be compared."""
+    if not folder.is_dir():
+        raise ValueError(explain_file(folder))
     config, history = read_config(folder / "config.json"), read_log(folder / "log.csv")
     result = read_json(folder / "result.json") if (folder / "result.json").is_file() else None
     if len(history) >= config["options"]["epochs"]:
@@ -141,6 +141,13 @@ def read_run(folder: Path) -> Run:
     else:
         status = RUNNING if is_claimed(RunFolder.get_lock(folder)) else STOPPED
     return Run(folder, config, history, result, status)
+
+
+def explain_file(path: Path) -> str:
+    """Return why a path that is not a folder cannot be compared."""
+    if not path.exists():
+        return explain_missing(path, "no such folder")
+    return f"a casm run; {COMPARED}" if path.suffix == CASM_SUFFIX else "a file, not a run folder"
 
 
 def read_config(path: Path) -> dict:
@@ -153,7 +160,7 @@ def read_config(path: Path) -> dict:
         raise ValueError("its config.json is not that of a run")
     kind = config.get("kind", "classifier")
     if kind != "classifier":
-        raise ValueError(f"a {kind} run; only runs of train.py and imagenet_train.py are compared")
+        raise ValueError(f"a {kind} run; {COMPARED}")
     types = {"method": list, "seed": int, "epochs": int, "dataset": str}
     if missing := [f"--{key}" for key, kind in types.items() if not isinstance(options.get(key), kind)]:
         raise ValueError(f"its config.json does not set {' '.join(missing)}")

@@ -4,29 +4,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from engine.inference.metrics import summarize_values
 from engine.training.console import MEDIAN_EPOCHS
 from evaluation.compare.groups import Group
+from evaluation.compare.metrics import METRICS, Metric
 from evaluation.compare.runs import Run
 
 CONFIDENCE = 0.95  # of the intervals
-
-
-class Metric(NamedTuple):
-    """What is compared. column: of log.csv. title: for tables and figures."""
-
-    column: str
-    title: str
-
-
-METRICS = {  # name in --metric
-    "top1": Metric("test_top1", "top-1 accuracy (%)"),
-    "top5": Metric("test_top5", "top-5 accuracy (%)"),
-    "ema_top1": Metric("ema_top1", "top-1 accuracy of the averaged weights (%)"),
-    "valid_top1": Metric("valid_top1", "top-1 accuracy on validation images (%)"),
-}
 
 
 @dataclass(frozen=True)
@@ -87,6 +72,15 @@ class PairedDifference:
     unpaired: list[int]
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """The metric of a group after an epoch, and the mean time of training until then."""
+
+    epoch: int
+    minutes: float
+    spread: Spread
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     """Return the spread of the values, None if there are none."""
     return Spread(**summarize_values(values)) if values else None
@@ -104,6 +98,18 @@ def get_minutes(run: Run) -> list[float]:
         total += row["seconds"] / 60
         minutes.append(total)
     return minutes
+
+
+def get_mean_curve(runs: Sequence[Run], metric: Metric) -> list[CurvePoint]:
+    """Return the spread of the metric over the runs, at the epochs that all of them have evaluated."""
+    curves, minutes = [get_curve(run, metric) for run in runs], [get_minutes(run) for run in runs]
+    epochs = sorted(set.intersection(*map(set, curves))) if runs else []
+    return [
+        CurvePoint(
+            epoch, statistics.fmean(own[epoch - 1] for own in minutes), spread([curve[epoch] for curve in curves])
+        )
+        for epoch in epochs
+    ]
 
 
 def measure_run(run: Run, metric: Metric) -> RunFigures:

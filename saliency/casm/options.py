@@ -27,7 +27,7 @@ def get_preset(name: str, adversarial: bool = False) -> dict[str, object]:
 
 def build_casm_parser(command: str, description: str, seed: int = 0) -> Parser:
     """Return a parser that declares which images are read. seed: the default of --seed."""
-    parser = Parser(description, prog=f"python -m saliency.casm {command}", positional=True)
+    parser = Parser(description, prog=f"python -m saliency.casm {command}", positional="DATA")
     if command == "train":
         parts, saved = "train/ and val/", "as for --classifier"
     else:

@@ -124,7 +124,7 @@ class CasmFolder(RunFolder):
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    def write_config(self, options: dict, device: torch.device, kind: str) -> None:
+    def write_config(self, options: dict, device: torch.device, kind: str, **more) -> None:
         """Remember the options; write_log() puts them in the first line of NAME.log."""
         self.options, self.log_path = options, Path(options["log_path"] or self.path.parent)
 

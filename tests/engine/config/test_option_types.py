@@ -76,7 +76,7 @@ def test_a_positional_argument_that_is_not_given_is_not_among_the_typed_options(
     assert import_module("saliency.casm.commands.train").build_parser().read([]) == {}
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [*MODULES, "evaluation.compare.__main__"])
 def test_every_path_option_expands_the_home_folder(module):
     parser = import_module(module).build_parser()
     paths = [a for a in parser._actions if isinstance(a.metavar, str) and a.metavar[:4] in ("DIR", "FILE", "PATH")]

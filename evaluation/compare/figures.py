@@ -1,0 +1,88 @@
+"""The figures of a comparison: accuracy over epochs and over training time, with bands over the seeds."""
+
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from engine.drawing import figures
+from evaluation.card import format_label
+from evaluation.compare.comparison import Comparison
+from evaluation.compare.groups import Group
+from evaluation.compare.metrics import Metric
+from evaluation.compare.statistics import get_mean_curve
+
+LINE_STYLES = ("-", "--", ":", "-.")
+ZOOM = 0.75  # of the longest run: the second panel shows the epochs after it
+MIN_ZOOM_EPOCHS = 12  # in shorter runs the second panel would show hardly a line
+
+
+def draw_comparison(comparison: Comparison, folder: Path, file_type: str, *, dpi: int) -> list[Path]:
+    """Draw the metric over epochs and over training time. Returns the files.
+
+    A line is the mean of a group's finished runs, the band around it one standard deviation. Each run that is not
+    finished is a thin line of its own.
+    """
+    paths = [folder / f"{name}.{file_type}" for name in ("curves", "time")]
+    for path, axis in zip(paths, ("epoch", "minutes"), strict=True):
+        draw_figure(path, comparison, axis, dpi=dpi)
+    return paths
+
+
+def draw_figure(path: Path, comparison: Comparison, axis: str, *, dpi: int) -> None:
+    """Draw the metric over `axis`, epoch or minutes. The last epochs of long runs have a panel of their own."""
+    longest = max((run.epoch for group in comparison.groups for run in group.runs), default=0)
+    starts = [0, int(ZOOM * longest)] if axis == "epoch" and longest >= MIN_ZOOM_EPOCHS else [0]
+    rows = -(-len(comparison.groups) // 2)
+    figure = Figure(figsize=(6.4 * len(starts), 4.2 + 0.2 * rows * (len(comparison.groups) > 4)), layout="constrained")
+    for axes, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts, strict=True):
+        for number, group in enumerate(comparison.groups):
+            draw_group(axes, group, comparison.metric, axis, choose_style(number), start)
+        label = "epoch" if axis == "epoch" else "training time (minutes, without evaluation)"
+        axes.set(xlabel=label, ylabel=comparison.metric.title)
+        axes.grid(alpha=0.3)
+        if axis == "epoch":
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        if start:
+            axes.set_title(f"from epoch {start + 1}", fontsize=10)
+    add_legend(figure)
+    figures.save_figure(figure, path, dpi)
+
+
+def add_legend(figure: Figure) -> None:
+    """Add one legend for all panels below them."""
+    drawn = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        drawn |= zip(labels, handles, strict=True)
+    if drawn:
+        columns = int(10 * figure.get_size_inches()[0]) // (8 + max(map(len, drawn)))
+        place = {"loc": "outside lower center", "ncols": max(1, min(len(drawn), columns))}
+        figure.legend(list(drawn.values()), list(drawn), frameon=False, fontsize=8, **place)
+
+
+def choose_style(number: int) -> dict:
+    """Return colour and line style of a group: no two of the first 40 are alike."""
+    colours = matplotlib.colormaps["tab10"].colors
+    turn, colour = divmod(number, len(colours))
+    return {"color": colours[colour], "linestyle": LINE_STYLES[turn % len(LINE_STYLES)]}
+
+
+def draw_group(axes, group: Group, metric: Metric, axis: str, style: dict, start: int) -> None:
+    """Draw the mean of the finished runs with its band, and the other runs as thin lines, after epoch `start`."""
+    count = f"n = {len(group.finished)}"
+    label = format_label(f"{group.label} ({count})", 60)
+    points = [point for point in get_mean_curve(group.finished, metric) if point.epoch > start]
+    if points:
+        x, mean = [getattr(point, axis) for point in points], [point.spread.mean for point in points]
+        axes.plot(x, mean, label=label, marker="." if len(points) < 40 else None, **style)
+        if points[0].spread.std is not None:
+            std = [point.spread.std for point in points]
+            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+    for run in group.unfinished:
+        own = [point for point in get_mean_curve([run], metric) if point.epoch > start]
+        name = format_label(f"{group.label}, seed {run.seed} ({run.describe_status()})", 60)
+        x, y = [getattr(point, axis) for point in own], [point.spread.mean for point in own]
+        if own:
+            axes.plot(x, y, label=name, marker="." if len(own) < 40 else None, linewidth=0.8, alpha=0.7, **style)
