@@ -106,9 +106,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
             new_last_layer = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
             notes.append("--pretrained: torchvision's weights" + (", with a new last layer" if new_last_layer else ""))
     if options["init_from"] and not start.saved:
-        notes.append(
-            training.load_initial_weights(model, options["init_from"], sets.classes, models.find_matching_models)
-        )
+        notes.append(training.load_initial_weights(model, options["init_from"], sets.classes, models, options["model"]))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
     crops = [phase.crop for phase in phases]
     notes += training.check_small_batches(model, list(zip(loaders, crops, strict=True)), sync_bn=options["sync_bn"])

@@ -82,9 +82,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
             options["model"], len(sets.classes), sets.image_size, options["dropout"], options["model_args"]
         )
     if options["init_from"] and not start.saved:
-        notes.append(
-            training.load_initial_weights(model, options["init_from"], sets.classes, models.find_matching_models)
-        )
+        notes.append(training.load_initial_weights(model, options["init_from"], sets.classes, models, options["model"]))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
     notes += training.check_small_batches(model, [(train, sets.image_size)], sync_bn=options["sync_bn"])
 

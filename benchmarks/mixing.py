@@ -15,13 +15,14 @@ from pathlib import Path
 
 from common import add_method_options, median_ms, read_options, setup_device, synchronize
 
+import models
 from engine.config.option_types import boolean, choice, float_in_range, int_at_least
 from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
 from engine.config.parser import Parser
 from engine.config.recipes import get_recipe_options
 from engine.launch import run_main
 from mixing import OWN_CLEAN_LOSS_OFF, build_mixer
-from models import build_model, find_matching_models
+from models import build_model
 from saliency import build_source
 
 METHODS = ["mixup", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
@@ -118,7 +119,7 @@ class Bench:
         layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
         self.model = build_model(options["model"], self.classes, data.image_size)
         if options["init_from"]:
-            load_initial_weights(self.model, options["init_from"], data.classes, find_matching_models)
+            load_initial_weights(self.model, options["init_from"], data.classes, models, options["model"])
         self.model = self.model.to(device, memory_format=layout)
         if options["compile"]:
             compile_network(self.model)

@@ -26,12 +26,12 @@ def suggest_closest(word: str, names: Iterable[str]) -> str:
 
 
 def explain_missing(name: str | os.PathLike, otherwise: str = "no such file") -> str:
-    """Return why nothing has this name and what can be done, for a URL, `-` and a name of timm; else `otherwise`."""
+    """Return why nothing has this name and what can be done, for a URL, `-` and a name of the hub; else `otherwise`."""
     name = os.fspath(name)
-    if re.match(r"(timm[:/.]|hf[-_]hub:)", name):
+    if re.match(r"(timm[/.]|hf[-_]hub:)", name):
         return (
-            "networks are not loaded from timm; where torchvision has the same one, give its NAME, or save the weights "
-            "with torch.save(model.state_dict(), FILE) and give NAME=FILE"
+            "names of the hub are not read; give timm:NAME for a network of timm with its weights, or download the "
+            "file and give timm:NAME=FILE"
         )
     if re.match(r"[A-Za-z][\w+.-]+:/", name):
         return "URLs are not opened; download the file, for example with curl -LO URL, and give its path"

@@ -29,8 +29,9 @@ def print_info(path: str) -> dict:
     values = {key: " ".join(value) if isinstance(value, list) else value for key, value in values.items()}
     info = {
         "file": str(file.path),
-        "network": file.options.get("model") or " or ".join(models.find_matching_models(file.weights)) or "unknown",
-        "classes": models.count_classes(file.weights) or None,
+        "network": file.model or " or ".join(models.find_matching_models(file.weights)) or "unknown",
+        "arguments": " ".join(f"{key}={value}" for key, value in file.model_args.items()),
+        "classes": file.num_classes or models.count_classes(file.weights) or None,
         "epoch": file.epoch,
         "parameters": sum(value.numel() for value in file.weights.values()),
         "tensors": len(file.weights),
@@ -42,15 +43,20 @@ def print_info(path: str) -> dict:
 
 
 def load_classifiers(
-    model_path: list[str], reference: str | None, model: str | None, image_size: int | None, ema: bool
+    model_path: list[str],
+    reference: str | None,
+    model: str | None,
+    model_args: dict | None,
+    image_size: int | None,
+    ema: bool,
 ) -> list[Classifier]:
     """Return the classifiers of --model_path, then that of --reference if it names one, under distinct names.
 
-    model: architecture of files that do not store it. image_size: the same. ema: load the averaged weights.
+    model, model_args: architecture of files that do not store it. image_size: the same. ema: load the averaged weights.
     """
-    paths = [(path, model) for path in model_path]
-    paths += [(reference, None)] if reference not in (None, ALEXNET) else []
-    loaded = [load_classifier(path, models, model=model, image_size=image_size, averaged=ema) for path, model in paths]
+    common, given = {"image_size": image_size, "averaged": ema}, {"model": model, "model_args": model_args}
+    loaded = [load_classifier(path, models, **given, **common) for path in model_path]
+    loaded += [load_classifier(reference, models, **common)] if reference not in (None, ALEXNET) else []
     make_names_unique(loaded)
     count = Counter()
     for classifier in loaded:  # the same file may be given twice
@@ -98,14 +104,13 @@ def build_context(
     class_map = map_labels(data.classes, classifier.classes, class_list, classifier.num_classes)
     image_set = select_classes(data, class_map, classes)
     context = EvalContext(classifier, image_set, dataset, class_map, session)
-    if classifier.is_torchvision:  # some take images of one size, or of a least size
+    if models.split_model_name(classifier.model)[0]:  # some take images of one size, or of a least size
         with translate_errors(classifier.name, context.image_size), torch.no_grad():
             classifier.network(torch.zeros(1, 3, context.image_size, context.image_size, device=session.device))
-    stated = classifier.is_torchvision or bool(classifier.options)
-    if norm or not stated:
+    if norm or not classifier.knows_norm:
         name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm
         classifier.mean, classifier.std = STATISTICS[name]
-        if not (norm or stated):
+        if not norm:
             session.note(f"{path} does not store how images are normalised; using {name} (--norm changes it)")
     elif classifier.norm_note:
         session.note(classifier.norm_note)

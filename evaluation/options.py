@@ -38,11 +38,11 @@ def severity(text: str) -> int:
 def build_parser() -> Parser:
     parser = Parser("Evaluate one or more trained classifiers on the test images, without augmentation.")
     parser.group("what")
-    weights = "checkpoints, run folders (their best.pt), or NAME=FILE for a torchvision network"
+    weights = "checkpoints, run folders (their best.pt), torchvision:NAME or timm:NAME (pretrained), or NAME=FILE"
     parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
     parser.option("--info", type=boolean, default=False, help="print what the checkpoints contain and exit")
     parser.option("--task", type=choice(TASKS), default="accuracy", help="card: everything, in one report")
-    add_common_options(parser, "model", "class_list", "seed")
+    add_common_options(parser, "model", "model_args", "class_list", "seed")
     parser.option("--ema", type=boolean, default=False, help="evaluate the averaged weights of a run with --ema")
     parser.option("--batch_size", "-b", type=int_at_least(1), default=500, help="in total over all processes")
     parser.option(
@@ -286,4 +286,6 @@ def merge_trained_options(parser: Parser, typed: dict, options: dict, classifier
         options["image_size"] = classifier.image_size
         if options["dataset"] == "imagenet" and not options["eval_resize"]:
             options["eval_resize"] = classifier.resize
+    if classifier.interpolation and "interpolation" not in typed:
+        options["interpolation"] = classifier.interpolation
     return options

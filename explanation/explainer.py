@@ -167,10 +167,16 @@ def round_to_pixels(start: float, end: float, side: int) -> tuple[int, int]:
 
 
 def load_classifiers(
-    model_path: list[str], model: str | None, weights: str, image_size: int | None, norm: str | None, labels: str | None
+    model_path: list[str],
+    model: str | None,
+    model_args: dict | None,
+    weights: str,
+    image_size: int | None,
+    norm: str | None,
+    labels: str | None,
 ) -> list[Classifier]:
     """Load each classifier once and give it a unique name. The parameters are options of cam.py."""
-    settings = {"model": model, "weights": weights, "image_size": image_size}
+    settings = {"model": model, "model_args": model_args, "weights": weights, "image_size": image_size}
     classifiers = [load_classifier(path, models, **settings) for path in dict.fromkeys(model_path)]
     make_names_unique(classifiers)
     slugs = [slugify(classifier.name).lower() for classifier in classifiers]
@@ -179,12 +185,11 @@ def load_classifiers(
         set_titles(classifier, labels)
         if counts[slug] > 1:  # truncated names must not lead to the same output files
             classifier.name = f"{number} {classifier.name}"
-        known_norm = not classifier.path or classifier.options or classifier.is_torchvision
         if norm:
             classifier.mean, classifier.std = STATISTICS[norm]
         elif classifier.norm_note:
             print(f"note: {classifier.norm_note}")
-        elif not known_norm and classifier.image_size <= LARGE_SIDE:
+        elif not classifier.knows_norm and classifier.image_size <= LARGE_SIDE:
             print(
                 f"note: {classifier.path} does not store the normalisation of its images; assuming that of imagenet "
                 "(set --norm)"

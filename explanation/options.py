@@ -43,9 +43,9 @@ def build_parser() -> Parser:
         nargs="+",
         metavar="PATH",
         shown=f"torchvision's {PRETRAINED}",
-        help="files, run folders (best.pt), NAME or NAME=FILE of torchvision's networks",
+        help="files, run folders (best.pt), torchvision:NAME or timm:NAME (pretrained), or NAME=FILE",
     )
-    add_common_options(parser, "model")
+    add_common_options(parser, "model", "model_args")
     parser.option(
         "--weights", default="IMAGENET1K_V1", metavar="NAME", help="torchvision's weights, if no file is given"
     )
@@ -121,7 +121,7 @@ def check_options(parser: Parser, typed: dict) -> dict:
     if options["layer"] and methods == ["cam"]:
         parser.error("--layer: no effect on cam, which uses the input of the average pooling; use --method gradcam")
     unused = [] if "scorecam" in methods else ["batch_size"]
-    unused += [] if methods else ["model_path", "model", "weights", "target_class", "layer"]
+    unused += [] if methods else ["model_path", "model", "model_args", "weights", "target_class", "layer"]
     if unused := [f"--{name}" for name in unused if name in typed]:
         print(f"note: no effect with {' '.join(methods) or 'casm'}: {', '.join(unused)}")
     if "dpi" in typed and not options["figure"]:

@@ -44,7 +44,7 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="trained classifier whose gradient guides the mixing; without it, a static map does",
     )
-    add_common_options(parser, "model", image_size={"shown": "the classifier's, or 224"})
+    add_common_options(parser, "model", "model_args", image_size={"shown": "the classifier's, or 224"})
     parser.option("--n", type=int_at_least(1), default=4, help="mixed images per method")
     parser.option("--output", "-o", default="mix.png", metavar="FILE", help=".png, .pdf or .svg file to write")
     add_common_options(parser, "dpi")
@@ -106,8 +106,9 @@ def read_options(parser: Parser, argv: list[str] | None) -> dict:
         parser.error("give either --images with two or more files, or --dataset")
     if len(options["images"] or options["indices"]) < 2:
         parser.error("mixing needs at least two images")
-    if options["model"] and not options["model_path"]:
-        parser.error(f"--model {options['model']} needs --model_path, the file with its weights")
+    for key in ("model", "model_args"):
+        if options[key] and not options["model_path"]:
+            parser.error(f"--{key} needs --model_path, the file with the weights")
     check_figure_path(parser, "--output", options["output"], FIGURE_FORMATS)
     if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
         parser.error(f"--images {' '.join(missing)}: {explain_missing(missing[0])}")
@@ -125,13 +126,14 @@ class Inputs:
     network: Any  # a torch module in evaluation mode, or None
 
 
-def load_inputs(*, images, dataset, data_dir, indices, image_size, model_path, model) -> Inputs:
+def load_inputs(*, images, dataset, data_dir, indices, image_size, model_path, model, model_args) -> Inputs:
     """Load the files `images`, or the training images `indices` of `dataset`, normalised as the classifier expects."""
     import models
     from engine.data.image_set import STATISTICS
     from engine.inference.classifier import load_classifier, normalize
 
-    classifier = load_classifier(model_path, models, model=model, image_size=image_size) if model_path else None
+    given = {"model": model, "model_args": model_args, "image_size": image_size}
+    classifier = load_classifier(model_path, models, **given) if model_path else None
     if dataset:
         pixels, names, mean, std = read_examples(dataset, data_dir, indices, image_size)
     else:

@@ -22,10 +22,17 @@ DROPOUT_MODELS = {"wrn28_10", "wrn16_8"}
 MAX_IMAGE_SIZE = 128  # largest side in pixels for all other networks, which are for small images
 
 
+LAZY = {  # attribute -> the module that it is imported from on first use, since it needs torch
+    **dict.fromkeys(("load_pretrained", "zero_init"), "models.imagenet_resnet"),
+    **dict.fromkeys(("convert_weights", "find_heads", "infer_image_size"), "models.library_files"),
+    **dict.fromkeys(("build_pretrained", "get_class_titles", "get_input_settings"), "models.pretrained"),
+}
+
+
 def __getattr__(name: str):
-    """Import load_pretrained and zero_init, which need torch, on first use."""
-    if name in ("load_pretrained", "zero_init"):
-        return getattr(import_module("models.imagenet_resnet"), name)
+    """Import an attribute of LAZY."""
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module 'models' has no attribute {name!r}")
 
 
@@ -52,6 +59,34 @@ def check_model_name(name: str) -> str:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}, torchvision:NAME or timm:NAME")
     return name
+
+
+def find_library_name(name: str) -> str | None:
+    """Return the full name of a network of a library, given as LIBRARY:NAME or as torchvision's plain NAME; None for
+    any other name. Raises ValueError as check_model_name() does.
+    """
+    if split_model_name(name)[0]:
+        return check_model_name(name)
+    return f"torchvision:{name}" if name in list_torchvision_names() else None
+
+
+def find_model_name(name: str) -> str:
+    """Return check_model_name() for the network of given weights, which may also be a NAME that only torchvision has.
+
+    Raises ValueError for an unknown name.
+    """
+    if name in MODELS or name in ALIASES:
+        return check_model_name(name)
+    if found := find_library_name(name):
+        return found
+    close = import_module("models.library").find_closest(name, [*MODELS, *list_torchvision_names()])
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"neither one of our networks nor one of torchvision's{hint}")
+
+
+def list_torchvision_names() -> list[str]:
+    """List the classifiers of torchvision."""
+    return import_module("models.library").list_names("torchvision")
 
 
 def build_model(
@@ -118,9 +153,14 @@ def get_model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
         return get_shapes(build_model(name, num_classes).state_dict())
 
 
-def count_classes(state: dict) -> int:
-    """Return the number of classes of weights of one of our networks; 0 if they are of none."""
+def count_classes(state: dict, name: str | None = None) -> int:
+    """Return the number of classes of weights of one of our networks, or of the network `name` of a library; 0 if they
+    are of none.
+    """
     import torch
+
+    if name and split_model_name(name)[0]:
+        return import_module("models.library_files").count_library_classes(name, state)
 
     bias = next((state[f"{head}.bias"] for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
     return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else 0

@@ -95,9 +95,10 @@ def test_data_with_some_of_the_classes_is_matched_by_name(shapes_run, capsys):
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [
-        ("timm:resnet50", "networks are not loaded from timm; where torchvision has the same one, give its NAME"),
-        ("timm/resnet50.a1_in1k", "networks are not loaded from timm"),
-        ("hf-hub:timm/resnet50.a1_in1k", "networks are not loaded from timm"),
+        ("timm:resnet5", "timm has no classifier 'resnet5'; did you mean timm:resnet50"),
+        ("torchvision:resnet51", "torchvision has no classifier 'resnet51'; did you mean torchvision:resnet50"),
+        ("timm/resnet50.a1_in1k", "names of the hub are not read; give timm:NAME"),
+        ("hf-hub:timm/resnet50.a1_in1k", "names of the hub are not read; give timm:NAME"),
         ("resnet50.a1_in1k", "no such file or run folder, .*; did you mean resnet50"),
         ("https://example.org/resnet50.pth", "URLs are not opened; download the file"),
         ("-", "standard input is not read"),

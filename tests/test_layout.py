@@ -24,7 +24,8 @@ EXCEPTIONS = {  # path prefix -> additional packages that it may import
     "saliency/casm": {"models", "engine"},
     "saliency/casm/classifier_eval.py": {"torchvision"},
     "mixing/show.py": {"models", "engine", "saliency", "matplotlib", "numpy", "torchvision"},
-    "models/library.py": {"torchvision", "timm"},
+    "models/library": {"torchvision", "timm"},
+    "models/pretrained.py": {"torchvision", "timm"},
     "mixing/solvers/graphcut.py": {"gco", "numpy"},
     "mixing/kernels/": {"triton"},
 }

@@ -5,7 +5,7 @@ engine/config/resolve.py checks combinations of options.
 """
 
 from engine.config.legacy_options import LEGACY_DEVICE_OPTIONS
-from engine.config.option_types import MAX_SEED, boolean, choice, float_in_range, int_at_least, int_list
+from engine.config.option_types import MAX_SEED, boolean, choice, float_in_range, int_at_least, int_list, key_value
 from engine.config.parser import Parser
 
 SMALL_DATASETS = ["cifar10", "cifar100", "tiny-imagenet", "folder", "shapes"]
@@ -57,7 +57,14 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
     "model": {
         "metavar": "NAME",
         "shown": "from the file",
-        "help": "network architecture, of this project or of torchvision",
+        "help": "network architecture, of this project, torchvision:NAME or timm:NAME",
+    },
+    "model_args": {
+        "type": key_value,
+        "nargs": "+",
+        "metavar": "KEY=VALUE",
+        "shown": "from the file",
+        "help": "arguments of the constructor of a torchvision: or timm: network",
     },
     "layer": {
         "metavar": "NAME",

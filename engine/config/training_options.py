@@ -14,7 +14,6 @@ from engine.config.option_types import (
     fraction_below_one,
     fraction_or_off,
     int_at_least,
-    key_value,
     model_name,
     positive,
     run_name,
@@ -75,14 +74,7 @@ def add_run_options(
         shown="recipe",
         help="network architecture, torchvision:NAME and timm:NAME included; see --list_models",
     )
-    parser.option(
-        "--model_args",
-        type=key_value,
-        nargs="+",
-        metavar="KEY=VALUE",
-        default={},
-        help="arguments of the constructor of a torchvision: or timm: network",
-    )
+    add_common_options(parser, model_args={"default": {}, "shown": None})
     parser.option(
         "--list_models", type=boolean, default=False, help="print the networks and their number of parameters, and exit"
     )

@@ -1,12 +1,10 @@
-"""Load trained classifiers from files: our checkpoints, which name their network, or weights of other codes.
+"""Load trained classifiers: from our checkpoints, which name their network, from weights of other codes, or by the name
+of a network of torchvision or timm.
 
-For the latter, the network is inferred from the tensor shapes.
+The network of a file without a name is inferred from the tensor shapes if it is one of ours.
 """
 
-import math
-import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,14 +13,11 @@ from types import ModuleType
 
 import torch
 
-from engine.data.image_set import STATISTICS, get_statistics
+from engine.data.image_set import get_statistics
 from engine.errors import UserError, explain_missing, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
 from engine.runtime.text import tell_apart
-
-# trained on pixels in -1..1; torchvision's transform_input turns images normalised for ImageNet into these
-HALF_SCALED = ("googlenet", "inception_v3")
 
 
 def find_best_checkpoint(path: Path | str) -> Path:
@@ -37,81 +32,79 @@ def find_best_checkpoint(path: Path | str) -> Path:
 class SavedClassifier:
     """The content of a model file, or of the best.pt of a run folder.
 
-    options: options of the training run. classes, image_size: of the training images. All are empty or None if the file
-    does not store them. averaged: use the averaged (EMA) weights. content: content of the file, if already read.
+    options: options of the training run. model, model_args: its network. classes, num_classes, image_size: of the
+    training images. All are empty or None if the file does not store them. averaged: use the averaged (EMA) weights.
+    content: content of the file, if already read.
     """
 
     def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
         self.path = find_best_checkpoint(path)
         content = read_file(self.path) if content is None else content
         self.weights = extract_weights(content, self.path, averaged=averaged)
-        self.options = content["config"] if is_checkpoint(content) else {}
         ours = content if is_checkpoint(content) else {}
+        self.options: dict = ours.get("config", {})
+        self.model: str | None = self.options.get("model")
+        self.model_args: dict = self.options.get("model_args") or {}
         self.classes: list[str] = ours.get("classes", [])
+        self.num_classes: int | None = ours.get("num_classes") or len(self.classes) or None
         self.image_size: int | None = ours.get("image_size")
         self.best: dict | None = ours.get("best")
+        self.mean, self.std = ours.get("mean"), ours.get("std")
         epoch = content.get("epoch") if isinstance(content, dict) else None
         self.epoch = epoch if isinstance(epoch, int) else None
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std of the training images; those of ImageNet if the file does not store them."""
-        norm, dataset = self.options.get("norm", "own"), self.options.get("dataset") or "imagenet"
-        return get_statistics(dataset, norm)
+        if self.mean and self.std:
+            return tuple(self.mean), tuple(self.std)
+        return get_statistics(self.options.get("dataset") or "imagenet", self.options.get("norm", "own"))
+
+    def identify(self, models: ModuleType, model: str | None = None) -> str:
+        """Return the name of the network: `model`, else the one that the file names, else the one whose tensor shapes
+        match.
+
+        A name such as `resnet50` also matches the network with the other stem, `imagenet_resnet50`. Raises UserError
+        for an unknown name, and if no network matches.
+        """
+        name = model or self.model
+        if matches := models.find_matching_models(self.weights, like=name):
+            return matches[0]
+        if not name:
+            raise UserError(
+                f"{self.path}: the file does not name its network, and its tensors match none of ours\n"
+                f"name the network with --model; for one of torchvision or timm, give NAME={self.path}"
+            )
+        try:
+            return models.find_model_name(name)
+        except ValueError as error:
+            raise UserError(f"--model {name}: {error}" if model else f"{self.path}: {error}") from error
 
     def build(
         self,
-        build_model: Callable,
-        find_matching_models: Callable,
+        models: ModuleType,
         *,
-        model: str | None,
+        model: str | None = None,
+        model_args: dict | None = None,
         num_classes: int,
         image_size: int,
     ) -> torch.nn.Module:
         """Build the network and load the weights.
 
-        model: name of the network; None: the network whose tensor shapes match. A name such as `resnet50` also matches
-        the network with the other stem, `imagenet_resnet50`. Raises UserError if no network matches.
+        models: the package models. model: see identify(). model_args: arguments of its constructor; None: those of the
+        file if it names this network. Raises UserError if no network matches or the weights do not fit.
         """
-        matches = find_matching_models(self.weights)
-        if model:
-            model = next(iter(find_matching_models(self.weights, like=model)), model)
-        if not model and not matches:
-            raise UserError(
-                f"{self.path}: the file does not name its network, and its tensors match none of ours; "
-                "name the network with --model"
-            )
+        name = self.identify(models, model)
+        if model_args is None and name == self.model:
+            model_args = self.model_args
         try:
-            network = build_model(model or matches[0], num_classes, image_size)
+            network = models.build_model(name, num_classes, image_size, model_args=model_args)
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from error
-        load_weights(network, self.weights, self.path, num_classes=num_classes, matches=matches)
+        weights = models.convert_weights(name, self.weights)
+        shape = {"num_classes": num_classes, "heads": models.find_heads(network)}
+        load_weights(network, weights, self.path, name=name, matches=models.find_matching_models(weights), **shape)
         return network
-
-
-def build_torchvision(name: str, weights: dict[str, torch.Tensor], path: Path | str) -> torch.nn.Module:
-    """Build torchvision's classifier `name` in evaluation mode and float32 with the given weights.
-
-    The weights may have any precision and number of classes. path: their origin, for messages. Raises UserError if they
-    are of another network.
-    """
-    from torchvision.models import get_model
-
-    if name.startswith("densenet"):  # torchvision's own files use the old key names
-        weights = {re.sub(r"(denselayer\d+\.(norm|relu|conv))\.", r"\1", key): value for key, value in weights.items()}
-    arguments = infer_arguments(name, weights)
-    network = get_model(name, weights=None, **arguments)
-    head, layer = last_layer(network)
-    num_classes = len(weights.get(f"{head}.weight", layer.weight))
-    if num_classes != len(layer.weight):
-        network = get_model(name, weights=None, num_classes=num_classes, **arguments)
-    state = OrderedDict(weights)
-    state._metadata = {"": {"version": network._version}}  # MNASNet loads nothing without it
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not hold a {name}: {str(error).splitlines()[1].strip()[:100]} ...") from error
-    return network.eval()
 
 
 @dataclass
@@ -122,7 +115,7 @@ class Classifier:
     display. image_size: side in pixels of its training images; None: unknown. options: options of the training run.
     """
 
-    name: str
+    name: str  # to display
     network: torch.nn.Module  # in evaluation mode
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -132,10 +125,12 @@ class Classifier:
     titles: list[str] = field(default_factory=list)
     options: dict = field(default_factory=dict)
     path: str = ""
+    model: str = ""  # name of the network; of a library: LIBRARY:NAME
     epoch: int | None = None
-    is_torchvision: bool = False  # whether the network is from torchvision
-    resize: int | None = None  # shorter side before the crop, if its weights define it
+    knows_norm: bool = True  # whether mean and std are those of its training, not assumed
     norm_note: str = ""  # what was assumed of the normalisation
+    resize: int | None = None  # shorter side before the crop, if its weights define it
+    interpolation: str | None = None  # how its images are resized, if its weights define it
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalize(pixels, self.mean, self.std)).float()
@@ -163,70 +158,121 @@ def load_classifier(
     models: ModuleType,
     *,
     model: str | None = None,
+    model_args: dict | None = None,
     image_size: int | None = None,
     averaged: bool = False,
     weights: str = "IMAGENET1K_V1",
 ) -> Classifier:
     """Load a classifier on the CPU.
 
-    name_or_path: a file or run folder, of this repository or of other codes; NAME, a torchvision network with
-    torchvision's weights; or NAME=FILE. models: the package models. model: network of a file that does not name it, one
-    of ours or torchvision's. image_size: for a file that does not store it. weights: which weights of torchvision to
-    use; later ones than IMAGENET1K_V1 were trained with Mixup and CutMix. Raises UserError for any other name_or_path,
-    and for weights that are not available.
+    name_or_path: a file or run folder, of this repository or of other codes; torchvision:NAME, timm:NAME or a plain
+    NAME of torchvision, with the pretrained weights of the library; or NAME=FILE. models: the package models. model,
+    model_args: the network of a file that does not name it. image_size: for a file that does not store it. weights:
+    which weights of torchvision to use; later ones than IMAGENET1K_V1 were trained with Mixup and CutMix. Raises
+    UserError for any other name_or_path, and for weights that are not available.
     """
-    # ---- A torchvision network with its own weights ----
-    name, equals, file = name_or_path.partition("=")
-    if Path(name_or_path).exists() or not (equals or is_torchvision_model(name_or_path)):
-        name, file = model, name_or_path
+    name, file = split_name_and_file(name_or_path, models)
     if not file:
-        return load_torchvision(name, None, models, weights)
-    if not Path(file).exists() and not equals and model is None:
+        return load_pretrained(name, models, weights=weights, model_args=model_args, title=name_or_path)
+    if not (name or model or Path(file).exists()):
         unknown = (
             "no such file or run folder, and no torchvision network has this name"
-            f"{suggest_closest(name_or_path, list_torchvision_models())}\ngive NAME for a torchvision network with its "
-            f"ImageNet weights, or NAME=FILE for one with other weights"
+            f"{suggest_closest(name_or_path, models.list_torchvision_names())}\ngive torchvision:NAME or timm:NAME for "
+            "a network with its pretrained weights, or NAME=FILE for one with other weights"
         )
         raise UserError(f"classifier {name_or_path!r}: {explain_missing(name_or_path, unknown)}")
-    # ---- A file: one of our networks, or else torchvision's ----
     saved = SavedClassifier(file, averaged=averaged)
-    matches = models.find_matching_models(saved.weights, like=name)
-    if not matches and name and is_torchvision_model(name):
-        return load_torchvision(name, saved, models, weights)
-    if name and name not in models.MODELS and name not in models.ALIASES and not matches:
-        names = [*models.MODELS, *list_torchvision_models()]
-        raise UserError(
-            f"--model {name}: neither one of our networks nor one of torchvision's{suggest_closest(name, names)}"
-        )
-    if not (name := name or saved.options.get("model")) and not matches:
-        raise UserError(
-            f"{saved.path}: the file does not name its network, and its tensors match none of ours\nname the network "
-            f"with --model; for a torchvision network, give NAME={file}"
-        )
-    side = image_size or saved.image_size or (224 if matches and matches[0] in models.IMAGENET_MODELS else 32)
-    return build_saved(saved, name, models, side, Path(file).resolve().name if Path(file).is_dir() else saved.path.stem)
+    title = Path(file).resolve().name if Path(file).is_dir() else saved.path.stem
+    given = {"model": name or model, "model_args": model_args, "image_size": image_size}
+    return build_saved(saved, models, title=name or title, **given)
+
+
+def split_name_and_file(name_or_path: str, models: ModuleType) -> tuple[str | None, str | None]:
+    """Split NAME=FILE. The full name of a library's network has no file; a path that exists and any other word is a
+    file without a name.
+
+    Raises UserError for an unknown LIBRARY:NAME.
+    """
+    name, equals, file = name_or_path.partition("=")
+    if Path(name_or_path).exists():
+        return None, name_or_path
+    if equals and file:
+        return name, file
+    try:
+        library_name = models.find_library_name(name)
+    except ValueError as error:
+        raise UserError(f"classifier {name_or_path!r}: {error}") from error
+    return (library_name, None) if library_name else (None, name_or_path)
 
 
 def build_saved(
-    saved: SavedClassifier, model: str | None, models: ModuleType, image_size: int, name: str
+    saved: SavedClassifier,
+    models: ModuleType,
+    *,
+    model: str | None,
+    model_args: dict | None,
+    image_size: int | None,
+    title: str,
 ) -> Classifier:
-    """Build the classifier of a file as one of our networks. model: see SavedClassifier.build(). name: display name."""
-    num_classes = models.count_classes(saved.weights)
-    network = saved.build(
-        models.build_model, models.find_matching_models, model=model, num_classes=num_classes, image_size=image_size
-    )
-    return Classifier(
-        name,
+    """Build the classifier of a file. title: its name to display. The others: see load_classifier()."""
+    name, inputs = saved.identify(models, model), None
+    if models.split_model_name(name)[0]:  # some of these networks are built for one image size
+        inputs = models.get_input_settings(name)
+        side = saved.image_size or models.infer_image_size(saved.weights) or image_size or inputs.size
+    else:
+        side = image_size or saved.image_size or (224 if name in models.IMAGENET_MODELS else 32)
+    num_classes = saved.num_classes or models.count_classes(saved.weights, name) or 1000
+    network = saved.build(models, model=name, model_args=model_args, num_classes=num_classes, image_size=side)
+    classifier = Classifier(
+        title,
         network.eval(),
         *saved.statistics,
         classes=saved.classes,
         num_classes=num_classes,
-        image_size=image_size,
+        image_size=side,
         titles=saved.classes,
         options=saved.options,
         path=str(saved.path),
+        model=name,
         epoch=saved.epoch,
+        knows_norm=bool(saved.options),
     )
+    if inputs and not saved.options:  # weights of the library, or made by another code for its network
+        set_inputs(classifier, inputs)
+        classifier.titles = models.get_class_titles(name, num_classes)
+        if inputs.transform_input:
+            classifier.norm_note = (
+                f"{saved.path}: images are scaled to -1..1, as for torchvision's weights of {title}; --norm imagenet "
+                "is for weights trained without transform_input"
+            )
+    return classifier
+
+
+def load_pretrained(name: str, models: ModuleType, *, weights: str, model_args: dict | None, title: str) -> Classifier:
+    """Build the network LIBRARY:NAME with the weights of its library. The parameters are those of build_saved().
+
+    Raises UserError if there are no weights.
+    """
+    try:
+        network, url = models.build_pretrained(name, weights, model_args)
+    except ValueError as error:
+        other = ", or give" if "\n" in str(error) else "\ngive"
+        raise UserError(f"classifier {title}: {error}{other} a file of weights as {title}=FILE") from error
+    inputs = models.get_input_settings(name, weights)
+    num_classes = len(network.get_submodule(models.find_heads(network)[0]).weight)
+    classifier = Classifier(title, network.eval(), inputs.mean, inputs.std, num_classes=num_classes)
+    classifier.path, classifier.model = url, name
+    classifier.image_size = models.infer_image_size(network.state_dict()) or inputs.size
+    classifier.titles = models.get_class_titles(name, num_classes, weights)
+    set_inputs(classifier, inputs)
+    return classifier
+
+
+def set_inputs(classifier: Classifier, inputs) -> None:
+    """Prepare images as for pretrained weights. inputs: what models.get_input_settings() returned."""
+    classifier.mean, classifier.std, classifier.knows_norm = inputs.mean, inputs.std, True
+    classifier.interpolation = inputs.interpolation
+    classifier.resize = inputs.resize if classifier.image_size == inputs.size else classifier.image_size
 
 
 @contextmanager
@@ -248,73 +294,3 @@ def make_names_unique(classifiers: list[Classifier]) -> None:
     names = tell_apart([one.name for one in classifiers], [Path(one.path) for one in classifiers])
     for one, name in zip(classifiers, names, strict=True):
         one.name = name
-
-
-def list_torchvision_models() -> list[str]:
-    """List the names of all torchvision models."""
-    from torchvision.models import list_models
-
-    return list_models()
-
-
-def is_torchvision_model(name: str) -> bool:
-    """Return whether torchvision has a classifier with this name."""
-    from torchvision import models as torchvision_models
-
-    return name in torchvision_models.list_models(module=torchvision_models)
-
-
-def load_torchvision(name: str, saved: SavedClassifier | None, models: ModuleType, weights: str) -> Classifier:
-    """Build torchvision's network with the weights of a file, or else with its own pretrained weights.
-
-    Images are normalised as for the pretrained weights in both cases. Raises UserError if there are no weights.
-    """
-    from torchvision.models import get_model_weights
-
-    preset = get_model_weights(name).__members__.get(weights)
-    if saved is None and preset is None:
-        available = ", ".join(one.name for one in get_model_weights(name)) or "none"
-        raise UserError(
-            f"classifier {name}: torchvision has no {weights} weights for it (available: {available})\n"
-            f"give a file of weights as {name}=FILE"
-        )
-    try:
-        state = saved.weights if saved else models.download_weights(preset.url)
-    except ValueError as error:
-        raise UserError(f"classifier {name}: {error}, or give a file of weights as {name}=FILE") from error
-    path = str(saved.path) if saved else preset.url
-    network = build_torchvision(name, state, path)
-    num_classes = len(last_layer(network)[1].weight)
-    titles = list(preset.meta["categories"]) if preset and len(preset.meta["categories"]) == num_classes else []
-    mean, std = map(tuple, (preset.transforms().mean, preset.transforms().std) if preset else STATISTICS["imagenet"])
-    side, resize = (preset.transforms().crop_size[0], preset.transforms().resize_size[0]) if preset else (224, 256)
-    if getattr(network, "image_size", side) != side:  # a ViT, which takes images of one size
-        side = resize = network.image_size
-    note = ""
-    if name in HALF_SCALED:
-        mean, std = STATISTICS["half"]
-        note = (
-            f"{path}: images are scaled to -1..1, as for torchvision's weights of {name}; --norm imagenet is for "
-            "weights trained without transform_input"
-        )
-    classifier = Classifier(
-        name, network, mean, std, num_classes=num_classes, image_size=side, titles=titles, path=path
-    )
-    classifier.is_torchvision, classifier.resize, classifier.norm_note = True, resize, note if saved else ""
-    return classifier
-
-
-def infer_arguments(name: str, weights: dict[str, torch.Tensor]) -> dict:
-    """Return the arguments of torchvision's constructor `name` that the weights imply, apart from num_classes."""
-    if name in HALF_SCALED:  # files from other code often lack the auxiliary classifiers
-        return {"init_weights": False, "aux_logits": any(key.lower().startswith("aux") for key in weights)}
-    if name.startswith("vit_") and {"encoder.pos_embedding", "conv_proj.weight"} <= weights.keys():
-        grid = math.isqrt(weights["encoder.pos_embedding"].shape[1] - 1)  # one more for the class token
-        return {"image_size": grid * weights["conv_proj.weight"].shape[-1]}
-    return {}
-
-
-def last_layer(network: torch.nn.Module) -> tuple[str, torch.nn.Module]:
-    """Return the name and the module of the last linear layer or convolution of one of torchvision's classifiers."""
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, kinds)][-1]

@@ -157,10 +157,11 @@ def rename_replication_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch
 
 
 def select_rows(
-    own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], head: str, rows: dict[int, int]
+    own: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], heads: list[str], rows: dict[int, int]
 ) -> dict[str, torch.Tensor]:
-    """Return the last layer of `own`, with some rows from the weights. head: its name. rows: see load_weights()."""
-    selected = {key: own[key].clone() for key in (f"{head}.weight", f"{head}.bias") if key in own and key in weights}
+    """Return the last layers of `own`, with some rows from the weights. heads, rows: see load_weights()."""
+    keys = [f"{head}.{part}" for head in heads for part in ("weight", "bias")]
+    selected = {key: own[key].clone() for key in keys if key in own and key in weights}
     for key, values in selected.items():
         values[list(rows)] = weights[key][list(rows.values())].to(values)
     return selected
@@ -172,37 +173,41 @@ def load_weights(
     path: Path,
     *,
     num_classes: int,
+    heads: list[str],
     new_head: bool = False,
+    name: str = "",
     matches: list[str] | None = None,
     rows: dict[int, int] | None = None,
 ) -> bool:
     """Load weights into a network; every key must match. Returns whether the last layer keeps its initial weights.
 
-    new_head: keep the initial weights of the last layer if the number of classes differs. path: for messages. matches:
-    names of the models that the weights fit, for messages. rows: class -> class of the weights, for the classes whose
-    rows of the last layer are loaded; None: both have the same classes. Raises UserError, which names what does not
-    fit.
+    heads: names of the layers with a row per class. new_head: keep their initial weights if the number of classes
+    differs. path, name: of the file and of the network, for messages. matches: names of the models that the weights
+    fit, for messages. rows: class -> class of the weights, for the classes whose rows of the last layer are loaded;
+    None: both have the same classes. Raises UserError, which names what does not fit.
     """
     own = model.state_dict()
-    head = list(own)[-1].rsplit(".", 1)[0]  # the classifier is the last layer of each of our networks
-    shape = tuple(weights[f"{head}.weight"].shape) if f"{head}.weight" in weights else None
+    key = next((key for head in heads if (key := f"{head}.weight") in weights), None)
+    shape = tuple(weights[key].shape) if key else None
     if shape and shape[0] != num_classes:
         if not new_head:
             raise UserError(
-                f"{path}: the network has {shape[0]} classes ({head}.weight is {' x '.join(map(str, shape))}), but the "
+                f"{path}: the network has {shape[0]} classes ({key} is {' x '.join(map(str, shape))}), but the "
                 f"data has {num_classes}\nto fine-tune it with a new last layer, train with --init_from {path}"
             )
-        weights = {**weights, **{key: own[key] for key in own if key.startswith(head + ".")}}
+        prefixes = tuple(f"{head}." for head in heads)
+        weights = {**weights, **{key: own[key] for key in own if key.startswith(prefixes)}}
     elif rows is not None:
-        weights = {**weights, **select_rows(own, weights, head, rows)}
+        weights = {**weights, **select_rows(own, weights, heads, rows)}
     missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in weights if key not in own]
     mismatched = [key for key in own if key in weights and own[key].shape != weights[key].shape]
     if missing or unexpected or mismatched:
         remedy = f"\nthe weights fit {' or '.join(matches)}: use --model {matches[0]}" if matches else ""
         raise UserError(
-            f"{path}: weights of another architecture; missing: {shorten_list(missing)}; unexpected: "
-            f"{shorten_list(unexpected)}; different shape: {shorten_list(mismatched)}{remedy}"
+            f"{path}: weights of another architecture{name and f' than {name}'}; missing: {shorten_list(missing)}; "
+            f"unexpected: {shorten_list(unexpected)}; different shape: {shorten_list(mismatched)}{remedy}"
         )
-    model.load_state_dict({key: weights.get(key, own[key]) for key in own})
+    own.update(weights)  # in place: own also holds the versions of the modules, without which MNASNet loads nothing
+    model.load_state_dict(own)
     return bool(shape and shape[0] != num_classes)

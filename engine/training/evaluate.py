@@ -1,6 +1,5 @@
 """Evaluate a classifier within a training script, and initialise one from given weights."""
 
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -50,11 +49,13 @@ def evaluate(network: torch.nn.Module, loader: DeviceLoader, bar: bool) -> dict[
     return compute_scores(logits, labels) | ({"unreadable": unreadable} if unreadable else {})
 
 
-def load_initial_weights(model: torch.nn.Module, path: str, classes: list[str], find_matching_models: Callable) -> str:
+def load_initial_weights(
+    network: torch.nn.Module, path: str, classes: list[str], models: ModuleType, model: str
+) -> str:
     """--init_from: load the weights of a file into the network, and return a note about it.
 
     The last layer keeps its random weights if the number of classes differs. If only the names differ, its rows are
-    matched by name. find_matching_models(weights): names of the models that the weights fit, for error messages.
+    matched by name. models: the package `models`. model: name of the network.
     """
     saved = SavedClassifier(path)
     note, count, rows = f"--init_from {path}: weights loaded", format_count(len(classes), "class"), None
@@ -62,10 +63,9 @@ def load_initial_weights(model: torch.nn.Module, path: str, classes: list[str], 
         positions = {name: row for row, name in enumerate(saved.classes)}
         rows = {row: positions[name] for row, name in enumerate(classes) if name in positions}
         note += f"; the last layer is taken over by name for {len(rows)} of {count}, and new for the others"
-    matches = find_matching_models(saved.weights)
-    if load_weights(
-        model, saved.weights, Path(path), num_classes=len(classes), new_head=True, matches=matches, rows=rows
-    ):
+    shape = {"num_classes": len(classes), "heads": models.find_heads(network), "rows": rows}
+    matches, weights = models.find_matching_models(saved.weights), models.convert_weights(model, saved.weights)
+    if load_weights(network, weights, Path(path), new_head=True, name=model, matches=matches, **shape):
         note += f"; the last layer is newly initialised for {count}"
     return note
 
@@ -95,12 +95,13 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
 
     # ---- Network ----
     network = file.build(
-        models.build_model,
-        models.find_matching_models,
-        model=typed.get("model") or file.options.get("model"),
+        models,
+        model=typed.get("model"),
+        model_args=typed.get("model_args"),
         num_classes=len(data.classes),
         image_size=data.image_size,
     )
+    mean, std = file.statistics if file.options and "norm" not in typed else (data.mean, data.std)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
 
     # ---- Evaluation ----
@@ -108,8 +109,8 @@ def evaluate_checkpoint(parser: Parser, typed: dict, models: ModuleType) -> dict
         data.test,
         500,
         device=device,
-        mean=data.mean,
-        std=data.std,
+        mean=mean,
+        std=std,
         shard=get_process_shard(),
         **select_kwargs(options, ["workers", "channels_last"]),
     )

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import models
 from engine.data.image_set import STATISTICS
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.runtime.checkpoint import check_finite, is_checkpoint, list_first_keys, read_file
-from models import build_model, find_matching_models
 
 UPSAMPLE_MODES = ("nearest", "bilinear")
 SUFFIX = ".chk"  # of CASM checkpoints
@@ -167,13 +167,8 @@ def build_saved_casm(path: Path, content) -> SavedCasm:
         )
     check_finite(path, decoder)
     classes, image_size = list(content.get("classes", [])), content.get("image_size", 224)
-    classifier = SavedClassifier(path, content=content).build(
-        build_model,
-        find_matching_models,
-        model=options["model"],
-        num_classes=len(classes) or 1000,
-        image_size=image_size,
-    )
+    shape = {"num_classes": len(classes) or 1000, "image_size": image_size}
+    classifier = SavedClassifier(path, content=content).build(models, model=options["model"], **shape)
     network = CasmNetwork(classifier, build_decoder(classifier, width, upsample))
     try:
         network.decoder.load_state_dict(decoder)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+import models
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize
 from engine.config.resume_rules import RESUME_CHANGEABLE, OptionRules, merge_options
@@ -15,7 +16,7 @@ from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.runtime.distributed import rank_environment
 from engine.runtime.text import format_count
-from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model, find_matching_models
+from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model
 from models.imagenet_resnet import load_pretrained
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import FIRST_SNAPSHOT_ONLY, SMALL_SET_BATCHES, get_preset
@@ -111,8 +112,7 @@ def choose_classifier(
             f"({', '.join(data.classes[:5])} ...)\nboth must have the same classes in the same order"
         )
     shape = {"num_classes": len(data.classes), "image_size": data.image_size}
-    network = file.build(build_model, find_matching_models, model=arch, **shape)
-    return find_matching_models(file.weights, like=arch)[0], network, []
+    return file.identify(models, arch), file.build(models, model=arch, **shape), []
 
 
 def build_pool(network: torch.nn.Module, *, f_size: int, smf: int, pool_device: str) -> ClassifierPool:

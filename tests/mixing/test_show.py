@@ -87,7 +87,7 @@ def test_the_gradient_of_a_torchvision_network_guides_the_mix(image_files, tmp_p
     args = ["--images", *image_files[:2], "--image_size", "64", "--method", "rmix", "-o", str(tmp_path / "mix.png")]
     args += ["--model_path", str(tmp_path / "net.pt")]
     assert show.main([*args, "--model", "squeezenet1_1"])["rmix"].shape == (4, 2)
-    with pytest.raises(UserError, match="does not hold a squeezenet1_0"):
+    with pytest.raises(UserError, match="weights of another architecture than torchvision:squeezenet1_0"):
         show.main([*args, "--model", "squeezenet1_0"])
     with pytest.raises(UserError, match="did you mean squeezenet1_"):
         show.main([*args, "--model", "squeezenet"])

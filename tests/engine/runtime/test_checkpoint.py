@@ -163,7 +163,8 @@ def test_replication_keys_are_renamed_and_biases_folded():
         foreign[key.replace("weight", "bias")] = bias
         foreign[key.replace("convP.weight", "bnP.running_mean")] += bias
     again = build_model("resnet50", 10).eval()
-    load_weights(again, extract_weights({"model_state_dict": foreign}, Path("x")), Path("x"), num_classes=10)
+    given = extract_weights({"model_state_dict": foreign}, Path("x"))
+    load_weights(again, given, Path("x"), num_classes=10, heads=["linear"])
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(again(images), model(images), rtol=1e-4, atol=1e-4)
@@ -219,16 +220,16 @@ def test_one_flipped_byte_is_detected(tmp_path):
 
 
 def test_errors_name_weights_that_do_not_fit():
-    model = build_model("resnet20", 10)
+    model, shape = build_model("resnet20", 10), {"num_classes": 10, "heads": ["linear"]}
     with pytest.raises(
         UserError, match=r"has 7 classes \(linear.weight is 7 x 64\), but the data has 10\n.*--init_from f"
     ):
-        load_weights(model, make_weights(classes=7), Path("f"), num_classes=10)
+        load_weights(model, make_weights(classes=7), Path("f"), **shape)
     other = make_weights("resnet32")
     with pytest.raises(
         UserError, match=r"unexpected: layer1.3.conv1.weight.* more.*\nthe weights fit resnet32: use --model resnet32"
     ):
-        load_weights(model, other, Path("f"), num_classes=10, matches=find_matching_models(other))
+        load_weights(model, other, Path("f"), matches=find_matching_models(other), **shape)
     with pytest.raises(UserError, match=r"detect.py"):
         extract_weights(
             {"model": {"backbone.body.conv1.weight": torch.zeros(1), "rpn.head.bias": torch.zeros(1)}}, Path("f")
@@ -239,10 +240,10 @@ def test_errors_name_weights_that_do_not_fit():
 
 def test_new_head_keeps_the_last_layer_if_the_number_of_classes_differs():
     model, given = build_model("resnet20", 10), make_weights(classes=7)
-    head = model.linear.weight.clone()
-    assert load_weights(model, given, Path("f"), num_classes=10, new_head=True) is True
+    head, shape = model.linear.weight.clone(), {"num_classes": 10, "heads": ["linear"]}
+    assert load_weights(model, given, Path("f"), new_head=True, **shape) is True
     assert torch.equal(model.linear.weight, head) and torch.equal(model.conv1.weight, given["conv1.weight"])
-    assert load_weights(model, make_weights(), Path("f"), num_classes=10, new_head=True) is False
+    assert load_weights(model, make_weights(), Path("f"), new_head=True, **shape) is False
 
 
 # ---- Writing ----

@@ -2,8 +2,9 @@
 
 import torch
 
+import models
 from engine.training.evaluate import load_initial_weights
-from models import build_model, find_matching_models
+from models import build_model
 
 
 def test_init_from_matches_the_last_layer_by_class_name(tmp_path):
@@ -12,7 +13,7 @@ def test_init_from_matches_the_last_layer_by_class_name(tmp_path):
     torch.save(content, tmp_path / "last.pt")
     weight, bias = model.linear.weight.detach().clone(), model.linear.bias.detach().clone()
 
-    note = load_initial_weights(model, str(tmp_path / "last.pt"), ["owl", "yak", "cat"], find_matching_models)
+    note = load_initial_weights(model, str(tmp_path / "last.pt"), ["owl", "yak", "cat"], models, "resnet20")
     with torch.no_grad():
         assert torch.equal(model.linear.weight[[0, 2]], saved.linear.weight[[2, 0]])
         assert torch.equal(model.linear.bias[[0, 2]], saved.linear.bias[[2, 0]])
@@ -20,5 +21,5 @@ def test_init_from_matches_the_last_layer_by_class_name(tmp_path):
         assert torch.equal(model.conv1.weight, saved.conv1.weight)
     assert "by name for 2 of 3 classes, and new for the others" in note
 
-    note = load_initial_weights(model, str(tmp_path / "last.pt"), ["cat", "dog", "owl"], find_matching_models)
+    note = load_initial_weights(model, str(tmp_path / "last.pt"), ["cat", "dog", "owl"], models, "resnet20")
     assert torch.equal(model.linear.weight, saved.linear.weight) and note.endswith("weights loaded")

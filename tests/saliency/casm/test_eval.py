@@ -263,7 +263,7 @@ def test_errors_explain_unknown_classifiers(tmp_path, squeezenet):
     for word, message in {
         "resnet19": "did you mean resnet18",
         f"squeezenet1_1={tmp_path / 'gone.pt'}": "no such file",
-        f"squeezenet1_0={squeezenet}": "does not hold a squeezenet1_0",
+        f"squeezenet1_0={squeezenet}": "weights of another architecture than torchvision:squeezenet1_0",
         str(squeezenet): "give NAME=",
         str(tmp_path): "no best.pt",
         "vit_h_14": "give a file of weights as vit_h_14=FILE",
