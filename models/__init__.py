@@ -11,14 +11,17 @@ MODELS = {  # name -> (module, constructor, its first arguments)
     **{f"resnet{depth}": ("models.resnet", "NarrowResNet", depth) for depth in (20, 32, 44, 56, 110)},
     **{f"preactresnet{depth}": ("models.preact_resnet", "preactresnet", depth) for depth in (18, 34, 50, 101, 152)},
     "wrn28_10": ("models.wide_resnet", "WideResNet", 28, 10),
+    "wrn28_8": ("models.wide_resnet", "WideResNet", 28, 8),
     "wrn16_8": ("models.wide_resnet", "WideResNet", 16, 8),
     "resnext29_4_24": ("models.resnext", "ResNeXt29", 4, 24),
+    "resnext50": ("models.resnet", "resnext50"),
     **{f"imagenet_resnet{n}": ("models.imagenet_resnet", "imagenet_resnet", n) for n in (18, 34, 50, 101, 152)},
 }
-ALIASES = {"wideresnet": "wrn28_10", "wrn28-10": "wrn28_10", "wrn16-8": "wrn16_8", "resnext29-4-24": "resnext29_4_24"}
+ALIASES = {"wideresnet": "wrn28_10", "wrn28-10": "wrn28_10", "wrn28-8": "wrn28_8", "wrn16-8": "wrn16_8"}
+ALIASES |= {"resnext29-4-24": "resnext29_4_24"}
 IMAGENET_MODELS = [name for name in MODELS if name.startswith("imagenet_")]
 IMAGENET_ALIASES = {name.removeprefix("imagenet_"): name for name in IMAGENET_MODELS}  # for large images
-DROPOUT_MODELS = {"wrn28_10", "wrn16_8"}
+DROPOUT_MODELS = {name for name in MODELS if name.startswith("wrn")}
 MAX_IMAGE_SIZE = 128  # largest side in pixels for all other networks, which are for small images
 
 

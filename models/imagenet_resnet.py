@@ -21,7 +21,6 @@ PRETRAINED = {
     "imagenet_resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "imagenet_resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
 }
-LAST_NORM = {BasicBlock: "bn2", Bottleneck: "bn3"}  # last batch norm of the residual branch
 
 
 class ImageNetResNet(ResNet):
@@ -49,8 +48,8 @@ def zero_init(model: nn.Module) -> None:
             f"{supported}"
         )
     for block in model.modules():
-        if type(block) in LAST_NORM:
-            nn.init.zeros_(block.get_submodule(LAST_NORM[type(block)]).weight)
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.zeros_(block.get_submodule(block.last_norm).weight)
     nn.init.normal_(model.fc.weight, 0.0, 0.01)
     nn.init.zeros_(model.fc.bias)
 

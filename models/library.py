@@ -7,10 +7,10 @@ size are built for that of the run.
 
 import difflib
 import inspect
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import get_type_hints
 
 import torch
 from torch import nn
@@ -71,11 +71,24 @@ def construct(library: str, name: str, num_classes: int, **arguments) -> nn.Modu
 
 @cache
 def list_arguments(library: str, name: str) -> tuple[str, ...]:
-    """List the arguments that the constructor of a network takes."""
-    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-        network = construct(library, name, 10)
-    signature = inspect.signature(type(network)).parameters.values()
-    return tuple(p.name for p in signature if p.kind is not p.VAR_KEYWORD and p.name not in FIXED_ARGUMENTS)
+    """List the arguments that the constructor of a network takes, as far as its signature names them."""
+    if library == "timm":
+        entry = import_timm().models.model_entrypoint(name)
+    else:
+        from torchvision.models import get_model_builder
+
+        entry = get_model_builder(name)
+    kind = get_type_hints(entry).get("return")
+    if not isinstance(kind, type):  # the function does not say what it returns
+        with torch.device("meta"):
+            kind = type(construct(library, name, 10))
+    found: dict[str, None] = {}
+    for base in kind.__mro__:  # a constructor with **kwargs passes them on to that of its base class
+        parameters = inspect.signature(base.__init__).parameters.values()
+        found |= dict.fromkeys(p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return tuple(key for key in found if key != "self" and key not in FIXED_ARGUMENTS)
 
 
 def build_library_model(library: str, name: str, num_classes: int, image_size: int, model_args: dict) -> nn.Module:
@@ -86,19 +99,19 @@ def build_library_model(library: str, name: str, num_classes: int, image_size: i
     network does not take.
     """
     name, title = check_name(library, name), f"{library}:{name}"
+    if fixed := model_args.keys() & FIXED_ARGUMENTS.keys():
+        key = min(fixed)
+        raise ValueError(f"{title}: {key} {FIXED_ARGUMENTS[key]}; leave it out of --model_args")
     accepted = list_arguments(library, name)
-    for key in model_args:
-        if key in FIXED_ARGUMENTS:
-            raise ValueError(f"{title}: {key} {FIXED_ARGUMENTS[key]}; leave it out of --model_args")
-        if key not in accepted:
-            raise ValueError(f"{title} takes no argument {key!r}; it takes {', '.join(accepted)}")
-    sizes = {key: image_size for key in SIZE_ARGUMENTS if key in accepted}
-    arguments = {key: make_tuple(value) for key, value in model_args.items()}
+    arguments = {key: image_size for key in SIZE_ARGUMENTS if key in accepted}
+    arguments |= {key: make_tuple(value) for key, value in model_args.items()}
     try:
-        network = construct(library, name, num_classes, **sizes | arguments)
-    except Exception as error:  # whatever the constructor raises for a value
-        given = ", ".join(f"{key}={value}" for key, value in (sizes | arguments).items())
-        raise ValueError(f"{title} cannot be built with {given or 'these arguments'} ({summarize(error)})") from error
+        network = construct(library, name, num_classes, **arguments)
+    except Exception as error:  # whatever the constructor raises for a name or a value
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise ValueError(
+            f"{title} cannot be built with {given} ({summarize(error)}); its arguments are {', '.join(accepted)}"
+        ) from error
     check_images(network, title, num_classes, image_size)
     return network
 

@@ -2,7 +2,8 @@
 
 He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385: resnet18 to resnet152 are the networks of
 Table 1 with torchvision's parameter names, but with a 3x3 stem and no max-pooling; resnet20 to resnet110 are the narrow
-networks of Sec. 4.2 (16-32-64 channels, parameter-free shortcuts, option A).
+networks of Sec. 4.2 (16-32-64 channels, parameter-free shortcuts, option A). resnext50 is the ResNeXt-50 (32x4d) of Xie
+et al., "Aggregated Residual Transformations", arXiv 1611.05431, Table 1, with the same stem.
 """
 
 import torch
@@ -21,6 +22,7 @@ def init_kaiming(model: nn.Module) -> None:
 
 class BasicBlock(nn.Module):
     expansion = 1
+    last_norm = "bn2"  # last batch norm of the residual branch
 
     def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None):
         super().__init__()
@@ -37,17 +39,23 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Bottleneck block with the stride on the 3x3 convolution, as in torchvision ("v1.5")."""
+    """Bottleneck block with the stride on the 3x3 convolution, as in torchvision ("v1.5").
+
+    groups, group_width: of the 3x3 convolution in the first stage; the width doubles in each of the following stages.
+    """
 
     expansion = 4
+    last_norm = "bn3"
+    groups, group_width = 1, 64
 
     def __init__(self, in_channels: int, channels: int, stride: int, downsample: nn.Module | None):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        inner = channels * self.groups * self.group_width // 64
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=self.groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, 4 * channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * channels)
         self.downsample = downsample
 
@@ -56,6 +64,12 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         return F.relu(self.bn3(self.conv3(out)) + shortcut)
+
+
+class ResNeXtBottleneck(Bottleneck):
+    """Bottleneck block of a ResNeXt (32x4d)."""
+
+    groups, group_width = 32, 4
 
 
 TABLE_1 = {  # depth -> block, and number of blocks per stage
@@ -153,3 +167,7 @@ class NarrowResNet(StagedNetwork):
 
 def resnet(depth: int, num_classes: int, stride: int = 1) -> ResNet:
     return ResNet(*TABLE_1[depth], num_classes, stride)
+
+
+def resnext50(num_classes: int, stride: int = 1) -> ResNet:
+    return ResNet(ResNeXtBottleneck, TABLE_1[50][1], num_classes, stride)

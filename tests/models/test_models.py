@@ -71,6 +71,7 @@ PARAMETERS = {  # with 100 classes; resnet20 to 110 with 10, Table 6 of arXiv 15
     "preactresnet18": 11_217_316,
     "wrn16_8": 11_012_036,
     "wrn28_10": 36_546_980,
+    "wrn28_8": 23_409_092,
     "resnext29_4_24": 4_937_252,
 }
 
@@ -87,11 +88,14 @@ def test_parameter_counts_match_the_papers():
     assert counts["resnet18"] < counts["resnet34"] < counts["resnet50"] < counts["resnet101"] < counts["resnet152"]
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-def test_resnets_have_torchvision_parameter_names(depth):
+TWINS = {f"resnet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {"resnext50": "resnext50_32x4d"}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_resnets_have_torchvision_parameter_names(name):
     with torch.device("meta"):
-        ours = build_model(f"resnet{depth}", 1000).state_dict()
-        theirs = getattr(torchvision.models, f"resnet{depth}")().state_dict()
+        ours = build_model(name, 1000).state_dict()
+        theirs = getattr(torchvision.models, TWINS[name])().state_dict()
     assert list(ours) == list(theirs)
     different = [key for key in ours if ours[key].shape != theirs[key].shape]
     assert different == ["conv1.weight"] and ours["conv1.weight"].shape == (64, 3, 3, 3)
@@ -104,8 +108,18 @@ ANY_SIZE_MODELS = [
     "resnet20",
     "wrn16_8",
     "resnext29_4_24",
+    "resnext50",
     "imagenet_resnet18",
 ]
+
+
+def test_resnext50_computes_what_torchvision_does_behind_the_stem():
+    ours, theirs = build_model("resnext50", 7).eval(), torchvision.models.resnext50_32x4d(num_classes=7).eval()
+    theirs.conv1, theirs.maxpool = ours.conv1, torch.nn.Identity()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
 
 
 @pytest.mark.parametrize("name", ANY_SIZE_MODELS)
@@ -172,7 +186,7 @@ def test_imagenet_resnets_have_the_published_parameter_counts():
     assert [counts[name] for name in IMAGENET_MODELS] == published
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "imagenet_resnet18", "imagenet_resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50", "imagenet_resnet18", "imagenet_resnet50"])
 def test_zero_init_makes_every_block_the_identity(name):
     model = build_model(name, 1000).eval()
     zero_init(model)
