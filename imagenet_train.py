@@ -73,17 +73,15 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     training.check_same_data(start, sets.classes, len(sets.train))
     common = {"device": device, "mean": sets.mean, "std": sets.std}
     common |= select_kwargs(options, ["workers", "channels_last"])
-    colors = select_kwargs(options, ["color_jitter", "lighting"])
-    loaders, interpolation = [], options["interpolation"]
+    loaders, changes = [], select_kwargs(options, data.build_augmentation)
     for phase in phases:
         data.check_batch_size(phase.batch_size, options["accumulate"], len(sets.train), options["drop_last"])
-        view = data.RandomCrop(phase.crop, phase.min_scale, interpolation=interpolation)
-        augmentation = data.Augmentation(view=view, **colors)
+        view = data.CenterCrop(phase.crop, default_eval_resize(phase.crop), options["interpolation"])
         loader = data.DeviceLoader(
-            copies[phase.images].with_view(data.CenterCrop(phase.crop, default_eval_resize(phase.crop), interpolation)),
+            copies[phase.images].with_view(view),
             phase.batch_size,
             shuffle=True,
-            augmentation=augmentation if options["trad_augment"] else None,
+            augmentation=data.build_augmentation(phase.crop, **changes | {"min_scale": phase.min_scale}),
             shard=data.get_process_shard(options["accumulate"]),
             **select_kwargs(options, ["drop_last", "seed"]),
             **common,
@@ -153,7 +151,9 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         return training.print_profile(state, loaders[current], config, options["profile"])
     extra, split = {"images": len(sets.train)}, "valid" if sets.valid else "test"
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split=split, extra=extra)
-    lines, more_notes = training.describe_run(sets, phases, values, **select_kwargs(options, training.describe_run))
+    lines, more_notes = training.describe_run(
+        sets, phases, values, loaders[0].augmentation, **select_kwargs(options, training.describe_run)
+    )
     run.log_header(lines, [*notes, *more_notes], hyper_parameters=values[0] if len(phases) == 1 else values)
 
     # ---- Epochs ----
@@ -172,7 +172,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
             if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, also=phase_file, remark=training.format_remark(state, train))
-            training.draw_epoch(run, sets, train.image_set)
+            training.draw_epoch(run, sets, train)
     return training.finish_run(run, held_out["test"])
 
 

@@ -66,7 +66,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     train = data.DeviceLoader(
         sets.train,
         shuffle=True,
-        augmentation=data.Augmentation(options["crop_padding"]) if options["trad_augment"] else None,
+        augmentation=data.build_augmentation(sets.image_size, **select_kwargs(options, data.build_augmentation)),
         shard=data.get_process_shard(options["accumulate"]),
         **select_kwargs(options, ["batch_size", "drop_last", "seed"]),
         **common,
@@ -124,7 +124,9 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         return training.print_profile(state, train, config, options["profile"])
     extra, split = {"images": len(sets.train)}, "valid" if sets.valid else "test"
     run = training.Run(start, state, sets, steps, epochs=options["epochs"], split=split, extra=extra)
-    lines, more_notes = training.describe_run(sets, (), [values], **select_kwargs(options, training.describe_run))
+    lines, more_notes = training.describe_run(
+        sets, (), [values], train.augmentation, **select_kwargs(options, training.describe_run)
+    )
     run.log_header(lines, [*notes, *more_notes], hyper_parameters=values)
 
     # ---- Epochs ----
@@ -135,7 +137,7 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
             if run.should_evaluate(epoch):
                 row |= training.evaluate_held_out(state, held_out, run.bar)
             run.end_epoch(row, remark=training.format_remark(state, train))
-            training.draw_epoch(run, sets, train.image_set)
+            training.draw_epoch(run, sets, train)
     return training.finish_run(run, held_out["test"])
 
 

@@ -4,16 +4,18 @@ No GPU is needed; fake_cuda.py says what is seen and what is not. A failure name
 did there.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from fake_cuda import find_obstacle
 from support import write_class_folders
 
-from engine.data.augment import Augmentation
+from engine.data.augment import Augmentation, AutoAugment
 from engine.data.folders import FileList
 from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
-from engine.data.views import CenterCrop, RandomCrop
+from engine.data.views import CenterCrop, RandomCrop, SquashedView
 from mixing import MIXERS, hyper_parameters, mixer_class
 from saliency import SOURCES
 from saliency.casm.network import load_casm
@@ -114,17 +116,28 @@ def test_options_of_methods_never_wait(options, casm_file):
 @pytest.mark.parametrize("precision", [BF16, pytest.param(FP16, marks=pytest.mark.slow)])
 def test_options_of_training_never_wait(precision):
     options = {"ema": 0.99, "clip_grad": 1.0, "label_smoothing": 0.1, "micro_batches": 2}
-    augmentation = Augmentation(4, color_jitter=0.4, lighting=0.1)
+    colors = {"color_jitter": 0.4, "lighting": 0.1}
+    augmentation = Augmentation(4, crop_padding_mode="reflect", erasing=0.25, **colors)
     check(count_training_step("mixup", None, precision, augmentation=augmentation, **options))
 
 
-@pytest.mark.parametrize("augmentation", [Augmentation(view=RandomCrop(SIDE, 0.3)), Augmentation(4)])
+READ = [Augmentation(view=RandomCrop(SIDE, 0.3)), Augmentation(4), Augmentation(4, auto=AutoAugment("rand"))]
+
+
+@pytest.mark.parametrize("augmentation", READ)
 def test_batches_from_files_never_wait(augmentation, tmp_path):
     write_class_folders(tmp_path)
     names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(3)]
     files = ImageFiles(FileList(tmp_path / "train", names), CenterCrop(SIDE, SIDE))
     images = ImageSet(files, torch.arange(6) // 3, ["cat", "dog"], "files")
     check(count_training_step("saliencymix", "bank", images=images, batch_size=2, augmentation=augmentation))
+
+
+@pytest.mark.parametrize("augmentation", READ)
+def test_batches_of_resized_tensors_never_wait(augmentation):
+    images = ImageSet(torch.zeros(60, 16, 16, 3, dtype=torch.uint8), torch.arange(60) % 3, ["a", "b", "c"], "zeros")
+    images = replace(images, resize=SquashedView(SIDE, interpolation="bicubic"))
+    check(count_training_step("cutmix", images=images, augmentation=augmentation))
 
 
 @pytest.mark.parametrize("method, precision", [("none", BF16), ("sage", FP16)])

@@ -20,6 +20,7 @@ import engine.config.select
 import engine.training.run_folder
 import evaluate
 import train
+from engine.drawing import figures
 from engine.errors import UserError
 from mixing import MIXERS
 
@@ -82,6 +83,8 @@ def stop_copy(whole: Path, checkpoint: str) -> Path:
         "--ema 0.9 --clip_grad 1 --warmup_epochs 0.5 --scheduler cosine",
         "--scheduler multistep --schedule 2 --gammas 0.1 --loss bce --recipe puzzle --model resnet20 --amp off",
         "--valid_labels_per_class 2 --labels_per_class 5 --mix_off_epoch 1 --mix_fraction 0.5 --limit 40",
+        "--auto_augment rand --rand_augment_std 0.5 --random_erasing 0.5 --crop_padding_mode reflect --workers 2",
+        "--auto_augment trivial --min_scale 0.5 --interpolation bicubic --workers 0",
     ],
 )
 def test_all_training_state_is_resumed_exactly(shapes_run, options):
@@ -206,6 +209,15 @@ def test_vis_epoch_does_not_change_the_run(shapes_run):
     assert same_run(shapes_run(method="cutmix"), shapes_run("--vis_epoch", "1", name="drawn", method="cutmix"))
 
 
+def test_mixed_batches_are_drawn_augmented(shapes_run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "draw_mixed_batch", lambda path, images, **kwargs: drawn.append(images))
+    for words in ("--trad_augment false", "--min_scale 0.3", "--trad_augment false --random_erasing 1"):
+        shapes_run("--vis_epoch", "1", *words.split(), name=f"run{len(drawn)}", epochs=1)
+    plain, cropped, erased = drawn
+    assert not (plain == cropped).flatten(1).all(1).any() and 0.5 < (plain == erased).float().mean() < 0.99
+
+
 def test_log_off_writes_nothing(shapes_run, tmp_path):
     shapes_run("--log_off", "--vis_epoch", "1")
     assert not list(tmp_path.iterdir())
@@ -259,6 +271,16 @@ def test_changed_options_are_refused_and_listed(shapes_run):
         train.main(["--checkpoint", str(run), "--recipe", "rmix"])
     with pytest.raises(UserError, match="--model: the saved state would not fit"):
         train.main(["--checkpoint", str(run), "--model", "resnet32", "--force_config"])
+
+
+def test_options_newer_than_the_run_are_refused_too(shapes_run):
+    run = shapes_run(epochs=1)
+    saved = load_checkpoint(run)
+    del saved["config"]["auto_augment"], saved["config"]["min_scale"]
+    torch.save(saved, run / "last.pt")
+    with pytest.raises(UserError, match=r"--auto_augment  none  ->  rand\n  --min_scale     None  ->  0.5"):
+        train.main(["--checkpoint", str(run), "--auto_augment", "rand", "--min_scale", "0.5"])
+    train.main(["--checkpoint", str(run), "--auto_augment", "none"])
 
 
 def test_forced_options_are_checked_together(shapes_run, capsys):

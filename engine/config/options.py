@@ -146,16 +146,6 @@ def add_imagenet_options(parser: Parser) -> None:
     parser.option("--data_large", metavar="DIR", help="large copies of the images (shorter side 352)")
     parser.option("--crop_size", type=int_at_least(8), shown="image_size", help="side of the random crops in pixels")
     parser.option(
-        "--min_scale",
-        type=float_in_range(1e-6, 1),
-        default=0.08,
-        help="minimum area of a random crop as a fraction of the image",
-    )
-    parser.option(
-        "--color_jitter", type=float_in_range(0, 1), default=0.0, help="jitter of brightness, contrast and saturation"
-    )
-    parser.option("--lighting", type=float_in_range(), default=0.0, help="standard deviation of the PCA colour noise")
-    parser.option(
         "--zero_init",
         type=boolean,
         default=False,

@@ -5,6 +5,7 @@ A parameter named after an option is its default. If it is None, a recipe or a f
 
 from types import ModuleType
 
+from engine.config.augmentation_options import add_augmentation_options
 from engine.config.legacy_options import LEGACY_TRACKER_OPTIONS
 from engine.config.option_types import (
     boolean,
@@ -45,6 +46,7 @@ def add_training_options(
     add_step_options(parser)
     add_schedule_options(parser)
     add_regularization_options(parser)
+    add_augmentation_options(parser, large_images=large_images)
     add_output_options(parser)
     parser.option("--vis_epoch", type=int_at_least(), default=0, help="draw a mixed batch every N epochs; 0: never")
 
@@ -239,13 +241,6 @@ def add_regularization_options(parser: Parser) -> None:
         type=fraction_or_off,
         default=0.0,
         help="dropout rate in wide residual networks; recipe saliencymix: 0.3",
-    )
-    parser.option("--trad_augment", type=boolean, shown="recipe", help="random crop and horizontal flip")
-    parser.option(
-        "--crop_padding",
-        type=int_at_least(),
-        shown="recipe",
-        help="black border around the image before the random crop, in pixels",
     )
     parser.option("--drop_last", type=boolean, shown="recipe", help="skip the last batch of an epoch if it is smaller")
     parser.option(

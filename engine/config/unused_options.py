@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+from engine.config.augmentation_options import RAND_AUGMENT_OPTIONS
 from engine.config.mixing_options import OPTION_GROUPS
 from engine.config.option_types import format_option
 from engine.config.parser import Parser
@@ -21,6 +22,7 @@ SCHEDULER_OPTIONS = {  # option -> the schedules that read it
     "warmup_epochs": {"multistep", "cosine", "linear", "constant"},
 }
 MEMORY_DATASETS = {"shapes", "cifar10", "cifar100"}  # not read from image files
+CIFAR_SIDE = 32  # in pixels
 FEW_STEPS = 10  # of an epoch
 LOG_OPTIONS = {"name", "root_dir", "overwrite", "save_every", "vis_epoch", "use_tensorboard", "use_wandb"}
 ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
@@ -44,6 +46,11 @@ def collect_mixing_notes(
                 "only --saliency gradient also trains on the unmixed images; this run trains on the mixed ones alone, "
                 "which changes the method, not just its speed; --clean_weight 1 trains on both"
             )
+    if options["auto_augment"] != "none" and any(source.learns for source in sources):
+        notes.append(
+            "--saliency bank follows crops and flips, but not the shears, shifts and rotations of --auto_augment, so "
+            "its maps are blurred; --saliency gradient follows all of them"
+        )
     if options["graph_step"] or any(source.capturable for source in sources):
         read = read | {"kernels"}  # torch: no CUDA graphs
     own_clean_loss = options["clean_weight"] is None and any(source.clean_weight for source in sources)
@@ -98,12 +105,28 @@ def find_unused_image_options(options: dict, typed: dict) -> set[str]:
         unused |= {"data_dir", "val_data_dir", "download"}
     if dataset == "tiny-imagenet":
         unused |= {"val_labels"}
-    if not options["trad_augment"]:
-        unused |= {"crop_padding", "min_scale", "color_jitter", "lighting"}
-    if "crop_size" in options:  # large images: random resized crops in place of padded ones
+    unused |= find_unused_augmentation_options(options)
+    if "crop_size" in options:  # large images
         read = {phase.images for phase in build_phases(options)}
-        unused |= {"crop_padding"} | {f"data_{name}" for name in ("small", "large") if name not in read}
+        unused |= {f"data_{name}" for name in ("small", "large") if name not in read}
         unused |= {"zero_init"} if typed.get("zero_init") and (options["pretrained"] or options["init_from"]) else set()
+    return unused
+
+
+def find_unused_augmentation_options(options: dict) -> set[str]:
+    """Return the options for augmentation that this run does not read, typed or not."""
+    padding, cropped = {"crop_padding", "crop_padding_mode"}, options["trad_augment"]
+    unused = set() if cropped else padding | {"min_scale", "color_jitter", "lighting"}
+    if options["min_scale"] is not None:  # resized crops in place of padded ones
+        unused |= padding
+    if not options["crop_padding"]:
+        unused |= {"crop_padding_mode"}
+    if options["auto_augment"] != "rand":
+        unused |= RAND_AUGMENT_OPTIONS
+    resized = (cropped and options["min_scale"] is not None) or options["auto_augment"] != "none"
+    own_size = options["dataset"] == "shapes" or options["image_size"] in (None, CIFAR_SIDE)
+    if options["dataset"] in MEMORY_DATASETS and own_size and not resized:
+        unused |= {"interpolation"}
     return unused
 
 

@@ -7,7 +7,7 @@ __getattr__ = lazy_attributes(
     {
         "datasets": "load_data load_evaluation",
         "image_set": "Data ImageSet STATISTICS check_same_images",
-        "augment": "Augmentation",
+        "augment": "Augmentation build_augmentation",
         "loader": "Batch DeviceLoader Shard check_batch_size get_process_shard",
         "resize_copies": "find_copies resize_copies resize_data_set",
         "views": "CenterCrop RandomCrop SquashedView",

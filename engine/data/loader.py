@@ -4,15 +4,18 @@ The images of a batch and their random crops, flips and colours depend only on (
 not depend on the workers, on where a run was interrupted, or on the generators that the mixing methods draw from.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from engine.data.augment import Augmentation, apply_colors, compose_color_matrix, crop_and_flip
-from engine.data.image_files import BatchReader
+from engine.data.augment import Augmentation, apply_colors, compose_color_matrix, crop_and_flip_drawn
+from engine.data.erasing import RandomErasing
+from engine.data.image_files import BatchReader, ImageFiles
 from engine.data.image_set import ImageSet, check_any_readable, count_missing
+from engine.data.image_tensor import ImageTensor
 from engine.errors import UserError
 from engine.runtime.distributed import all_reduce_sum, rank, world_size
 
@@ -32,6 +35,15 @@ class Batch(NamedTuple):
 def make_epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """Return a generator whose seed mixes `seed` and `epoch`."""
     return torch.Generator().manual_seed((seed * 0x9E3779B1 + epoch * 0x85EBCA77 + 0xC2B2AE3D) % 2**63)
+
+
+def draw_epoch(
+    epoch: int, *, count: int, seed: int, shuffle: bool, augmentation: Augmentation | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Draw the order (N,) of `count` images in an epoch and their augmentation, name -> (..., N), on the CPU."""
+    generator = make_epoch_generator(seed, epoch)
+    order = torch.randperm(count, generator=generator) if shuffle else torch.arange(count)
+    return order, augmentation.draw(count, generator) if augmentation else {}
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,9 @@ def get_process_shard(micro_batches: int = 1) -> Shard:
 class DeviceLoader:
     """Batches of an image set. epoch(n) yields those of epoch n; len() is the number of optimizer steps per epoch.
 
-    Images in a tensor are kept on the device. Image files are decoded ahead of time by worker processes, which live
-    until close(). augmentation: random changes of training images; None: no augmentation.
+    Images in a tensor are kept on the device. Image files are read ahead of time by worker processes, which live until
+    close(); so are images in a tensor where the augmentation has a view or a policy, which change them one by one.
+    augmentation: random changes of training images; None: no augmentation.
 
     batch_size is the total over all processes and micro-batches of an optimizer step. `shard` says which parts of it
     this process reads, and epoch() yields these one by one. With shuffle, the images of a last batch that do not fill
@@ -101,21 +114,25 @@ class DeviceLoader:
             )
         # ---- Order and augmentation ----
         self.image_set, self.batch_size, self.device = image_set, batch_size, device
+        self.draw = partial(draw_epoch, count=len(image_set), seed=seed, shuffle=shuffle, augmentation=augmentation)
         self.shuffle, self.drop_last, self.seed, self.channels_last = shuffle, drop_last, seed, channels_last
         self.augmentation, self.shard, self.micro_batches = augmentation, shard, shard.micro_batches
-        # ---- Images: kept on the device, or read from files ----
+        # ---- Images: kept on the device, or read by workers ----
         self.labels = image_set.labels.to(device)
-        self.resident = image_set.pixels.to(device) if isinstance(image_set.pixels, torch.Tensor) else None
-        self.reader, view = None, augmentation and augmentation.view
+        view = augmentation and augmentation.view
+        in_tensor = isinstance(image_set.pixels, torch.Tensor) and not (augmentation and augmentation.needs_reading)
+        self.resident = image_set.pixels.to(device) if in_tensor else None
+        self.reader = None
         if self.resident is None:
-            files = image_set.pixels.with_view(view or image_set.pixels.view)
-            self.reader = BatchReader(files, seed=seed, workers=workers, pin=device.type == "cuda")
-        elif view is not None:
-            raise ValueError(f"{view} works only with image files; the images of {image_set.origin} are in a tensor")
+            images = select_images(image_set, augmentation, mean, self.draw)
+            self.reader = BatchReader(images, seed=seed, workers=workers, pin=device.type == "cuda")
         self.copy_stream = torch.cuda.Stream(device) if self.reader and device.type == "cuda" else None
-        # ---- Normalisation as scale and offset ----
+        # ---- Erasing, and normalisation as scale and offset ----
         self.scale = (1 / (255 * torch.tensor(std))).view(3, 1, 1).to(device)
         self.offset = (-torch.tensor(mean) / torch.tensor(std)).view(3, 1, 1).to(device)
+        self.erase, size = None, view.size if view else image_set.size
+        if augmentation and augmentation.erasing:
+            self.erase = RandomErasing(augmentation.erasing, size=size, seed=seed, device=device)
         self.loaded, self.unreadable = 0, 0  # images and unreadable files of the last epoch in this process
 
     def __len__(self) -> int:
@@ -141,6 +158,7 @@ class DeviceLoader:
         steps = order.split(self.batch_size)[start : len(self)]
         indices = [part for batch in steps for part in self.shard.split(batch, even=self.shuffle)]
         drawn = {name: values.to(self.device) for name, values in drawn.items()}
+        placed = self.augmentation is not None and self.augmentation.auto is not None  # cropped and flipped when read
         # one copy per epoch: a copy in every step would stall the device
         device_indices = torch.cat([order[:0], *indices]).to(self.device).split([len(index) for index in indices])
         self.loaded = self.unreadable = 0
@@ -153,18 +171,16 @@ class DeviceLoader:
             if not len(index):
                 continue
             batch_drawn = {name: values[..., device_index] for name, values in drawn.items()}
-            shift, flip = batch_drawn.get("shift"), batch_drawn.get("flip")
-            if shift is not None:
-                row = device_index if pixels is self.resident else torch.arange(len(index), device=self.device)
-                pixels = crop_and_flip(pixels, row, *shift, flip)
-            elif pixels is self.resident:
-                pixels = pixels.index_select(0, device_index)
-            elif flip is not None:
-                pixels = torch.where(flip.view(-1, 1, 1, 1), pixels.flip(2), pixels)
-            pixels = self.image_set.resize_batch(pixels)
-            loaded_index = device_index if loaded_index is None else loaded_index
+            if not placed:
+                row = device_index if pixels is self.resident else None
+                mode = self.augmentation.crop_padding_mode if self.augmentation else ""
+                pixels = self.image_set.resize_batch(crop_and_flip_drawn(pixels, row, batch_drawn, mode))
             images = self.normalize(pixels, batch_drawn)
-            yield Batch(images, self.labels[loaded_index], index, loaded_index, shift, flip, box)
+            images = self.erase(images, index, epoch) if self.erase else images
+            images = images if self.channels_last else images.contiguous()
+            loaded_index = device_index if loaded_index is None else loaded_index
+            view = (batch_drawn.get("shift"), batch_drawn.get("flip"), box)
+            yield Batch(images, self.labels[loaded_index], index, loaded_index, *view)
 
     def count_unreadable(self) -> int:
         """Return the number of unreadable files in the last epoch, over all processes, each of which must call this.
@@ -174,12 +190,6 @@ class DeviceLoader:
         loaded, unreadable = all_reduce_sum(torch.tensor([self.loaded, self.unreadable])).tolist()
         check_any_readable(loaded, unreadable, self.image_set)
         return unreadable + self.image_set.unreadable
-
-    def draw(self, epoch: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Draw the order (N,) of the images in this epoch and their augmentation, name -> (..., N), on the CPU."""
-        count, generator = len(self.image_set), make_epoch_generator(self.seed, epoch)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        return order, self.augmentation.draw(count, generator) if self.augmentation else {}
 
     def read(
         self, epoch: int, indices: list[torch.Tensor]
@@ -222,7 +232,24 @@ class DeviceLoader:
             scale = self.scale.view(3, 1)
             constant = 255 * scale * affine[:, :, 3:] + self.offset.view(3, 1)
             images = apply_colors(images, torch.cat([scale * affine[:, :, :3], constant], 2))
-        return images if self.channels_last else images.contiguous()
+        return images
+
+
+def select_images(
+    image_set: ImageSet, augmentation: Augmentation | None, mean: tuple[float, ...], draw: Callable
+) -> ImageFiles:
+    """Return what a BatchReader reads: images with the crops and the policy of the augmentation.
+
+    draw: see engine.data.auto_augment.AugmentedImages.
+    """
+    pixels, view = image_set.pixels, augmentation and augmentation.view
+    in_tensor = isinstance(pixels, torch.Tensor)
+    images = ImageTensor(pixels, view) if in_tensor else pixels.with_view(view or pixels.view)
+    if augmentation is None or augmentation.auto is None:
+        return images
+    from engine.data.auto_augment import AugmentedImages  # imports torchvision, which takes a second or two
+
+    return AugmentedImages(images, augmentation, mean, resize=image_set.resize_batch, draw=draw)
 
 
 def check_batch_size(batch_size: int, accumulate: int, images: int, drop_last: bool) -> None:

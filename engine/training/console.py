@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ from torch.nn import functional as F
 from engine.config.option_types import format_option
 from engine.config.phases import Phase
 from engine.config.resolve import check_resume_options, resolve_options
-from engine.data.image_set import Data, ImageSet, spread_over_classes
+from engine.data.augment import Augmentation
+from engine.data.image_set import Data, spread_over_classes
 from engine.data.loader import DeviceLoader
 from engine.drawing import figures
 from engine.inference.metrics import list_unreadable
@@ -52,6 +52,7 @@ def describe_run(
     data: Data,
     plan: Sequence[Phase] = (),
     hyper_parameters: Sequence[dict[str, dict]] = (),
+    augmentation: Augmentation | None = None,
     *,
     method: list[str],
     model: str,
@@ -66,13 +67,12 @@ def describe_run(
     weight_decay: float,
     loss: str,
     clean_weight: float | None,
-    trad_augment: bool,
     seed: int,
 ) -> tuple[list[str], list[str]]:
     """Return lines that describe the data and the training, and notes on unexpected settings.
 
-    plan: the phases of the run. hyper_parameters: of the methods, in each phase. The keyword-only parameters are the
-    options of the same names.
+    plan: the phases of the run. hyper_parameters: of the methods, in each phase. augmentation: of the training images.
+    The keyword-only parameters are the options of the same names.
     """
     notes, has_dropout = list(data.warnings), model.startswith("wrn")
     image_sets = {"train": data.train, "valid": data.valid, "test": data.test}
@@ -85,7 +85,7 @@ def describe_run(
         f"method {' '.join(method)}, model {model}{f' with dropout {dropout:g}' if dropout and has_dropout else ''}, "
         f"recipe {recipe}: {format_count(epochs, 'epoch')}, batch size {batch_size}, "
         f"{'peak lr' if scheduler == 'onecycle' else 'lr'} {rate} ({scheduler}), weight decay {weight_decay:g}, "
-        f"loss {loss}{clean}, {'random crop and flip' if trad_augment else 'no augmentation'}, seed {seed}"
+        f"loss {loss}{clean}, {augmentation.describe() if augmentation else 'no augmentation'}, seed {seed}"
     )
     for number, phase in enumerate(plan if len(plan) > 1 else [], 1):
         lines.append(
@@ -232,7 +232,7 @@ def print_profile(state: TrainingState, loader: DeviceLoader, config: StepConfig
         print(f"note: {note}")
 
 
-def draw_epoch(run: Run, data: Data, train: ImageSet) -> None:
+def draw_epoch(run: Run, data: Data, train: DeviceLoader) -> None:
     """Draw curves.png every ten epochs and at the end, and a mixed batch of `train` every --vis_epoch epochs.
 
     Every process mixes the batch, since batch norm may be synchronised; the main process draws it.
@@ -247,7 +247,7 @@ def draw_epoch(run: Run, data: Data, train: ImageSet) -> None:
         path = None if log.off else log.path / "vis" / name
         title = f"{make_title(options)}, epoch {epoch}"
         with run.state.preserve_state():
-            draw_mixed_images(path, run.state, replace(data, train=train), title, dpi=options["dpi"])
+            draw_mixed_images(path, run.state, data, train, title, dpi=options["dpi"])
 
 
 def make_title(options: dict) -> str:
@@ -264,15 +264,22 @@ def draw_learning_curves(run: Run) -> None:
     figures.draw_curves(path, run.history, make_title(options), **style)
 
 
-def draw_mixed_images(path: Path | None, state: TrainingState, data: Data, title: str, *, dpi: int) -> None:
-    """Mix eight training images with each other and draw them. path: None: mix only, as processes without files do."""
+def draw_mixed_images(
+    path: Path | None, state: TrainingState, data: Data, train: DeviceLoader, title: str, *, dpi: int
+) -> None:
+    """Mix eight training images with each other and draw them, augmented as in training.
+
+    path: None: mix only, as processes without files do.
+    """
     mixer, source, device = state.mixer, state.source, state.device
 
     # ---- Batch ----
-    indices = spread_over_classes(data.train.labels, 8)
+    indices = spread_over_classes(train.image_set.labels, 8)
     if mixer.batch_size:  # the method needs a batch of this size: repeat the eight images
         indices = indices.repeat(1 + mixer.batch_size // len(indices))[: mixer.batch_size]
-    loader = DeviceLoader(data.train.take(indices), len(indices), device=device, mean=data.mean, std=data.std)
+    common = {"device": device, "mean": data.mean, "std": data.std}
+    shown, augmentation = train.image_set.take(indices), train.augmentation
+    loader = DeviceLoader(shown, len(indices), augmentation=augmentation, seed=train.seed, **common)
     batch = next(loader.epoch())._replace(loaded_index=indices.to(device))
     targets = F.one_hot(batch.labels, len(data.classes)).float()
 

@@ -155,7 +155,8 @@ def resume_or_start(
         broadcast_from_main(lambda: claim_folder(Path(folder), kind.folder_type, wait))
     saved = broadcast_from_main(lambda: read_checkpoint(resume, kind.name)) if resume else None
     if saved:
-        kind.check_resume(typed, saved["config"], force=options.get("force_config", False))
+        trained = {**parser.defaults, **saved["config"]}  # options that are newer than the run had their defaults
+        kind.check_resume(typed, trained, force=options.get("force_config", False))
         options = kind.resolve(parser, typed, saved["config"])
     if not folder:
         folder = broadcast_from_main(lambda: claim_new_folder(options, kind.locate_runs, kind.folder_type))

@@ -344,6 +344,13 @@ def test_kernels_has_an_effect_where_something_would_be_captured(method, unused)
         ("--scheduler linear --mix_off_epoch 2", {"epochs": 10}, ["the linear", "2 now means the last of 20 epochs"]),
         ("--scheduler multistep", {"epochs": 10}, []),
         ("--scheduler cosine", {"epochs": 20}, []),
+        ("--rand_augment_std 1 --auto_augment trivial", {}, ["no effect in this run: --rand_augment_std"]),
+        ("--auto_augment rand --rand_augment_ops 1 --interpolation bicubic --random_erasing 0.1", {}, []),
+        ("--min_scale 0.5 --crop_padding 4 --interpolation bicubic", {}, ["no effect in this run: --crop_padding"]),
+        ("--crop_padding 0 --crop_padding_mode reflect", {}, ["no effect in this run: --crop_padding_mode"]),
+        ("--interpolation bicubic", {}, ["no effect in this run: --interpolation"]),
+        ("--dataset cifar10 --image_size 64 --interpolation bicubic --recipe shapes", {}, []),
+        ("--trad_augment false --min_scale 0.5 --auto_augment trivial", {}, ["no effect in this run: --min_scale"]),
     ],
 )
 def test_options_without_effect_and_moved_schedules_are_noted(words, saved, expected):

@@ -170,8 +170,6 @@ def test_evaluation_reads_each_image_once(count, world_size, micro_batches):
 def test_batch_size_must_be_divisible_by_the_shards():
     with pytest.raises(ValueError, match="batch_size 10 .* 4 processes x 1"):
         make_loader(make_numbered_set(20), 10, None, shard=Shard(0, 4))
-    with pytest.raises(ValueError, match="works only with image files"):
-        make_loader(make_numbered_set(20), 10)
 
 
 # ---- Views ----
