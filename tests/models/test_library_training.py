@@ -14,7 +14,8 @@ from engine.training.loop import train_one_epoch
 from engine.training.loss import LOSSES
 from engine.training.network_step import StepConfig
 from engine.training.optimizer import build_optimizer
-from engine.training.state import SourceBuilder, build_training_state
+from engine.training.sources import SourceBuilder
+from engine.training.state import build_training_state
 from mixing import compose_mixer
 from models import build_model
 from saliency import build_source
@@ -55,9 +56,10 @@ def run_everything(name: str, size: int, model_args: dict) -> None:
     optimizer = build_optimizer(network, lr=1e-4, momentum=0.0, nesterov=False, weight_decay=0.0)
     state = build_training_state(network, optimizer, None, None)
     mixer = compose_mixer(["rmix"], **STATISTICS)
-    state.set_mixer(mixer, SourceBuilder(build_source, state, data, None, loss="ce", saliency=None))
+    config = StepConfig(LOSSES["ce"], CLASSES, None)
+    state.set_mixer(mixer, SourceBuilder(build_source, state, data, config, loss="ce", saliency=None))
     mixer.start_epoch(0, 1, 1)
-    row = train_one_epoch(state, loader, StepConfig(LOSSES["ce"], CLASSES, None, 0.0, 0.0), epoch=0)
+    row = train_one_epoch(state, loader, config, epoch=0)
     assert row["images"] == 4 and 0 < row["train_loss"] < 20
     assert all(parameter.grad is not None for parameter in network.parameters())
     assert not all(map(torch.equal, before, head))
