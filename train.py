@@ -84,10 +84,12 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     if options["init_from"] and not start.saved:
         notes.append(training.load_initial_weights(model, options["init_from"], sets.classes, models, options["model"]))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))
+    with parser.usage_errors():
+        notes += training.freeze_layers(model, options["freeze"])
     notes += training.check_small_batches(model, [(train, sets.image_size)], sync_bn=options["sync_bn"])
 
     # ---- Loss, optimizer, schedule ----
-    loss_fn, num_classes = training.LOSSES[options["loss"]], len(sets.classes)
+    loss_fn, num_classes = training.build_loss(**select_kwargs(options, training.build_loss)), len(sets.classes)
     config = training.StepConfig(
         loss_fn, num_classes, precision, **select_kwargs(options, ["label_smoothing", "clip_grad", "clean_weight"])
     )
@@ -96,7 +98,12 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         optimizer = training.build_optimizer(model, **select_kwargs(options, training.build_optimizer))
         scheduler = training.build_scheduler(optimizer, steps, **select_kwargs(options, training.build_scheduler))
     state = training.build_training_state(
-        model, optimizer, scheduler, precision, **select_kwargs(options, ["ema", "graph_step", "kernels"])
+        model,
+        optimizer,
+        scheduler,
+        precision,
+        total_steps=steps.first_step(options["epochs"]),
+        **select_kwargs(options, ["ema", "ema_ramp", "graph_step", "kernels"]),
     )
     notes += [state.compile_model()] if options["compile"] else []
 
@@ -118,7 +125,8 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         notes += mixing.note_torch_solvers(options["method"], options["kernels"], device)
     notes += collect_mixing_notes(options, typed, parser, methods=mixing, saliency=saliency, sources=state.sources)
     notes += state.list_step_notes()
-    notes += collect_run_notes(options, typed, start.saved["config"] if start.saved else {}, steps.first_step(1))
+    earlier, taken = start.saved["config"] if start.saved else {}, set(optimizer.param_groups[0])
+    notes += collect_run_notes(options, typed, earlier, steps.first_step(1), taken)
 
     if options["profile"]:
         return training.print_profile(state, train, config, options["profile"])

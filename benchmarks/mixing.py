@@ -104,7 +104,7 @@ class Bench:
         from engine.training.sources import SourceBuilder
         from engine.training.state import TrainingState
 
-        self.options, self.device, self.loss_fn = options, device, LOSSES["bce"]
+        self.options, self.device, self.loss_fn = options, device, LOSSES["softmax_bce"]
         self.classes = len(data.classes)
         self.statistics = {"mean": data.mean, "std": data.std}
         loader_options = {"device": device, "channels_last": options["channels_last"], "seed": 0, "drop_last": True}
@@ -132,11 +132,11 @@ class Bench:
         }
         self.source_options |= {"training_loss": self.loss_fn, "precision": precision}
         self.source_options |= {"saliency_size": options["saliency_size"]}
-        self.source_options |= {"cross_entropy_scale": get_cross_entropy_scale("bce", self.classes)}
+        self.source_options |= {"cross_entropy_scale": get_cross_entropy_scale("softmax_bce", self.classes)}
         self.config = StepConfig(self.loss_fn, self.classes, precision, clean_weight=options["clean_weight"])
         chosen = {key: options[key] for key in ("saliency", "saliency_size")}
         state = TrainingState(self.model, self.optimizer, kernels=options["kernels"])
-        self.sources = SourceBuilder(build_source, state, data, self.config, loss="bce", **chosen)
+        self.sources = SourceBuilder(build_source, state, data, self.config, loss="softmax_bce", **chosen)
         self.side, self.methods = data.image_size, {}
         for name in ["none", *options["method"]]:
             try:

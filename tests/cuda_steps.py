@@ -20,8 +20,9 @@ from engine.data.augment import Augmentation
 from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader, Shard
 from engine.inference.predict import predict
+from engine.training.freezing import freeze_layers
 from engine.training.loop import train_one_epoch
-from engine.training.loss import LOSSES
+from engine.training.loss import build_loss
 from engine.training.monitor import EpochMonitor
 from engine.training.network_step import StepConfig
 from engine.training.optimizer import build_optimizer
@@ -156,7 +157,12 @@ def count_training_step(
     augmentation: Augmentation | None = None,
     warm_up: int = 1,
     ema: float = 0.0,
+    ema_ramp: bool = False,
     graph_step: bool = False,
+    optimizer_options: dict | None = None,
+    loss: str = "softmax_bce",
+    bce_target_thresh: float | None = None,
+    freeze: tuple[str, ...] = (),
     source_options: dict | None = None,
     label_smoothing: float = 0.0,
     clip_grad: float = 0.0,
@@ -180,14 +186,17 @@ def count_training_step(
             **STATISTICS,
         )
         network = make_network(model)
-        optimizer = build_optimizer(network, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-        state = build_training_state(
-            network, optimizer, make_scheduler(optimizer), precision, ema=ema, graph_step=graph_step
+        freeze_layers(network, freeze)
+        options = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4, **(optimizer_options or {})}
+        optimizer = build_optimizer(network, **options)
+        options = {"ema": ema, "ema_ramp": ema_ramp, "total_steps": 10, "graph_step": graph_step}
+        state = build_training_state(network, optimizer, make_scheduler(optimizer), precision, **options)
+        config = StepConfig(
+            build_loss(loss, bce_target_thresh), CLASSES, precision, label_smoothing, clip_grad, clean_weight
         )
-        config = StepConfig(LOSSES["bce"], CLASSES, precision, label_smoothing, clip_grad, clean_weight)
         hyper_parameters |= {"mix_prob": 1.0, "clean_weight": clean_weight, **STATISTICS}
         mixer = compose_mixer(method.split(), **hyper_parameters)
-        options = {"loss": "bce", "saliency": source, **(source_options or {})}
+        options = {"loss": loss, "saliency": source, **(source_options or {})}
         state.set_mixer(mixer, SourceBuilder(saliency.build_source, state, data, config, **options))
         with StepCounter(fake, warm_up) as counter:
             mixer.start_epoch(0, 1, len(loader))

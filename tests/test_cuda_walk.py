@@ -121,6 +121,15 @@ def test_options_of_training_never_wait(precision):
     check(count_training_step("mixup", None, precision, augmentation=augmentation, **options))
 
 
+@pytest.mark.parametrize("name", ["adamw", "timm:lamb", "timm:lion", "timm:adan"])
+def test_other_optimizers_and_losses_never_wait(name):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    optimizer = {"optimizer": name, "no_decay_1d": True}
+    options = {"ema_ramp": True, "loss": "sigmoid_bce", "bce_target_thresh": 0.2, "freeze": ("conv1", "layer1")}
+    check(count_training_step("puzzlemix", clean_lam=1.0, optimizer_options=optimizer, **options))
+
+
 READ = [Augmentation(view=RandomCrop(SIDE, 0.3)), Augmentation(4), Augmentation(4, auto=AutoAugment("rand"))]
 
 

@@ -21,7 +21,7 @@ from engine.data.loader import DeviceLoader
 from engine.data.resize_copies import find_copies
 from engine.errors import Terminated, UserError
 from engine.training import loop
-from engine.training.optimizer import split_norm_parameters
+from engine.training.optimizer import find_undecayed, group_parameters
 from engine.training.run import Run
 from models import build_model
 from saliency.casm.source import CASM
@@ -324,7 +324,8 @@ def test_training_images_have_the_crop_size_of_the_phase(dataset, tmp_path, monk
 
 def test_batch_norm_parameters_can_be_exempt_from_weight_decay():
     model = build_model("imagenet_resnet18", 3, 64)
-    others, norms = split_norm_parameters(model)
+    undecayed = find_undecayed(model, no_decay_bn=True, no_decay_1d=False)
+    others, norms = group_parameters(model, undecayed, lr=0.1, weight_decay=1e-4)
     assert (
         norms["weight_decay"] == 0
         and len(norms["params"]) == 40

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import json
+import os
 import random
 import shutil
 import signal
@@ -21,7 +22,8 @@ import engine.training.run_folder
 import evaluate
 import train
 from engine.drawing import figures
-from engine.errors import UserError
+from engine.errors import Terminated, UserError
+from engine.training import loop
 from mixing import MIXERS
 
 METHODS = [*sorted(MIXERS), "cutmix saliencymix manifold", "mixup --cutout --cutout_length 8"]
@@ -91,6 +93,42 @@ def test_all_training_state_is_resumed_exactly(shapes_run, options):
     whole = shapes_run(*options.split(), "--save_every", "1", method="cutmix", epochs=3)
     part = stop_copy(whole, "epoch_002.pt")
     shapes_run(*options.split(), "--checkpoint", str(part / "last.pt"), name="part", method="cutmix", epochs=3)
+    assert same_run(whole, part)
+
+
+SMALL_TRANSFORMER = "timm:vit_tiny_patch16_224 --model_args img_size=16 patch_size=4 depth=2 embed_dim=24 num_heads=3"
+MODERN = "--warmup_epochs 1 --warmup_lr 1e-5 --min_lr 1e-4 --lr 0.001 --ema_ramp --loss sigmoid_bce --clip_grad 1"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model"),
+    [
+        ("adamw --bce_target_thresh 0.2 --freeze conv1 bn1 layer1 --ema 0.9", "resnet20"),
+        ("timm:lamb --betas 0.8 0.95 --layer_decay 0.7 --label_smoothing 0.1", SMALL_TRANSFORMER),
+    ],
+)
+def test_a_run_with_another_optimizer_stopped_within_an_epoch_resumes_exactly(
+    shapes_run, monkeypatch, optimizer, model
+):
+    if "timm" in optimizer:
+        pytest.importorskip("timm")
+    words = f"--scheduler cosine_step {MODERN} --optimizer {optimizer} --model {model}".split()
+    run, update, done = shapes_run(*words, method="cutmix", name="whole"), loop.optimizer_step, []
+    (whole,) = run.parents[1].glob("*/whole")  # below the name of the network
+
+    def step_and_stop(*args, **kwargs):
+        update(*args, **kwargs)
+        done.append(1)
+        if len(done) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "optimizer_step", step_and_stop)
+    with pytest.raises(Terminated):
+        shapes_run(*words, method="cutmix", name="part")
+    monkeypatch.undo()
+    part = whole.with_name("part")
+    assert load_checkpoint(part)["step"] == 4
+    shapes_run(*words, "--checkpoint", "auto", method="cutmix", name="part")
     assert same_run(whole, part)
 
 

@@ -58,6 +58,26 @@ LEGACY_MIXING_OPTIONS = {
     **{name: {"nargs": "?"} for name in IGNORED_LEGACY_OPTIONS},
 }
 
+SAVED_VALUES = {("loss", "bce"): "softmax_bce"}  # an option and its value in files of earlier versions -> today's value
+EARLIER_VALUES = {  # options that runs of earlier versions did not have -> what those runs did
+    "optimizer": "sgd",
+    "betas": None,
+    "eps": None,
+    "no_decay_1d": False,
+    "layer_decay": None,
+    "freeze": None,
+    "min_lr": 0.0,
+    "warmup_lr": None,
+    "bce_target_thresh": None,
+    "ema_ramp": False,
+}
+
+
+def translate_saved(saved: dict) -> dict:
+    """Return the options of a saved classifier run as today's version would have saved them. {} stays empty."""
+    renamed = {key: value for (key, before), value in SAVED_VALUES.items() if saved.get(key) == before}
+    return (EARLIER_VALUES if "lr" in saved else {}) | saved | renamed
+
 
 def translate_legacy(typed: dict) -> tuple[dict, list[str]]:
     """Return the typed options under their current names, and notes on the translations that a user should know.

@@ -151,6 +151,17 @@ seed_list = OptionType(  # seeds, separated by spaces or commas
 )
 
 
+def convert_optimizer_name(text: str) -> str:
+    """Convert sgd, adamw or timm:NAME, in any case. Whether timm has NAME is checked when the optimizer is built."""
+    word = text.lower()
+    if word in ("sgd", "adamw") or word.startswith("timm:"):
+        return word
+    raise argparse.ArgumentTypeError(f"expected sgd, adamw or timm:NAME, such as timm:lamb; got {text!r}")
+
+
+optimizer_name = OptionType(convert_optimizer_name, "NAME")
+
+
 def run_name(parent_option: str) -> OptionType:
     """Return the type of the name of a run, which is one part of a path. parent_option: names the folder of runs."""
 

@@ -57,7 +57,7 @@ RECIPES = {
         "lr": 0.2,
         "scheduler": "multistep",
         "schedule": [100, 200],
-        "loss": "bce",
+        "loss": "softmax_bce",
         "crop_padding": 2,
     },
     "rmix": {

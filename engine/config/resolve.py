@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
-from engine.config.legacy_options import translate_legacy
+from engine.config.legacy_options import translate_legacy, translate_saved
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize, parse_lr_points, parse_phases
 from engine.config.recipes import choose_recipe, get_recipe_options
@@ -22,7 +22,8 @@ RULES = OptionRules(
     changeable={"compile", "graph_step", "profile", "vis_epoch", "list_models"}
     | {"data_small", "data_large", "resize_to", "resize_dest"}
     | RESUME_CHANGEABLE,
-    architecture={"model", "model_args", "dataset", "num_classes", "image_size", "scheduler", "ema"}
+    architecture={"model", "model_args", "dataset", "num_classes", "image_size", "scheduler", "ema", "ema_ramp"}
+    | {"optimizer", "freeze", "layer_decay", "no_decay_bn", "no_decay_1d"}  # the parameter groups
     | {"bank_size", "num_action", "num_patches"},
     per_call=PER_CALL_OPTIONS | {"profile", "seeds", "list_models", "resize_to", "resize_dest"},
     replaces={
@@ -35,7 +36,7 @@ RULES = OptionRules(
     },
 )
 ONE_CYCLE_OPTIONS = {"epochs", "batch_size", "drop_last", "lr", "max_lr", "momentum"}  # they define the schedule
-ONE_CYCLE_OPTIONS |= {"div_factor", "pct_start", "final_div_factor"}
+ONE_CYCLE_OPTIONS |= {"betas", "div_factor", "pct_start", "final_div_factor"}
 
 
 def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, list[str]]:
@@ -54,7 +55,10 @@ def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
 
 def fill_in_options(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     """Return every option; see merge_options(). Raises ValueError for malformed --phases."""
+    saved = translate_saved(saved)
     options = merge_options(typed, saved, defaults, rules=RULES, recipe=partial(get_recipe, defaults=defaults))
+    if options["no_decay_1d"] is None:
+        options["no_decay_1d"] = options["optimizer"] != "sgd"
     if "crop_size" in options:  # large images: evaluated on a centre crop of 7/8 of the shorter side, as on ImageNet
         options["crop_size"] = options["crop_size"] or options["image_size"]
         options["eval_resize"] = options["eval_resize"] or default_eval_resize(options["image_size"])
@@ -80,6 +84,7 @@ def get_recipe(given: dict, defaults: dict) -> dict[str, object]:
 
 def check_resume_options(typed: dict, saved: dict, force: bool = False) -> None:
     """Call check_changed_options() for a classifier. A one-cycle schedule is fixed: what defines it must not change."""
+    saved = translate_saved(saved)
     changes = find_changes(typed, saved)
     fixed = changes & ONE_CYCLE_OPTIONS if saved["scheduler"] == "onecycle" else set()
     if fixed and (force or changes <= RULES.changeable):
@@ -119,8 +124,8 @@ def check_combinations(options: dict, typed: dict) -> None:
         )
     if options["compile"] and options["graph_step"]:
         raise ValueError("--graph_step and --compile are two ways to run the network's step; give one of them")
-    if options["loss"] == "bce" and options["label_smoothing"]:
-        raise ValueError("--label_smoothing is not available with --loss bce; use --loss ce")
+    if options["loss"] == "softmax_bce" and options["label_smoothing"]:
+        raise ValueError("--label_smoothing is not available with --loss softmax_bce; use --loss ce or sigmoid_bce")
     if options["config"] and "recipe" in typed:
         raise ValueError("--recipe: --config already sets every option; give one of them")
     if options["evaluate"] and not options["checkpoint"]:
@@ -140,8 +145,16 @@ def check_combinations(options: dict, typed: dict) -> None:
             f"--gammas has {len(options['gammas'])} factors for the {len(options['schedule'])} milestones of "
             "--schedule; give one for all or one for each"
         )
+    check_schedule(options)
     check_seeds(options, typed)
     check_mixing_combinations(options)
+
+
+def check_schedule(options: dict) -> None:
+    """Raise ValueError, with the remedy, for learning rates that contradict each other."""
+    for key in ("min_lr", "warmup_lr"):
+        if (options[key] or 0.0) > options["lr"]:
+            raise ValueError(f"--{key} {options[key]:g} is above --lr {options['lr']:g}; give a lower one")
 
 
 def check_seeds(options: dict, typed: dict) -> None:

@@ -5,6 +5,11 @@ from collections.abc import Callable
 
 
 def select_kwargs(options: dict, wanted: Callable | list[str]) -> dict:
-    """Return the options that `wanted` names: a list of names, or a function that has parameters of these names."""
-    names = inspect.signature(wanted).parameters if callable(wanted) else wanted
-    return {key: options[key] for key in names if key in options}
+    """Return the options that `wanted` names: a list of names, or a function that has parameters of these names.
+
+    Positional-only parameters are no options, whatever their names.
+    """
+    if callable(wanted):
+        parameters = inspect.signature(wanted).parameters.values()
+        wanted = [one.name for one in parameters if one.kind is not one.POSITIONAL_ONLY]
+    return {key: options[key] for key in wanted if key in options}

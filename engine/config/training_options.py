@@ -6,6 +6,7 @@ A parameter named after an option is its default. If it is None, a recipe or a f
 from types import ModuleType
 
 from engine.config.augmentation_options import add_augmentation_options
+from engine.config.control_options import add_control_options
 from engine.config.legacy_options import LEGACY_TRACKER_OPTIONS
 from engine.config.option_types import (
     boolean,
@@ -16,6 +17,7 @@ from engine.config.option_types import (
     fraction_or_off,
     int_at_least,
     model_name,
+    optimizer_name,
     positive,
     run_name,
     seed_list,
@@ -23,8 +25,10 @@ from engine.config.option_types import (
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
-SCHEDULERS = ["multistep", "onecycle", "points", "cosine", "linear", "constant"]
+SCHEDULERS = ["multistep", "onecycle", "points", "cosine", "cosine_step", "linear", "constant"]
 SCHEDULER_ALIASES = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
+LOSSES = ["ce", "softmax_bce", "sigmoid_bce"]
+LOSS_ALIASES = {"bce": "softmax_bce"}
 
 
 def add_training_options(
@@ -42,11 +46,12 @@ def add_training_options(
     """
     add_run_options(parser, methods=methods, models=models, recipes=recipes, large_images=large_images)
     add_resume_options(parser)
-    add_optimizer_options(parser)
+    add_optimizer_options(parser, others=True)
     add_step_options(parser)
     add_schedule_options(parser)
     add_regularization_options(parser)
     add_augmentation_options(parser, large_images=large_images)
+    add_control_options(parser)
     add_output_options(parser)
     parser.option("--vis_epoch", type=int_at_least(), default=0, help="draw a mixed batch every N epochs; 0: never")
 
@@ -126,9 +131,17 @@ def add_optimizer_options(
     lr: float | None = None,
     momentum: float | None = None,
     weight_decay: float | None = None,
+    others: bool = False,
 ) -> None:
-    """Add the options of SGD."""
+    """Add the options of SGD, and with others=True the choice of another optimizer."""
     parser.group("optimizer")
+    if others:
+        parser.option(
+            "--optimizer",
+            type=optimizer_name,
+            default="sgd",
+            help="sgd, adamw, or timm:NAME, such as timm:lamb (pip install timm)",
+        )
     parser.option(
         "--batch_size",
         "-b",
@@ -217,7 +230,6 @@ def add_regularization_options(parser: Parser) -> None:
     """Add the options for the loss and for regularization other than mixing."""
     parser.group("training")
     parser.option("--nesterov", type=boolean, shown="recipe", help="use Nesterov momentum")
-    parser.option("--no_decay_bn", type=boolean, default=False, help="no weight decay on batch norm parameters")
     parser.option(
         "--sync_bn",
         type=boolean,
@@ -226,9 +238,9 @@ def add_regularization_options(parser: Parser) -> None:
     )
     parser.option(
         "--loss",
-        type=choice(["ce", "bce"]),
+        type=choice(LOSSES, LOSS_ALIASES),
         shown="recipe",
-        help="cross-entropy, or binary cross-entropy of the softmax",
+        help="cross-entropy, or binary cross-entropy of the softmax or of the sigmoid",
     )
     parser.option(
         "--label_smoothing",

@@ -1,5 +1,6 @@
 """Notes on options that have no effect on a run, or an unexpected one."""
 
+from collections.abc import Set
 from types import ModuleType
 
 from engine.config.augmentation_options import RAND_AUGMENT_OPTIONS
@@ -19,8 +20,10 @@ GRADIENT_SOURCE_OPTIONS = {
 SCHEDULER_OPTIONS = {  # option -> the schedules that read it
     **dict.fromkeys(("schedule", "gammas"), {"multistep"}),
     **dict.fromkeys(("max_lr", "div_factor", "pct_start", "final_div_factor"), {"onecycle"}),
-    "warmup_epochs": {"multistep", "cosine", "linear", "constant"},
+    **dict.fromkeys(("warmup_epochs", "warmup_lr"), {"multistep", "cosine", "cosine_step", "linear", "constant"}),
+    "min_lr": {"multistep", "cosine", "cosine_step", "linear"},
 }
+OPTIMIZER_OPTIONS = {"momentum", "nesterov", "betas", "eps"}  # which not every optimizer has
 MEMORY_DATASETS = {"shapes", "cifar10", "cifar100"}  # not read from image files
 CIFAR_SIDE = 32  # in pixels
 FEW_STEPS = 10  # of an epoch
@@ -61,18 +64,24 @@ def collect_mixing_notes(
     return notes
 
 
-def collect_run_notes(options: dict, typed: dict, saved: dict, steps: int) -> list[str]:
-    """Return notes on options of the schedule, the images and the output that have no effect on this run, or an
-    unexpected one.
+def collect_run_notes(
+    options: dict, typed: dict, saved: dict, steps: int, taken: Set[str] = frozenset(OPTIMIZER_OPTIONS)
+) -> list[str]:
+    """Return notes on options of the optimizer, the schedule, the images and the output that have no effect on this
+    run, or an unexpected one.
 
-    saved: the options of the run that is resumed; {}: a new run. steps: per epoch.
+    saved: the options of the run that is resumed; {}: a new run. steps: per epoch. taken: names of the hyper-parameters
+    of the optimizer that was built.
     """
     scheduler = options["scheduler"]
     ignored = {key for key, readers in SCHEDULER_OPTIONS.items() if scheduler not in readers and typed.get(key)}
     if scheduler == "onecycle":
         ignored |= {key for key, replaced in (("momentum", options["momentum"]), ("lr", options["max_lr"])) if replaced}
     notes = [f"no effect with --scheduler {scheduler}: {names}"] if (names := format_typed(ignored, typed)) else []
+    notes += describe_optimizer(options, typed, taken)
     unused = find_unused_image_options(options, typed)
+    unused |= {"warmup_lr"} if not options["warmup_epochs"] else set()
+    unused |= {"bce_target_thresh"} if options["loss"] != "sigmoid_bce" else set()
     unused |= LOG_OPTIONS if options["log_off"] else set()
     unused |= {"mix_scheduled_epoch"} if options["mix_schedule"] == "fixed" else set()
     notes += [f"no effect in this run: {names}"] if (names := format_typed(unused, typed)) else []
@@ -80,6 +89,24 @@ def collect_run_notes(options: dict, typed: dict, saved: dict, steps: int) -> li
         notes.append("--norm own: a folder has no mean and std on record; pixels are normalised by those of ImageNet")
     notes += describe_other_recipe(options, typed) + describe_length(options, saved)
     return notes if saved else notes + describe_few_steps(options, typed, steps)
+
+
+def describe_optimizer(options: dict, typed: dict, taken: Set[str]) -> list[str]:
+    """Return notes on options of the optimizer that it does not have, and on frozen random weights.
+
+    taken: names of the hyper-parameters of the optimizer that was built.
+    """
+    notes, name = [], options["optimizer"]
+    ignored = OPTIMIZER_OPTIONS - taken | ({"nesterov"} if name != "sgd" else set())
+    ignored |= {"no_decay_bn"} if options["no_decay_1d"] else set()
+    if names := format_typed(ignored, typed):
+        because = " and --no_decay_1d" * (options["no_decay_1d"] and "no_decay_bn" in typed)
+        notes.append(f"no effect with --optimizer {name}{because}: {names}")
+    if options["scheduler"] == "onecycle" and "betas" in typed and "betas" in taken:
+        notes.append("--scheduler onecycle moves the first of the --betas between 0.95 and 0.85")
+    if options["freeze"] and not (options["init_from"] or options.get("pretrained")):
+        notes.append("--freeze: the frozen layers keep their random weights; --init_from loads trained ones")
+    return notes
 
 
 def describe_few_steps(options: dict, typed: dict, steps: int) -> list[str]:
@@ -143,11 +170,13 @@ def describe_length(options: dict, saved: dict) -> list[str]:
             notes.append(f"--{key} {options[key]}: nothing is mixed, since the run ends at epoch {epochs}")
     if (before := saved.get("epochs", epochs)) != epochs:
         changed = f"--epochs {epochs} instead of {before}"
-        if scheduler in ("cosine", "linear"):
+        if scheduler in ("cosine", "cosine_step", "linear"):
             notes.append(
                 f"{changed}: the {scheduler} schedule now ends at epoch {epochs}, so the learning rate jumps here; "
                 f"results will differ from those of a run with --epochs {epochs} from the start"
             )
+        if options["ema_ramp"]:
+            notes.append(f"{changed}: the decay of --ema_ramp now reaches its end at epoch {epochs}, so it jumps here")
         if options["mix_off_epoch"]:
             notes.append(f"{changed}: --mix_off_epoch {options['mix_off_epoch']} now means the last of {epochs} epochs")
     return notes

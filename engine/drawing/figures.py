@@ -88,13 +88,13 @@ def add_colour_bar(
 def draw_curves(
     path: Path, history: list[dict], title: str, *, loss: str = "ce", mixed: bool = True, dpi: float = DPI
 ) -> None:
-    """Draw loss and accuracy over epochs. loss: of training, ce or bce; that of the other images is always ce.
+    """Draw loss and accuracy over epochs. loss: name of the training loss; that of the other images is always ce.
 
     mixed: whether the training labels are mixed.
     """
     train, test = {"train_loss": "training, mixed labels" if mixed else "training"}, {"test_loss": "test"}
     panels = {"loss: cross-entropy": train | test}
-    if loss == "bce":  # another quantity: a mean over the classes too
+    if loss != "ce":  # another quantity: a mean over the classes too
         panels = {"training loss: binary cross-entropy": train, "test loss: cross-entropy": test}
     accuracy = {
         "train_acc": "training (mixed labels, reads low)" if mixed else "training",

@@ -60,6 +60,7 @@ def describe_run(
     recipe: str,
     epochs: int,
     batch_size: int,
+    optimizer: str,
     scheduler: str,
     lr: float,
     max_lr: float | None,
@@ -84,6 +85,7 @@ def describe_run(
     lines.append(
         f"method {' '.join(method)}, model {model}{f' with dropout {dropout:g}' if dropout and has_dropout else ''}, "
         f"recipe {recipe}: {format_count(epochs, 'epoch')}, batch size {batch_size}, "
+        f"{'' if optimizer == 'sgd' else f'{optimizer}, '}"
         f"{'peak lr' if scheduler == 'onecycle' else 'lr'} {rate} ({scheduler}), weight decay {weight_decay:g}, "
         f"loss {loss}{clean}, {augmentation.describe() if augmentation else 'no augmentation'}, seed {seed}"
     )
@@ -110,7 +112,7 @@ def describe_methods(hyper_parameters: Sequence[dict[str, dict]]) -> list[str]:
 def format_epoch(row: dict, epochs: int, options: dict) -> str:
     """Return the printed line of an epoch. row: of the log. epochs: of the run."""
     mixed = "" if set(options["method"]) <= UNMIXED_LABELS else " (mixed labels, reads low)"
-    trained, tested = (" (BCE)", " (cross-entropy)") if options["loss"] == "bce" else ("", "")  # not comparable
+    trained, tested = (" (BCE)", " (cross-entropy)") if options["loss"] != "ce" else ("", "")  # not comparable
     text = f"epoch {row['epoch']}/{epochs}  lr {row['lr']:.4g}  train loss{trained} {row['train_loss']:.4f}"
     text += f"  train acc{mixed} {row['train_acc']:.2f}"
     for key, name, digits in (

@@ -1,5 +1,8 @@
 """Training losses. Each takes logits (B, K) and soft targets (B, K), whose rows sum to 1, and returns a scalar."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
@@ -21,7 +24,23 @@ def softmax_bce(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.binary_cross_entropy(logits.float().softmax(1), targets)
 
 
-LOSSES = {"ce": cross_entropy, "bce": softmax_bce}
+def sigmoid_bce(logits: torch.Tensor, targets: torch.Tensor, threshold: float | None = None) -> torch.Tensor:
+    """Return the binary cross-entropy between sigmoid probabilities and targets, mean over batch and classes.
+
+    Each class is a yes-no question of its own, as in Wightman et al. (arXiv 2110.00476), Sec. 3. threshold: targets
+    above it become 1 and all others 0; None: soft targets. timm.loss.BinaryCrossEntropy returns the same.
+    """
+    if threshold is not None:
+        targets = targets.gt(threshold).to(targets.dtype)
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+LOSSES = {"ce": cross_entropy, "softmax_bce": softmax_bce, "sigmoid_bce": sigmoid_bce}
+
+
+def build_loss(loss: str, bce_target_thresh: float | None = None) -> Callable:
+    """Return the function (logits, soft targets) -> loss. The parameters are the options of the same names."""
+    return partial(sigmoid_bce, threshold=bce_target_thresh) if loss == "sigmoid_bce" else LOSSES[loss]
 
 
 def smooth_labels(targets: torch.Tensor, amount: float) -> torch.Tensor:
@@ -32,6 +51,8 @@ def smooth_labels(targets: torch.Tensor, amount: float) -> torch.Tensor:
 def get_cross_entropy_scale(name: str, num_classes: int) -> float:
     """Return the factor that brings the cross-entropy of clean images to the scale of the training loss `name`.
 
-    It is 2 / K for `bce`, about the ratio of the two losses, as in the PuzzleMix and Co-Mixup codes; otherwise 1.
+    It is 2 / K for `softmax_bce`, about the ratio of the two losses, as in the PuzzleMix and Co-Mixup codes. For
+    `sigmoid_bce` it is 1 / K, the ratio of the gradients at the logits, (p - target) / K and p - target, where softmax
+    and sigmoid give the same probabilities p. Otherwise it is 1.
     """
-    return 2 / num_classes if name == "bce" else 1.0
+    return {"softmax_bce": 2 / num_classes, "sigmoid_bce": 1 / num_classes}.get(name, 1.0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.runtime.distributed import world_size
+from engine.training.optimizer import get_lr
 from engine.training.running_sums import EpochStats, TrainingInterrupted
 from engine.training.stopwatch import Stopwatch
 
@@ -50,4 +51,4 @@ class EpochMonitor:
             return self.progress(self.stats.step)
         numbers = means()
         rate = (self.stats.seen - self.images_before) * world_size() / (time.perf_counter() - self.start_time)
-        self.progress(self.stats.step, **numbers, lr=optimizer.param_groups[0]["lr"], images_per_second=rate)
+        self.progress(self.stats.step, **numbers, lr=get_lr(optimizer), images_per_second=rate)

@@ -16,6 +16,7 @@ from engine.runtime.preemption import PreemptionGuard
 from engine.runtime.progress import Progress, use_progress_bar
 from engine.runtime.text import format_count
 from engine.training.monitor import EpochMonitor
+from engine.training.optimizer import get_lr
 from engine.training.run_folder import get_opencv_versions, get_public_options
 from engine.training.running_sums import EpochStats, NonFiniteLoss, TrainingInterrupted
 from engine.training.schedule import StepSchedule
@@ -148,7 +149,7 @@ class Run:
         if self.stats is None:
             self.start_epoch(epoch)
             self.stats = self.kind.stats_type()
-            self.epoch_start = {"seconds": 0.0, "lr": self.state.optimizer.param_groups[0]["lr"]}
+            self.epoch_start = {"seconds": 0.0, "lr": get_lr(self.state.optimizer)}
         self.begun = time.perf_counter() - self.epoch_start["seconds"]
         steps = self.count_steps(epoch)
         with Progress(f"epoch {epoch + 1}/{self.last_epoch}", steps, bar=self.bar) as progress:
@@ -296,7 +297,7 @@ class Run:
             if self.kind.draw_nonfinite:
                 self.kind.draw_nonfinite(self.log.nonfinite.with_suffix(".png"), error.evidence, self.data.classes)
         barrier()  # the first process that exits ends all others: wait for the one that saves
-        scaler, lr = self.state.scaler, self.state.optimizer.param_groups[0]["lr"]
+        scaler, lr = self.state.scaler, get_lr(self.state.optimizer)
         scale = f", loss scale {scaler.get_scale():g}" if scaler and scaler.is_enabled() else ""
         resume = f"{self.log.resume_flag} {self.log.last}" if not self.log.off and self.log.last.exists() else None
         remedies = list_nonfinite_remedies(self.kind.lower_rate(self.options), self.options, self.precision, resume)

@@ -41,6 +41,7 @@ class StepSchedule:
 
 def build_scheduler(
     optimizer: torch.optim.Optimizer,
+    /,
     steps: StepSchedule,
     *,
     scheduler: str,
@@ -54,12 +55,15 @@ def build_scheduler(
     div_factor: float,
     pct_start: float,
     final_div_factor: float,
+    min_lr: float = 0.0,
+    warmup_lr: float | None = None,
 ) -> LRScheduler:
     """Return the learning-rate schedule. The keyword-only parameters are the options of the same names.
 
-    scheduler: `multistep`, `cosine`, `linear` and `constant` change the learning rate between epochs; `onecycle`,
-    `points` and the warm-up change it at every step. max_lr: peak of one-cycle; None: lr. One-cycle is torch's
-    OneCycleLR, which also cycles the momentum: 0.95 at both ends, 0.85 at the peak.
+    scheduler: `multistep`, `cosine`, `linear` and `constant` change the learning rate between epochs; `cosine_step`,
+    `onecycle`, `points` and the warm-up change it at every step. max_lr: peak of one-cycle; None: lr. One-cycle is
+    torch's OneCycleLR, which also cycles the momentum or the first beta: 0.95 at both ends, 0.85 at the peak. The rates
+    of all parameter groups keep their ratios.
     """
     if scheduler == "onecycle":
         total_steps = steps.first_step(epochs)
@@ -67,30 +71,50 @@ def build_scheduler(
             pct_start *= 1 + 1e-9
         return OneCycleLR(
             optimizer,
-            max_lr or lr,
+            [(max_lr or lr) * (group["lr"] / lr) for group in optimizer.param_groups],
             total_steps=total_steps,
             div_factor=div_factor,
             pct_start=pct_start,
             final_div_factor=final_div_factor,
-            cycle_momentum=optimizer.param_groups[0]["momentum"] > 0,
+            cycle_momentum="betas" in optimizer.defaults or optimizer.defaults.get("momentum", 0) > 0,
         )
     if scheduler == "points":
         return LambdaLR(optimizer, make_points_factor(steps, parse_lr_points(lr_points), lr))
-    warmup_steps = warmup_epochs * steps.locate(0)[2]
+    warmup_steps, start = warmup_epochs * steps.locate(0)[2], warmup_lr and warmup_lr / lr
     gammas = gammas * len(schedule) if len(gammas) == 1 else gammas
+    decay = make_decay_factor(steps, scheduler, epochs, list(zip(schedule, gammas, strict=False)), min_lr / lr)
+
+    def factor(step: int) -> float:
+        if step >= warmup_steps:
+            return decay(step)
+        warm = (step + 1) / warmup_steps if start is None else start + (1 - start) * step / warmup_steps
+        return min(1.0, warm) * (1.0 if scheduler == "cosine_step" else decay(step))
+
+    return LambdaLR(optimizer, factor)
+
+
+def make_decay_factor(
+    steps: StepSchedule, scheduler: str, epochs: int, drops: Sequence[tuple[int, float]], floor: float
+) -> Callable[[int], float]:
+    """Return the function step -> learning rate relative to its highest value, without the warm-up.
+
+    drops: (epoch, factor) pairs of `multistep`, whose rate never falls below the floor; the others end at it.
+    `cosine_step` equals timm's CosineLRScheduler, where the warm-up replaces the first steps of the cosine.
+    """
+    total_steps = steps.first_step(epochs)
 
     def factor(step: int) -> float:
         epoch = steps.locate(step)[0]
-        warm = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
         if scheduler == "multistep":
-            return warm * math.prod(gamma for start, gamma in zip(schedule, gammas, strict=True) if epoch >= start)
-        if scheduler == "cosine":
-            return warm * (1 + math.cos(math.pi * min(1.0, epoch / epochs))) / 2
+            return max(floor, math.prod(gamma for start, gamma in drops if epoch >= start))
         if scheduler == "linear":
-            return warm * max(0.0, 1 - epoch / epochs)
-        return warm
+            return floor + (1 - floor) * max(0.0, 1 - epoch / epochs)
+        if scheduler in ("cosine", "cosine_step"):
+            done = epoch / epochs if scheduler == "cosine" else step / total_steps
+            return floor + (1 - floor) * ((1 + math.cos(math.pi * min(1.0, done))) / 2)
+        return 1.0
 
-    return LambdaLR(optimizer, factor)
+    return factor
 
 
 def make_points_factor(steps: StepSchedule, points: Sequence[tuple[float, float]], lr: float) -> Callable[[int], float]:

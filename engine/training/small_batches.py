@@ -8,6 +8,7 @@ from torch import nn
 from engine.errors import UserError
 from engine.runtime.distributed import world_size
 from engine.runtime.text import format_count
+from engine.training.freezing import FrozenStatistics
 
 SMALL_BATCH = 2  # images of a last batch whose statistics say little about the others
 
@@ -50,7 +51,9 @@ def check_small_batches(
 
 
 def list_batch_norms(network: nn.Module) -> list[nn.Module]:
-    return [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    """Return the batch norm layers that use the statistics of the batch in training."""
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    return [layer for layer in layers if not isinstance(layer, FrozenStatistics)]
 
 
 @torch.no_grad()

@@ -23,9 +23,9 @@ from engine.runtime.distributed import (
 )
 from engine.runtime.graphs import GraphCapture
 from engine.training.compilation import CompileClock, compile_network
-from engine.training.ema import ModelEma
+from engine.training.ema import RAMP_START, ModelEma
 from engine.training.network_step import StepConfig, find_capture_obstacle, run_network_step
-from engine.training.optimizer import load_optimizer_state
+from engine.training.optimizer import HYPER_PARAMETERS, load_optimizer_state
 from engine.training.running_sums import EpochStats
 from engine.training.stopwatch import flatten_sources
 
@@ -104,6 +104,7 @@ class TrainingState:
             self.scaler.load_state_dict(saved["scaler"])
         if self.ema and saved["ema"]:
             self.ema.module.load_state_dict(saved["ema"])
+            self.ema.step = self.scheduler.last_epoch
         same_processes = len(saved["rng"]) == world_size()
         try:
             if same_processes and self.mixer:
@@ -123,10 +124,11 @@ class TrainingState:
 
     def load_optimizer(self, saved: Checkpoint) -> None:
         """Restore optimizer and schedule, but keep the current hyper-parameters."""
-        current = [{key: group[key] for key in ("weight_decay", "nesterov")} for group in self.optimizer.param_groups]
-        base_lrs, momentum = self.scheduler.base_lrs, self.optimizer.param_groups[0]["momentum"]
+        kept, base_lrs = set(HYPER_PARAMETERS), self.scheduler.base_lrs
         if isinstance(self.scheduler, OneCycleLR):
             check_one_cycle(saved["scheduler"]["total_steps"], self.scheduler.total_steps)
+            kept -= {"momentum", "betas"}  # which the schedule moves
+        current = [{key: group[key] for key in kept & group.keys()} for group in self.optimizer.param_groups]
         load_optimizer_state(self.optimizer, saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         for group, own in zip(self.optimizer.param_groups, current, strict=True):
@@ -134,7 +136,7 @@ class TrainingState:
         if isinstance(self.scheduler, LambdaLR):  # the learning rate of the current options at this step
             self.scheduler.base_lrs = base_lrs
             for group, lr, factor in zip(self.optimizer.param_groups, base_lrs, self.scheduler.lr_lambdas, strict=True):
-                group |= {"initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch), "momentum": momentum}
+                group |= {"initial_lr": lr, "lr": lr * factor(self.scheduler.last_epoch)}
 
     def load_epoch(self, saved: list[dict]) -> EpochStats:
         """Restore the batch statistics of an unfinished epoch, and return its stats. saved: one entry per process.
@@ -247,15 +249,18 @@ def build_training_state(
     precision: torch.dtype | None = None,
     *,
     ema: float = 0.0,
+    ema_ramp: bool = False,
+    total_steps: int = 0,
     graph_step: bool = False,
     kernels: str = "auto",
 ) -> TrainingState:
     """Return the state of a new run, without a mixing method.
 
     precision: dtype of autocast; None: float32. float16 gets a gradient scaler. ema: decay of the weight average; 0:
-    none. graph_step, kernels: see TrainingState.
+    none. ema_ramp: raise it in the `total_steps` of the run, from RAMP_START if ema is 0. graph_step, kernels: see
+    TrainingState.
     """
-    average = ModelEma(model, ema) if ema else None
+    average = ModelEma(model, ema or RAMP_START, total_steps * ema_ramp) if ema or ema_ramp else None
     device = next(model.parameters()).device.type
     scaler = torch.amp.GradScaler(device) if precision is torch.float16 else None
     network = wrap_ddp(model)

@@ -115,7 +115,7 @@ def test_training_step_matches_the_recorded_one(golden, name, monkeypatch):
     optimizer = torch.optim.SGD(net.parameters(), 0.2, momentum=0.9, nesterov=True, weight_decay=1e-4)
     settings = {key: float(recorded[key]) for key in ("update_ratio", "upper_lambda", "mixup_alpha")}
     mixer = SAGE(eval_mode=bool(recorded["eval_mode"]), **settings)
-    source = Recording(net, **mixer.gradient_options, training_loss=LOSSES["bce"])
+    source = Recording(net, **mixer.gradient_options, training_loss=LOSSES["softmax_bce"])
     if mixer.mixup_alpha:  # otherwise the mixer must use 0.5 by itself
         monkeypatch.setattr(sage, "draw_lam", lambda alpha, images: recorded["beta_draw"])
     monkeypatch.setattr(sage, "draw_partner", lambda images: recorded["index"].long())
@@ -125,7 +125,7 @@ def test_training_step_matches_the_recorded_one(golden, name, monkeypatch):
     net.train()
     optimizer.zero_grad()
     mixed, soft = mixer(images, targets, source)
-    loss = mixer.mixed_weight * LOSSES["bce"](net(mixed), soft)
+    loss = mixer.mixed_weight * LOSSES["softmax_bce"](net(mixed), soft)
     loss.backward()
     gradients = {key: parameter.grad.clone() for key, parameter in net.named_parameters()}
     optimizer.step()
@@ -137,7 +137,7 @@ def test_training_step_matches_the_recorded_one(golden, name, monkeypatch):
     assert_close(soft, lam * targets + (1 - lam) * targets[recorded["index"].long()], 1e-6)
     if "mixed_x" in recorded:
         assert_close(mixed, recorded["mixed_x"], 2e-6)
-    clean = (source.clean_weight or 1.0) * LOSSES["bce"](source.logits, targets)
+    clean = (source.clean_weight or 1.0) * LOSSES["softmax_bce"](source.logits, targets)
     assert_close(torch.stack([clean, loss.detach()]), torch.stack([recorded["loss_clean"], recorded["loss_mix"]]), 1e-6)
     for key, gradient in case(recorded, "grad_").items():
         assert_close(gradients[key], gradient, 1e-5 * float(gradient.abs().amax()))
@@ -413,9 +413,9 @@ def test_mixed_weight_is_update_ratio_only_with_a_clean_loss():
 
 def test_gradient_options_reach_the_gradient_source():
     options = SAGE(update_ratio=0.5, blur_sigma=2.0, kernel_size=3, eval_mode=True).gradient_options
-    source = Gradient(SmallNet(), **options, training_loss=LOSSES["bce"])
+    source = Gradient(SmallNet(), **options, training_loss=LOSSES["softmax_bce"])
     assert (source.reduction, source.blur_sigma, source.kernel_size) == ("mean_abs", 2.0, 3)
-    assert (source.mode, source.clean_weight, source.loss_fn) == ("eval", 0.5, LOSSES["bce"])
+    assert (source.mode, source.clean_weight, source.loss_fn) == ("eval", 0.5, LOSSES["softmax_bce"])
     assert SAGE().gradient_options["mode"] == "train"
 
 

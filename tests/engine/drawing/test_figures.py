@@ -44,7 +44,7 @@ def test_losses_that_are_not_comparable_have_panels_of_their_own(tmp_path, monke
     drawn = []
     monkeypatch.setattr(figures, "draw_epoch_panels", lambda path, history, panels, title, dpi: drawn.append(panels))
     figures.draw_curves(tmp_path / "a.png", [], "", loss="ce")
-    figures.draw_curves(tmp_path / "a.png", [], "", loss="bce", mixed=False)
+    figures.draw_curves(tmp_path / "a.png", [], "", loss="softmax_bce", mixed=False)
     same, apart = drawn
     assert list(same["loss: cross-entropy"]) == ["train_loss", "test_loss"] and len(same) == 2
     assert list(apart["training loss: binary cross-entropy"]) == ["train_loss"] and len(apart) == 3

@@ -55,10 +55,11 @@ def test_soft_cross_entropy_equals_the_two_term_loss():
 def test_softmax_bce_equals_a_hand_computed_value_and_clamps_the_logarithm():
     logits, targets = torch.tensor([[0.0, math.log(3)]]), torch.tensor([[0.25, 0.75]])
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) * 2 / 2  # both classes give the same two terms
-    assert LOSSES["bce"](logits, targets).item() == pytest.approx(expected, rel=1e-6)
-    assert LOSSES["bce"](torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item() == pytest.approx(100.0)
+    assert LOSSES["softmax_bce"](logits, targets).item() == pytest.approx(expected, rel=1e-6)
+    sure, wrong = torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    assert LOSSES["softmax_bce"](sure, wrong).item() == pytest.approx(100.0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert LOSSES["bce"](logits.bfloat16(), targets).dtype == torch.float32
+        assert LOSSES["softmax_bce"](logits.bfloat16(), targets).dtype == torch.float32
 
 
 def test_label_smoothing_equals_torch():
@@ -148,7 +149,8 @@ def test_one_cycle_with_a_rise_of_no_steps_starts_at_its_initial_rate():
 
 def test_one_cycle_matches_the_published_schedule(network_golden):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.2, momentum=0.9, nesterov=True)
-    options = SCHEDULE_OPTIONS | {"max_lr": 0.29947526988779305, "div_factor": 100.0, "final_div_factor": 1e4}
+    options = SCHEDULE_OPTIONS | {"lr": 0.2, "max_lr": 0.29947526988779305, "div_factor": 100.0}
+    options["final_div_factor"] = 1e4
     scheduler = build_scheduler(
         optimizer, scheduler="onecycle", epochs=300, steps=StepSchedule([(300, 500)]), **options
     )
@@ -343,7 +345,7 @@ def test_hyper_parameters_are_described_where_they_change():
 def test_losses_that_cannot_be_compared_are_named():
     row = {"epoch": 1, "lr": 0.1, "train_loss": 0.0, "train_acc": 0.0, "seconds": 1.0, "images_per_second": 1.0}
     row |= {"test_loss": 4.6}
-    line = format_epoch(row, 1, {"method": ["none"], "loss": "bce"})
+    line = format_epoch(row, 1, {"method": ["none"], "loss": "softmax_bce"})
     assert "train loss (BCE) 0.0000" in line and "test loss (cross-entropy) 4.6000" in line
     assert "test loss 4.6000" in format_epoch(row, 1, {"method": ["none"], "loss": "ce"})
 
@@ -391,17 +393,18 @@ def test_the_clean_gradient_is_part_of_the_step():
     reference = make_loader_and_model()[1]
     reference.load_state_dict(model.state_dict())
     mixer = build_mixer("sage", update_ratio=0.6)
-    source = Gradient(model, **mixer.gradient_options, training_loss=LOSSES["bce"])
+    source = Gradient(model, **mixer.gradient_options, training_loss=LOSSES["softmax_bce"])
     torch.manual_seed(3)
-    train(model, loader, mixer, source, lr=0.1, loss_fn=LOSSES["bce"], max_steps=1)
+    train(model, loader, mixer, source, lr=0.1, loss_fn=LOSSES["softmax_bce"], max_steps=1)
     batch = next(loader.epoch(0))
     targets = F.one_hot(batch.labels, 3).float()
     torch.manual_seed(3)
     still = Gradient(
-        copy.deepcopy(reference), **{**mixer.gradient_options, "clean_weight": 0.0}, training_loss=LOSSES["bce"]
+        copy.deepcopy(reference), **{**mixer.gradient_options, "clean_weight": 0.0}, training_loss=LOSSES["softmax_bce"]
     )
     mixed, soft = mixer(batch.images, targets, still)
-    loss = 0.4 * LOSSES["bce"](reference(batch.images), targets) + 0.6 * LOSSES["bce"](reference(mixed), soft)
+    loss_fn = LOSSES["softmax_bce"]
+    loss = 0.4 * loss_fn(reference(batch.images), targets) + 0.6 * loss_fn(reference(mixed), soft)
     loss.backward()
     for (name, moved), start in zip(model.named_parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(moved, start - 0.1 * start.grad, atol=1e-6, rtol=1e-4, msg=name)
@@ -432,7 +435,7 @@ def test_a_step_never_synchronises_with_the_gpu(method, precision):
         lambda one: build_source(
             wanted or one.default_source,
             **{**statistics, "model": model, "num_images": 96, "device": device, "precision": precision},
-            **{"scaler": scaler, "training_loss": LOSSES["bce"], **one.gradient_options},
+            **{"scaler": scaler, "training_loss": LOSSES["softmax_bce"], **one.gradient_options},
         )
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
