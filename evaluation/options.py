@@ -8,7 +8,7 @@ from engine.config.option_types import boolean, choice, choices, float_in_range,
 from engine.config.options import DATASETS, FIGURE_FORMATS, add_common_options, add_data_options, add_device_options
 from engine.config.parser import Parser, check_figure_path, check_output_path
 from engine.config.phases import LARGE_SIDE
-from saliency import CAM_METHODS
+from saliency import CAM_METHODS, FIXED_LAYER
 
 TASKS = {  # name -> the option groups, and single options of other groups, that the task reads besides the common ones
     "accuracy": ("accuracy", "ece", "dpi"),
@@ -223,10 +223,11 @@ def check_task(options: dict) -> None:
             )
     if task == "calibration" and not options["ece"]:
         raise ValueError("--ece 0: --task calibration needs bins; give 1 or more")
-    if task in ("localization", "card") and options["layer"] and options["method"] in (None, "cam"):
+    method = options["method"] or "cam"
+    if task in ("localization", "card") and options["layer"] and method in FIXED_LAYER:
         raise ValueError(
-            f"--layer {options['layer']}: --method cam always uses the layer before the global average pooling; "
-            "choose another method, such as gradcam"
+            f"--layer {options['layer']}: --method {method} always uses {FIXED_LAYER[method]}; choose another method, "
+            "such as gradcam"
         )
     if task == "card" and options["output"] and not options["output"].endswith(".json"):
         raise ValueError(

@@ -23,6 +23,7 @@ from engine.inference.metrics import rank_classes
 from engine.runtime.device import autocast
 from engine.runtime.progress import progress_bar
 from explanation.images import slugify
+from saliency import FIXED_LAYER
 from saliency.cam.maps import ActivationMaps, choose_methods, normalize_maps
 from saliency.cam.tracing import list_layers
 from saliency.casm.network import load_casm
@@ -98,7 +99,7 @@ def make_cam_explainer(
 
     def make_map_function(name: str) -> Callable:
         with translate_errors(classifier.name, view.size):
-            maps = ActivationMaps(network, name, layer=None if name == "cam" else layer, **settings)
+            maps = ActivationMaps(network, name, layer=None if name in FIXED_LAYER else layer, **settings)
         return lambda images, classes: normalize_maps(maps(images, classes))
 
     with translate_errors(classifier.name, view.size):

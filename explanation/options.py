@@ -7,7 +7,7 @@ from engine.config.option_types import boolean, choice, choices, float_in_range,
 from engine.config.options import FIGURE_FORMATS, add_common_options, add_single_device_options
 from engine.config.parser import Parser, check_figure_path
 from engine.errors import UserError, suggest_closest
-from saliency import CAM_METHODS
+from saliency import CAM_METHODS, FIXED_LAYER
 
 PRETRAINED = "resnet50"  # the default classifier, from torchvision
 OTHER_FORMATS = (
@@ -118,8 +118,9 @@ def check_options(parser: Parser, typed: dict) -> dict:
             f"--output {options['output']}: must be a folder or end in .png; a map has the pixels of its image, and "
             "--figure also writes .pdf and .svg"
         )
-    if options["layer"] and methods == ["cam"]:
-        parser.error("--layer: no effect on cam, which uses the input of the average pooling; use --method gradcam")
+    if options["layer"] and methods and not set(methods) - FIXED_LAYER.keys():
+        fixed = " and ".join(f"{name}, which uses {FIXED_LAYER[name]}" for name in methods)
+        parser.error(f"--layer: no effect on {fixed}; use --method gradcam")
     unused = [] if "scorecam" in methods else ["batch_size"]
     unused += [] if methods else ["model_path", "model", "model_args", "weights", "target_class", "layer"]
     if unused := [f"--{name}" for name in unused if name in typed]:

@@ -20,7 +20,7 @@ from saliency import build_source
 METHODS = [name for name in MIXERS if name != "none"]
 MAX_DRAWS = 60  # batches mixed per method to find images in which another one shows
 STATIC_SOURCE = "fine_grained"  # replaces a source that needs a network if there is no network
-NETWORK_SOURCES = ("gradient", "cam", "gradcam", "gradcam++", "layercam")
+NETWORK_SOURCES = ("gradient", "cam", "gradcam", "gradcam++", "layercam", "attention")
 
 
 def build_parser() -> Parser:

@@ -18,14 +18,17 @@ SOURCES = {  # name -> (module, class)
     "gradcam": ("saliency.cam.sources", "GradCAM"),
     "gradcam++": ("saliency.cam.sources", "GradCAMpp"),
     "layercam": ("saliency.cam.sources", "LayerCAM"),
+    "attention": ("saliency.cam.sources", "Attention"),
     "casm": ("saliency.casm.source", "CASM"),
 }
-CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam")  # that ActivationMaps implements
+CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam", "attention")  # that ActivationMaps implements
+FIXED_LAYER = {"cam": "the maps that are averaged", "attention": "the last attention"}  # methods without a choice
 ALIASES = {"static": "fine_grained", "spectral": "spectral_residual"}
 SET_BY_RUN = {
     "model",
     "mean",
     "std",
+    "image_size",
     "device",
     "precision",
     "scaler",

@@ -55,6 +55,22 @@ class SmallNetwork(StagedNetwork):
         return self.conv1(images)
 
 
+class SmallTransformer(nn.Module):
+    """The same with a class token and a layer of fused attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.class_token, self.patches = nn.Parameter(torch.zeros(1, 1, 16)), nn.Conv2d(3, 16, 8, 8)
+        self.qkv, self.head = nn.Linear(16, 48), nn.Linear(16, CLASSES)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], 1)
+        query, key, value = self.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return self.head((tokens + mixed)[:, 0])
+
+
 class LaunchWatch(Stopwatch):
     """Counts launches in place of seconds."""
 
@@ -135,9 +151,12 @@ def make_image_set(count: int) -> ImageSet:
     return ImageSet(pixels, torch.arange(count) % CLASSES, [f"class{k}" for k in range(CLASSES)], "random pixels")
 
 
+SMALL_NETWORKS = {None: SmallNetwork, "transformer": SmallTransformer}
+
+
 def make_network(name: str | None = None) -> nn.Module:
-    """Return a network of the registry, or the small one, on the fake device."""
-    network = models.build_model(name, CLASSES, SIDE) if name else SmallNetwork()
+    """Return a network of the registry or a small one on the fake device."""
+    network = SMALL_NETWORKS[name]() if name in SMALL_NETWORKS else models.build_model(name, CLASSES, SIDE)
     return place_network(network, CUDA, channels_last=True, sync_bn=False)
 
 

@@ -169,4 +169,12 @@ def test_the_unmixed_batch_takes_a_pass_of_its_own_only_where_the_source_has_non
 @pytest.mark.parametrize("source", SOURCES)
 def test_sources_never_wait(source, casm_file):
     load_casm(casm_file)  # builds every network once to find the one of the file, which is slow on the fake device
-    check(count_training_step("saliencymix", source, source_options={"casm": casm_file}))
+    model = "transformer" if source == "attention" else None
+    check(count_training_step("saliencymix", source, model=model, source_options={"casm": casm_file}))
+
+
+@pytest.mark.parametrize("source", ["gradcam", "attention"])
+def test_maps_of_a_transformer_never_wait(source):
+    counter = count_training_step("saliencymix", source, model="transformer")
+    check(counter)
+    assert counter.launches["saliency"] <= {"gradcam": 99, "attention": 39}[source]

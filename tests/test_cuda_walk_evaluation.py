@@ -113,7 +113,7 @@ def test_maps_never_wait(method, layer):
     """Score-CAM passes only the channels that vary, whose number it reads."""
 
     def build():
-        maps = ActivationMaps(make_network(), method, layer=layer)
+        maps = ActivationMaps(make_network("transformer" if method == "attention" else None), method, layer=layer)
         return lambda: maps(make_pixels(), make_labels())
 
     check(count_call(build), places=("saliency/cam/maps.py",) if method == "scorecam" else ())

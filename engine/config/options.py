@@ -69,7 +69,7 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
     "layer": {
         "metavar": "NAME",
         "shown": "input of the average pooling",
-        "help": "layer whose activations are used; not with cam",
+        "help": "layer whose activations are used; not with cam and attention",
     },
     "casm": {"metavar": "FILE", "help": "trained mask network of casm, made by python -m saliency.casm train"},
     "seed": {"type": int_at_least(0, MAX_SEED), "default": 0, "help": "seed of all random numbers"},

@@ -35,6 +35,7 @@ class SourceBuilder:
             "device": state.device,
             "mean": data.mean,
             "std": data.std,
+            "image_size": data.image_size,
             "precision": config.precision,
             "scaler": state.scaler,
             "training_loss": config.loss_fn,

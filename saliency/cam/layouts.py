@@ -1,14 +1,19 @@
-"""In which order a layer returns its maps: channels first, channels last (Swin, ConvNeXt), or as tokens (ViT)."""
+"""In which order a layer returns its maps: channels first, channels last (Swin, ConvNeXt), or as tokens (ViT).
+
+Tokens of the grid may follow others: a class token, a distillation token, registers.
+"""
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 Layout = Callable[[torch.Tensor], torch.Tensor]  # brings the output of a layer into the form (B, C, h, w)
-CLASS_TOKENS = (0, 1)  # how many tokens may come before those of the grid
+PREFIXES = (0, 1)  # how many tokens may come before those of the grid, unless the network says it
 MOVES = ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims")  # functions that reorder dimensions
 
 
@@ -48,11 +53,33 @@ def find_order(func: Callable, args: tuple, kwargs: dict, dims: int) -> tuple[in
     return tuple(func(probe, *args[1:], **{key: value for key, value in kwargs.items() if key != "input"}).shape)
 
 
-def find_layout(output, size: tuple[int, int], channels_last: bool, count: int | None = None) -> Layout | None:
+class TokenRules(NamedTuple):
+    """What a network says of its tokens.
+
+    prefixes: how many tokens may come before those of the grid, the most likely first. has_class: whether the first of
+    them, if there are any, is read by the classifier.
+    """
+
+    prefixes: tuple[int, ...] = PREFIXES
+    has_class: bool = True
+
+
+def find_token_rules(model: nn.Module) -> TokenRules:
+    """Return the rules of a network, as far as it states them as timm's do."""
+    stating = next((module for module in model.modules() if hasattr(module, "num_prefix_tokens")), model)
+    pooling, token = getattr(stating, "global_pool", "token"), getattr(stating, "cls_token", None)
+    count = getattr(stating, "num_prefix_tokens", token.shape[1] if isinstance(token, torch.Tensor) else 0)
+    has_class = not isinstance(pooling, str) or pooling in ("token", "")
+    return TokenRules((count, 0) if count else PREFIXES, has_class)
+
+
+def find_layout(
+    output, size: tuple[int, int], channels_last: bool, count: int | None = None, prefixes: tuple[int, ...] = PREFIXES
+) -> Layout | None:
     """Return how the output of a layer becomes maps (B, C, h, w); None if it holds none.
 
     A grid must have the proportions of the images. size: their height and width. channels_last: see LayoutWatch; it
-    decides where the proportions do not, as for 64 channels of 64 x 64. count: B; None: any.
+    decides where the proportions do not, as for 64 channels of 64 x 64. count: B; None: any. prefixes: see TokenRules.
     """
     if not isinstance(output, torch.Tensor) or count not in (None, len(output)):
         return None
@@ -61,12 +88,24 @@ def find_layout(output, size: tuple[int, int], channels_last: bool, count: int |
         if first and not (last and channels_last):
             return lambda maps: maps
         return (lambda maps: maps.permute(0, 3, 1, 2)) if last else None
-    if output.dim() == 3 and channels_last:
-        for tokens in CLASS_TOKENS:
-            places = output.shape[1] - tokens
-            height = round(math.sqrt(places * size[0] / size[1]))
-            if places > 1 and places % height == 0 and is_grid((height, places // height), size):
-                return lambda maps: maps[:, tokens:].transpose(1, 2).unflatten(2, (height, -1))
+    if output.dim() == 3 and channels_last and (found := find_token_grid(output.shape[1], size, prefixes)):
+        prefix, height, _ = found
+        return lambda maps: maps[:, prefix:].transpose(1, 2).unflatten(2, (height, -1))
+    return None
+
+
+def find_token_grid(
+    count: int, size: tuple[int, int], prefixes: tuple[int, ...] = PREFIXES
+) -> tuple[int, int, int] | None:
+    """Return how many of `count` tokens come before those of the grid, and its height and width; None: there is none.
+
+    size: height and width of the images. A grid has at least two places.
+    """
+    for prefix in prefixes:
+        places = count - prefix
+        height = round(math.sqrt(max(places, 0) * size[0] / size[1]))
+        if places > 1 and height and places % height == 0 and is_grid((height, places // height), size):
+            return prefix, height, places // height
     return None
 
 

@@ -10,6 +10,8 @@ A are the K maps of h x w that a layer outputs, y is the score of the class befo
 * layercam: ReLU sum_k ReLU(g_k) A_k at each place. Jiang et al., "LayerCAM", IEEE Trans. Image Process. 30, 2021.
 * scorecam: ReLU sum_k s_k A_k, where s is the softmax over k of y for the image masked by A_k. Wang et al., arXiv
   1910.01279.
+* attention: the attention of the last layer to each place, for transformers, whatever the class
+  (saliency/cam/attention.py).
 
 If no layer is named, A is the input of the last pooling of whole maps. The network needs no special interface: one
 forward pass is traced, function call by function call (saliency/cam/tracing.py).
@@ -21,10 +23,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saliency import CAM_METHODS
+from saliency import CAM_METHODS, FIXED_LAYER
+from saliency.cam.layouts import find_token_rules
+from saliency.cam.taps import AttentionTap, LayerTap, PoolingTap
 from saliency.cam.tracing import (
-    LayerTap,
-    PoolingTap,
     TraceResult,
     black_image,
     eval_no_grad,
@@ -63,14 +65,15 @@ class ActivationMaps:
     eagerly. Its parameters need not require gradients and get none; its state is restored.
 
     * layer: dotted name of the module whose output is A; if it is called twice, the last call counts. It may be
-      (B, C, h, w), (B, h, w, C) or tokens (B, h * w, C), with or without a class token, which is left out. None: the
-      input of the last pooling before the classifier or, if nothing is pooled, the input of the last attention (ViT)
-      or the output of the last convolution.
+      (B, C, h, w), (B, h, w, C) or tokens (B, h * w, C), with or without class token and registers, which are left
+      out. None: the input of the last pooling before the classifier or, if nothing is pooled, the input of the last
+      attention (ViT) or the output of the last convolution.
     * batch_size: masked images per forward pass of scorecam. progress: wraps the iterable of these batches, like tqdm.
     * precision: type for autocast; None: float32.
 
     Raises ValueError for an unknown method or layer, for a layer that does not output maps or does not affect the
-    class, and, when called with cam, for a network without an average in front of a single linear layer.
+    class, and, when called, for a network without an average in front of a single linear layer (cam) or without an
+    attention between all places of an image (attention).
     """
 
     def __init__(
@@ -85,13 +88,15 @@ class ActivationMaps:
     ):
         if method not in CAM_METHODS:
             raise ValueError(f"unknown method {method!r}; choose from {', '.join(CAM_METHODS)}")
-        if method == "cam" and layer is not None:
-            raise ValueError(f"cam takes no layer ({layer!r}): it always uses the maps that are averaged")
+        if method in FIXED_LAYER and layer is not None:
+            raise ValueError(f"{method} takes no layer ({layer!r}): it always uses {FIXED_LAYER[method]}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.model, self.method, self.layer = unwrap(model), method, layer
         self.batch_size, self.precision, self.progress = batch_size, precision, progress or iter
         self.module = None if layer is None else find_layer(self.model, layer)
+        self.is_named = layer is not None
+        self.rules = find_token_rules(self.model)
         self.trace: TraceResult | None = None  # of the first call
         self.logits: torch.Tensor | None = None
 
@@ -104,12 +109,12 @@ class ActivationMaps:
             )
         with eval_no_grad(self.model), torch.autocast(images.device.type, enabled=False):
             images, targets = (given.clone() if given.is_inference() else given.detach() for given in (images, targets))
-            if self.trace is None and self.module is None:
+            # whether windows of attention cover the whole image depends on its size
+            is_other_size = self.method == "attention" and self.trace and self.trace.size != images.shape[-2:]
+            if self.module is None and (self.trace is None or is_other_size):
                 self.use_trace(trace_network(self.model, images[:1]))
-            if self.method == "cam":
-                return self.cam(images, targets)
-            if self.method == "scorecam":
-                return self.scorecam(images, targets)
+            if self.method in ("cam", "scorecam", "attention"):
+                return getattr(self, self.method)(images, targets)
             return FORMULAS[self.method](*self.gradients(images, targets))
 
     def use_trace(self, trace: TraceResult) -> None:
@@ -117,13 +122,18 @@ class ActivationMaps:
         name = type(self.model).__name__
         if self.method == "cam" and trace.average is None:
             raise ValueError(f"{name} has no average in front of a single linear layer, which cam needs: use gradcam")
-        if trace.pooling is None and trace.default is None:
-            raise ValueError(f"{name} has neither a pooling of maps nor a convolution: name a layer")
-        if trace.pooling is None:
+        if self.method == "attention" and trace.attention is None:
+            size = "x".join(map(str, trace.size))
+            raise ValueError(f"{name} has no attention between all places of images of {size} pixels: use gradcam")
+        if self.method not in FIXED_LAYER and trace.pooling is None:
+            if trace.default is None:
+                raise ValueError(f"{name} has neither a pooling of maps nor a convolution: name a layer")
             self.layer, self.module = trace.default, find_layer(self.model, trace.default)
         self.trace = trace
 
-    def forward(self, images: torch.Tensor, tap: PoolingTap | LayerTap) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, images: torch.Tensor, tap: PoolingTap | LayerTap | AttentionTap
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return A in the dtype of the network, as the network holds it (tap.layout), and logits (B, K) float32."""
         with tap, torch.autocast(images.device.type, self.precision, bool(self.precision)):
             logits = self.model(images)
@@ -135,13 +145,14 @@ class ActivationMaps:
 
     def make_tap(self, images: torch.Tensor) -> PoolingTap | LayerTap:
         if self.module is not None:
-            return LayerTap(self.module, self.layer, images.shape[-2:])
-        return PoolingTap(self.trace.pooling)
+            return LayerTap(self.module, self.layer, images.shape[-2:], self.rules)
+        return PoolingTap(self.trace.pooling, images.shape[-2:], self.rules)
 
     @torch.no_grad()
     def cam(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        tap = PoolingTap(self.trace.average)
+        tap = PoolingTap(self.trace.average, images.shape[-2:], self.rules)
         maps, _ = self.forward(images, tap)
+        maps = tap.layout(maps)
         if self.trace.linear is None:  # the averages are the logits
             weights = torch.eye(maps.shape[1], device=maps.device)
         else:
@@ -159,11 +170,17 @@ class ActivationMaps:
             scale = FP16_SCALE if self.precision is torch.float16 else 1.0
             (gradient,) = torch.autograd.grad(class_scores(logits, targets).sum() * scale, held)
         maps, gradients = tap.layout(held.detach()).float(), tap.layout(gradient).float() / scale
-        lacks_token = gradients.numel() < gradient.numel()  # only then are the values read, which waits for the device
+        # only for a layer that the user has named are the values read, which waits for the device
+        lacks_token = self.is_named and gradients.numel() < gradient.numel()
         if lacks_token and gradient.any() and not gradients.any():
             name = type(self.model).__name__
             raise ValueError(f"{name} uses only the class token of {self.layer!r}: name an earlier layer")
         return maps, gradients
+
+    @torch.no_grad()
+    def attention(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        tap = AttentionTap(self.trace.attention, images.shape[-2:], len(images), self.rules)
+        return self.forward(images, tap)[0]
 
     @torch.no_grad()
     def scorecam(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -4,29 +4,32 @@ Nothing needs to be known of its modules: an average in front of a linear layer 
 """
 
 import difflib
-from collections.abc import Callable
+import math
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from saliency.cam.layouts import Layout, LayoutWatch, find_layout
+from saliency.cam.attention import AttentionCall, AttentionCounter, find_key_grid, relates_places
+from saliency.cam.layouts import LayoutWatch, TokenRules, find_layout, find_token_rules
+from saliency.cam.taps import AVERAGES, channels_first, find_pooling
 from saliency.gradient import in_mode
-
-AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}  # functions that can average whole maps
-ATTENTION = {"multi_head_attention_forward", "scaled_dot_product_attention", "_native_multi_head_attention"}
-POOLINGS = AVERAGES | {"adaptive_max_pool2d", "adaptive_max_pool2d_with_indices", "amax"}
 
 
 class TraceResult(NamedTuple):
-    """What a traced forward pass has shown. Calls of pooling functions and of linear layers are numbered separately."""
+    """What a traced forward pass has shown.
 
+    Calls of pooling functions, of linear layers and of attention functions are numbered separately.
+    """
+
+    size: tuple[int, int]  # height and width of the image
     pooling: int | None  # the last call that pools whole maps; None if attention follows it
     average: int | None  # the global average that cam needs
     linear: int | None  # the linear layer after it; None: the averages are the logits
+    attention: int | None  # the last attention between all places of an image, whose weights can be read
     layers: dict[str, tuple[int, int, int]]  # name -> (C, h, w), in the order in which the modules return
     default: str | None  # the last layer before that pooling; without one, before the last attention or convolution
     reason: str  # the same in words
@@ -40,6 +43,14 @@ class RecordedCall(NamedTuple):
     vector: torch.Tensor  # a copy of the output of a pooling, or of the input of a linear layer
     whole: bool = False  # whether a pooling is adaptive (VGG: to 7x7) or returns one number per map
     average: bool = False  # whether that number is the mean
+
+
+class RecordedAttention(NamedTuple):
+    """A call of an attention function."""
+
+    poolings: int  # number of poolings before
+    layer: str | None  # the last layer that returned before the module that calls it began
+    readable: bool  # whether it relates all places of an image
 
 
 def list_layers(model: nn.Module, images: torch.Tensor | int) -> list[tuple[str, tuple[int, int, int], str]]:
@@ -63,20 +74,13 @@ def black_image(model: nn.Module, side: int) -> torch.Tensor:
 @torch.no_grad()
 def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
     """Trace one forward pass of images (1, 3, H, W)."""
-    recorder, modules = CallRecorder(), modules_by_name(model)
-    returned: dict[str, tuple[tuple[int, int, int], int, int]] = {}  # name -> (C, h, w), poolings and attention before
-
-    def make_hook(name):
-        def hook(module, given, result):
-            channels_last = recorder.channels_last
-            if layout := find_layout(result, images.shape[-2:], channels_last, len(images)):
-                returned.pop(name, None)  # a module that is called again counts where it returns last
-                returned[name] = tuple(layout(result).shape[1:]), len(recorder.poolings), len(recorder.attention)
-                recorder.channels_last = channels_last  # the line above calls functions that are watched, too
-
-        return hook
-
-    handles = [module.register_forward_hook(make_hook(name)) for name, module in modules.items()]
+    modules = modules_by_name(model)
+    recorder = CallRecorder(images, find_token_rules(model))
+    handles = [model.register_forward_pre_hook(recorder.enter)]
+    for name, module in modules.items():
+        if not isinstance(module, nn.Softmax):  # it is part of the attention of the module around it
+            handles.append(module.register_forward_pre_hook(recorder.enter))
+            handles.append(module.register_forward_hook(partial(recorder.leave, name)))
     try:
         with recorder, torch.autocast(images.device.type, enabled=False):
             logits = validate_logits(model(images), images)
@@ -84,18 +88,21 @@ def trace_network(model: nn.Module, images: torch.Tensor) -> TraceResult:
         for handle in handles:
             handle.remove()
 
+    layers, attention = recorder.layers, recorder.attention
     pooling = max((i for i, call in enumerate(recorder.poolings) if call.whole), default=None)
-    if recorder.attention and (pooling is None or pooling < recorder.attention[-1]):
-        pooling, reason = None, "the last one before the last attention"
-        before = [name for name, (_, _, attention) in returned.items() if attention < len(recorder.attention)]
+    if attention and (pooling is None or pooling < attention[-1].poolings):
+        pooling, before, reason = None, [attention[-1].layer], "the last one before the last attention"
     elif pooling is None:
-        before, reason = [name for name in returned if isinstance(modules[name], nn.Conv2d)], "the last convolution"
+        before, reason = [name for name in layers if isinstance(modules[name], nn.Conv2d)], "the last convolution"
     else:
+        before = [name for name, (_, poolings) in layers.items() if poolings <= pooling]
         reason = "the last one before the average pooling"
-        before = [name for name, (_, poolings, _) in returned.items() if poolings <= pooling]
     average, linear = find_head(recorder, logits)
-    shapes = {name: shape for name, (shape, *_) in returned.items()}
-    return TraceResult(pooling, average, linear, shapes, before[-1] if before else None, reason)
+    readable = max((i for i, call in enumerate(attention) if call.readable), default=None)
+    shapes = {name: shape for name, (shape, _) in layers.items()}
+    return TraceResult(
+        recorder.size, pooling, average, linear, readable, shapes, before[-1] if before else None, reason
+    )
 
 
 def find_head(recorder: "CallRecorder", logits: torch.Tensor) -> tuple[int | None, int | None]:
@@ -121,100 +128,67 @@ def shares_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class CallRecorder(LayoutWatch):
-    """Records each pooling, linear layer and attention of a forward pass, in order."""
+    """Records each pooling, linear layer and attention of a forward pass of `images`, and the layers that return maps.
 
-    def __init__(self):
+    enter() and leave() are forward hooks of the modules.
+    """
+
+    def __init__(self, images: torch.Tensor, rules: TokenRules):
         super().__init__()
+        self.images, self.size, self.rules = len(images), tuple(images.shape[-2:]), rules
+        self.layers: dict[str, tuple[tuple[int, int, int], int]] = {}  # name -> (C, h, w), number of poolings before
         self.poolings: list[RecordedCall] = []
         self.linears: list[RecordedCall] = []
-        self.attention: list[int] = []  # number of poolings before each
+        self.attention: list[RecordedAttention] = []
+        self.counter = AttentionCounter()
+        self.running: list[str | None] = []  # for each module that runs, the last layer that returned before it began
+
+    def enter(self, module: nn.Module, given: tuple) -> None:
+        self.running.append(next(reversed(self.layers), None))
+
+    def leave(self, name: str, module: nn.Module, given: tuple, result) -> None:
+        self.running.pop()
+        channels_last = self.channels_last
+        if layout := find_layout(result, self.size, channels_last, self.images, self.rules.prefixes):
+            self.layers.pop(name, None)  # a module that is called again counts where it returns last
+            self.layers[name] = tuple(layout(result).shape[1:]), len(self.poolings)
+            self.channels_last = channels_last  # the line above calls functions that are watched, too
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        maps = find_pooled_maps(func, args, kwargs)
+        pooled = find_pooling(func, args, kwargs, self.size, self.rules)
+        maps = pooled and pooled[1](pooled[0])
         result = func(*args, **kwargs)
         self.watch(func, args, kwargs, result)
-        if maps is not None:
-            value, name, count = result[0] if isinstance(result, tuple) else result, func.__name__, maps.shape[:2]
-            single = value.shape[:2] == count and value.numel() == count.numel()
-            average = single and name in AVERAGES and is_close(value.flatten(1), maps.mean((2, 3)))
-            self.poolings.append(
-                RecordedCall(None, value, value.clone(), single or name.startswith("adaptive"), average)
-            )
+        if pooled:
+            self.record_pooling(func.__name__, maps, pooled[1] is channels_first, result)
         elif func is F.linear:
             given = args[0] if args else kwargs["input"]
             self.linears.append(RecordedCall(given, result, given.clone()))
-        elif getattr(func, "__name__", "") in ATTENTION:
-            self.attention.append(len(self.poolings))
+        elif call := self.counter.watch(func, args, kwargs, result):
+            self.record_attention(call)
         return result
+
+    def record_pooling(self, name: str, maps: torch.Tensor, is_plain: bool, result) -> None:
+        """is_plain: the maps are (B, C, h, w) as the network holds them, so that the dimensions pooled are unknown."""
+        value, count = result[0] if isinstance(result, tuple) else result, maps.shape[:2]
+        single = not is_plain or value.shape[:2] == count and value.numel() == count.numel()
+        average = single and name in AVERAGES and is_close(value.flatten(1), maps.mean((2, 3)))
+        self.poolings.append(RecordedCall(None, value, value.clone(), single or name.startswith("adaptive"), average))
+
+    def record_attention(self, call: AttentionCall) -> None:
+        names, before = list(self.layers), self.running[-1]
+        near = names[names.index(before) :] if before else names
+        places = {math.prod(self.layers[name][0][1:]) for name in near}
+        grid = find_key_grid(call, self.size, self.images, self.rules)
+        readable = grid is not None and relates_places(call, grid, places)
+        layer = before or (names[-1] if names else None)
+        self.attention.append(RecordedAttention(len(self.poolings), layer, readable))
 
 
 def is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare with a tolerance for half-precision rounding."""
     return torch.allclose(one, other, rtol=1e-2, atol=1e-5, equal_nan=True)
-
-
-class PoolingTap(TorchFunctionMode):
-    """Captures the input of pooling call `number` of a forward pass and makes it require a gradient.
-
-    Also collects the weights of the linear layers.
-    """
-
-    layout: Layout = staticmethod(lambda maps: maps)
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number, self.count = number, 0
-        self.maps: torch.Tensor | None = None
-        self.weights: list[torch.Tensor] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        maps = find_pooled_maps(func, args, kwargs)
-        if maps is not None:
-            if self.count == self.number:
-                self.maps = maps.requires_grad_()
-            self.count += 1
-        elif func is F.linear:
-            self.weights.append(args[1] if len(args) > 1 else kwargs["weight"])
-        return func(*args, **kwargs)
-
-
-def find_pooled_maps(func: Callable, args: tuple, kwargs: dict) -> torch.Tensor | None:
-    """Return the maps (B, C, h, w) that `func` pools, or None. Of nested functions only the outermost is seen."""
-    if getattr(func, "__name__", "") not in POOLINGS:
-        return None
-    given = args[0] if args else kwargs.get("input")
-    return given if isinstance(given, torch.Tensor) and given.dim() == 4 else None
-
-
-class LayerTap(LayoutWatch):
-    """Captures the output of `module` and makes it require a gradient. `layout` makes maps (B, C, h, w) of it.
-
-    The network continues with a copy, because a ReLU may overwrite it in place. size: height and width of the images.
-    """
-
-    def __init__(self, module: nn.Module, name: str, size: tuple[int, int]):
-        super().__init__()
-        self.module, self.name, self.size = module, name, size
-        self.maps: torch.Tensor | None = None
-        self.layout: Layout | None = None
-
-    def __enter__(self):
-        self.handle = self.module.register_forward_hook(self.capture)
-        return super().__enter__()
-
-    def __exit__(self, *problem):
-        self.handle.remove()
-        super().__exit__(*problem)
-
-    def capture(self, module, given, output):
-        self.layout = find_layout(output, self.size, self.channels_last)
-        if self.layout is None:
-            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ValueError(f"layer {self.name!r} must return maps (B, C, h, w), but it returns {got}")
-        self.maps = output.detach().requires_grad_()
-        return self.maps.clone()
 
 
 def validate_logits(logits, images: torch.Tensor) -> torch.Tensor:

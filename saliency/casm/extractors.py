@@ -101,10 +101,14 @@ def wrap_classifier(classifier: Classifier, device: torch.device) -> Extractor:
 def build_source_extractor(name: str, base: Extractor) -> Extractor:
     """Return an extractor of the maps of a saliency source that reads the classifier of `base`.
 
-    Class-specific sources get the true class. Each map is divided by its maximum.
+    Class-specific sources get the true class. Each map is divided by its maximum. Raises UserError if the network
+    has no such maps.
     """
     network = base.classifier
-    source = build_source(name, model=network, mean=base.mean, std=base.std)
+    try:
+        source = build_source(name, model=network, mean=base.mean, std=base.std, image_size=base.image_size)
+    except ValueError as error:
+        raise UserError(f"--sources {name}: {error}") from error
 
     def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
         with torch.no_grad():

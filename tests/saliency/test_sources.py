@@ -76,11 +76,25 @@ def tiny_network() -> nn.Module:
     )
 
 
+class TinyTransformer(nn.Module):
+    """Attends to patches of 4 x 4 pixels and averages them."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 5)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        return self.head((tokens + self.attention(tokens, tokens, tokens)[0]).mean(1))
+
+
 @pytest.mark.parametrize("name", sorted(SOURCES))
 @pytest.mark.parametrize("shape", [(3, 3, 32, 32), (1, 3, 20, 36)])
 def test_every_source_returns_one_map_per_image(name, shape, casm_file):
     half = (0.5, 0.5, 0.5)
     model = build_model("resnet20", 5) if name == "cam" else tiny_network()
+    model = TinyTransformer() if name == "attention" else model
     source = build_source(name, mean=half, std=half, model=model, num_images=9, casm=casm_file)
     images, targets = torch.randn(shape), torch.eye(5)[: shape[0]]
     kept = images.clone()
