@@ -26,7 +26,7 @@ def build_parser() -> Parser:
         "Train an image classifier with a mixing method on ImageNet, Tiny-ImageNet or your own photos, at 224 pixels "
         "and with ResNets whose weights are compatible with torchvision."
     )
-    add_training_options(parser, methods=mixing, models=models, recipes=list(IMAGENET_RECIPES), large_images=True)
+    add_training_options(parser, methods=mixing, models=models, recipes=["auto", *IMAGENET_RECIPES], large_images=True)
     add_imagenet_options(parser)
     add_data_options(parser, LARGE_DATASETS, image_size=IMAGE_SIZE, norm="imagenet")
     add_mixing_options(parser, sources=saliency)

@@ -21,7 +21,7 @@ OTHER_FORMATS = (
     ".pdf",
     ".svg",
 )  # not written
-NORMS = ("cifar10", "cifar100", "tiny-imagenet", "imagenet", "half")  # keys of engine.data.image_set.STATISTICS
+NORMS = ("cifar10", "cifar100", "cifar", "tiny-imagenet", "imagenet", "half")  # keys of image_set.STATISTICS
 
 
 def build_parser() -> Parser:

@@ -17,6 +17,7 @@ import imagenet_train
 import train
 from detection.recipes import RECIPES as DETECTION_RECIPES
 from engine.config.legacy_options import translate_legacy
+from engine.config.modern_recipes import Typed
 from engine.config.phases import build_phases, parse_phases
 from engine.config.recipes import IMAGENET_RECIPES, RECIPES
 from engine.config.resolve import RULES, check_combinations, fill_in_options
@@ -210,6 +211,12 @@ def test_the_recipe_table_is_true():
         assert rows["model, data"][column] == f"{recipe['model']}, {recipe['dataset']}"
         assert rows["epochs, batch"][column] == f"{recipe['epochs']}, {recipe['batch_size']}"
         assert float(rows["weight decay"][column]) == recipe["weight_decay"]
+    for column, name in enumerate(("openmixup", "vit_cifar", "deit", "fine_tune")):
+        recipe = (RECIPES | IMAGENET_RECIPES)[name](Typed())
+        assert rows["network, data"][column].startswith(f"{recipe['model']}, {recipe['dataset']}")
+        assert rows["epochs, images a step"][column] == f"{recipe['epochs']}, {recipe['batch_size']}"
+        for row, key in (("rate", "lr"), ("decay", "weight_decay")):
+            assert float(re.match(r"[\d.e-]+", rows[row][column]).group()) == recipe[key]
 
 
 def test_the_corruptions_are_described():

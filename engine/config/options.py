@@ -44,8 +44,9 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
         "help": "what to do with a file that cannot be read; skip: leave it out (training: use another one instead)",
     },
     "norm": {
-        "type": choice(["own", "imagenet", "half"]),
-        "help": "mean and std of the images: of the dataset (folder: ImageNet's; shapes: 0.5), of ImageNet, or 0.5",
+        "type": choice(["own", "imagenet", "half", "cifar"]),
+        "help": "mean and std of the images: of the dataset (folder: ImageNet's; shapes: 0.5), of ImageNet, 0.5, or "
+        "those of many codes for CIFAR",
     },
     "class_list": {"metavar": "FILE", "help": "all class names of the network in order, one per line or in a .csv"},
     "annotation_path": {

@@ -3,23 +3,20 @@
 For small images: `shapes` and `small` are this project's own, `small` for a few hundred to a few thousand images;
 `saliencymix` follows Uddin et al. (arXiv 2006.01791); `puzzle` is the setting that Puzzle Mix, Co-Mixup and SAGE share
 (300 epochs); `rmix` follows R-Mix (arXiv 2212.04875). For ImageNet: `cutmix300` is the setting of CutMix and
-SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three phases. `small_photos` is `small` for
-photos at 224 pixels, best with pretrained weights.
+SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three phases. `openmixup`, `vit_cifar`, `deit`
+and `fine_tune` are in engine/config/modern_recipes.py.
 """
 
-COMMON = {  # shared by nearly all recipes
-    "momentum": 0.9,
-    "nesterov": True,
-    "weight_decay": 1e-4,
-    "schedule": [],
-    "gammas": [0.1],
-    "div_factor": 25.0,
-    "pct_start": 0.3,
-    "final_div_factor": 1e4,
-    "loss": "ce",
-    "trad_augment": True,
-    "drop_last": False,
-}
+from collections.abc import Sequence
+
+from engine.config.modern_recipes import Typed, deit, fine_tune, openmixup, vit_cifar
+from engine.config.shared_settings import (
+    COMMON,
+    IMAGENET_METHOD_OPTIONS,
+    get_small_method_options,
+    merge_method_options,
+)
+
 RECIPES = {
     "shapes": {
         **COMMON,
@@ -86,16 +83,9 @@ RECIPES = {
         "crop_padding": 4,
         "drop_last": True,
     },
-}
-IMAGENET_METHOD_OPTIONS = {  # by method; sage then tries as many offsets at 224 pixels as with 0.01 at 32 pixels
-    "mixup": {"mixup_alpha": 0.2},
-    "cutmix": {"mix_prob": 1.0},
-    "saliencymix": {"mix_prob": 1.0},
-    "puzzlemix": {"neigh_size": 2, "t_size": -1},
-    "comixup": {"mixup_alpha": 1.0, "m_part": 16, "m_niter": 3, "m_stride": 8, "clean_lam": 1.0},
-    "sage": {"rand_pos": 0.0002, "upper_lambda": 0.6, "update_ratio": 0.7},
-    "rmix": {"patches_per_side": (2, 4), "dirichlet_alpha": 0.2, "pairing": "reversed", "clean_lam": 1.0},
-    "rlmix": {"patches_per_side": (2, 4), "dirichlet_alpha": 0.2, "pairing": "reversed", "clean_lam": 1.0},
+    "openmixup": openmixup,
+    "vit_cifar": vit_cifar,
+    "fine_tune": fine_tune,
 }
 IMAGENET_RECIPES = {
     "cutmix300": {
@@ -131,17 +121,8 @@ IMAGENET_RECIPES = {
             {"puzzlemix": {"clean_lam": 0.0}},
         ],
     },
-    "small_photos": {
-        **COMMON,
-        "model": "imagenet_resnet18",
-        "dataset": "folder",
-        "epochs": 30,
-        "batch_size": 32,
-        "lr": 0.01,
-        "scheduler": "cosine",
-        "drop_last": True,
-        "method_options": IMAGENET_METHOD_OPTIONS,
-    },
+    "deit": deit,
+    "fine_tune": fine_tune,
     "none": {
         **COMMON,
         "model": "imagenet_resnet50",
@@ -150,47 +131,51 @@ IMAGENET_RECIPES = {
         "method_options": {},
     },
 }
+RECIPE_ALIASES = {"small_photos": "fine_tune"}  # the name in earlier versions
 RECIPE_METHODS = {
     "puzzle": {"mixup", "manifold", "puzzlemix", "comixup", "sage"},
     "rmix": {"rmix", "rlmix"},
 }  # all other methods: saliencymix
 
 
-def choose_recipe(methods: list[str], dataset: str | None, is_default: bool) -> str:
-    """Return the recipe that `--recipe auto` means. is_default: no method, model or dataset is given."""
-    if dataset == "shapes" or is_default:
+def choose_recipe(given: dict, methods: list[str], large_images: bool) -> str:
+    """Return the recipe that `--recipe auto` means. given: options that were typed or saved. methods: those of the run.
+
+    large_images: whether imagenet_train.py asks.
+    """
+    dataset = given.get("dataset")
+    if dataset == "folder" and given.get("pretrained"):
+        return "fine_tune"
+    if large_images:
+        return "cutmix300"
+    if dataset == "shapes" or not {"method", "model", "dataset"} & given.keys():
         return "shapes"
     return next((recipe for recipe, family in RECIPE_METHODS.items() if methods[0] in family), "saliencymix")
 
 
-def get_recipe_options(name: str, *, dataset: str | None, model: str | None) -> dict[str, object]:
-    """Return the options of a recipe for this dataset and model. None: those of the recipe.
+def get_recipe_options(
+    name: str, *, dataset: str | None, model: str | None, method: Sequence[str] = (), batch_size: int | None = None
+) -> dict[str, object]:
+    """Return the options of a recipe for what was typed of dataset, model, method and batch_size; None or (): nothing.
 
     `method_options` maps a method to its hyper-parameters. `phase_options` lists, for each phase, hyper-parameters that
     are added to them.
     """
+    recipe = (RECIPES | IMAGENET_RECIPES)[RECIPE_ALIASES.get(name, name)]
+    if callable(recipe):
+        return recipe(Typed(dataset, model, method, batch_size))
+    options = dict(recipe)
     if name in IMAGENET_RECIPES:
-        return dict(IMAGENET_RECIPES[name])
-    options = dict(RECIPES[name])
+        return options
     dataset, model = dataset or options["dataset"], model or options["model"]
     if name == "saliencymix" and model.startswith("wrn"):
         options["dropout"] = 0.3
-    by_method: dict[str, dict] = {"sage": get_sage_options(dataset, model)}
-    if dataset in ("cifar10", "cifar100", "shapes"):
-        by_method["puzzlemix"] = {"t_size": 4}
+    own: dict[str, dict] = {}
     if dataset == "tiny-imagenet":
         options["crop_padding"] = 4
-        by_method |= {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold")}
-        by_method["puzzlemix"] = {"clean_lam": 1.0}
+        own |= {method: {"mixup_alpha": 0.2} for method in ("mixup", "manifold")}
+        own["puzzlemix"] = {"clean_lam": 1.0}
     if name == "puzzle":
         alpha = {"mixup_alpha": 0.2} if dataset == "tiny-imagenet" else {}
-        by_method["cutmix"] = {**alpha, "mix_prob": 1.0, "cutmix_box": "real"}
-    options["method_options"] = by_method
-    return options
-
-
-def get_sage_options(dataset: str, model: str) -> dict[str, float]:
-    """Return the published upper_lambda and update_ratio of SAGE; by default those of PreActResNet-18 on CIFAR-10."""
-    if model.startswith(("wrn", "wideresnet", "resnext")):
-        return {"upper_lambda": 0.7, "update_ratio": 0.5}
-    return {"upper_lambda": 0.5 if dataset == "cifar100" else 0.6, "update_ratio": 0.7}
+        own["cutmix"] = {**alpha, "mix_prob": 1.0, "cutmix_box": "real"}
+    return options | {"method_options": merge_method_options(get_small_method_options(dataset, model), own)}

@@ -6,7 +6,7 @@ from functools import partial
 from engine.config.legacy_options import translate_legacy, translate_saved
 from engine.config.parser import Parser
 from engine.config.phases import default_eval_resize, parse_lr_points, parse_phases
-from engine.config.recipes import choose_recipe, get_recipe_options
+from engine.config.recipes import RECIPE_ALIASES, choose_recipe, get_recipe_options
 from engine.config.resume_rules import (
     PER_CALL_OPTIONS,
     RESUME_CHANGEABLE,
@@ -69,9 +69,10 @@ def get_recipe(given: dict, defaults: dict) -> dict[str, object]:
     """Return the options that the recipe of a run sets, with its name. given: options that were typed or saved."""
     name = given.get("recipe", defaults["recipe"])
     if name == "auto":
-        is_default = not {"method", "model", "dataset"} & given.keys()
-        name = choose_recipe(given.get("method", defaults["method"]), given.get("dataset"), is_default)
-    recipe = get_recipe_options(name, dataset=given.get("dataset"), model=given.get("model"))
+        name = choose_recipe(given, given.get("method", defaults["method"]), large_images="crop_size" in defaults)
+    name = RECIPE_ALIASES.get(name, name)
+    found = {key: given.get(key) for key in ("dataset", "model", "batch_size")}
+    recipe = get_recipe_options(name, method=given.get("method", ()), **found)
     if "lr" in given and "max_lr" not in given:
         recipe.pop("max_lr", None)  # so that the given lr is the peak of one-cycle
     if phases := given.get("phases", recipe.get("phases")):

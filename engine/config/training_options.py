@@ -24,6 +24,7 @@ from engine.config.option_types import (
 )
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
+from engine.config.recipes import RECIPE_ALIASES
 
 SCHEDULERS = ["multistep", "onecycle", "points", "cosine", "cosine_step", "linear", "constant"]
 SCHEDULER_ALIASES = {"multisteplr": "multistep", "onecyclelr": "onecycle", "step": "multistep"}
@@ -72,7 +73,10 @@ def add_run_options(
         help="one of several is drawn at random for each batch",
     )
     parser.option(
-        "--recipe", type=choice(recipes), default=recipes[0], help=f"sets the options that are not given{auto}"
+        "--recipe",
+        type=choice(recipes, RECIPE_ALIASES),
+        default=recipes[0],
+        help=f"sets the options that are not given{auto}",
     )
     parser.option(
         "--model",

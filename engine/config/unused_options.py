@@ -113,13 +113,13 @@ def describe_few_steps(options: dict, typed: dict, steps: int) -> list[str]:
     """Return a note if an epoch has so few steps that a recipe for a large data set cannot work: at its learning rate
     the running statistics of batch norm never catch up with the weights.
     """
-    small = "small_photos" if "crop_size" in options else "small"
-    chosen = options["recipe"] == small or options["limit"] or {"lr", "max_lr", "lr_points"} & typed.keys()
-    if steps >= FEW_STEPS or chosen:
+    small = "fine_tune" if "crop_size" in options else "small"
+    chosen = options["limit"] or {"lr", "max_lr", "lr_points"} & typed.keys()
+    if steps >= FEW_STEPS or chosen or options["recipe"] in ("small", "fine_tune"):
         return []
     return [
         f"an epoch has only {steps} step{'s' * (steps > 1)}: recipe {options['recipe']}, with its batch size and its "
-        f"learning rate, is for large data sets; take --recipe {small}{' --pretrained' * (small == 'small_photos')}"
+        f"learning rate, is for large data sets; take --recipe {small}{' --pretrained' * (small == 'fine_tune')}"
     ]
 
 
@@ -187,8 +187,8 @@ def describe_other_recipe(options: dict, typed: dict) -> list[str]:
 
     Such a command is usually one of a comparison whose other methods get the other recipe.
     """
-    name, common = options["recipe"], {"dataset": options["dataset"], "model": options["model"]}
-    recipes = ["saliencymix", *RECIPE_METHODS]
+    name, common = options["recipe"], {key: options[key] for key in ("dataset", "model", "method")}
+    recipes = ["saliencymix", *RECIPE_METHODS, "openmixup"]
     if typed.get("recipe", "auto") != "auto" or options["config"] or name not in recipes:
         return []
     own, best, other = get_recipe_options(name, **common), [], name

@@ -289,7 +289,7 @@ def test_unused_options_are_found():
 def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, smoothing):
     source = Gradient(None, clean_weight=clean_weight)
     options = {"method": ["comixup"], "label_smoothing": smoothing, "clean_lam": clean_weight, "graph_step": False}
-    options["clean_weight"] = None
+    options |= {"clean_weight": None, "auto_augment": "none"}
     notes = collect_mixing_notes(options, {}, train.build_parser(), methods=mixing, saliency=saliency, sources=[source])
     assert any("stay hard" in note for note in notes) == (clean_weight > 0 and smoothing > 0)
 
@@ -306,7 +306,7 @@ def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, 
 def test_notes_say_what_is_trained_on(method, typed, expected):
     sources = [saliency.build_source("uniform")] if method != "none" else []
     options = {"method": [method], "label_smoothing": 0.1, "clean_lam": None, "graph_step": False}
-    options |= {"clean_weight": None} | typed
+    options |= {"clean_weight": None, "auto_augment": "none"} | typed
     arguments = {"methods": mixing, "saliency": saliency, "sources": sources}
     notes = collect_mixing_notes(options, typed, train.build_parser(), **arguments)
     assert len(notes) == len(expected) and all(map(str.startswith, notes, expected))
@@ -324,6 +324,7 @@ def test_clean_weight_replaces_what_a_recipe_or_the_resumed_run_says_of_the_unmi
 def test_kernels_has_an_effect_where_something_would_be_captured(method, unused):
     sources = [saliency.build_source("fine_grained", mean=(0.5,) * 3, std=(0.5,) * 3)] if not unused else []
     options = {"method": [method], "label_smoothing": 0.0, "clean_lam": None, "clean_weight": None, "graph_step": False}
+    options["auto_augment"] = "none"
     arguments = {"methods": mixing, "saliency": saliency, "sources": sources}
     notes = collect_mixing_notes(options, {"kernels": "torch"}, train.build_parser(), **arguments)
     assert any("--kernels" in note for note in notes) == unused
