@@ -6,22 +6,30 @@ from evaluation.compare.metrics import METRICS
 from evaluation.compare.runs import Run
 from evaluation.compare.statistics import get_curve
 
-FAIR_OPTIONS = {  # what has to be equal for a fair comparison of methods -> the options that decide it
-    "recipe": ["recipe"],
-    "network": ["model", "model_args", "dropout"],
-    "initial weights": ["init_from", "pretrained", "freeze"],
-    "length of training": ["epochs", "phases"],
-    "batch size": ["batch_size", "accumulate", "drop_last"],
-    "training images": ["labels_per_class", "valid_labels_per_class"],
-    "image size": ["image_size", "crop_size", "eval_resize", "interpolation", "norm"],
-    "augmentation": [
+UNFAIR_OPTIONS = {  # what makes a comparison of methods unfair -> the options whose difference causes it
+    "recipe differs": ["recipe"],
+    "network differs": ["model", "model_args", "dropout"],
+    "initial weights differ": ["init_from", "pretrained", "freeze"],
+    "length of training differs": ["epochs", "phases"],
+    "batch size differs": ["batch_size", "accumulate", "drop_last"],
+    "training images differ": ["labels_per_class", "valid_labels_per_class"],
+    "image size differs": ["image_size", "crop_size", "eval_resize", "interpolation", "norm"],
+    "augmentation differs": [
         *("trad_augment", "crop_padding", "crop_padding_mode", "min_scale", "color_jitter", "lighting"),
         *("auto_augment", "rand_augment_ops", "rand_augment_magnitude", "rand_augment_std", "random_erasing"),
     ],
-    "optimizer": ["optimizer", "lr", "max_lr", "momentum", "nesterov", "weight_decay", "layer_decay", "clip_grad"],
-    "schedule": ["scheduler", "schedule", "gammas", "lr_points", "warmup_epochs", "min_lr"],
-    "loss": ["loss", "label_smoothing", "bce_target_thresh"],
-    "training on unmixed images": ["clean_weight"],
+    "optimizer differs": [
+        "optimizer",
+        "lr",
+        "max_lr",
+        "momentum",
+        "nesterov",
+        "weight_decay",
+        "layer_decay",
+        "clip_grad",
+    ],
+    "schedule differs": ["scheduler", "schedule", "gammas", "lr_points", "warmup_epochs", "min_lr"],
+    "loss differs": ["loss", "label_smoothing", "bce_target_thresh"],
 }
 
 
@@ -36,17 +44,18 @@ def list_warnings(groups: list[Group]) -> list[str]:
     """Return a line for each thing that makes the comparison of the groups unfair or uncertain."""
     differences = find_option_differences(groups)
     warnings = []
-    for title, options in FAIR_OPTIONS.items():
+    for title, options in UNFAIR_OPTIONS.items():
         texts = [
             f"--{option} {join_values(zip_labels(groups, differences[option]))}"
             for option in options
             if option in differences
         ]
-        warnings += [f"{title} differs: {'; '.join(texts)}"] if texts else []
+        warnings += [f"{title}: {'; '.join(texts)}"] if texts else []
     runs = [run for group in groups for run in group.runs]
     warnings += [
         *describe_record(groups, "precision", "precision", "accuracies and times are not those of one set-up"),
         *describe_parameters(groups, "model" in differences),
+        *describe_unmixed(groups),
         *describe_record(groups, "commit", "commit of the code", "its results may have moved in between"),
         *describe_record(groups, "device", "device", "do not compare minutes and images/s"),
         *describe_folders(runs),
@@ -90,6 +99,25 @@ def describe_parameters(groups: list[Group], other_model: bool) -> list[str]:
     return (
         [] if other_model else describe_record(groups, "parameters", "number of parameters", "networks are not equal")
     )
+
+
+def describe_unmixed(groups: list[Group]) -> list[str]:
+    """Return a warning if only some of the groups that mix also train on the unmixed images."""
+    mixing = [group for group in groups if group.options["method"] != ["none"]]
+    found = zip_labels(mixing, [find_clean_part(group.runs[0]) for group in mixing])
+    remedy = "another --clean_weight, not only another method"
+    return [f"training on unmixed images too: {join_values(found)}; {remedy}"] if len(found) > 1 else []
+
+
+def find_clean_part(run: Run) -> str:
+    """Return how a run also trains on the unmixed images: no, by --clean_weight, or as its method has it."""
+    weight = run.options.get("clean_weight")
+    if weight is not None:
+        return f"--clean_weight {weight:g}" if weight else "no"
+    values = run.config.get("hyper_parameters") or {}
+    methods = [own for phase in (values if isinstance(values, list) else [values]) for own in phase.values()]
+    own = any(one.get("clean_lam") or one.get("update_ratio", 1) < 1 for one in methods)
+    return "by the method" if own and run.options.get("saliency") in (None, "gradient") else "no"
 
 
 def describe_folders(runs: list[Run]) -> list[str]:

@@ -10,12 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 from support import hold_lock, shapes_command
 
+import imagenet_train
 import train
 from engine.errors import UserError
 from engine.training.console import LOG_COLUMNS
 from evaluation.compare.__main__ import main
 from evaluation.compare.comparison import Comparison, compare_runs
 from evaluation.compare.figures import draw_comparison
+from evaluation.compare.groups import NEUTRAL_OPTIONS, get_default_options
 from evaluation.compare.metrics import METRICS
 from evaluation.compare.runs import FINISHED, RUNNING, STOPPED, find_runs
 from evaluation.compare.statistics import get_mean_curve, t_quantile
@@ -29,6 +31,7 @@ def write_run(
 ) -> Path:
     """Write a run folder with one epoch per value of top1. columns: further columns of log.csv, a value or a list."""
     config = {"kind": "classifier", "commit": "a" * 40, "device": "cpu", "precision": "float32", "parameters": 10}
+    config["hyper_parameters"] = {}
     config["options"] = OPTIONS | {"method": method.split("+"), "seed": seed, "epochs": len(top1)} | options
     for key in config.keys() & options.keys():  # such as another commit
         config[key] = options[key]
@@ -132,10 +135,17 @@ def test_labels_name_what_tells_the_groups_apart(tmp_path):
 
 
 def test_an_older_run_without_an_option_belongs_to_its_default(tmp_path):
-    """crop_size, clip_grad and others stand for all options that came later."""
     write_run(tmp_path / "a", [1, 2])
     write_run(tmp_path / "b", [1, 2], seed=1, clip_grad=0.0, ema=0.0, saliency=None, trad_augment=True, seeds=[])
     assert len(compare(tmp_path).groups) == 1
+
+
+@pytest.mark.parametrize("script", [train, imagenet_train])
+def test_the_default_of_every_option_is_known_for_runs_that_do_not_record_it(script):
+    known, chosen = get_default_options(), {"method", "recipe", "image_size", "norm"}  # these were always recorded
+    for key, default in script.build_parser().defaults.items():
+        if key not in NEUTRAL_OPTIONS | chosen and default not in (None, [], {}, ""):
+            assert known.get(key) == default, key
 
 
 def test_a_repeated_seed_counts_once(tmp_path):
@@ -238,8 +248,8 @@ def test_nothing_to_compare_is_one_error(tmp_path):
         ({"commit": "b" * 40}, "commit of the code differs: aaaaaaaaaa (none), bbbbbbbbbb (cutmix)"),
         ({"device": "H200"}, "device differs: cpu (none), H200 (cutmix); do not compare minutes"),
         ({"seed": 1}, "finished seeds differ: 0 (none), 1 (cutmix)"),
-        ({"labels_per_class": 5}, "training images differs: --labels_per_class 0 (none), 5 (cutmix)"),
-        ({"init_from": "a.pt"}, "initial weights differs: --init_from - (none), a.pt (cutmix)"),
+        ({"labels_per_class": 5}, "training images differ: --labels_per_class 0 (none), 5 (cutmix)"),
+        ({"init_from": "a.pt"}, "initial weights differ: --init_from - (none), a.pt (cutmix)"),
     ],
 )
 def test_what_is_not_fair_is_named(tmp_path, own, expected):
@@ -249,6 +259,18 @@ def test_what_is_not_fair_is_named(tmp_path, own, expected):
     assert sum(expected in line for line in warnings) == 1, warnings
     usual = ("one seed only", "the best epoch is chosen on the test images")
     assert sum(not line.startswith(usual) for line in warnings) == 1, warnings
+
+
+def test_training_on_unmixed_images_is_named(tmp_path):
+    write_run(tmp_path / "a", [1, 2])
+    write_run(tmp_path / "b", [1, 2], method="cutmix")
+    own = {"comixup": {"clean_lam": 1.0}}
+    write_run(tmp_path / "c", [1, 2], method="comixup", hyper_parameters=own)
+    write_run(tmp_path / "d", [1, 2], method="mixup", clean_weight=1.0)
+    write_run(tmp_path / "e", [1, 2], method="sage", hyper_parameters={"sage": {"update_ratio": 0.7}}, saliency="bank")
+    expected = "no (cutmix; sage), by the method (comixup), --clean_weight 1 (mixup)"
+    assert sum(expected in line for line in compare(tmp_path).warnings) == 1
+    assert not any("unmixed" in line for line in compare(tmp_path / "a", tmp_path / "b").warnings)
 
 
 def test_equal_runs_and_method_options_are_fair(three_seeds):

@@ -13,7 +13,7 @@ from support import ROOT
 
 from engine.errors import UserError
 from engine.runtime import claim as claims
-from engine.runtime.claim import check_claim, claim, has_locks, read_owner, release_claims, releasing_claims
+from engine.runtime.claim import check_claim, claim, has_locks, is_claimed, read_owner, release_claims, releasing_claims
 
 HOLDER = """
     import os, sys, time
@@ -119,3 +119,16 @@ def test_without_locks_the_process_that_began_first_stops_before_it_writes(tmp_p
     release_claims()
     assert lock.exists(), "it belongs to the other process"
     assert not claim(lock, new=True) and claim(lock)
+
+
+def test_a_look_at_a_claim_neither_takes_nor_mistakes_it(tmp_path, start_holder, monkeypatch):
+    lock = tmp_path / ".lock"
+    assert not is_claimed(lock) and not lock.exists()
+    process = start_holder(lock)
+    assert is_claimed(lock)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert lock.exists() and not is_claimed(lock)  # as a kill leaves it
+    assert claim(lock)
+    monkeypatch.setattr(claims, "fcntl", None)  # without locks, the file is all there is
+    assert is_claimed(lock)
