@@ -15,20 +15,14 @@ UNFAIR_OPTIONS = {  # what makes a comparison of methods unfair -> the options w
     "training images differ": ["labels_per_class", "valid_labels_per_class"],
     "image size differs": ["image_size", "crop_size", "eval_resize", "interpolation", "norm"],
     "augmentation differs": [
-        *("trad_augment", "crop_padding", "crop_padding_mode", "min_scale", "color_jitter", "lighting"),
-        *("auto_augment", "rand_augment_ops", "rand_augment_magnitude", "rand_augment_std", "random_erasing"),
+        *("trad_augment", "crop_padding", "crop_padding_mode", "min_scale", "color_jitter", "lighting", "auto_augment"),
+        *("rand_augment_ops", "rand_augment_magnitude", "rand_augment_std", "rand_augment_prob", "random_erasing"),
     ],
     "optimizer differs": [
-        "optimizer",
-        "lr",
-        "max_lr",
-        "momentum",
-        "nesterov",
-        "weight_decay",
-        "layer_decay",
-        "clip_grad",
+        *("optimizer", "lr", "max_lr", "momentum", "nesterov", "betas", "eps", "weight_decay", "no_decay_bn"),
+        *("no_decay_1d", "layer_decay", "clip_grad"),
     ],
-    "schedule differs": ["scheduler", "schedule", "gammas", "lr_points", "warmup_epochs", "min_lr"],
+    "schedule differs": ["scheduler", "schedule", "gammas", "lr_points", "warmup_epochs", "warmup_lr", "min_lr"],
     "loss differs": ["loss", "label_smoothing", "bce_target_thresh"],
 }
 

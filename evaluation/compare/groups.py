@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 
+import models
 import saliency
 from engine.config.mixing_options import add_mixing_options
 from engine.config.option_types import format_option
@@ -10,12 +12,7 @@ from engine.config.options import DATASETS, add_data_options, add_device_options
 from engine.config.parser import Parser
 from engine.config.recipes import COMMON
 from engine.config.resolve import RULES
-from engine.config.training_options import (
-    add_optimizer_options,
-    add_regularization_options,
-    add_schedule_options,
-    add_step_options,
-)
+from engine.config.training_options import add_training_options
 from engine.config.unused_options import SCHEDULER_OPTIONS
 from evaluation.compare.runs import FINISHED, RUNNING, LeftOut, Run
 
@@ -51,11 +48,10 @@ class Group:
 @cache
 def get_default_options() -> dict:
     """Return the defaults of the options that may be missing in the config.json of an older run."""
-    parser = Parser("")
-    for add in (add_optimizer_options, add_step_options, add_schedule_options, add_regularization_options):
-        add(parser)
-    add_data_options(parser, DATASETS)
+    parser, methods = Parser(""), SimpleNamespace(MIXERS={}, ALIASES={})  # their names matter to no default
+    add_training_options(parser, methods=methods, models=models, recipes=["auto"], large_images=True)
     add_imagenet_options(parser)
+    add_data_options(parser, DATASETS)
     add_mixing_options(parser, sources=saliency)
     add_device_options(parser)
     return COMMON | {key: value for key, value in parser.defaults.items() if value is not None}
