@@ -91,7 +91,8 @@ def make_cam_explainer(
 
     method None: cam, or gradcam for a network without cam.
     """
-    view = make_view(image_size or classifier.image_size, resize)
+    side = None if image_size else classifier.resize  # before the crop, as for these weights
+    view = make_view(image_size or classifier.image_size, resize, side, classifier.interpolation)
     targets = [target for word in target_class for target in parse_target_class(word, classifier)]
     network = classifier.network.to(device).requires_grad_(False)
     settings = {"batch_size": batch_size, "precision": precision}
@@ -139,11 +140,17 @@ def make_casm_explainer(
     return Explainer(classifier, {"casm": compute_masks}, [-1], view, device)
 
 
-def make_view(size: int, resize: str) -> FixedView:
-    """Return how an image is resized and cropped to size x size pixels. resize: a value of --resize."""
-    side = default_eval_resize(size) if size > LARGE_SIDE else size
-    views = {"keep": CenterCrop(size, side), "square": SquashedView(size, side), "whole": SquashedView(size, size)}
-    return views[resize]
+def make_view(size: int, resize: str, side: int | None = None, interpolation: str | None = None) -> FixedView:
+    """Return how an image is resized and cropped to size x size pixels.
+
+    resize: a value of --resize. side: of the image before the crop; None: the usual one. interpolation: `bilinear`
+    (None) or `bicubic`.
+    """
+    side = side or (default_eval_resize(size) if size > LARGE_SIDE else size)
+    smooth = interpolation or "bilinear"
+    if resize == "keep":
+        return CenterCrop(size, side, smooth)
+    return SquashedView(size, side if resize == "square" else size, smooth)
 
 
 def crop_for_model(image: np.ndarray, view: FixedView) -> tuple[np.ndarray, Box]:
@@ -157,7 +164,8 @@ def crop_for_model(image: np.ndarray, view: FixedView) -> tuple[np.ndarray, Box]
     starts = np.array(center_offset(view.size, *resized))
     (y1, x1), (y2, x2) = starts * sides / resized, (starts + view.size) * sides / resized
     box = (x1, y1, min(x2, width), min(y2, height))  # rounding must not exceed the border
-    pixels = Image.fromarray(image).resize((view.size, view.size), Image.Resampling.BILINEAR, box=box)
+    method = Image.Resampling[view.interpolation.upper()]
+    pixels = Image.fromarray(image).resize((view.size, view.size), method, box=box)
     return np.array(pixels), (*round_to_pixels(y1, y2, height), *round_to_pixels(x1, x2, width))
 
 

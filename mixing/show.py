@@ -283,13 +283,15 @@ def pixel_shares(mixer, images, targets, source, seed: int):
     """
     import torch
     from torch.autograd import forward_ad
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     shares = []
     for index in range(len(images)):
         torch.manual_seed(seed)
         tangent = torch.zeros_like(images)
         tangent[index] = 1
-        with forward_ad.dual_level(), warnings.catch_warnings():
+        # of the kernels of attention, which a source may run, only this one has forward-mode derivatives
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own internals
             mixed, _ = mixer(forward_ad.make_dual(images, tangent), targets, source)
             shares.append(forward_ad.unpack_dual(mixed).tangent[:, 0])

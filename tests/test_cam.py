@@ -18,6 +18,7 @@ from engine.data.views import CenterCrop
 from engine.errors import UserError
 from engine.inference.classifier import Classifier
 from explanation import crop_for_model, show_images
+from explanation.explainer import make_view
 from models import build_model
 
 RED = (200, 40, 20)
@@ -113,6 +114,14 @@ def test_map_covers_the_crop_and_the_rest_is_pale_and_grey(use_toy, photo, tmp_p
     peak = np.unravel_index(heat.argmax(), heat.shape)
     assert 76 <= peak[0] < 104 and 52 <= peak[1] < 88, "the peak is on the bright square, within one cell of the map"
     assert np.load(dark["raw"])[90, 70] < 0.2 and np.load(dark["raw"]).max() == 1
+
+
+def test_images_are_resized_as_for_the_weights():
+    image = np.random.RandomState(0).randint(0, 256, (40, 60, 3)).astype(np.uint8)
+    crop, box = crop_for_model(image, make_view(16, "keep", side=20, interpolation="bicubic"))
+    expected = Image.fromarray(image).resize((30, 20), Image.Resampling.BICUBIC).crop((7, 2, 23, 18))
+    assert box == (4, 36, 14, 46) and np.array_equal(crop, np.asarray(expected))
+    assert not np.array_equal(crop, crop_for_model(image, make_view(16, "keep", side=20))[0])
 
 
 def test_constant_map_is_zero_and_adds_no_colour(use_toy, photo, tmp_path, capsys):

@@ -130,7 +130,7 @@ class Classifier:
     knows_norm: bool = True  # whether mean and std are those of its training, not assumed
     norm_note: str = ""  # what was assumed of the normalisation
     resize: int | None = None  # shorter side before the crop, if its weights define it
-    interpolation: str | None = None  # how its images are resized, if its weights define it
+    interpolation: str | None = None  # how its images are resized, if its weights or its run define it
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalize(pixels, self.mean, self.std)).float()
@@ -236,6 +236,7 @@ def build_saved(
         model=name,
         epoch=saved.epoch,
         knows_norm=bool(saved.options),
+        interpolation=saved.options.get("interpolation"),
     )
     if inputs and not saved.options:  # weights of the library, or made by another code for its network
         set_inputs(classifier, inputs)

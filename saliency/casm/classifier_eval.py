@@ -39,8 +39,9 @@ KINDS = {  # kind of image -> function of pixels and selected pixels; the publis
 def load_classifiers(words: list[str], device: torch.device) -> list[Classifier]:
     """Load the classifiers that words name, and give them unique names.
 
-    A word is a torchvision NAME (with its ImageNet weights), NAME=FILE (with weights from a file), or a checkpoint or
-    run folder of train.py. Raises UserError for anything else, and if weights are not available.
+    A word is torchvision:NAME, timm:NAME or torchvision's NAME (with pretrained weights), NAME=FILE (with weights from
+    a file), or a checkpoint or run folder of train.py. Raises UserError for anything else, and if weights are not
+    available.
     """
     words = list(dict.fromkeys(words))
     classifiers = [load_classifier(word, models) for word in words]

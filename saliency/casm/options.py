@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from engine.config.option_types import boolean, choice, float_in_range, int_at_least, positive, run_name
+import models
+from engine.config.option_types import boolean, choice, float_in_range, int_at_least, model_name, positive, run_name
 from engine.config.options import DATASETS, add_common_options, add_dataset_option, add_image_set_options
 from engine.config.parser import Parser
 from engine.config.training_options import add_optimizer_options
-from models import ALIASES, IMAGENET_ALIASES, MODELS
 
 FIRST_SNAPSHOT_ONLY = 10_000_000  # an smf so large that the pool only ever holds the first snapshot
 SMALL_SET_BATCHES = 1000  # the published --pot is meant for ImageNet's 10,010 batches, not for fewer than these
@@ -44,15 +44,17 @@ def build_casm_parser(command: str, description: str, seed: int = 0) -> Parser:
 
 
 def add_classifier_options(parser: Parser, text: str) -> None:
-    """Declare --classifier and --arch. text: the help text of --classifier."""
+    """Declare --classifier, --arch and --model_args. text: the help text of --classifier."""
     parser.option("--classifier", metavar="FILE", help=text)
     parser.option(
         "--arch",
-        type=choice([*MODELS, *IMAGENET_ALIASES], ALIASES),
+        type=model_name(models, [*models.MODELS, *models.IMAGENET_ALIASES], models.ALIASES),
         metavar="NAME",
         shown="as saved in the file, else resnet50",
-        help="its architecture; for large images resnet18 to resnet152 have the ImageNet stem",
+        help="its architecture, torchvision:NAME and timm:NAME included; for large images resnet18 to resnet152 have "
+        "the ImageNet stem",
     )
+    add_common_options(parser, "model_args")
 
 
 def add_mask_options(parser: Parser) -> None:

@@ -27,7 +27,7 @@ from saliency.casm.extractors import (
 )
 from saliency.casm.network import find_casm_files, load_casm
 
-EXTRACTOR_OPTIONS = ("casms_path", "basics", "sources", "classifier", "arch", "image_size", "seed")
+EXTRACTOR_OPTIONS = ("casms_path", "basics", "sources", "classifier", "arch", "model_args", "image_size", "seed")
 DATA_OPTIONS = ("data", "dataset", "val_data_dir", "val_labels", "num_classes", "image_size", "limit", "on_bad_image")
 SCORE_OPTIONS = ("annotation_path", "break_ratio", "not_normalize", "class_list", "rule", "judge", "basics", "pot")
 EVAL_OPTIONS = ("batch_size", "classifiers", "resnets_path", "classifier", "amp")
@@ -59,6 +59,7 @@ def iter_extractors(
     sources: list[str] | None = None,
     classifier: str | None = None,
     arch: str | None = None,
+    model_args: dict | None = None,
     image_size: int | None = None,
     seed: int = 0,
 ) -> Iterator[Extractor]:
@@ -82,7 +83,8 @@ def iter_extractors(
         yield extractor
     base = None
     if classifier:
-        base = wrap_classifier(load_classifier(classifier, models, model=arch, image_size=image_size), device)
+        given = {"model": arch, "model_args": model_args, "image_size": image_size}
+        base = wrap_classifier(load_classifier(classifier, models, **given), device)
     elif files and (sources or set(naive) & set(NAIVE_MASKS)):
         base = build_casm_extractor(load_casm(files[0]), device)
     for name in sources or []:

@@ -18,6 +18,7 @@ from engine.runtime.distributed import rank_environment
 from engine.runtime.text import format_count
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model
 from models.imagenet_resnet import load_pretrained
+from models.stages import StagedNetwork
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import FIRST_SNAPSHOT_ONLY, SMALL_SET_BATCHES, get_preset
 from saliency.casm.pool import ClassifierPool, compute_snapshot_megabytes
@@ -71,7 +72,8 @@ def get_start_options(given: dict) -> dict:
     options = {}
     if "classifier" in given:
         saved = SavedClassifier(given["classifier"]).options
-        options |= {key: saved[key] for key in DATA_OPTIONS if key in saved} | {"arch": saved.get("model")}
+        options |= {key: saved[key] for key in (*DATA_OPTIONS, "model_args") if key in saved}
+        options |= {"arch": saved.get("model")}
     if "reproduce" in given:
         options |= get_preset(given["reproduce"].upper(), given.get("adversarial", False))
     return options
@@ -86,7 +88,7 @@ def fill_from_data(options: dict, data: Data) -> None:
 
 
 def choose_classifier(
-    parser: Parser, data: Data, *, classifier: str | None, arch: str | None
+    parser: Parser, data: Data, *, classifier: str | None, arch: str | None, model_args: dict | None
 ) -> tuple[str, torch.nn.Module, list[str]]:
     """Return the name of the architecture, the network and notes for the user.
 
@@ -112,7 +114,13 @@ def choose_classifier(
             f"({', '.join(data.classes[:5])} ...)\nboth must have the same classes in the same order"
         )
     shape = {"num_classes": len(data.classes), "image_size": data.image_size}
-    return file.identify(models, arch), file.build(models, model=arch, **shape), []
+    name, network = file.identify(models, arch), file.build(models, model=arch, model_args=model_args, **shape)
+    if not isinstance(network, StagedNetwork):
+        raise UserError(
+            f"{file.path}: {name} has no stages whose features a mask decoder can read\ntrain a decoder for a network "
+            "of this project (train.py --list_models); its masks guide the training of any other network"
+        )
+    return name, network, []
 
 
 def build_pool(network: torch.nn.Module, *, f_size: int, smf: int, pool_device: str) -> ClassifierPool:

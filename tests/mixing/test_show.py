@@ -12,6 +12,7 @@ import saliency
 from engine.errors import UserError
 from mixing import build_mixer, show
 from mixing.show import METHODS, collect_mixtures, pixel_shares
+from models import build_model
 from saliency import Source
 from saliency.static import FineGrained
 
@@ -167,3 +168,15 @@ def test_the_options_of_a_new_source_reach_it(image_files, tmp_path, monkeypatch
     ]
     show.main([*args, "--method", "saliencymix", "--saliency", "contrast", "--n_holes", "7"])
     assert received and set(received) == {7}
+
+
+def test_the_gradient_of_a_vision_transformer_guides_the_mix(image_files, tmp_path):
+    pytest.importorskip("timm")
+    model, arguments = "timm:vit_tiny_patch16_224", {"patch_size": 8, "depth": 1, "embed_dim": 12, "num_heads": 3}
+    torch.save(build_model(model, 10, 32, model_args=arguments).state_dict(), tmp_path / "net.pt")
+    words = ["--images", *image_files[:2], "--method", "sage", "-o", str(tmp_path / "mix.png"), "--n", "2"]
+    words += ["--model_path", str(tmp_path / "net.pt"), "--model", model, "--model_args"]
+    words += [f"{key}={value}" for key, value in arguments.items()]
+    assert show.main(words)["sage"].shape == (2, 2)
+    with pytest.raises(SystemExit):
+        show.main([*words[:3], "--model_args", "depth=1"])

@@ -23,8 +23,8 @@ def build_parser() -> Parser:
         nargs="+",
         metavar="NAME",
         shown="the 17 published torchvision networks for 1000 classes, else the checkpoint's classifier",
-        help="a torchvision NAME (with its ImageNet weights), NAME=FILE (with weights from FILE), or a "
-        "checkpoint or run folder of train.py",
+        help="torchvision:NAME, timm:NAME or torchvision's NAME (with pretrained weights), NAME=FILE (with weights "
+        "from FILE), or a checkpoint or run folder of train.py",
     )
     parser.option(
         "--resnets_path",

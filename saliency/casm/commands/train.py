@@ -67,10 +67,12 @@ def main(argv: list[str] | None = None) -> dict:
     # ---- Classifier and decoder ----
     notes = [*start.notes, *data.warnings]
     if start.saved:
-        classifier = build_model(options["model"], len(data.classes), data.image_size)
+        classifier = build_model(
+            options["model"], len(data.classes), data.image_size, model_args=options.get("model_args")
+        )
     else:
         options["model"], classifier, classifier_notes = setup.choose_classifier(
-            parser, data, **select_kwargs(options, ["classifier", "arch"])
+            parser, data, **select_kwargs(options, ["classifier", "arch", "model_args"])
         )
         notes = [*classifier_notes, *notes]
     network = CasmNetwork(classifier, build_decoder(classifier, **select_kwargs(options, ["width", "upsample"])))

@@ -748,6 +748,15 @@ def test_a_run_resumes_only_on_its_own_data(tmp_path, classifier):
             casm_train.main(["--resume", str(tmp_path / "map.chk"), "--epochs", "2", "--device", "cpu"])
 
 
+def test_a_network_without_stages_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "net.pt"
+    torch.save(build_model("torchvision:squeezenet1_1", 10, 32).state_dict(), file)
+    words = ["--dataset", "shapes", "--limit", "20", "--device", "cpu", "--casms-path", str(tmp_path), "--name", "a"]
+    words += ["--classifier", str(file), "--arch", "torchvision:squeezenet1_1"]
+    with pytest.raises(UserError, match=r"torchvision:squeezenet1_1 has no stages .*\ntrain a decoder for a network"):
+        casm_train.main(words)
+
+
 def test_errors_explain_files_that_are_no_casm_checkpoints(tmp_path, casm_file):
     content = torch.load(casm_file)
     broken = {
