@@ -17,7 +17,8 @@ To write a method:
 * Set default_source if the method needs saliency maps. If the default is "gradient", override gradient_options.
 * In mix_batch(), draw partners and shares with draw_partner() and draw_lam(), get the maps from compute_saliency(), mix
   with blend() or paste(), and pass the weight map to set_weight(). The functions are in mixing/ops.py.
-* Override check_size() if not every image size can be mixed, and state_dict() if the method has state.
+* Override check_size() if not every image size can be mixed, check_network() if not every network can be trained, and
+  state_dict() if the method has state.
 
 Each part has a working default except mix_batch(). mixing/mixup.py is the shortest example, mixing/saliencymix.py the
 shortest one with saliency.
@@ -131,6 +132,9 @@ class Mixer:
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming sizes that work, if images of height x width pixels cannot be mixed."""
+
+    def check_network(self, model: torch.nn.Module) -> None:
+        """Raise ValueError, naming networks that work, if the method cannot train `model`."""
 
     def during(self, model: torch.nn.Module) -> AbstractContextManager:
         """Return the context manager in which the mixed batch passes through `model`, forward and backward."""

@@ -46,6 +46,10 @@ class Chain(Mixer):
         for mixer in self.mixers:
             mixer.check_size(height, width)
 
+    def check_network(self, model):
+        for mixer in self.mixers:
+            mixer.check_network(model)
+
     def __call__(self, images, targets, source=None):
         for mixer in self.mixers:
             images, targets = mixer(images, targets, source)

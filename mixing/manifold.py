@@ -12,6 +12,8 @@ import torch
 from mixing.base import Mixer
 from mixing.ops import blend, check_probability, draw_lam, draw_partner
 
+DEPTHS = 3  # the images and the outputs of the first two stages
+
 
 class ManifoldMixup(Mixer):
     """lam ~ Beta(mixup_alpha, mixup_alpha), drawn once per batch, or per image with in_batch.
@@ -33,7 +35,7 @@ class ManifoldMixup(Mixer):
         return super().__call__(images, targets, source)
 
     def mix_batch(self, images, targets, source):
-        self.depth = int(torch.randint(3, ()))
+        self.depth = int(torch.randint(DEPTHS, ()))
         self.lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         self.partner = draw_partner(images)
         if self.depth:
@@ -42,15 +44,24 @@ class ManifoldMixup(Mixer):
         self.set_weight(images, lambda lam=self.lam: lam)
         return blend(images, self.partner, self.lam), blend(targets, self.partner, self.lam)
 
+    def check_network(self, model):
+        stages = getattr(model, "stages", None)  # timm uses this name for a module, too
+        if not isinstance(stages, tuple) or len(stages) < DEPTHS - 1:
+            raise ValueError(
+                f"manifold mixes the output of a stage, and {type(model).__name__} names no stages: use mixup, or a "
+                "network of ours or a ResNet of torchvision or timm"
+            )
+
     @contextmanager
     def during(self, model):
-        """Mix the output of stage `depth` of `model`, which names its stages in `model.stages`.
+        """Mix the output of stage `depth` of `model`, which names its stages in `model.stages`, a tuple.
 
-        The forward hook is removed even if an error occurs.
+        The forward hook is removed even if an error occurs. Raises ValueError for a network without stages.
         """
         if self.depth == 0:
             yield
             return
+        self.check_network(model)
         stage = model.get_submodule(model.stages[self.depth - 1])
         handle = stage.register_forward_hook(lambda module, inputs, hidden: self.mix_hidden(hidden))
         try:

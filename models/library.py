@@ -23,6 +23,7 @@ FIXED_ARGUMENTS = {  # argument -> why --model_args cannot set it
     "aux_logits": "is off, since a network returns its logits alone",
     "features_only": "makes a network without a classifier",
 }
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")  # of every ResNet of both libraries, and their kin
 NO_AUXILIARY = {"aux_logits": False, "init_weights": True}
 BUILD_ARGUMENTS = {"googlenet": NO_AUXILIARY, "inception_v3": NO_AUXILIARY}  # of torchvision
 
@@ -113,6 +114,8 @@ def build_library_model(library: str, name: str, num_classes: int, image_size: i
             f"{title} cannot be built with {given} ({summarize(error)}); its arguments are {', '.join(accepted)}"
         ) from error
     check_images(network, title, num_classes, image_size)
+    if all(isinstance(getattr(network, stage, None), nn.Module) for stage in RESNET_STAGES):
+        network.stages = RESNET_STAGES  # as our own networks state theirs
     return network
 
 

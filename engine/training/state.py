@@ -164,7 +164,11 @@ class TrainingState:
         return note
 
     def set_mixer(self, mixer, build_source: Callable) -> None:
-        """Use this mixing method from now on, with the saliency source that build_source(mixer) returns."""
+        """Use this mixing method from now on, with the saliency source that build_source(mixer) returns.
+
+        Raises ValueError if the method cannot train the network.
+        """
+        mixer.check_network(self.model)
         self.mixer, self.source = mixer, mixer.build_source(build_source)
 
     @property

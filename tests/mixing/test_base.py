@@ -222,8 +222,13 @@ def test_saliencymix_matches_the_published_code(static_golden):
     assert soft[0, 0] == float(static_golden["sm_official_lam"])
 
 
-@pytest.mark.parametrize("model_name", ["resnet20", "preactresnet18", "resnext29_4_24"])
+NETWORKS_WITH_STAGES = ["resnet20", "preactresnet18", "resnext29_4_24", "torchvision:resnet18", "timm:resnet10t"]
+
+
+@pytest.mark.parametrize("model_name", NETWORKS_WITH_STAGES)
 def test_manifold_mixup_mixes_the_drawn_stage(model_name):
+    if model_name.startswith("timm:"):
+        pytest.importorskip("timm")
     model = build_model(model_name, 5).eval()
     images, targets = batch((4, 3, 32, 32))
     mixer, depths = ManifoldMixup(), set()
@@ -253,6 +258,19 @@ def test_manifold_mixup_mixes_the_drawn_stage(model_name):
         torch.testing.assert_close(logits, expected)
         torch.testing.assert_close(soft, blend(targets, mixer.partner, mixer.lam))
     assert depths == {0, 1, 2}
+
+
+@pytest.mark.parametrize("options", [{}, {"mix_fraction": 0.5}, {"cutout": True}])
+@pytest.mark.parametrize("names", [["manifold"], ["mixup", "manifold"]])
+def test_manifold_mixup_refuses_a_network_without_stages(names, options):
+    model = build_model("torchvision:mobilenet_v2", 5)
+    problem = "MobileNetV2 names no stages: use mixup, or a network of ours or a ResNet of torchvision or timm"
+    with pytest.raises(ValueError, match=problem):
+        compose_mixer(names, **options).check_network(model)
+    mixer = ManifoldMixup()
+    mixer.depth = 1
+    with pytest.raises(ValueError, match=problem), mixer.during(model):
+        pass
 
 
 def test_manifold_mixup_removes_its_hook_even_on_an_error():
