@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import models
 import saliency
+from engine.config.legacy_options import translate_saved
 from engine.config.mixing_options import add_mixing_options
 from engine.config.option_types import format_option
 from engine.config.options import DATASETS, add_data_options, add_device_options, add_imagenet_options
@@ -61,7 +62,8 @@ def get_result_options(run: Run) -> dict:
     """Return the options of a run that decide its results, without its seed. Values that set nothing are left out, and
     so are options that the learning rate schedule of the run does not read.
     """
-    options = get_default_options() | {key: value for key, value in run.options.items() if value is not None}
+    saved = translate_saved(run.options)
+    options = get_default_options() | {key: value for key, value in saved.items() if value is not None}
     unread = {key for key, readers in SCHEDULER_OPTIONS.items() if options.get("scheduler") not in readers}
     ignored = NEUTRAL_OPTIONS | unread
     return {key: value for key, value in options.items() if key not in ignored and value not in ([], {}, "")}

@@ -135,8 +135,9 @@ def test_labels_name_what_tells_the_groups_apart(tmp_path):
 
 
 def test_an_older_run_without_an_option_belongs_to_its_default(tmp_path):
-    write_run(tmp_path / "a", [1, 2])
-    write_run(tmp_path / "b", [1, 2], seed=1, clip_grad=0.0, ema=0.0, saliency=None, trad_augment=True, seeds=[])
+    write_run(tmp_path / "a", [1, 2], loss="bce")
+    new = {"clip_grad": 0.0, "saliency": None, "seeds": [], "optimizer": "sgd", "no_decay_1d": False}
+    write_run(tmp_path / "b", [1, 2], seed=1, loss="softmax_bce", **new)
     assert len(compare(tmp_path).groups) == 1
 
 
