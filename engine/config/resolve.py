@@ -56,6 +56,8 @@ def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
 def fill_in_options(typed: dict, saved: dict, defaults: dict) -> dict[str, object]:
     """Return every option; see merge_options(). Raises ValueError for malformed --phases."""
     saved = translate_saved(saved)
+    if saved.get("optimizer") != typed.get("optimizer", saved.get("optimizer")):  # --config: settings of another one
+        saved = {key: value for key, value in saved.items() if key not in ("betas", "eps", "no_decay_1d")}
     options = merge_options(typed, saved, defaults, rules=RULES, recipe=partial(get_recipe, defaults=defaults))
     if options["no_decay_1d"] is None:
         options["no_decay_1d"] = options["optimizer"] != "sgd"

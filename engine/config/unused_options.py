@@ -76,7 +76,8 @@ def collect_run_notes(
     scheduler = options["scheduler"]
     ignored = {key for key, readers in SCHEDULER_OPTIONS.items() if scheduler not in readers and typed.get(key)}
     if scheduler == "onecycle":
-        ignored |= {key for key, replaced in (("momentum", options["momentum"]), ("lr", options["max_lr"])) if replaced}
+        ignored |= {"momentum"} if options["momentum"] and "momentum" in taken else set()
+        ignored |= {"lr"} if options["max_lr"] else set()
     notes = [f"no effect with --scheduler {scheduler}: {names}"] if (names := format_typed(ignored, typed)) else []
     notes += describe_optimizer(options, typed, taken)
     unused = find_unused_image_options(options, typed)

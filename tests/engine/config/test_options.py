@@ -103,6 +103,9 @@ def test_abbreviations_are_refused(capsys):
         (["--loss", "bce", "--label_smoothing", "0.1"], "--loss ce"),
         (["--gammas", "0.1", "0.2", "--schedule", "1", "2", "3", "--scheduler", "multistep"], "2 factors for the 3"),
         (["--evaluate"], "--checkpoint"),
+        (["--optimizer", "lamb"], "timm:lamb"),
+        (["--min_lr", "0.2", "--lr", "0.1"], "--min_lr 0.2 is above --lr 0.1"),
+        (["--warmup_lr", "0.2", "--lr", "0.1"], "--warmup_lr 0.2 is above --lr 0.1"),
         (["--clean_weight", "1", "--clean_lam", "0.5"], "--clean_weight 1: --clean_lam 0.5 sets the weight"),
         (["--clean_weight", "0", "--update_ratio", "0.7"], "--update_ratio 0.7 sets the weight"),
         (["--clean_weight", "-1"], "--clean_weight"),
@@ -345,6 +348,12 @@ def test_kernels_has_an_effect_where_something_would_be_captured(method, unused)
         ("--scheduler cosine", {"epochs": 10}, ["--epochs 20 instead of 10: the cosine schedule now ends at epoch 20"]),
         ("--scheduler linear --mix_off_epoch 2", {"epochs": 10}, ["the linear", "2 now means the last of 20 epochs"]),
         ("--scheduler multistep", {"epochs": 10}, []),
+        ("--betas 0.9 0.99 --eps 1e-6", {}, ["--optimizer sgd: --betas, --eps"]),
+        ("--optimizer adamw --momentum 0.8 --nesterov --no_decay_bn", {}, ["adamw and --no_decay_1d: --momentum, --n"]),
+        ("--optimizer adamw --betas 0.9 0.99 --min_lr 0.01", {}, ["onecycle: --min_lr", "the first of the --betas"]),
+        ("--scheduler cosine --min_lr 0.01 --warmup_lr 0.01", {}, ["no effect in this run: --warmup_lr"]),
+        ("--bce_target_thresh 0.2 --freeze conv1", {}, ["random weights", "in this run: --bce_target_thresh"]),
+        ("--scheduler cosine_step --ema_ramp", {"epochs": 10}, ["cosine_step schedule now ends", "--ema_ramp now"]),
         ("--scheduler cosine", {"epochs": 20}, []),
         ("--rand_augment_std 1 --auto_augment trivial", {}, ["no effect in this run: --rand_augment_std"]),
         ("--auto_augment rand --rand_augment_ops 1 --interpolation bicubic --random_erasing 0.1", {}, []),
@@ -358,7 +367,8 @@ def test_kernels_has_an_effect_where_something_would_be_captured(method, unused)
 def test_options_without_effect_and_moved_schedules_are_noted(words, saved, expected):
     parser = train.build_parser()
     typed = parser.read(["--dataset", "shapes", *words.split()])
-    notes = collect_run_notes(fill_in_options(typed, {}, parser.defaults), typed, saved, steps=100)
+    taken = {"betas", "eps"} if "adamw" in words else {"momentum", "nesterov"}
+    notes = collect_run_notes(fill_in_options(typed, {}, parser.defaults), typed, saved, 100, taken)
     assert len(notes) == len(expected) and all(map(str.__contains__, notes, expected)), notes
 
 

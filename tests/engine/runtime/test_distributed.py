@@ -49,7 +49,7 @@ CASES = {  # name -> method, hyper-parameters, source (None: the default of the 
     "sage in two micro-batches": ("sage", {}, None, 2),
     "mixup and the unmixed batch": ("mixup", {"clean_weight": 0.5}, None, 2),
 }
-ADAMW = "--optimizer adamw --lr 0.001 --min_lr 1e-4 --freeze conv1 bn1 --ema_ramp --loss sigmoid_bce".split()
+ADAMW = "--optimizer adamw --lr 0.001 --min_lr 1e-4 --freeze conv1 bn1 --loss sigmoid_bce".split()
 REFUSED = {  # options -> message
     ("--batch_size", "7"): r"--batch_size 7: the total .* divisible by 2 processes = 2\nuse 6 or 8",
     ("--batch_size", "6", "--accumulate", "2"): r"divisible by 2 processes x --accumulate 2 = 4\nuse 4 or 8",

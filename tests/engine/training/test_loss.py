@@ -54,6 +54,16 @@ def test_a_run_that_was_saved_with_bce_is_one_with_softmax_bce():
         resolve(parser, saved, "--loss", "sigmoid_bce")
 
 
+def test_another_optimizer_than_that_of_a_config_has_its_own_defaults():
+    parser = build_parser()
+    saved = fill_in_options(
+        parser.read(["--optimizer", "timm:adan", "--betas", "0.9", "0.9", "0.9"]), {}, parser.defaults
+    )
+    options = fill_in_options(parser.read(["--optimizer", "sgd"]), saved, parser.defaults)
+    assert (options["betas"], options["no_decay_1d"]) == (None, False)
+    assert fill_in_options({}, saved, parser.defaults)["betas"] == [0.9, 0.9, 0.9]
+
+
 def test_an_option_that_a_saved_run_did_not_have_yet_cannot_change_on_a_resume():
     parser = build_parser()
     saved = fill_in_options({}, {}, parser.defaults)
