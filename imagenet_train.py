@@ -11,7 +11,7 @@ from engine.config.options import LARGE_DATASETS, add_data_options, add_device_o
 from engine.config.parser import Parser, read_config
 from engine.config.phases import build_phases, default_eval_resize, find_phase
 from engine.config.recipes import IMAGENET_RECIPES
-from engine.config.resolve import get_phase_options, read_options, resolve_options, use_copies_as_data_dir
+from engine.config.resolve import get_phase_options, read_options, use_copies_as_data_dir
 from engine.config.select import select_kwargs
 from engine.config.training_options import add_training_options
 from engine.config.unused_options import collect_mixing_notes, collect_run_notes
@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     typed = use_copies_as_data_dir(typed)
     if "resize_to" in typed:
         return data.resize_data_set(parser, typed)
-    options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    config = read_config(typed["config"]) if "config" in typed else {}
+    options = training.resolve_pretrained(parser, typed, config, models)
     if options["list_models"]:
         return print(models.list_models(models.IMAGENET_MODELS, num_classes=1000))
     if options["evaluate"]:
@@ -100,9 +101,8 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
     with parser.usage_errors():
         if options["zero_init"]:
             models.zero_init(model)
-        if options["pretrained"] and not start.saved:
-            new_last_layer = runtime.main_process_first(lambda: models.load_pretrained(model, options["model"]))
-            notes.append("--pretrained: torchvision's weights" + (", with a new last layer" if new_last_layer else ""))
+    if options["pretrained"] and not start.saved:
+        notes.append(training.load_pretrained_weights(model, options, len(sets.classes), models))
     if options["init_from"] and not start.saved:
         notes.append(training.load_initial_weights(model, options["init_from"], sets.classes, models, options["model"]))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))

@@ -10,7 +10,7 @@ from engine.config.mixing_options import add_mixing_options
 from engine.config.options import SMALL_DATASETS, add_data_options, add_device_options
 from engine.config.parser import Parser, read_config
 from engine.config.recipes import RECIPES
-from engine.config.resolve import read_options, resolve_options
+from engine.config.resolve import read_options
 from engine.config.select import select_kwargs
 from engine.config.training_options import add_training_options
 from engine.config.unused_options import collect_mixing_notes, collect_run_notes
@@ -21,8 +21,8 @@ from engine.runtime.claim import releasing_claims
 def build_parser() -> Parser:
     parser = Parser(
         "Train an image classifier with a mixing method on small images: CIFAR, Tiny-ImageNet, or your own folders. "
-        "Without options it trains a small network on drawn shapes, as a demonstration. For photos at 224 pixels and "
-        "for pretrained weights use imagenet_train.py."
+        "Without options it trains a small network on drawn shapes, as a demonstration. For photos at 224 pixels use "
+        "imagenet_train.py."
     )
     add_training_options(parser, methods=mixing, models=models, recipes=["auto", *RECIPES])
     add_data_options(parser, SMALL_DATASETS)
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> dict | None:
     # ---- Options ----
     parser = build_parser()
     typed, notes = read_options(parser, argv)
-    options = resolve_options(parser, typed, read_config(typed["config"]) if "config" in typed else {})
+    config = read_config(typed["config"]) if "config" in typed else {}
+    options = training.resolve_pretrained(parser, typed, config, models)
     if options["list_models"]:
         return print(models.list_models(models.MODELS))
     if options["evaluate"]:
@@ -81,6 +82,8 @@ def train_run(parser: Parser, typed: dict, options: dict, notes: list[str]) -> d
         model = models.build_model(
             options["model"], len(sets.classes), sets.image_size, options["dropout"], options["model_args"]
         )
+    if options["pretrained"] and not start.saved:
+        notes.append(training.load_pretrained_weights(model, options, len(sets.classes), models))
     if options["init_from"] and not start.saved:
         notes.append(training.load_initial_weights(model, options["init_from"], sets.classes, models, options["model"]))
     model = training.place_network(model, device, **select_kwargs(options, training.place_network))

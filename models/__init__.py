@@ -1,5 +1,6 @@
 """Build classifiers by name. Importing this package does not import torch, so that `--help` is fast."""
 
+import textwrap
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
@@ -26,9 +27,10 @@ MAX_IMAGE_SIZE = 128  # largest side in pixels for all other networks, which are
 
 
 LAZY = {  # attribute -> the module that it is imported from on first use, since it needs torch
-    **dict.fromkeys(("load_pretrained", "zero_init"), "models.imagenet_resnet"),
+    "zero_init": "models.imagenet_resnet",
     **dict.fromkeys(("convert_weights", "find_heads", "infer_image_size"), "models.library_files"),
-    **dict.fromkeys(("build_pretrained", "get_class_titles", "get_input_settings"), "models.pretrained"),
+    **dict.fromkeys(("build_pretrained", "fetch_weights", "find_pretrained"), "models.pretrained"),
+    **dict.fromkeys(("get_class_titles", "get_input_settings"), "models.pretrained"),
 }
 
 
@@ -178,9 +180,15 @@ def count_parameters(names: Iterable[str], num_classes: int = 10) -> dict[str, i
 
 
 def list_models(names: Iterable[str], num_classes: int = 10) -> str:
-    """Return one line per network with its name and number of parameters."""
+    """Return one line per network with its name and number of parameters, then the classifiers of torchvision, and how
+    to list those of timm.
+    """
     counts = count_parameters(names, num_classes)
-    return "\n".join(f"{name:20} {count:>12,} parameters" for name, count in counts.items())
+    lines = [f"{name:20} {count:>12,} parameters" for name, count in counts.items()]
+    theirs = ", ".join(list_torchvision_names())
+    lines += textwrap.wrap(f"torchvision:NAME, where NAME is one of {theirs}", 120, subsequent_indent="  ")
+    lines.append("timm:NAME, where NAME is one of: python -c \"import timm; print(*timm.list_models('*vit*'))\"")
+    return "\n".join(lines)
 
 
 def download_weights(url: str) -> dict:

@@ -37,10 +37,10 @@ def import_timm() -> ModuleType:
     return timm
 
 
-def list_names(library: str) -> list[str]:
-    """List the classifiers of a library."""
+def list_names(library: str, pretrained: bool = False) -> list[str]:
+    """List the classifiers of a library. pretrained: of timm's, NAME.TAG for all weights that exist."""
     if library == "timm":
-        return import_timm().list_models()
+        return import_timm().list_models(pretrained=pretrained)
     from torchvision import models
 
     return models.list_models(module=models)
@@ -103,20 +103,25 @@ def build_library_model(library: str, name: str, num_classes: int, image_size: i
     if fixed := model_args.keys() & FIXED_ARGUMENTS.keys():
         key = min(fixed)
         raise ValueError(f"{title}: {key} {FIXED_ARGUMENTS[key]}; leave it out of --model_args")
-    accepted = list_arguments(library, name)
-    arguments = {key: image_size for key in SIZE_ARGUMENTS if key in accepted}
-    arguments |= {key: make_tuple(value) for key, value in model_args.items()}
+    arguments = complete_arguments(library, name, image_size, model_args)
     try:
         network = construct(library, name, num_classes, **arguments)
     except Exception as error:  # whatever the constructor raises for a name or a value
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise ValueError(
-            f"{title} cannot be built with {given} ({summarize(error)}); its arguments are {', '.join(accepted)}"
+            f"{title} cannot be built with {given} ({summarize(error)}); its arguments are "
+            f"{', '.join(list_arguments(library, name))}"
         ) from error
     check_images(network, title, num_classes, image_size)
     if all(isinstance(getattr(network, stage, None), nn.Module) for stage in RESNET_STAGES):
         network.stages = RESNET_STAGES  # as our own networks state theirs
     return network
+
+
+def complete_arguments(library: str, name: str, image_size: int, model_args: dict) -> dict[str, object]:
+    """Return `model_args` with the image size, if the constructor takes it and they do not set it."""
+    sizes = {key: image_size for key in SIZE_ARGUMENTS if key in list_arguments(library, name)}
+    return sizes | {key: make_tuple(value) for key, value in model_args.items()}
 
 
 def make_tuple(value):

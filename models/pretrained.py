@@ -1,11 +1,13 @@
 """Pretrained weights of torchvision and timm: where they come from, how their images are prepared, their classes."""
 
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
-from models import download_weights, split_model_name
-from models.library import construct, import_timm, make_tuple
+from models import IMAGENET_MODELS, download_weights, split_model_name
+from models.library import complete_arguments, construct, import_timm, list_names, make_tuple
 from models.library_files import convert_weights, get_timm_config
 
 HALF_SCALED = ("googlenet", "inception_v3")  # torchvision's, trained on pixels in -1..1 through transform_input
@@ -22,6 +24,32 @@ class InputSettings(NamedTuple):
     resize: int  # shorter side before the crop
     interpolation: str  # bilinear or bicubic
     transform_input: bool = False  # whether torchvision's network makes this scale of images normalised for ImageNet
+
+
+def find_pretrained(name: str, weights: str | None = None) -> tuple[str, str]:
+    """Return LIBRARY:NAME, whose pretrained weights the network `name` can load, and the name of the weights.
+
+    weights: those of torchvision, such as IMAGENET1K_V2, or the tag of timm's; None: IMAGENET1K_V1, or timm's default.
+    Raises ValueError if there are none, with those that exist.
+    """
+    name = f"torchvision:{name.removeprefix('imagenet_')}" if name in IMAGENET_MODELS else name
+    library, short = split_model_name(name)
+    if library == "torchvision":
+        weights = weights or DEFAULT_WEIGHTS
+        require_torchvision_weights(short, weights)
+    elif library == "timm":
+        base, _, tag = short.partition(".")
+        found = [one.partition(".")[2] for one in list_names("timm", pretrained=True) if one.partition(".")[0] == base]
+        if not found or (weights or tag) not in ("", *found):
+            available = f"its tags are {', '.join(found)}" if found else "choose another network"
+            raise ValueError(f"timm has no weights {weights or tag} for {base}; {available}".replace("  ", " "))
+        name = f"timm:{base}.{weights}" if weights else name
+    else:
+        raise ValueError(
+            f"there are no pretrained weights for {name}; they exist for {', '.join(IMAGENET_MODELS)}, "
+            "torchvision:NAME and timm:NAME"
+        )
+    return name, weights or ""
 
 
 def get_input_settings(name: str, weights: str = DEFAULT_WEIGHTS) -> InputSettings:
@@ -73,6 +101,16 @@ def find_torchvision_weights(name: str, weights: str):
     return get_model_weights(name).__members__.get(weights)
 
 
+def require_torchvision_weights(name: str, weights: str):
+    """Return find_torchvision_weights(). Raises ValueError, with those that exist, if there are none."""
+    from torchvision.models import get_model_weights
+
+    if (preset := find_torchvision_weights(name, weights)) is None:
+        available = ", ".join(one.name for one in get_model_weights(name)) or "none"
+        raise ValueError(f"torchvision has no {weights} weights for it (available: {available})")
+    return preset
+
+
 def build_pretrained(
     name: str, weights: str = DEFAULT_WEIGHTS, model_args: dict | None = None
 ) -> tuple[nn.Module, str]:
@@ -84,12 +122,7 @@ def build_pretrained(
     arguments = {key: make_tuple(value) for key, value in (model_args or {}).items()}
     if library == "timm":
         return build_pretrained_timm(short, arguments)
-    preset = find_torchvision_weights(short, weights)
-    if preset is None:
-        from torchvision.models import get_model_weights
-
-        available = ", ".join(one.name for one in get_model_weights(short)) or "none"
-        raise ValueError(f"torchvision has no {weights} weights for it (available: {available})")
+    preset = require_torchvision_weights(short, weights)
     state = convert_weights(name, download_weights(preset.url))
     network = construct(library, short, len(preset.meta["categories"]), **arguments)
     own = network.state_dict()
@@ -98,16 +131,48 @@ def build_pretrained(
     return network, preset.url
 
 
-def build_pretrained_timm(name: str, arguments: dict) -> tuple[nn.Module, str]:
-    """Return build_pretrained() for a network of timm."""
+def build_pretrained_timm(name: str, arguments: dict, state: dict | None = None) -> tuple[nn.Module, str]:
+    """Return build_pretrained() for a network of timm. state: load these weights of it in place of timm's own."""
     config = get_timm_config(name)
     if not config.has_weights or not config.num_classes:
         raise ValueError("timm has no weights for it" if not config.has_weights else "its weights have no classifier")
     url = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
     try:
-        return import_timm().create_model(name, pretrained=True, **arguments), url
+        overlay = {"state_dict": state} if state else None
+        return import_timm().create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments), url
     except Exception as error:  # from the hub, the network, the disk, or the constructor
         reason = (str(error).splitlines() or [""])[0][:200]
         raise ValueError(
-            f"cannot load its weights from {url} ({type(error).__name__}: {reason})\ndownload a file there"
+            f"cannot load its weights from {url} ({type(error).__name__}: {reason})\n{explain_place(config)}"
         ) from error
+
+
+def explain_place(config) -> str:
+    """Return where timm looks for the weights that `config` describes."""
+    if not config.hf_hub_id:
+        return f"put the file {config.url.rsplit('/', 1)[-1]} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return f"copy the folder models--{config.hf_hub_id.replace('/', '--')} of another machine into {HF_HUB_CACHE}"
+
+
+def fetch_weights(
+    name: str, weights: str, *, image_size: int, model_args: dict, state: dict | None = None
+) -> tuple[dict, str]:
+    """Return the state dict of pretrained weights for the network LIBRARY:NAME at this image size, and their URL.
+
+    name, weights: what find_pretrained() returned. Position embeddings are interpolated. state: take these weights of
+    the network, with the keys of the library, in place of a download. Raises ValueError, with the remedy, if the
+    weights cannot be downloaded or do not fit.
+    """
+    library, short = split_model_name(name)
+    if library == "timm":
+        network, url = build_pretrained_timm(short, complete_arguments(library, short, image_size, model_args), state)
+        return network.state_dict(), url
+    url = require_torchvision_weights(short, weights).url
+    state = convert_weights(name, state or download_weights(url))
+    if short.startswith("vit_"):
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        state = interpolate_embeddings(image_size, state["conv_proj.weight"].shape[-1], state)
+    return state, url

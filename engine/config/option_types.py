@@ -52,6 +52,11 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
 
 
+def yes_no_or_path(text: str) -> bool | str:
+    """Convert a word of boolean() to its value; return any other text, with ~ expanded."""
+    return boolean(text) if text.lower() in YES | NO else path(text)
+
+
 def int_at_least(minimum: int = 0, maximum: int = MAX_INT) -> OptionType:
     """Return the type of an integer from minimum to maximum."""
 
@@ -113,7 +118,12 @@ def model_name(models: ModuleType, names: Iterable[str], aliases: dict[str, str]
 
     def convert(text: str) -> str:
         if not models.split_model_name(text)[0]:
-            return ours(text)
+            try:
+                return ours(text)
+            except argparse.ArgumentTypeError as error:
+                if found := models.find_library_name(text.lower()):
+                    raise argparse.ArgumentTypeError(f"{text!r} is a network of torchvision; write {found}") from error
+                raise
         try:
             return models.check_model_name(text)
         except ValueError as error:

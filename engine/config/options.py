@@ -44,9 +44,9 @@ COMMON_OPTIONS = {  # single options of several commands: name -> arguments of P
         "help": "what to do with a file that cannot be read; skip: leave it out (training: use another one instead)",
     },
     "norm": {
-        "type": choice(["own", "imagenet", "half", "cifar"]),
-        "help": "mean and std of the images: of the dataset (folder: ImageNet's; shapes: 0.5), of ImageNet, 0.5, or "
-        "those of many codes for CIFAR",
+        "type": choice(["own", "imagenet", "half", "cifar", "clip", "dpn", "unit"]),
+        "help": "mean and std of the images: of the dataset (folder: ImageNet's; shapes: 0.5), of ImageNet, 0.5, those "
+        "of many codes for CIFAR, of CLIP or DPN networks, or 0 and 1",
     },
     "class_list": {"metavar": "FILE", "help": "all class names of the network in order, one per line or in a .csv"},
     "annotation_path": {
@@ -152,7 +152,6 @@ def add_imagenet_options(parser: Parser) -> None:
         default=False,
         help="start residual blocks as the identity and the last layer as N(0, 0.01)",
     )
-    parser.option("--pretrained", type=boolean, default=False, help="start from torchvision's ImageNet weights")
     parser.option(
         "--resize_to",
         type=int_list,

@@ -21,6 +21,7 @@ from engine.config.option_types import (
     positive,
     run_name,
     seed_list,
+    yes_no_or_path,
 )
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
@@ -88,6 +89,16 @@ def add_run_options(
     add_common_options(parser, model_args={"default": {}, "shown": None})
     parser.option(
         "--list_models", type=boolean, default=False, help="print the networks and their number of parameters, and exit"
+    )
+    parser.option(
+        "--pretrained",
+        type=yes_no_or_path,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="WEIGHTS",
+        help="start from the library's ImageNet weights, with their mean, std, image size and interpolation; WEIGHTS: "
+        "IMAGENET1K_V2, a tag of timm, or a file of them",
     )
     parser.option(
         "--init_from", metavar="FILE", help="initial weights; the last layer is new if the number of classes differs"

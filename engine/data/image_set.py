@@ -21,6 +21,9 @@ STATISTICS = {  # mean and std of pixels in 0..1
     "tiny-imagenet": ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "dpn": ((124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
 DEFAULT_STATISTICS = {"folder": "imagenet", "shapes": "half"}  # for data sets without their own statistics
 MAX_MEMORY_BYTES = 2**31  # limit for decoded images that load_into_memory() keeps

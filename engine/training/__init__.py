@@ -12,6 +12,7 @@ __getattr__ = lazy_attributes(
         "freezing": "freeze_layers",
         "monitor": "EpochMonitor",
         "network_step": "StepConfig",
+        "pretrained": "load_pretrained_weights resolve_pretrained",
         "run": "Run",
         "running_sums": "EpochStats NonFiniteLoss TrainingInterrupted",
         "small_batches": "check_small_batches",

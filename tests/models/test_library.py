@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import models
+import train
 from models import build_model, check_model_name, split_model_name
 
 
@@ -30,6 +31,18 @@ def test_unknown_names_give_the_nearest(name, remedy):
     pytest.importorskip("timm")
     with pytest.raises(ValueError, match=remedy):
         check_model_name(name)
+
+
+def test_list_models_says_how_to_list_those_of_the_libraries():
+    text = models.list_models(["resnet20"])
+    assert "torchvision:NAME, where NAME is one of alexnet, convnext_base" in text and "vit_l_32" in text
+    assert "timm.list_models" in text and all(len(line) <= 120 for line in text.splitlines())
+
+
+def test_a_plain_name_of_torchvision_is_refused_with_its_full_name(capsys):
+    with pytest.raises(SystemExit):
+        train.build_parser().read(["--model", "vit_b_16"])
+    assert "write torchvision:vit_b_16" in capsys.readouterr().err
 
 
 def test_a_missing_timm_is_named(monkeypatch):
