@@ -35,3 +35,26 @@ class StagedNetwork(nn.Module):
         for name in self.stages:
             features.append(getattr(self, name)(features[-1]))
         return self.head(features[-1]), features
+
+
+def has_stages(model: nn.Module) -> bool:
+    """Return whether a network names its stages, as StagedNetwork and the ResNets of models/library.py do."""
+    return isinstance(getattr(model, "stages", None), tuple)
+
+
+def run_stages(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return what StagedNetwork.forward_features() does, for any network that names its stages.
+
+    The stem of a library's network is all that comes before its first stage.
+    """
+    if isinstance(model, StagedNetwork):
+        return model.forward_features(images)
+    features: list[torch.Tensor] = []
+    stages = [model.get_submodule(name) for name in model.stages]
+    handles = [stages[0].register_forward_pre_hook(lambda _, given: features.append(given[0]))]
+    handles += [stage.register_forward_hook(lambda _, given, output: features.append(output)) for stage in stages]
+    try:
+        return model(images), features
+    finally:
+        for handle in handles:
+            handle.remove()

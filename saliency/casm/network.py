@@ -15,6 +15,7 @@ from engine.data.image_set import STATISTICS
 from engine.errors import UserError
 from engine.inference.classifier import SavedClassifier
 from engine.runtime.checkpoint import check_finite, is_checkpoint, list_first_keys, read_file
+from models.stages import run_stages
 
 UPSAMPLE_MODES = ("nearest", "bilinear")
 SUFFIX = ".chk"  # of CASM checkpoints
@@ -96,7 +97,7 @@ class CasmNetwork(nn.Module):
         self.classifier, self.decoder = classifier, decoder
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits, features = self.classifier.forward_features(images)
+        logits, features = run_stages(self.classifier, images)
         return self.decoder(features, images.shape[-2:]), logits.float()
 
     def predict_masks(self, images: torch.Tensor) -> torch.Tensor:
@@ -104,8 +105,10 @@ class CasmNetwork(nn.Module):
 
 
 def build_decoder(classifier: nn.Module, width: int = 64, upsample: str = "nearest") -> MaskDecoder:
-    """Return a new decoder for the feature maps of a classifier of the package models."""
-    return MaskDecoder(get_feature_channels(classifier), width, upsample, lateral_zero=classifier.raw_stem)
+    """Return a new decoder for the feature maps of a classifier that names its stages."""
+    return MaskDecoder(
+        get_feature_channels(classifier), width, upsample, lateral_zero=getattr(classifier, "raw_stem", False)
+    )
 
 
 @torch.no_grad()
@@ -113,7 +116,7 @@ def get_feature_channels(classifier: nn.Module) -> list[int]:
     """Return the number of channels of the feature maps after the stem and after each stage."""
     training = classifier.training
     weight = next(classifier.parameters())
-    features = classifier.eval().forward_features(torch.zeros(1, 3, 32, 32, device=weight.device))[1]
+    features = run_stages(classifier.eval(), torch.zeros(1, 3, 32, 32, device=weight.device))[1]
     classifier.train(training)
     return [one.shape[1] for one in features]
 

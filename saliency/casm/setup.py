@@ -18,7 +18,7 @@ from engine.runtime.distributed import rank_environment
 from engine.runtime.text import format_count
 from models import IMAGENET_ALIASES, IMAGENET_MODELS, build_model
 from models.imagenet_resnet import load_pretrained
-from models.stages import StagedNetwork
+from models.stages import has_stages
 from saliency.casm.network import PUBLISHED_MODEL, SUFFIX
 from saliency.casm.options import FIRST_SNAPSHOT_ONLY, SMALL_SET_BATCHES, get_preset
 from saliency.casm.pool import ClassifierPool, compute_snapshot_megabytes
@@ -115,10 +115,11 @@ def choose_classifier(
         )
     shape = {"num_classes": len(data.classes), "image_size": data.image_size}
     name, network = file.identify(models, arch), file.build(models, model=arch, model_args=model_args, **shape)
-    if not isinstance(network, StagedNetwork):
+    if not has_stages(network):
         raise UserError(
             f"{file.path}: {name} has no stages whose features a mask decoder can read\ntrain a decoder for a network "
-            "of this project (train.py --list_models); its masks guide the training of any other network"
+            "of this project (train.py --list_models) or a ResNet of torchvision or timm; its masks guide the training "
+            "of any other network"
         )
     return name, network, []
 

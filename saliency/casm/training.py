@@ -24,6 +24,7 @@ from engine.training.loop import LossCheck
 from engine.training.monitor import EpochMonitor
 from engine.training.running_sums import EpochStats, NonFiniteLoss
 from engine.training.state import TrainingState
+from models.stages import run_stages
 from saliency.casm.metrics import MaskStatistics
 from saliency.casm.network import CasmNetwork
 from saliency.casm.pool import ClassifierPool
@@ -226,7 +227,7 @@ def train_step(
     classifier, decoder = state.model.classifier, state.model.decoder
     # ---- Clean images ----
     with autocast(state.device, config.precision), torch.set_grad_enabled(state.train_classifier):
-        logits, features = classifier.forward_features(images)
+        logits, features = run_stages(classifier, images)
         clean_loss = F.cross_entropy(logits.float(), labels)
     if state.train_classifier:
         state.optimizer.zero_grad(set_to_none=True)
@@ -311,7 +312,7 @@ def train_one_epoch(
 def can_train_on_one_image(classifier: nn.Module, images: torch.Tensor) -> bool:
     """Return whether a batch of one image can be trained on: batch norm needs more than one value per channel."""
     with in_mode(classifier, "eval"):
-        return classifier.forward_features(images)[1][-1][0, 0].numel() > 1
+        return run_stages(classifier, images)[1][-1][0, 0].numel() > 1
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 import models
 import train
 from models import build_model, check_model_name, split_model_name
+from models.stages import has_stages, run_stages
 
 
 def test_names_are_split_at_the_library_only():
@@ -93,3 +94,17 @@ def test_building_draws_the_same_numbers_again():
     models.library.list_arguments.cache_clear()
     again = build_model("torchvision:squeezenet1_1", 4, 64).state_dict()
     assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+def test_the_stages_of_a_librarys_resnet_are_run_as_those_of_our_networks(name):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    model, images = build_model(name, 5, 32).eval(), torch.randn(2, 3, 32, 32)
+    logits, (stem, *features) = run_stages(model, images)
+    torch.testing.assert_close(logits, model(images))
+    assert len(features) == 4 and stem.min() >= 0
+    for stage, given, output in zip(model.stages, [stem, *features], features, strict=False):
+        torch.testing.assert_close(model.get_submodule(stage)(given), output)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not has_stages(build_model("torchvision:mobilenet_v2", 5, 32))
