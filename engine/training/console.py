@@ -56,6 +56,7 @@ def describe_run(
     *,
     method: list[str],
     model: str,
+    model_args: dict,
     dropout: float,
     recipe: str,
     epochs: int,
@@ -67,6 +68,7 @@ def describe_run(
     lr_points: str | None,
     weight_decay: float,
     loss: str,
+    label_smoothing: float,
     clean_weight: float | None,
     seed: int,
 ) -> tuple[list[str], list[str]]:
@@ -78,16 +80,19 @@ def describe_run(
     notes, has_dropout = list(data.warnings), model.startswith("wrn")
     image_sets = {"train": data.train, "valid": data.valid, "test": data.test}
     lines = [image_set.summary(SPLITS[split]) for split, image_set in image_sets.items() if image_set]
-    clean = f" + {clean_weight:g} x that of the unmixed batch" if clean_weight and method != ["none"] else ""
+    loss += f" with label smoothing {label_smoothing:g}" if label_smoothing else ""
+    loss += f" + {clean_weight:g} x that of the unmixed batch" if clean_weight and method != ["none"] else ""
+    traits = {"dropout": dropout} if dropout and has_dropout else model_args
+    network = " and ".join(f"{key} {format_option(value)}" for key, value in traits.items())
     rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
     if dropout and not has_dropout:
         notes.append(f"--dropout {dropout:g} is ignored: {model} has no dropout, only the wide ResNets (wrn...) have")
     lines.append(
-        f"method {' '.join(method)}, model {model}{f' with dropout {dropout:g}' if dropout and has_dropout else ''}, "
+        f"method {' '.join(method)}, model {model}{network and f' with {network}'}, "
         f"recipe {recipe}: {format_count(epochs, 'epoch')}, batch size {batch_size}, "
         f"{'' if optimizer == 'sgd' else f'{optimizer}, '}"
         f"{'peak lr' if scheduler == 'onecycle' else 'lr'} {rate} ({scheduler}), weight decay {weight_decay:g}, "
-        f"loss {loss}{clean}, {augmentation.describe() if augmentation else 'no augmentation'}, seed {seed}"
+        f"loss {loss}, {augmentation.describe() if augmentation else 'no augmentation'}, seed {seed}"
     )
     for number, phase in enumerate(plan if len(plan) > 1 else [], 1):
         lines.append(

@@ -15,12 +15,12 @@ from engine.config.recipes import IMAGENET_RECIPES
 from engine.data.augment import Augmentation
 from engine.data.folders import FileList
 from engine.data.image_files import ImageFiles
-from engine.data.image_set import ImageSet
+from engine.data.image_set import Data, ImageSet
 from engine.data.loader import DeviceLoader
 from engine.data.views import CenterCrop
 from engine.inference.metrics import confusion_matrix, topk_correct
 from engine.inference.predict import compute_scores, predict
-from engine.training.console import describe_methods, format_epoch, summarize_history
+from engine.training.console import describe_methods, describe_run, format_epoch, summarize_history
 from engine.training.evaluate import evaluate_held_out
 from engine.training.loop import profile_steps, train_one_epoch
 from engine.training.loss import LOSSES, smooth_labels
@@ -331,6 +331,24 @@ def test_the_median_names_the_epochs_it_is_of():
     result = summarize_history(rows, {})
     assert result["median_of_last_ten_top1"] == 75 and result["last_ten_epochs"] == list(range(30, 121, 10))
     assert summarize_history(rows[:20], {})["last_ten_epochs"] == [10, 20]
+
+
+def test_the_line_of_a_run_names_the_arguments_of_the_network_and_what_is_added_to_the_loss():
+    part = make_loader_and_model()[0].image_set
+    data = Data(part, part, None, (0.5,) * 3, (0.5,) * 3, image_size=8, warnings=[])
+    options = {
+        "model": "timm:vit",
+        "model_args": {"img_size": 8, "drop_path_rate": 0.1},
+        "dropout": 0.0,
+        "recipe": "deit",
+    }
+    options |= {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "scheduler": "cosine", "lr": 1e-3, "max_lr": None}
+    options |= {"lr_points": None, "weight_decay": 0.05, "loss": "ce", "label_smoothing": 0.1, "seed": 0}
+    lines, _ = describe_run(data, method=["mixup"], clean_weight=1.0, **options)
+    assert "model timm:vit with img_size 8 and drop_path_rate 0.1, recipe deit" in lines[-1]
+    assert "loss ce with label smoothing 0.1 + 1 x that of the unmixed batch, no" in lines[-1]
+    lines, _ = describe_run(data, method=["none"], clean_weight=1.0, **{**options, "label_smoothing": 0.0})
+    assert "loss ce, no" in lines[-1]
 
 
 def test_hyper_parameters_are_described_where_they_change():
