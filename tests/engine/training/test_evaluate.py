@@ -1,8 +1,12 @@
 """Initial weights of a run."""
 
+import re
+
+import pytest
 import torch
 
 import models
+from engine.errors import UserError
 from engine.training.evaluate import load_initial_weights
 from models import build_model
 
@@ -23,3 +27,34 @@ def test_init_from_matches_the_last_layer_by_class_name(tmp_path):
 
     note = load_initial_weights(model, str(tmp_path / "last.pt"), ["cat", "dog", "owl"], models, "resnet20")
     assert torch.equal(model.linear.weight, saved.linear.weight) and note.endswith("weights loaded")
+
+
+@pytest.mark.parametrize(
+    ("name", "model_args", "size", "heads"),
+    [
+        ("torchvision:squeezenet1_1", {}, 32, ["classifier.1"]),  # a convolution as its head
+        ("torchvision:densenet121", {}, 32, ["classifier"]),  # its weights have the keys of earlier versions
+        ("timm:deit_tiny_distilled_patch16_224", {"depth": 1, "embed_dim": 12}, 16, ["head", "head_dist"]),
+    ],
+)
+def test_init_from_takes_weights_of_a_library_with_another_head(tmp_path, name, model_args, size, heads):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    shape = {"image_size": size, "model_args": model_args}
+    saved, model = build_model(name, 7, **shape).state_dict(), build_model(name, 3, **shape)
+    earlier = {re.sub(r"(denselayer\d+\.(norm|relu|conv))", r"\1.", key): value.half() for key, value in saved.items()}
+    torch.save(earlier, tmp_path / "net.pt")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    note = load_initial_weights(model, str(tmp_path / "net.pt"), ["a", "b", "c"], models, name)
+    assert note.endswith("the last layer is newly initialised for 3 classes")
+    for key, value in model.state_dict().items():
+        own = key.rpartition(".")[0] in heads
+        assert torch.equal(value, before[key] if own else saved[key].half().to(value.dtype)), key
+
+
+def test_init_from_refuses_weights_of_another_network(tmp_path):
+    torch.save(build_model("torchvision:squeezenet1_1", 7, 32).state_dict(), tmp_path / "net.pt")
+    model = build_model("torchvision:squeezenet1_0", 3, 32)
+    with pytest.raises(UserError, match="net.pt: weights of another architecture than torchvision:squeezenet1_0; miss"):
+        load_initial_weights(model, str(tmp_path / "net.pt"), ["a", "b", "c"], models, "torchvision:squeezenet1_0")
