@@ -116,6 +116,11 @@ def test_only_evaluated_epochs_count(tmp_path):
     assert [(point.epoch, point.minutes, point.spread.mean) for point in points] == [(2, 1, 50), (4, 2, 60)]
 
 
+def test_the_median_is_that_of_the_last_ten_evaluated_epochs(tmp_path):
+    write_run(tmp_path / "a", [99, 98, *range(10)])
+    assert compare(tmp_path).figures[0].median.mean == 4.5
+
+
 # ---- Groups ----
 
 
