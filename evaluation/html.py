@@ -25,6 +25,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?=$|\s|%)")  # at the start of a cell
 TAG = re.compile(r"<[^>]*>")
 MISSING = "-"
+SHORT_CELL, LONG_WORD = 40, 18  # letters: a cell that is not wrapped, and a word of a header that may be broken
 SMALL_SIDE = 64  # images up to this many pixels a side are embedded exactly, others as JPEG
 JPEG_QUALITY = 85
 
@@ -38,10 +39,10 @@ def to_html(text: str) -> Html:
     return text if isinstance(text, Html) else Html(html.escape(str(text).encode(errors="replace").decode()))
 
 
-def build_page(title: str, sections: list[Html], *, scripts: tuple[Path, ...] = (), data: dict | None = None) -> str:
-    """Return a page with a heading. scripts: JavaScript files that it needs; data: what they read, as JSON."""
-    style = (FOLDER / "page.css").read_text(encoding="utf-8")
-    programs = [path.read_text(encoding="utf-8") for path in (FOLDER / "page.js", *scripts)]
+def build_page(title: str, sections: list[Html], *, parts: Sequence[Path] = (), data: dict | None = None) -> str:
+    """Return a page with a heading. parts: CSS and JavaScript files that it needs; data: what these read, as JSON."""
+    texts = {path: path.read_text(encoding="utf-8") for path in (FOLDER / "page.css", FOLDER / "page.js", *parts)}
+    styles, scripts = ([text for path, text in texts.items() if path.suffix == kind] for kind in (".css", ".js"))
     content = [f'<script type="application/json" id="data">{embed_json(data)}</script>'] if data is not None else []
     return "\n".join(
         [
@@ -49,12 +50,13 @@ def build_page(title: str, sections: list[Html], *, scripts: tuple[Path, ...] = 
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{to_html(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
-            f"<h1>{to_html(title)}</h1>",
+            f"<title>{to_html(title)}</title>",
+            *(f"<style>\n{style}</style>" for style in styles),
+            f"</head>\n<body>\n<main>\n<h1>{to_html(title)}</h1>",
             *sections,
             "</main>",
             *content,
-            *(f"<script>\n{program}</script>" for program in programs),
+            *(f"<script>\n{script}</script>" for script in scripts),
             "</body>\n</html>\n",
         ]
     )
@@ -102,10 +104,10 @@ def make_table(rows: list[list[str]], caption: str, *, sortable: bool = True, fo
 
 def make_head(text: str, numeric: bool, sortable: bool) -> str:
     """Return a cell of the header, with a button if its column can be sorted."""
-    kind = ' class="number"' if numeric else ""
+    kind = choose_class(number=numeric, long=any(len(word) > LONG_WORD for word in get_text(text).split()))
     if not sortable:
         return f'<th scope="col"{kind}>{to_html(text)}</th>'
-    return f'<th scope="col"{kind} aria-sort="none"><button type="button">{to_html(text or "name")}</button></th>'
+    return f'<th scope="col"{kind} aria-sort="none"><button type="button">{to_html(text)}</button></th>'
 
 
 def make_row(row: list[str], numeric: list[bool]) -> str:
@@ -114,16 +116,26 @@ def make_row(row: list[str], numeric: list[bool]) -> str:
     for position, (cell, number) in enumerate(zip(row, numeric, strict=True)):
         tag, scope = ("td", "") if position else ("th", ' scope="row"')
         value = read_number(cell) if number else None
-        kind = ' class="number"' if number else ""
+        kind = choose_class(number=number, short=len(get_text(cell)) <= SHORT_CELL)
         kind += f' data-value="{value!r}"' if value is not None else ""
         cells.append(f"<{tag}{scope}{kind}>{to_html(cell)}</{tag}>")
     return f"<tr>{''.join(cells)}</tr>"
 
 
+def choose_class(**names: bool) -> str:
+    """Return a class attribute of the names that are true, nothing if none is."""
+    chosen = " ".join(name for name, true in names.items() if true)
+    return f' class="{chosen}"' if chosen else ""
+
+
+def get_text(cell: str) -> str:
+    """Return what a reader sees of a cell."""
+    return html.unescape(TAG.sub("", cell)) if isinstance(cell, Html) else str(cell)
+
+
 def read_number(cell: str) -> float | None:
     """Return the number that a cell begins with, such as the mean in `95.20 ± 0.31`; None for other text."""
-    text = html.unescape(TAG.sub("", cell)) if isinstance(cell, Html) else str(cell)
-    found = NUMBER.match(text.strip())
+    found = NUMBER.match(get_text(cell).strip())
     return float(found[0].replace(",", "")) if found else None
 
 

@@ -1,6 +1,7 @@
 """Helpers that tests of several packages share."""
 
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -15,6 +16,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+RUN_OPTIONS = {"recipe": "puzzle", "model": "resnet20", "dataset": "cifar10", "epochs": 4, "batch_size": 100, "lr": 0.1}
+RUN_OPTIONS |= {"scheduler": "cosine", "name": "x", "device": "cpu", "amp": "auto", "limit": 0, "data_dir": "data"}
 
 
 def find_browser() -> str | None:
@@ -78,6 +81,28 @@ def write_class_folders(root: Path, split: str = "val") -> None:
         for k in range(3):
             write_image(root / "train" / name / f"{k}.png", 60 * label + 10 * k, size=(80, 48))
             write_image(root / split / name / f"{k}.jpg", 60 * label + 10 * k, "CMYK" if k == 2 else "RGB")
+
+
+def write_run(
+    folder: Path, top1: list[float], *, method: str = "none", seed: int = 0, columns: dict | None = None, **options
+) -> Path:
+    """Write a run folder with one epoch per value of top1. columns: further columns of log.csv, a value or a list."""
+    from engine.training.console import LOG_COLUMNS  # not before conftest.py has set up triton
+
+    config = {"kind": "classifier", "commit": "a" * 40, "device": "cpu", "precision": "float32", "parameters": 10}
+    config["hyper_parameters"] = {}
+    config["options"] = RUN_OPTIONS | {"method": method.split("+"), "seed": seed, "epochs": len(top1)} | options
+    for key in config.keys() & options.keys():  # such as another commit
+        config[key] = options[key]
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    lines = [",".join(LOG_COLUMNS)]
+    for epoch, value in enumerate(top1, 1):
+        row = {"epoch": epoch, "lr": 0.1, "test_top1": value, "seconds": 30.0, "images_per_second": 100.0}
+        row |= {key: own[epoch - 1] if isinstance(own, list) else own for key, own in (columns or {}).items()}
+        lines.append(",".join(str(row.get(column, "")) for column in LOG_COLUMNS))
+    (folder / "log.csv").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def tensor(array) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Compare training runs: python -m evaluation.compare RUN ..."""
 
+import shlex
+import sys
 from pathlib import Path
 
 from engine.config.option_types import choice, path
@@ -9,12 +11,14 @@ from engine.errors import UserError
 from engine.launch import run_main
 from evaluation.compare.metrics import METRICS
 
+PROGRAM = "python -m evaluation.compare"
+
 
 def build_parser() -> Parser:
     parser = Parser(
-        "Compare runs of train.py and imagenet_train.py. Runs that differ in their seed only are one group; tables and "
-        "figures give its mean and its spread, and what makes the comparison of the groups unfair.",
-        prog="python -m evaluation.compare",
+        "Compare runs of train.py and imagenet_train.py. Runs that differ in their seed only are one group; tables, "
+        "figures and a web page give its mean and its spread, and what makes the comparison of the groups unfair.",
+        prog=PROGRAM,
         positional="RUN ...",
     )
     parser.group("runs")
@@ -29,7 +33,7 @@ def build_parser() -> Parser:
         help="group of which the others' differences are taken, by seed",
     )
     parser.group("output")
-    parser.option("--out", "-o", metavar="DIR", default="compare", help="folder of the tables and figures")
+    parser.option("--out", "-o", metavar="DIR", default="compare", help="folder of tables, figures and page")
     overwrite = {"help": "replace an earlier comparison in this folder"}
     add_common_options(parser, "dpi", "figure_format", overwrite=overwrite)
     return parser
@@ -50,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
     from evaluation.compare import tables
     from evaluation.compare.comparison import compare_runs, describe_groups
     from evaluation.compare.figures import draw_comparison
+    from evaluation.compare.page import format_page
     from evaluation.compare.runs import find_runs
 
     # ---- Compare ----
@@ -61,12 +66,17 @@ def main(argv: list[str] | None = None) -> dict:
 
     # ---- Write ----
     create_folder(out)
-    for name, text in (("md", tables.format_markdown(comparison)), ("csv", tables.format_csv(comparison))):
+    command = shlex.join([*PROGRAM.split(), *map(str, sys.argv[1:] if argv is None else argv)])
+    texts = {"md": tables.format_markdown(comparison), "csv": tables.format_csv(comparison)}
+    texts["html"] = format_page(comparison, command)
+    for name, text in texts.items():
         write_atomic(out / f"compare.{name}", lambda side, text=text: side.write_text(text, encoding="utf-8"))
     paths = draw_comparison(comparison, out, options["figure_format"], dpi=options["dpi"])
     content = tables.make_json(comparison)
     write_json(out / "compare.json", content)
-    print(f"files in {out}: compare.csv, compare.json, compare.md, {', '.join(path.name for path in paths)}")
+    print(
+        f"files in {out}: compare.csv, compare.html, compare.json, compare.md, {', '.join(path.name for path in paths)}"
+    )
     return content
 
 

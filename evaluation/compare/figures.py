@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from engine.drawing import figures
@@ -12,6 +11,8 @@ from evaluation.compare.groups import Group
 from evaluation.compare.metrics import Metric
 from evaluation.compare.statistics import get_mean_curve
 
+# colours that readers of all kinds of sight tell apart, by Okabe and Ito, Color Universal Design (2008)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 LINE_STYLES = ("-", "--", ":", "-.")
 ZOOM = 0.75  # of the longest run: the second panel shows the epochs after it
 MIN_ZOOM_EPOCHS = 12  # in shorter runs the second panel would show hardly a line
@@ -25,12 +26,12 @@ def draw_comparison(comparison: Comparison, folder: Path, file_type: str, *, dpi
     """
     paths = [folder / f"{name}.{file_type}" for name in ("curves", "time")]
     for path, axis in zip(paths, ("epoch", "minutes"), strict=True):
-        draw_figure(path, comparison, axis, dpi=dpi)
+        figures.save_figure(make_axis_figure(comparison, axis), path, dpi)
     return paths
 
 
-def draw_figure(path: Path, comparison: Comparison, axis: str, *, dpi: int) -> None:
-    """Draw the metric over `axis`, epoch or minutes. The last epochs of long runs have a panel of their own."""
+def make_axis_figure(comparison: Comparison, axis: str) -> Figure:
+    """Return the metric over `axis`, epoch or minutes. The last epochs of long runs have a panel of their own."""
     longest = max((run.epoch for group in comparison.groups for run in group.runs), default=0)
     starts = [0, int(ZOOM * longest)] if axis == "epoch" and longest >= MIN_ZOOM_EPOCHS else [0]
     rows = -(-len(comparison.groups) // 2)
@@ -46,7 +47,7 @@ def draw_figure(path: Path, comparison: Comparison, axis: str, *, dpi: int) -> N
         if start:
             axes.set_title(f"from epoch {start + 1}", fontsize=10)
     add_legend(figure)
-    figures.save_figure(figure, path, dpi)
+    return figure
 
 
 def add_legend(figure: Figure) -> None:
@@ -62,10 +63,9 @@ def add_legend(figure: Figure) -> None:
 
 
 def choose_style(number: int) -> dict:
-    """Return colour and line style of a group: no two of the first 40 are alike."""
-    colours = matplotlib.colormaps["tab10"].colors
-    turn, colour = divmod(number, len(colours))
-    return {"color": colours[colour], "linestyle": LINE_STYLES[turn % len(LINE_STYLES)]}
+    """Return colour and line style of a group: no two of the first 28 are alike."""
+    turn, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "linestyle": LINE_STYLES[turn % len(LINE_STYLES)]}
 
 
 def draw_group(axes, group: Group, metric: Metric, axis: str, style: dict, start: int) -> None:

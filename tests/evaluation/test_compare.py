@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-from support import hold_lock, shapes_command
+from support import hold_lock, shapes_command, write_run
 
 import imagenet_train
 import train
@@ -21,29 +21,6 @@ from evaluation.compare.groups import NEUTRAL_OPTIONS, get_default_options
 from evaluation.compare.metrics import METRICS
 from evaluation.compare.runs import FINISHED, RUNNING, STOPPED, find_runs
 from evaluation.compare.statistics import get_mean_curve, t_quantile
-
-OPTIONS = {"recipe": "puzzle", "model": "resnet20", "dataset": "cifar10", "epochs": 4, "batch_size": 100, "lr": 0.1}
-OPTIONS |= {"scheduler": "cosine", "name": "x", "device": "cpu", "amp": "auto", "limit": 0, "data_dir": "data"}
-
-
-def write_run(
-    folder: Path, top1: list[float], *, method: str = "none", seed: int = 0, columns: dict | None = None, **options
-) -> Path:
-    """Write a run folder with one epoch per value of top1. columns: further columns of log.csv, a value or a list."""
-    config = {"kind": "classifier", "commit": "a" * 40, "device": "cpu", "precision": "float32", "parameters": 10}
-    config["hyper_parameters"] = {}
-    config["options"] = OPTIONS | {"method": method.split("+"), "seed": seed, "epochs": len(top1)} | options
-    for key in config.keys() & options.keys():  # such as another commit
-        config[key] = options[key]
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    lines = [",".join(LOG_COLUMNS)]
-    for epoch, value in enumerate(top1, 1):
-        row = {"epoch": epoch, "lr": 0.1, "test_top1": value, "seconds": 30.0, "images_per_second": 100.0}
-        row |= {key: own[epoch - 1] if isinstance(own, list) else own for key, own in (columns or {}).items()}
-        lines.append(",".join(str(row.get(column, "")) for column in LOG_COLUMNS))
-    (folder / "log.csv").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def compare(*folders: Path, **settings) -> Comparison:
@@ -317,7 +294,7 @@ def test_every_file_of_a_comparison_has_the_numbers(three_seeds, tmp_path, capsy
     out = tmp_path / "out"
     content, printed = run_command(three_seeds, "--out", out, "--figure_format", "svg", capsys=capsys)
     assert sorted(path.name for path in out.iterdir()) == [
-        *("compare.csv", "compare.json", "compare.md", "curves.svg", "time.svg")
+        *("compare.csv", "compare.html", "compare.json", "compare.md", "curves.svg", "time.svg")
     ]
     assert json.loads((out / "compare.json").read_text()) == json.loads(json.dumps(content))
     page, table = (out / "compare.md").read_text(), (out / "compare.csv").read_text().splitlines()
