@@ -134,10 +134,11 @@ def load_inputs(*, images, dataset, data_dir, indices, image_size, model_path, m
 
     given = {"model": model, "model_args": model_args, "image_size": image_size}
     classifier = load_classifier(model_path, models, **given) if model_path else None
+    size = image_size or (classifier.image_size if classifier else None)
     if dataset:
-        pixels, names, mean, std = read_examples(dataset, data_dir, indices, image_size)
+        pixels, names, mean, std = read_examples(dataset, data_dir, indices, size)
     else:
-        pixels, names = read_files(images, image_size or (classifier.image_size if classifier else 224))
+        pixels, names = read_files(images, size or 224)
         mean, std = STATISTICS["imagenet"]
     mean, std = (classifier.mean, classifier.std) if classifier else (tuple(mean), tuple(std))
     return Inputs(normalize(pixels, mean, std), names, mean, std, classifier and classifier.network)

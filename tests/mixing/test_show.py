@@ -78,6 +78,7 @@ def test_the_gradient_of_a_trained_run_guides_the_mix(shapes_run, tmp_path, monk
     assert drawn[0]["guide"] == "pixel gradient" and not torch.equal(
         drawn[0]["saliency"], FineGrained(drawn[0]["mean"], drawn[0]["std"])(drawn[0]["images"])
     )
+    assert drawn[0]["images"].shape[-1] == 16, "the size of the run, not the 32 pixels of the data set"
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
