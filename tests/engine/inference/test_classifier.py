@@ -135,7 +135,7 @@ def test_evaluating_a_vision_transformer_at_another_image_size_is_one_line(tmp_p
 def test_a_name_of_timm_has_its_pretrained_weights_and_their_inputs(monkeypatch):
     timm, given = pytest.importorskip("timm"), {}
 
-    def create_model(name: str, pretrained: bool):
+    def create_model(name: str, pretrained: bool, **_):
         given.update(name=name, pretrained=pretrained)
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 1000))
 
@@ -146,7 +146,7 @@ def test_a_name_of_timm_has_its_pretrained_weights_and_their_inputs(monkeypatch)
     assert (classifier.image_size, classifier.resize, classifier.interpolation) == (224, 248, "bicubic")
     assert (classifier.title(0), classifier.title(999)) == ("tench", "toilet tissue")
 
-    def fail(name: str, pretrained: bool):
+    def fail(name: str, **_):
         raise OSError("no connection")
 
     monkeypatch.setattr(timm, "create_model", fail)
