@@ -97,6 +97,7 @@ def test_all_training_state_is_resumed_exactly(shapes_run, options):
 
 
 SMALL_TRANSFORMER = "timm:vit_tiny_patch16_224 --model_args img_size=16 patch_size=4 depth=2 embed_dim=24 num_heads=3"
+SMALL_TRANSFORMER += " drop_path_rate=0.2"
 MODERN = "--warmup_epochs 1 --warmup_lr 1e-5 --min_lr 1e-4 --lr 0.001 --ema_ramp --loss sigmoid_bce --clip_grad 1"
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,8 @@ CASES = {  # name -> method, hyper-parameters, source (None: the default of the 
     "mixup and the unmixed batch": ("mixup", {"clean_weight": 0.5}, None, 2),
 }
 ADAMW = "--optimizer adamw --lr 0.001 --min_lr 1e-4 --freeze conv1 bn1 --loss sigmoid_bce".split()
+DROP_PATH = "--model timm:vit_tiny_patch16_224 --model_args img_size=16 patch_size=4 depth=2 embed_dim=24 num_heads=3"
+DROP_PATH = f"{DROP_PATH} drop_path_rate=0.2".split() if find_spec("timm") else []  # it draws random numbers
 REFUSED = {  # options -> message
     ("--batch_size", "7"): r"--batch_size 7: the total .* divisible by 2 processes = 2\nuse 6 or 8",
     ("--batch_size", "6", "--accumulate", "2"): r"divisible by 2 processes x --accumulate 2 = 4\nuse 4 or 8",
@@ -190,11 +193,10 @@ def run_all(ports) -> dict:
         if distributed._groups:  # left open by SIGTERM, which would end a real program
             distributed.shut_down_processes()
         train.main(shapes_command(folder, *words, name=name, method=method, epochs=epochs))
-        return (
-            torch.load(folder / "shapes" / "resnet20" / name / "last.pt", weights_only=True)
-            if is_main_process()
-            else {}
-        )
+        if not is_main_process():
+            return {}
+        (run,) = (folder / "shapes").glob(f"*/{name}")  # below the name of the network
+        return torch.load(run / "last.pt", weights_only=True)
 
     def send_sigterm_after(steps: int):
         """Send SIGTERM to the second process during this optimizer step."""
@@ -210,7 +212,11 @@ def run_all(ports) -> dict:
         return update
 
     ramp = ["--mix_schedule", "scheduled", "--mix_scheduled_epoch", "2"]  # a schedule whose state is not saved
-    for method, *words in (("puzzlemix", *ramp), ("rlmix", "--agent_trajectory_size", "3"), ("none", *ADAMW)):
+    for method, *words in (
+        ("puzzlemix", *ramp, *DROP_PATH),
+        ("rlmix", "--agent_trajectory_size", "3"),
+        ("none", *ADAMW),
+    ):
         words = [*words, "--ema", "0.9", "--scheduler", "multistep", "--schedule", "2"]
         found[method] = {"whole": run_train("whole" + method, method, *words)}
         run_train("parts" + method, method, *words, epochs=1)
