@@ -34,13 +34,13 @@ def add_augmentation_options(parser: Parser, *, large_images: bool) -> None:
         parser.option("--color_jitter", type=float_in_range(0, 1), default=0.0, help=jitter)
         noise = "standard deviation of the PCA colour noise"
         parser.option("--lighting", type=float_in_range(), default=0.0, help=noise)
-    add_policy_options(parser)
     parser.option(
         "--random_erasing",
         type=float_in_range(0, 1),
         default=0.0,
         help="probability that a rectangle of the normalised image is replaced by noise",
     )
+    add_policy_options(parser)
 
 
 def add_policy_options(parser: Parser) -> None:
@@ -51,6 +51,7 @@ def add_policy_options(parser: Parser) -> None:
         default="none",
         help="RandAugment or TrivialAugment of torchvision, after crop and flip; also with --trad_augment false",
     )
+    parser.group("randaugment", folded=True)
     parser.option("--rand_augment_ops", type=int_at_least(1), default=2, help="rand: operations on an image")
     parser.option(
         "--rand_augment_magnitude",

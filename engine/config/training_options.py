@@ -288,14 +288,7 @@ def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str =
     """
     parser.group("figures", folded=True)
     add_common_options(parser, "dpi", "figure_format")
-    parser.group("output")
-    parser.option("--root_dir", metavar="DIR", default="runs", help="folder of all runs, as DIR/DATASET/MODEL/NAME")
-    parser.option("--name", type=run_name("--root_dir"), shown=f"{name_prefix}_date-time", help="name of the run")
-    parser.option("--log_off", type=boolean, default=False, help="create no run folder")
-    parser.option(
-        "--save_every", type=int_at_least(), default=0, help="also save epoch_NNN.pt every N epochs; 0: never"
-    )
-    add_common_options(parser, "overwrite", "no_progress", print_freq={"default": print_freq})
+    parser.group("trackers", folded=True)
     parser.option(
         "--use_tensorboard", type=boolean, default=False, help="also log to TensorBoard (pip install tensorboard)"
     )
@@ -305,3 +298,11 @@ def add_output_options(parser: Parser, print_freq: int = 100, name_prefix: str =
     parser.option("--wandb_name", metavar="NAME", shown="that of the run", help="name at Weights & Biases")
     parser.option("--wandb_offline", type=boolean, default=False, help="log to disk only, to upload with wandb sync")
     parser.hidden_options(LEGACY_TRACKER_OPTIONS)
+    parser.group("output")
+    parser.option("--root_dir", metavar="DIR", default="runs", help="folder of all runs, as DIR/DATASET/MODEL/NAME")
+    parser.option("--name", type=run_name("--root_dir"), shown=f"{name_prefix}_date-time", help="name of the run")
+    parser.option("--log_off", type=boolean, default=False, help="create no run folder")
+    parser.option(
+        "--save_every", type=int_at_least(), default=0, help="also save epoch_NNN.pt every N epochs; 0: never"
+    )
+    add_common_options(parser, "overwrite", "no_progress", print_freq={"default": print_freq})
