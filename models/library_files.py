@@ -47,7 +47,8 @@ def find_heads(network: nn.Module) -> list[str]:
 @cache
 def construct_empty(library: str, name: str) -> nn.Module:
     """Return a network whose weights need no memory, to look at its layers."""
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             with torch.device("meta"):
                 return construct(library, name, 10)
