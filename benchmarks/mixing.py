@@ -2,10 +2,10 @@
 
 Prints two tables; every batch is mixed. The first has the time of a training step of every method relative to an
 unmixed step, next to the minimum set by the number of network passes: 1 without an additional pass, 5/3 with a pass
-for the gradient at the pixels, 2 if the unmixed batch is trained on too. All methods run in turns in one process, so
-that slow moments of the machine affect them alike. The second has the time of mixing alone, on gradients of the given
-network, the energies of PuzzleMix masks with their gap to a lower bound, and the objective of Co-Mixup. If the package
-gco-wrapper is installed, it also has the same for graph cuts.
+for the gradient at the pixels, 2 if the unmixed batch is trained on too. `NAME +` is a method with --clean_weight. All
+methods run in turns in one process, so that slow moments of the machine affect them alike. The second has the time of
+mixing alone, on gradients of the given network, the energies of PuzzleMix masks with their gap to a lower bound, and
+the objective of Co-Mixup. If the package gco-wrapper is installed, it also has the same for graph cuts.
 """
 
 import subprocess
@@ -45,7 +45,9 @@ def build_parser() -> Parser:
         help="name of the dataset",
     )
     parser.option("--data_dir", "--data", metavar="DIR", default="data", help="folder of the dataset")
-    parser.option("--clean_weight", type=float_in_range(), shown="by method", help="as in train.py")
+    parser.option(
+        "--clean_weight", type=float_in_range(), shown="none", help="also time each method with this --clean_weight"
+    )
     parser.option("--norm", metavar="NAME", default="own", help="own, imagenet or half")
     parser.option("--batch_size", type=int_at_least(2), default=100, help="images per step")
     parser.option(
@@ -133,42 +135,46 @@ class Bench:
         self.source_options |= {"training_loss": self.loss_fn, "precision": precision}
         self.source_options |= {"saliency_size": options["saliency_size"]}
         self.source_options |= {"cross_entropy_scale": get_cross_entropy_scale("softmax_bce", self.classes)}
-        self.config = StepConfig(self.loss_fn, self.classes, precision, clean_weight=options["clean_weight"])
         chosen = {key: options[key] for key in ("saliency", "saliency_size")}
         state = TrainingState(self.model, self.optimizer, kernels=options["kernels"])
-        self.sources = SourceBuilder(build_source, state, data, self.config, loss="softmax_bce", **chosen)
+        self.configs, self.sources = {}, {}  # by clean_weight
+        for weight in {None, options["clean_weight"]}:
+            config = self.configs[weight] = StepConfig(self.loss_fn, self.classes, precision, clean_weight=weight)
+            self.sources[weight] = SourceBuilder(build_source, state, data, config, loss="softmax_bce", **chosen)
         self.side, self.methods = data.image_size, {}
         for name in ["none", *options["method"]]:
             try:
-                self.methods[name] = self.build(name)
+                self.methods[name] = *self.build(name), None
+                if (weight := options["clean_weight"]) is not None and name != "none":
+                    self.methods[f"{name} +"] = *self.build(name, clean_weight=weight), weight
             except ValueError as error:
                 print(f"{name} is left out: {error}")
 
-    def build(self, name: str, **wanted) -> tuple:
+    def build(self, name: str, clean_weight: float | None = None, **wanted) -> tuple:
         """Return the mixer of a method, with the settings of the recipe puzzle, and its saliency source."""
         published = get_recipe_options("puzzle", dataset=self.options["dataset"], model=self.options["model"])
         own = {**published["method_options"].get(name, {}), "rand_pos": self.options["rand_pos"]}
         own["kernels"] = self.options["kernels"]
-        own |= OWN_CLEAN_LOSS_OFF if self.options["clean_weight"] is not None else {}
+        own |= OWN_CLEAN_LOSS_OFF if clean_weight is not None else {}
         mixer = build_mixer(name, **{**own, **self.statistics, "mix_prob": 1.0, **wanted})
         mixer.check_size(self.side, self.side)
-        return mixer, mixer.build_source(self.sources)
+        return mixer, mixer.build_source(self.sources[clean_weight])
 
     def step(self, name: str, epoch: int):
         """Run one training step and return the seconds of its parts."""
         from engine.training import EpochMonitor, TrainingState, train_one_epoch
 
-        monitor, (mixer, source) = EpochMonitor(self.device), self.methods[name]
+        monitor, (mixer, source, weight) = EpochMonitor(self.device), self.methods[name]
         state = TrainingState(self.model, self.optimizer, mixer=mixer, source=source)
-        train_one_epoch(state, self.loader, self.config, epoch=epoch, monitor=monitor, max_steps=1)
+        train_one_epoch(state, self.loader, self.configs[weight], epoch=epoch, monitor=monitor, max_steps=1)
         return monitor.watch.seconds()
 
     def minimum(self, name: str) -> float:
         """Return the minimum time of a step relative to a plain step, set by the number of network passes."""
-        source = self.methods[name][1]
+        _, source, weight = self.methods[name]
         if self.options["saliency_size"]:
             return float("nan")  # depends on the network
-        if self.options["clean_weight"] and name != "none":
+        if weight:
             return 2.0
         if type(source).__name__ != "Gradient":
             return 1.0
@@ -194,7 +200,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
             self.step(name, 0)
             return self.peak_mb()
-        command = [sys.executable, __file__, *argv, "--method", name, "--peak_of", name]
+        command = [sys.executable, __file__, *argv, "--method", name.removesuffix(" +"), "--peak_of", name]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return float(output.split("peak")[-1])
 
@@ -209,7 +215,7 @@ class Bench:
                         laps[name].setdefault(key, []).append(value)
         table = {}
         print(
-            f"{'method':12} {'step ms':>9} {'x plain':>9} {'minimum':>7} {'saliency ms':>11} {'mixing ms':>9} "
+            f"{'method':14} {'step ms':>9} {'x plain':>9} {'minimum':>7} {'saliency ms':>11} {'mixing ms':>9} "
             f"{'MiB':>7}"
         )
         for name, parts in laps.items():
@@ -217,7 +223,7 @@ class Bench:
             row["ratio"] = median_ms([a / b for a, b in zip(parts["step"], laps["none"]["step"], strict=True)]) / 1000
             row |= {"bound": self.minimum(name), "peak": self.peak_of(name, argv)}
             print(
-                f"{name:12} {row['step']:9.2f} {row['ratio']:9.3f} {row['bound']:7.2f} {row['saliency']:11.2f} "
+                f"{name:14} {row['step']:9.2f} {row['ratio']:9.3f} {row['bound']:7.2f} {row['saliency']:11.2f} "
                 f"{row['mixing']:9.2f} {row['peak']:7.0f}"
             )
             table[name] = row
@@ -238,8 +244,8 @@ class Bench:
         blocks = [n for n in BLOCKS if height % n == 0 and width % n == 0]
         table = {}
         print(f"\n{'mixing alone':16} {'ms':>9} {'with gco ms':>12}")
-        for name, (mixer, source) in self.methods.items():
-            if source is None:
+        for name, (mixer, source, weight) in self.methods.items():
+            if source is None or weight is not None:  # mixing itself does not depend on the weight
                 continue
             cached_source = precompute(
                 build_source("gradient", **self.source_options | mixer.gradient_options | {"clean_weight": 0.0}),
