@@ -8,8 +8,8 @@ RAND_AUGMENT_OPTIONS = {"rand_augment_ops", "rand_augment_magnitude", "rand_augm
 
 def add_augmentation_options(parser: Parser, *, large_images: bool) -> None:
     """Add the options of engine.data.augment.build_augmentation(). large_images: random resized crops by default."""
+    parser.group("augmentation")
     parser.option("--trad_augment", type=boolean, shown="recipe", help="random crop and horizontal flip")
-    parser.group("augmentation", folded=True)
     parser.option(
         "--crop_padding",
         type=int_at_least(),
