@@ -97,15 +97,18 @@ def build_method(case: str, model: nn.Module, images: int) -> tuple:
     return mixer, mixer.build_source(make)
 
 
+def make_config(case: str) -> StepConfig:
+    return StepConfig(LOSSES["ce"], num_classes=4, clean_weight=CASES[case][1].get("clean_weight"))
+
+
 def run_steps(case: str, model, batches, network=None, steps: int = 1, lr: float = 0.0):
     """Run some steps of a case, and return the gradients that are left in .grad."""
     mixer, source = build_method(case, model, len(batches.image_set))
     mixer.start_epoch(0, 1, len(batches))
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     state = TrainingState(model, optimizer, mixer=mixer, source=source, network=network)
-    config = StepConfig(LOSSES["ce"], len(batches.image_set.classes), clean_weight=CASES[case][1].get("clean_weight"))
     monitor = EpochMonitor(device(), log_every=1)
-    train_one_epoch(state, batches, config, epoch=0, monitor=monitor, max_steps=steps)
+    train_one_epoch(state, batches, make_config(case), epoch=0, monitor=monitor, max_steps=steps)
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
@@ -315,7 +318,7 @@ def test_two_processes_train_like_one_that_mixes_the_same_shards(weight_results,
         for process in range(2):
             copies[process].load_state_dict(model.state_dict())
             torch.set_rng_state(states[process])
-            run_one_step(copies[process], *settings[process], streams[process], step)
+            run_one_step(copies[process], *settings[process], streams[process], step, make_config(case))
             states[process] = torch.get_rng_state()
         for own, first, second in zip(model.parameters(), *(one.parameters() for one in copies), strict=True):
             own.grad = (first.grad + second.grad) / 2
@@ -336,7 +339,7 @@ def get_rank_rng(process: int) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def run_one_step(model, mixer, source, batches: DeviceLoader, step: int) -> None:
+def run_one_step(model, mixer, source, batches: DeviceLoader, step: int, config: StepConfig) -> None:
     """Run this step of the epoch with a learning rate of 0, so that only .grad changes."""
 
     class OneStepLoader:
@@ -349,7 +352,7 @@ def run_one_step(model, mixer, source, batches: DeviceLoader, step: int) -> None
             return batches.epoch(epoch, start=step)
 
     state = TrainingState(model, torch.optim.SGD(model.parameters(), 0.0), mixer=mixer, source=source)
-    train_one_epoch(state, OneStepLoader(), StepConfig(LOSSES["ce"], 4), epoch=0)
+    train_one_epoch(state, OneStepLoader(), config, epoch=0)
 
 
 def test_evaluation_counts_every_image_once(weight_results):
