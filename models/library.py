@@ -108,14 +108,26 @@ def build_library_model(library: str, name: str, num_classes: int, image_size: i
         network = construct(library, name, num_classes, **arguments)
     except Exception as error:  # whatever the constructor raises for a name or a value
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
-        raise ValueError(
-            f"{title} cannot be built with {given} ({summarize(error)}); its arguments are "
-            f"{', '.join(list_arguments(library, name))}"
-        ) from error
+        hint = suggest_arguments(model_args, list_arguments(library, name))
+        raise ValueError(f"{title} cannot be built with {given} ({summarize(error)}){hint}") from error
     check_images(network, title, num_classes, image_size)
     if all(isinstance(getattr(network, stage, None), nn.Module) for stage in RESNET_STAGES):
         network.stages = RESNET_STAGES  # as our own networks state theirs
     return network
+
+
+def suggest_arguments(model_args: dict, known: Sequence[str]) -> str:
+    """Return a hint at the arguments nearest to the first of `model_args` that is not among the known ones, or "".
+
+    Without a near one, it names the first dozen.
+    """
+    unknown = next((key for key in model_args if key not in known), None)
+    if unknown is None:
+        return ""
+    if close := find_closest(unknown, known):
+        return f"; did you mean {' or '.join(close)}?"
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f"; its arguments are {', '.join(known[:12])}{more}"
 
 
 def complete_arguments(library: str, name: str, image_size: int, model_args: dict) -> dict[str, object]:

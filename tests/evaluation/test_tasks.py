@@ -255,14 +255,13 @@ def test_alexnet_errors_are_only_for_imagenet_c(runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dataset, sizes", [("imagenet", (299, 342)), ("folder", (299, None)), ("cifar10", (None, None))]
+    "dataset, sizes",
+    [("imagenet", (299, 342)), ("folder", (299, None)), ("cifar10", (299, None)), ("shapes", (None, None))],
 )
 def test_torchvision_networks_get_images_of_their_own_size(dataset, sizes):
-    """The size of the weights, for any image files; here 299 pixels cropped from 342."""
+    """The size of the weights, for any images but drawn ones; here 299 pixels cropped from 342."""
     parser, typed = build_parser(), {"dataset": dataset}
-    classifier = Classifier(
-        "net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, is_torchvision=True, resize=342
-    )
+    classifier = Classifier("net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, resize=342)
     options = merge_trained_options(parser, typed, parser.defaults | typed, classifier)
     assert (options["image_size"], options["eval_resize"]) == sizes
 

@@ -66,8 +66,10 @@ def test_a_missing_timm_is_named(monkeypatch):
             "torchvision:resnet18",
             32,
             {"width_per_group": "wide"},
-            "with width_per_group=wide .*its arguments are",
+            r"with width_per_group=wide \([^;]*$",
         ),
+        ("torchvision:resnet18", 32, {"width_pergroup": 8}, r"; did you mean width_per_group\?$"),
+        ("torchvision:densenet121", 32, {"foo": 1}, r"; its arguments are \w+(, \w+){5}$"),
         ("torchvision:vit_b_32", 40, {}, "cannot be built with image_size=40 .*divisible"),
         ("torchvision:alexnet", 32, {}, "takes no images of 32 pixels .*--image_size"),
         ("resnet20", 32, {"depth": 3}, "resnet20 takes no --model_args"),
@@ -77,6 +79,12 @@ def test_what_a_network_does_not_take_is_one_line(name, size, model_args, messag
     with pytest.raises(ValueError, match=message) as caught:
         build_model(name, 4, size, model_args=model_args)
     assert "\n" not in str(caught.value)
+
+
+def test_of_many_arguments_only_the_first_are_listed():
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=r"its arguments are img_size(, \w+){11} and \d+ more$"):
+        build_model("timm:vit_tiny_patch16_224", 4, model_args={"foo": 1})
 
 
 def test_a_network_is_built_for_the_image_size_of_the_run():
