@@ -70,6 +70,7 @@ EARLIER_VALUES = {  # options that runs of earlier versions did not have -> what
     "warmup_lr": None,
     "bce_target_thresh": None,
     "ema_ramp": False,
+    "auto_augment": "none",
 }
 
 

@@ -129,6 +129,8 @@ def test_auto_fine_tunes_a_pretrained_network_on_own_images(script, words, recip
 def test_a_run_with_the_earlier_name_of_a_recipe_resumes_with_its_own_options():
     saved = resolve("--dataset folder --pretrained", imagenet_train) | {"recipe": "small_photos", "lr": 0.01}
     assert resolve("--epochs 40", imagenet_train, saved=saved)["lr"] == 0.01
+    earlier = {key: value for key, value in saved.items() if "aug" not in key or key == "trad_augment"}
+    assert resolve("", imagenet_train, saved=earlier)["auto_augment"] == "none", "it is younger than that name"
 
 
 def test_a_command_with_the_values_of_openmixup_is_noted():
