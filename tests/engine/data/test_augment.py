@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from engine.data.augment import Augmentation, AutoAugment, crop_and_flip
+from engine.data.augment import Augmentation, AutoAugment, build_augmentation, crop_and_flip
 from engine.data.auto_augment import build_policy
 from engine.data.erasing import RATIO, SCALE, RandomErasing, place_rectangles
 from engine.data.folders import FileList
@@ -63,6 +63,24 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image))
 
 
+# ---- Options ----
+
+
+def test_each_option_reaches_the_augmentation():
+    options = {"trad_augment": True, "crop_padding": 3, "crop_padding_mode": "reflect", "min_scale": None}
+    options |= {"auto_augment": "rand", "rand_augment_ops": 1, "rand_augment_magnitude": 4.0, "rand_augment_std": 0.5}
+    options |= {"rand_augment_prob": 0.25, "random_erasing": 0.1, "interpolation": "bicubic"}
+    later = {"auto": AutoAugment("rand", 1, 4.0, 0.5, 0.25, "bicubic"), "erasing": 0.1}
+    colors = {"color_jitter": 0.4, "lighting": 0.2}
+    padded = Augmentation(3, crop_padding_mode="reflect", **colors, **later)
+    assert build_augmentation(28, **options, **colors) == padded
+    view = RandomCrop(28, 0.3, interpolation="bicubic")
+    resized = Augmentation(view=view, **colors, **later)
+    assert build_augmentation(28, **options | {"min_scale": 0.3}, **colors) == resized
+    alone = build_augmentation(28, **options | {"trad_augment": False}, **colors)
+    assert alone == Augmentation(crop_and_flip=False, **later)
+
+
 # ---- Crops ----
 
 
@@ -101,9 +119,17 @@ def test_small_images_are_enlarged_after_cropping():
 # ---- Policies ----
 
 
-@pytest.mark.parametrize("policy", [AutoAugment("rand", 2, 9.0), AutoAugment("rand", 3, 4.3), AutoAugment("trivial")])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        AutoAugment("rand", 2, 9.0),
+        AutoAugment("rand", 3, 4.3, interpolation="bicubic"),
+        AutoAugment("trivial"),
+        AutoAugment("trivial", interpolation="bicubic"),
+    ],
+)
 def test_policies_are_torchvision_s_on_the_same_draws(policy):
-    drawing = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [102, 128, 153]}
+    drawing = {"interpolation": v2.InterpolationMode(policy.interpolation), "fill": [102, 128, 153]}
     theirs = v2.TrivialAugmentWide(**drawing)
     if policy.policy == "rand":
         theirs = v2.RandAugment(policy.ops, round(10 * policy.magnitude), 101, **drawing)
