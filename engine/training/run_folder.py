@@ -86,8 +86,18 @@ class RunFolder:
         return sorted(file.parent for file in parent.parent.parent.glob(f"*/*/{glob.escape(name)}/last.pt"))
 
     @staticmethod
+    def list_seeds(path: Path) -> list[str]:
+        """Return the names of the runs of --seeds in the folder that they share."""
+        return sorted(file.parent.name for file in path.glob("seed_*/last.pt"))
+
+    @staticmethod
     def check_free(path: Path) -> None:
-        """Raise UserError, with the remedy, if the folder already holds a run."""
+        """Raise UserError, with the remedy, if the folder already holds a run or runs of --seeds."""
+        if seeds := RunFolder.list_seeds(path):
+            raise UserError(
+                f"{path} already holds {', '.join(seeds)}, runs of --seeds\nresume all of them with --seeds and "
+                f"--checkpoint auto, one with --checkpoint {path / seeds[0]}, or choose another --name"
+            )
         if (path / "last.pt").exists():
             raise UserError(
                 f"{path} already holds a run\nresume it with --checkpoint auto --name {path.name}, replace it with "

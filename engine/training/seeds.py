@@ -62,13 +62,13 @@ def train_seeds(train: Callable[[dict, dict, list[str]], dict | None], typed: di
 def find_seeds_folder(options: dict) -> Path:
     """Return the folder of the runs: that of --name; without a name, the newest one to resume or a new one.
 
-    Raises UserError if a new folder was asked for and this one already holds runs.
+    Raises UserError if it is the folder of a single run, or if new runs were asked for and it already holds some.
     """
     earlier = load_across_restarts("seeds folder")
     folder = Path(earlier) if earlier else Path(broadcast_from_main(lambda: str(locate_seeds_folder(options))))
     store_across_restarts("seeds folder", str(folder))
-    if not (options["checkpoint"] or options["overwrite"] or earlier or not writes_files(options)):
-        broadcast_from_main(lambda: check_free(folder))
+    if writes_files(options) and not earlier:
+        broadcast_from_main(lambda: check_folder(folder, new=not (options["checkpoint"] or options["overwrite"])))
     return folder
 
 
@@ -87,10 +87,14 @@ def locate_seeds_folder(options: dict) -> Path:
     return next(parent / name for name in names if not (parent / name).exists())
 
 
-def check_free(folder: Path) -> None:
-    """Raise UserError, with the remedy, if the folder already holds a run or runs of --seeds."""
-    RunFolder.check_free(folder)
-    if held := [path.name for path in sorted(folder.glob("seed_*")) if (path / "last.pt").exists()]:
+def check_folder(folder: Path, *, new: bool) -> None:
+    """Raise UserError, with the remedy, if a single run lies in the folder. new: also if runs of --seeds do."""
+    if any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+        raise UserError(
+            f"{folder} already holds a run without --seeds\nchoose another --name, or leave --seeds out and resume it "
+            f"with --checkpoint {folder}"
+        )
+    if new and (held := RunFolder.list_seeds(folder)):
         raise UserError(
             f"{folder} already holds {', '.join(held)}\nresume with --checkpoint auto --name {folder.name}, replace "
             "them with --overwrite, or choose another --name"
@@ -98,11 +102,14 @@ def check_free(folder: Path) -> None:
 
 
 def read_finished_result(path: Path, options: dict) -> dict | None:
-    """Return the result of a run that has finished all of its epochs; None if there is none."""
-    if not (path / "result.json").is_file():
+    """Return the result of a run that has finished all of its epochs; None if there is none, or if result.json is
+    damaged: a resume writes it again.
+    """
+    try:
+        result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+        return result if result["epochs"] >= options["epochs"] else None
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
-    return result if result["epochs"] >= options["epochs"] else None
 
 
 def read_options(path: Path) -> dict:
@@ -136,6 +143,9 @@ def summarize_seeds(folder: Path, results: dict[int, dict], *, write: bool) -> d
         lines.append(f"  {SUMMARY[key][0]}: {values['mean']:.2f}{spread} % (n = {values['n']})")
     if len(results) > 1:
         lines.append("  +- is the standard deviation of a sample (n - 1)")
+    named = {f"seed_{seed}" for seed in results}
+    if others := [name for name in RunFolder.list_seeds(folder) if write and name not in named]:
+        lines.append(f"note: {folder} also holds {', '.join(others)}; name all seeds in --seeds to include them")
     print("\n".join(lines), flush=True)
     content = {"seeds": {str(seed): result for seed, result in results.items()}, "summary": summary}
     if write:

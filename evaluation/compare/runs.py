@@ -116,10 +116,9 @@ def expand_word(word: str) -> list[Path]:
 
 
 def list_runs(path: Path) -> Iterator[Path]:
-    """Yield `path` if it is a run folder, otherwise all run folders and all checkpoints of mask networks below it."""
+    """Yield all run folders, `path` itself among them, and all checkpoints of mask networks in it."""
     for parent, folders, files in os.walk(path):
         if any(name in files for name in RUN_FILES):
-            folders.clear()
             yield Path(parent)
         yield from (Path(parent) / name for name in sorted(files) if name.endswith(CASM_SUFFIX))
         folders.sort(key=split_numbers)

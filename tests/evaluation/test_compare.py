@@ -83,6 +83,9 @@ def test_the_best_epoch_is_chosen_on_validation_images_where_there_are_some(tmp_
     assert comparison.figures[0].best.mean == 75 and comparison.figures[0].best_split == "valid"
     assert not any("chosen on the test images" in line for line in comparison.warnings)
     assert compare(tmp_path, metric="valid_top1").figures[0].last.mean == 90
+    write_run(tmp_path / "b", [70, 80, 75], method="cutmix")
+    expected = "the best epoch is chosen on the test images in 1 run of 2, which flatters it: report the last epoch"
+    assert expected in compare(tmp_path).warnings
 
 
 def test_only_evaluated_epochs_count(tmp_path):
@@ -132,13 +135,18 @@ def test_the_default_of_every_option_is_known_for_runs_that_do_not_record_it(scr
 
 
 def test_a_repeated_seed_counts_once(tmp_path):
-    write_run(tmp_path / "first", [1, 2, 3, 4])
-    write_run(tmp_path / "longer", [1, 2, 3], epochs=4)
-    comparison = compare(tmp_path)
-    assert [run.folder.name for run in comparison.groups[0].runs] == ["first"]
-    assert "has the options and the seed 0 of" in str(comparison.left_out[0]) and "longer" in str(
-        comparison.left_out[0]
-    )
+    shorter = write_run(tmp_path / "shorter", [1, 2], epochs=4)
+    longer = write_run(tmp_path / "longer", [1, 2, 3], epochs=4)
+    finished = write_run(tmp_path / "z", [1, 2, 3, 4])
+    for folders, kept in (([shorter, longer], longer), ([longer, finished], finished), ([finished, longer], finished)):
+        comparison = compare(*folders)
+        (left,) = {*folders} - {kept}
+        assert [run.folder for run in comparison.groups[0].runs] == [kept]
+        assert [str(one) for one in comparison.left_out] == [
+            f"{left}: left out: has the options and the seed 0 of {kept}"
+        ]
+    with hold_lock(shorter / ".lock"):  # one that will go on says more than a longer one that was stopped
+        assert [run.folder for run in compare(longer, shorter).groups[0].runs] == [shorter]
 
 
 # ---- Runs under way, and runs that cannot be compared ----
@@ -191,6 +199,11 @@ def test_a_run_without_the_metric_is_left_out(three_seeds, tmp_path):
     comparison = compare(three_seeds, metric="ema_top1")
     assert comparison.figures[0].last.mean == 4 and len(comparison.left_out) == 6
     assert "its log has no ema_top1" in str(comparison.left_out[0])
+
+
+def test_runs_inside_the_folder_of_another_run_are_found(three_seeds):
+    write_run(three_seeds / "none" / "seed_0" / "inner", [1, 2, 3, 4], seed=5)
+    assert [run.seed for run in compare(three_seeds / "none").groups[0].runs] == [0, 1, 2, 5]
 
 
 def test_patterns_and_parent_folders_name_runs(three_seeds):

@@ -66,8 +66,23 @@ def test_seeds_do_not_replace_earlier_runs(tmp_path, folder):
         train_seeds(tmp_path, "--checkpoint", "auto", "--lr", "0.01", seeds="1")
     train_seeds(tmp_path, "--overwrite", seeds="1")
     train.main(shapes_command(tmp_path, name="single"))
-    with pytest.raises(UserError, match="already holds a run"):
-        train_seeds(tmp_path, name="single")
+    for words in ([], ["--overwrite"], ["--checkpoint", "auto"]):
+        with pytest.raises(UserError, match="already holds a run without --seeds\nchoose another --name"):
+            train_seeds(tmp_path, *words, name="single")
+    for words in ([], ["--checkpoint", "auto"]):  # nor does a single run start among them
+        with pytest.raises(UserError, match="already holds seed_1, runs of --seeds"):
+            train.main(shapes_command(tmp_path, *words, name="runs"))
+
+
+def test_a_damaged_result_is_written_again_and_other_seeds_are_named(tmp_path, folder, capsys):
+    train_seeds(tmp_path, seeds="1 2")
+    expected = (folder / "seed_1" / "result.json").read_text()
+    for damaged in ("", "[]", "{}"):
+        (folder / "seed_1" / "result.json").write_text(damaged)
+        capsys.readouterr()
+        train_seeds(tmp_path, "--checkpoint", "auto", seeds="1")
+        assert (folder / "seed_1" / "result.json").read_text() == expected
+        assert "also holds seed_2; name all seeds in --seeds to include them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
