@@ -141,6 +141,8 @@ def load_inputs(*, images, dataset, data_dir, indices, image_size, model_path, m
         pixels, names = read_files(images, size or 224)
         mean, std = STATISTICS["imagenet"]
     mean, std = (classifier.mean, classifier.std) if classifier else (tuple(mean), tuple(std))
+    if classifier:
+        classifier.check_size(pixels.shape[-1])
     return Inputs(normalize(pixels, mean, std), names, mean, std, classifier and classifier.network)
 
 

@@ -60,6 +60,11 @@ class SavedClassifier:
             return tuple(self.mean), tuple(self.std)
         return get_statistics(self.options.get("dataset") or "imagenet", self.options.get("norm", "own"))
 
+    def list_network_options(self) -> list[str]:
+        """Return a list with the --model and --model_args of the network that the file names, or an empty list."""
+        arguments = " ".join(f"{key}={value}" for key, value in self.model_args.items())
+        return [f"{self.model} --model_args {arguments}" if arguments else self.model] if self.model else []
+
     def identify(self, models: ModuleType, model: str | None = None) -> str:
         """Return the name of the network: `model`, else the one that the file names, else the one whose tensor shapes
         match.
@@ -134,6 +139,13 @@ class Classifier:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.network(normalize(pixels, self.mean, self.std)).float()
+
+    @torch.no_grad()
+    def check_size(self, size: int) -> None:
+        """Raise UserError if the network takes no images of `size` pixels, as a vision transformer may."""
+        like = next(self.network.parameters(), torch.empty(0))
+        with translate_errors(self.name, size):
+            self.network(torch.zeros(1, 3, size, size, device=like.device))
 
     def title(self, index: int) -> str:
         """Return the name of a class, or its index if it has no name."""

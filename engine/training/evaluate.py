@@ -65,6 +65,8 @@ def load_initial_weights(
         note += f"; the last layer is taken over by name for {len(rows)} of {count}, and new for the others"
     shape = {"num_classes": len(classes), "heads": models.find_heads(network), "rows": rows}
     matches, weights = models.find_matching_models(saved.weights), models.convert_weights(model, saved.weights)
+    if not matches and saved.model != model:
+        matches = saved.list_network_options()
     if load_weights(network, weights, Path(path), new_head=True, name=model, matches=matches, **shape):
         note += f"; the last layer is newly initialised for {count}"
     return note

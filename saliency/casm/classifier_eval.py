@@ -136,8 +136,10 @@ def evaluate_classifiers(
 ) -> dict:
     """Return loss, accuracies and entropy of every classifier on every kind of image.
 
-    Raises UserError if a classifier knows the class of none of the images.
+    Raises UserError if a classifier knows the class of none of the images, or takes none of their size.
     """
+    for classifier in classifiers:
+        classifier.check_size(image_set.size)
     unnormalized = {"mean": (0, 0, 0), "std": (1, 1, 1)}  # masking works on pixels in 0..1
     loader = DeviceLoader(image_set, config.batch_size, device=device, workers=config.workers, **unnormalized)
     iterations = count_iterations(len(loader), config.pot)

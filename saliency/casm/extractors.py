@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from engine.data.image_set import STATISTICS
 from engine.errors import UserError
-from engine.inference.classifier import Classifier
+from engine.inference.classifier import Classifier, translate_errors
 from saliency import build_source
 from saliency.casm.boxes import find_rectangles
 from saliency.casm.network import SavedCasm
@@ -111,7 +111,7 @@ def build_source_extractor(name: str, base: Extractor) -> Extractor:
         raise UserError(f"--sources {name}: {error}") from error
 
     def extract(images: torch.Tensor, labels: torch.Tensor) -> MaskBatch:
-        with torch.no_grad():
+        with torch.no_grad(), translate_errors(base.name, images.shape[-1]):
             logits = network(images)
         targets = F.one_hot(labels.clamp_min(0), logits.shape[1]).float()
         maps = source(images, targets).float()

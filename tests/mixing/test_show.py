@@ -179,5 +179,7 @@ def test_the_gradient_of_a_vision_transformer_guides_the_mix(image_files, tmp_pa
     words += ["--model_path", str(tmp_path / "net.pt"), "--model", model, "--model_args"]
     words += [f"{key}={value}" for key, value in arguments.items()]
     assert show.main(words)["sage"].shape == (2, 2)
+    with pytest.raises(UserError, match="net cannot take images of 64 pixels .*\nset another --image_size"):
+        show.main([*words, "--image_size", "64"])
     with pytest.raises(SystemExit):
         show.main([*words[:3], "--model_args", "depth=1"])

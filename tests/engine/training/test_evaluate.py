@@ -53,6 +53,15 @@ def test_init_from_takes_weights_of_a_library_with_another_head(tmp_path, name, 
         assert torch.equal(value, before[key] if own else saved[key].half().to(value.dtype)), key
 
 
+def test_init_from_names_the_network_of_a_run_with_its_arguments(tmp_path):
+    name, arguments = "torchvision:squeezenet1_1", {"dropout": 0.1}
+    state = build_model(name, 2, 32, model_args=arguments).state_dict()
+    content = {"format": 2, "config": {"model": name, "model_args": arguments}, "classes": ["a", "b"], "model": state}
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="use --model torchvision:squeezenet1_1 --model_args dropout=0.1$"):
+        load_initial_weights(build_model("resnet20", 2), str(tmp_path / "last.pt"), ["a", "b"], models, "resnet20")
+
+
 def test_init_from_refuses_weights_of_another_network(tmp_path):
     torch.save(build_model("torchvision:squeezenet1_1", 7, 32).state_dict(), tmp_path / "net.pt")
     model = build_model("torchvision:squeezenet1_0", 3, 32)

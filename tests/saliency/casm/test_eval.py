@@ -18,6 +18,7 @@ from torchvision.models import get_model
 import train as train_script
 from engine.data.class_names import map_labels
 from engine.data.datasets import load_evaluation
+from engine.data.image_set import ImageSet
 from engine.data.loader import DeviceLoader
 from engine.data.views import CenterCrop
 from engine.drawing import figures
@@ -41,11 +42,17 @@ from saliency.casm.classifier_eval import (
 from saliency.casm.commands import eval as casm_eval
 from saliency.casm.commands import plot, score
 from saliency.casm.commands import train as casm_train
-from saliency.casm.extractors import TOY_MASKS, Extractor, build_naive_extractor
+from saliency.casm.extractors import (
+    TOY_MASKS,
+    Extractor,
+    build_naive_extractor,
+    build_source_extractor,
+    wrap_classifier,
+)
 from saliency.casm.masking import inpaint, mask_in, mask_out
 from saliency.casm.metrics import choose_plot_batches
 from saliency.casm.network import CasmNetwork, build_decoder
-from saliency.casm.results import ImageSetCache
+from saliency.casm.results import ImageSetCache, ScoringConfig
 
 CPU = torch.device("cpu")
 INPAINT = json.loads((GOLDEN / "casm.json").read_text())["inpaint"][0]
@@ -270,6 +277,21 @@ def test_errors_explain_unknown_classifiers(tmp_path, squeezenet):
     }.items():
         with pytest.raises(UserError, match=message):
             load_classifiers([word], CPU)
+
+
+def test_a_classifier_for_images_of_another_size_is_refused():
+    class Picky(torch.nn.Identity):
+        def forward(self, images):
+            assert images.shape[-1] == 32, "Input height doesn't match model"
+            return images.flatten(1)
+
+    classifier = Classifier("vit", Picky(), (0.5,) * 3, (0.5,) * 3, num_classes=2)
+    images = ImageSet(torch.zeros(2, 64, 64, 3, dtype=torch.uint8), torch.arange(2), ["a", "b"], "drawn")
+    extractor = build_source_extractor("gradient", wrap_classifier(classifier, CPU))
+    with pytest.raises(UserError, match="vit cannot take images of 64 pixels .*\nset another --image_size"):
+        classifier_eval.evaluate_classifiers(extractor, images, [classifier], ScoringConfig(), device=CPU)
+    with pytest.raises(UserError, match="vit cannot take images of 64 pixels"):
+        extractor.extract(torch.zeros(2, 3, 64, 64), torch.arange(2))
 
 
 def test_default_classifier_is_that_of_the_checkpoint_unless_it_has_1000_classes(monkeypatch):
