@@ -110,6 +110,8 @@ def build_library_model(library: str, name: str, num_classes: int, image_size: i
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         hint = suggest_arguments(model_args, list_arguments(library, name))
         raise ValueError(f"{title} cannot be built with {given} ({summarize(error)}){hint}") from error
+    if library == "timm":
+        check_patches(network, title, image_size)
     check_images(network, title, num_classes, image_size)
     if all(isinstance(getattr(network, stage, None), nn.Module) for stage in RESNET_STAGES):
         network.stages = RESNET_STAGES  # as our own networks state theirs
@@ -139,6 +141,23 @@ def complete_arguments(library: str, name: str, image_size: int, model_args: dic
 def make_tuple(value):
     """Return a list, which is how JSON stores it, as a tuple; anything else unchanged."""
     return tuple(map(make_tuple, value)) if isinstance(value, list) else value
+
+
+def check_patches(network: nn.Module, title: str, image_size: int) -> None:
+    """Raise ValueError if the patches of a network of timm do not cover images of this size.
+
+    timm leaves out the rows and columns at the end. Weights that were trained so keep their own size.
+    """
+    embed = getattr(network, "patch_embed", None)
+    if not isinstance(embed, import_timm().layers.PatchEmbed) or embed.dynamic_img_pad:
+        return
+    patch = max(embed.patch_size)
+    rest, own = image_size % patch, network.pretrained_cfg.get("input_size", (0,))[-1]
+    if rest and image_size != own:
+        raise ValueError(
+            f"{title} takes no images of {image_size} pixels: its patches of {patch} pixels would leave out {rest} at "
+            f"the end of each side; set --image_size to a multiple of {patch}, or --model_args patch_size"
+        )
 
 
 @torch.no_grad()

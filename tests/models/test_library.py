@@ -95,6 +95,16 @@ def test_a_network_is_built_for_the_image_size_of_the_run():
     assert torch.is_tensor(build_model("torchvision:vit_b_32", 4, 64)(torch.zeros(2, 3, 64, 64)))
 
 
+def test_patches_that_leave_out_a_part_of_the_images_are_refused():
+    pytest.importorskip("timm")
+    small = {"depth": 1, "embed_dim": 24, "num_heads": 1}
+    with pytest.raises(ValueError, match="no images of 30 pixels: its patches of 16 pixels would leave out 14"):
+        build_model("timm:vit_tiny_patch16_224", 4, 30, model_args=small)
+    assert build_model("timm:vit_tiny_patch16_224", 4, 30, model_args=small | {"patch_size": 5})
+    own = build_model("timm:vit_so400m_patch14_siglip_384", 4, 384, model_args=small)
+    assert own.patch_embed.grid_size == (27, 27)  # its weights were trained so
+
+
 def test_building_draws_the_same_numbers_again():
     torch.manual_seed(0)
     first = build_model("torchvision:squeezenet1_1", 4, 64).state_dict()
