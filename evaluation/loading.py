@@ -2,8 +2,6 @@
 
 from collections import Counter
 
-import torch
-
 import models
 from engine.data.class_names import map_labels, read_class_list
 from engine.data.datasets import load_evaluation
@@ -14,7 +12,6 @@ from engine.inference.classifier import (
     SavedClassifier,
     load_classifier,
     make_names_unique,
-    translate_errors,
 )
 from engine.runtime.distributed import check_same_value
 from engine.runtime.progress import progress_bar
@@ -105,8 +102,7 @@ def build_context(
     image_set = select_classes(data, class_map, classes)
     context = EvalContext(classifier, image_set, dataset, class_map, session)
     if models.split_model_name(classifier.model)[0]:  # some take images of one size, or of a least size
-        with translate_errors(classifier.name, context.image_size), torch.no_grad():
-            classifier.network(torch.zeros(1, 3, context.image_size, context.image_size, device=session.device))
+        classifier.check_size(context.image_size)
     if norm or not classifier.knows_norm:
         name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm
         classifier.mean, classifier.std = STATISTICS[name]
