@@ -43,6 +43,7 @@ def find_resume(options: dict, locate_runs: Callable) -> Path | None:
         return find_checkpoint(options["checkpoint"]) if options["checkpoint"] else None
     parent, prefix = locate_runs(options)
     dated = sorted(parent.glob(f"{prefix}_????????-??????*"), key=lambda path: path.name)
+    dated = [path for path in dated if not any(path.glob("seed_*"))]  # a folder of --seeds is no run
     folder = parent / options["name"] if options["name"] else dated[-1] if dated else parent
     return folder / "last.pt" if (folder / "last.pt").exists() else None
 

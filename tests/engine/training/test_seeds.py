@@ -107,3 +107,13 @@ def test_options_that_contradict_seeds(tmp_path, capsys, words, message):
 def test_a_single_seed_has_no_deviation(tmp_path, capsys):
     assert train_seeds(tmp_path, seeds="1")["summary"]["last_top1"]["std"] is None
     assert "+-" not in capsys.readouterr().out
+
+
+def test_auto_without_a_name_resumes_the_newest_single_run(tmp_path, capsys):
+    train.main([*shapes_command(tmp_path, method="cutmix", epochs=1), "--name", "cutmix_20250101-000000"])
+    train_seeds(tmp_path, name="cutmix_20250102-000000", seeds="1")
+    capsys.readouterr()
+    words = shapes_command(tmp_path, method="cutmix", epochs=1)
+    position = words.index("--name")
+    train.main([*words[:position], *words[position + 2 :], "--checkpoint", "auto"])
+    assert "this run is already finished" in capsys.readouterr().out
