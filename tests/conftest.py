@@ -50,10 +50,12 @@ def seed_torch():
 def draw_shapes_once():
     """Draw each set of `shapes` once per process: its images are the same in every run, and hundreds of tests train."""
     from engine.data import datasets
+    from engine.data.shapes import CHUNK
 
     draw_cached = functools.cache(datasets.draw_shapes)
 
     def draw_shapes(count: int, size: int, *, num_classes: int, seed: int, progress) -> dict[str, torch.Tensor]:
+        list(progress(range(0, count, CHUNK), desc="drawing shapes"))
         return {
             key: value.clone() for key, value in draw_cached(count, size, num_classes=num_classes, seed=seed).items()
         }
