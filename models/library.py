@@ -109,6 +109,8 @@ def build_library_model(library: str, name: str, num_classes: int, image_size: i
     except Exception as error:  # whatever the constructor raises for a name or a value
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         hint = suggest_arguments(model_args, list_arguments(library, name))
+        if set(arguments) <= {*SIZE_ARGUMENTS}:  # nothing else can be at fault
+            hint = "; set another --image_size, such as the size that the network was made for"
         raise ValueError(f"{title} cannot be built with {given} ({summarize(error)}){hint}") from error
     if library == "timm":
         check_patches(network, title, image_size)

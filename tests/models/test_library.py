@@ -70,7 +70,7 @@ def test_a_missing_timm_is_named(monkeypatch):
         ),
         ("torchvision:resnet18", 32, {"width_pergroup": 8}, r"; did you mean width_per_group\?$"),
         ("torchvision:densenet121", 32, {"foo": 1}, r"; its arguments are \w+(, \w+){5}$"),
-        ("torchvision:vit_b_32", 40, {}, "cannot be built with image_size=40 .*divisible"),
+        ("torchvision:vit_b_32", 40, {}, "cannot be built with image_size=40 .*divisible.*; set another --image_size"),
         ("torchvision:alexnet", 32, {}, "takes no images of 32 pixels .*--image_size"),
         ("resnet20", 32, {"depth": 3}, "resnet20 takes no --model_args"),
     ],
