@@ -4,6 +4,7 @@ import functools
 import os
 import signal
 from pathlib import Path
+from urllib.error import URLError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it; the processes of pytest-xdist share the cores
 
@@ -63,6 +64,20 @@ def draw_shapes_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "draw_shapes", draw_shapes)
         yield
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The empty cache of torch.hub on a machine without network access."""
+
+    def no_network(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "hub" / "checkpoints"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from evaluation.compare.groups import Group
 from evaluation.compare.metrics import Metric
 from evaluation.compare.statistics import get_mean_curve
 
-# colours that readers of all kinds of sight tell apart, by Okabe and Ito, Color Universal Design (2008)
+# colours that colour-blind readers can distinguish, by Okabe and Ito, Color Universal Design (2008)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 LINE_STYLES = ("-", "--", ":", "-.")
 ZOOM = 0.75  # of the longest run: the second panel shows the epochs after it

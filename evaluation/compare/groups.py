@@ -1,4 +1,4 @@
-"""Sort runs into groups that differ in nothing but their seed, and name the groups by what tells them apart."""
+"""Sort runs into groups that differ in nothing but their seed, and name the groups by what distinguishes them."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -91,12 +91,12 @@ def group_runs(runs: list[Run]) -> tuple[list[Group], list[LeftOut]]:
 
 
 def rank_progress(run: Run) -> tuple[bool, bool, int]:
-    """Return how much a run can say: a finished one most, then the one that will go on, then the longest."""
+    """Return how much a run can say: a finished one most, then one that still runs, then the longest."""
     return run.status == FINISHED, run.status == RUNNING, run.epoch
 
 
 def make_labels(options: list[dict]) -> list[str]:
-    """Return a name for each set of options: the method, and as few further options as tell all of them apart."""
+    """Return a name for each set of options: the method, and as few further options as distinguish all of them."""
     labels = ["+".join(own["method"]) for own in options]
     keys = {key for own in options for key in own} - NESTED_OPTIONS - {"method"}
     keys = [*(key for key in FIRST_IN_LABELS if key in keys), *sorted(keys - {*FIRST_IN_LABELS})]

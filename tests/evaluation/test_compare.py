@@ -145,7 +145,7 @@ def test_a_repeated_seed_counts_once(tmp_path):
         assert [str(one) for one in comparison.left_out] == [
             f"{left}: left out: has the options and the seed 0 of {kept}"
         ]
-    with hold_lock(shorter / ".lock"):  # one that will go on says more than a longer one that was stopped
+    with hold_lock(shorter / ".lock"):  # one that still runs counts before a longer one that was stopped
         assert [run.folder for run in compare(longer, shorter).groups[0].runs] == [shorter]
 
 

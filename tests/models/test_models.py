@@ -1,7 +1,6 @@
 """Tests of the networks: keys, shapes, outputs, matching by shape, pretrained weights."""
 
 import zlib
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -245,20 +244,6 @@ def test_weights_of_other_networks_match_none(name):
     assert count_classes({"fc.bias": None}) == count_classes({"linear.bias": 3}) == 0
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty torch.hub cache on a machine without network access."""
-
-    def no_network(*args, **kwargs):
-        raise URLError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    return tmp_path / "hub" / "checkpoints"
-
-
 def test_pretrained_weights_are_imagenet1k_v1():
     assert list(PRETRAINED) == IMAGENET_MODELS
     for name, url in PRETRAINED.items():
@@ -267,11 +252,11 @@ def test_pretrained_weights_are_imagenet1k_v1():
 
 
 @pytest.mark.parametrize("classes", [1000, 5])
-def test_pretrained_weights_load_and_a_different_number_of_classes_keeps_the_last_layer(cache, classes):
+def test_pretrained_weights_load_and_a_different_number_of_classes_keeps_the_last_layer(hub_cache, classes):
     weights = {key: torch.full_like(value, 2) for key, value in build_torchvision("resnet18").state_dict().items()}
     torch.save(
         {key: value for key, value in weights.items() if "num_batches" not in key},  # as in old files
-        cache / "resnet18-f37072fd.pth",
+        hub_cache / "resnet18-f37072fd.pth",
     )
     model = build_model("imagenet_resnet18", classes)
     head = model.fc.weight.clone()
@@ -280,14 +265,14 @@ def test_pretrained_weights_load_and_a_different_number_of_classes_keeps_the_las
     assert torch.equal(model.fc.weight, head if classes != 1000 else torch.full_like(head, 2))
 
 
-def test_unavailable_pretrained_weights_are_explained(cache):
+def test_unavailable_pretrained_weights_are_explained(hub_cache):
     with torch.device("meta"):
         model, small = build_model("imagenet_resnet50", 10), build_model("resnet50", 10)
     with pytest.raises(ValueError, match="no route to host") as caught:
         load_pretrained(model, "imagenet_resnet50")
-    assert f"put the file resnet50-0676ba61.pth into {cache}" in str(caught.value)
+    assert f"put the file resnet50-0676ba61.pth into {hub_cache}" in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
-    (cache / "resnet50-0676ba61.pth").write_bytes(b"half of it")
+    (hub_cache / "resnet50-0676ba61.pth").write_bytes(b"half of it")
     with pytest.raises(ValueError, match="resnet50-0676ba61.pth is damaged .*\ndelete it"):
         load_pretrained(model, "imagenet_resnet50")
     for network, name in ((small, "resnet50"), (model, "wrn16_8")):

@@ -1,7 +1,5 @@
 """--pretrained: weights of a library from its cache or a file, and the images that they are made for."""
 
-from urllib.error import URLError
-
 import pytest
 import torch
 from torchvision.models import get_model
@@ -11,19 +9,7 @@ import train
 from engine.errors import UserError
 from engine.training.pretrained import load_pretrained_weights, resolve_pretrained
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The empty cache of torch.hub on a machine without network access."""
-
-    def no_network(*args, **kwargs):
-        raise URLError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    return tmp_path / "hub" / "checkpoints"
+pytestmark = pytest.mark.usefixtures("hub_cache")
 
 
 def resolve(*words: str, config: dict | None = None) -> dict:
@@ -59,9 +45,9 @@ def test_images_of_timm():
 
 
 @pytest.mark.parametrize("classes", [4, 1000])
-def test_weights_from_the_cache_of_torch_hub(cache, classes):
+def test_weights_from_the_cache_of_torch_hub(hub_cache, classes):
     weights = get_model("mobilenet_v3_small").state_dict()
-    torch.save(weights, cache / "mobilenet_v3_small-047dcff4.pth")
+    torch.save(weights, hub_cache / "mobilenet_v3_small-047dcff4.pth")
     network, note = load(resolve("--model", "torchvision:mobilenet_v3_small", "--pretrained"), classes)
     own = network.state_dict()
     kept = [key for key in own if not torch.equal(own[key], weights[key])] if classes == 1000 else None
@@ -69,16 +55,18 @@ def test_weights_from_the_cache_of_torch_hub(cache, classes):
     assert ("the last layer is new for 4 classes" in note) == (classes == 4) and "images of 224 pixels" in note
 
 
-def test_weights_of_our_networks_are_those_of_torchvision(cache):
+def test_weights_of_our_networks_are_those_of_torchvision(hub_cache):
     weights = get_model("resnet18").state_dict()
-    torch.save(weights, cache / "resnet18-f37072fd.pth")
+    torch.save(weights, hub_cache / "resnet18-f37072fd.pth")
     network, note = load(resolve("--model", "imagenet_resnet18", "--pretrained"))
     assert torch.equal(network.state_dict()["layer1.0.conv1.weight"], weights["layer1.0.conv1.weight"])
 
 
-def test_a_file_in_half_precision_is_the_remedy_for_weights_that_are_missing(cache, tmp_path):
+def test_a_file_in_half_precision_is_the_remedy_for_weights_that_are_missing(hub_cache, tmp_path):
     options = resolve("--model", "torchvision:mobilenet_v3_small", "--pretrained")
-    with pytest.raises(UserError, match=f"put the file mobilenet_v3_small-.* into {cache}, or give a copy") as caught:
+    with pytest.raises(
+        UserError, match=f"put the file mobilenet_v3_small-.* into {hub_cache}, or give a copy"
+    ) as caught:
         load(options)
     assert len(str(caught.value).splitlines()) == 2
     weights = {key: value.half() for key, value in get_model("mobilenet_v3_small").state_dict().items()}
