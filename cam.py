@@ -1,7 +1,7 @@
 """Draw class activation maps of classifiers: cam.py --image_path photo.jpg --model_path runs/cifar10/resnet20/my_run"""
 
 import explanation
-from engine import runtime
+from engine import data, runtime
 from engine.config.select import select_kwargs
 from engine.errors import UserError
 from engine.launch import run_main
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     # ---- Images ----
     if not options["list_layers"]:
-        files = explanation.find_images(options["image_path"])
+        files = data.find_images(options["image_path"], "--image_path")
         check_outputs(files, output=options["output"], figure=options["figure"])
 
     # ---- Classifiers ----
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
     # ---- Explain, draw, save ----
     overlay = explanation.OverlaySettings(**select_kwargs(options, explanation.OverlaySettings))
-    stems, drawn = dict(zip(files, explanation.unique_stems(files), strict=True)), []
-    for group in explanation.chunk(explanation.iter_images(files, options["on_bad_image"])):
+    stems, drawn = dict(zip(files, data.unique_stems(files), strict=True)), []
+    for group in data.chunk(data.iter_images(files, options["on_bad_image"])):
         # all classifiers run before anything is drawn, so that a failing one leaves no files behind
         explanations = [explainer.explain([image for _, image in group]) for explainer in explainers]
         for (file, image), *by_explainer in zip(group, *explanations, strict=True):

@@ -6,7 +6,6 @@ __getattr__ = lazy_attributes(
     __name__,
     {
         "explainer": "crop_for_model load_classifiers make_cam_explainer make_casm_explainer print_layers",
-        "images": "chunk find_images iter_images unique_stems",
         "overlay": "OverlaySettings draw_figure save_overlays show_images",
     },
 )

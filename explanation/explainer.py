@@ -16,13 +16,13 @@ import models
 from engine.config.phases import LARGE_SIDE, default_eval_resize
 from engine.data.class_names import find_class, read_titles
 from engine.data.image_set import STATISTICS
+from engine.data.pictures import slugify
 from engine.data.views import Box, CenterCrop, FixedView, SquashedView, center_offset
 from engine.errors import UserError
 from engine.inference.classifier import Classifier, load_classifier, make_names_unique, normalize, translate_errors
 from engine.inference.metrics import rank_classes
 from engine.runtime.device import autocast
 from engine.runtime.progress import progress_bar
-from explanation.images import slugify
 from saliency import FIXED_LAYER
 from saliency.cam.maps import ActivationMaps, choose_methods, normalize_maps
 from saliency.cam.tracing import list_layers

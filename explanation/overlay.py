@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from engine.data.pictures import print_line, slugify
 from engine.data.views import Box
 from engine.drawing.figures import is_constant
 from engine.drawing.heatmaps import CELL_INCHES, draw_comparison, overlay_heatmap
@@ -18,7 +19,6 @@ from engine.errors import UserError
 from engine.runtime.files import write_atomic
 from engine.runtime.text import tell_apart
 from explanation.explainer import Explanation
-from explanation.images import print_line, slugify
 from explanation.options import is_png
 
 MAX_WINDOWS = 10  # maximum number of windows that --show opens

@@ -7,18 +7,18 @@ does not import torch.
 import inspect
 from importlib import import_module
 
-MIXERS = {  # name -> (module, class)
-    "none": ("mixing.compose", "NoMix"),
-    "cutout": ("mixing.cutout", "Cutout"),
-    "mixup": ("mixing.mixup", "Mixup"),
-    "manifold": ("mixing.manifold", "ManifoldMixup"),
-    "cutmix": ("mixing.cutmix", "CutMix"),
-    "saliencymix": ("mixing.saliencymix", "SaliencyMix"),
-    "puzzlemix": ("mixing.puzzlemix", "PuzzleMix"),
-    "comixup": ("mixing.comixup", "CoMixup"),
-    "sage": ("mixing.sage", "SAGE"),
-    "rmix": ("mixing.rmix", "RMix"),
-    "rlmix": ("mixing.rlmix", "RLMix"),
+MIXERS = {  # name -> (module of this package, class)
+    "none": (".compose", "NoMix"),
+    "cutout": (".cutout", "Cutout"),
+    "mixup": (".mixup", "Mixup"),
+    "manifold": (".manifold", "ManifoldMixup"),
+    "cutmix": (".cutmix", "CutMix"),
+    "saliencymix": (".saliencymix", "SaliencyMix"),
+    "puzzlemix": (".puzzlemix", "PuzzleMix"),
+    "comixup": (".comixup", "CoMixup"),
+    "sage": (".sage", "SAGE"),
+    "rmix": (".rmix", "RMix"),
+    "rlmix": (".rlmix", "RLMix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",
@@ -31,15 +31,15 @@ ALIASES = {  # other names of the methods, as users of other repositories know t
 OWN_CLEAN_LOSS_OFF = {"clean_lam": 0.0, "update_ratio": 1.0}  # values without a loss of the unmixed images
 SETTINGS = {"mean", "std", "kernels"}  # arguments of methods that are no hyper-parameters: they change no result
 _MODULES = {cls: module for module, cls in MIXERS.values()}  # public name -> its module
-_MODULES |= {"Mixer": "mixing.base", "note_torch_solvers": "mixing.kernels"}
-_MODULES |= dict.fromkeys(("Chain", "Choice", "PartialMix", "compose_mixer"), "mixing.compose")
+_MODULES |= {"Mixer": ".base", "note_torch_solvers": ".kernels"}
+_MODULES |= dict.fromkeys(("Chain", "Choice", "PartialMix", "compose_mixer"), ".compose")
 
 
 def __getattr__(name: str):
     """Import a public name on first use: `from mixing import SaliencyMix` does not import the other methods."""
     if name not in _MODULES:
-        raise AttributeError(f"module 'mixing' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
 
 
 def mixer_class(name: str):
@@ -48,7 +48,7 @@ def mixer_class(name: str):
     if name not in MIXERS:
         raise ValueError(f"unknown mixing method {name!r}; choose from {', '.join(MIXERS)}")
     module, cls = MIXERS[name]
-    return getattr(import_module(module), cls)
+    return getattr(import_module(module, __name__), cls)
 
 
 def hyper_parameters(name: str) -> dict:
@@ -97,6 +97,6 @@ def collect_hyper_parameters(
 
 def compose_options(names: list[str]) -> list[str]:
     """Return the names of the keyword arguments of compose_mixer() that these methods read."""
-    compose_mixer = import_module("mixing.compose").compose_mixer
+    compose_mixer = import_module(".compose", __name__).compose_mixer
     own = [key for key, p in inspect.signature(compose_mixer).parameters.items() if p.kind is p.KEYWORD_ONLY]
     return list(dict.fromkeys(own + [key for name in [*names, "cutout"] for key in hyper_parameters(name)]))

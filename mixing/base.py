@@ -31,7 +31,7 @@ from types import FunctionType, MethodType
 
 import torch
 
-from mixing.ops import check_targets, expand_weight, replace_invalid_maps
+from .ops import check_targets, expand_weight, replace_invalid_maps
 
 
 class Mixer:

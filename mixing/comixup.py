@@ -11,11 +11,11 @@ from functools import partial
 import torch
 from torch.distributions import Dirichlet
 
-from mixing.base import Mixer
-from mixing.kernels import check_mode, use_kernels
-from mixing.ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
-from mixing.solvers.comixup_energy import Labelling
-from mixing.solvers.comixup_labelling import solve
+from .base import Mixer
+from .kernels import check_mode, use_kernels
+from .ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
+from .solvers.comixup_energy import Labelling
+from .solvers.comixup_labelling import solve
 
 GRIDS = (2, 4, 8, 16)  # blocks per side to draw from if m_block_num is -1
 WINDOW = 8  # side in pixels of the window that finds the most salient position
@@ -207,7 +207,7 @@ def solve_in_parallel(
     order = torch.rand(parts, starts, m, device=cost.device).argsort(2)
     effort = {"rounds": ROUNDS * sweeps, "resolve": resolve}
     if use_kernels(kernels, cost.device):
-        from mixing.kernels import comixup
+        from .kernels import comixup
 
         return comixup.solve(cost, compatibility, order, **effort, **problem)
     return solve(cost, compatibility, order, **effort, **problem)
@@ -215,7 +215,7 @@ def solve_in_parallel(
 
 def load_graph_cuts():
     """Return the solver of the authors: graph cuts by gco-wrapper. Raises ValueError if the package is missing."""
-    from mixing.solvers.graphcut import import_gco, solve_labelling
+    from .solvers.graphcut import import_gco, solve_labelling
 
     import_gco()  # so that a missing package is reported now and not at the first batch
     return solve_labelling

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch.nn import functional as F
 
-from mixing import build_mixer, collect_hyper_parameters
-from mixing.base import Mixer
+from . import build_mixer, collect_hyper_parameters
+from .base import Mixer
 
 
 class NoMix(Mixer):

@@ -6,8 +6,8 @@ each image.
 
 import torch
 
-from mixing.base import Mixer
-from mixing.ops import box_mask, center_boxes, check_probability, clip_boxes, draw_lam, draw_partner, paste
+from .base import Mixer
+from .ops import box_mask, center_boxes, check_probability, clip_boxes, draw_lam, draw_partner, paste
 
 
 def center_boxes_real(

@@ -6,8 +6,8 @@ are filled with 0 after normalisation, the mean colour. Labels stay the same. On
 
 import torch
 
-from mixing.base import Mixer
-from mixing.ops import box_mask
+from .base import Mixer
+from .ops import box_mask
 
 
 def hole_mask(rows: torch.Tensor, columns: torch.Tensor, length: int, height: int, width: int) -> torch.Tensor:

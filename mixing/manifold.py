@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-from mixing.base import Mixer
-from mixing.ops import blend, check_probability, draw_lam, draw_partner
+from .base import Mixer
+from .ops import blend, check_probability, draw_lam, draw_partner
 
 DEPTHS = 3  # the images and the outputs of the first two stages
 

@@ -3,8 +3,8 @@
 Zhang et al., ICLR 2018, arXiv 1710.09412, Sec. 2: x = lam x_i + (1 - lam) x_j, and the same for the labels.
 """
 
-from mixing.base import Mixer
-from mixing.ops import blend, check_probability, draw_lam, draw_partner
+from .base import Mixer
+from .ops import blend, check_probability, draw_lam, draw_partner
 
 
 class Mixup(Mixer):

@@ -11,9 +11,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-from mixing.base import Mixer
-from mixing.kernels import check_mode, use_kernels
-from mixing.ops import (
+from .base import Mixer
+from .kernels import check_mode, use_kernels
+from .ops import (
     block_means,
     check_divides,
     check_probability,
@@ -22,8 +22,8 @@ from mixing.ops import (
     normalize_sum,
     upsample_blocks,
 )
-from mixing.solvers import puzzlemix_mask, puzzlemix_transport
-from mixing.solvers.puzzlemix_transport import move_blocks
+from .solvers import puzzlemix_mask, puzzlemix_transport
+from .solvers.puzzlemix_transport import move_blocks
 
 MaskProblem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # unary (L, n, n, B), down (n-1, n, B), right (n, n-1, B)
 
@@ -256,7 +256,7 @@ class PuzzleMix(Mixer):
     def choose_mask_solver(self, device: torch.device):
         """Return build_mask_problem() and the solver of its problems, on CUDA as Triton kernels if they run there."""
         if self.solve is puzzlemix_mask.solve and use_kernels(self.kernels, device):
-            from mixing.kernels import puzzlemix_mask as kernels
+            from .kernels import puzzlemix_mask as kernels
 
             return kernels.build_mask_problem, kernels.solve
         return build_mask_problem, self.solve
@@ -264,7 +264,7 @@ class PuzzleMix(Mixer):
     def choose_transport(self, device: torch.device):
         """Return the function that solves the transport: on CUDA a Triton kernel, if it runs there."""
         if use_kernels(self.kernels, device):
-            from mixing.kernels import puzzlemix_transport as kernels
+            from .kernels import puzzlemix_transport as kernels
 
             return kernels.solve_transport
         return puzzlemix_transport.solve_transport
@@ -291,7 +291,7 @@ class PuzzleMix(Mixer):
 
 def load_graph_cuts():
     """Return the solver of the authors: graph cuts by gco-wrapper. Raises ValueError if the package is missing."""
-    from mixing.solvers.graphcut import import_gco, solve_mask
+    from .solvers.graphcut import import_gco, solve_mask
 
     import_gco()  # so that a missing package is reported now and not at the first batch
 

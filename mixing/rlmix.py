@@ -9,9 +9,9 @@ mixing/solvers/rlmix_agent.py holds the policy and its training.
 import torch
 from torch.nn import functional as F
 
-from mixing.ops import block_means, check_at_least, check_divides, normalize_sum
-from mixing.rmix import RMix
-from mixing.solvers.rlmix_agent import Agent
+from .ops import block_means, check_at_least, check_divides, normalize_sum
+from .rmix import RMix
+from .solvers.rlmix_agent import Agent
 
 
 def saliency_similarity(clean: torch.Tensor, mixed_grad: torch.Tensor) -> torch.Tensor:

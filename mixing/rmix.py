@@ -6,8 +6,8 @@ ImageNet settings of its code are dirichlet_alpha 0.2, patches_per_side (2, 4), 
 
 import torch
 
-from mixing.base import Mixer
-from mixing.ops import (
+from .base import Mixer
+from .ops import (
     blend,
     block_means,
     check_divides,

@@ -8,11 +8,11 @@ searches the offsets.
 
 import torch
 
-from mixing.base import Mixer
-from mixing.kernels import check_mode, use_kernels
-from mixing.ops import check_probability, draw_lam, draw_partner, normalize_sum
-from mixing.solvers import sage_offsets
-from mixing.solvers.sage_offsets import grid_offsets, random_offsets
+from .base import Mixer
+from .kernels import check_mode, use_kernels
+from .ops import check_probability, draw_lam, draw_partner, normalize_sum
+from .solvers import sage_offsets
+from .solvers.sage_offsets import grid_offsets, random_offsets
 
 MIN_WEIGHT = 1e-12  # of each image, so that neither map vanishes when lam is 0 or 1
 MIN_SUM = 1e-16  # of the two maps at a pixel: where both are 0, the partner shows
@@ -32,7 +32,7 @@ def find_offset(
 ) -> torch.Tensor:
     """Return the best of these offsets for each pair of maps, (B, 2) long. Arguments: see scale_maps() and mix()."""
     if kernels:
-        from mixing.kernels import sage as solver
+        from .kernels import sage as solver
     else:
         solver = sage_offsets
     if offsets is None:

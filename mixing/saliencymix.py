@@ -7,8 +7,8 @@ overrides the maximum of the map.
 
 import torch
 
-from mixing.base import Mixer
-from mixing.ops import box_mask, center_boxes, check_probability, draw_lam, draw_partner, paste
+from .base import Mixer
+from .ops import box_mask, center_boxes, check_probability, draw_lam, draw_partner, paste
 
 
 def find_peaks(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,19 +7,19 @@ does not import torch.
 import inspect
 from importlib import import_module
 
-SOURCES = {  # name -> (module, class)
-    "gradient": ("saliency.gradient", "Gradient"),
-    "bank": ("saliency.bank", "Bank"),
-    "fine_grained": ("saliency.static", "FineGrained"),
-    "spectral_residual": ("saliency.static", "SpectralResidual"),
-    "float_bytes": ("saliency.static", "FloatBytes"),
-    "uniform": ("saliency.static", "Uniform"),
-    "cam": ("saliency.cam.sources", "CAM"),
-    "gradcam": ("saliency.cam.sources", "GradCAM"),
-    "gradcam++": ("saliency.cam.sources", "GradCAMpp"),
-    "layercam": ("saliency.cam.sources", "LayerCAM"),
-    "attention": ("saliency.cam.sources", "Attention"),
-    "casm": ("saliency.casm.source", "CASM"),
+SOURCES = {  # name -> (module of this package, class)
+    "gradient": (".gradient", "Gradient"),
+    "bank": (".bank", "Bank"),
+    "fine_grained": (".static", "FineGrained"),
+    "spectral_residual": (".static", "SpectralResidual"),
+    "float_bytes": (".static", "FloatBytes"),
+    "uniform": (".static", "Uniform"),
+    "cam": (".cam.sources", "CAM"),
+    "gradcam": (".cam.sources", "GradCAM"),
+    "gradcam++": (".cam.sources", "GradCAMpp"),
+    "layercam": (".cam.sources", "LayerCAM"),
+    "attention": (".cam.sources", "Attention"),
+    "casm": (".casm.source", "CASM"),
 }
 CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam", "scorecam", "attention")  # that ActivationMaps implements
 FIXED_LAYER = {"cam": "the maps that are averaged", "attention": "the last attention"}  # methods without a choice
@@ -38,14 +38,14 @@ SET_BY_RUN = {
 }
 SET_BY_METHOD = {"reduction", "blur_sigma", "kernel_size", "mode", "clean_weight", "follows_training_loss"}
 _MODULES = {cls: module for module, cls in SOURCES.values()}  # public name -> its module
-_MODULES |= {"Source": "saliency.base", "ActivationMaps": "saliency.cam.maps"}
+_MODULES |= {"Source": ".base", "ActivationMaps": ".cam.maps"}
 
 
 def __getattr__(name: str):
     """Import a public name on first use: `from saliency import Gradient` does not import the other sources."""
     if name not in _MODULES:
-        raise AttributeError(f"module 'saliency' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name], __name__), name)
 
 
 def source_class(name: str):
@@ -54,7 +54,7 @@ def source_class(name: str):
     if name not in SOURCES:
         raise ValueError(f"unknown saliency source {name!r}; choose from {', '.join(SOURCES)}")
     module, cls = SOURCES[name]
-    return getattr(import_module(module), cls)
+    return getattr(import_module(module, __name__), cls)
 
 
 def list_source_options() -> list[str]:

@@ -7,7 +7,7 @@ flip, averaged over a small grid, and used the next time the image is mixed, abo
 
 import torch
 
-from saliency.base import Source
+from .base import Source
 
 
 class Bank(Source):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saliency.base import Source
+from .base import Source
 
 # scale of the summed loss under float16: pixel gradients stay normal numbers, and those of the logits below 1024
 FP16_SCALE = 1024.0

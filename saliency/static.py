@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from saliency.base import Source
+from .base import Source
 
 SCALES = (12, 24, 28, 48, 56, 112)  # half widths in pixels of the centre-surround windows of fine_grained
 

@@ -147,7 +147,7 @@ def test_the_example_of_loading_a_classifier_runs(tmp_path, monkeypatch, capsys)
 
 
 def test_the_method_of_the_page_mixes_stripes():
-    names = {}
+    names = {"__package__": "mixing"}
     exec(*find_examples("docs/adding_a_method.md"), names)
     saliency = torch.zeros(2, 4, 8)
     saliency[0, 1, 6], saliency[1, 3, 0] = 1, 1
@@ -162,7 +162,7 @@ def test_the_method_of_the_page_mixes_stripes():
 
 
 def test_the_source_of_the_page_finds_a_spot():
-    names = {}
+    names = {"__package__": "saliency"}
     exec(*find_examples("docs/adding_a_source.md"), names)
     image = torch.zeros(1, 3, 16, 20)
     image[:, :, 5, 7] = 1
@@ -171,7 +171,7 @@ def test_the_source_of_the_page_finds_a_spot():
 
 def test_every_method_is_described_with_its_file():
     for name, (module, _) in MIXERS.items():
-        path = f"{module.replace('.', '/')}.py"
+        path = f"mixing/{module.removeprefix('.')}.py"
         assert name == "none" or re.search(rf"^\| `{name}` \|.*\]\({path}\)", README, re.M), (
             f"the methods table of README.md has no row for `{name}` that links to {path}"
         )

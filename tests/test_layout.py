@@ -1,6 +1,7 @@
 """The import rules of docs/architecture.md: which package may import which, and the layers inside engine."""
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -46,27 +47,43 @@ def get_module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def find_imports(path: Path) -> set[str]:
-    """Return all modules that a file imports, at its top or in a function; `from package import module` counts too."""
+def list_names(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
+    """Return the modules that the import statements among `nodes` name; `from package import module` counts too."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            parents = path.relative_to(ROOT).parts[: -node.level] if node.level else ()
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return names
+
+
+def find_imports(path: Path) -> set[str]:
+    """Return all modules that a file imports, at its top or in a function."""
+    return list_names(path, ast.walk(ast.parse(path.read_text())))
 
 
 def find_top_level_imports(path: Path) -> set[str]:
     """Return the modules that are imported as soon as the file is."""
-    names = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return list_names(path, ast.parse(path.read_text()).body)
+
+
+def is_installed(path: Path) -> bool:
+    """Return whether a file of mixing or saliency is part of the package that pip installs."""
+    name = path.relative_to(ROOT).as_posix()
+    return name != "mixing/show.py" and not name.startswith("saliency/casm/")
+
+
+def test_only_the_installed_packages_have_relative_imports():
+    """pip installs mixing and saliency under another name, so their modules name each other relatively."""
+    for package in PACKAGES:
+        for path in list_files(package):
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            relative = [bool(node.level) for node in nodes if node.level or node.module.split(".")[0] == package]
+            installed = package in ("mixing", "saliency") and is_installed(path)
+            assert all(level == installed for level in relative), path
 
 
 def list_files(package: str) -> list[Path]:

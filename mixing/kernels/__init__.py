@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from mixing import hyper_parameters
+from .. import hyper_parameters
 
 MODES = ("auto", "triton", "torch")
 MIN_CAPABILITY = (7, 0)  # the oldest GPUs that Triton supports
@@ -57,7 +57,7 @@ def find_obstacle(device: torch.device) -> str | None:
         found, least = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return f"the GPU has compute capability {found}, and Triton needs {least}"
     try:
-        from mixing.kernels.probe import VERSION, run_probe
+        from .probe import VERSION, run_probe
 
         if VERSION < MIN_TRITON:
             found, least = (".".join(map(str, pair)) for pair in (VERSION, MIN_TRITON))

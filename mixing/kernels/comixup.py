@@ -9,8 +9,19 @@ from typing import NamedTuple
 import torch
 import triton
 
-from mixing.kernels import launch
-from mixing.kernels.comixup_rounds import (
+from ..solvers import comixup_labelling
+from ..solvers.binary_grid import STEPS
+from ..solvers.comixup_energy import Energy, Labelling, build_energy
+from ..solvers.comixup_labelling import (
+    GOLOMB_RULERS,
+    OFFERED,
+    REOFFERED,
+    START_NOISE,
+    find_coarse_blocks,
+)
+from ..solvers.comixup_moves import EXACT_SIDE
+from . import launch
+from .comixup_rounds import (
     carry_kernel,
     duplicate_kernel,
     expand_kernel,
@@ -18,17 +29,6 @@ from mixing.kernels.comixup_rounds import (
     select_kernel,
     start_kernel,
 )
-from mixing.solvers import comixup_labelling
-from mixing.solvers.binary_grid import STEPS
-from mixing.solvers.comixup_energy import Energy, Labelling, build_energy
-from mixing.solvers.comixup_labelling import (
-    GOLOMB_RULERS,
-    OFFERED,
-    REOFFERED,
-    START_NOISE,
-    find_coarse_blocks,
-)
-from mixing.solvers.comixup_moves import EXACT_SIDE
 
 MAX_SIDE, MAX_INPUTS = 16, 128  # of a grid, and of a part
 LABELS_TOGETHER = {True: 4, False: 1}  # whether binary problems are solved exactly -> labels of a program

@@ -12,7 +12,7 @@ On sm_90 a program of one warp takes 124 registers a thread for 4 labels on 4 x 
 import triton
 import triton.language as tl
 
-from mixing.solvers import puzzlemix_mask
+from ..solvers import puzzlemix_mask
 
 THRESHOLDS = tl.constexpr(puzzlemix_mask.THRESHOLDS)
 RATE = tl.constexpr(1.25 / 8)  # step length of the dual ascent, as in ascend_dual()

@@ -22,9 +22,9 @@ unit (Q, m); offered (Q, C, 2) int32, the labels tried; blocks (Q, C, N) int32; 
 import triton
 import triton.language as tl
 
-from mixing.kernels.comixup_blocks import build_problem, similarity, solve_exact, solve_relaxed
-from mixing.solvers import comixup_labelling as rule
-from mixing.solvers.comixup_moves import REOFFER_COST, SOFT_BONUS
+from ..solvers import comixup_labelling as rule
+from ..solvers.comixup_moves import REOFFER_COST, SOFT_BONUS
+from .comixup_blocks import build_problem, similarity, solve_exact, solve_relaxed
 
 MIN_GAIN = tl.constexpr(rule.MIN_GAIN)
 SELECTION_PASSES = tl.constexpr(rule.SELECTION_PASSES)

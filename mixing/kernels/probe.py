@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mixing.kernels import launch
+from . import launch
 
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mixing.kernels import launch
-from mixing.puzzlemix import MaskProblem, prior_costs
-from mixing.solvers import puzzlemix_mask as solver
+from ..puzzlemix import MaskProblem, prior_costs
+from ..solvers import puzzlemix_mask as solver
+from . import launch
 
 MAX_FLOWS = 4096  # along one axis of an image; they fill a third of the registers of a multiprocessor
 CHECK_EVERY, PAIR_SHARE = tl.constexpr(solver.CHECK_EVERY), tl.constexpr(solver.PAIR_SHARE)

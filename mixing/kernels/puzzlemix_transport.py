@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mixing.kernels import launch
-from mixing.solvers import puzzlemix_transport as reference
+from ..solvers import puzzlemix_transport as reference
+from . import launch
 
 SLACK = tl.constexpr(reference.SLACK)
 SLACK_DOUBLING_ROUNDS = tl.constexpr(reference.SLACK_DOUBLING_ROUNDS)

@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from mixing.kernels import launch
-from mixing.ops import to_device
-from mixing.solvers.sage_offsets import all_offsets, choose_candidates, take_best
+from ..ops import to_device
+from ..solvers.sage_offsets import all_offsets, choose_candidates, take_best
+from . import launch
 
 MAX_EXACT_PIXELS = 64 * 64  # up to this size, scoring all offsets exactly costs less than the approximation
 MIN_SUM = tl.constexpr(1e-30)  # of A + B: keeps pixels at which both are 0 from being 0 / 0

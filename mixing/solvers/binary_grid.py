@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from mixing.solvers.puzzlemix_mask import THRESHOLDS
+from .puzzlemix_mask import THRESHOLDS
 
 STEPS = (40, 60)  # of the dual ascent, for grids with up to 8 blocks per side and for larger ones
 

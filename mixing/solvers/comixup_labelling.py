@@ -11,8 +11,8 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from mixing.solvers.comixup_energy import Energy, Labelling, build_energy
-from mixing.solvers.comixup_moves import EXACT_SIDE, ExpansionMoves, build_labels, one_hot
+from .comixup_energy import Energy, Labelling, build_energy
+from .comixup_moves import EXACT_SIDE, ExpansionMoves, build_labels, one_hot
 
 # minimum number of inputs -> offsets, all of whose differences are distinct
 GOLOMB_RULERS = {13: (0, 1, 4, 6), 7: (0, 1, 3), 2: (0, 1)}

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from mixing.solvers.binary_grid import solve_binary_approximately, solve_binary_exact
+from .binary_grid import solve_binary_approximately, solve_binary_exact
 
 EXACT_SIDE = 4  # largest grid whose binary problems are solved exactly
 REOFFER_COST = 0.8  # extra cost per block of an input tried a second time, in units of 1 / N, the mean cost of a block

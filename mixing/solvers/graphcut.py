@@ -7,7 +7,7 @@ It solves one image after the other on the CPU, by alpha-beta swaps of the gco l
 import numpy as np
 import torch
 
-from mixing.solvers.comixup_energy import Labelling, objective
+from .comixup_energy import Labelling, objective
 
 MASK_SCALE = 1000  # times the number of blocks: scale of the costs before they are rounded to integers
 LABEL_SCALE = 100_000  # the same for Co-Mixup

@@ -19,7 +19,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from mixing.ops import to_device
+from ..ops import to_device
 
 CACHE_PIXELS = 2**20  # pixels of a block of images that fits into the cache of a CPU
 MAX_WINDOW_PIXELS = 2**26  # pixels of all shifted maps of a block of images: 256 MB

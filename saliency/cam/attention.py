@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from saliency.cam.layouts import TokenRules, find_token_grid
+from .layouts import TokenRules, find_token_grid
 
 MULTI_HEAD, FUSED, EXPLICIT = "multi_head_attention_forward", "scaled_dot_product_attention", "softmax"
 FUSED_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saliency import CAM_METHODS, FIXED_LAYER
-from saliency.cam.layouts import find_token_rules
-from saliency.cam.taps import AttentionTap, LayerTap, PoolingTap
-from saliency.cam.tracing import (
+from .. import CAM_METHODS, FIXED_LAYER
+from ..gradient import FP16_SCALE, freeze_parameters
+from .layouts import find_token_rules
+from .taps import AttentionTap, LayerTap, PoolingTap
+from .tracing import (
     TraceResult,
     black_image,
     eval_no_grad,
@@ -35,7 +36,6 @@ from saliency.cam.tracing import (
     unwrap,
     validate_logits,
 )
-from saliency.gradient import FP16_SCALE, freeze_parameters
 
 PROBE_SIZE = 64  # side in pixels of an image that almost every network accepts
 

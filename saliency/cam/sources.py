@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from saliency.base import Source
-from saliency.cam.maps import PROBE_SIZE, ActivationMaps, resize_maps
-from saliency.cam.tracing import black_image, eval_no_grad, trace_network
+from ..base import Source
+from .maps import PROBE_SIZE, ActivationMaps, resize_maps
+from .tracing import black_image, eval_no_grad, trace_network
 
 
 class CAM(Source):

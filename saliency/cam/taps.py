@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from saliency.cam.attention import AttentionCounter, find_key_grid, read_map
-from saliency.cam.layouts import Layout, LayoutWatch, TokenRules, find_layout
+from .attention import AttentionCounter, find_key_grid, read_map
+from .layouts import Layout, LayoutWatch, TokenRules, find_layout
 
 AVERAGES = {"adaptive_avg_pool2d", "avg_pool2d", "mean"}  # functions that can average whole maps
 REDUCTIONS = {"mean", "amax"}  # those of them that work on any dimensions

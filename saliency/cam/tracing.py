@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from saliency.cam.attention import AttentionCall, AttentionCounter, find_key_grid, relates_places
-from saliency.cam.layouts import LayoutWatch, TokenRules, find_layout, find_token_rules
-from saliency.cam.taps import AVERAGES, channels_first, find_pooling
-from saliency.gradient import in_mode
+from ..gradient import in_mode
+from .attention import AttentionCall, AttentionCounter, find_key_grid, relates_places
+from .layouts import LayoutWatch, TokenRules, find_layout, find_token_rules
+from .taps import AVERAGES, channels_first, find_pooling
 
 
 class TraceResult(NamedTuple):

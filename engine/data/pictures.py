@@ -1,4 +1,4 @@
-"""Find image files, read them as an image viewer shows them, and name the output files."""
+"""Pictures that a user names: find the files, read them as an image viewer shows them, and name the output files."""
 
 import re
 from collections import Counter
@@ -17,11 +17,11 @@ from engine.errors import UserError, explain_missing
 MAX_NAME_BYTES = 60  # of each part of a file name; file systems allow 255 bytes in total
 
 
-def find_images(patterns: list[str]) -> list[Path]:
+def find_images(patterns: list[str], option: str) -> list[Path]:
     """Return the image files that `patterns` match, each once, in their order.
 
-    A pattern is a file, a folder (without its subfolders) or a glob pattern, which some shells do not expand. Raises
-    UserError for a pattern without images.
+    A pattern is a file, a folder (without its subfolders) or a glob pattern, which some shells do not expand. option:
+    the option of the command line that has the patterns, for messages. Raises UserError for a pattern without images.
     """
     images = []
     for pattern in patterns:
@@ -29,13 +29,11 @@ def find_images(patterns: list[str]) -> list[Path]:
         if path.is_file():
             images.append(path)
             continue
-        entries = list_entries(pattern)
+        entries = list_entries(pattern, option)
         found = filter_images(str(entry) for entry in entries if not entry.is_dir())
         if not found:
             problem = "no images in this folder" if path.is_dir() else "no image matches this pattern"
-            raise UserError(
-                f"--image_path {pattern}: {problem}\nimage files end in {' '.join(sorted(IMAGE_EXTENSIONS))}"
-            )
+            raise UserError(f"{option} {pattern}: {problem}\nimage files end in {' '.join(sorted(IMAGE_EXTENSIONS))}")
         unread = filter_unknown(str(entry) for entry in entries if not entry.is_dir())
         unread += [f"{entry}/" for entry in entries if entry.is_dir() and list_images(entry)]
         if unread:
@@ -47,17 +45,17 @@ def find_images(patterns: list[str]) -> list[Path]:
     return list(dict.fromkeys(images))
 
 
-def list_entries(pattern: str) -> list[Path]:
+def list_entries(pattern: str, option: str) -> list[Path]:
     """Return the visible entries of a folder, or the paths that a glob pattern matches, sorted."""
     path = Path(pattern)
     if path.is_dir():
         try:
             return sorted(entry for entry in path.iterdir() if is_visible(entry.name))
         except OSError as error:
-            raise UserError(f"--image_path {path}: the folder cannot be read ({error.strerror})") from error
+            raise UserError(f"{option} {path}: the folder cannot be read ({error.strerror})") from error
     if any(letter in pattern for letter in "*?[") and "://" not in pattern:
         return [Path(name) for name in sorted(glob(pattern, recursive=True))]
-    raise UserError(f"--image_path {pattern}: {explain_missing(pattern)}")
+    raise UserError(f"{option} {pattern}: {explain_missing(pattern)}")
 
 
 def chunk(

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from support import write_image
 
+from engine.data import chunk, find_images, unique_stems
 from engine.errors import UserError
-from explanation import chunk, find_images, unique_stems
+
+OPTION = "--image_path"
 
 
 def test_images_are_found_once_and_in_order(tmp_path):
@@ -16,7 +18,7 @@ def test_images_are_found_once_and_in_order(tmp_path):
         write_image(tmp_path / name, 0)
     (tmp_path / "b" / "notes.txt").write_text("no image")
     (tmp_path / "b" / "folder.png").mkdir()
-    found = find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")])
+    found = find_images([str(tmp_path / word) for word in ("b/2.png", "b", "*/*/*.png", "[x]*.png")], OPTION)
     assert [str(file.relative_to(tmp_path)) for file in found] == ["b/2.png", "b/1.jpg", "b/deep/3.png", "[x]*.png"]
 
 
@@ -27,7 +29,7 @@ def test_what_a_folder_holds_besides_images_is_said(tmp_path, capsys):
         (tmp_path / name).write_text("")
     (tmp_path / "empty").mkdir()
     for pattern in (tmp_path, tmp_path / "*"):
-        assert [file.name for file in find_images([str(pattern)])] == ["1.png", "empty.png"]
+        assert [file.name for file in find_images([str(pattern)], OPTION)] == ["1.png", "empty.png"]
         note = capsys.readouterr().out
         assert note.startswith(f"note: {pattern}: not read, since") and note.endswith(
             f": {tmp_path}/4.heic, {tmp_path}/deep/ (2)\n"
@@ -45,7 +47,7 @@ def test_what_a_folder_holds_besides_images_is_said(tmp_path, capsys):
 )
 def test_names_that_are_no_files_are_explained(name, remedy):
     with pytest.raises(UserError, match=f"^--image_path {re.escape(name)}: {remedy}"):
-        find_images([name])
+        find_images([name], OPTION)
 
 
 def test_chunk_limits_images_and_pixels_and_does_not_read_ahead():
