@@ -9,7 +9,8 @@ import evaluation
 from engine import data, runtime
 from engine.config.select import select_kwargs
 from engine.launch import run_main
-from evaluation.options import REFERENCE_OPTIONS, build_parser, list_measurements, merge_trained_options, read_options
+from evaluation.options import REFERENCE_OPTIONS, build_parser, merge_trained_options, read_options
+from evaluation.task_options import list_measurements
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from engine.data.sample_rng import uniform
 from engine.errors import UserError
 from evaluation.context import Transform
-from evaluation.options import ATTACKS
+from evaluation.task_options import ATTACKS
 
 FGSM_EPS = (4 / 255, 8 / 255)
 CHUNK_PIXELS = 2**21  # pixels attacked at a time: 41 images of 224 x 224

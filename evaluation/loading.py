@@ -16,7 +16,7 @@ from engine.inference.classifier import (
 from engine.runtime.distributed import check_same_value
 from engine.runtime.progress import progress_bar
 from evaluation.context import EvalContext, EvalSession
-from evaluation.options import ALEXNET
+from evaluation.task_options import ALEXNET
 
 
 def print_info(path: str) -> dict:

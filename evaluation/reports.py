@@ -11,7 +11,7 @@ from engine.inference.metrics import format_accuracy
 from engine.runtime.files import write_atomic, write_json
 from engine.runtime.text import format_count
 from evaluation import calibration, localization_task, ood, robustness
-from evaluation.options import TASKS
+from evaluation.task_options import TASKS
 
 CALIBRATION_COLUMNS = {  # key -> title and format
     "ece": ("ECE (%)", ".2f"),

@@ -26,8 +26,8 @@ from evaluation.localization_task import (
 )
 from evaluation.ood import measure_ood
 from evaluation.ood_images import load_ood_set
-from evaluation.options import ALEXNET, BUILT_IN, NONE
 from evaluation.robustness import find_published_set, measure_robustness
+from evaluation.task_options import ALEXNET, BUILT_IN, NONE
 
 Plan = Callable[[], dict]  # does the work; with several processes only the main one gets the results
 

@@ -32,7 +32,7 @@ from evaluation.context import EvalContext, EvalSession, check_same_images
 from evaluation.html import to_html
 from evaluation.localization_task import describe_constant_maps, evaluate_localization
 from evaluation.ood import measure_ood
-from evaluation.options import TASKS, build_parser, merge_trained_options
+from evaluation.options import build_parser, merge_trained_options
 from evaluation.reports import draw_task
 from evaluation.robustness import (
     add_mean_corruption_errors,
@@ -41,6 +41,7 @@ from evaluation.robustness import (
     match_published,
     measure_robustness,
 )
+from evaluation.task_options import TASKS
 from evaluation.tasks import plan_accuracy, plan_calibration
 from models import build_model
 
