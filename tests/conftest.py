@@ -3,6 +3,8 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser
-from support import GOLDEN, find_browser, shapes_command
+from support import GOLDEN, copy_package_sources, find_browser, hold_lock, shapes_command
 
 if not torch.cuda.is_available():  # triton reads it when it is imported: kernels then run on CPU tensors, interpreted
     os.environ["TRITON_INTERPRET"] = "1"
@@ -78,6 +80,24 @@ def hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     return tmp_path / "hub" / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def installed_package(tmp_path_factory) -> Path:
+    """Return a folder with nothing but the installed package, built once for all processes; the wheel is beside it."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "package"
+    folder, pip = shared / "installed", [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    with hold_lock(shared / "lock"):
+        if not folder.is_dir():
+            copy_package_sources(shared / "source")  # setuptools writes into the folder that it builds
+            build = ["wheel", "--no-deps", "--no-index", "--no-build-isolation", "./source"]
+            subprocess.run([*pip, *build], check=True, cwd=shared)
+            (wheel,) = shared.glob("*.whl")
+            install = ["install", "--no-deps", "--no-index", "--target", "new", f"./{wheel.name}"]
+            subprocess.run([*pip, *install], check=True, cwd=shared)
+            (shared / "new").rename(folder)
+    return folder
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,6 +68,27 @@ def same_state(a, b) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same_state, a, b))
     return a == b
+
+
+def copy_package_sources(folder: Path) -> None:
+    """Copy what the package is built from, and some of the repository that must not be installed."""
+    for name in ("package", "mixing", "saliency", "engine", "models"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "train.py"):
+        shutil.copy(ROOT / name, folder)
+
+
+def run_installed(package: Path, code: str, folder: Path) -> str:
+    """Run Python code in `folder` with the installed package, but not the repository, on the path. Returns its output.
+
+    package: the fixture installed_package.
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+    return done.stdout
 
 
 def write_image(path: Path, value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> None:

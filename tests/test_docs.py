@@ -23,7 +23,8 @@ from engine.config.recipes import IMAGENET_RECIPES, RECIPES
 from engine.config.resolve import RULES, check_combinations, fill_in_options
 from evaluation.compare import __main__ as comparison
 from evaluation.corruptions import CORRUPTIONS
-from mixing import MIXERS, show
+from mixing import MIXERS
+from mixing.show import __main__ as show
 from saliency import SOURCES
 from saliency.casm.__main__ import COMMANDS as COMMANDS_OF_CASM
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 import saliency
 from engine.errors import UserError
-from mixing import build_mixer, show
-from mixing.show import METHODS, collect_mixtures, pixel_shares
+from mixing import build_mixer
+from mixing.show import __main__ as show
+from mixing.show.__main__ import METHODS, collect_mixtures, pixel_shares
 from models import build_model
 from saliency import Source
 from saliency.static import FineGrained

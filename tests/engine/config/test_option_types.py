@@ -8,7 +8,14 @@ import pytest
 
 import train
 
-MODULES = ["train", "imagenet_train", "detection.options", "evaluation.options", "explanation.options", "mixing.show"]
+MODULES = [
+    "train",
+    "imagenet_train",
+    "detection.options",
+    "evaluation.options",
+    "explanation.options",
+    "mixing.show.__main__",
+]
 MODULES += [f"saliency.casm.commands.{name}" for name in ("train", "score", "eval", "plot")]
 TOO_LARGE = str(10**30)
 

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import train
 from engine.errors import UserError
-from mixing import MIXERS, build_mixer, show
+from mixing import MIXERS, build_mixer
 from mixing.saliencymix import SaliencyMix
+from mixing.show import __main__ as show
 from saliency import build_source
 from saliency.casm.boxes import find_centroids
 from saliency.casm.network import load_casm

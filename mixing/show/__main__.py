@@ -24,7 +24,7 @@ NETWORK_SOURCES = ("gradient", "cam", "gradcam", "gradcam++", "layercam", "atten
 
 
 def build_parser() -> Parser:
-    parser = Parser("Mix a few images with one or several methods and draw the results.")
+    parser = Parser("Mix a few images with one or several methods and draw the results.", prog="python -m mixing.show")
     parser.group("input and output")
     parser.option("--images", nargs="+", metavar="FILE", help="two or more image files; their centre square is used")
     add_dataset_option(parser, DATASETS)
