@@ -6,14 +6,13 @@ the same input, and outputs avoid inputs that many other outputs show. mixing/so
 objective, mixing/solvers/comixup_labelling.py minimises it. Targets follow the area that each input covers.
 """
 
-from functools import partial
-
 import torch
 from torch.distributions import Dirichlet
 
 from .base import Mixer
 from .kernels import check_mode, use_kernels
 from .ops import block_means, check_at_least, check_divides, check_probability, normalize_sum
+from .solvers import check_solver
 from .solvers.comixup_energy import Labelling
 from .solvers.comixup_labelling import solve
 
@@ -102,9 +101,11 @@ class CoMixup(Mixer):
     * m_omega (omega): weight of the distances in the compatibility matrix. m_stride: step in pixels of the 8 x 8 window
       that finds the most salient positions.
     * m_niter: effort, as the corresponding number of sweeps of the published solver. set_resolve: separate outputs that
-      show the same inputs. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one output at a time). kernels:
-      see mixing.kernels.use_kernels().
+      show the same inputs.
     * clean_lam: weight of the clean loss that is also trained on. mix_prob: probability that a batch is mixed.
+
+    solver: `parallel` (ours) or `gco` (the authors' graph cuts, one output at a time). kernels: see
+    mixing.kernels.use_kernels().
 
     After a call, `objective` is the value that the solver reached, one for each part of the batch, on the device.
     """
@@ -143,14 +144,12 @@ class CoMixup(Mixer):
                 raise ValueError(f"{name} must not be negative, got {value}")
         if m_thres_type not in ("hard", "soft"):
             raise ValueError(f"m_thres_type must be hard or soft, got {m_thres_type!r}")
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be {' or '.join(SOLVERS)}, got {solver!r}")
         self.mixup_alpha, self.m_part, self.m_block_num = mixup_alpha, m_part, m_block_num
         self.m_eta, self.m_omega, self.m_stride = m_eta, check_probability("m_omega", m_omega), m_stride
         self.problem = {"beta": m_beta, "gamma": m_gamma, "thres": m_thres, "thres_type": m_thres_type}
         self.effort = {"sweeps": m_niter, "resolve": set_resolve}
         self.clean_lam, self.mix_prob = clean_lam, check_probability("mix_prob", mix_prob)
-        self.solve = SOLVERS[solver](check_mode(kernels))
+        self.solver, self.kernels = check_solver(solver), check_mode(kernels)
         self.objective: torch.Tensor | None = None
 
     @property
@@ -190,38 +189,25 @@ class CoMixup(Mixer):
             sources = torch.zeros(parts, 1, blocks, blocks, 2, dtype=torch.long, device=device)
             return Labelling(sources, torch.full_like(cost[:, :, :1, 0], blocks**2), cost.sum((1, 2, 3)))
         positions = most_salient_window(saliency.flatten(0, 1), self.m_stride).view(parts, m, 2)
-        return self.solve(cost, compatibility_matrix(positions, self.m_omega), **self.problem, **self.effort)
+        return self.find_labelling(cost, compatibility_matrix(positions, self.m_omega))
+
+    def find_labelling(self, cost: torch.Tensor, compatibility: torch.Tensor) -> Labelling:
+        """Return a labelling of low objective for costs (P, m, h, h) and compatibility (P, m, m) of m >= 2 inputs."""
+        if self.solver == "gco":
+            from .solvers.graphcut import solve_labelling
+
+            return solve_labelling(cost, compatibility, **self.problem, **self.effort)
+        parts, m = cost.shape[:2]
+        starts = next(count for minimum, count in STARTS.items() if m >= minimum)
+        order = torch.rand(parts, starts, m, device=cost.device).argsort(2)
+        options = {**self.problem, "rounds": ROUNDS * self.effort["sweeps"], "resolve": self.effort["resolve"]}
+        if use_kernels(self.kernels, cost.device):
+            from .kernels import comixup as kernels
+
+            return kernels.solve(cost, compatibility, order, **options)
+        return solve(cost, compatibility, order, **options)
 
 
 def part_starts(begin: int, end: int, size: int, device: torch.device) -> torch.Tensor:
     """Return the index in the batch at which each part of images begin:end starts, (P, 1, 1, 1, 1)."""
     return torch.arange(begin, end, size, device=device).view(-1, 1, 1, 1, 1)
-
-
-def solve_in_parallel(
-    cost, compatibility, *, sweeps: int, resolve: bool, kernels: str = "auto", **problem
-) -> Labelling:
-    """Run mixing.solvers.comixup_labelling.solve(), or its kernels, from random initial labellings."""
-    parts, m = cost.shape[:2]
-    starts = next(count for minimum, count in STARTS.items() if m >= minimum)
-    order = torch.rand(parts, starts, m, device=cost.device).argsort(2)
-    effort = {"rounds": ROUNDS * sweeps, "resolve": resolve}
-    if use_kernels(kernels, cost.device):
-        from .kernels import comixup
-
-        return comixup.solve(cost, compatibility, order, **effort, **problem)
-    return solve(cost, compatibility, order, **effort, **problem)
-
-
-def load_graph_cuts():
-    """Return the solver of the authors: graph cuts by gco-wrapper. Raises ValueError if the package is missing."""
-    from .solvers.graphcut import import_gco, solve_labelling
-
-    import_gco()  # so that a missing package is reported now and not at the first batch
-    return solve_labelling
-
-
-SOLVERS = {
-    "parallel": lambda kernels: partial(solve_in_parallel, kernels=kernels),
-    "gco": lambda kernels: load_graph_cuts(),
-}

@@ -22,7 +22,7 @@ from .ops import (
     normalize_sum,
     upsample_blocks,
 )
-from .solvers import puzzlemix_mask, puzzlemix_transport
+from .solvers import check_solver, puzzlemix_mask, puzzlemix_transport
 from .solvers.puzzlemix_transport import move_blocks
 
 MaskProblem = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # unary (L, n, n, B), down (n-1, n, B), right (n, n-1, B)
@@ -136,7 +136,9 @@ class PuzzleMix(Mixer):
     transport: whether blocks move. t_eps: cost of a move. t_size: side in pixels of the blocks that move; -1: as in the
     mask. clean_lam: weight of the clean loss that is also trained on. adv_p: probability that the images of a batch get
     adversarial noise of at most adv_eps / 255; it is drawn a second time for the partners. mix_prob: probability that a
-    batch is mixed. solver: `parallel` (ours) or `gco` (the authors' graph cuts, one image at a time). kernels: see
+    batch is mixed.
+
+    solver: `parallel` (ours) or `gco` (the authors' graph cuts, one image at a time). kernels: see
     mixing.kernels.use_kernels().
 
     mean, std: the normalisation of the images, because colour differences and adversarial noise refer to pixels in
@@ -182,14 +184,12 @@ class PuzzleMix(Mixer):
             raise ValueError(
                 f"block_num {block_num}, neigh_size {neigh_size}, t_size {t_size}: must be positive, t_size or -1"
             )
-        if solver not in SOLVERS:
-            raise ValueError(f"solver must be {' or '.join(SOLVERS)}, got {solver!r}")
         self.mixup_alpha, self.block_num, self.n_labels = mixup_alpha, tuple(block_num), n_labels
         self.weights = {"n_labels": n_labels, "beta": beta, "gamma": gamma, "eta": eta}
         self.neigh_size, self.transport, self.t_eps, self.t_size = neigh_size, transport, t_eps, t_size
         self.clean_lam, self.adv_eps, self.adv_p = clean_lam, adv_eps / 255, check_probability("adv_p", adv_p)
-        self.mix_prob, self.solve = check_probability("mix_prob", mix_prob), SOLVERS[solver]()
-        self.kernels = check_mode(kernels)
+        self.mix_prob = check_probability("mix_prob", mix_prob)
+        self.solver, self.kernels = check_solver(solver), check_mode(kernels)
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
 
     @property
@@ -234,9 +234,7 @@ class PuzzleMix(Mixer):
             cell = largest_divisor(block_height, self.neigh_size), largest_divisor(block_width, self.neigh_size)
             cells = F.avg_pool2d(images.float(), cell) * self.std  # the mean would cancel in the differences
         block_saliency = normalize_sum(block_means(saliency, n, n))
-        build, solve = self.choose_mask_solver(images.device)
-        problem = build(block_saliency, cells, partner, lam, **self.weights)
-        labels, self.energy, self.bound = solve(*problem)
+        labels, self.energy, self.bound = self.solve_mask(block_saliency, cells, partner, lam)
         mask = 1 - labels.permute(2, 0, 1) / (self.n_labels - 1)
         if not self.transport:
             return mask, None
@@ -249,25 +247,33 @@ class PuzzleMix(Mixer):
         grid_mask = upsample_blocks(mask, rows, columns).squeeze(1)
         hidden = torch.arange(2, device=mask.device).view(2, 1, 1, 1)  # the value that hides the image, its partner
         needed = (grid_mask != hidden).flatten(0, 1)
-        solve_transport = self.choose_transport(images.device)
-        blocks = solve_transport(torch.cat([block_saliency, block_saliency[partner]]), needed, self.t_eps)
+        blocks = self.solve_transport(torch.cat([block_saliency, block_saliency[partner]]), needed)
         return mask, (*blocks.chunk(2), rows, columns)
 
-    def choose_mask_solver(self, device: torch.device):
-        """Return build_mask_problem() and the solver of its problems, on CUDA as Triton kernels if they run there."""
-        if self.solve is puzzlemix_mask.solve and use_kernels(self.kernels, device):
+    def solve_mask(self, block_saliency: torch.Tensor, cells: torch.Tensor | None, partner: torch.Tensor, lam):
+        """Return labels (n, n, B) long, their energy (B,), and a lower bound of the energy, (B,) or None.
+
+        Arguments as in build_mask_problem().
+        """
+        if self.solver == "parallel" and use_kernels(self.kernels, block_saliency.device):
             from .kernels import puzzlemix_mask as kernels
 
-            return kernels.build_mask_problem, kernels.solve
-        return build_mask_problem, self.solve
+            return kernels.solve(*kernels.build_mask_problem(block_saliency, cells, partner, lam, **self.weights))
+        problem = build_mask_problem(block_saliency, cells, partner, lam, **self.weights)
+        if self.solver == "gco":
+            from .solvers import graphcut
 
-    def choose_transport(self, device: torch.device):
-        """Return the function that solves the transport: on CUDA a Triton kernel, if it runs there."""
-        if use_kernels(self.kernels, device):
+            labels = graphcut.solve_mask(*problem)
+            return labels, puzzlemix_mask.energy(labels, *problem), None
+        return puzzlemix_mask.solve(*problem)
+
+    def solve_transport(self, block_saliency: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        """Return the block to show at each place, (B, N) long, for N = rows x columns blocks (B, rows, columns)."""
+        if use_kernels(self.kernels, block_saliency.device):
             from .kernels import puzzlemix_transport as kernels
 
-            return kernels.solve_transport
-        return puzzlemix_transport.solve_transport
+            return kernels.solve_transport(block_saliency, needed, self.t_eps)
+        return puzzlemix_transport.solve_transport(block_saliency, needed, self.t_eps)
 
     def compute_noise(self, source, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the saliency (B, H, W) of randomly noised images, and adversarial noise (B, C, H, W).
@@ -287,19 +293,3 @@ class PuzzleMix(Mixer):
         """Add noise to the pixels, measured in 0..1, and clip them to that range."""
         pixels = torch.addcmul(self.mean, images, self.std)
         return ((pixels + noise).clamp(0, 1) - self.mean) / self.std
-
-
-def load_graph_cuts():
-    """Return the solver of the authors: graph cuts by gco-wrapper. Raises ValueError if the package is missing."""
-    from .solvers.graphcut import import_gco, solve_mask
-
-    import_gco()  # so that a missing package is reported now and not at the first batch
-
-    def solve(*problem):
-        labels = solve_mask(*problem)
-        return labels, puzzlemix_mask.energy(labels, *problem), None
-
-    return solve
-
-
-SOLVERS = {"parallel": lambda: puzzlemix_mask.solve, "gco": load_graph_cuts}

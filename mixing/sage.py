@@ -11,8 +11,7 @@ import torch
 from .base import Mixer
 from .kernels import check_mode, use_kernels
 from .ops import check_probability, draw_lam, draw_partner, normalize_sum
-from .solvers import sage_offsets
-from .solvers.sage_offsets import grid_offsets, random_offsets
+from .solvers.sage_offsets import find_best_offset, grid_offsets, random_offsets
 
 MIN_WEIGHT = 1e-12  # of each image, so that neither map vanishes when lam is 0 or 1
 MIN_SUM = 1e-16  # of the two maps at a pixel: where both are 0, the partner shows
@@ -27,44 +26,6 @@ def scale_maps(saliency: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor)
     return lam.clamp_min(MIN_WEIGHT) * saliency, (1 - lam).clamp_min(MIN_WEIGHT) * saliency[partner]
 
 
-def find_offset(
-    first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None, kernels: bool = False
-) -> torch.Tensor:
-    """Return the best of these offsets for each pair of maps, (B, 2) long. Arguments: see scale_maps() and mix()."""
-    if kernels:
-        from .kernels import sage as solver
-    else:
-        solver = sage_offsets
-    if offsets is None:
-        return solver.find_best_offset_exhaustive(first, second)
-    return solver.find_best_offset(first, second, offsets)
-
-
-def mix(
-    images: torch.Tensor,
-    targets: torch.Tensor,
-    saliency: torch.Tensor,
-    partner: torch.Tensor,
-    lam: torch.Tensor,
-    offsets: torch.Tensor | None,
-    kernels: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find the best offset for each pair and mix.
-
-    images (B, C, H, W), targets (B, K), saliency (B, H, W) >= 0 with no map all zero, partner (B,), lam (). offsets (K,
-    2) long on the CPU: the candidates, where the first of equals wins; None: all offsets. kernels: whether Triton
-    searches them.
-
-    Returns the mixed images, the soft targets, the offset (dy, dx) of each partner in pixels, (B, 2) long, and the
-    weight of the image at each pixel, (B, H, W).
-    """
-    with torch.no_grad():
-        first, second = scale_maps(saliency, partner, lam)
-        offset = find_offset(first, second, offsets, kernels)
-    mixed, soft, mask = blend_shifted(images, targets, first, second, partner, offset)
-    return mixed, soft, offset, mask
-
-
 def blend_shifted(
     images: torch.Tensor,
     targets: torch.Tensor,
@@ -75,9 +36,10 @@ def blend_shifted(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Blend each image and its shifted partner, pixel by pixel, in the ratio of their weighted maps.
 
-    first, second (B, H, W): the maps A of the images and B of their partners, before the shift. offset (B, 2): dy, dx.
-    Pixels shifted in from outside are 0. Returns the mixed images, the soft targets, and the weight of the image at
-    each pixel, (B, H, W), whose mean is the share of its target. Differentiable with respect to the images only.
+    images (B, C, H, W), targets (B, K), partner (B,). first, second (B, H, W): the maps A of the images and B of their
+    partners, before the shift. offset (B, 2): dy, dx. Pixels shifted in from outside are 0. Returns the mixed images,
+    the soft targets, and the weight of the image at each pixel, (B, H, W), whose mean is the share of its target.
+    Differentiable with respect to the images only.
     """
     with torch.no_grad():
         pixels, inside = source_pixels(offset, *images.shape[-2:])
@@ -123,8 +85,11 @@ class SAGE(Mixer):
 
     update_ratio: weight of the mixed loss; the clean loss has the rest, and with 1 it is not trained on. blur_sigma and
     kernel_size, in pixels: Gaussian blur of the saliency. eval_mode: use batch norm's running statistics in the
-    saliency pass instead of those of the batch. mix_prob: probability that a batch is mixed. kernels: see
-    mixing.kernels.use_kernels().
+    saliency pass instead of those of the batch. mix_prob: probability that a batch is mixed.
+
+    kernels: see mixing.kernels.use_kernels().
+
+    After a call, `offset` (B, 2) long has the offset (dy, dx) of each partner in pixels; None if it was not mixed.
     """
 
     default_source = "gradient"
@@ -151,8 +116,9 @@ class SAGE(Mixer):
         self.rand_pos = check_probability("rand_pos", rand_pos)
         self.update_ratio = check_probability("update_ratio", update_ratio)
         self.blur_sigma, self.kernel_size, self.eval_mode = blur_sigma, kernel_size, eval_mode
-        self.mix_prob, self.kernels = check_probability("mix_prob", mix_prob), check_mode(kernels)
-        self.offset: torch.Tensor | None = None  # (B, 2) dy, dx of the last batch; None if it was not mixed
+        self.mix_prob = check_probability("mix_prob", mix_prob)
+        self.kernels = check_mode(kernels)
+        self.offset: torch.Tensor | None = None
 
     @property
     def gradient_options(self):
@@ -190,7 +156,17 @@ class SAGE(Mixer):
         lam = draw_lam(self.mixup_alpha, images) if self.mixup_alpha > 0 else torch.tensor(0.5, dtype=torch.float64)
         lam, partner = self.upper_lambda * lam, draw_partner(images)
         offsets = self.draw_offsets(*images.shape[-2:])
-        kernels = use_kernels(self.kernels, images.device)
-        mixed, soft, self.offset, mask = mix(images, targets, saliency, partner, lam, offsets, kernels)
+        with torch.no_grad():
+            first, second = scale_maps(saliency, partner, lam)
+            self.offset = self.find_offset(first, second, offsets)
+        mixed, soft, mask = blend_shifted(images, targets, first, second, partner, self.offset)
         self.set_weight(images, lambda: mask)
         return mixed, soft
+
+    def find_offset(self, first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        """Return the best of these offsets for each pair of maps A and B, (B, 2) long; None: of all offsets."""
+        if use_kernels(self.kernels, first.device):
+            from .kernels import sage as kernels
+
+            return kernels.find_best_offset(first, second, offsets)
+        return find_best_offset(first, second, offsets)

@@ -69,8 +69,10 @@ def choose_tile(height: int, width: int) -> dict[str, int]:
     return {"BLOCK_Y": rows, "BLOCK_X": min(32, triton.next_power_of_2(width)), "num_warps": warps}
 
 
-def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
     """As sage_offsets.find_best_offset()."""
+    if offsets is None:
+        return find_best_offset_exhaustive(first, second)
     offsets = to_device(offsets, first.device)
     return take_best(score_offsets(first, second, offsets), offsets)
 

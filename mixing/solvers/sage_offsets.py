@@ -63,12 +63,14 @@ def largest_odd(number: int) -> int:
     return max(1, number - 1 + number % 2)
 
 
-def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def find_best_offset(first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
     """Return the offset with the highest score for each pair, (B, 2) long; the first of equals wins.
 
     first, second (B, H, W): A and the unshifted B of each pair. offsets (K, 2), on the CPU so that no loop waits for
-    the device.
+    the device; None: all offsets.
     """
+    if offsets is None:
+        return find_best_offset_exhaustive(first, second)
     return take_best(score_offsets(first, second, offsets), to_device(offsets, first.device))
 
 

@@ -15,7 +15,6 @@ from mixing.comixup import (
     compatibility_matrix,
     mix_targets,
     most_salient_window,
-    solve_in_parallel,
 )
 from mixing.solvers.binary_grid import solve_binary_approximately, solve_binary_exact
 from mixing.solvers.comixup_energy import objective
@@ -32,6 +31,11 @@ def recorded(case: int | str, name: str) -> torch.Tensor:
 
 def problem(case: dict) -> dict:
     return {key: case[key] for key in ("beta", "gamma", "thres", "thres_type")}
+
+
+def find_labelling(cost, compatibility, *, sweeps: int, resolve: bool, **problem):
+    options = {f"m_{name}": value for name, value in problem.items()}
+    return CoMixup(m_niter=sweeps, set_resolve=resolve, **options).find_labelling(cost, compatibility)
 
 
 def to_label_weights(sources: torch.Tensor, m: int) -> torch.Tensor:
@@ -106,7 +110,7 @@ def test_solver_beats_the_published_one():
         m, h = case["m"], case["bn"]
         cost = recorded(number, "cost").expand(seeds, m, h, h)
         a = recorded(number, "A").expand(seeds, m, m)
-        found = solve_in_parallel(cost, a, sweeps=case["niter"], resolve=case["resolve"], **problem(case))
+        found = find_labelling(cost, a, sweeps=case["niter"], resolve=case["resolve"], **problem(case))
         z = to_label_weights(found.sources, m)
         value = sum(objective(z, cost.double(), a.double(), **problem(case)))
         torch.testing.assert_close(found.objective.double(), value, atol=1e-4, rtol=0)
@@ -126,7 +130,7 @@ def test_solver_is_close_to_the_optimum_of_tiny_problems(name):
     cost, a = recorded(name, "cost"), recorded(name, "A")
     gaps = []
     for _ in range(4):
-        found = solve_in_parallel(cost, a, beta=0.32, gamma=1.0, thres=0.83, sweeps=4, resolve=False)
+        found = find_labelling(cost, a, beta=0.32, gamma=1.0, thres=0.83, sweeps=4, resolve=False)
         gaps.append(found.objective.double() - recorded(name, "F_opt"))
     assert torch.stack(gaps).mean() <= 0.1
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from engine.training.loss import LOSSES
 from mixing import sage
-from mixing.sage import SAGE, blend_shifted, mix, scale_maps
+from mixing.sage import SAGE, blend_shifted, scale_maps
 from mixing.solvers import sage_offsets
 from saliency.gradient import Gradient, blur
 
@@ -50,6 +50,13 @@ def score_by_definition(first: torch.Tensor, second: torch.Tensor, dy: int, dx: 
     return (first * weight + second * (1 - weight)).sum((1, 2))
 
 
+def mix(images, targets, maps, partner, lam, offsets):
+    """Mix with the best of given offsets, as SAGE does after its draws; return that offset too."""
+    first, second = scale_maps(maps, partner, lam)
+    offset = sage_offsets.find_best_offset(first, second, offsets)
+    return *blend_shifted(images, targets, first, second, partner, offset)[:2], offset
+
+
 # ---- The authors' code ----
 
 
@@ -62,7 +69,7 @@ def test_search_finds_the_recorded_offsets(golden, name):
     assert_close(scores if name != "c" else scores.amax(1), recorded["score"], 1e-6)
     targets = F.one_hot(recorded["y"], 10).float()
     images = recorded.get("x", torch.zeros(len(maps), 3, *maps.shape[1:]))
-    mixed, soft, offset, _ = mix(images, targets, maps, partner, recorded["alpha"], offsets)
+    mixed, soft, offset = mix(images, targets, maps, partner, recorded["alpha"], offsets)
     assert torch.equal(offset, recorded["best_offset"].long())
     lam = recorded["lam"].unsqueeze(1)
     assert_close(soft, lam * targets + (1 - lam) * targets[partner], 1e-6)

@@ -11,7 +11,7 @@ import models
 from engine.data.datasets import load_evaluation
 from engine.inference.classifier import load_classifier, normalize
 from mixing import sage
-from mixing.sage import SAGE, mix, scale_maps
+from mixing.sage import SAGE, blend_shifted, scale_maps
 from mixing.solvers import sage_offsets
 from saliency.gradient import Gradient, blur
 
@@ -160,6 +160,7 @@ def test_search_does_not_wait_for_the_gpu():
     kernels.find_best_offset(maps, maps, offsets)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        mix(images, targets, maps, partner, lam, offsets, kernels=True)
+        first, second = scale_maps(maps, partner, lam)
+        blend_shifted(images, targets, first, second, partner, kernels.find_best_offset(first, second, offsets))
     finally:
         torch.cuda.set_sync_debug_mode("default")
