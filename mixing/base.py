@@ -5,7 +5,7 @@ images comes from the saliency source that it is given (saliency/base.py). The t
 makes these calls, in this order:
 
     mixer.start_epoch(epoch, epochs, steps)         before each epoch
-    mixed, soft = mixer(images, targets, source)    for each batch; sets `weight` and `mixed_weight`
+    mixed, soft = mixer(images, targets, source)    for each batch; sets `weight`, `partner` and `mixed_weight`
     with mixer.during(model):
         loss = mixer.mixed_weight * loss_fn(model(mixed), soft)
         loss.backward()
@@ -16,7 +16,7 @@ To write a method:
 * In __init__, check the hyper-parameters and store them, `mix_prob` included.
 * Set default_source if the method needs saliency maps. If the default is "gradient", override gradient_options.
 * In mix_batch(), draw partners and shares with draw_partner() and draw_lam(), get the maps from compute_saliency(), mix
-  with blend() or paste(), and pass the weight map to set_weight(). The functions are in mixing/ops.py.
+  with blend() or paste(), and pass the weight map and the partners to set_weight(). The functions are in mixing/ops.py.
 * Override check_size() if not every image size can be mixed, check_network() if not every network can be trained, and
   state_dict() if the method has state.
 
@@ -53,6 +53,7 @@ class Mixer:
     batch_size: int | None = None  # the only batch size the method is designed for, if there is one
     replaced_maps: torch.Tensor | int = 0  # number of all-zero, NaN or infinite saliency maps replaced so far
     weight_fn: Callable[[], torch.Tensor] | None = None  # computes `weight` on request
+    partner_fn: Callable[[], torch.Tensor] | None = None  # computes `partner` on request
 
     @property
     def gradient_options(self) -> dict:
@@ -69,21 +70,37 @@ class Mixer:
 
         (B, 1, H, W) float32 in [0, 1], on the device of the images. The remaining share belongs to the partner, or to
         nothing inside a hole of Cutout and where SAGE has shifted the partner out of the frame. PuzzleMix moves blocks
-        of both images; its weight is that of the mask. Use it to draw a mix, or to mix segmentation masks.
+        of both images, unless transport is False; its weight is that of the mask. Use it to draw a mix or, together
+        with `partner`, to mix segmentation masks.
 
         None if no such map exists: before the first batch, if a hidden layer was mixed (Manifold Mixup), and if more
         than two images were mixed (Co-Mixup).
         """
         return self.weight_fn and self.weight_fn()
 
-    def set_weight(self, images: torch.Tensor, weight_fn: Callable[[], torch.Tensor | float]) -> None:
-        """Set what `weight` returns for this batch. The map is only computed if someone reads `weight`.
+    @property
+    def partner(self) -> torch.Tensor | None:
+        """The partner of each image of the last batch: images[partner[i]] was mixed into images[i].
+
+        (B,) long, on the device of the images. An image that was not mixed with another one is its own partner.
+
+        None if an image has no single partner: before the first batch, if more than two images were mixed (Co-Mixup),
+        and in a Chain, where the holes of both images show in the mix.
+        """
+        return self.partner_fn and self.partner_fn()
+
+    def set_weight(
+        self, images: torch.Tensor, weight_fn: Callable[[], torch.Tensor | float], partner: torch.Tensor | None
+    ) -> None:
+        """Set what `weight` and `partner` return for this batch. They are only computed if someone reads them.
 
         weight_fn() returns the share of the first image: one number, (B,) numbers, or (B or 1, rows, columns) numbers
-        for blocks or pixels. It should not keep large tensors alive that the step would free.
+        for blocks or pixels. It should not keep large tensors alive that the step would free. partner (B,) long; None:
+        no image is mixed with another one.
         """
         shape, device = images.shape, images.device
         self.weight_fn = lambda: expand_weight(weight_fn(), shape, device)
+        self.partner_fn = lambda: torch.arange(shape[0], device=device) if partner is None else partner
 
     def build_source(self, make_source: Callable):
         """Return the source for this method, or None if it needs no saliency. make_source(mixer) builds a Source."""
@@ -122,12 +139,15 @@ class Mixer:
         check_targets(targets)
         self.mixed_weight = 1.0
         if torch.rand(()) >= self.mix_prob:
-            self.set_weight(images, lambda: 1.0)
+            self.set_weight(images, lambda: 1.0, partner=None)
             return images, targets
         return self.mix_batch(images, targets, as_source(source))
 
     def mix_batch(self, images: torch.Tensor, targets: torch.Tensor, source) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mix one batch: the method itself. It must call set_weight(), or set weight_fn to None if there is no map."""
+        """Mix one batch: the method itself. It must call set_weight(), or set weight_fn and partner_fn.
+
+        They are None where the batch has no weight map, or no single partner for each image.
+        """
         raise NotImplementedError
 
     def check_size(self, height: int, width: int) -> None:

@@ -161,7 +161,7 @@ class CoMixup(Mixer):
             check_divides("m_block_num", blocks, height, width)
 
     def mix_batch(self, images, targets, source):
-        self.weight_fn = None
+        self.weight_fn = self.partner_fn = None
         self.check_size(*images.shape[-2:])
         blocks = GRIDS[int(torch.randint(len(GRIDS), ()))] if self.m_block_num == -1 else self.m_block_num
         saliency = self.compute_saliency(source, images, targets)

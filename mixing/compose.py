@@ -14,7 +14,7 @@ class NoMix(Mixer):
     """The baseline without mixing: every batch is returned unchanged."""
 
     def __call__(self, images, targets, source=None):
-        self.set_weight(images, lambda: 1.0)
+        self.set_weight(images, lambda: 1.0, partner=None)
         return images, targets
 
 
@@ -99,7 +99,7 @@ class Choice(Chain):
         self.drawn = int(torch.randint(len(self.mixers), ()))
         mixer = self.mixers[self.drawn]
         mixed, soft = mixer(images, targets, source and source[self.drawn])
-        self.weight_fn = mixer.weight_fn
+        self.weight_fn, self.partner_fn = mixer.weight_fn, mixer.partner_fn
         return mixed, soft
 
     def during(self, model):
@@ -162,15 +162,17 @@ class PartialMix(Chain):
     def __call__(self, images, targets, source=None):
         self.num_mixed = int(len(images) * self.fraction)
         if self.num_mixed == 0:
-            self.set_weight(images, lambda: 1.0)
+            self.set_weight(images, lambda: 1.0, partner=None)
             return images, targets
         num_clean, mixer = len(images) - self.num_mixed, self.mixers[0]
         mixed, soft = mixer(images[num_clean:], targets[num_clean:], source)
-        weight_fn = self.weight_fn = mixer.weight_fn
+        weight_fn, partner_fn = self.weight_fn, self.partner_fn = mixer.weight_fn, mixer.partner_fn
         if num_clean == 0:
             return mixed, soft
         if weight_fn:
             self.weight_fn = lambda: F.pad(weight_fn(), (0, 0, 0, 0, 0, 0, num_clean, 0), value=1.0)
+        if partner_fn:
+            self.partner_fn = lambda: prepend_unmixed(partner_fn(), num_clean)
         return torch.cat([images[:num_clean], mixed]), torch.cat([targets[:num_clean], soft])
 
     def during(self, model):
@@ -179,6 +181,11 @@ class PartialMix(Chain):
     def after_backward(self, mixed_grad):
         if self.num_mixed:
             self.mixers[0].after_backward(None if mixed_grad is None else mixed_grad[-self.num_mixed :])
+
+
+def prepend_unmixed(partner: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the partners of a batch with `count` unmixed images before those that partner (n,) refers to."""
+    return torch.cat([torch.arange(count, device=partner.device), partner + count])
 
 
 def compose_mixer(

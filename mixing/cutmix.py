@@ -56,5 +56,5 @@ class CutMix(Mixer):
             boxes = center_boxes(rows.long(), columns.long(), lam, height, width)
         else:
             boxes = center_boxes_real(rows, columns, lam, height, width)
-        self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))
+        self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1), partner)
         return paste(images, targets, partner, boxes)

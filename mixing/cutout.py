@@ -38,5 +38,5 @@ class Cutout(Mixer):
         shape, size, device = (len(images), self.n_holes), images.shape[-2:], images.device
         rows = torch.randint(size[0], shape, device=device)
         columns = torch.randint(size[1], shape, device=device)
-        self.set_weight(images, lambda: ~hole_mask(rows, columns, self.cutout_length, *size).squeeze(1))
+        self.set_weight(images, lambda: ~hole_mask(rows, columns, self.cutout_length, *size).squeeze(1), partner=None)
         return erase(images, rows, columns, self.cutout_length), targets

@@ -28,7 +28,7 @@ class ManifoldMixup(Mixer):
             raise ValueError(f"mixup_alpha must not be negative, got {mixup_alpha}")
         self.mixup_alpha, self.in_batch = mixup_alpha, in_batch
         self.mix_prob = check_probability("mix_prob", mix_prob)
-        self.depth, self.partner, self.lam = 0, None, None  # depth 0: mix the images; k: the output of stage k
+        self.depth, self.lam = 0, None  # depth 0: mix the images; k: the output of stage k
 
     def __call__(self, images, targets, source=None):
         self.depth = 0
@@ -37,12 +37,12 @@ class ManifoldMixup(Mixer):
     def mix_batch(self, images, targets, source):
         self.depth = int(torch.randint(DEPTHS, ()))
         self.lam = draw_lam(self.mixup_alpha, images, self.in_batch)
-        self.partner = draw_partner(images)
+        partner = draw_partner(images)
+        self.set_weight(images, lambda lam=self.lam: lam, partner)
         if self.depth:
             self.weight_fn = None
-            return images, blend(targets, self.partner, self.lam)
-        self.set_weight(images, lambda lam=self.lam: lam)
-        return blend(images, self.partner, self.lam), blend(targets, self.partner, self.lam)
+            return images, blend(targets, partner, self.lam)
+        return blend(images, partner, self.lam), blend(targets, partner, self.lam)
 
     def check_network(self, model):
         stages = getattr(model, "stages", None)  # timm uses this name for a module, too
@@ -71,6 +71,7 @@ class ManifoldMixup(Mixer):
 
     def mix_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Mix the last len(partner) rows of hidden (B, ...) with each other; PartialMix leaves the earlier rows out."""
-        num_clean = len(hidden) - len(self.partner)
-        mixed = blend(hidden[num_clean:], self.partner, self.lam)
+        partner = self.partner
+        num_clean = len(hidden) - len(partner)
+        mixed = blend(hidden[num_clean:], partner, self.lam)
         return torch.cat([hidden[:num_clean], mixed]) if num_clean else mixed

@@ -22,5 +22,5 @@ class Mixup(Mixer):
     def mix_batch(self, images, targets, source):
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
-        self.set_weight(images, lambda: lam)
+        self.set_weight(images, lambda: lam, partner)
         return blend(images, partner, lam), blend(targets, partner, lam)

@@ -216,7 +216,7 @@ class PuzzleMix(Mixer):
             saliency = self.compute_saliency(source, images, targets)
         with torch.no_grad():
             self.mask, blocks = self.solve_mask_and_transport(images.detach(), saliency, partner, lam, n)
-        self.set_weight(images, lambda mask=self.mask: mask)
+        self.set_weight(images, lambda mask=self.mask: mask, partner)
         first, partners = (self.add_noise(images, noise) if is_noisy else images for is_noisy in noisy)
         return mix(first, targets, partner, self.mask, blocks, partners)
 

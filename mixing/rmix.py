@@ -119,7 +119,7 @@ class RMix(Mixer):
             percentile = actions_to_percentiles(self.choose_actions(saliency, targets, source), self.num_action)
             mask = salient_mask(normalize_sum(block_means(saliency, rows, columns)), percentile)
             weight = block_weights(mask, partner, lam)
-        self.set_weight(images, lambda: weight)
+        self.set_weight(images, lambda: weight, partner)
         return mix(images, targets, partner, weight)
 
     def choose_actions(self, saliency: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:

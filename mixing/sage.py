@@ -160,7 +160,7 @@ class SAGE(Mixer):
             first, second = scale_maps(saliency, partner, lam)
             self.offset = self.find_offset(first, second, offsets)
         mixed, soft, mask = blend_shifted(images, targets, first, second, partner, self.offset)
-        self.set_weight(images, lambda: mask)
+        self.set_weight(images, lambda: mask, partner)
         return mixed, soft
 
     def find_offset(self, first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:

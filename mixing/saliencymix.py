@@ -48,5 +48,5 @@ class SaliencyMix(Mixer):
             saliency = self.compute_saliency(source, images, targets)[partner]
         rows, columns = source.points(saliency) or find_peaks(saliency)
         boxes = center_boxes(rows, columns, lam, height, width)
-        self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1))
+        self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1), partner)
         return paste(images, targets, partner, boxes)

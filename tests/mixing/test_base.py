@@ -309,7 +309,7 @@ def test_partial_mix_mixes_only_the_last_images():
 def test_partial_mix_mixes_only_the_last_rows_of_a_hidden_layer():
     mixer = PartialMix(ManifoldMixup(), mix_fraction=0.5)
     inner = mixer.mixers[0]
-    inner.depth, inner.partner, inner.lam = 1, torch.tensor([1, 0]), torch.tensor(0.5)
+    inner.depth, inner.lam, inner.partner_fn = 1, torch.tensor(0.5), lambda: torch.tensor([1, 0])
     hidden = torch.tensor([1.0, 2.0, 4.0, 8.0])
     assert inner.mix_hidden(hidden).tolist() == [1.0, 2.0, 6.0, 6.0]
 
@@ -507,6 +507,82 @@ def test_composed_mixers_compose_the_weight():
     mixer = compose_mixer(["manifold"], mix_fraction=0.5)
     found = {mixer(images, targets) and mixer.weight is None for _ in range(20)}
     assert found == {True, False}
+
+
+STILL = {"transport": False, "search": "grid", "rand_pos": 0.0}  # no block of PuzzleMix moves, no image of SAGE
+
+
+def mix_by_weight(mixer, values):
+    """Mix values (B, ...) with the weight map of each image and its partner, as docs/own_loop.md does."""
+    weight = mixer.weight if values.dim() == 4 else mixer.weight.mean((1, 2, 3)).unsqueeze(1)
+    return weight * values + (1 - weight) * values[mixer.partner]
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTED if name != "cutout"])
+@pytest.mark.parametrize("mix_prob", [1.0, 0.0])
+def test_weight_and_partner_mix_a_mask_as_the_method_mixes_it(name, mix_prob):
+    masks, targets = torch.rand(5, 3, 16, 16), torch.eye(5)
+    for options in WEIGHTED[name]:
+        mixer = build_mixer(name, **SMALL | {"mix_prob": mix_prob} | options | STILL)
+        assert mixer.partner is None, "before the first batch"
+        for _ in range(6):
+            mixed, soft = mixer(masks, targets, fixed_maps)
+            assert mixer.partner.dtype == torch.long and mixer.partner.shape == (5,)
+            torch.testing.assert_close(mix_by_weight(mixer, masks), mixed)
+            torch.testing.assert_close(mix_by_weight(mixer, targets), soft)
+            if name == "none" or mix_prob == 0.0:
+                assert mixer.weight.eq(1).all() and mixer.partner.tolist() == [*range(5)]
+
+
+@pytest.mark.parametrize("name", ["puzzlemix", "sage"])
+def test_the_partner_is_that_of_the_label_where_pixels_move(name):
+    images, targets = batch((5, 3, 16, 16))
+    mixer = build_mixer(name, **SMALL | {"block_num": (4,)})
+    for _ in range(6):
+        _, soft = mixer(images, targets, fixed_maps)
+        torch.testing.assert_close(mix_by_weight(mixer, targets), soft)
+
+
+def test_an_image_with_a_hole_is_its_own_partner():
+    mixer, targets = Cutout(6), torch.eye(5)
+    _, soft = mixer(torch.rand(5, 3, 16, 16), targets)
+    assert mixer.weight.min() == 0 and mixer.partner.tolist() == [*range(5)] and soft is targets
+
+
+def test_the_partner_of_a_hidden_layer_and_of_more_than_two_images():
+    images, targets = batch((6, 3, 16, 16), 6)
+    mixer, depths = build_mixer("manifold"), set()
+    for _ in range(12):
+        _, soft = mixer(images, targets)
+        depths.add(mixer.depth)
+        assert (mixer.weight is None) == (mixer.depth > 0)
+        torch.testing.assert_close(blend(targets, mixer.partner, mixer.lam), soft)
+    assert depths == {0, 1, 2}
+    mixer, found = build_mixer("comixup", mix_prob=0.5, **SMALL), set()
+    for _ in range(12):
+        mixed, _ = mixer(images, targets, fixed_maps)
+        assert (mixer.partner is None) == (mixer.weight is None) == (mixed is not images)
+        found.add(mixer.partner is None)
+    assert found == {True, False}
+
+
+def test_composed_mixers_compose_the_partner():
+    masks, targets = torch.rand(7, 3, 16, 16), torch.eye(7)
+    mixer = compose_mixer(["mixup", "cutmix"], mix_fraction=0.5)
+    for _ in range(12):
+        mixed, soft = mixer(masks, targets)
+        assert mixer.partner[:4].tolist() == [0, 1, 2, 3] and mixer.partner[4:].min() >= 4
+        torch.testing.assert_close(mix_by_weight(mixer, masks), mixed)
+        torch.testing.assert_close(mix_by_weight(mixer, targets), soft)
+    mixer.fraction = 0.0
+    mixer(masks, targets)
+    assert mixer.partner.tolist() == [*range(7)]
+    mixer = compose_mixer(["comixup"], mix_fraction=0.5, clean_lam=0.0, m_block_num=2)
+    mixer(masks, targets, fixed_maps)
+    assert mixer.partner is None
+    mixer = compose_mixer(["mixup"], cutout=True)
+    mixer(masks, targets)
+    assert mixer.partner is None and mixer.mixers[-1].partner.shape == (7,)
 
 
 def test_function_source_has_the_defaults_of_source():
