@@ -5,7 +5,14 @@ from pathlib import Path
 
 import detection
 from detection.options import build_parser
-from detection.resolve import KIND, check_start_options, describe_unused_options, resolve_options, scale_schedule
+from detection.resolve import (
+    KIND,
+    PREDICTION_STARTS,
+    check_start_options,
+    describe_unused_options,
+    resolve_options,
+    scale_schedule,
+)
 from engine import data, runtime, training  # torch is imported when they are first used
 from engine.config.parser import check_output_path, read_config
 from engine.config.resolve import read_options
@@ -16,19 +23,24 @@ from engine.runtime.claim import releasing_claims
 
 @releasing_claims
 def main(argv: list[str] | None = None) -> dict | None:
-    """Train or evaluate a detector. Returns the content of results.json; None in the other processes."""
+    """Train or evaluate a detector, or apply it to pictures.
+
+    Returns the content of results.json (of --predictions for pictures); None in the other processes.
+    """
     # ---- Options ----
     parser = build_parser()
     typed, notes = read_options(parser, argv)
     options = resolve_options(parser, typed, read_config(typed["config"], KIND) if "config" in typed else {})
 
     if options["predictions"]:
-        check_output_path(parser, "--predictions", Path(options["predictions"]))
+        check_output_path(parser, "--predictions", Path(options["predictions"]), PREDICTION_STARTS)
     if options["export_shapes"]:
         folder, limit = options["export_shapes"], options["limit"]
         image_sets = detection.load_image_sets(dataset="shapes", limit=limit, progress=runtime.progress_bar)
         detection.export_voc(Path(folder), dict(zip(("trainval", "test"), image_sets, strict=True)))
         return print(f"wrote {folder}; train on it with --data_dir {folder} --train_sets 2007_trainval")
+    if options["image_path"]:
+        return detection.detect_in_pictures(typed, options)
     if options["evaluate"]:
         return detection.evaluate_detector(typed, options)
 

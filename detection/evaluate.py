@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN
 from detection import report
 from detection.dataset import DetectionSet
 from detection.faster_rcnn import DetectorConfig
-from detection.initialize import build_initialized_detector, load_initial_weights
+from detection.initialize import InitialWeights, build_initialized_detector, load_initial_weights
 from detection.load import load_image_sets
 from detection.loader import DetectionLoader
 from detection.loop import predict
@@ -87,24 +87,12 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     """
     # ---- Options ----
     device = start_processes(options["device"], options["timeout"])
-    initial = load_initial_weights(**select_kwargs(options, load_initial_weights))
-    recorded = initial.options | ({} if {"data_dir", "test_set"} & typed.keys() else initial.data)
-    options = options | {key: value for key, value in recorded.items() if key not in typed}
-    if options["min_size"][-1] > options["max_size"]:
-        raise UserError(
-            f"--min_size {options['min_size'][-1]} exceeds --max_size {options['max_size']}\n"
-            f"give both; those that are not given are those of {initial.path}"
-        )
-    options |= {"norm": "frozen", "model": initial.body}  # batch norm is always frozen in evaluation
+    initial, options = load_finished_detector(typed, options)
     setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
 
     # ---- Data and network ----
     _, test = load_image_sets(progress=progress_bar, **select_kwargs(options | {"train_sets": []}, load_image_sets))
-    config = DetectorConfig(initial.mean, initial.std, **select_kwargs(options, DetectorConfig))
-    detector, notes = build_initialized_detector(
-        initial, test.classes, config, **select_kwargs(options, build_initialized_detector)
-    )
-    detector = place_network(detector, device, options["channels_last"], sync_bn=False)
+    detector, notes = build_finished_detector(initial, test.classes, options, device)
 
     # ---- Run folder ----
     kept = options | {"overwrite": False}
@@ -131,6 +119,33 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
         report_result(log, result, test, summary, **select_kwargs(options, report_result))
     shut_down_processes()
     return summary
+
+
+def load_finished_detector(typed: dict, options: dict) -> tuple[InitialWeights, dict]:
+    """Load --frcnn_checkpoint to detect objects. Returns its weights and the options.
+
+    Options that the file records about the detector and its data apply unless they are typed.
+    """
+    initial = load_initial_weights(**select_kwargs(options, load_initial_weights))
+    recorded = initial.options | ({} if {"data_dir", "test_set"} & typed.keys() else initial.data)
+    options = options | {key: value for key, value in recorded.items() if key not in typed}
+    if options["min_size"][-1] > options["max_size"]:
+        raise UserError(
+            f"--min_size {options['min_size'][-1]} exceeds --max_size {options['max_size']}\n"
+            f"give both; those that are not given are those of {initial.path}"
+        )
+    return initial, options | {"norm": "frozen", "model": initial.body, "evaluate": True}  # batch norm is always frozen
+
+
+def build_finished_detector(
+    initial: InitialWeights, classes: list[str], options: dict, device: torch.device
+) -> tuple[FasterRCNN, list[str]]:
+    """Build a detector with the weights and options of load_finished_detector(). Returns it, and notes for the user."""
+    config = DetectorConfig(initial.mean, initial.std, **select_kwargs(options, DetectorConfig))
+    detector, notes = build_initialized_detector(
+        initial, classes, config, **select_kwargs(options, build_initialized_detector)
+    )
+    return place_network(detector, device, options["channels_last"], sync_bn=False), notes
 
 
 def locate_evaluations(options: dict) -> tuple[Path, str]:

@@ -77,8 +77,7 @@ def load_image_sets(
 
 def check_sides(image_set: DetectionSet, max_size: int) -> None:
     """Raise UserError if an image is so elongated that no pixel of its shorter side is left at --max_size."""
-    scales = [np.float32(max_size) / np.float32(max(size)) for size in image_set.sizes if max_size]  # as in torchvision
-    lost = [index for index, scale in enumerate(scales) if min(image_set.sizes[index]) * float(scale) < 1]
+    lost = [index for index, size in enumerate(image_set.sizes) if max_size and is_too_elongated(size, max_size)]
     if lost:
         named = [f"{image_set.names[n]} ({image_set.sizes[n][1]} x {image_set.sizes[n][0]} pixels)" for n in lost]
         needed = max(math.ceil(max(image_set.sizes[n]) / min(image_set.sizes[n])) for n in lost)
@@ -86,6 +85,12 @@ def check_sides(image_set: DetectionSet, max_size: int) -> None:
             f"--max_size {max_size} leaves less than a pixel of the shorter side of {format_count(len(lost), 'image')}"
             f": {format_first_names(named)}\nremove them from the lists, or give at least --max_size {needed}"
         )
+
+
+def is_too_elongated(size: tuple[int, int], max_size: int) -> bool:
+    """Return whether no pixel of the shorter side of an image is left once its longer side has max_size pixels."""
+    scale = np.float32(max_size) / np.float32(max(size))  # as in torchvision
+    return min(size) * float(scale) < 1
 
 
 def warn_about_uncounted_objects(test: DetectionSet) -> None:

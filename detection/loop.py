@@ -122,14 +122,19 @@ def predict(
     model.eval()
     try:
         for step, batch in enumerate(loader.epoch()):
-            with disable_tf32(), autocast(loader.device, precision):
-                results = model(batch.images)
-            for index, result in zip(batch.index.tolist(), results, strict=True):
-                boxes, labels, scores = (result[key].cpu().numpy() for key in ("boxes", "labels", "scores"))
-                detections[index] = Detections(boxes.astype(np.float64), labels, scores.astype(np.float64))
+            detections |= zip(batch.index.tolist(), detect(model, batch.images, precision), strict=True)
             if progress:
                 progress(step + 1)
     finally:
         model.train(training)
     merged = {index: image for process in gather_object(detections) or [] for index, image in process.items()}
     return [merged[index] for index in sorted(merged)]
+
+
+@torch.no_grad()
+def detect(model: nn.Module, images: list[torch.Tensor], precision: torch.dtype | None = None) -> list[Detections]:
+    """Return the detections in a batch of images (3, H, W) in 0..1. The model is in evaluation mode."""
+    with disable_tf32(), autocast(images[0].device, precision):
+        results = model(images)
+    rows = ([result[key].cpu().numpy() for key in ("boxes", "labels", "scores")] for result in results)
+    return [Detections(boxes.astype(np.float64), labels, scores.astype(np.float64)) for boxes, labels, scores in rows]

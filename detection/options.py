@@ -15,7 +15,7 @@ from engine.config.training_options import (
 def build_parser() -> Parser:
     parser = Parser(
         "Train Faster R-CNN on PASCAL VOC with a classifier of this project as its backbone, and evaluate it by the "
-        "VOC and COCO protocols."
+        "VOC and COCO protocols; or draw what a detector finds in pictures (--image_path)."
     )
     add_start_options(parser)
     add_resume_options(parser)
@@ -25,6 +25,7 @@ def build_parser() -> Parser:
     add_step_options(parser)
     add_schedule_options(parser)
     add_detection_options(parser)
+    add_picture_options(parser)
     add_output_options(parser, print_freq=20, name_prefix="RECIPE")
     add_device_options(parser)
     return parser
@@ -168,7 +169,10 @@ def add_detection_options(parser: Parser) -> None:
     """Add the options of the detections and of their evaluation."""
     parser.group("detections")
     parser.option(
-        "--score_thr", type=float_in_range(0, 1), default=0.05, help="keep detections with a score above this"
+        "--score_thr",
+        type=float_in_range(0, 1),
+        default=0.05,
+        help="keep detections with a score above this; with --image_path 0.5 unless given",
     )
     parser.option(
         "--nms_thr",
@@ -184,4 +188,21 @@ def add_detection_options(parser: Parser) -> None:
         help="count difficult objects in COCO's metrics, as the replication did",
     )
     parser.option("--vis", type=int_at_least(), default=0, help="draw the detections in N test images")
-    parser.option("--predictions", metavar="FILE.json", help="write all detections in COCO's results format")
+    parser.option("--predictions", metavar="FILE.json", help="write all detections in COCO's format")
+
+
+def add_picture_options(parser: Parser) -> None:
+    """Add the options of detections in pictures of the user."""
+    parser.group("pictures")
+    parser.option(
+        "--image_path",
+        nargs="+",
+        metavar="PATH",
+        help="detect objects in these pictures with --frcnn_checkpoint, and exit: files, folders, or patterns such as "
+        "'*.jpg'",
+    )
+    parser.option("--output", "-o", default="detect_output", metavar="DIR", help="folder for the drawn pictures")
+    parser.option("--labels", metavar="FILE", shown="from the file", help="class names of a detector, one per line")
+    add_common_options(
+        parser, on_bad_image={"help": "what to do with a picture that cannot be read; skip: leave it out"}
+    )

@@ -21,15 +21,22 @@ TRAINING_OPTIONS = (  # options that an evaluation does not use
     | {"clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"}
     | {"overwrite"}
 )
+PICTURE_OPTIONS = (  # options that detection in the pictures of --image_path uses
+    {"image_path", "output", "labels", "on_bad_image", "predictions", "dpi", "figure_format", "no_progress"}
+    | {"frcnn_checkpoint", "averaged", "model", "neck", "min_size", "max_size", "proposals", "score_thr", "nms_thr"}
+    | {"max_dets", "device", "channels_last", "seed", "deterministic", "debug"}
+)
+PREDICTION_STARTS = (b"[]", b'[{"image_id"', b'{"info": {"description": "detections of detect.py')  # of --predictions
+OTHER_TASKS = {"evaluate", "checkpoint", "config", "export_shapes", "backbone_checkpoint", "pretrained"}
 MAX_LR_RISE = 4e-4  # per step of a shortened warm-up: as in the recipe `shapes`; five times that was seen to diverge
 RULES = OptionRules(
     changeable={"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
-    | {"coco_count_difficult", "vis", "predictions"}
+    | {"coco_count_difficult", "vis", "predictions", "image_path", "output", "labels"}
     | START_OPTIONS
     | RESUME_CHANGEABLE,
     architecture={"model", "neck", "stem", "norm", "trainable_layers", "ema", "dataset", "train_sets", "limit"}
     | {"batch_size"},
-    per_call=PER_CALL_OPTIONS | {"vis", "predictions", "export_shapes"},
+    per_call=PER_CALL_OPTIONS | {"vis", "predictions", "export_shapes", "image_path", "output", "labels"},
     replaces=dict.fromkeys(START_OPTIONS, START_OPTIONS),  # a typed one replaces all of them
 )
 
@@ -77,7 +84,7 @@ def check_combinations(options: dict, typed: dict) -> None:
     if len(options["gammas"]) not in (1, len(options["schedule"])):
         counts = f"{len(options['gammas'])} factors for {format_count(len(options['schedule']), 'drop')}"
         raise ValueError(f"--gammas: {counts} of --schedule; give one factor for all, or one per drop")
-    if not options["evaluate"] and max(options["min_size"]) > options["max_size"]:
+    if not (options["evaluate"] or options["image_path"]) and max(options["min_size"]) > options["max_size"]:
         raise ValueError(f"--min_size {max(options['min_size'])} exceeds --max_size {options['max_size']}")
     if options["stem"] == "random" and options["frcnn_checkpoint"]:
         raise ValueError("--stem random: only for a classifier; the backbone of --frcnn_checkpoint has a stem already")
@@ -85,6 +92,14 @@ def check_combinations(options: dict, typed: dict) -> None:
         raise ValueError("--averaged: needs a file; give --backbone_checkpoint or --frcnn_checkpoint")
     if options["evaluate"] and not options["frcnn_checkpoint"]:
         raise ValueError("--evaluate: needs a detector; give --frcnn_checkpoint FILE")
+    if options["image_path"]:
+        if others := sorted(f"--{key}" for key in OTHER_TASKS if options[key]):
+            raise ValueError(
+                f"{', '.join(others)}: not with --image_path, which only draws what a detector finds in pictures; omit "
+                "one of them"
+            )
+        if not options["frcnn_checkpoint"]:
+            raise ValueError("--image_path: needs a detector; give --frcnn_checkpoint RUN (cam.py takes classifiers)")
 
 
 def check_start_options(parser: Parser, options: dict) -> None:
@@ -119,7 +134,7 @@ def scale_schedule(options: dict, steps_per_epoch: int) -> dict:
 
 def describe_unused_options(options: dict, typed: dict, resumed: bool = False) -> list[str]:
     """Return a note on the typed options that have no effect, in a list that may be empty."""
-    unused = set()
+    unused = {"output", "labels", "on_bad_image"}  # of --image_path
     if options["dataset"] == "shapes":
         unused |= {"data_dir", "train_sets", "test_set", "download", "workers"}
     if "lr" in typed or resumed:
@@ -132,6 +147,8 @@ def describe_unused_options(options: dict, typed: dict, resumed: bool = False) -
         unused |= START_OPTIONS
     if options["evaluate"]:
         unused |= TRAINING_OPTIONS | {"amp", "backbone_checkpoint", "pretrained"}
+    if options["image_path"]:
+        unused = typed.keys() - PICTURE_OPTIONS
     names = sorted(f"--{key}" for key in typed.keys() & unused)
     return [f"no effect in this run: {', '.join(names)}"] if names else []
 

@@ -1,12 +1,12 @@
 """Declare the options of cam.py and check them before any network is loaded."""
 
-import os
 from pathlib import Path
 
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least
 from engine.config.options import FIGURE_FORMATS, add_common_options, add_single_device_options
 from engine.config.parser import Parser, check_figure_path
 from engine.errors import UserError, suggest_closest
+from engine.runtime.files import check_output_folder, find_overwritten
 from saliency import CAM_METHODS, FIXED_LAYER
 
 PRETRAINED = "resnet50"  # the default classifier, from torchvision
@@ -144,11 +144,8 @@ def check_outputs(files: list[Path], *, output: str, figure: str | None) -> None
             continue
         path = Path(text)
         folder = path.parent if option == "figure" or is_png(text) else path
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            reason = "is not writable" if existing.is_dir() else "is a file, not a folder"
-            raise UserError(f"--{option} {path}: {existing} {reason}; choose another path")
+        check_output_folder(folder, f"--{option} {path}")
         if path.is_dir() and folder != path:
             raise UserError(f"--{option} {path}: a folder; give a file, or a folder that does not end in .png")
-        if path.is_file() and any(path.samefile(file) for file in files if file.exists()):
+        if find_overwritten([path], files):
             raise UserError(f"--{option} {path}: this is one of the input images; choose another file")

@@ -15,11 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 RUN_OPTIONS = {"recipe": "puzzle", "model": "resnet20", "dataset": "cifar10", "epochs": 4, "batch_size": 100, "lr": 0.1}
 RUN_OPTIONS |= {"scheduler": "cosine", "name": "x", "device": "cpu", "amp": "auto", "limit": 0, "data_dir": "data"}
+
+
+class SmallHead(TwoMLPHead):
+    """A box head with fewer weights: those between 7x7 features and 1024 units are half of a detector's file."""
+
+    def __init__(self, in_channels: int, representation_size: int):
+        super().__init__(in_channels, 32)
+        self.fc7 = torch.nn.Linear(32, representation_size)
 
 
 def find_browser() -> str | None:

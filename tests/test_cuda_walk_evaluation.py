@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from fake_cuda import find_obstacle
@@ -22,7 +23,10 @@ from cuda_steps import (
     make_network,
 )
 
+from detection.faster_rcnn import DetectorConfig, build_detector
+from detection.pictures import detect_in_picture
 from engine.inference.classifier import Classifier
+from engine.training.state import place_network
 from evaluation.attacks import Attack
 from evaluation.backgrounds import add_background_noise, build_object_mask
 from evaluation.corruptions import CORRUPTIONS, corrupt
@@ -75,6 +79,15 @@ def test_detector_training_waits_only_where_torchvision_does(precision):
 
 def test_prediction_never_waits():
     check(count_prediction_step())
+
+
+def test_detection_in_pictures_waits_only_for_the_picture_its_results_and_where_torchvision_does():
+    def build():
+        config = DetectorConfig((0.5,) * 3, (0.5,) * 3, min_size=(64,), max_size=128, proposals=(20, 10))
+        detector = place_network(build_detector("resnet18", CLASSES, config), CUDA, channels_last=False, sync_bn=False)
+        return lambda: detect_in_picture(detector, np.zeros((48, 64, 3), np.uint8), CUDA)
+
+    check(count_call(build), places=("torchvision", "detection/loop.py", "detection/pictures.py"))
 
 
 @pytest.mark.parametrize(

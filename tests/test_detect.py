@@ -6,13 +6,13 @@ import functools
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import hold_lock
+from support import SmallHead, hold_lock
 from torchvision.models.detection import faster_rcnn
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 import detect
 from detection.evaluate import locate_evaluations
@@ -28,14 +28,6 @@ from models import build_model
 
 TINY = "--dataset shapes --limit 6 --batch_size 2 --min_size 64 --max_size 128 --rois 8 --proposals 20 10 --amp off"
 LOSSES = ["loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
-
-
-class SmallHead(TwoMLPHead):
-    """A box head with fewer weights: those between 7x7 features and 1024 units are half of a detector's file."""
-
-    def __init__(self, in_channels: int, representation_size: int):
-        super().__init__(in_channels, 32)
-        self.fc7 = torch.nn.Linear(32, representation_size)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -525,6 +517,27 @@ def test_exported_scenes_can_be_trained_on(tmp_path, backbone, capsys):
     words += ["--backbone_checkpoint", backbone, "--workers", "2", *TINY.split()[2:]]
     result = detect.main([*words, "--batch_size", "1", "--device", "cpu"])
     assert result["images"] == 3 and set(result["classes"]) >= {"disc", "bow"}
+
+
+def test_pictures_have_the_detections_of_the_evaluation(detector, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in Path(detector).parent.iterdir()}
+    detect.main(["--export_shapes", "set", "--limit", "2"])
+    common = ["--frcnn_checkpoint", detector, "--device", "cpu", "--score_thr", "0.1"]
+    detect.main([*common, "--evaluate", "--limit", "2", "--log_off", "--predictions", "evaluated.json"])
+    evaluated = json.loads(Path("evaluated.json").read_text())
+    stems = [Path(row["image_id"]).name for row in evaluated]
+    files = [f"set/VOCdevkit/VOC2007/JPEGImages/{stem}.png" for stem in dict.fromkeys(stems)]
+    content = detect.main([*common, "--image_path", *files, "--predictions", "found.json"])
+    names = {row["id"]: Path(row["file_name"]).stem for row in content["images"]}
+    keys = ("category_id", "category", "bbox", "score")
+    found = [(names[row["image_id"]], *(row[key] for key in keys)) for row in content["annotations"]]
+    assert found == [(stem, *(row[key] for key in keys)) for stem, row in zip(stems, evaluated, strict=True)] and found
+    assert {path.name for path in Path("detect_output").iterdir()} == {f"{stem}_detections.png" for stem in stems}
+    assert {path: path.stat().st_mtime_ns for path in Path(detector).parent.iterdir()} == before
+    capsys.readouterr()
+    assert not detect.main([*common[:-2], "--image_path", files[0]])["annotations"], "an untrained one is not confident"
+    assert "0 detections with a score above 0.5 in 0 of 1 picture" in capsys.readouterr().out
 
 
 @pytest.mark.data

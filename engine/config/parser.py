@@ -187,8 +187,20 @@ def check_figure_path(parser: Parser, option: str, file: str, endings: Sequence[
         parser.error(f"{option} {file}: give a file name that ends in {', '.join(others)} or {last}")
 
 
-def check_output_path(parser: Parser, option: str, file: Path) -> None:
-    """Exit with a usage error if `file` cannot be written, so that the run fails at its start and not at its end."""
+def read_start(file: Path) -> bytes:
+    """Return the first 100 bytes of a file; none if it cannot be read."""
+    try:
+        with open(file, "rb") as content:
+            return content.read(100)
+    except OSError:
+        return b""
+
+
+def check_output_path(parser: Parser, option: str, file: Path, starts: tuple[bytes, ...] = ()) -> None:
+    """Exit with a usage error if `file` cannot be written, so that the run fails at its start and not at its end.
+
+    starts: how the files that the option writes begin; another existing file, which may be the user's, is kept.
+    """
     file = file.absolute()
     if not file.parent.is_dir():
         parser.error(f"{option} {file}: the folder {file.parent} does not exist")
@@ -196,3 +208,5 @@ def check_output_path(parser: Parser, option: str, file: Path) -> None:
         parser.error(f"{option} {file}: this is a folder; give the name of a file")
     if not os.access(file.parent, os.W_OK):
         parser.error(f"{option} {file}: no permission to write in {file.parent}")
+    if starts and file.is_file() and not read_start(file).startswith(starts):
+        parser.error(f"{option} {file}: this file was not written by {option}; choose another name, or delete it")

@@ -8,6 +8,7 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from engine.data.decode import BadImage, decode_image
 from engine.data.label_lists import format_examples
@@ -90,8 +91,9 @@ def iter_images(files: list[Path], on_bad_image: str) -> Iterator[tuple[Path, np
 
 
 def print_line(text: str) -> None:
-    """Print a line that may contain file names with invalid characters."""
-    print(text.encode(errors="replace").decode(), flush=True)
+    """Print a line, above the progress bar if there is one. It may contain file names with invalid characters."""
+    with tqdm.external_write_mode():
+        print(text.encode(errors="replace").decode(), flush=True)
 
 
 def unique_stems(files: list[Path]) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -13,6 +14,7 @@ from engine.drawing.figures import DPI, choose_columns, ignore_missing_glyphs, l
 from engine.drawing.heatmaps import draw_canvas, paste_picture
 
 SIDE = 500  # longer side of a picture on a page, in units of which DPI are an inch
+PICTURE_SIDE, MIN_SIDE = 1000, 80  # the same for a picture of its own, and the shorter side that it has at least
 
 
 class DrawnBox(NamedTuple):
@@ -44,11 +46,7 @@ def draw_box_pairs(
     scales = [SIDE / max(picture.shape[:2]) for _, picture, _, _ in rows]
     heights = [max(1, round(scale * row[1].shape[0])) for scale, row in zip(scales, rows, strict=True)]
     width, height = 2 * SIDE + 3 * gap, above + sum(heights) + below * len(rows) + foot
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    FigureCanvasAgg(figure)  # needed to measure the size of texts
-    dpi = limit_dpi(figure, dpi)
-    canvas = np.full((round(height * dpi / DPI), round(width * dpi / DPI), 3), 255, np.uint8)
-    axes = draw_canvas(figure, canvas, (width, height))
+    figure, axes, canvas, dpi = start_page(width, height, dpi)
     # ---- Column titles ----
     style = {"fontsize": 7.3, "parse_math": False}
     for column, column_title in enumerate(titles):
@@ -69,14 +67,52 @@ def draw_box_pairs(
     save_figure(figure, path, dpi)
 
 
-def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], scale: float) -> None:
+def start_page(width: int, height: int, dpi: float) -> tuple[Figure, Axes, np.ndarray, float]:
+    """Return a white figure, its axes from 0 to width and height, its pixels (H, W, 3), and their resolution.
+
+    width, height: in units of which DPI are an inch. dpi: the wanted resolution.
+    """
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)  # needed to measure the size of texts
+    dpi = limit_dpi(figure, dpi)
+    canvas = np.full((round(height * dpi / DPI), round(width * dpi / DPI), 3), 255, np.uint8)
+    return figure, draw_canvas(figure, canvas, (width, height)), canvas, dpi
+
+
+@ignore_missing_glyphs()
+def draw_box_picture(path: Path, picture: np.ndarray, boxes: list[DrawnBox], *, dpi: float = DPI) -> None:
+    """Draw an image uint8 (H, W, 3) with boxes, later ones over earlier ones.
+
+    It is scaled to a longer side of PICTURE_SIDE and fills the figure, but for the margins of a very elongated one.
+    """
+    scale = PICTURE_SIDE / max(picture.shape[:2])
+    tall, wide = (max(1, round(scale * side)) for side in picture.shape[:2])
+    width, height = max(wide, MIN_SIDE), max(tall, MIN_SIDE)
+    figure, axes, canvas, dpi = start_page(width, height, dpi)
+    paste_picture(canvas, picture, *(dpi / DPI * value for value in (width / 2, height / 2, wide, tall)))
+    left, top = (width - wide) / 2, (height - tall) / 2
+    draw_boxes(axes, boxes, (left, top, left + wide, top + tall), scale, page=(0, 0, width, height), size=1.5)
+    axes.images[0].set_data(canvas)
+    save_figure(figure, path, dpi)
+
+
+def draw_boxes(
+    axes: Axes,
+    boxes: list[DrawnBox],
+    frame: tuple[float, float, float, float],
+    scale: float,
+    *,
+    page: tuple[float, float, float, float] | None = None,
+    size: float = 1.0,
+) -> None:
     """Draw boxes on an image that fills the frame x0, y0, x1, y1 of the axes, scaled by `scale`.
 
-    Labels are placed where they overlap least.
+    Labels are placed where they overlap least, inside the page; None: inside the frame. size: factor of the widths of
+    lines and of the size of texts.
     """
-    left, top, right, bottom = frame
-    pixel = 72 / axes.figure.dpi  # in points
-    edges = [[scale * edge + start for edge, start in zip(one.box, (left, top) * 2, strict=True)] for one in boxes]
+    left, top, right, bottom = page or frame
+    pixel = size * 72 / axes.figure.dpi  # in points
+    edges = [[scale * edge + start for edge, start in zip(one.box, frame[:2] * 2, strict=True)] for one in boxes]
     for one, (x0, y0, x1, y1) in zip(boxes, edges, strict=True):
         rim = {"edgecolor": "black" if is_bright(one.colour) else "white", "linewidth": 4 * pixel, "alpha": 0.45}
         line = {"edgecolor": one.colour, "linewidth": 2 * pixel, "linestyle": (0, (4, 2.5)) if one.dashed else "solid"}
@@ -88,16 +124,16 @@ def draw_boxes(axes, boxes: list[DrawnBox], frame: tuple[int, int, int, int], sc
             ("#d00000", "white") if one.error else (one.colour, "black" if is_bright(one.colour) else "white")
         )
         label = f"\u2717 {shorten(one.text)}" if one.error else shorten(one.text)
-        text = axes.text(0, 0, label, fontsize=6.4, va="top", color=ink, parse_math=False)
-        text.set_bbox({"facecolor": background, "edgecolor": "none", "pad": 1.2, "alpha": 0.9})
-        size = text.get_window_extent()
-        w, h = size.width + 4, size.height + 4
+        text = axes.text(0, 0, label, fontsize=6.4 * size, va="top", color=ink, parse_math=False)
+        text.set_bbox({"facecolor": background, "edgecolor": "none", "pad": 1.2 * size, "alpha": 0.9})
+        extent = text.get_window_extent()
+        w, h = extent.width + 4 * size, extent.height + 4 * size
         corners = np.array([(x, y) for y in (y0 - h, y0, y1 - h, y1, y0 + h, y0 + 2 * h) for x in (x0, x1 - w)])
         corners = np.clip(corners, (left, top), (max(left, right - w), max(top, bottom - h)))
         places = np.hstack([corners, corners + (w, h)])
         chosen = places[pairwise_intersection(places, taken).sum(1).argmin()]  # the first one on a tie
         taken = np.vstack([taken, chosen])
-        text.set(x=chosen[0] + 2, y=chosen[1] + 2, zorder=4 + number / 1000)
+        text.set(x=chosen[0] + 2 * size, y=chosen[1] + 2 * size, zorder=4 + number / 1000)
 
 
 def is_bright(colour: tuple[float, float, float]) -> bool:

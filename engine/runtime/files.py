@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -75,3 +75,20 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file atomically. Raises UserError as write_atomic() does."""
     write_atomic(path, lambda side: side.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def check_output_folder(folder: Path, option: str) -> None:
+    """Raise UserError if no files can be written to a folder, which need not exist. option: with its value."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        reason = "is not writable" if existing.is_dir() else "is a file, not a folder"
+        raise UserError(f"{option}: {existing} {reason}; choose another path")
+
+
+def find_overwritten(outputs: Iterable[Path], inputs: Iterable[Path]) -> Path | None:
+    """Return the first output path that is one of the input files, also under another name; None: there is none."""
+    files = {(status.st_dev, status.st_ino) for status in (path.stat() for path in inputs if path.exists())}
+    for path in outputs:
+        if path.is_file() and (path.stat().st_dev, path.stat().st_ino) in files:
+            return path
+    return None

@@ -62,7 +62,7 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
     if not detector and kind == "detector":
         raise UserError(
             f"{path}: this is not a detector (first keys: {list_first_keys(weights)}); expected one\n"
-            "use classifiers with detect.py --backbone_checkpoint"
+            "use classifiers with detect.py --backbone_checkpoint, evaluate.py or cam.py"
         )
     return weights if detector else rename_replication_keys(weights)
 
