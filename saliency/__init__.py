@@ -49,12 +49,20 @@ def __getattr__(name: str):
 
 
 def source_class(name: str):
-    """Return the class of a source. Raises ValueError for an unknown name."""
+    """Return the class of a source. Raises ValueError for an unknown name, and for casm if it is not installed."""
     name = ALIASES.get(name, name)
     if name not in SOURCES:
         raise ValueError(f"unknown saliency source {name!r}; choose from {', '.join(SOURCES)}")
     module, cls = SOURCES[name]
-    return getattr(import_module(module, __name__), cls)
+    try:
+        return getattr(import_module(module, __name__), cls)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.casm":
+            raise
+        raise ValueError(
+            "the source casm is not part of saliency_mixing, because learned masks need the whole repository: put its "
+            "folder on PYTHONPATH and use build_source('casm', ...) of its package saliency"
+        ) from None
 
 
 def list_source_options() -> list[str]:

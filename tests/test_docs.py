@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from support import ROOT, shapes_command
+from support import ROOT, run_installed, shapes_command
 
 import cam
 import detect
@@ -97,16 +97,22 @@ def find_examples(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", PAGES[page], re.S)
 
 
-def test_the_loop_of_the_readme_runs():
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(7200, 10))
-    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "num_classes": 10}
-    names |= {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    names["loader"] = [(torch.randn(8, 3, 32, 32), torch.arange(8))]
-    before = model[0].weight.clone()
+def test_the_loop_of_the_readme_runs_where_the_package_is_installed(installed_package, tmp_path):
     (loop,) = find_examples("README.md")
-    exec(loop, names)
-    assert names["mixed"].shape == (8, 3, 32, 32) and names["targets"].sum(1).allclose(torch.ones(8))
-    assert not torch.equal(before, model[0].weight)
+    setup = """
+import sys, torch
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(7200, 10))
+optimizer, num_classes = torch.optim.SGD(model.parameters(), lr=0.1), 10
+mean, std, loader = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), [(torch.randn(8, 3, 32, 32), torch.arange(8))]
+before = model[0].weight.clone()
+"""
+    check = """
+assert mixed.shape == (8, 3, 32, 32) and targets.sum(1).allclose(torch.ones(8))
+assert not torch.equal(before, model[0].weight)
+assert not {"mixing", "saliency", "engine", "cv2", "torchvision"} & {*sys.modules}
+print("ran")
+"""
+    assert run_installed(installed_package, setup + loop + check, tmp_path) == "ran\n"
 
 
 def test_the_examples_of_own_loops_run():

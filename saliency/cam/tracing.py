@@ -217,7 +217,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(
             f"{type(model).__name__} has no layer {name!r}"
             + "".join(f"; the nearest is {near!r}" for near in nearest)
-            + " (cam.py --list_layers lists them)"
+            + " (list_layers() of saliency.cam and cam.py --list_layers list them)"
         )
     return modules[name]
 
