@@ -169,6 +169,10 @@ class Mixer:
     def start_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         """Prepare for epoch `epoch` (the first is 0) of `epochs`, which has `steps` batches."""
 
+    def __getstate__(self) -> dict:
+        """Return what pickle and copy.deepcopy() keep: all but `weight` and `partner` of the last batch."""
+        return self.__dict__ | {"weight_fn": None, "partner_fn": None}
+
     def state_dict(self) -> dict:
         """Return the state that a resumed run needs: tensors and plain Python values."""
         return {}

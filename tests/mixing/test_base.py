@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -55,6 +58,19 @@ def test_every_method_keeps_shapes_and_inputs_and_repeats_with_the_seed(name, sh
         torch.testing.assert_close(soft.sum(1), torch.ones(shape[0]))
         assert torch.equal(images, kept[0]) and torch.equal(targets, kept[1]), "inputs were modified"
         assert torch.equal(mixed, again[0]) and torch.equal(soft, again[1]), "same seed, different results"
+
+
+@pytest.mark.parametrize("copy_mixer", [copy.deepcopy, lambda mixer: pickle.loads(pickle.dumps(mixer))])
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_a_copy_of_a_used_mixer_mixes_as_it_does(name, copy_mixer):
+    images, targets = batch((4, 3, 8, 8))
+    mixer = compose_mixer([name], cutout=name != "cutout", mix_prob=1.0, **SMALL)
+    mixer(images, targets, centre)
+    results = []
+    for one in (copy_mixer(mixer), mixer):
+        torch.manual_seed(0)
+        results.append(one(images, targets, centre))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
