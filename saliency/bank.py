@@ -26,22 +26,38 @@ class Bank(Source):
         self.momentum = bank_momentum
         self.maps = torch.ones(num_images, bank_size, bank_size, dtype=torch.float16, device=device)
         self.updated = torch.zeros(num_images, dtype=torch.bool, device=device)  # since the last sync()
-        self.batch = None
+        self.view: tuple[torch.Tensor | None, ...] | None = None
 
     def start_batch(self, batch):
-        self.batch = batch
+        self.start_images(batch.loaded_index, shift=batch.shift, flip=batch.flip, box=batch.box)
+
+    def start_images(
+        self,
+        index: torch.Tensor,
+        *,
+        shift: torch.Tensor | None = None,
+        flip: torch.Tensor | None = None,
+        box: torch.Tensor | None = None,
+    ) -> None:
+        """Note which images follow, and which part of each is seen. All tensors are on the device of the maps.
+
+        index (B,) long: positions in the training set. shift (2, B) long: first row and column of a crop of the size of
+        the image. flip (B,) bool: whether it is then flipped horizontally. box (B, 4): another crop, which is resized,
+        as y1, y2, x1, x2 in 0..1. None: no crop or flip.
+        """
+        self.view = index, shift, flip, box
 
     @torch.no_grad()
     def __call__(self, images, targets=None):
-        batch, count = self.batch, len(images)
-        if batch is None or count > len(batch.loaded_index):
-            raise ValueError("the bank only has maps of training images: call start_batch(batch) before each batch")
-        return self.look_up(count, *images.shape[-2:], batch.loaded_index, batch.shift, batch.flip, batch.box)
+        count = len(images)
+        if self.view is None or count > len(self.view[0]):
+            raise ValueError("the bank only has maps of training images: call start_images(index) before each batch")
+        return self.look_up(count, *images.shape[-2:], *self.view)
 
     def look_up(self, count: int, height: int, width: int, index: torch.Tensor, *view: torch.Tensor | None):
         """Return the maps (count, height, width) of the last images of a batch, as PartialMix mixes these.
 
-        index, and view as shift, flip, box: of the batch, see engine.data.loader.Batch.
+        index, and view as shift, flip, box: see start_images().
         """
         maps = self.maps[index[-count:]].float()
         rows, columns = (
@@ -52,8 +68,7 @@ class Bank(Source):
 
     @torch.no_grad()
     def after_backward(self, image_grad, coverage):
-        batch = self.batch
-        self.update(image_grad, coverage, batch.loaded_index, batch.shift, batch.flip, batch.box)
+        self.update(image_grad, coverage, *self.view)
 
     def update(self, image_grad: torch.Tensor, coverage: torch.Tensor, index: torch.Tensor, *view: torch.Tensor | None):
         """Learn from a batch; see after_backward() of the base class and look_up()."""

@@ -18,6 +18,7 @@ The training step in engine/training/loop.py makes these calls to a source that 
 
     source.start_batch(batch)                            before the batch is mixed
     saliency = source(images, targets)                   by the mixer
+    coverage = source.measure_coverage(mixed, images)    after mixing; images.requires_grad is True
     source.after_backward(image_grad, coverage)          after the backward pass of the mixed batch
     source.sync(all_reduce_sum)                          after each epoch, if there are several processes
 """
@@ -73,11 +74,23 @@ class Source:
     def start_batch(self, batch) -> None:
         """Note which batch follows. batch: an engine.data.loader.Batch, with image indices, crops and flips."""
 
+    @staticmethod
+    def measure_coverage(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """Return for each pixel of `images` its weight in the mixed images, summed over them: (B, 1, H, W).
+
+        The gradient of the sum of all mixed pixels is this weight, whatever the method. images must have required
+        gradients when they were mixed.
+        """
+        if mixed is images:
+            return torch.ones_like(images[:, :1])
+        (weight,) = torch.autograd.grad(mixed, images, torch.ones_like(mixed), retain_graph=True)
+        return weight[:, :1]
+
     def after_backward(self, image_grad: torch.Tensor, coverage: torch.Tensor) -> None:
         """Learn from the training step. Only called if `learns` is True.
 
         image_grad (B, C, H, W): gradient of the loss with respect to the images before mixing. coverage (B, 1, H, W):
-        total weight with which each of their pixels entered the mixed images.
+        what measure_coverage() returned before the backward pass.
         """
 
     def sync(self, all_reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -115,6 +115,21 @@ print("ran")
     assert run_installed(installed_package, setup + loop + check, tmp_path) == "ran\n"
 
 
+def test_the_loop_with_a_bank_finds_what_the_network_looks_at(installed_package, monkeypatch):
+    """A linear network sees the left half of each image. Half of the images are flipped, so it is their right half."""
+    monkeypatch.syspath_prepend(installed_package)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 10))
+    with torch.no_grad():
+        model[1].weight.view(10, 3, 16, 16)[..., 8:] = 0
+    flip = torch.tensor([True, False] * 4)
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.0), "num_classes": 10}
+    names |= {"num_images": 8, "device": "cpu"}
+    names["loader"] = [(torch.rand(8, 3, 16, 16), torch.arange(8), torch.arange(8), flip) for _ in range(5)]
+    exec(*find_examples("docs/methods.md"), names)
+    left = names["bank"].maps[..., :8].float().mean((1, 2)) / 2
+    assert left[flip].max() < 0.2 and left[~flip].min() > 0.8
+
+
 def test_the_examples_of_own_loops_run():
     plain, timm, lightning = find_examples("docs/own_loop.md")
     names = {}

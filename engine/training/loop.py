@@ -87,7 +87,7 @@ def backward_batch(
         batch.images.requires_grad_()  # such a source learns from the gradient at the unmixed images
     mixed, soft = mixer(batch.images, targets, source)
     if learning_sources:
-        coverage = mixing_coverage(mixed, batch.images)
+        coverage = learning_sources[0].measure_coverage(mixed, batch.images)
     if mixer.wants_mixed_grad:
         mixed = mixed.requires_grad_() if not mixed.requires_grad else mixed
         mixed.retain_grad()
@@ -150,17 +150,6 @@ class LossCheck:
             index = torch.cat([index for process in all_gather_object(self.indices[bad]) for index in process])
             raise NonFiniteLoss(self.first_step + bad, index, self.first_step + now)
         self.indices.clear()
-
-
-def mixing_coverage(mixed: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Return for each pixel of `images` its weight in the mixed images, summed over them: (B, 1, H, W).
-
-    The gradient of the sum of all mixed pixels is this weight, whatever the method.
-    """
-    if mixed is images:
-        return torch.ones_like(images[:, :1])
-    (weight,) = torch.autograd.grad(mixed, images, torch.ones_like(mixed), retain_graph=True)
-    return weight[:, :1]
 
 
 def profile_steps(state: TrainingState, loader: DeviceLoader, config: StepConfig, steps: int) -> dict[str, float]:

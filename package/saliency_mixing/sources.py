@@ -105,6 +105,9 @@ def bank_source(
 
     num_images: size of the training set. bank_size: cells per side of a map. bank_momentum: weight of the old map when
     a cell is updated, in [0, 1). device: of the images. Raises ValueError for a value out of range.
+
+    Call start_images(index), measure_coverage(mixed, images) and after_backward(images.grad, coverage) in each step:
+    docs/methods.md has the loop.
     """
     return Bank(num_images, bank_size, bank_momentum, device)
 

@@ -304,7 +304,7 @@ def test_bank_sync_merges_the_maps_of_all_processes():
 
 def test_bank_state_and_its_error_without_a_batch():
     bank, other = Bank(3, bank_size=4), Bank(3, bank_size=4)
-    with pytest.raises(ValueError, match="start_batch"):
+    with pytest.raises(ValueError, match=r"call start_images\(index\)"):
         bank(torch.randn(2, 3, 8, 8))
     bank.start_batch(make_batch(3))
     bank.after_backward(torch.randn(3, 3, 8, 8), torch.ones(3, 1, 8, 8))
