@@ -6,6 +6,10 @@ does not import torch.
 
 import inspect
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import Mixer
 
 MIXERS = {  # name -> (module of this package, class)
     "none": (".compose", "NoMix"),
@@ -65,7 +69,7 @@ def hyper_parameters(name: str) -> dict:
     return defaults
 
 
-def build_mixer(name: str, /, **options):
+def build_mixer(name: str, /, **options) -> "Mixer":
     """Build a method by name.
 
     Options that are None or no hyper-parameter of the method are ignored, so one set of options serves all methods.

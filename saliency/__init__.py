@@ -6,6 +6,10 @@ does not import torch.
 
 import inspect
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import Source
 
 SOURCES = {  # name -> (module of this package, class)
     "gradient": (".gradient", "Gradient"),
@@ -74,7 +78,7 @@ def list_source_options() -> list[str]:
     return [key for key in parameters if key not in SET_BY_RUN | SET_BY_METHOD]
 
 
-def build_source(name: str, /, **options):
+def build_source(name: str, /, **options) -> "Source":
     """Build a source by name.
 
     Options that are None or not a parameter of the source are ignored, so one set of options serves all sources.

@@ -86,6 +86,14 @@ def test_only_the_installed_packages_have_relative_imports():
             assert all(level == installed for level in relative), path
 
 
+def test_the_names_of_the_package_need_nothing_but_mixing_saliency_and_torch():
+    allowed = {"saliency_mixing.mixing", "saliency_mixing.saliency", "saliency_mixing.sources", "torch", "typing"}
+    allowed |= {"importlib", "collections"}
+    for path in list_files("package/saliency_mixing"):
+        imports = {name.removeprefix("package.") for name in find_imports(path)}
+        assert all(any(f"{name}.".startswith(f"{start}.") for start in allowed) for name in imports), path
+
+
 def list_files(package: str) -> list[Path]:
     return sorted((ROOT / package).rglob("*.py"))
 

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     from .saliency.base import Source
     from .saliency.cam.maps import ActivationMaps
     from .sources import attention_source, bank_source, cam_source, gradient_source, static_source
+else:  # hidden from type checkers, so that they report a name that does not exist
+
+    def __getattr__(name: str):
+        """Import a public name on first use."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES.get(name, ".mixing"), __name__), name)
+
 
 __version__ = "0.1.0"
 __all__ = [
@@ -59,13 +67,6 @@ __all__ = [
 ]
 _HOMES = {"ActivationMaps": ".saliency", "Source": ".saliency", "build_source": ".saliency"}  # the others: .mixing
 _HOMES |= {name: ".sources" for name in __all__ if name.endswith("_source") and name != "build_source"}
-
-
-def __getattr__(name: str):
-    """Import a public name on first use."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES.get(name, ".mixing"), __name__), name)
 
 
 def __dir__() -> list[str]:
