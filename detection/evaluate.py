@@ -16,7 +16,7 @@ from detection.load import load_image_sets
 from detection.loader import DetectionLoader
 from detection.loop import predict
 from detection.metrics import Detections, GroundTruth, coco_metrics, voc_metrics
-from detection.resolve import KIND, describe_unused_options, locate_detector_runs
+from detection.resolve import KIND, check_coco_options, describe_unused_options, locate_detector_runs
 from engine.config.select import select_kwargs
 from engine.data.loader import get_process_shard
 from engine.errors import UserError
@@ -67,9 +67,10 @@ def evaluate(model: FasterRCNN, loader: DetectionLoader, *, count_difficult: boo
         detections = predict(model, loader, progress=progress)
     if not is_main_process():
         return None
-    truths = [GroundTruth(*(target[key].numpy() for key in GroundTruth._fields)) for target in loader.image_set.targets]
-    classes = loader.image_set.classes
-    coco = coco_metrics(detections, truths, len(classes), count_difficult=count_difficult)
+    targets, classes = loader.image_set.targets, loader.image_set.classes
+    truths = [GroundTruth(*(target[key].numpy() for key in GroundTruth._fields)) for target in targets]
+    areas = [target["area"].numpy() for target in targets] if targets and "area" in targets[0] else None
+    coco = coco_metrics(detections, truths, len(classes), areas=areas, count_difficult=count_difficult)
     voc = voc_metrics(detections, truths, classes)
     return EvalResult(detections, truths, voc, coco, time.perf_counter() - start)
 
@@ -91,7 +92,13 @@ def evaluate_detector(typed: dict, options: dict) -> dict | None:
     setup_backends(device, seed=options["seed"], deterministic=options["deterministic"])
 
     # ---- Data and network ----
-    _, test = load_image_sets(progress=progress_bar, **select_kwargs(options | {"train_sets": []}, load_image_sets))
+    try:
+        check_coco_options(options, typed)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    no_training = {"train_sets": [], "train_annotations": None}
+    _, test = load_image_sets(progress=progress_bar, **select_kwargs(options | no_training, load_image_sets))
+    test = test.reorder_classes(initial.classes)
     detector, notes = build_finished_detector(initial, test.classes, options, device)
 
     # ---- Run folder ----
@@ -183,6 +190,8 @@ def report_result(
         names = sorted(path.name for path in log.path.iterdir() if path.name[0] != ".")
         log.say(f"files in {log.path}: {', '.join(names)}")
     if predictions:
-        rows = json.dumps(report.format_predictions(image_set.names, result.detections, image_set.classes))
+        images = image_set.image_ids or image_set.names
+        rows = report.format_predictions(images, result.detections, image_set.classes, image_set.category_ids)
+        rows = json.dumps(rows)
         write_atomic(Path(predictions), lambda side: side.write_text(rows, encoding="utf-8"))
         log.say(f"wrote all detections to {predictions}")

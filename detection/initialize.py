@@ -31,7 +31,13 @@ DETECTOR_OPTIONS = (  # options of the detector and of its evaluation that its c
     *("neck", "min_size", "max_size", "proposals", "score_thr", "nms_thr", "max_dets", "coco_count_difficult"),
 )
 TORCHVISION_OPTIONS = {"min_size": [800], "max_size": 1333, "proposals": [2000, 1000]}  # defaults of its FasterRCNN
-DATA_OPTIONS = ("dataset", "data_dir", "test_set")  # options of the data that it was evaluated on
+DATA_OPTIONS = (
+    "dataset",
+    "data_dir",
+    "test_set",
+    "test_annotations",
+    "images",
+)  # options of the data that it was evaluated on
 
 
 @dataclass
@@ -128,7 +134,7 @@ def read_detector(path: str, *, averaged: bool = False, model: str | None = None
         num_classes=detected["num_classes"],
         backbone=ours.get("backbone") or {"path": str(path), "model": body},
         options=options,
-        data={key: ours["config"][key] for key in DATA_OPTIONS} if ours else {},
+        data={key: ours["config"][key] for key in DATA_OPTIONS if key in ours["config"]} if ours else {},
     )
 
 

@@ -18,6 +18,8 @@ from engine.data.image_files import BatchReader
 from engine.data.loader import WHOLE_BATCH, Shard, make_epoch_generator
 from engine.data.sample_rng import hash_samples
 
+TARGET_KEYS = ("boxes", "labels", "difficult")  # what training uses of a target
+
 
 def get_box_labels(sample: tuple) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the target tensors from which v2.SanitizeBoundingBoxes also removes the row of a dropped box."""
@@ -43,7 +45,7 @@ class DetectionViews:
     """The augmented images of a set, in the form that engine.data.image_files.BatchReader reads."""
 
     remedy = (
-        "replace the file or its annotation; if you remove it from ImageSets/Main, start a new run from "
+        "replace the file or its annotation; if you remove it from the data set, start a new run from "
         "--frcnn_checkpoint"
     )
 
@@ -70,6 +72,7 @@ class DetectionViews:
     def read_sample(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return one augmented image and its target. The draws come from torch's global generator."""
         image, target = self.image_set.read(index), self.image_set.targets[index]
+        target = {key: target[key].clone() for key in TARGET_KEYS}  # a view would take the boxes of all images along
         if self.transform is None:
             return image, target
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.shape[-2:])

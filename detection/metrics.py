@@ -91,26 +91,33 @@ def voc_metrics(detections: Sequence[Detections], truths: Sequence[GroundTruth],
 
 
 def coco_metrics(
-    detections: Sequence[Detections], truths: Sequence[GroundTruth], num_classes: int, *, count_difficult: bool = False
+    detections: Sequence[Detections],
+    truths: Sequence[GroundTruth],
+    num_classes: int,
+    *,
+    areas: Sequence[np.ndarray] | None = None,
+    count_difficult: bool = False,
 ) -> dict[str, float | None]:
     """Compute the twelve box metrics of COCOeval; None where COCOeval returns -1.
 
     AP: mean over classes, IoU thresholds 0.5, 0.55 .. 0.95 and 101 recalls, for the first 100 detections per class and
     image. AR: recall of the first 1, 10 or 100 detections (100 for small, medium, large), mean over classes and
-    thresholds. The size of an object is the area of its box; in COCO's own files it is the area of the mask. Difficult
-    objects are treated as crowds, which are ignored and may match any number of detections, unless count_difficult is
-    set. Raises ValueError as voc_metrics() does.
+    thresholds. areas: those of the objects of each image, by which they are small, medium or large (in COCO's own files
+    the areas of the masks); None: those of the boxes. Difficult objects are treated as crowds, which are ignored and
+    may match any number of detections, unless count_difficult is set. Raises ValueError as voc_metrics() does.
     """
     boxes, objects = stack_images(detections, truths, num_classes)
     rank = rank_in_group(boxes.group)
     boxes, rank = BoxTable(*(column[rank < 100] for column in boxes)), rank[rank < 100]
     crowd = objects.extra & (not count_difficult)
     matches = match_boxes(boxes, objects, crowd)
-    areas, object_areas = box_area(boxes.boxes), box_area(objects.boxes)
+    detected_areas, object_areas = box_area(boxes.boxes), box_area(objects.boxes)
+    if areas is not None:
+        object_areas = np.concatenate([np.empty(0), *areas])
     values: dict[str, list] = {}  # metric -> one value per class
     for suffix, (low, high) in COCO_AREAS.items():
         ignored = crowd | (object_areas < low) | (object_areas > high)
-        outside = (areas < low) | (areas > high)
+        outside = (detected_areas < low) | (detected_areas > high)
         is_tp, is_counted = match_coco(matches, boxes.group[matches.detection], ignored, crowd, outside)
         for label in range(1, num_classes + 1):
             positives = int((~ignored & (objects.labels == label)).sum())

@@ -14,8 +14,8 @@ from engine.config.training_options import (
 
 def build_parser() -> Parser:
     parser = Parser(
-        "Train Faster R-CNN on PASCAL VOC with a classifier of this project as its backbone, and evaluate it by the "
-        "VOC and COCO protocols; or draw what a detector finds in pictures (--image_path)."
+        "Train Faster R-CNN on PASCAL VOC or on data in COCO format with a classifier of this project as its backbone, "
+        "and evaluate it by the VOC and COCO protocols; or draw what a detector finds in pictures (--image_path)."
     )
     add_start_options(parser)
     add_resume_options(parser)
@@ -61,7 +61,7 @@ def add_start_options(parser: Parser) -> None:
         "--recipe",
         type=choice(["auto", *RECIPES]),
         default="auto",
-        help="sets the options that are not given; auto: shapes for the drawn scenes, else paper",
+        help="sets the options that are not given; auto: shapes for the drawn scenes, coco1x for coco, else paper",
     )
 
 
@@ -111,7 +111,7 @@ def add_network_options(parser: Parser) -> None:
 def add_image_options(parser: Parser) -> None:
     """Add the options of the image sets, their size and augmentation."""
     parser.group("data")
-    add_dataset_option(parser, ["voc", "shapes"], aliases={"fake": "shapes"}, dataset="voc")
+    add_dataset_option(parser, ["voc", "coco", "shapes"], aliases={"fake": "shapes"}, dataset="voc")
     add_common_options(parser, "data_dir", "limit", download={"default": False})
     parser.option(
         "--train_sets",
@@ -121,6 +121,16 @@ def add_image_options(parser: Parser) -> None:
         help="training images: lists in VOC<YEAR>/ImageSets/Main",
     )
     parser.option("--test_set", default="2007_test", metavar="YEAR_LIST", help="test images")
+    parser.option("--train_annotations", metavar="FILE.json", help="for coco: annotations of the training images")
+    parser.option("--test_annotations", metavar="FILE.json", help="for coco: annotations of the test images")
+    parser.option(
+        "--images",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        shown="the folders of the annotation files",
+        help="for coco: folder of the images, or those of the training and of the test images",
+    )
     parser.option("--use_difficult", type=boolean, shown="recipe", help="also train on objects marked difficult")
     parser.option(
         "--augment",

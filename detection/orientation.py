@@ -37,7 +37,8 @@ def choose_upright(names: list[str], headers: list[Header], annotated: list[Size
     if wrong:
         raise UserError(
             f"{format_count(len(wrong), 'image')} of another size than annotated: {format_first_names(wrong)}\n"
-            "check that image and annotation belong together; correct its <size>, or remove the image from the lists"
+            "check that image and annotation belong together; correct the size in the annotation, or remove the image "
+            "from the data set"
         )
     if not turned + stored + open_cases:
         return set(), []

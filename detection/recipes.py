@@ -39,6 +39,14 @@ RECIPES = {
         "norm": "syncbn",
     },
     "fpn18k": {**PAPER, **LARGE_BATCH, "iters": 18_000, "schedule": [12_000, 16_000]},
+    "coco1x": {  # the 1x schedule of Detectron2, configs/Base-RCNN-FPN.yaml and its defaults
+        **PAPER,
+        **LARGE_BATCH,
+        "iters": 90_000,
+        "schedule": [60_000, 80_000],
+        "warmup_iters": 1000,
+        "min_size": list(range(640, 801, 32)),
+    },
     "shapes": {  # our own, short enough for a CPU
         **PAPER,
         "lr": 0.02,

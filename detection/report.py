@@ -83,10 +83,11 @@ ROWS_PER_PAGE = 4  # images on a page
 def summarize(
     voc: dict,
     coco: dict,
-    images: int,
+    count: int,
     *,
     dataset: str,
     test_set: str,
+    test_annotations: str | None = None,
     score_thr: float,
     nms_thr: float,
     max_dets: int,
@@ -96,7 +97,7 @@ def summarize(
 ) -> dict:
     """Collect the results of voc_metrics() and coco_metrics() for results.json, in percent; None if undefined.
 
-    images: number of test images. The other parameters by name are options. In the result, `figures` is metric ->
+    count: number of test images. The other parameters by name are options. In the result, `figures` is metric ->
     value, and `classes` is class -> objects, difficult, detections and four APs.
     """
     values = {name: to_percent(voc[key]) for name, key in VOC_KEYS.items()}
@@ -110,8 +111,8 @@ def summarize(
     settings |= {"min_size": min_size[-1], "max_size": max_size}
     settings["coco_count_difficult"] = coco_count_difficult
     return {
-        "test_set": test_set if dataset == "voc" else "test scenes",
-        "images": images,
+        "test_set": {"voc": test_set, "coco": Path(test_annotations or "").name}.get(dataset, "test scenes"),
+        "images": count,
         "unit": "percent",
         "figures": values,
         "classes": classes,
@@ -184,15 +185,22 @@ def format_percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def format_predictions(names: Sequence[str], detections: Sequence[Detections], classes: Sequence[str]) -> list[dict]:
-    """Return all detections in COCO's results format, which pycocotools' loadRes reads if the image names agree.
+def format_predictions(
+    images: Sequence[str] | Sequence[int],
+    detections: Sequence[Detections],
+    classes: Sequence[str],
+    category_ids: Sequence[int] | None = None,
+) -> list[dict]:
+    """Return all detections in COCO's results format, which pycocotools' loadRes reads if the images are those it has.
 
-    bbox is x, y, width, height in pixels; the class name is included. names: image names.
+    bbox is x, y, width, height in pixels; the class name is included. images: names, or ids of a COCO file.
+    category_ids: id of each class; None: 1, 2, 3 ...
     """
+    category_ids = category_ids or range(1, len(classes) + 1)
     return [
-        {"image_id": name, "category_id": label, "category": classes[label - 1]}
+        {"image_id": image_id, "category_id": category_ids[label - 1], "category": classes[label - 1]}
         | {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
-        for name, image in zip(names, detections, strict=True)
+        for image_id, image in zip(images, detections, strict=True)
         for (x0, y0, x1, y1), label, score in to_rows(*image)
     ]
 

@@ -15,8 +15,10 @@ from engine.runtime.text import format_count
 
 KIND = "detector"  # kind of checkpoints and runs
 START_OPTIONS = {"backbone_checkpoint", "pretrained", "frcnn_checkpoint"}  # initial weights of a new detector
+COCO_OPTIONS = {"train_annotations", "test_annotations", "images"}  # where data in COCO format is
 TRAINING_OPTIONS = (  # options that an evaluation does not use
     {"recipe", "trainable_layers", "norm", "stem", "train_sets", "use_difficult", "augment", "iters", "epochs", "lr"}
+    | {"train_annotations"}
     | {"batch_size", "scale_lr", "momentum", "weight_decay", "schedule", "gammas", "warmup_iters", "accumulate"}
     | {"clip_grad", "ema", "rois", "eval_every", "save_iters", "save_every", "print_freq", "checkpoint"}
     | {"overwrite"}
@@ -30,7 +32,8 @@ PREDICTION_STARTS = (b"[]", b'[{"image_id"', b'{"info": {"description": "detecti
 OTHER_TASKS = {"evaluate", "checkpoint", "config", "export_shapes", "backbone_checkpoint", "pretrained"}
 MAX_LR_RISE = 4e-4  # per step of a shortened warm-up: as in the recipe `shapes`; five times that was seen to diverge
 RULES = OptionRules(
-    changeable={"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
+    changeable={"train_annotations", "test_annotations", "images"}
+    | {"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
     | {"coco_count_difficult", "vis", "predictions", "image_path", "output", "labels"}
     | START_OPTIONS
     | RESUME_CHANGEABLE,
@@ -52,6 +55,9 @@ def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
         check_combinations(options, typed)
     if not (saved or options["evaluate"] or options["checkpoint"] or options["export_shapes"]):
         check_start_options(parser, options)
+    if saved or not (options["evaluate"] or options["checkpoint"] or options["image_path"]):  # else a file may name it
+        with parser.usage_errors():
+            check_coco_options(options, typed)
     if not saved:
         options |= {key: None for key in ("iters", "schedule", "warmup_iters") if key not in typed}
     elif "epochs" in typed and "iters" not in typed:
@@ -61,8 +67,10 @@ def resolve_options(parser: Parser, typed: dict, saved: dict) -> dict:
 
 def get_recipe(given: dict) -> dict[str, object]:
     """Return the options that the recipe sets. given: the options that may name a recipe."""
-    name = given.get("recipe") or ("shapes" if given.get("dataset") == "shapes" else "paper")
+    name = given.get("recipe") or {"shapes": "shapes", "coco": "coco1x"}.get(given.get("dataset"), "paper")
     recipe = {**RECIPES[name], "recipe": name}
+    if given.get("dataset") == "coco":
+        recipe["use_difficult"] = False  # crowd regions are no objects
     if given.get("scale_lr"):
         recipe["lr"] = recipe["lr"] * given.get("batch_size", recipe["batch_size"]) / recipe["batch_size"]
     return recipe
@@ -102,6 +110,29 @@ def check_combinations(options: dict, typed: dict) -> None:
             raise ValueError("--image_path: needs a detector; give --frcnn_checkpoint RUN (cam.py takes classifiers)")
 
 
+def check_coco_options(options: dict, typed: dict) -> None:
+    """Raise ValueError, with the remedy, for options that do not fit data in COCO format, or only fit such data."""
+    if options["dataset"] != "coco":
+        if given := sorted(f"--{key}" for key in typed.keys() & COCO_OPTIONS):
+            raise ValueError(f"{', '.join(given)}: only for data in COCO format; add --dataset coco")
+        return
+    needed, unfit = ["test_annotations"], ["coco_count_difficult"]
+    if not options["evaluate"]:
+        needed, unfit = ["train_annotations", *needed], [*unfit, "use_difficult"]
+    if absent := [f"--{key} FILE.json" for key in needed if not options[key]]:
+        raise ValueError(f"--dataset coco: give {' and '.join(absent)}, an annotation file in COCO format")
+    if len(options["images"]) > 2:
+        raise ValueError(
+            f"--images: {len(options['images'])} folders; give one, or that of the training and that of the test images"
+        )
+    if options["download"]:
+        raise ValueError("--download: not for --dataset coco; unpack images and annotations yourself and omit it")
+    if ignored := [f"--{key}" for key in unfit if options[key]]:
+        raise ValueError(
+            f"{ignored[0]}: COCO has no difficult objects; its crowd regions are always ignored; set it to false"
+        )
+
+
 def check_start_options(parser: Parser, options: dict) -> None:
     """End with a usage error unless exactly one option names the initial weights of a new detector."""
     starts = [f"--{key}" for key in sorted(START_OPTIONS) if options[key]]
@@ -137,6 +168,8 @@ def describe_unused_options(options: dict, typed: dict, resumed: bool = False) -
     unused = {"output", "labels", "on_bad_image"}  # of --image_path
     if options["dataset"] == "shapes":
         unused |= {"data_dir", "train_sets", "test_set", "download", "workers"}
+    if options["dataset"] == "coco":
+        unused |= {"data_dir", "train_sets", "test_set"}
     if "lr" in typed or resumed:
         unused |= {"scale_lr"}
     if "iters" in typed:

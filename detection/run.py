@@ -20,7 +20,13 @@ from engine.runtime.text import format_count
 from engine.training.run import Run
 from engine.training.start import RunKind, Start
 
-EVALUATION_OPTIONS = ("test_set", "score_thr", "nms_thr", "max_dets")  # options that change the metrics
+EVALUATION_OPTIONS = (
+    "test_set",
+    "test_annotations",
+    "score_thr",
+    "nms_thr",
+    "max_dets",
+)  # options that change the metrics
 LOG_COLUMNS = [
     "epoch",
     "iteration",
@@ -66,7 +72,8 @@ DETECTOR = RunKind(
     timed_parts=["data"],
     progress_unit="step",
     draw_nonfinite=draw_nonfinite,
-    data_remedy="pass its data with --data_dir, or start a new run from its weights with --frcnn_checkpoint",
+    data_remedy="pass its data with --data_dir (coco: --train_annotations), or start a new run from its weights with "
+    "--frcnn_checkpoint",
 )
 
 
@@ -117,7 +124,7 @@ def reopen_last_epoch(start: Start, steps: int) -> None:
         saved["history"] = history[: saved["step"] // steps]
     else:
         saved["inside"] = None
-    if changed := [f"--{key}" for key in EVALUATION_OPTIONS if saved["config"][key] != options[key]]:
+    if changed := [f"--{key}" for key in EVALUATION_OPTIONS if saved["config"].get(key) != options[key]]:
         saved["best"] |= {"value": -1.0, "epoch": 0}
         start.notes.append(f"{' '.join(changed)} changed: the best epoch is chosen among the epochs from here on")
 

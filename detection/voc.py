@@ -7,40 +7,21 @@ overlaps equal those of the "+1" arithmetic in the VOC tools.
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
-import torch
-
-from detection.dataset import DetectionSet, format_first_names
-from detection.orientation import choose_upright, get_upright_size
+from detection.annotation import Annotation, build_image_set, read_image_header
+from detection.dataset import DetectionSet
+from detection.orientation import Header
 from detection.voc_folders import CLASSES, SET_SIZES, find_devkits, read_classes, read_list
-from engine.data.decode import BadImage, read_header
 from engine.data.listing import IMAGE_EXTENSIONS, get_extension, is_visible
 from engine.errors import UserError, suggest_closest
 
 SUFFIXES = (".jpg", ".jpeg", ".png")  # if an image has several files, the first suffix is used
 SUFFIXES += tuple(sorted(IMAGE_EXTENSIONS - {*SUFFIXES}))
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-
-
-class Annotation(NamedTuple):
-    """The ground-truth objects of one image, as its file says."""
-
-    boxes: list[tuple[float, float, float, float]]
-    labels: list[int]
-    difficult: list[bool]
-    size: tuple[int, int] | None  # height, width; None: the file does not say
-
-
-class FittedAnnotation(NamedTuple):
-    """The ground-truth objects of one image, with boxes inside it."""
-
-    target: dict[str, torch.Tensor]  # of a DetectionSet
-    clipped: int  # number of boxes that extended beyond the image
-    dropped: int  # number of boxes without area, which are not in the target
 
 
 # ---- Image sets ----
@@ -65,28 +46,21 @@ def read_sets(data_dir: Path, sets: list[str], *, progress: Callable = lambda it
     label_by_class = {name: label for label, name in enumerate(classes, 1)}
     items = progress(names, total=len(names), desc="reading headers and annotations", unit="image")
     files, headers, annotations = read_headers(items, devkit_by_name, label_by_class)
-    turned, notes = choose_upright(names, headers, [annotation.size for annotation in annotations])
-    sizes = [get_upright_size(one) if name in turned else one[:2] for name, one in zip(names, headers, strict=True)]
-    fitted = [fit_to_image(one, *size) for one, size in zip(annotations, sizes, strict=True)]
-
-    warnings = [*describe_lists(lists, classes), *notes, *describe_defects(names, fitted)]
-    targets, origin = [one.target for one in fitted], f"{', '.join(map(str, used))} ({', '.join(sets)})"
-    return DetectionSet(classes, names, files, targets, sizes, origin, warnings, turned)
+    origin = f"{', '.join(map(str, used))} ({', '.join(sets)})"
+    image_set = build_image_set(classes, names, files, headers, annotations, origin)
+    return replace(image_set, warnings=[*describe_lists(lists, classes), *image_set.warnings])
 
 
 def read_headers(
     names: Iterable[str], devkit_by_name: dict[str, Path], label_by_class: dict[str, int]
-) -> tuple[list[Path], list[tuple[int, int, int]], list[Annotation]]:
+) -> tuple[list[Path], list[Header], list[Annotation]]:
     """Return the files of images such as VOC2007/000005, the results of read_header(), and the annotations."""
     files, headers, annotations = [], [], []
     list_cached = cache(list_files)
     for name in names:
         image, annotation = find_files(devkit_by_name[name], name, list_cached)
         annotations.append(read_annotation(annotation, label_by_class))
-        try:
-            headers.append(read_header(image))
-        except BadImage as error:
-            raise UserError(f"cannot read an image: {error}\nreplace it, or remove {name} from the lists") from error
+        headers.append(read_image_header(image, name))
         files.append(image)
     return files, headers, annotations
 
@@ -134,20 +108,6 @@ def describe_lists(lists: dict[str, dict[str, Path]], classes: list[str]) -> lis
     return lines + [f"images listed more than once (used only once): {repeated:,}"] * (repeated > 0)
 
 
-def describe_defects(names: list[str], annotations: list[FittedAnnotation]) -> list[str]:
-    """Return a line for each kind of defect, with the number of cases and the first images."""
-    defects = {
-        "boxes clipped to their image": [one.clipped for one in annotations],
-        "boxes dropped because they have no area": [one.dropped for one in annotations],
-        "images kept although they have no objects": [len(one.target["boxes"]) == 0 for one in annotations],
-    }
-    return [
-        f"{text}: {sum(counts):,} ({format_first_names([name for name, n in zip(names, counts, strict=True) if n])})"
-        for text, counts in defects.items()
-        if any(counts)
-    ]
-
-
 # ---- Annotations ----
 
 
@@ -178,22 +138,6 @@ def read_annotation(path: Path, label_by_class: dict[str, int]) -> Annotation:
     except (ElementTree.ParseError, LookupError, OSError, ValueError) as error:  # LookupError: unknown encoding
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"{path}: {reason}\ncorrect the file, or remove {path.stem} from the lists") from error
-
-
-def fit_to_image(annotation: Annotation, height: int, width: int) -> FittedAnnotation:
-    """Clip the boxes to their image and drop those without area."""
-    inside = [
-        tuple(min(max(edge, 0.0), end) for edge, end in zip(box, (width, height) * 2, strict=True))
-        for box in annotation.boxes
-    ]
-    kept = [index for index, (x0, y0, x1, y1) in enumerate(inside) if x0 < x1 and y0 < y1]
-    target = {
-        "boxes": torch.tensor([inside[index] for index in kept], dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor([annotation.labels[index] for index in kept], dtype=torch.int64),
-        "difficult": torch.tensor([annotation.difficult[index] for index in kept], dtype=torch.bool),
-    }
-    clipped = sum(inside[index] != annotation.boxes[index] for index in kept)
-    return FittedAnnotation(target, clipped, len(inside) - len(kept))
 
 
 def read_size(root: ElementTree.Element) -> tuple[int, int] | None:

@@ -33,6 +33,7 @@ from engine.training.running_sums import EpochStats
 
 # options that may differ between processes
 MACHINE_OPTIONS = {"data_dir", "val_data_dir", "data_small", "data_large", "device", "workers", "debug"}
+MACHINE_OPTIONS |= {"train_annotations", "test_annotations", "images"}
 
 RESTART_SECONDS = 30.0  # after a restart by torchrun: time for the earlier main process, perhaps elsewhere, to end
 

@@ -561,8 +561,8 @@ def test_load_image_sets_draws_different_training_and_test_scenes(monkeypatch):
     assert (len(train), len(test)) == (2, 1) and max(train.sizes[0]) >= 120 and not train.warnings
     with pytest.raises(UserError, match="image_size 16"):
         load_image_sets(dataset="shapes", image_size=16)
-    with pytest.raises(ValueError, match="'coco'"):
-        load_image_sets(dataset="coco")
+    with pytest.raises(ValueError, match="'lvis'"):
+        load_image_sets(dataset="lvis")
 
 
 @pytest.mark.parametrize("size, needed", [((1, 4001), 4001), ((3, 6001), 2001)])
