@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     # ---- Start: a new run or a resumed one ----
     start = training.start_run(parser, typed, options, notes, detection.DETECTOR)
     options, device, precision = start.options, start.device, start.precision
+    start.kind = detection.choose_kind(options["dataset"])
     if not start.saved:
         check_start_options(parser, options)
     initial = detection.load_initial_weights(start.saved, **select_kwargs(options, detection.load_initial_weights))

@@ -13,7 +13,8 @@ __getattr__ = lazy_attributes(
         "loop": "train_one_epoch",
         "metrics": "Detections GroundTruth coco_metrics voc_metrics",
         "pictures": "detect_in_pictures",
-        "run": "DETECTOR DataInfo build_scheduler describe_run draw_epoch evaluate_epoch finish_run reopen_last_epoch",
+        "run": "DETECTOR DataInfo build_scheduler choose_kind describe_run draw_epoch evaluate_epoch finish_run "
+        "reopen_last_epoch",
         "shape_scenes": "export_voc",
     },
 )

@@ -191,7 +191,7 @@ def report_result(
         log.say(f"files in {log.path}: {', '.join(names)}")
     if predictions:
         images = image_set.image_ids or image_set.names
-        rows = report.format_predictions(images, result.detections, image_set.classes, image_set.category_ids)
+        rows = report.format_predictions(images, result.detections, image_set.classes, image_set.category_ids or ())
         rows = json.dumps(rows)
         write_atomic(Path(predictions), lambda side: side.write_text(rows, encoding="utf-8"))
         log.say(f"wrote all detections to {predictions}")

@@ -45,6 +45,7 @@ RECIPES = {
         "iters": 90_000,
         "schedule": [60_000, 80_000],
         "warmup_iters": 1000,
+        "use_difficult": False,
         "min_size": list(range(640, 801, 32)),
     },
     "shapes": {  # our own, short enough for a CPU

@@ -59,8 +59,9 @@ PROTOCOL = {
     "difficult objects and their detections are ignored; means are over the classes that have other objects",
     "AP@[.5:.95]": "mean over the IoU thresholds 0.5, 0.55 .. 0.95; AP50 and AP75 are at 0.5 and 0.75",
     "COCO": "101 recalls, IoU thresholds 0.5, 0.55 .. 0.95, the first 100 detections per class and image (AR@1, AR@10: "
-    "the first 1 and 10); small, medium and large: box areas up to 32^2, up to 96^2 and above, in square pixels",
+    "the first 1 and 10); small, medium, large: area (of boxes; in COCO format `area`) up to 32^2, 96^2, and above",
 }
+CROWDS = "crowd regions take their place: they are ignored, and may match any number of detections"
 LOSS_TITLES = {  # column of log.csv -> name in the plot
     "loss": "total",
     "loss_classifier": "classification",
@@ -98,7 +99,7 @@ def summarize(
     """Collect the results of voc_metrics() and coco_metrics() for results.json, in percent; None if undefined.
 
     count: number of test images. The other parameters by name are options. In the result, `figures` is metric ->
-    value, and `classes` is class -> objects, difficult, detections and four APs.
+    value, `classes` is class -> objects, difficult, detections and four APs, and `flag` is what `difficult` counts.
     """
     values = {name: to_percent(voc[key]) for name, key in VOC_KEYS.items()}
     values |= {name: to_percent(coco[key]) for name, key in COCO_KEYS.items()}
@@ -108,8 +109,9 @@ def summarize(
         for name, row in voc["classes"].items()
     }
     settings = {"score_thr": score_thr, "nms_thr": nms_thr, "max_dets": max_dets}
-    settings |= {"min_size": min_size[-1], "max_size": max_size}
-    settings["coco_count_difficult"] = coco_count_difficult
+    settings |= {"min_size": min_size[-1], "max_size": max_size, "coco_count_difficult": coco_count_difficult}
+    crowds = dataset == "coco"
+    ignored = CROWDS if crowds else describe_difficult(coco_count_difficult)
     return {
         "test_set": {"voc": test_set, "coco": Path(test_annotations or "").name}.get(dataset, "test scenes"),
         "images": count,
@@ -117,7 +119,8 @@ def summarize(
         "figures": values,
         "classes": classes,
         "settings": settings,
-        "protocol": PROTOCOL | {"difficult objects in COCO's figures": describe_difficult(coco_count_difficult)},
+        "protocol": PROTOCOL | {"difficult objects in COCO's figures": ignored},
+        "flag": "crowd" if crowds else "difficult",
     }
 
 
@@ -137,26 +140,33 @@ def format_result(results: dict) -> list[str]:
     remark = "the number to compare with papers"
     if results["images"] != full_size:
         remark += f", which use all {full_size:,} images of {test_set}"
-    lines = mark_rows([[name, format_percent(values[name])] for name in HEADLINE_METRICS], rule, remark)
+    headline = [[name, format_percent(values[name])] for name in HEADLINE_METRICS]
+    rows, flag = format_metric_rows(METRIC_ROWS, values), results["flag"]
+    if flag == "crowd":  # data in COCO format: COCO's figures come first
+        headline, rows = format_metric_rows(METRIC_ROWS[2:], values), [*headline, *rows[:2]]
+    lines = mark_rows(headline, rule, remark)
     table = [{"name": name} | row for name, row in results["classes"].items()]
-    lines += tables.format_text(table, COLUMNS, title="class").splitlines()
+    lines += tables.format_text(table, COLUMNS | {"difficult": (flag, ",d")}, title="class").splitlines()
     if absent := [name for name, row in results["classes"].items() if not row["objects"]]:
-        lines.append(f"excluded from the means (no objects, or only difficult ones): {format_first_names(absent)}")
-    rows = [
-        [name, format_percent(values[name])]
-        + [cell for other in others for cell in (shorten_name(other), format_percent(values[other]))]
-        for name, *others in METRIC_ROWS
-    ]
-    widest = max(map(len, rows))
-    rows = [row + [""] * (widest - len(row)) for row in rows]
+        lines.append(f"excluded from the means (no objects, or only {flag} ones): {format_first_names(absent)}")
     lines += mark_rows(rows, rule, "as in papers on self-supervised learning")
-    lines.append(f"difficult objects: VOC: ignored; COCO: {describe_difficult(settings['coco_count_difficult'])}")
+    how = describe_difficult(settings["coco_count_difficult"])
+    lines.append(f"{flag} objects: VOC: ignored; COCO: {how}")
     lines.append(
         f"at most {settings['max_dets']} detections per image, score above {settings['score_thr']:g}, NMS at IoU "
         f"{settings['nms_thr']:g}; shorter side {settings['min_size']}, longer side up to {settings['max_size']} pixels"
     )
     lines.append(f"{test_set}, {format_count(results['images'], 'image')}; metrics in percent")
     return lines
+
+
+def format_metric_rows(names: Sequence[Sequence[str]], values: dict[str, float | None]) -> list[list[str]]:
+    """Return a row of cells for each list of metrics: the name of the first in full, and those of the others short."""
+    return [
+        [name, format_percent(values[name])]
+        + [cell for other in others for cell in (shorten_name(other), format_percent(values[other]))]
+        for name, *others in names
+    ]
 
 
 def choose_rule(test_set: str, classes: list[str]) -> tuple[str, int]:
@@ -171,8 +181,9 @@ def choose_rule(test_set: str, classes: list[str]) -> tuple[str, int]:
 
 
 def mark_rows(rows: list[list[str]], rule: str, remark: str) -> list[str]:
-    """Return the rows as lines, with the remark after the VOC metric of that rule."""
-    lines = tables.align_columns(rows).splitlines()
+    """Return the rows, filled up to one length, as lines, with the remark after the VOC metric of that rule."""
+    widest = max(map(len, rows))
+    lines = tables.align_columns([row + [""] * (widest - len(row)) for row in rows]).splitlines()
     return [f"{line}  <- {remark}" if rule and f"({rule})" in line else line for line in lines]
 
 
@@ -186,15 +197,12 @@ def format_percent(value: float | None) -> str:
 
 
 def format_predictions(
-    images: Sequence[str] | Sequence[int],
-    detections: Sequence[Detections],
-    classes: Sequence[str],
-    category_ids: Sequence[int] | None = None,
+    images: Sequence, detections: Sequence[Detections], classes: Sequence[str], category_ids: Sequence[int] = ()
 ) -> list[dict]:
     """Return all detections in COCO's results format, which pycocotools' loadRes reads if the images are those it has.
 
     bbox is x, y, width, height in pixels; the class name is included. images: names, or ids of a COCO file.
-    category_ids: id of each class; None: 1, 2, 3 ...
+    category_ids: id of each class; empty: 1, 2, 3 ...
     """
     category_ids = category_ids or range(1, len(classes) + 1)
     return [
@@ -274,8 +282,8 @@ def draw_detections(
     legend = (
         "One colour per class. Red with a cross: errors. Left: an object that was missed. Right: a detection of no "
         "object of its class, or of one that was detected before.\n"
-        "Dashed: an object marked difficult, or a detection of one; both are ignored. A detection belongs to the "
-        "object that it overlaps most, if their IoU is at least 0.5."
+        f"Dashed: an object marked {image_set.flag}, or a detection of one; both are ignored. A detection belongs to "
+        "the object that it overlaps most, if their IoU is at least 0.5."
     )
     heads = "ground truth", f"detections with a score of at least {threshold:g}"
     pages = []

@@ -1,7 +1,7 @@
 """The parts of a training run that are specific to detectors: schedule, log, evaluation and results."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -75,6 +75,15 @@ DETECTOR = RunKind(
     data_remedy="pass its data with --data_dir (coco: --train_annotations), or start a new run from its weights with "
     "--frcnn_checkpoint",
 )
+
+
+MAIN_METRICS = {"coco": ("coco_ap", "COCO AP")}  # data set -> column that selects the best epoch, and its name
+VOC_METRIC = ("map07", "VOC07 mAP@0.5")  # of all other data sets
+
+
+def choose_kind(dataset: str) -> RunKind:
+    """Return the kind of run that selects its best epoch by the main metric of a data set."""
+    return replace(DETECTOR, metric=MAIN_METRICS.get(dataset, VOC_METRIC)[0])
 
 
 @dataclass
@@ -224,8 +233,9 @@ def finish_run(run: Run, result: EvalResult | None, test: DetectionLoader) -> di
     )
     report_result(run.log, result, test.image_set, content, **select_kwargs(options, report_result))
     if best["value"] >= 0:
+        column, name = MAIN_METRICS.get(options["dataset"], VOC_METRIC)
         run.log.say(
-            f"last epoch: VOC07 mAP@0.5 {result.row.get('map07', math.nan):.2f} %; best {best['value']:.2f} % at epoch "
+            f"last epoch: {name} {result.row.get(column, math.nan):.2f} %; best {best['value']:.2f} % at epoch "
             f"{best['epoch']} (chosen on the test images)"
         )
     else:

@@ -399,7 +399,7 @@ def test_run_folder_without_best_pt_error_names_last_pt(run, detector, tmp_path)
         ("--pretrained --min_size 800 --max_size 600", "--min_size 800 exceeds --max_size 600"),
         (
             "--pretrained --recipe moco",
-            "(choose from auto, paper, replication, moco24k, fpn18k, shapes)",
+            "(choose from auto, paper, replication, moco24k, fpn18k, coco1x, shapes)",
         ),
         ("--backbone_chekpoint a.pt", "unknown option --backbone_chekpoint; did you mean --backbone_checkpoint?"),
         ("--averaged --pretrained", "--averaged: needs a file"),

@@ -3,19 +3,27 @@
 import contextlib
 import io
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import ROOT, same_state
 
+import detect
 from detection.coco import read_coco, read_image_set
+from detection.dataset import DetectionSet
 from detection.load import load_image_sets
 from detection.metrics import Detections, GroundTruth, coco_metrics
+from detection.options import build_parser
 from detection.report import format_predictions
+from detection.resolve import resolve_options, scale_schedule
 from detection.voc import read_sets
 from engine.errors import UserError
+from models import build_model
 
 SIZE = (60, 40)  # width, height
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
@@ -47,7 +55,7 @@ class Folder:
         (self.root / name).write_text(json.dumps(self.content))
         return str(self.root / name)
 
-    def read(self, **options):
+    def read(self, **options) -> DetectionSet:
         return read_image_set(self.write(), None, **options)[0]
 
 
@@ -175,7 +183,7 @@ def test_images_in_both_sets_are_reported(folder):
 # ---- What is refused ----
 
 
-def change(*path, to=None):
+def change(*path: str | int, to: object = None) -> Callable:
     """Return a function that sets the value at a path of keys in an annotation file; to None: deletes it."""
 
     def apply(content: dict) -> None:
@@ -196,31 +204,34 @@ def change(*path, to=None):
         (change("categories"), "no list categories in the file"),  # a file of captions
         (change("images", to=[]), "the list images is empty"),
         (change("categories", to=[]), "the list categories is empty"),
-        (change("images", 0, to=5), "1 images that are no objects in braces: 5\n"),
-        (change("images", 0, "id", to=4), "1 image id that occur more than once: 4\ngive each entry its own"),
-        (change("images", 0, "id", to="9"), '1 image whose id is not a whole number: {"id": "9", '),
-        (change("images", 0, "file_name"), '1 image without a file_name: {"id": 9, '),
-        (change("images", 0, "file_name", to="a/one.png"), "1 file_name that occur more than once: a/one.png"),
-        (change("images", 0, "width", to="60"), "1 image whose width or height is not a number: "),
-        (change("categories", 0, "id", to=3), "1 category id that occur more than once: 3"),
-        (change("categories", 0, "name", to="cat"), "1 category name that occur more than once: cat"),
-        (change("categories", 0, "name"), '1 category without a name: {"id": 7}'),
-        (change("annotations", 0, "id", to=2), "1 annotation id that occur more than once: 2"),
-        (change("annotations", 0, "image_id", to=5), "1 annotation whose image_id is not in the list images: "),
-        (change("annotations", 0, "category_id", to=1), "1 annotation whose category_id is not in the list cat"),
+        (change("images", 0, to=5), "not an object in braces in 1 of the images: 5\n"),
+        (change("images", 0, "id", to=4), "id in images occurs more than once: 4\ngive each entry its own"),
+        (change("images", 0, "id", to="9"), 'id is not a whole number in 1 of the images: {"id": "9", '),
+        (change("images", 0, "file_name"), 'no file_name in 1 of the images: {"id": 9, '),
+        (change("images", 0, "file_name", to="a/one.png"), "file_name in images occurs more than once: a/one.png"),
+        (change("images", 0, "width", to="60"), "width or height is not a number in 1 of the images: "),
+        (change("categories", 0, "id", to=3), "id in categories occurs more than once: 3"),
+        (change("categories", 0, "name", to="cat"), "name in categories occurs more than once: cat"),
+        (change("categories", 0, "name"), 'no name in 1 of the categories: {"id": 7}'),
+        (change("annotations", 0, "id", to=2), "id in annotations occurs more than once: 2"),
+        (change("annotations", 0, "image_id", to=5), "image_id is not in the list images in 1 of the annot"),
+        (change("annotations", 0, "category_id", to=1), "category_id is not in the list categories in 1"),
         (
             change("annotations", 0, "category_id", to=[7]),
-            "1 annotation whose category_id is not in the list cat",
+            "category_id is not in the list categories in 1",
         ),
         (
             change("annotations", 0, "bbox"),
-            "1 annotation without a bbox: .*\ngive an annotation file",
+            "no bbox in 1 of the annotations: .*\ngive an annotation file",
         ),
-        (change("annotations", 0, "bbox", to=[1, 2, 3]), "1 annotation whose bbox is not four numbers: "),
-        (change("annotations", 0, "bbox", to=[1, 2, 3, "4"]), "1 annotation whose bbox is not four numbers: "),
-        (change("annotations", 0, "bbox", to=[1, 2, 3, float("nan")]), "1 annotation whose bbox is not four numbers: "),
-        (change("annotations", 0, "area", to="big"), "1 annotation whose area is not a number: "),
-        (change("annotations", 0, "iscrowd", to=2), "1 annotation whose iscrowd is not 0 or 1: "),
+        (change("annotations", 0, "bbox", to=[1, 2, 3]), "bbox is not four numbers in 1 of the annotations: "),
+        (change("annotations", 0, "bbox", to=[1, 2, 3, "4"]), "bbox is not four numbers in 1 of the annotations: "),
+        (
+            change("annotations", 0, "bbox", to=[1, 2, 3, float("nan")]),
+            "bbox is not four numbers in 1 of the annotations: ",
+        ),
+        (change("annotations", 0, "area", to="big"), "area is not a number in 1 of the annotations: "),
+        (change("annotations", 0, "iscrowd", to=2), "iscrowd is not 0 or 1 in 1 of the annotations: "),
     ],
 )
 def test_broken_file_error_names_the_entries(folder, edit, message):
@@ -263,9 +274,9 @@ def make_random_folder(root: Path, images: int = 12) -> Folder:
     made.content["categories"] = [{"id": number, "name": f"class {number}"} for number in (2, 5, 90)]
     for image_id in draw.permutation(images).tolist():
         made.add_image(image_id, f"{image_id}.png", width=None, height=None)
-        Image.new("L", (200, 160)).save(root / f"{image_id}.png")
+        Image.new("L", (200, 200)).save(root / f"{image_id}.png")
         for _ in range(draw.integers(0, 9)):
-            (x, y), sides = draw.integers(0, 30, 2).tolist(), draw.choice([10, 34, 40, 120], 2)
+            (x, y), sides = draw.integers(0, 30, 2).tolist(), draw.choice([10, 34, 40, 140])
             width, height = (sides + draw.integers(0, 4, 2) / 4).tolist()
             area = width * height * draw.uniform(0.4, 1)
             category, crowd = int(draw.choice([2, 5, 90])), int(draw.random() < 0.2)
@@ -273,7 +284,7 @@ def make_random_folder(root: Path, images: int = 12) -> Folder:
     return made
 
 
-def make_detections(image_set) -> list[Detections]:
+def make_detections(image_set: DetectionSet) -> list[Detections]:
     """Make detections near the objects of each image, some within crowds, with equal scores among them."""
     draw, detections = np.random.default_rng(1), []
     for target in image_set.targets:
@@ -285,18 +296,14 @@ def make_detections(image_set) -> list[Detections]:
 
 
 def evaluate_with_pycocotools(annotations: str, predictions: list[dict]) -> list[float]:
-    """Return the twelve figures of pycocotools on the annotation file as it is."""
+    """Return the twelve figures of pycocotools on the annotation file as it is, by the example of the documentation."""
     pytest.importorskip("pycocotools")
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
+    found, names = Path(annotations).with_name("found.json"), {}
+    found.write_text(json.dumps(predictions))
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/detection_data.md").read_text(), re.S)
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(annotations)
-        evaluator = COCOeval(truth, truth.loadRes(predictions), "bbox")
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator.stats.tolist()
+        exec(example.replace("mine/val.json", annotations).replace("found.json", str(found)), names)
+    return names["evaluation"].stats.tolist()
 
 
 def test_figures_equal_those_of_pycocotools_on_the_annotation_file(tmp_path):
@@ -340,3 +347,72 @@ def test_voc_in_coco_format_is_the_same_data(tmp_path):
     for one, other in zip(coco.targets, voc.targets, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in GroundTruth._fields)
     assert any(target["difficult"].any() for target in coco.targets)
+
+
+# ---- detect.py ----
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--train_annotations a.json", "--train_annotations: only for data in COCO format; add --dataset coco"),
+        ("--dataset coco", "give --train_annotations FILE.json and --test_annotations FILE.json"),
+        (
+            "--dataset coco --train_annotations a.json",
+            "--dataset coco: give --test_annotations FILE.json, an",
+        ),
+        ("{} --images a b c", "--images: 3 folders; give one, or that of the training and that of the test images"),
+        ("{} --download", "--download: not for --dataset coco; unpack"),
+        ("{} --use_difficult", "--use_difficult: COCO has no difficult objects, and its crowd regions"),
+        ("{} --coco_count_difficult", "--coco_count_difficult: COCO has no difficult objects"),
+    ],
+)
+def test_contradicting_options_are_usage_errors(words, message, capsys):
+    files = "--dataset coco --train_annotations a.json --test_annotations b.json"
+    with pytest.raises(SystemExit) as exit_info:
+        detect.main(["--pretrained", *words.format(files).split()])
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_recipe_of_coco_never_trains_on_crowds():
+    words = "--dataset coco --train_annotations a.json --test_annotations b.json --pretrained --recipe".split()
+    for recipe, steps in (("auto", 90_000), ("moco24k", 24_000), ("coco1x", 90_000)):
+        parser = build_parser()
+        options = resolve_options(parser, parser.read([*words, recipe]), {})
+        assert options["use_difficult"] is False and scale_schedule(options, 7393)["iters"] == steps
+
+
+def test_detector_is_trained_and_evaluated(folder, tmp_path, capsys):
+    for number in range(3):
+        folder.add_image(20 + number, f"{number}.jpg")
+        folder.add_object(20 + number, 7, [5, 5, 30, 30])
+    path, words = (
+        folder.write(),
+        "--min_size 32 --max_size 64 --rois 8 --proposals 20 10 --amp off --device cpu".split(),
+    )
+    torch.save(build_model("imagenet_resnet18", 10, 64).state_dict(), tmp_path / "backbone.pt")
+    data = ["--dataset", "coco", "--train_annotations", path, "--test_annotations", path]
+    output = ["--root_dir", str(tmp_path), "--workers", "0", "--score_thr", "0", "--name"]
+    start = ["--backbone_checkpoint", str(tmp_path / "backbone.pt"), "--batch_size", "2"]
+    trained = detect.main([*data, *start, *words, "--iters", "3", *output, "run"])
+    out = capsys.readouterr().out
+    assert "5 training images, 5 objects (0 crowd)" in out and "5 test images, 6 objects (1 crowd)" in out
+    assert out.index("COCO AP ") < out.index("VOC07 mAP@0.5 (11-point)") and "last epoch: COCO AP" in out
+    run, found = tmp_path / "coco" / "frcnn" / "run", tmp_path / "found.json"
+    detect.main([*data, *start, *words, "--iters", "2", *output, "stopped"])
+    detect.main(["--checkpoint", str(run.parent / "stopped"), "--iters", "3"])
+    one, other = (torch.load(folder / "last.pt", weights_only=True) for folder in (run, run.parent / "stopped"))
+    assert same_state(one["model"], other["model"]) and one["classes"] == ["cat", "dog"]
+
+    words = ["--frcnn_checkpoint", str(run / "last.pt"), "--evaluate", "--predictions", str(found), "--device", "cpu"]
+    evaluated = detect.main([*words, *output, "evaluation", "--limit", "0"])
+    assert evaluated["figures"] == trained["figures"] and evaluated["test_set"] == "all.json"
+    rows = json.loads(found.read_text())
+    assert {row["image_id"] for row in rows} <= {4, 9, 20, 21, 22} and {row["category_id"] for row in rows} <= {3, 7}
+    for entry in folder.content["annotations"]:  # pycocotools needs an area
+        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
+    expected = evaluate_with_pycocotools(folder.write(), rows)
+    ours = [evaluated["figures"][f"COCO {name}"] for name in ("AP", "AP50", "AP75", "AP small", "AP medium")]
+    assert [-100 if one is None else one for one in ours] == pytest.approx(
+        [100 * one for one in expected[:5]], abs=1e-11
+    )
