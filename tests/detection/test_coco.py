@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, same_state
+from support import ROOT, SmallHead, same_state
+from torchvision.models.detection import faster_rcnn
 
 import detect
 from detection.coco import read_coco, read_image_set
@@ -363,7 +364,7 @@ def test_voc_in_coco_format_is_the_same_data(tmp_path):
         ),
         ("{} --images a b c", "--images: 3 folders; give one, or that of the training and that of the test images"),
         ("{} --download", "--download: not for --dataset coco; unpack"),
-        ("{} --use_difficult", "--use_difficult: COCO has no difficult objects, and its crowd regions"),
+        ("{} --use_difficult", "--use_difficult: COCO has no difficult objects; its crowd regions"),
         ("{} --coco_count_difficult", "--coco_count_difficult: COCO has no difficult objects"),
     ],
 )
@@ -382,14 +383,13 @@ def test_recipe_of_coco_never_trains_on_crowds():
         assert options["use_difficult"] is False and scale_schedule(options, 7393)["iters"] == steps
 
 
-def test_detector_is_trained_and_evaluated(folder, tmp_path, capsys):
+def test_detector_is_trained_and_evaluated(folder, tmp_path, monkeypatch, capsys):
     for number in range(3):
         folder.add_image(20 + number, f"{number}.jpg")
         folder.add_object(20 + number, 7, [5, 5, 30, 30])
-    path, words = (
-        folder.write(),
-        "--min_size 32 --max_size 64 --rois 8 --proposals 20 10 --amp off --device cpu".split(),
-    )
+    path, words = folder.write(), "--min_size 32 --max_size 64 --rois 8 --proposals 20 10 --amp off --device cpu "
+    words = (words + "--schedule 9 --warmup_iters 2").split()
+    monkeypatch.setattr(faster_rcnn, "TwoMLPHead", SmallHead)
     torch.save(build_model("imagenet_resnet18", 10, 64).state_dict(), tmp_path / "backbone.pt")
     data = ["--dataset", "coco", "--train_annotations", path, "--test_annotations", path]
     output = ["--root_dir", str(tmp_path), "--workers", "0", "--score_thr", "0", "--name"]
