@@ -12,7 +12,6 @@ makes these calls, in this order:
     mixer.after_backward(mixed.grad)                the gradient is None unless wants_mixed_grad is True
 
 To write a method:
-
 * In __init__, check the hyper-parameters and store them, `mix_prob` included.
 * Set default_source if the method needs saliency maps. If the default is "gradient", override gradient_options.
 * In mix_batch(), draw partners and shares with draw_partner() and draw_lam(), get the maps from compute_saliency(), mix
@@ -38,18 +37,18 @@ class Mixer:
     """Base class of all mixing methods.
 
     images (B, C, H, W) are normalised floats. targets (B, K) are floats whose rows sum to 1. Neither is modified, and
-    the results have the same shapes. source is a saliency.base.Source, a plain function (images, targets) -> saliency
-    (B, H, W) >= 0, or None if default_source is None.
+    the results have the same shapes. source is a saliency source, or a plain function (images, targets) -> saliency
+    (B, H, W) >= 0; None if the method needs no saliency.
 
     Random numbers come from torch's global generators only, so that a seed determines a run: scalars are drawn on the
     CPU, tensors on the device of the images.
     """
 
-    default_source: str | None = None  # source used unless --saliency names another one; None: needs no saliency
+    default_source: str | None = None  # name of the source of its paper; None: needs no saliency
     mix_prob: float = 1.0  # probability that a batch is mixed
     mixed_weight: float = 1.0  # factor of the loss of the last mixed batch; SAGE lowers it to update_ratio
     wants_mixed_grad: bool = False  # whether after_backward() needs the gradient with respect to the mixed images
-    mixes_hidden: bool = False  # whether during() hooks a stage of the network, which --compile prevents
+    mixes_hidden: bool = False  # whether during() hooks a stage of the network, which compiling it prevents
     batch_size: int | None = None  # the only batch size the method is designed for, if there is one
     replaced_maps: torch.Tensor | int = 0  # number of all-zero, NaN or infinite saliency maps replaced so far
     weight_fn: Callable[[], torch.Tensor] | None = None  # computes `weight` on request
@@ -57,7 +56,7 @@ class Mixer:
 
     @property
     def gradient_options(self) -> dict:
-        """Keyword arguments for saliency.gradient.Gradient: how this method's paper takes the pixel gradient.
+        """Keyword arguments of the gradient source: how this method's paper takes the pixel gradient.
 
         They set, for example, the reduction over channels, the mode of batch norm, and `clean_weight`, the weight of
         the clean loss that is also trained on.
@@ -116,7 +115,10 @@ class Mixer:
         """
         if source is None:
             name = type(self).__name__
-            raise ValueError(f"{name} needs a saliency source, such as build_source({self.default_source!r}, ...)")
+            raise ValueError(
+                f"{name} needs a saliency source as its third argument: mixer(images, targets, source); the source of "
+                f"its paper is {self.default_source}"
+            )
         if chosen is None:
             return self.replace_invalid_maps(source(images, targets))
         saliency = source(images[chosen], targets[chosen]) if source.per_image else source(images, targets)[chosen]
@@ -182,7 +184,7 @@ class Mixer:
 
 
 class FunctionSource:
-    """A plain function (images, targets) -> saliency as a source, with the defaults of saliency.base.Source."""
+    """A plain function (images, targets) -> saliency as a source that offers nothing else."""
 
     clean_weight, per_image, logits, has_gradient = 0.0, False, None, False
 

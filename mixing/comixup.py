@@ -2,8 +2,9 @@
 
 Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3-4. A batch is cut, in order, into parts of m_part images (the inputs),
 and each part gives as many mixed images (the outputs). Salient blocks are kept, neighbouring blocks tend to come from
-the same input, and outputs avoid inputs that many other outputs show. mixing/solvers/comixup_energy.py states this
-objective, mixing/solvers/comixup_labelling.py minimises it. Targets follow the area that each input covers.
+the same input, and outputs avoid inputs that many other outputs show. Targets follow the area that each input covers.
+
+mixing/solvers/comixup_energy.py states the objective, mixing/solvers/comixup_labelling.py minimises it.
 """
 
 import torch

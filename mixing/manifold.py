@@ -49,7 +49,7 @@ class ManifoldMixup(Mixer):
         if not isinstance(stages, tuple) or len(stages) < DEPTHS - 1:
             raise ValueError(
                 f"manifold mixes the output of a stage, and {type(model).__name__} names no stages: use mixup, or a "
-                "network of ours or a ResNet of torchvision or timm"
+                "network with `stages`, the names of its stages as a tuple, such as a ResNet"
             )
 
     @contextmanager
@@ -70,7 +70,7 @@ class ManifoldMixup(Mixer):
             handle.remove()
 
     def mix_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mix the last len(partner) rows of hidden (B, ...) with each other; PartialMix leaves the earlier rows out."""
+        """Mix the last len(partner) rows of hidden (B, ...) with each other; the earlier images are not mixed."""
         partner = self.partner
         num_clean = len(hidden) - len(partner)
         mixed = blend(hidden[num_clean:], partner, self.lam)

@@ -2,6 +2,7 @@
 
 Kim et al., ICML 2020, arXiv 2009.06962, Sec. 3. As in the authors' code, the mask is optimised first, without
 transport, and the transport once after it. The pairwise term of the mask is (m - m')^2.
+
 mixing/solvers/puzzlemix_mask.py finds the mask, mixing/solvers/puzzlemix_transport.py the transport, and on CUDA the
 Triton kernels of mixing/kernels/ do.
 """
@@ -56,7 +57,7 @@ def build_mask_problem(
     gamma: float,
     eta: float,
 ) -> MaskProblem:
-    """Build the mask problem of Sec. 3.2, as mixing/solvers/puzzlemix_mask.py solves it.
+    """Build the mask problem of Sec. 3.2: the arguments of puzzlemix_mask.solve().
 
     Label 0 keeps the image, the last label its partner. block_saliency (B, n, n): maps that each sum to 1. cells: see
     border_differences(), or None to leave out the local term. lam (): the mean of the mask that the prior prefers.

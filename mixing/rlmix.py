@@ -3,6 +3,7 @@
 "Expeditious Saliency-guided Mix-up through Random Gradient Thresholding", arXiv 2212.04875, Sec. 3 (RL-Mix). State: the
 clean saliency on a fixed grid and the clean logits of the whole batch. Action: a percentile for each image. Reward: the
 cosine similarity between the saliency of the clean batch and that of the mixed batch. An episode is one epoch.
+
 mixing/solvers/rlmix_agent.py holds the policy and its training.
 """
 

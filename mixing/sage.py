@@ -2,8 +2,9 @@
 
 Ma et al., BMVC 2022, arXiv 2211.00113, Sec. 3. As in the authors' code, lam and the candidate offsets are drawn once
 for the whole batch, and each image uses the best of these offsets. The gradient pass that gives the saliency is also
-trained on: the clean loss has weight 1 - update_ratio and the mixed loss update_ratio. mixing/solvers/sage_offsets.py
-searches the offsets.
+trained on: the clean loss has weight 1 - update_ratio and the mixed loss update_ratio.
+
+mixing/solvers/sage_offsets.py searches the offsets.
 """
 
 import torch

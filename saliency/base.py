@@ -4,7 +4,6 @@ A source subclasses Source and implements __call__(). A mixing method (mixing/ba
 it mixes. A plain function with the same signature also works wherever a mixer takes a source.
 
 Each of the other members has a default. Override only what differs:
-
 * `clean_weight`, `mode`: if the source trains the network with its own backward pass, or moves batch norm's statistics.
 * `per_image`: if the map of an image depends on nothing but that image, its target and the network. A mixer that reads
   one map then asks for one.
@@ -32,9 +31,8 @@ class Source:
     """Base class of all saliency sources.
 
     images (B, C, H, W) are normalised floats; targets (B, K) are floats whose rows sum to 1. They are a training batch,
-    or the last images of one in their order, because PartialMix mixes the end of a batch; a source that is `per_image`
-    may get any of them. A call modifies neither. It returns one map per image, (B, H, W) >= 0 on any scale, through
-    which no gradient flows.
+    or the last images of one in their order, if only these are mixed; a source that is `per_image` may get any of them.
+    A call modifies neither. It returns one map per image, (B, H, W) >= 0 on any scale, through which no gradient flows.
     """
 
     clean_weight: float = 0.0  # > 0: each call adds the parameter gradients of clean_weight * the clean loss to .grad

@@ -1,9 +1,7 @@
 """Static saliency: maps computed from the image alone, like those of OpenCV contrib, for a whole batch on any device.
 
-fine_grained: Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual
-saliency mechanism", 2010. spectral_residual: Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR
-2007. Both follow OpenCV's arithmetic step by step, including its rounding to 8 bits, because the most salient pixel
-depends on it.
+The arithmetic follows OpenCV step by step, including its rounding to 8 bits, because the most salient pixel depends on
+it.
 """
 
 from collections.abc import Callable
@@ -44,7 +42,7 @@ def center_surround(image: torch.Tensor, windows: torch.Tensor | None = None) ->
 
     Each pixel is compared with the mean of a window around it, at six scales. Where it is brighter (on) and where it is
     darker (off) is summed and scaled separately, then added. As in OpenCV, the sum is truncated to 8 bits, so a pixel
-    that is strong in both wraps around. windows: a float image to sum in the windows instead; see float_bytes().
+    that is strong in both wraps around. windows: a float image to sum in the windows instead, as OpenCV sums floats.
     """
     height, width = image.shape[-2:]
     if windows is None:
@@ -107,7 +105,11 @@ def scale_to_255(values: torch.Tensor) -> torch.Tensor:
 
 
 def fine_grained(images: torch.Tensor) -> torch.Tensor:
-    """Return fine-grained saliency, float32 (B, H, W) in 0..1, of uint8 images (B, 3, H, W) in RGB or (B, 1, H, W)."""
+    """Return fine-grained saliency, float32 (B, H, W) in 0..1, of uint8 images (B, 3, H, W) in RGB or (B, 1, H, W).
+
+    Montabone and Soto, "Human detection using a mobile platform and novel features derived from a visual saliency
+    mechanism", 2010.
+    """
     return center_surround(binomial_blur(binomial_blur(to_grey(images)))).float() / 255
 
 
@@ -131,6 +133,8 @@ def resize_exact(image: torch.Tensor, size: int) -> torch.Tensor:
 
 def spectral_residual(images: torch.Tensor, size: int = 64, angle: Callable | None = None) -> torch.Tensor:
     """Return spectral-residual saliency, float32 (B, H, W) with a maximum of about 1.
+
+    Hou and Zhang, "Saliency detection: a spectral residual approach", CVPR 2007.
 
     images uint8 (B, 3, H, W) in RGB or (B, 1, H, W). size: side of the square on which the spectrum is computed. angle:
     function for the phase of a complex tensor, if not the exact phase (OpenCV uses a polynomial).

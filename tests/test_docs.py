@@ -24,6 +24,7 @@ from engine.config.resolve import RULES, check_combinations, fill_in_options
 from evaluation.compare import __main__ as comparison
 from evaluation.corruptions import CORRUPTIONS
 from mixing import MIXERS
+from mixing.export import __main__ as export
 from mixing.show import __main__ as show
 from saliency import SOURCES
 from saliency.casm.__main__ import COMMANDS as COMMANDS_OF_CASM
@@ -58,6 +59,11 @@ def test_every_command_is_accepted(command):
     words = shlex.split(command)
     if words[1:3] == ["-m", "mixing.show"]:
         assert show.build_parser().read(words[3:])
+        return
+    if words[2].endswith("mixing.export"):
+        words = words[3 : words.index(">")] if ">" in words else words[3:]
+        typed = export.build_parser().parse_args(words)
+        assert not typed.name or export.choose_source(typed.name, typed.source)
         return
     if words[1:3] == ["-m", "evaluation.compare"]:
         assert len(words) == 3 or comparison.build_parser().read(words[3:])["runs"]

@@ -12,9 +12,9 @@ On sm_90 a program of one warp takes 124 registers a thread for 4 labels on 4 x 
 import triton
 import triton.language as tl
 
-from ..solvers import puzzlemix_mask
+from .. import solvers
 
-THRESHOLDS = tl.constexpr(puzzlemix_mask.THRESHOLDS)
+THRESHOLDS = tl.constexpr(solvers.THRESHOLDS)
 RATE = tl.constexpr(1.25 / 8)  # step length of the dual ascent, as in ascend_dual()
 
 

@@ -1,6 +1,7 @@
 """Solvers of the optimisation problems inside the methods, for a whole batch at once."""
 
 SOLVERS = ("parallel", "gco")  # ours, in torch; graph cuts, as the authors of PuzzleMix and Co-Mixup use them
+THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # that round a relaxed solution, in units of the mean |f|
 
 
 def check_solver(name: str) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from .puzzlemix_mask import THRESHOLDS
+from . import THRESHOLDS
 
 STEPS = (40, 60)  # of the dual ascent, for grids with up to 8 blocks per side and for larger ones
 
@@ -66,7 +66,7 @@ def solve_binary_approximately(
     """Return nearly what solve_binary_exact() returns, for larger grids.
 
     J > 0 counts as 0 in the search, but not in the value. With a = -J / 2, the sum consists of linear terms f_k x_k and
-    of a |x_k - x_k'|: the total-variation problem of mixing/solvers/puzzlemix_mask.py with one layer.
+    of a |x_k - x_k'|: a total-variation problem, as that of PuzzleMix's mask, but with one layer.
     """
     side = max(g.shape[:2])
     scale = 1 / g.abs().mean((0, 1)).clamp_min(1e-12)
@@ -94,7 +94,7 @@ def ascend_dual(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterat
     f (h, w, N) is of the order of 1; a is down (h-1, w, N) and right (h, w-1, N). The dual variables are flows |p| <= a
     on the edges: x = -f - (flow out) + (flow in). They are found by accelerated projected gradient steps (FISTA: Beck
     and Teboulle, SIAM J. Imaging Sci. 2009) of length 1.25 / 8, where 8 bounds the norm of the operator; with momentum,
-    steps are stable up to 4/3 of 1 / 8. The ascent of mixing/solvers/puzzlemix_mask.py needs fewer iterations, but more
+    steps are stable up to 4/3 of 1 / 8. The ascent for PuzzleMix's mask needs fewer iterations, but more
     operations for each, and stops at optimal signs; here, x is also rounded at thresholds for the terms J > 0.
 
     The blocks are stored in one row, so that a neighbour is a fixed offset away and each operation runs over one

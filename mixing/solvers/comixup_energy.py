@@ -4,7 +4,7 @@ Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 3. m outputs are assembled from m 
 z_ik in {0, 1/2, 1}^m of block k of output i sums to 1: a hard label shows one input, a soft label two inputs, half of
 each. With n_ij = sum_k z_ikj, the blocks that output i takes from input j:
 
-    F(z) = sum_ik cost_k . z_ik + b/2 sum_i sum_kk' |z_ik - z_ik'|^2 + g sum_ij phi(q_ij) n_ij,   q_i = A sum_i'!=i n_i'
+    F(z) = sum_ik cost_k . z_ik + b/2 sum_i sum_kk' |z_ik - z_ik'|^2 + g sum_ij phi(q_ij) n_ij, q_i = A sum_i'!=i n_i'
 
 k, k' are neighbouring blocks, A is the compatibility matrix, b = beta / N, g = gamma / N and t = thres N. The terms are
 called unary, smoothness and diversity. phi(q) is q if q > t and 0 otherwise (`hard`), or max(q - t, 0) (`soft`): an
@@ -77,7 +77,11 @@ class Energy(NamedTuple):
 def build_energy(
     cost: torch.Tensor, compatibility: torch.Tensor, beta: float, gamma: float, thres: float, thres_type: str
 ) -> Energy:
-    """Build the Energy of a problem. Arguments as in objective(). Raises ValueError for an unknown thres_type."""
+    """Build the Energy of a problem. Raises ValueError for an unknown thres_type.
+
+    cost (P, m, h, w): unary cost of showing an input on a block; compatibility (P, m, m): A. thres < 0 with `hard`
+    counts every overlap.
+    """
     if thres_type not in ("hard", "soft"):
         raise ValueError(f"m_thres_type must be hard or soft, got {thres_type!r}")
     blocks = cost.shape[-1] * cost.shape[-2]
@@ -105,8 +109,7 @@ def objective(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the unary, smoothness and diversity term of F, each (P,), in the precision of the arguments.
 
-    z (P, m, h, w, m): label of each block of each output; cost (P, m, h, w): unary cost of showing an input on a block;
-    compatibility (P, m, m): A. thres < 0 with `hard` counts every overlap.
+    z (P, m, h, w, m): label of each block of each output. The other arguments are those of build_energy().
     """
     blocks = z.shape[2] * z.shape[3]
     unary = torch.einsum("pihwj,pjhw->p", z, cost)

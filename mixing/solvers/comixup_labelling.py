@@ -1,9 +1,9 @@
-"""Co-Mixup's solver: find labels of low objective F (comixup_energy.py) for all outputs of a batch at once.
+"""Co-Mixup's solver: find labels of low objective F for all outputs of a batch at once.
 
 Kim et al., ICLR 2021, arXiv 2102.03065, Sec. 4. As in the paper, the supermodular diversity term is linearised at the
-current labels, once per round. An expansion move then gives one new label to the best set of blocks of one output
-(comixup_moves.py). The paper updates one output after the other; here the best moves of all outputs are made together,
-as long as they change the counts of different inputs, because such moves do not affect each other.
+current labels, once per round. An expansion move then gives one new label to the best set of blocks of one output. The
+paper updates one output after the other; here the best moves of all outputs are made together, as long as they change
+the counts of different inputs, because such moves do not affect each other.
 """
 
 from functools import cache
@@ -38,7 +38,7 @@ def solve(
 ) -> Labelling:
     """Return a labelling of low F for each of P parts of m >= 2 inputs, found by simultaneous expansion moves.
 
-    cost (P, m, h, h) and compatibility (P, m, m), float32: as in objective(). order (P, S, m): random permutations of
+    cost (P, m, h, h) and compatibility (P, m, m), float32: see build_energy(). order (P, S, m): random permutations of
     the inputs, one for each of S initial labellings per part. After half of the rounds only the best labelling of each
     part is continued. On grids larger than EXACT_SIDE all rounds are first run with larger blocks and then again with
     the real ones. resolve: separate outputs that show the same set of inputs, in the last round. Memory grows as P S

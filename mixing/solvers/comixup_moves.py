@@ -1,8 +1,8 @@
 """Expansion moves for Co-Mixup: give a new label to the best set of blocks of one output.
 
-The outputs of all parts of a batch share one dimension of size Q = P m (see comixup_energy.py). Let v be the new label
+The outputs of all P parts of a batch, with m outputs each, share one dimension of size Q = P m. Let v be the new label
 and x_k = 1 on the blocks that take it. The change of F, with its diversity term linearised, is then a binary problem on
-the grid, sum_k g_k x_k + sum_kk' J_kk' x_k x_k', which binary_grid.py solves.
+the grid, sum_k g_k x_k + sum_kk' J_kk' x_k x_k'.
 """
 
 from functools import cache

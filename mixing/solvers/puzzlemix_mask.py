@@ -32,13 +32,14 @@ from typing import NamedTuple
 
 import torch
 
+from . import THRESHOLDS
+
 EXACT_SIDE = 4  # largest side of a grid that is solved exactly
 ITERATIONS = {8: 40, 16: 60}  # largest side of the grid -> most iterations of the dual ascent
 CHECK_EVERY = 5  # iterations
 TOLERANCE = 1e-6  # energy - bound of a settled image, for each block and layer, in units of the mean |f|
 RATE = 1.25  # length of a step, relative to exact minimisation; with momentum, steps are stable up to 4/3
 PAIR_SHARE = 0.3  # the step of the flow between layers k and k' falls by this factor with each unit of |k - k'|
-THRESHOLDS = (0.0, 0.01, -0.01, 0.05, -0.05)  # that round the relaxed solution, in units of the mean |f|
 CACHED_FLOWS = 2**19  # per thread: flows of the images that are solved together on a CPU
 LEAVING_SHARE, FEW_IMAGES = 0.5, 16  # on a CPU, settled images leave when at most this share of more images is open
 

@@ -1,0 +1,1 @@
+"""Write a method as one file that imports torch alone: python -m mixing.export NAME > file.py"""

@@ -1,0 +1,182 @@
+"""Write a method as one file that imports torch alone: python -m mixing.export puzzlemix > puzzlemix.py"""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from .. import ALIASES, MIXERS, hyper_parameters, mixer_class
+from .bundle import Bundle
+from .modules import ROOT, read_module
+from .text import order_modules, write_body
+
+PREFIX = __package__.removesuffix("mixing.export")  # of the package that pip installs; empty in the repository
+saliency = import_module(f"{PREFIX}saliency")
+METHODS = [name for name in MIXERS if name != "none"]
+SOURCES = ("gradient", "fine_grained", "spectral_residual", "float_bytes", "uniform")  # those that torch is enough for
+OBSTACLES = {  # why the others cannot be written
+    "bank": "it learns in every training step, from more than a call; install this package to use it",
+    "casm": "it needs a trained mask network of python -m saliency.casm",
+}
+CAM_OBSTACLE = "it looks for a layer in any network, which takes many more functions; install this package to use it"
+MARK = "`python -m mixing.export"  # is in the head of each file that was written
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    try:
+        if options.list:
+            print(list_methods())
+            return
+        if options.name is None:
+            raise ValueError("name a method, or --list them")
+        name = find_name(options.name, METHODS, ALIASES, "method")
+        stem = Path(options.output).stem if options.output else name
+        text = write_file(name, choose_source(name, options.source), stem)
+        if options.output:
+            save(Path(options.output), text)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if not options.output:
+        sys.stdout.write(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m mixing.export", description=__doc__.split(":")[0] + ".")
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"method: {', '.join(METHODS)}")
+    parser.add_argument(
+        "--source", metavar="NAME", help=f"saliency source: {', '.join(SOURCES)} (default: that of the method's paper)"
+    )
+    parser.add_argument("--output", "-o", metavar="FILE", help="file to write (default: the standard output)")
+    parser.add_argument("--list", action="store_true", help="list the methods with their sources and papers, and stop")
+    return parser
+
+
+def find_name(name: str, names: list[str] | tuple[str, ...], aliases: dict[str, str], kind: str) -> str:
+    """Return the name that `name` stands for. Raises ValueError with the closest one for an unknown name."""
+    if (found := aliases.get(name, name)) in names:
+        return found
+    closest = difflib.get_close_matches(name.lower(), [*names, *aliases], 1)
+    hint = f"did you mean {closest[0]}?" if closest else f"choose from {', '.join(names)}"
+    raise ValueError(f"unknown {kind} {name!r}: {hint}")
+
+
+def choose_source(method: str, name: str | None) -> str | None:
+    """Return the source to write with a method, or None. Raises ValueError if it cannot be written."""
+    default = mixer_class(method).default_source
+    if name is None or default is None:
+        if name:
+            raise ValueError(f"--source {name}: {method} needs no saliency; leave the option out")
+        return default
+    name = find_name(name, list(saliency.SOURCES), saliency.ALIASES, "source")
+    if name not in SOURCES:
+        why = OBSTACLES.get(name, CAM_OBSTACLE)
+        raise ValueError(f"--source {name} cannot be written as one file: {why}; choose from {', '.join(SOURCES)}")
+    return name
+
+
+def list_methods() -> str:
+    """Return a table of the methods: name, source of saliency, what it does."""
+    lines = ["method       source        what it does"]
+    for name in METHODS:
+        cls = mixer_class(name)
+        title = read_module(get_parts(cls)).list_paragraphs()[0].partition(": ")[2].removesuffix(".")
+        lines.append(f"{name:12} {cls.default_source or '-':13} {title}")
+    return "\n".join(lines)
+
+
+def get_parts(cls: type) -> tuple[str, ...]:
+    return tuple(cls.__module__.removeprefix(PREFIX).split("."))
+
+
+def write_file(method: str, source: str | None, stem: str) -> str:
+    """Return the file of a method and its source of saliency, if any. stem: name of the file, for the usage."""
+    classes = [mixer_class(method)] + ([saliency.source_class(source)] if source else [])
+    usage = write_usage(method, source, classes)
+    bundle = Bundle([(get_parts(cls), cls.__name__) for cls in classes], usage)
+    order = []
+    for cls in classes:
+        order_modules(get_parts(cls), order)
+    own = get_parts(classes[0])
+    order = [parts for parts in order if parts != own] + [own]
+    return write_head(method, source, classes, stem, usage) + write_body(bundle, order, own)
+
+
+def write_head(method: str, source: str | None, classes: list[type], stem: str, usage: str) -> str:
+    command = f"python -m mixing.export {method}"
+    if source != classes[0].default_source:
+        command += f" --source {source}"
+    text = "\n\n".join(read_module(get_parts(classes[0])).list_paragraphs())
+    names = ", ".join(sorted(cls.__name__ for cls in classes))
+    lines = [
+        "# SPDX-License-Identifier: MIT",
+        "# Copyright (c) 2026 the authors of saliency-mixing. Please cite the paper if you use the method.",
+        f'"""{text}',
+        "",
+        f"Written by `{command}` of saliency-mixing {find_version()}.",
+        "This file needs torch alone.",
+        "",
+        "Usage:",
+        "",
+        *(f"    {line}".rstrip() for line in ["import torch.nn.functional as F", f"from {stem} import {names}", ""]),
+        *(f"    {line}".rstrip() for line in usage.splitlines()),
+        '"""',
+    ]
+    return "\n".join(lines) + "\n\n"
+
+
+def find_version() -> str:
+    file = ROOT / "__init__.py" if PREFIX else ROOT / "package" / "saliency_mixing" / "__init__.py"
+    return re.search('__version__ = "(.+)"', file.read_text()).group(1)
+
+
+def write_usage(method: str, source: str | None, classes: list[type]) -> str:
+    """Return a training loop with the method."""
+    mixer, has_stages = classes[0], classes[0].mixes_hidden
+    normalisation = "mean=mean, std=std" if "mean" in hyper_parameters(method) else ""
+    arguments = {"gradient": "model, **mixer.gradient_options", "uniform": ""}.get(source, "mean, std")
+    note = "  # the normalisation of the images, one number per channel"
+    lines = [f"mixer = {mixer.__name__}({normalisation}){note if normalisation else ''}"]
+    if source:
+        lines += [f"source = {classes[1].__name__}({arguments}){note if arguments == 'mean, std' else ''}"]
+    if has_stages:
+        lines += ['model.stages = ("layer1", "layer2")  # the first stages of the network, here a ResNet']
+    step = [
+        "for images, labels in loader:  # normalised floats (B, C, H, W) and class indices (B,)",
+        "    optimizer.zero_grad()" + ("  # before the mixer, which may add to .grad" if source == "gradient" else ""),
+        f"    mixed, targets = mixer(images, F.one_hot(labels, num_classes).float(){', source' if source else ''})",
+    ]
+    forward = ["    loss = mixer.mixed_weight * F.cross_entropy(model(mixed), targets)", "    loss.backward()"]
+    if has_stages:
+        forward = ["    with mixer.during(model):", *(f"    {line}" for line in forward)]
+    after = ["    optimizer.step()"]
+    if mixer.wants_mixed_grad:
+        step += ["    mixed.requires_grad_()"]
+        after += ["    mixer.after_backward(mixed.grad)"]
+    step += [*forward, *after]
+    if "start_epoch" in vars(mixer):
+        step = [
+            "for epoch in range(epochs):",
+            "    mixer.start_epoch(epoch, epochs, len(loader))",
+            *(f"    {line}" for line in step),
+        ]
+    return "\n".join([*lines, *step])
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file. Raises ValueError if there is one that was not written by this command."""
+    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"--output {path}: this file exists and was not written by this command; choose another name")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    main()
