@@ -78,9 +78,10 @@ def merge_trained_options(parser: Parser, typed: dict, options: dict, classifier
     options = {**options, **trained, "norm": None, **typed}
     if not options["dataset"]:
         parser.error(f"--dataset is missing: {classifier.path} does not store which data set it was trained on")
-    if options["dataset"] != "shapes" and not options["image_size"] and classifier.image_size > LARGE_SIDE:
-        options["image_size"] = classifier.image_size
-        if options["dataset"] == "imagenet" and not options["eval_resize"]:
+    dataset, own_size = options["dataset"], classifier.image_size
+    if not options["image_size"] and (dataset == "folder" or dataset != "shapes" and own_size > LARGE_SIDE):
+        options["image_size"] = own_size
+        if dataset in ("folder", "imagenet") and not options["eval_resize"]:
             options["eval_resize"] = classifier.resize
     if classifier.interpolation and "interpolation" not in typed:
         options["interpolation"] = classifier.interpolation

@@ -14,7 +14,7 @@ from PIL import Image
 
 import models
 from engine.config.phases import LARGE_SIDE, default_eval_resize
-from engine.data.class_names import find_class, read_titles
+from engine.data.class_names import find_class
 from engine.data.image_set import STATISTICS
 from engine.data.pictures import slugify
 from engine.data.views import Box, CenterCrop, FixedView, SquashedView, center_offset
@@ -129,7 +129,8 @@ def make_casm_explainer(
     classifier = Classifier(
         saved.name, network.classifier, saved.mean, saved.std, num_classes=count, titles=saved.classes
     )
-    set_titles(classifier, labels)
+    if labels:
+        classifier.set_titles(labels, "labels")
 
     @torch.no_grad()
     def compute_masks(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -191,7 +192,8 @@ def load_classifiers(
     slugs = [slugify(classifier.name).lower() for classifier in classifiers]
     counts = Counter(slugs)
     for number, (classifier, slug) in enumerate(zip(classifiers, slugs, strict=True), 1):
-        set_titles(classifier, labels)
+        if labels:
+            classifier.set_titles(labels, "labels")
         if counts[slug] > 1:  # truncated names must not lead to the same output files
             classifier.name = f"{number} {classifier.name}"
         if norm:
@@ -204,15 +206,6 @@ def load_classifiers(
                 "(set --norm)"
             )
     return classifiers
-
-
-def set_titles(classifier: Classifier, labels: str | None) -> None:
-    """Replace the class names of a classifier by those in the file `labels`, if it is given."""
-    if labels:
-        classifier.titles = read_titles(labels)
-        if len(classifier.titles) != classifier.num_classes:
-            counts = f"{len(classifier.titles)} names, but {classifier.name} has {classifier.num_classes} classes"
-            raise UserError(f"--labels {labels}: {counts}\nwrite one name per line, in the order of the classes")
 
 
 def parse_target_class(word: str, classifier: Classifier) -> list[int]:

@@ -57,13 +57,13 @@ def read_class_list(file: str) -> list[str]:
     return names
 
 
-def read_titles(file: str) -> list[str]:
+def read_titles(file: str, option: str = "labels") -> list[str]:
     """Read class names to display: one per line, or the column name, names, class or wnid of a .csv.
 
-    Of a line like `n01440764 tench, ...`, the part after the WordNet id is used. Raises UserError for an unreadable
-    file.
+    Of a line like `n01440764 tench, ...`, the part after the WordNet id is used. option: that names the file, for
+    messages. Raises UserError for an unreadable file.
     """
-    names = read_column(file, "labels", ("name", "names", "class", "wnid"))
+    names = read_column(file, option, ("name", "names", "class", "wnid"))
     return [re.sub(r"^n\d{8}\s+", "", name) for name in names]
 
 

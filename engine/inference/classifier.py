@@ -13,6 +13,9 @@ from types import ModuleType
 
 import torch
 
+from engine.config.phases import LARGE_SIDE
+from engine.data.class_names import read_titles
+from engine.data.datasets import get_default_view
 from engine.data.image_set import get_statistics
 from engine.errors import UserError, explain_missing, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
@@ -134,7 +137,7 @@ class Classifier:
     epoch: int | None = None
     knows_norm: bool = True  # whether mean and std are those of its training, not assumed
     norm_note: str = ""  # what was assumed of the normalisation
-    resize: int | None = None  # shorter side before the crop, if its weights define it
+    resize: int | None = None  # shorter side of its test images before the centre crop; None: unknown
     interpolation: str | None = None  # how its images are resized, if its weights or its run define it
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -146,6 +149,16 @@ class Classifier:
         like = next(self.network.parameters(), torch.empty(0))
         with translate_errors(self.name, size):
             self.network(torch.zeros(1, 3, size, size, device=like.device))
+
+    def set_titles(self, file: str, option: str) -> None:
+        """Read the class names to display from a file. option: that names it. Raises UserError if their number differs
+        from that of the classes.
+        """
+        titles = read_titles(file, option)
+        if len(titles) != self.num_classes:
+            counts = f"{len(titles)} names, but {self.name} has {self.num_classes} classes"
+            raise UserError(f"--{option} {file}: {counts}\nwrite one name per line, in the order of the classes")
+        self.titles = titles
 
     def title(self, index: int) -> str:
         """Return the name of a class, or its index if it has no name."""
@@ -248,6 +261,7 @@ def build_saved(
         model=name,
         epoch=saved.epoch,
         knows_norm=bool(saved.options),
+        resize=find_eval_resize(saved, side),
         interpolation=saved.options.get("interpolation"),
     )
     if inputs and not saved.options:  # weights of the library, or made by another code for its network
@@ -259,6 +273,16 @@ def build_saved(
                 "is for weights trained without transform_input"
             )
     return classifier
+
+
+def find_eval_resize(saved: SavedClassifier, side: int) -> int:
+    """Return the shorter side of the test images before the crop of `side` pixels.
+
+    It is that of the training run; for weights of other codes, the usual one of ImageNet or of small images.
+    """
+    dataset = saved.options.get("dataset") or ("imagenet" if side > LARGE_SIDE else "folder")
+    eval_resize = saved.options.get("eval_resize") if side == saved.image_size else None
+    return get_default_view(dataset, side, eval_resize).resize
 
 
 def load_pretrained(name: str, models: ModuleType, *, weights: str, model_args: dict | None, title: str) -> Classifier:

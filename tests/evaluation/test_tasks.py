@@ -257,7 +257,7 @@ def test_alexnet_errors_are_only_for_imagenet_c(runs, tmp_path):
 
 @pytest.mark.parametrize(
     "dataset, sizes",
-    [("imagenet", (299, 342)), ("folder", (299, None)), ("cifar10", (299, None)), ("shapes", (None, None))],
+    [("imagenet", (299, 342)), ("folder", (299, 342)), ("cifar10", (299, None)), ("shapes", (None, None))],
 )
 def test_torchvision_networks_get_images_of_their_own_size(dataset, sizes):
     """The size of the weights, for any images but drawn ones; here 299 pixels cropped from 342."""
