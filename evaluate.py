@@ -7,6 +7,7 @@ from functools import partial
 
 import evaluation
 from engine import data, runtime
+from engine.config.parser import Parser
 from engine.config.select import select_kwargs
 from engine.launch import run_main
 from evaluation.options import REFERENCE_OPTIONS, build_parser, merge_trained_options, read_options
@@ -29,6 +30,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     session = evaluation.EvalSession(device, precision, **common)
     for note in notes:
         print(f"note: {note}")
+    command = shlex.join(["python", "evaluate.py", *map(str, sys.argv[1:] if argv is None else argv)])
+    if options["predict"]:
+        return predict(parser, typed, options, session, command)
 
     # ---- Classifiers, their images, and what to measure ----
     contexts, plans, count = [], [], len(options["model_path"])
@@ -51,9 +55,25 @@ def main(argv: list[str] | None = None) -> list[dict]:
         evaluation.add_mean_corruption_errors(results, references)
 
     # ---- Report ----
-    command = shlex.join(["python", "evaluate.py", *map(str, sys.argv[1:] if argv is None else argv)])
     report = evaluation.report_card if options["task"] == "card" else evaluation.report_task
     report(results, command, **select_kwargs(options, report))
+    return results
+
+
+def predict(parser: Parser, typed: dict, options: dict, session, command: str) -> list[dict]:
+    """Classify the pictures of --predict. Return one result for each classifier; [] in all but the main process."""
+    files = evaluation.find_pictures(**select_kwargs(options, evaluation.find_pictures))
+    as_folder = typed | {"dataset": "folder", "on_bad_image": options["on_bad_image"]}
+    contexts = []
+    for classifier in evaluation.load_classifiers(**select_kwargs(options, evaluation.load_classifiers)):
+        own = merge_trained_options(parser, as_folder, options, classifier)
+        own = select_kwargs(own, evaluation.build_picture_context)
+        contexts.append(evaluation.build_picture_context(classifier, files, session, **own))
+    results = [evaluation.predict_pictures(context, options["topk"]) for context in contexts]
+    runtime.shut_down_processes()
+    if not runtime.is_main_process():
+        return []
+    evaluation.report_predictions(results, command, **select_kwargs(options, evaluation.report_predictions))
     return results
 
 

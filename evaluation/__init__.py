@@ -1,4 +1,6 @@
-"""What evaluate.py measures: accuracy, robustness, calibration, out-of-distribution detection, localisation."""
+"""What evaluate.py does: it measures accuracy, robustness, calibration, out-of-distribution detection and localisation,
+and classifies pictures.
+"""
 
 from engine import lazy_attributes
 
@@ -7,6 +9,7 @@ __getattr__ = lazy_attributes(
     {
         "context": "EvalContext EvalSession check_same_images",
         "loading": "build_context load_classifiers load_images print_info",
+        "predict": "build_picture_context find_pictures predict_pictures report_predictions",
         "reports": "report_card report_task",
         "robustness": "add_mean_corruption_errors",
         "tasks": "PLANNERS measure_card run_plan",

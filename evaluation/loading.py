@@ -101,15 +101,7 @@ def build_context(
     class_map = map_labels(data.classes, classifier.classes, class_list, classifier.num_classes)
     image_set = select_classes(data, class_map, classes)
     context = EvalContext(classifier, image_set, dataset, class_map, session)
-    if models.split_model_name(classifier.model)[0]:  # some take images of one size, or of a least size
-        classifier.check_size(context.image_size)
-    if norm or not classifier.knows_norm:
-        name = DEFAULT_STATISTICS.get(dataset, dataset) if norm in (None, "own") else norm
-        classifier.mean, classifier.std = STATISTICS[name]
-        if not norm:
-            session.note(f"{path} does not store how images are normalised; using {name} (--norm changes it)")
-    elif classifier.norm_note:
-        session.note(classifier.norm_note)
+    prepare_inputs(context, norm)
     if (known := int((class_map >= 0).sum())) < len(classes):
         session.note(f"{classifier.name} has {len(classes)} classes; the data set has {known} of them")
     if left_out := len(data) - len(image_set):
@@ -121,3 +113,19 @@ def build_context(
             "evaluate more images (--limit 0), or choose another --dataset"
         )
     return context
+
+
+def prepare_inputs(context: EvalContext, norm: str | None) -> None:
+    """Check that the classifier takes images of this size, and set its mean and std. norm: see build_context()."""
+    classifier, session = context.classifier, context.session
+    if models.split_model_name(classifier.model)[0]:  # some take images of one size, or of a least size
+        classifier.check_size(context.image_size)
+    if norm or not classifier.knows_norm:
+        name = DEFAULT_STATISTICS.get(context.dataset, context.dataset) if norm in (None, "own") else norm
+        classifier.mean, classifier.std = STATISTICS[name]
+        if not norm:
+            session.note(
+                f"{classifier.path} does not store how images are normalised; using {name} (--norm changes it)"
+            )
+    elif classifier.norm_note:
+        session.note(classifier.norm_note)

@@ -11,6 +11,9 @@ from engine.config.phases import LARGE_SIDE
 from evaluation.task_options import NONE, TASKS, add_task_options, check_task, find_unused_options
 
 CARD_DEFAULTS = {"robust_images": 1000, "output": "card.json"}
+DESCRIPTION = "predictions of evaluate.py --predict"  # the start of its JSON file
+CSV_COLUMNS = ["file", "classifier", "rank", "class", "probability"]
+PREDICT_DEFAULTS = {"batch_size": 64}  # several workers decode even a few hundred pictures
 REFERENCE_OPTIONS = {"task": "robustness", "attack": [NONE], "occlusion": False}  # mCE needs corruption errors only
 TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_size", "eval_resize", "num_classes"]
 # these default to the values that the classifier was trained with
@@ -23,12 +26,19 @@ def build_parser() -> Parser:
     weights = "checkpoints, run folders (their best.pt), torchvision:NAME or timm:NAME (pretrained), or NAME=FILE"
     parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
     parser.option("--info", type=boolean, default=False, help="print what the checkpoints contain and exit")
+    pictures = "image files, folders or patterns to classify, in place of a task"
+    parser.option("--predict", nargs="+", metavar="PATH", help=pictures)
     parser.option("--task", type=choice(TASKS), default="accuracy", help="card: everything, in one report")
     add_common_options(parser, "model", "model_args", "class_list", "seed")
     parser.option("--ema", type=boolean, default=False, help="evaluate the averaged weights of a run with --ema")
-    parser.option("--batch_size", "-b", type=int_at_least(1), default=500, help="in total over all processes")
     parser.option(
-        "--output", "-o", metavar="FILE.json", help="write all results as JSON; card: also FILE.md, .html, .png"
+        "--batch_size", "-b", type=int_at_least(1), default=500, help="in total over all processes; --predict: 64"
+    )
+    parser.option(
+        "--output",
+        "-o",
+        metavar="FILE.json",
+        help="write all results as JSON; card: also FILE.md, .html, .png; --predict: also .csv",
     )
     add_task_options(parser)
     add_data_options(parser, DATASETS, dataset_default="from the file")
@@ -44,6 +54,9 @@ def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, li
     typed, _ = resolve.read_options(parser, argv)
     if typed.get("task") == "card":
         parser.defaults |= CARD_DEFAULTS
+    if "predict" in typed:
+        check_predict(parser, typed)
+        parser.defaults |= PREDICT_DEFAULTS
     options = {**parser.defaults, **typed}
     if "model_path" not in typed:
         parser.error("--model_path is missing: give the checkpoints or run folders to evaluate")
@@ -68,6 +81,22 @@ def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, li
     if options["task"] not in ("robustness", "card") or options["corruptions"] == NONE:
         fixed["reference"] = None
     return typed | fixed, options | fixed, notes
+
+
+def check_predict(parser: Parser, typed: dict) -> None:
+    """Exit with a usage error for options that contradict --predict."""
+    if others := [f"--{name}" for name in ("info", "task") if typed.get(name)]:
+        parser.error(f"--predict: cannot be combined with {' and '.join(others)}; give one of them")
+    if "output" not in typed:
+        return
+    output = Path(typed["output"])
+    if output.suffix.lower() != ".json":
+        parser.error(
+            f"--output {output}: --predict writes JSON, with .csv next to it; give a file name ending in .json"
+        )
+    starts = {output: f'{{\n  "description": "{DESCRIPTION}"', output.with_suffix(".csv"): ",".join(CSV_COLUMNS)}
+    for path, start in starts.items():
+        check_output_path(parser, "--output", path, (start.encode(),))
 
 
 def merge_trained_options(parser: Parser, typed: dict, options: dict, classifier) -> dict:

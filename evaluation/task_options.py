@@ -2,6 +2,7 @@
 effect.
 """
 
+from engine.config.legacy_options import LEGACY_EVALUATION_OPTIONS
 from engine.config.option_types import boolean, choice, choices, float_in_range, int_at_least, path, pixel_fraction
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
@@ -15,6 +16,8 @@ TASKS = {  # name -> the option groups, and single options of other groups, that
     "localization": ("localization", "held_out", "figure", "dpi"),
     "card": ("robustness", "calibration", "ood", "localization", "pictures"),
 }
+PREDICT_OPTIONS = {"predict", "model_path", "model", "model_args", "class_list", "ema", "batch_size", "output", "topk"}
+PREDICT_OPTIONS |= {"image_size", "eval_resize", "interpolation", "norm", "on_bad_image"}  # what --predict reads
 TASK_GROUPS = {"accuracy", *TASKS["card"]}
 ATTACKS = ("fgsm", "pgd")
 BACKGROUNDS = ("clean", "rep", "noise")
@@ -30,7 +33,13 @@ def severity(text: str) -> int:
 def add_task_options(parser: Parser) -> None:
     """Add a group of options for each task."""
     parser.group("accuracy")
-    parser.option("--topk", type=int_at_least(1), nargs="+", default=[1, 5], help="top-k accuracies to print")
+    parser.option(
+        "--topk",
+        type=int_at_least(1),
+        nargs="+",
+        default=[1, 5],
+        help="top-k accuracies to print; --predict: the largest",
+    )
     parser.option("--per_class", type=boolean, default=False, help="print the accuracy of each class")
     parser.option("--confusion", metavar="FILE", help="draw the confusion matrix in a .png, .pdf or .svg file")
 
@@ -181,7 +190,12 @@ def measures_robustness(options: dict) -> bool:
 
 
 def find_unused_options(parser: Parser, typed: dict, options: dict) -> list[str]:
-    """Return the typed options that have no effect: those of other tasks, and of measurements that are switched off."""
+    """Return the typed options that have no effect: those of other tasks, and of measurements that are switched off.
+    With --predict, only PREDICT_OPTIONS and those of the device have an effect.
+    """
+    if options["predict"]:
+        read = {*PREDICT_OPTIONS, *LEGACY_EVALUATION_OPTIONS} | parser.get_option_names("device")
+        return [key for key in typed if key not in read]
     read = set(TASKS[options["task"]])
     unread = parser.get_option_names(*(TASK_GROUPS - read)) - read
     if "pgd" not in options["attack"]:

@@ -256,10 +256,10 @@ def count_detection_step(precision: torch.dtype | None = torch.bfloat16, clip_gr
     return counter
 
 
-def count_prediction_step() -> StepCounter:
-    """Count a batch of engine.inference.predict.predict."""
+def count_prediction_step(images: ImageSet | None = None) -> StepCounter:
+    """Count a batch of 20 of engine.inference.predict.predict. images: other ones than those in a tensor."""
     with fake_cuda() as fake, StepCounter(fake) as counter:
-        loader = DeviceLoader(make_image_set(60), 20, device=CUDA, **STATISTICS)
+        loader = DeviceLoader(images or make_image_set(60), 20, device=CUDA, **STATISTICS)
         predict(make_network(), loader, precision=torch.bfloat16, progress=counter.end_step)
     return counter
 

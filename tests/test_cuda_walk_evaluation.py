@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_cuda import find_obstacle
 from fake_operations import CUDA
+from support import write_image
 
 if obstacle := find_obstacle():
     pytest.skip(obstacle, allow_module_level=True)
@@ -25,6 +26,8 @@ from cuda_steps import (
 
 from detection.faster_rcnn import DetectorConfig, build_detector
 from detection.pictures import detect_in_picture
+from engine.data.pictures import make_picture_set
+from engine.data.views import CenterCrop
 from engine.inference.classifier import Classifier
 from engine.training.state import place_network
 from evaluation.attacks import Attack
@@ -88,6 +91,13 @@ def test_detection_in_pictures_waits_only_for_the_picture_its_results_and_where_
         return lambda: detect_in_picture(detector, np.zeros((48, 64, 3), np.uint8), CUDA)
 
     check(count_call(build), places=("torchvision", "detection/loop.py", "detection/pictures.py"))
+
+
+def test_prediction_of_pictures_never_waits(tmp_path):
+    files = [tmp_path / f"{number}.png" for number in range(40)]
+    for file in files:
+        write_image(file, 0)
+    check(count_prediction_step(make_picture_set(files, CenterCrop(SIDE, SIDE), "skip", "--predict")))
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,16 @@ from glob import glob
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from engine.data.decode import BadImage, decode_image
+from engine.data.folders import FileList
+from engine.data.image_files import ImageFiles
+from engine.data.image_set import ImageSet
 from engine.data.label_lists import format_examples
 from engine.data.listing import IMAGE_EXTENSIONS, filter_images, filter_unknown, is_visible, list_images
+from engine.data.views import View
 from engine.errors import UserError, explain_missing
 
 MAX_NAME_BYTES = 60  # of each part of a file name; file systems allow 255 bytes in total
@@ -88,6 +93,17 @@ def iter_images(files: list[Path], on_bad_image: str) -> Iterator[tuple[Path, np
                 remedy = "replace the file, or skip unreadable files with --on_bad_image skip"
                 raise UserError(f"an image cannot be read: {error}\n{remedy}") from error
             print_line(f"note: skipped: {error}")
+
+
+def make_picture_set(files: list[Path], view: View, on_bad_image: str, option: str) -> ImageSet:
+    """Return pictures, upright, as an image set without classes.
+
+    The label of a picture is its position in `files`, so that predictions say which pictures were read. option: that
+    named them, for messages.
+    """
+    names = FileList("", map(str, files))
+    names.upright = True
+    return ImageSet(ImageFiles(names, view, on_bad_image), torch.arange(len(files)), [], option, files=names)
 
 
 def print_line(text: str) -> None:

@@ -1,5 +1,7 @@
 """Format results as tables: plain text for the terminal, Markdown for reports."""
 
+from collections.abc import Container
+
 Columns = dict[str, tuple[str, str]]  # key in a result -> column title and format
 
 
@@ -21,12 +23,12 @@ def format_text(results: list[dict], columns: Columns, name: str = "name", title
     return align_columns(make_rows(results, columns, name, title))
 
 
-def align_columns(rows: list[list[str]]) -> str:
-    """Align cells for the terminal: the first column to the left, the others to the right."""
+def align_columns(rows: list[list[str]], left: Container[int] = (0,)) -> str:
+    """Align cells for the terminal. left: the columns that are aligned to the left; the others are to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        for first, *rest in rows
+        [cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in enumerate(cells)]
+        for cells in (zip(row, widths, strict=True) for row in rows)
     ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 

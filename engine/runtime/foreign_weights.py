@@ -57,7 +57,8 @@ def extract_weights(content, path: Path, *, averaged: bool = False, kind: str = 
     detector = any(key.startswith(("roi_heads.", "rpn.")) for key in weights)
     if detector and kind == "classifier":
         raise UserError(
-            f"{path}: this is a detector; expected a classifier\nuse detectors with detect.py --frcnn_checkpoint"
+            f"{path}: this is a detector; expected a classifier\nuse it with detect.py --frcnn_checkpoint {path}, and "
+            "--image_path for your own pictures"
         )
     if not detector and kind == "detector":
         raise UserError(

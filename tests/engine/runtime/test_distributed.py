@@ -16,6 +16,7 @@ import torch
 from support import ROOT, find_free_port, run_in_two_processes, same_state, shapes_command, write_image
 from torch import nn
 
+import evaluate
 import models
 import train
 from engine.data.augment import Augmentation
@@ -167,8 +168,14 @@ def train_weights(ports) -> dict:
     found["unreadable"] = evaluate_with_unreadable_files()
     one = torch.ones(())
     found["sum"] = float(distributed.all_reduce_sum(one)), float(one)
-    distributed.shut_down_processes()
+    found["pictures"] = evaluate.main([*predict_command(), "--output", f"{os.environ['PICTURES']}/{rank()}.json"])
     return found
+
+
+def predict_command() -> list[str]:
+    folder = os.environ["PICTURES"]
+    words = ["--model_path", f"{folder}/bare.pt", "--predict", folder, "--norm", "half", "--on_bad_image", "skip"]
+    return [*words, "--device", "cpu", "--workers", "0", "--batch_size", "4"]
 
 
 def evaluate_with_unreadable_files() -> tuple[list[int], list[int]]:
@@ -248,6 +255,12 @@ def gradient_results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weight_results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    os.environ["PICTURES"] = str(folder)
+    torch.save(build_model("resnet20", 3).state_dict(), folder / "bare.pt")
+    for number in range(7):
+        write_image(folder / f"{number}.png", 40 * number)
+    (folder / "5.png").write_bytes(b"no picture")
     return run_in_two_processes(train_weights, tmp_path_factory.mktemp("weights"))
 
 
@@ -325,6 +338,16 @@ def test_two_processes_train_like_one_that_mixes_the_same_shards(weight_results,
         optimizer.step()
     for key, value in model.state_dict().items():
         torch.testing.assert_close(weight_results[case][key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_share_the_pictures_and_one_writes_the_predictions(weight_results):
+    [found], [expected] = weight_results["pictures"], evaluate.main(predict_command())
+    assert [one["file"] for one in found["predictions"]] == [one["file"] for one in expected["predictions"]]
+    assert len(found["predictions"]) == 6 and found["unreadable"] == expected["unreadable"]
+    for one, other in zip(found["predictions"], expected["predictions"], strict=True):
+        chances = [[cls["probability"] for cls in picture["top"]] for picture in (one, other)]
+        assert chances[0] == pytest.approx(chances[1], rel=1e-4)
+    assert [path.name for path in sorted(Path(os.environ["PICTURES"]).glob("*.[jc]*"))] == ["0.csv", "0.json"]
 
 
 def get_rank_rng(process: int) -> torch.Tensor:
