@@ -349,7 +349,7 @@ def precompute(source, images, targets):
 
 
 def has_gco() -> bool:
-    from mixing.solvers.graphcut import import_gco
+    from mixing.solvers import import_gco
 
     try:
         import_gco()

@@ -9,7 +9,17 @@ def check_solver(name: str) -> str:
     if name not in SOLVERS:
         raise ValueError(f"solver must be {' or '.join(SOLVERS)}, got {name!r}")
     if name == "gco":
-        from .graphcut import import_gco
-
         import_gco()  # so that a missing package is reported now and not at the first batch
     return name
+
+
+def import_gco():
+    """Return the module gco. Raises ValueError, naming the package to install, if it is missing."""
+    try:
+        import gco
+    except ImportError as error:
+        raise ValueError(
+            "solver gco needs a package: pip install gco-wrapper (Python 3.10 or 3.11; pygco, another package, cannot "
+            "be built offline). The default solver, parallel, needs none"
+        ) from error
+    return gco

@@ -1,29 +1,19 @@
 """The same two problems solved by graph cuts, as the authors of PuzzleMix and Co-Mixup do it, for comparison.
 
 It solves one image after the other on the CPU, by alpha-beta swaps of the gco library (Boykov, Veksler and Zabih, PAMI
-2001; package gco-wrapper). Only this file imports the package, and only on request, because importing it changes numpy.
+2001; package gco-wrapper). The package is imported on request only, because importing it changes numpy. This file needs
+numpy, which comes with it.
 """
 
 import numpy as np
 import torch
 
+from . import import_gco
 from .comixup_energy import Labelling, objective
 
 MASK_SCALE = 1000  # times the number of blocks: scale of the costs before they are rounded to integers
 LABEL_SCALE = 100_000  # the same for Co-Mixup
 SOFT_BONUS = 5e-4  # per block of a soft label
-
-
-def import_gco():
-    """Return the module gco. Raises ValueError, naming the package to install, if it is missing."""
-    try:
-        import gco
-    except ImportError as error:
-        raise ValueError(
-            "solver gco needs a package: pip install gco-wrapper (Python 3.10 or 3.11; pygco, another package, cannot "
-            "be built offline). The default solver, parallel, needs none"
-        ) from error
-    return gco
 
 
 def to_integers(values: torch.Tensor | np.ndarray, scale: float) -> np.ndarray:

@@ -59,6 +59,8 @@ def test_methods_run_with_the_graph_cut_solver(name):
 @pytest.mark.parametrize("name", ["puzzlemix", "comixup"])
 def test_missing_package_is_reported_by_the_constructor(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "gco", None)
+    monkeypatch.setitem(sys.modules, "numpy", None)  # as in an environment with torch alone
+    monkeypatch.delitem(sys.modules, "mixing.solvers.graphcut")
     with pytest.raises(ValueError, match="pip install gco-wrapper"):
         build_mixer(name, solver="gco")
     with pytest.raises(ValueError, match="parallel or gco"):
