@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,62 @@ def draw_shapes_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "draw_shapes", draw_shapes)
+        yield
+
+
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Make `shapes` a set of 40 training and 40 test images; all 6,000 take seconds to draw."""
+    from engine.data import datasets
+
+    monkeypatch.setattr(datasets, "SHAPES_COUNTS", (40, 40))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def draw_curves_once(tmp_path_factory):
+    """Draw the curves of a run once per process for each form of them, and copy the file where other runs draw the
+    same form: hundreds of tests train, and a figure costs as much as their steps. Two histories have the same form if
+    their rows have the same columns; two sets of precision-recall curves, if the same classes have objects and
+    detections.
+    """
+    from detection import report
+    from engine.training import console
+
+    folder, drawn = tmp_path_factory.mktemp("curves"), {}
+
+    def draw_or_copy(path: Path, form: tuple, draw) -> None:
+        if form not in drawn:
+            draw()
+            if path.exists():  # nothing is drawn without values
+                shutil.copy(path, folder / str(len(drawn)))
+            drawn[form] = folder / str(len(drawn))
+        elif drawn[form].exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(drawn[form], path)
+
+    def list_columns(history: list[dict]) -> tuple:
+        return tuple(tuple(key for key, value in row.items() if value is not None) for row in history)
+
+    def draw_learning_curves(run, real=console.draw_learning_curves) -> None:
+        path = run.log.path / f"curves.{run.options['figure_format']}"
+        unmixed = set(run.options["method"]) <= console.UNMIXED_LABELS
+        form = "learning", path.suffix, run.options["dpi"], run.options["loss"], unmixed, list_columns(run.history)
+        draw_or_copy(path, form, lambda: real(run))
+
+    def draw_training_curves(path, history, title, real=report.draw_training_curves, **style) -> None:
+        form = "training", path.suffix, title, *style.items(), list_columns(history)
+        draw_or_copy(path, form, lambda: real(path, history, title, **style))
+
+    def draw_precision_recall_curves(path, voc, *args, real=report.draw_precision_recall_curves, **style) -> None:
+        table = [name for name, row in voc["classes"].items() if row["objects"]]
+        panels = tuple((name, len(voc["curves"][name]["recall"]) > 0) for name in table)
+        form = "recall", path.suffix, panels, *args, *style.items()
+        draw_or_copy(path, form, lambda: real(path, voc, *args, **style))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console, "draw_learning_curves", draw_learning_curves)
+        patch.setattr(report, "draw_training_curves", draw_training_curves)
+        patch.setattr(report, "draw_precision_recall_curves", draw_precision_recall_curves)
         yield
 
 

@@ -171,9 +171,13 @@ def run_rank(rank: int, job, ports: list[int], result: Path) -> None:
 
 
 def run_in_two_processes(job, folder: Path, num_ports: int = 1):
-    """Run job(ports) in two processes and return what rank 0 returns. num_ports: one for each process group."""
+    """Run job(ports) in two processes and return what rank 0 returns. num_ports: one for each process group.
+
+    Without a GPU they are forked, which saves them the import of torch; CUDA and its threads do not survive a fork.
+    """
     ports = [find_free_port() for _ in range(num_ports)]
-    torch.multiprocessing.spawn(run_rank, (job, ports, folder / "result.pt"), nprocs=2)
+    start = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(run_rank, (job, ports, folder / "result.pt"), nprocs=2, start_method=start)
     return torch.load(folder / "result.pt")
 
 

@@ -73,7 +73,7 @@ def test_limited_images_are_spread_over_the_set(tmp_path):
     assert [n // 3 for n in taken] == [0, 1, 2] and len(image_set.labels) == 3
 
 
-def test_shapes_are_drawn_at_the_image_size():
+def test_shapes_are_drawn_at_the_image_size(few_shapes):
     name, image_set = load_ood_set("shapes", image_size=20, limit=5)
     assert name == "shapes" and image_set.labels.tolist() == [0] * 5 and image_set.pixels.shape == (5, 20, 20, 3)
     whole = load_evaluation("shapes", image_size=20)

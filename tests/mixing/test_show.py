@@ -30,7 +30,8 @@ def image_files(tmp_path):
     return [str(file) for file in files]
 
 
-def test_all_methods_are_shown_without_a_network(image_files, tmp_path, capsys):
+def test_all_methods_are_shown_without_a_network(image_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(show, "MAX_DRAWS", 4)  # cutout, and comixup with noise images, never show another image
     output = tmp_path / "mix.png"
     weights = show.main(
         ["--images", *image_files, "--method", "all", "--image_size", "64", "--n", "2", "-o", str(output)]
@@ -65,7 +66,7 @@ def test_the_figure_is_written_in_the_format_of_its_name(image_files, tmp_path, 
     assert output.read_bytes()[:4] == {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xm"}[ending]
 
 
-def test_the_gradient_of_a_trained_run_guides_the_mix(shapes_run, tmp_path, monkeypatch):
+def test_the_gradient_of_a_trained_run_guides_the_mix(shapes_run, few_shapes, tmp_path, monkeypatch):
     run = shapes_run(epochs=1)
     args = ["--dataset", "shapes", "--indices", "1", "2", "3", "--model_path", str(run), "--n", "3"]
     first = show.main([*args, "--method", "puzzlemix", "rlmix", "-o", str(tmp_path / "a.png")])
@@ -121,7 +122,7 @@ def test_batches_mixed_in_a_hidden_layer_are_not_shown():
     assert len(soft) == 8 and soft.max() < 0.99
 
 
-def test_errors_name_the_option_and_the_remedy(image_files, tmp_path, capsys):
+def test_errors_name_the_option_and_the_remedy(image_files, few_shapes, tmp_path, capsys):
     for args, message in (
         (["--method", "mixup"], "--images with two or more"),
         (["--images", image_files[0]], "at least two images"),
@@ -134,13 +135,14 @@ def test_errors_name_the_option_and_the_remedy(image_files, tmp_path, capsys):
             show.main(args)
         assert exit_.value.code == 2 and message in capsys.readouterr().err
     (tmp_path / "text.jpg").write_text("no picture")
+    small = ["--images", *image_files, "--image_size", "32"]
     for args, message in (
         (["--images", *image_files, str(tmp_path / "text.jpg")], r"text\.jpg"),
         (["--images", *image_files, "--image_size", "50", "--method", "puzzlemix"], "puzzlemix: block_num: 50x50"),
-        (["--images", *image_files, "--saliency", "gradient", "--method", "rmix"], "needs --model_path"),
-        (["--images", *image_files, "--saliency", "bank", "--method", "rmix"], "while a classifier trains"),
-        (["--images", *image_files, "--adv_p", "1", "--method", "puzzlemix"], "signed pixel gradient"),
-        (["--dataset", "shapes", "--indices", "1", "9999"], "5000 training images"),
+        ([*small, "--saliency", "gradient", "--method", "rmix"], "needs --model_path"),
+        ([*small, "--saliency", "bank", "--method", "rmix"], "while a classifier trains"),
+        ([*small, "--adv_p", "1", "--method", "puzzlemix"], "signed pixel gradient"),
+        (["--dataset", "shapes", "--indices", "1", "9999"], "40 training images"),
     ):
         with pytest.raises(UserError, match=message):
             show.main([*args, "--output", str(tmp_path / "mix.png")])

@@ -77,7 +77,7 @@ def test_unknown_mode_is_refused():
 def test_triton_kernels_on_a_cpu_are_a_usage_error(tmp_path, capsys):
     words = ["--dataset", "shapes", "--method", "puzzlemix", "--kernels", "triton", "--device", "cpu", "--epochs", "1"]
     with pytest.raises(SystemExit) as stop:
-        train.main([*words, "--root_dir", str(tmp_path)])
+        train.main([*words, "--limit", "48", "--root_dir", str(tmp_path)])
     assert stop.value.code == 2
     assert (
         "kernels triton: Triton kernels need a CUDA device, and this is cpu; use auto or torch"

@@ -154,7 +154,7 @@ def test_errors_and_warnings_about_the_casm_option(tmp_path, casm_file, capsys):
     assert "no effect with --method puzzlemix: --casm" in capsys.readouterr().out
 
 
-def test_mixing_show_draws_casm_maps(tmp_path, casm_file, monkeypatch, capsys):
+def test_mixing_show_draws_casm_maps(tmp_path, casm_file, few_shapes, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr("engine.drawing.figures.draw_mixtures", lambda path, **given: drawn.append(given))
     words = ["--dataset", "shapes", "--indices", "1", "2", "3", "--method", "saliencymix", "rmix", "--n", "1"]
