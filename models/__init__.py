@@ -137,25 +137,32 @@ def find_matching_models(state: dict, like: str | None = None) -> list[str]:
     imagenet_resnet50.
     """
     names = [ALIASES.get(like, like), IMAGENET_ALIASES.get(like)] if like else MODELS
-    num_classes = count_classes(state)
-    if not num_classes:
+    if not count_classes(state):
         return []
     expected = get_shapes(state)
-    return [name for name in names if name in MODELS and get_model_shapes(name, num_classes) == expected]
+    return [name for name in names if name in MODELS and get_model_shapes(name) == expected]
 
 
 def get_shapes(state: dict) -> dict[str, tuple[int, ...]]:
-    """Return key -> shape, without num_batches_tracked."""
-    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    """Return key -> shape, without num_batches_tracked and, in the last layer, without the number of classes."""
+    shapes = {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    if (head := find_last_layer(state)) and shapes.get(f"{head}.weight", ())[:1] == shapes[f"{head}.bias"]:
+        shapes |= {f"{head}.weight": shapes[f"{head}.weight"][1:], f"{head}.bias": ()}
+    return shapes
 
 
 @cache
-def get_model_shapes(name: str, num_classes: int) -> dict[str, tuple[int, ...]]:
+def get_model_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Return get_shapes() of the network `name`."""
     import torch
 
     with torch.device("meta"):
-        return get_shapes(build_model(name, num_classes).state_dict())
+        return get_shapes(build_model(name, 10).state_dict())
+
+
+def find_last_layer(state: dict) -> str | None:
+    """Return the name of the last layer in the state dict of one of our networks, or None."""
+    return next((head for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
 
 
 def count_classes(state: dict, name: str | None = None) -> int:
@@ -167,7 +174,7 @@ def count_classes(state: dict, name: str | None = None) -> int:
     if name and split_model_name(name)[0]:
         return import_module("models.library_files").count_library_classes(name, state)
 
-    bias = next((state[f"{head}.bias"] for head in ("fc", "linear", "classifier") if f"{head}.bias" in state), None)
+    bias = state.get(f"{find_last_layer(state)}.bias")
     return len(bias) if isinstance(bias, torch.Tensor) and bias.ndim == 1 else 0
 
 

@@ -79,10 +79,8 @@ def test_parameter_counts_match_the_papers():
     counts = count_parameters(MODELS, 100)
     assert counts.keys() == MODELS.keys()
     assert {name: counts[name] for name in PARAMETERS} == PARAMETERS
-    narrow = count_parameters(MODELS)
-    millions = {
-        name: round(narrow[name] / 1e6, 2) for name in ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-    }
+    narrow = count_parameters(["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"])
+    millions = {name: round(count / 1e6, 2) for name, count in narrow.items()}
     assert millions == {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.73}
     assert counts["resnet18"] < counts["resnet34"] < counts["resnet50"] < counts["resnet101"] < counts["resnet152"]
 
@@ -234,6 +232,7 @@ def test_name_selects_the_variant_that_matches_the_weights():
     assert find_matching_models(large, like="resnet50") == ["imagenet_resnet50"]
     assert find_matching_models(large, like="resnet34") == find_matching_models(small, like="imagenet_resnet50") == []
     assert find_matching_models(large, like="wideresnet") == find_matching_models(large, like="densenet121") == []
+    assert find_matching_models({**small, "fc.bias": small["fc.bias"][:3]}) == [], "a last layer that fits no classes"
 
 
 @pytest.mark.parametrize("name", ["densenet121", "vgg11", "mobilenet_v3_small", "vit_b_16", "resnext50_32x4d"])

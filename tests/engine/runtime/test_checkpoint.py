@@ -90,7 +90,7 @@ def test_the_weights_that_are_used_are_named(capsys):
 
 def test_no_key_of_our_networks_is_taken_for_a_wrapper():
     for name in MODELS:
-        assert find_prefix(get_model_shapes(name, 10)) is None, name
+        assert find_prefix(get_model_shapes(name)) is None, name
 
 
 @pytest.mark.parametrize("wrap", [lambda module: module, lambda module: {"epoch": 3, "model": module}])
