@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -151,6 +151,28 @@ def load_recorded_problem(golden, number: int, case: dict):
     return unary.permute(0, 2, 3, 1).contiguous(), *edges
 
 
+# How tests start processes. A fork saves the import of torch, but CUDA and its threads do not survive it.
+START = "spawn" if torch.cuda.is_available() else "fork"
+
+
+def run_script(main: Callable[[], None], errors: Path) -> None:
+    """Call run_main(main) as the leader of a process group, without output but for the errors, which go to a file."""
+    from engine.launch import run_main
+
+    os.setsid()
+    for number, path in ((1, os.devnull), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    run_main(main)
+
+
+def start_script(main: Callable[[], None], errors: Path | str = os.devnull):
+    """Run main() as a script of its own does, in another process, and return the process."""
+    process = torch.multiprocessing.get_context(START).Process(target=run_script, args=(main, errors))
+    process.start()
+    return process
+
+
 def find_free_port() -> int:
     """Return a free port below those for outgoing connections, one of which could take it before the test does."""
     while True:
@@ -171,13 +193,9 @@ def run_rank(rank: int, job, ports: list[int], result: Path) -> None:
 
 
 def run_in_two_processes(job, folder: Path, num_ports: int = 1):
-    """Run job(ports) in two processes and return what rank 0 returns. num_ports: one for each process group.
-
-    Without a GPU they are forked, which saves them the import of torch; CUDA and its threads do not survive a fork.
-    """
+    """Run job(ports) in two processes and return what rank 0 returns. num_ports: one for each process group."""
     ports = [find_free_port() for _ in range(num_ports)]
-    start = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(run_rank, (job, ports, folder / "result.pt"), nprocs=2, start_method=start)
+    torch.multiprocessing.start_processes(run_rank, (job, ports, folder / "result.pt"), nprocs=2, start_method=START)
     return torch.load(folder / "result.pt")
 
 

@@ -7,15 +7,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from fake_graphs import FakeGraphs
-from support import ROOT, hold_lock, same_state, shapes_command, write_class_folders
+from support import hold_lock, same_state, shapes_command, start_script, write_class_folders
 
 import engine.config.select
 import engine.training.run_folder
@@ -156,14 +156,13 @@ def test_a_folder_run_resumes_exactly_with_any_number_of_workers(tmp_path, worke
 
 def run_and_kill(command: list[str], seconds: float, when=lambda: False) -> int:
     """Run train.py, kill it as soon as when() holds or after so many seconds, and return its exit code."""
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_script(partial(train.main, command))
     end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None and not when():
+    while time.monotonic() < end and process.is_alive() and not when():
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    return process.wait()
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def test_a_run_killed_during_a_save_resumes_exactly(shapes_run, tmp_path):
@@ -504,16 +503,14 @@ def test_init_from_loads_the_weights(shapes_run, capsys):
 
 def test_ctrl_c_keeps_the_last_checkpoint(shapes_run, tmp_path):
     run = tmp_path / "shapes" / "resnet20" / "run"
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *shapes_command(tmp_path, epochs=500)],
-        **{"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True},
-    )
-    while not (run / "last.pt").exists() and process.poll() is None:
+    process = start_script(partial(train.main, shapes_command(tmp_path, epochs=500)), tmp_path / "errors")
+    while not (run / "last.pt").exists() and process.is_alive():
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
     assert (
-        process.returncode == 130
+        process.exitcode == 130
         and "Traceback" not in errors
         and f"resume with --checkpoint {run / 'last.pt'}" in errors
     )

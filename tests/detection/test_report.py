@@ -281,7 +281,9 @@ def test_drawn_images_are_spread_over_the_set(tmp_path):
     pages = report.draw_detections(tmp_path / "vis", image_set, detections, truths, count=6)
     assert pages == [tmp_path / "vis" / "page_01.png", tmp_path / "vis" / "page_02.png"]
     assert shown == [0, 2, 4, 5, 7, 9] and count_colours(pages[0]) > 1000
-    assert len(report.draw_detections(tmp_path, image_set, detections, truths, count=99)) == 3 and len(shown) == 16
+    assert (
+        len(report.draw_detections(tmp_path, image_set, detections, truths, count=99, dpi=30)) == 3 and len(shown) == 16
+    )
     assert report.draw_detections(tmp_path, image_set, detections, truths, count=0) == []
 
 

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT, hold_lock
+from support import hold_lock, start_script
 
 import engine.data.resize_copies as copies
 from engine.data.folders import find_folder
@@ -136,30 +136,20 @@ def test_no_partial_file_remains_after_a_failure(tmp_path, monkeypatch, failure)
     assert list_files(tmp_path / "copies") == []
 
 
-COMMAND = """
-from pathlib import Path
-from engine.launch import run_main
-from engine.data.resize_copies import resize_copies
-run_main(lambda: resize_copies(Path({source!r}), [300, 400], Path({dest!r}), workers=2))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="signals to a process group")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_leaves_complete_files_and_can_be_repeated(tmp_path, number):
     """Ctrl-C reaches the whole process group, the other two only the parent, whose workers must not stay behind."""
     source, dest = tmp_path / "set", tmp_path / "copies"
     write_image_set(source, 20, (500, 400))
-    command = COMMAND.format(source=str(source), dest=str(dest))
-    process = subprocess.Popen(
-        [sys.executable, "-c", command], cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    process = start_script(partial(resize_copies, source, [300, 400], dest, workers=2), tmp_path / "errors")
     deadline = time.monotonic() + 60
     while not list(dest.rglob("*.JPEG")) and time.monotonic() < deadline:
         time.sleep(0.01)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    errors = process.communicate(timeout=60)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == (130 if number == signal.SIGINT else -number)
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline + 60:
             os.killpg(process.pid, 0)

@@ -509,19 +509,25 @@ def test_a_nan_loss_in_all_processes_is_reported_once_and_saved(tmp_path):
     assert len(evidence["index"]) in (8, 20), "the images of both processes"
 
 
-def test_torchrun_restarts_a_killed_process_and_the_run_resumes_exactly(tmp_path):
+def train_whole(ports) -> None:
+    """Run train.py without an interruption."""
+    train.main(shapes_command(Path(os.environ["RUNS_OF_THIS_TEST"]), name="whole"))
+
+
+def test_torchrun_restarts_a_killed_process_and_the_run_resumes_exactly(tmp_path, monkeypatch):
     failure = "if step == 4 and rank == 1 and attempt == '0': os.kill(os.getpid(), signal.SIGKILL)"
     words = shapes_command(tmp_path)
     words = words[: words.index("--name")]  # the run must be found again even without a name
     done, _ = run_torchrun(write_driver(tmp_path, failure), *words, flags=("--max_restarts", "1"))
     assert done.returncode == 0, done.stderr
     assert "resuming after epoch 1" in done.stdout
-    done, _ = run_torchrun(write_driver(tmp_path, "pass"), *shapes_command(tmp_path, name="whole"))
+    once = [line for line in done.stdout.splitlines() if line.startswith("epoch 2/2  ")]
+    assert len(once) == 1, "only the main process prints"
+    monkeypatch.setenv("RUNS_OF_THIS_TEST", str(tmp_path))
+    run_in_two_processes(train_whole, tmp_path)
     (found,) = (tmp_path / "shapes" / "resnet20").glob("none_*")
     lost, whole = (torch.load(folder / "last.pt", weights_only=True) for folder in (found, found.with_name("whole")))
     assert same_state(lost["model"], whole["model"]) and same_state(lost["rng"], whole["rng"])
-    once = [line for line in done.stdout.splitlines() if line.startswith("epoch 2/2  ")]
-    assert len(once) == 1, "only the main process prints"
 
 
 @pytest.mark.parametrize("words", REFUSED)
