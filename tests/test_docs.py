@@ -136,28 +136,6 @@ def test_the_loop_with_a_bank_finds_what_the_network_looks_at(installed_package,
     assert left[flip].max() < 0.2 and left[~flip].min() > 0.8
 
 
-def test_the_examples_of_own_loops_run():
-    plain, timm, lightning = find_examples("docs/own_loop.md")
-    names = {}
-    exec(plain, names)
-    assert not torch.equal(names["mixed"], names["images"]) and all(
-        p.grad is not None for p in names["model"].parameters()
-    )
-    exec(timm, names)
-    mixed, soft = names["mixup_fn"](names["images"], names["labels"])
-    assert mixed.shape == names["images"].shape and soft.shape == (len(mixed), 10)
-
-    exec(lightning, names)
-    module = names["Classifier"](names["model"])
-    optimizer, zeroed = names["optimizer"], []
-    module.optimizers = lambda: optimizer
-    module.manual_backward = lambda loss: (zeroed.append(module.model[0].weight.grad is None), loss.backward())
-    before = module.model[0].weight.clone()
-    module.training_step((names["images"], names["labels"]), 0)
-    assert zeroed == [False], "the clean gradient is there before the mixed one"
-    assert not torch.equal(before, module.model[0].weight) and module.mixer.mixed_weight == 0.7
-
-
 def test_the_example_of_activation_maps_runs():
     names = {}
     exec(*find_examples("docs/cam.md"), names)
