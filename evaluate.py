@@ -20,6 +20,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     typed, options, notes = read_options(parser, argv)
     if options["info"]:
         return [evaluation.print_info(path) for path in options["model_path"]]
+    if options["export"]:
+        return [evaluation.run_export(parser, typed, options, notes)]
 
     # ---- Device ----
     device = runtime.choose_device(options["device"])

@@ -14,6 +14,7 @@ CARD_DEFAULTS = {"robust_images": 1000, "output": "card.json"}
 DESCRIPTION = "predictions of evaluate.py --predict"  # the start of its JSON file
 CSV_COLUMNS = ["file", "classifier", "rank", "class", "probability"]
 PREDICT_DEFAULTS = {"batch_size": 64}  # several workers decode even a few hundred pictures
+EXPORT_ENDINGS = (".onnx", ".pt2", ".safetensors")  # of a file of --export; evaluation/export.py: FORMATS
 REFERENCE_OPTIONS = {"task": "robustness", "attack": [NONE], "occlusion": False}  # mCE needs corruption errors only
 TRAINED_OPTIONS = ["dataset", "data_dir", "val_data_dir", "val_labels", "image_size", "eval_resize", "num_classes"]
 # these default to the values that the classifier was trained with
@@ -28,6 +29,7 @@ def build_parser() -> Parser:
     parser.option("--info", type=boolean, default=False, help="print what the checkpoints contain and exit")
     pictures = "image files, folders or patterns to classify, in place of a task"
     parser.option("--predict", nargs="+", metavar="PATH", help=pictures)
+    parser.option("--export", metavar="FILE", help=f"write the classifier for production: {', '.join(EXPORT_ENDINGS)}")
     parser.option("--task", type=choice(TASKS), default="accuracy", help="card: everything, in one report")
     add_common_options(parser, "model", "model_args", "class_list", "seed")
     parser.option("--ema", type=boolean, default=False, help="evaluate the averaged weights of a run with --ema")
@@ -60,6 +62,8 @@ def read_options(parser: Parser, argv: list[str] | None) -> tuple[dict, dict, li
     options = {**parser.defaults, **typed}
     if "model_path" not in typed:
         parser.error("--model_path is missing: give the checkpoints or run folders to evaluate")
+    if "export" in typed:
+        check_export(parser, typed)
     if options["confusion"] and len(options["model_path"]) > 1:
         parser.error("--confusion draws the matrix of a single classifier; give one --model_path")
     try:
@@ -99,13 +103,28 @@ def check_predict(parser: Parser, typed: dict) -> None:
         check_output_path(parser, "--output", path, (start.encode(),))
 
 
-def merge_trained_options(parser: Parser, typed: dict, options: dict, classifier) -> dict:
+def check_export(parser: Parser, typed: dict) -> None:
+    """Exit with a usage error for options that contradict --export, and for a file that cannot be written."""
+    file = typed["export"]
+    if others := [f"--{name}" for name in ("info", "task", "predict") if typed.get(name)]:
+        parser.error(f"--export: cannot be combined with {' and '.join(others)}; give one of them")
+    if Path(file).suffix not in EXPORT_ENDINGS:
+        *others, last = EXPORT_ENDINGS
+        parser.error(f"--export {file}: give a file name that ends in {', '.join(others)} or {last}")
+    if len(typed["model_path"]) > 1:
+        parser.error(f"--export {file}: a file holds a single classifier; give one --model_path")
+    check_output_path(parser, "--export", Path(file))
+
+
+def merge_trained_options(
+    parser: Parser, typed: dict, options: dict, classifier, *, dataset_needed: bool = True
+) -> dict:
     """Return all options for one classifier. Data options that were not typed take the values of its training, and its
-    image size; `norm` becomes None. Exit with a usage error if neither names the data set.
+    image size; `norm` becomes None. Exit with a usage error if neither names the data set and it is needed.
     """
     trained = {key: classifier.options[key] for key in TRAINED_OPTIONS if key in classifier.options}
     options = {**options, **trained, "norm": None, **typed}
-    if not options["dataset"]:
+    if dataset_needed and not options["dataset"]:
         parser.error(f"--dataset is missing: {classifier.path} does not store which data set it was trained on")
     dataset, own_size = options["dataset"], classifier.image_size
     if not options["image_size"] and (dataset == "folder" or dataset != "shapes" and own_size > LARGE_SIDE):

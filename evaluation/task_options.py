@@ -18,6 +18,9 @@ TASKS = {  # name -> the option groups, and single options of other groups, that
 }
 PREDICT_OPTIONS = {"predict", "model_path", "model", "model_args", "class_list", "ema", "batch_size", "output", "topk"}
 PREDICT_OPTIONS |= {"image_size", "eval_resize", "interpolation", "norm", "on_bad_image"}  # what --predict reads
+EXPORT_OPTIONS = {"export", "model_path", "model", "model_args", "class_list", "ema", "dataset", "data_dir", "debug"}
+EXPORT_OPTIONS |= {"val_data_dir", "val_labels", "num_classes", "image_size", "eval_resize", "interpolation", "norm"}
+EXPORT_OPTIONS |= {"on_bad_image"}  # what --export reads
 TASK_GROUPS = {"accuracy", *TASKS["card"]}
 ATTACKS = ("fgsm", "pgd")
 BACKGROUNDS = ("clean", "rep", "noise")
@@ -191,8 +194,10 @@ def measures_robustness(options: dict) -> bool:
 
 def find_unused_options(parser: Parser, typed: dict, options: dict) -> list[str]:
     """Return the typed options that have no effect: those of other tasks, and of measurements that are switched off.
-    With --predict, only PREDICT_OPTIONS and those of the device have an effect.
+    With --predict, only PREDICT_OPTIONS and those of the device have an effect; with --export, only EXPORT_OPTIONS.
     """
+    if options["export"]:
+        return [key for key in typed if key not in {*EXPORT_OPTIONS, *LEGACY_EVALUATION_OPTIONS}]
     if options["predict"]:
         read = {*PREDICT_OPTIONS, *LEGACY_EVALUATION_OPTIONS} | parser.get_option_names("device")
         return [key for key in typed if key not in read]

@@ -36,8 +36,8 @@ class SavedClassifier:
     """The content of a model file, or of the best.pt of a run folder.
 
     options: options of the training run. model, model_args: its network. classes, num_classes, image_size: of the
-    training images. All are empty or None if the file does not store them. averaged: use the averaged (EMA) weights.
-    content: content of the file, if already read.
+    training images. titles: class names to display. All are empty or None if the file does not store them. averaged:
+    use the averaged (EMA) weights. content: content of the file, if already read.
     """
 
     def __init__(self, path: Path | str, averaged: bool = False, content: dict | None = None):
@@ -49,6 +49,7 @@ class SavedClassifier:
         self.model: str | None = self.options.get("model")
         self.model_args: dict = self.options.get("model_args") or {}
         self.classes: list[str] = ours.get("classes", [])
+        self.titles: list[str] = ours.get("titles", self.classes)
         self.num_classes: int | None = ours.get("num_classes") or len(self.classes) or None
         self.image_size: int | None = ours.get("image_size")
         self.best: dict | None = ours.get("best")
@@ -67,6 +68,10 @@ class SavedClassifier:
         """Return a list with the --model and --model_args of the network that the file names, or an empty list."""
         arguments = " ".join(f"{key}={value}" for key, value in self.model_args.items())
         return [f"{self.model} --model_args {arguments}" if arguments else self.model] if self.model else []
+
+    def choose_arguments(self, name: str, model_args: dict | None) -> dict:
+        """Return the arguments of the constructor of the network `name`: model_args, or those of the file if None."""
+        return (self.model_args if name == self.model else {}) if model_args is None else model_args
 
     def identify(self, models: ModuleType, model: str | None = None) -> str:
         """Return the name of the network: `model`, else the one that the file names, else the one whose tensor shapes
@@ -103,10 +108,10 @@ class SavedClassifier:
         file if it names this network. Raises UserError if no network matches or the weights do not fit.
         """
         name = self.identify(models, model)
-        if model_args is None and name == self.model:
-            model_args = self.model_args
         try:
-            network = models.build_model(name, num_classes, image_size, model_args=model_args)
+            network = models.build_model(
+                name, num_classes, image_size, model_args=self.choose_arguments(name, model_args)
+            )
         except ValueError as error:
             raise UserError(f"{self.path}: {error}") from error
         weights = models.convert_weights(name, self.weights)
@@ -134,6 +139,7 @@ class Classifier:
     options: dict = field(default_factory=dict)
     path: str = ""
     model: str = ""  # name of the network; of a library: LIBRARY:NAME
+    model_args: dict = field(default_factory=dict)  # of its constructor
     epoch: int | None = None
     knows_norm: bool = True  # whether mean and std are those of its training, not assumed
     norm_note: str = ""  # what was assumed of the normalisation
@@ -255,10 +261,11 @@ def build_saved(
         classes=saved.classes,
         num_classes=num_classes,
         image_size=side,
-        titles=saved.classes,
+        titles=saved.titles,
         options=saved.options,
         path=str(saved.path),
         model=name,
+        model_args=saved.choose_arguments(name, model_args),
         epoch=saved.epoch,
         knows_norm=bool(saved.options),
         resize=find_eval_resize(saved, side),
@@ -298,7 +305,7 @@ def load_pretrained(name: str, models: ModuleType, *, weights: str, model_args: 
     inputs = models.get_input_settings(name, weights)
     num_classes = len(network.get_submodule(models.find_heads(network)[0]).weight)
     classifier = Classifier(title, network.eval(), inputs.mean, inputs.std, num_classes=num_classes)
-    classifier.path, classifier.model = url, name
+    classifier.path, classifier.model, classifier.model_args = url, name, model_args or {}
     classifier.image_size = models.infer_image_size(network.state_dict()) or inputs.size
     classifier.titles = models.get_class_titles(name, num_classes, weights)
     set_inputs(classifier, inputs)

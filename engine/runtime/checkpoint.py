@@ -3,6 +3,7 @@
 Our own format is a dictionary of tensors, strings, numbers, lists and dictionaries. It loads with weights_only=True.
 """
 
+import json
 import os
 import pickle
 import platform
@@ -18,6 +19,7 @@ from engine.runtime.files import delay_interrupt, make_side_path, write_atomic
 from engine.runtime.safe_unpickle import PLACEHOLDER_PICKLE
 
 FORMAT = 2
+MADE_BY = "saliency-mixing: evaluate.py --export"  # in the description of every exported file
 
 
 class Checkpoint(TypedDict, total=False):
@@ -42,6 +44,7 @@ class Checkpoint(TypedDict, total=False):
     saliency: list[dict]  # state of each saliency source
     rng: list[dict]  # states of the random generators in each process
     classes: list[str]  # class names of the data
+    titles: list[str]  # class names to display; if missing: classes
     num_classes: int
     images: int  # number of training images
     image_size: int | None  # side in pixels; None: images of any size
@@ -122,6 +125,7 @@ KINDS = {  # kind of checkpoint -> its description in messages
     "classifier": "a classifier (from train.py or imagenet_train.py)",
     "casm": "a saliency-map network (from python -m saliency.casm train)",
     "detector": "a detector (from detect.py)",
+    "weights": "the weights of a classifier alone (from evaluate.py --export)",
 }
 
 
@@ -144,7 +148,10 @@ def read_checkpoint(path: Path, kind: str = "classifier") -> Checkpoint:
             f"{OTHER_USES[kind]}"
         )
     if (found := content.get("kind", "classifier")) != kind:
-        raise UserError(f"{path}: this is a checkpoint of {KINDS.get(found, found)}\nexpected one of {KINDS[kind]}")
+        use = f"; {OTHER_USES[kind]}" if found == "weights" else ""
+        raise UserError(
+            f"{path}: this is a checkpoint of {KINDS.get(found, found)}\nexpected one of {KINDS[kind]}{use}"
+        )
     check_finite(path, *(content.get(key) for key in ("model", "ema", "decoder")))
     return content
 
@@ -185,6 +192,11 @@ def read_file(path: Path):
         raise UserError(f"{path}: {explain_missing(path)}")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if path.suffix in (".onnx", ".pt2"):
+        raise UserError(
+            f"{path}: an exported program, of which the weights cannot be read\ngive the run or the file that it was "
+            "exported from, or its weights: --export weights.safetensors"
+        )
     size = path.stat().st_size
     try:
         if zipfile.is_zipfile(path):  # torch does not verify the checksums
@@ -213,15 +225,44 @@ def read_file(path: Path):
 
 
 def read_safetensors(path: Path) -> dict:
-    """Read a .safetensors file. Raises UserError if it is damaged, or if the package is missing."""
+    """Read the weights in a .safetensors file; of one that write_safetensors() made, a Checkpoint of kind `weights`.
+
+    Raises UserError if the file is damaged, or if the package is missing.
+    """
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError as error:
         raise UserError(f"{path}: reading this file needs the package safetensors: pip install safetensors") from error
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            weights, texts = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        return parse_description(texts) | {"model": weights} if texts.get("made_by") == MADE_BY else weights
     except Exception as error:
         raise UserError(f"{path}: damaged or not a safetensors file ({error})") from error
+
+
+def write_safetensors(path: Path, weights: dict[str, torch.Tensor], texts: dict[str, str]) -> None:
+    """Write weights with the description of their classifier, as evaluation.export.describe() makes it."""
+    from safetensors.torch import save
+
+    weights = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    path.write_bytes(save(weights, {"format": "pt"} | texts))  # save_file() makes a file that others cannot read
+
+
+def parse_description(texts: dict[str, str]) -> dict:
+    """Return the entries of a Checkpoint that the description of an exported classifier holds."""
+    found = {}
+    for key, text in texts.items():
+        try:
+            found[key] = json.loads(text)
+        except ValueError:  # a plain text, such as the name of the network
+            found[key] = text
+    options = ("model", "model_args", "dataset", "norm", "num_classes", "image_size", "interpolation")
+    config = {key: found[key] for key in options if key in found} | {"eval_resize": found["resize"]}
+    entries = {key: found.get(key) for key in ("epoch", "num_classes", "image_size", "mean", "std")}
+    titles = found.get("classes", [])  # of a network of a library, they do not name the classes of a data set
+    classes = titles if "dataset" in found else []
+    return Checkpoint(format=FORMAT, kind="weights", config=config, titles=titles, classes=classes, **entries)
 
 
 def list_first_keys(content) -> str:
