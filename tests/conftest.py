@@ -14,11 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it; the processes o
 import numpy as np
 import pytest
 import torch
+
+# triton reads it when it is imported, as by torchvision: kernels then run on CPU tensors, interpreted
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from browser import Browser
 from support import GOLDEN, copy_package_sources, find_browser, hold_lock, shapes_command
-
-if not torch.cuda.is_available():  # triton reads it when it is imported: kernels then run on CPU tensors, interpreted
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser):
