@@ -74,7 +74,7 @@ def test_the_constructors_build_the_sources_of_their_names(package):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     network.append(torch.nn.Linear(8, 10))
     statistics = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
-    sage = package.SAGE(update_ratio=1.0).gradient_options
+    sage = package.SAGE(update_ratio=1.0, kernel_size=3).gradient_options
     built = [
         ("gradient", package.gradient_source(network, **sage)),
         ("fine_grained", package.static_source(**statistics)),
