@@ -31,13 +31,7 @@ DETECTOR_OPTIONS = (  # options of the detector and of its evaluation that its c
     *("neck", "min_size", "max_size", "proposals", "score_thr", "nms_thr", "max_dets", "coco_count_difficult"),
 )
 TORCHVISION_OPTIONS = {"min_size": [800], "max_size": 1333, "proposals": [2000, 1000]}  # defaults of its FasterRCNN
-DATA_OPTIONS = (
-    "dataset",
-    "data_dir",
-    "test_set",
-    "test_annotations",
-    "images",
-)  # options of the data that it was evaluated on
+DATA_OPTIONS = ("dataset", "data_dir", "test_set", "test_annotations", "images")  # the data that it was evaluated on
 
 
 @dataclass

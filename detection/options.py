@@ -212,7 +212,12 @@ def add_picture_options(parser: Parser) -> None:
         "'*.jpg'",
     )
     parser.option("--output", "-o", default="detect_output", metavar="DIR", help="folder for the drawn pictures")
-    parser.option("--labels", metavar="FILE", shown="from the file", help="class names of a detector, one per line")
+    parser.option(
+        "--labels",
+        metavar="FILE",
+        shown="from the file",
+        help="class names of the detector, one per line, without the background",
+    )
     add_common_options(
         parser, on_bad_image={"help": "what to do with a picture that cannot be read; skip: leave it out"}
     )

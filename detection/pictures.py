@@ -136,12 +136,7 @@ def name_classes(initial: InitialWeights, labels: str | None) -> tuple[InitialWe
     """
     classes, count, notes = initial.classes, initial.num_classes, []
     if labels:
-        classes = read_titles(labels)
-        if len(classes) != count:
-            raise UserError(
-                f"--labels {labels}: {len(classes)} names, but {initial.path} has {format_count(count, 'class')}\n"
-                "write one name per line, in the order of the classes, without the background"
-            )
+        classes = read_titles(labels, "labels", count, initial.path)
     elif not classes and count == len(COCO_NAMES):
         classes = COCO_NAMES
         notes = [f"{initial.path} does not name its {count} classes; they are assumed to be COCO's (set --labels)"]

@@ -32,7 +32,7 @@ PREDICTION_STARTS = (b"[]", b'[{"image_id"', b'{"info": {"description": "detecti
 OTHER_TASKS = {"evaluate", "checkpoint", "config", "export_shapes", "backbone_checkpoint", "pretrained"}
 MAX_LR_RISE = 4e-4  # per step of a shortened warm-up: as in the recipe `shapes`; five times that was seen to diverge
 RULES = OptionRules(
-    changeable={"train_annotations", "test_annotations", "images"}
+    changeable=COCO_OPTIONS
     | {"iters", "eval_every", "save_iters", "test_set", "score_thr", "nms_thr", "max_dets", "scale_lr"}
     | {"coco_count_difficult", "vis", "predictions", "image_path", "output", "labels"}
     | START_OPTIONS

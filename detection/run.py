@@ -20,13 +20,7 @@ from engine.runtime.text import format_count
 from engine.training.run import Run
 from engine.training.start import RunKind, Start
 
-EVALUATION_OPTIONS = (
-    "test_set",
-    "test_annotations",
-    "score_thr",
-    "nms_thr",
-    "max_dets",
-)  # options that change the metrics
+EVALUATION_OPTIONS = ("test_set", "test_annotations", "score_thr", "nms_thr", "max_dets")  # they change the metrics
 LOG_COLUMNS = [
     "epoch",
     "iteration",

@@ -153,7 +153,7 @@ def export_classifier(
     """
     form, description, measured = FORMATS[path.suffix], describe(classifier, view), {}
     try:
-        with quiet(debug):
+        with silence_exporters(debug):
             save, detail = form.convert(classifier, view.size, description)
     except Exception as error:  # whatever an exporter raises for a network
         others = [f"--export {path.with_suffix(ending)}" for ending in FORMATS if ending != path.suffix]
@@ -162,9 +162,9 @@ def export_classifier(
         ) from error
 
     def write(side: Path) -> None:
-        with quiet(debug):
+        with silence_exporters(debug):
             save(side)
-            measured.update(compare(path, form.open(side), classifier, pixels))
+            measured.update(check_logits(path, form.open(side), classifier, pixels))
 
     write_atomic(path, write)
     reader = f"{form.reader} {version(form.reader)}"
@@ -172,7 +172,7 @@ def export_classifier(
 
 
 @torch.no_grad()
-def compare(path: Path, network: Network, classifier: Classifier, pixels: torch.Tensor) -> dict:
+def check_logits(path: Path, network: Network, classifier: Classifier, pixels: torch.Tensor) -> dict:
     """Return the largest difference between the logits of an exported network and its classifier, over BATCHES.
 
     Raises UserError if it is above the tolerance, or if the network fails on a batch. path: for messages.
@@ -201,8 +201,8 @@ def compare(path: Path, network: Network, classifier: Classifier, pixels: torch.
 
 
 @contextmanager
-def quiet(debug: bool) -> Iterator[None]:
-    """Suppress warnings and log messages of exporters unless debug is true."""
+def silence_exporters(debug: bool) -> Iterator[None]:
+    """Suppress the warnings and log messages of exporters unless debug is true."""
     if debug:
         yield
         return

@@ -22,12 +22,15 @@ TRAINED_OPTIONS += ["interpolation", "limit", "on_bad_image"]
 
 
 def build_parser() -> Parser:
-    parser = Parser("Evaluate one or more trained classifiers on the test images, without augmentation.")
+    parser = Parser(
+        "Evaluate one or more trained classifiers on the test images, without augmentation; or classify pictures "
+        "(--predict); or write a classifier for production (--export)."
+    )
     parser.group("what")
     weights = "checkpoints, run folders (their best.pt), torchvision:NAME or timm:NAME (pretrained), or NAME=FILE"
     parser.option("--model_path", nargs="+", metavar="PATH", help=weights)
     parser.option("--info", type=boolean, default=False, help="print what the checkpoints contain and exit")
-    pictures = "image files, folders or patterns to classify, in place of a task"
+    pictures = "classify these pictures instead: files, folders, or patterns such as '*.jpg'"
     parser.option("--predict", nargs="+", metavar="PATH", help=pictures)
     parser.option("--export", metavar="FILE", help=f"write the classifier for production: {', '.join(EXPORT_ENDINGS)}")
     parser.option("--task", type=choice(TASKS), default="accuracy", help="card: everything, in one report")

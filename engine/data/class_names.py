@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError
+from engine.runtime.text import format_count
 
 
 def map_labels(
@@ -57,13 +58,19 @@ def read_class_list(file: str) -> list[str]:
     return names
 
 
-def read_titles(file: str, option: str = "labels") -> list[str]:
+def read_titles(file: str, option: str, num_classes: int, owner: str) -> list[str]:
     """Read class names to display: one per line, or the column name, names, class or wnid of a .csv.
 
-    Of a line like `n01440764 tench, ...`, the part after the WordNet id is used. option: that names the file, for
-    messages. Raises UserError for an unreadable file.
+    Of a line like `n01440764 tench, ...`, the part after the WordNet id is used. option, owner: the option that names
+    the file, and whose classes these are, for messages. Raises UserError for an unreadable file, and if it does not
+    have num_classes names.
     """
     names = read_column(file, option, ("name", "names", "class", "wnid"))
+    if len(names) != num_classes:
+        raise UserError(
+            f"--{option} {file}: {format_count(len(names), 'name')}, but {owner} has "
+            f"{format_count(num_classes, 'class')}\nwrite one name per line, in the order of the classes"
+        )
     return [re.sub(r"^n\d{8}\s+", "", name) for name in names]
 
 

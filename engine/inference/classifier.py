@@ -157,14 +157,8 @@ class Classifier:
             self.network(torch.zeros(1, 3, size, size, device=like.device))
 
     def set_titles(self, file: str, option: str) -> None:
-        """Read the class names to display from a file. option: that names it. Raises UserError if their number differs
-        from that of the classes.
-        """
-        titles = read_titles(file, option)
-        if len(titles) != self.num_classes:
-            counts = f"{len(titles)} names, but {self.name} has {self.num_classes} classes"
-            raise UserError(f"--{option} {file}: {counts}\nwrite one name per line, in the order of the classes")
-        self.titles = titles
+        """Read the class names to display from the file of an option. Raises UserError as read_titles() does."""
+        self.titles = read_titles(file, option, self.num_classes, self.name)
 
     def title(self, index: int) -> str:
         """Return the name of a class, or its index if it has no name."""

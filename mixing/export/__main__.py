@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--source", metavar="NAME", help=f"saliency source: {', '.join(SOURCES)} (default: that of the method's paper)"
     )
     parser.add_argument("--output", "-o", metavar="FILE", help="file to write (default: the standard output)")
-    parser.add_argument("--list", action="store_true", help="list the methods with their sources and papers, and stop")
+    parser.add_argument("--list", action="store_true", help="list the methods, their sources and what they do")
     return parser
 
 

@@ -94,8 +94,8 @@ def ascend_dual(f: torch.Tensor, down: torch.Tensor, right: torch.Tensor, iterat
     f (h, w, N) is of the order of 1; a is down (h-1, w, N) and right (h, w-1, N). The dual variables are flows |p| <= a
     on the edges: x = -f - (flow out) + (flow in). They are found by accelerated projected gradient steps (FISTA: Beck
     and Teboulle, SIAM J. Imaging Sci. 2009) of length 1.25 / 8, where 8 bounds the norm of the operator; with momentum,
-    steps are stable up to 4/3 of 1 / 8. The ascent for PuzzleMix's mask needs fewer iterations, but more
-    operations for each, and stops at optimal signs; here, x is also rounded at thresholds for the terms J > 0.
+    steps are stable up to 4/3 of 1 / 8. The ascent for PuzzleMix's mask needs fewer iterations, but more operations for
+    each, and stops at optimal signs; here, x is also rounded at thresholds for the terms J > 0.
 
     The blocks are stored in one row, so that a neighbour is a fixed offset away and each operation runs over one
     contiguous stretch. This is twice as fast as slicing the grid. Edges from the end of a row to the next row weigh 0.
