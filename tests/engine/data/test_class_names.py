@@ -61,7 +61,10 @@ def test_find_class_explains_unknown_and_ambiguous_queries(query, message):
 
 def test_titles_are_read_from_a_column_of_a_csv(tmp_path):
     (tmp_path / "names.csv").write_text("index,name\n0,bright\n1,dark\n2,none\n3\n")
-    assert read_titles(str(tmp_path / "names.csv")) == ["bright", "dark", "none", ""]
+    file = str(tmp_path / "names.csv")
+    assert read_titles(file, "labels", 4, "mine") == ["bright", "dark", "none", ""]
+    with pytest.raises(UserError, match="--labels .*names.csv: 4 names, but mine has 1 class\nwrite one name per line"):
+        read_titles(file, "labels", 1, "mine")
 
 
 def test_a_csv_may_have_a_byte_order_mark_spaces_and_capitals(tmp_path):
@@ -73,10 +76,10 @@ def test_a_csv_may_have_a_byte_order_mark_spaces_and_capitals(tmp_path):
 def test_rows_out_of_order_are_refused(tmp_path, column):
     file = tmp_path / "names.csv"
     file.write_text(f"{column},name\n" + "".join(f"{k},c{k}\n" for k in range(1, 12)))
-    assert read_titles(str(file)) == [f"c{k}" for k in range(1, 12)]
+    assert read_titles(str(file), "labels", 11, "mine") == [f"c{k}" for k in range(1, 12)]
     file.write_text(f"{column},name\n1,bright\n0,dark\n")
     with pytest.raises(UserError, match=f"names.csv: the rows are not in the order of the column {column}; sort them"):
-        read_titles(str(file))
+        read_titles(str(file), "labels", 2, "mine")
 
 
 def test_a_class_without_a_name_is_refused(tmp_path):
