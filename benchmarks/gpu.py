@@ -1,8 +1,8 @@
 """Show on a GPU what only a GPU can show, most telling first: python benchmarks/gpu.py --minutes 12 --data_dir data
 
 Each part is a command of its own. After each part, gpu.json and gpu.md in the folder --output hold all results so far.
-The last part trains R-Mix on CIFAR-100 for the rest of the time. The same command again goes on: it skips finished
-parts and resumes the training. With --device cpu, everything runs at tiny sizes, to try the benchmark itself.
+The last part trains R-Mix on CIFAR-100 for the rest of the time. Run again, the command skips finished parts
+and resumes the training. With --device cpu, everything runs at tiny sizes, to try the benchmark itself.
 """
 
 import json
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> dict:
     results = {part.name: report["parts"].get(part.name, {}).get("result", "not yet run") for part in parts}
     print(f"\nreport: {folder / 'gpu.md'}; " + "; ".join(f"{name}: {result}" for name, result in results.items()))
     if set(results.values()) != {"finished"}:
-        print("the same command again goes on with what is not finished")
+        print("run the same command again to finish the rest")
     return report
 
 

@@ -108,7 +108,7 @@ def read_content(path: Path) -> dict:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else f"not a JSON file ({error})"
         raise UserError(f"{path}: {reason}\n{REMEDY}") from error
     if isinstance(content, list):
-        raise UserError(f"{path}: a list, such as the detections of --predictions, but no annotations\n{REMEDY}")
+        raise UserError(f"{path}: a list, such as the detections of --predictions, not an annotation file\n{REMEDY}")
     lists = {key: content.get(key) if isinstance(content, dict) else None for key in LISTS}
     if absent := [key for key, value in lists.items() if not isinstance(value, list)]:
         raise UserError(f"{path}: no list {' and no list '.join(absent)} in the file\n{REMEDY}")
@@ -200,7 +200,7 @@ def refuse_repeated(path: Path, kind: str, values: list) -> None:
     if repeated := [str(value) for value, count in Counter(values).items() if count > 1]:
         raise UserError(
             f"{path}: {kind} occurs more than once: {format_first_names(repeated)}\n"
-            "give each entry its own one: files that are put together must be numbered anew"
+            "make them unique; when files are merged, their entries must be renumbered"
         )
 
 

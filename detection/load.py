@@ -102,8 +102,8 @@ def check_same_classes(train: DetectionSet, test: DetectionSet) -> None:
             if (names := [name for name in one.classes if name not in other.classes])
         ]
         raise UserError(
-            f"the training and the test set have other classes: {', '.join(only)}\ngive both the same class names: in "
-            "classes.txt beside all folders VOC<year>, or in the categories of both COCO files"
+            f"the training and the test set have different classes: {', '.join(only)}\ngive both the same class names: "
+            "in classes.txt beside all folders VOC<year>, or in the categories of both COCO files"
         )
 
 

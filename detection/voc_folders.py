@@ -119,8 +119,8 @@ def read_classes(devkits: list[Path]) -> list[str]:
     for devkit in others:
         if by_devkit[devkit] != by_devkit[first]:
             raise UserError(
-                f"{first} and {devkit} have other classes\nput the same classes.txt into both, or name the data set "
-                "that you mean with --data_dir"
+                f"{first} and {devkit} have different classes\nput the same classes.txt into both, or name the data "
+                "set that you mean with --data_dir"
             )
     return by_devkit[first]
 

@@ -246,7 +246,7 @@ def find_evaluation_images(dataset: str, data_dir: Path, val_dir: Path | None, v
     if dataset == "imagenet":
         roots = [data_dir / name for name in IMAGENET_FOLDERS] + ([Path("imagenet")] if data_dir == DEFAULT_DIR else [])
     candidates = [root / name for name in ("val", "test") for root in roots]
-    # the images of a flat val/ must not be taken for a class
+    # the images of a flat val/ must not count as a class
     candidates += [root for root in roots if not (root / "val").is_dir() and not (root / "test").is_dir()]
     found = next((path for path in candidates if (val_labels and list_images(path)) or has_class_folders(path)), None)
     # find_validation_images() explains how to label images without class folders

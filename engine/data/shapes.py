@@ -1,7 +1,7 @@
 """Draw `shapes`, a synthetic data set of ten textured shapes on clutter, with ground-truth boxes and masks.
 
 Every image shows one object of random position, size, angle, colours and texture. The background is coloured noise with
-small distractors of the same textures; contrast may be low. Only the outline tells the class, not colour or texture.
+small distractors of the same textures; contrast may be low. Only the outline shows the class, not colour or texture.
 """
 
 import math

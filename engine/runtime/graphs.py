@@ -143,14 +143,14 @@ class GraphCapture:
         return notes
 
     def disable(self, name: str, error: Exception) -> None:
-        """Go on without graphs after a failed capture of the function `name`."""
+        """Continue without graphs after a failed capture of the function `name`."""
         self.obstacle, self.graphs = "a capture failed", []
         for function in self.functions:
             function.recordings.clear()
         while isinstance(error.__context__, RuntimeError):  # the end of a broken capture raises another error
             error = error.__context__
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        self.notes.append(f"{name} cannot be captured as a CUDA graph ({reason}): the run goes on without, slower")
+        self.notes.append(f"{name} cannot be captured as a CUDA graph ({reason}): the run continues without, slower")
 
 
 class CapturedFunction:

@@ -169,7 +169,7 @@ def test_classes_of_the_test_set_are_matched_by_name(folder, tmp_path):
     assert format_predictions(test.image_ids, [empty], test.classes, test.category_ids) == []
     other.content["categories"][1]["name"] = "cow"
     other.write()
-    with pytest.raises(UserError, match=r"other classes: only .*data/all.json has cat, only .*test/all.json has cow\n"):
+    with pytest.raises(UserError, match=r"different classes: only .*/all.json has cat, only .*test/all.json has cow\n"):
         load_image_sets(dataset="coco", **files)
 
 
@@ -206,7 +206,7 @@ def change(*path: str | int, to: object = None) -> Callable:
         (change("images", to=[]), "the list images is empty"),
         (change("categories", to=[]), "the list categories is empty"),
         (change("images", 0, to=5), "not an object in braces in 1 of the images: 5\n"),
-        (change("images", 0, "id", to=4), "id in images occurs more than once: 4\ngive each entry its own"),
+        (change("images", 0, "id", to=4), "id in images occurs more than once: 4\nmake them unique"),
         (change("images", 0, "id", to="9"), 'id is not a whole number in 1 of the images: {"id": "9", '),
         (change("images", 0, "file_name"), 'no file_name in 1 of the images: {"id": 9, '),
         (change("images", 0, "file_name", to="a/one.png"), "file_name in images occurs more than once: a/one.png"),
