@@ -25,9 +25,9 @@ FLOORS = [
 ]  # of engine, from the top
 CONTENT = {
     "mixing": "the methods,\none file each",
-    "evaluation": "accuracy, calibration,\nrobustness, boxes",
+    "evaluation": "accuracy, calibration,\nrobustness, export",
     "explanation": "activation maps\nof pictures",
-    "detection": "Faster R-CNN, VOC",
+    "detection": "Faster R-CNN,\nVOC and COCO data",
     "saliency.casm": "learned masks",
     "saliency": "where is\nthe object?",
     "models": "networks\nby name",
@@ -156,6 +156,10 @@ def draw(path: Path) -> None:
         "",
         "mixing, saliency, models and engine",
         "import only themselves.",
+        "",
+        "pip installs mixing and saliency",
+        "as saliency_mixing, without",
+        "mixing/show and saliency/casm.",
     )
     axes.text(0.05, 3.6, "\n".join(notes), va="top", fontsize=9)
     figure.savefig(path, dpi=110, bbox_inches="tight")
