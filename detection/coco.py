@@ -54,14 +54,13 @@ def read_image_set(
     folder = Path(images) if images else path.parent
     coco = read_coco(path)
     chosen = choose_spread([one.labels for one in coco.annotations], limit or len(coco.names))
-    names, annotations, ids = (
-        [column[index] for index in chosen] for column in (coco.names, coco.annotations, coco.image_ids)
-    )
+    columns = coco.names, coco.annotations, coco.image_ids
+    names, objects, ids = ([column[index] for index in chosen] for column in columns)
     files = [folder / name for name in names]
     check_files(path, folder, names, files)
     items = progress(list(zip(files, names, strict=True)), desc=f"reading headers for {path.name}", unit="image")
     headers = [read_image_header(file, name) for file, name in items]
-    image_set = build_image_set(coco.classes, names, files, headers, annotations, str(path))
+    image_set = build_image_set(coco.classes, names, files, headers, objects, str(path))
     more = {"image_ids": ids, "category_ids": coco.category_ids, "flag": "crowd"}
     return replace(image_set, **more), len(coco.names)
 

@@ -192,6 +192,6 @@ def report_result(
     if predictions:
         images = image_set.image_ids or image_set.names
         rows = report.format_predictions(images, result.detections, image_set.classes, image_set.category_ids or ())
-        rows = json.dumps(rows)
-        write_atomic(Path(predictions), lambda side: side.write_text(rows, encoding="utf-8"))
+        text = json.dumps(rows)
+        write_atomic(Path(predictions), lambda side: side.write_text(text, encoding="utf-8"))
         log.say(f"wrote all detections to {predictions}")

@@ -7,7 +7,7 @@ import torchvision
 
 from engine.data.folders import describe_folder
 from engine.data.listing import is_visible, list_folders
-from engine.errors import UserError, suggest_closest
+from engine.errors import UserError, get_first_error_line, suggest_closest
 
 CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow "
@@ -102,7 +102,7 @@ def download_archive(devkit: Path, year: str, split: str) -> None:
     try:
         torchvision.datasets.VOCDetection(str(root), year=year, image_set="test" if test else "trainval", download=True)
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = get_first_error_line(error)
         raise UserError(
             f"downloading {archive} failed ({type(error).__name__}: {reason})\nobtain it elsewhere and unpack it in "
             f"{root}, so that {root / 'VOCdevkit' / f'VOC{year}'} exists; --dataset shapes needs no files"

@@ -38,6 +38,11 @@ def explain_missing(name: str | os.PathLike, otherwise: str = "no such file") ->
     return "standard input is not read; save it to a file and give its path" if name == "-" else otherwise
 
 
+def get_first_error_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 200 characters; its type if it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def get_compile_error(error: Exception) -> str:
     """Return the telling line of an error of torch.compile: the first error of a compiler, else the first line, without
     those that only name the backend.

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.errors import Terminated, UserError, get_compile_error
+from engine.errors import Terminated, UserError, get_compile_error, get_first_error_line
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ def explain_error(error: Exception) -> str:
         return str(error)
     distributed = sys.modules.get("engine.runtime.distributed")
     if distributed and distributed.is_connection_error(error):
-        first = distributed.get_first_error_line(error)
+        first = get_first_error_line(error)
         return (
             f"lost connection to another process: {first}\nsaved checkpoints are intact; resume with --checkpoint auto"
         )

@@ -20,7 +20,7 @@ from engine.config.select import select_kwargs
 from engine.data.datasets import get_default_view, load_evaluation
 from engine.data.image_set import ImageSet
 from engine.data.views import CenterCrop, SquashedView
-from engine.errors import UserError
+from engine.errors import UserError, get_first_error_line
 from engine.inference.classifier import Classifier
 from engine.runtime.checkpoint import MADE_BY
 from engine.runtime.distributed import world_size
@@ -157,8 +157,9 @@ def export_classifier(
             save, detail = form.convert(classifier, view.size, description)
     except Exception as error:  # whatever an exporter raises for a network
         others = [f"--export {path.with_suffix(ending)}" for ending in FORMATS if ending != path.suffix]
+        reason = f"{type(error).__name__}: {get_first_error_line(error)}"
         raise UserError(
-            f"{path}: {classifier.name} cannot be exported ({summarize(error)})\ntry {' or '.join(others)}"
+            f"{path}: {classifier.name} cannot be exported ({reason})\ntry {' or '.join(others)}"
         ) from error
 
     def write(side: Path) -> None:
@@ -184,7 +185,7 @@ def check_logits(path: Path, network: Network, classifier: Classifier, pixels: t
         except Exception as error:  # whatever the reader raises
             raise UserError(
                 f"{path}: not written, since the exported network fails on {format_count(size, 'image')} "
-                f"({summarize(error)})"
+                f"({type(error).__name__}: {get_first_error_line(error)})"
             ) from error
         if logits.shape != expected[:size].shape:
             found = f"logits {tuple(logits.shape)} for {format_count(size, 'image')}"
@@ -213,8 +214,3 @@ def silence_exporters(debug: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def summarize(error: Exception) -> str:
-    """Return the type and the first line of an error of an exporter."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"

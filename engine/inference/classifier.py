@@ -17,7 +17,7 @@ from engine.config.phases import LARGE_SIDE
 from engine.data.class_names import read_titles
 from engine.data.datasets import get_default_view
 from engine.data.image_set import get_statistics
-from engine.errors import UserError, explain_missing, suggest_closest
+from engine.errors import UserError, explain_missing, get_first_error_line, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
 from engine.runtime.text import tell_apart
@@ -323,7 +323,7 @@ def translate_errors(name: str, size: int) -> Iterator[None]:
     except (RuntimeError, AssertionError) as error:
         if "memory" in str(error) or "CUDA" in str(error):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = get_first_error_line(error)
         raise UserError(f"{name} cannot take images of {size} pixels ({reason})\nset another --image_size") from error
 
 

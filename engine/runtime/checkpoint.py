@@ -14,7 +14,7 @@ from typing import Protocol, TypedDict
 
 import torch
 
-from engine.errors import UserError, explain_missing
+from engine.errors import UserError, explain_missing, get_first_error_line
 from engine.runtime.files import delay_interrupt, make_side_path, write_atomic
 from engine.runtime.safe_unpickle import PLACEHOLDER_PICKLE
 
@@ -218,7 +218,7 @@ def read_file(path: Path):
         remedy = "copy or download the file again"
         if path.name == "last.pt" and previous.is_file():
             remedy = f"resume from the epoch before with --checkpoint {previous}"
-        reason = (str(error).splitlines() or [""])[0][:200]
+        reason = get_first_error_line(error)
         raise UserError(
             f"{path} ({size} bytes) is damaged or not a checkpoint ({type(error).__name__}: {reason})\n{remedy}"
         ) from error

@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from engine.errors import UserError
+from engine.errors import UserError, get_first_error_line
 from engine.runtime.failure_watch import FailureWatch
 
 
@@ -177,11 +177,6 @@ def is_connection_error(error: Exception) -> bool:
         return False
     has_type = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError")
     return has_type or any(word in str(error) for word in ("closed by peer", "Timed out waiting", "gloo", "NCCL"))
-
-
-def get_first_error_line(error: Exception) -> str:
-    """Return the first line of an error's message, at most 200 characters; its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def convert_sync_batchnorm(model: nn.Module, sync_bn: bool, remedy: str = "leave out --sync_bn") -> nn.Module:

@@ -19,6 +19,8 @@ from functools import cache
 
 import torch
 
+from engine.errors import get_first_error_line
+
 EAGER_CALLS = 3  # in a row with the same kind of arguments, before they are captured
 MAX_GRAPHS = 4  # of a function
 SMALL = 2**23  # elements of a tensor: an operation on more of them takes the device longer than the host to launch it
@@ -149,7 +151,7 @@ class GraphCapture:
             function.recordings.clear()
         while isinstance(error.__context__, RuntimeError):  # the end of a broken capture raises another error
             error = error.__context__
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = get_first_error_line(error)
         self.notes.append(f"{name} cannot be captured as a CUDA graph ({reason}): the run continues without, slower")
 
 

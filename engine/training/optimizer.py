@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from engine.errors import suggest_closest
+from engine.errors import get_first_error_line, suggest_closest
 
 # parameters of torchvision's transformers and ConvNeXt that timm's networks name in no_weight_decay(), or have as 1-d
 NO_DECAY_NAMES = {"class_token", "pos_embedding", "relative_position_bias_table", "logit_scale", "layer_scale"}
@@ -65,8 +65,7 @@ def build_timm_optimizer(
     try:
         return timm.optim.create_optimizer_v2(groups, opt=name, **hyper_parameters)
     except (AssertionError, ImportError, TypeError, ValueError) as error:  # such as a package that it needs
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--optimizer timm:{name}: {reason}; take another optimizer") from error
+        raise ValueError(f"--optimizer timm:{name}: {get_first_error_line(error)}; take another optimizer") from error
 
 
 def import_timm(purpose: str) -> ModuleType:

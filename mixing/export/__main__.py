@@ -107,6 +107,7 @@ def write_file(method: str, source: str | None, stem: str) -> str:
 
 
 def write_head(method: str, source: str | None, classes: list[type], stem: str, usage: str) -> str:
+    """Return the head of a file: the licence, and as its docstring the paper, the command and the usage."""
     command = f"python -m mixing.export {method}"
     if source != classes[0].default_source:
         command += f" --source {source}"

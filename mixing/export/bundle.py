@@ -56,6 +56,7 @@ class Bundle:
                 self.read.add((family if text in ("self", "super()") else CONTRACTS.get(text), node.attr))
 
     def needs_member(self, module: Module, owner: ast.ClassDef, member: ast.stmt) -> bool:
+        """Return whether a class keeps a member, by the rules of the class Bundle."""
         family, names = self.find_family(module, owner), list_names(member)
         if not names or "NamedTuple" in map(ast.unparse, owner.bases):
             return True
