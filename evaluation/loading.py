@@ -120,6 +120,8 @@ def prepare_inputs(context: EvalContext, norm: str | None) -> None:
     classifier, session = context.classifier, context.session
     if models.split_model_name(classifier.model)[0]:  # some take images of one size, or of a least size
         classifier.check_size(context.image_size)
+    if context.dataset == "folder":
+        note_assumed_size(context)
     if norm or not classifier.knows_norm:
         name = DEFAULT_STATISTICS.get(context.dataset, context.dataset) if norm in (None, "own") else norm
         classifier.mean, classifier.std = STATISTICS[name]
@@ -129,3 +131,10 @@ def prepare_inputs(context: EvalContext, norm: str | None) -> None:
             )
     elif classifier.norm_note:
         session.note(classifier.norm_note)
+
+
+def note_assumed_size(context: EvalContext) -> None:
+    """Print a note if the size of the images is that of similar networks, since the file does not store it."""
+    if not context.classifier.knows_size:
+        using = f"using {context.image_size} pixels (--image_size changes it)"
+        context.session.note(f"{context.classifier.path} does not store the size of its training images; {using}")

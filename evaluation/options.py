@@ -123,7 +123,8 @@ def merge_trained_options(
     parser: Parser, typed: dict, options: dict, classifier, *, dataset_needed: bool = True
 ) -> dict:
     """Return all options for one classifier. Data options that were not typed take the values of its training, and its
-    image size; `norm` becomes None. Exit with a usage error if neither names the data set and it is needed.
+    image size; the margin of the crop follows a typed image size. `norm` becomes None. Exit with a usage error if
+    neither names the data set and it is needed.
     """
     trained = {key: classifier.options[key] for key in TRAINED_OPTIONS if key in classifier.options}
     options = {**options, **trained, "norm": None, **typed}
@@ -134,6 +135,8 @@ def merge_trained_options(
         options["image_size"] = own_size
         if dataset in ("folder", "imagenet") and not options["eval_resize"]:
             options["eval_resize"] = classifier.resize
+    elif "image_size" in typed and "eval_resize" not in typed and (dataset == "folder" or options["eval_resize"]):
+        options["eval_resize"] = round(classifier.resize * options["image_size"] / own_size)
     if classifier.interpolation and "interpolation" not in typed:
         options["interpolation"] = classifier.interpolation
     return options

@@ -142,6 +142,7 @@ class Classifier:
     model_args: dict = field(default_factory=dict)  # of its constructor
     epoch: int | None = None
     knows_norm: bool = True  # whether mean and std are those of its training, not assumed
+    knows_size: bool = True  # the same for image_size
     norm_note: str = ""  # what was assumed of the normalisation
     resize: int | None = None  # shorter side of its test images before the centre crop; None: unknown
     interpolation: str | None = None  # how its images are resized, if its weights or its run define it
@@ -262,6 +263,7 @@ def build_saved(
         model_args=saved.choose_arguments(name, model_args),
         epoch=saved.epoch,
         knows_norm=bool(saved.options),
+        knows_size=bool(inputs or image_size or saved.image_size),
         resize=find_eval_resize(saved, side),
         interpolation=saved.options.get("interpolation"),
     )
@@ -279,11 +281,13 @@ def build_saved(
 def find_eval_resize(saved: SavedClassifier, side: int) -> int:
     """Return the shorter side of the test images before the crop of `side` pixels.
 
-    It is that of the training run; for weights of other codes, the usual one of ImageNet or of small images.
+    It is that of the training run, in proportion if `side` is another than there; for weights of other codes, the usual
+    one of ImageNet or of small images.
     """
+    if saved.image_size and (trained := saved.options.get("eval_resize")):
+        return round(trained * side / saved.image_size)
     dataset = saved.options.get("dataset") or ("imagenet" if side > LARGE_SIDE else "folder")
-    eval_resize = saved.options.get("eval_resize") if side == saved.image_size else None
-    return get_default_view(dataset, side, eval_resize).resize
+    return get_default_view(dataset, side, None).resize
 
 
 def load_pretrained(name: str, models: ModuleType, *, weights: str, model_args: dict | None, title: str) -> Classifier:

@@ -18,6 +18,7 @@ from support import ROOT, find_free_port, shapes_command, write_image
 from torch.nn import functional as F
 
 import evaluate
+import models
 import train
 from engine.data.datasets import load_evaluation
 from engine.data.folders import FileList
@@ -25,7 +26,8 @@ from engine.data.image_files import ImageFiles
 from engine.data.image_set import ImageSet
 from engine.data.views import CenterCrop
 from engine.errors import UserError
-from engine.inference.classifier import Classifier
+from engine.inference.classifier import Classifier, load_classifier
+from engine.runtime.checkpoint import FORMAT
 from evaluation.card import format_label, format_markdown, make_rows
 from evaluation.card import make_panels as make_card_panels
 from evaluation.context import EvalContext, EvalSession, check_same_images
@@ -265,6 +267,19 @@ def test_torchvision_networks_get_images_of_their_own_size(dataset, sizes):
     classifier = Classifier("net", torch.nn.Identity(), (0.5,) * 3, (0.2,) * 3, image_size=299, resize=342)
     options = merge_trained_options(parser, typed, parser.defaults | typed, classifier)
     assert (options["image_size"], options["eval_resize"]) == sizes
+
+
+@pytest.mark.parametrize("typed, resize", [({}, 256), ({"image_size": 448}, 512), ({"eval_resize": 230}, 230)])
+@pytest.mark.parametrize("dataset", ["imagenet", "folder"])
+def test_a_typed_image_size_keeps_the_margin_of_the_training(tmp_path, dataset, typed, resize):
+    """Before, --image_size 448 was refused because of the --eval_resize 256 that imagenet_train.py stores."""
+    config = {"model": "imagenet_resnet18", "dataset": dataset, "image_size": 224, "eval_resize": 256}
+    content = {"format": FORMAT, "config": config, "model": build_model("imagenet_resnet18", 2, 224).state_dict()}
+    torch.save(content | {"classes": ["a", "b"], "image_size": 224}, tmp_path / "net.pt")
+    classifier = load_classifier(str(tmp_path / "net.pt"), models, image_size=typed.get("image_size"))
+    parser = build_parser()
+    options = merge_trained_options(parser, typed, parser.defaults | typed, classifier)
+    assert (options["image_size"], options["eval_resize"]) == (typed.get("image_size", 224), resize)
 
 
 def test_assumed_normalisation_and_limit_are_reported(runs, tmp_path, capsys):
