@@ -27,8 +27,8 @@ from engine.runtime.distributed import world_size
 from engine.runtime.files import write_atomic
 from engine.runtime.text import format_count
 from evaluation.context import UNNORMALIZED, EvalContext, EvalSession
-from evaluation.export_formats import FORMATS, Network
-from evaluation.loading import load_classifiers, prepare_inputs
+from evaluation.export_formats import FORMATS, ExportFormat, Network
+from evaluation.loading import load_classifiers, note_assumed_size, prepare_inputs
 from evaluation.options import merge_trained_options
 
 CHECKED_IMAGES = 100
@@ -127,6 +127,7 @@ def build_export_context(
         classifier.titles = images.classes
     context = EvalContext(classifier, images, dataset or "folder", torch.empty(0, dtype=torch.long), session)
     prepare_inputs(context, norm)
+    note_assumed_size(context)
     if not classifier.titles:
         session.note(f"{classifier.path} stores no class names: exported without them (--class_list FILE names them)")
     return context
@@ -165,11 +166,23 @@ def export_classifier(
     def write(side: Path) -> None:
         with silence_exporters(debug):
             save(side)
-            measured.update(check_logits(path, form.open(side), classifier, pixels))
+            measured.update(check_logits(path, open_exported(path, form, side), classifier, pixels))
 
     write_atomic(path, write)
     reader = f"{form.reader} {version(form.reader)}"
     return {"file": str(path), "bytes": path.stat().st_size, "detail": detail, "reader": reader, **measured}
+
+
+def open_exported(path: Path, form: ExportFormat, side: Path) -> Network:
+    """Open the file `side`. Raises UserError if the reader does not take it, as an old one. path: for messages."""
+    try:
+        return form.open(side)
+    except Exception as error:  # whatever the reader raises
+        reader = f"{form.reader} {version(form.reader)}"
+        raise UserError(
+            f"{path}: not written, since {reader} cannot open it ({summarize(error)})\n"
+            f"update it: pip install -U {form.reader}"
+        ) from error
 
 
 @torch.no_grad()

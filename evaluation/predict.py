@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.data.datasets import get_default_view
-from engine.data.pictures import find_images, make_picture_set, print_line
+from engine.data.pictures import explain_unreadable, find_images, make_picture_set, print_line
 from engine.drawing.tables import align_columns
 from engine.inference.classifier import Classifier
 from engine.inference.metrics import rank_classes, validate_logits
@@ -20,7 +20,7 @@ from evaluation.loading import prepare_inputs
 from evaluation.options import CSV_COLUMNS, DESCRIPTION
 
 MAX_LINES = 60  # of the table on the screen
-MAX_NAMES = 20  # of unreadable pictures on the screen
+MAX_NAMES = 20  # of unreadable pictures on the screen; --output names all
 
 
 def find_pictures(predict: list[str]) -> list[Path]:
@@ -90,8 +90,8 @@ def report_predictions(results: list[dict], command: str, *, output: str | None)
         seconds = f"{result['seconds']:.1f} s"
         print(f"{result['name']}: {format_count(count, 'picture')} of {size} x {size} pixels in {seconds}")
     if unreadable := list({name: None for result in results for name in result["unreadable"]}):
-        names = ", ".join(unreadable[:MAX_NAMES]) + (", ..." if len(unreadable) > MAX_NAMES else "")
-        print_line(f"note: left out, since they cannot be read: {names} ({len(unreadable)})")
+        for name in unreadable[:MAX_NAMES]:
+            print_line(f"note: skipped: {explain_unreadable(Path(name))}")
     if output:
         path, text = Path(output), format_csv(results)
         write_json(path, {"description": DESCRIPTION, "command": command, "results": results})

@@ -95,6 +95,15 @@ def iter_images(files: list[Path], on_bad_image: str) -> Iterator[tuple[Path, np
             print_line(f"note: skipped: {error}")
 
 
+def explain_unreadable(file: Path) -> str:
+    """Return the name of a picture and why it cannot be read."""
+    try:
+        decode_image(file, upright=True)
+    except BadImage as error:
+        return str(error)
+    return f"{file}: it could not be read at first"
+
+
 def make_picture_set(files: list[Path], view: View, on_bad_image: str, option: str) -> ImageSet:
     """Return pictures, upright, as an image set without classes.
 

@@ -106,7 +106,10 @@ def save_checkpoint(path: Path, content: dict, *, keep_previous: bool = False) -
             link_or_copy(path, path.with_name("previous.pt"))
 
     with delay_interrupt():
-        write_atomic(path, lambda side: torch.save(content, side), before_rename=link_previous)
+        try:
+            write_atomic(path, lambda side: torch.save(content, side), before_rename=link_previous)
+        except UserError as error:
+            raise UserError(f"{error}, then resume the run with --checkpoint") from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -64,8 +64,7 @@ def write_atomic(path: Path, write: Callable[[Path], None], before_rename: Calla
         cause = "the disk is full: " if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20 else ""
         kept = "the old file is intact" if path.exists() else "no partial file is left"
         raise UserError(
-            f"could not write {path}: {cause}{str(error).splitlines()[0]}\n"
-            f"{kept}; free disk space or write elsewhere, then resume a run with --checkpoint"
+            f"could not write {path}: {cause}{str(error).splitlines()[0]}\n{kept}; free disk space or write elsewhere"
         ) from error
     finally:
         with suppress(OSError):  # it is gone unless an error or Ctrl-C came before the rename

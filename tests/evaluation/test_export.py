@@ -152,6 +152,19 @@ def test_a_file_that_computes_something_else_is_not_written(fault, classifier, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_its_reader_refuses_is_not_written(classifier, tmp_path, monkeypatch):
+    def fail(path):
+        raise ValueError("unsupported opset 99")
+
+    monkeypatch.setitem(export.FORMATS, ".pt2", make_format(None)._replace(open=fail))
+    message = (
+        r"model.pt2: not written, since torch \S+ cannot open it .ValueError: unsupported opset 99.\nupdate it: pip"
+    )
+    with pytest.raises(UserError, match=message):
+        export.export_classifier(tmp_path / "model.pt2", classifier, CenterCrop(16, 16), PIXELS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_network_that_cannot_be_exported_leaves_nothing(classifier, tmp_path):
     class Branching(torch.nn.Linear):
         def forward(self, images):

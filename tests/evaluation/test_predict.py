@@ -159,8 +159,9 @@ def test_unreadable_pictures_stop_or_are_named_and_counted(tmp_path, capsys):
     found = [Path(one["file"]).name for one in result["predictions"]]
     assert found == ["a.png", "z.png", os.fsdecode(b"\xff.png")]
     assert [Path(name).name for name in result["unreadable"]] == broken
-    named = ", ".join(str(tmp_path / "pictures" / name) for name in broken)
-    assert f"note: left out, since they cannot be read: {named} (2)\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for name, reason in zip(broken, ("the file is empty", "not an image"), strict=True):
+        assert f"note: skipped: {tmp_path / 'pictures' / name}: {reason}\n" in out
     assert json.loads(output.read_text())["results"] == [result]
     assert "\\udcff.png,c,1," in output.with_suffix(".csv").read_text(encoding="utf-8")
 
@@ -172,6 +173,7 @@ def test_names_of_classes_come_from_a_list_if_the_file_has_none(tmp_path, capsys
     [result] = evaluate.main(words)
     assert {one["class"] for one in result["predictions"][0]["top"]} == {"0", "1"}
     out = capsys.readouterr().out
+    assert "does not store the size of its training images; using 32 pixels (--image_size changes it)" in out
     assert "using imagenet (--norm changes it)" in out and "--class_list FILE names them" in out
     (tmp_path / "names.txt").write_text("n01440764 tench, Tinca tinca\nn01443537 goldfish\n")
     [result] = evaluate.main([*words, "--class_list", str(tmp_path / "names.txt"), "--norm", "half"])
