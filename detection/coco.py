@@ -9,7 +9,8 @@ of an object, which decides whether it is small, medium or large, is the `area` 
 """
 
 import json
-import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ def read_image_set(
 
 def check_files(path: Path, folder: Path, names: list[str], files: list[Path]) -> None:
     """Raise UserError, with their number and the first names, if image files are missing."""
-    missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
+    missing = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]  # never raises
     if missing:
         raise UserError(
             f"{path}: {len(missing):,} of {format_count(len(names), 'image')} missing in {folder}: "
@@ -167,7 +168,7 @@ def is_whole(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # neither NaN nor infinite
 
 
 def is_text(value: object) -> bool:

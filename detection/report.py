@@ -150,7 +150,7 @@ def format_result(results: dict) -> list[str]:
     if absent := [name for name, row in results["classes"].items() if not row["objects"]]:
         lines.append(f"excluded from the means (no objects, or only {flag} ones): {format_first_names(absent)}")
     lines += mark_rows(rows, rule, "as in papers on self-supervised learning")
-    how = describe_difficult(settings["coco_count_difficult"])
+    how = "ignored" if flag == "crowd" else describe_difficult(settings["coco_count_difficult"])
     lines.append(f"{flag} objects: VOC: ignored; COCO: {how}")
     lines.append(
         f"at most {settings['max_dets']} detections per image, score above {settings['score_thr']:g}, NMS at IoU "

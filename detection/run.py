@@ -169,8 +169,9 @@ def describe_run(
         f"Faster R-CNN, neck {neck}, backbone {backbone.get('model')} from {backbone.get('path')}{start}; "
         f"recipe {recipe}: {total} ({iters / steps:.1f} epochs of {epoch}), batch {batch_size}, "
         f"lr {lr:g} {drops}, warm-up {warmup}, weight decay {weight_decay:g}",
-        f"shorter side {side}, longer side at most {max_size} pixels; {trainable_layers} of 5 layers trained, batch "
-        f"norm {norm}, augmentation {augment}, {'with' if use_difficult else 'without'} difficult objects, seed {seed}",
+        f"shorter side {side}, longer side at most {max_size} pixels; {trainable_layers} of 5 layers trained, "
+        f"batch norm {norm}, augmentation {augment}, {'with' if use_difficult else 'without'} {train.flag} objects, "
+        f"seed {seed}",
     ]
 
 

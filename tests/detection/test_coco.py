@@ -231,6 +231,8 @@ def change(*path: str | int, to: object = None) -> Callable:
             change("annotations", 0, "bbox", to=[1, 2, 3, float("nan")]),
             "bbox is not four numbers in 1 of the annotations: ",
         ),
+        (change("annotations", 0, "bbox", to=[1, 2, 3, 10**400]), "bbox is not four numbers in 1 of the annotations: "),
+        (change("images", 0, "file_name", to="a" * 300), "1 of 2 images missing in .*: a{300}\nset --images to the"),
         (change("annotations", 0, "area", to="big"), "area is not a number in 1 of the annotations: "),
         (change("annotations", 0, "iscrowd", to=2), "iscrowd is not 0 or 1 in 1 of the annotations: "),
     ],
@@ -397,6 +399,7 @@ def test_detector_is_trained_and_evaluated(folder, tmp_path, monkeypatch, capsys
     trained = detect.main([*data, *start, *words, "--iters", "3", *output, "run"])
     out = capsys.readouterr().out
     assert "5 training images, 5 objects (0 crowd)" in out and "5 test images, 6 objects (1 crowd)" in out
+    assert "without crowd objects" in out and "crowd objects: VOC: ignored; COCO: ignored\n" in out
     assert out.index("COCO AP ") < out.index("VOC07 mAP@0.5 (11-point)") and "last epoch: COCO AP" in out
     run, found = tmp_path / "coco" / "frcnn" / "run", tmp_path / "found.json"
     detect.main([*data, *start, *words, "--iters", "2", *output, "stopped"])
