@@ -3,14 +3,13 @@
 import argparse
 import difflib
 import os
-import re
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from .. import ALIASES, MIXERS, hyper_parameters, mixer_class
 from .bundle import Bundle
-from .modules import ROOT, read_module
+from .modules import read_module
 from .text import order_modules, write_body
 
 PREFIX = __package__.removesuffix("mixing.export")  # of the package that pip installs; empty in the repository
@@ -22,31 +21,38 @@ OBSTACLES = {  # why the others cannot be written
     "casm": "it needs a trained mask network of python -m saliency.casm",
 }
 CAM_OBSTACLE = "it looks for a layer in any network, which takes many more functions; install this package to use it"
-MARK = "`python -m mixing.export"  # is in the head of each file that was written
+FIRST_LINE = "# SPDX-License-Identifier: MIT"  # of each file that is written; MARK is in its head
+MARK = "\nWritten by `python -m mixing.export "
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(argv)
     try:
-        if options.list:
-            print(list_methods())
-            return
-        if options.name is None:
-            raise ValueError("name a method, or --list them")
-        name = find_name(options.name, METHODS, ALIASES, "method")
-        stem = Path(options.output).stem if options.output else name
-        text = write_file(name, choose_source(name, options.source), stem)
-        if options.output:
+        text = list_methods() if options.list else choose_file(options.name, options.source, options.output)
+        if options.output and not options.list:
             save(Path(options.output), text)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         parser.error(str(error))
-    if not options.output:
-        sys.stdout.write(text)
+    if options.list or not options.output:
+        print_text(text)
+
+
+def choose_file(method: str | None, source: str | None, output: str | None) -> str:
+    """Return the file for these options. Raises ValueError for what cannot be written."""
+    if method is None:
+        raise ValueError("name a method, or --list them")
+    method = find_name(method, METHODS, ALIASES, "method")
+    if output and Path(output).is_dir():
+        raise ValueError(f"--output {output}: this is a folder; name a file in it")
+    stem = Path(output).stem if output else method
+    if not stem.isidentifier():
+        raise ValueError(f"--output {output}: Python cannot import {stem!r}; use letters, digits and _ only")
+    return write_file(method, choose_source(method, source), stem)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m mixing.export", description=__doc__.split(":")[0] + ".")
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__.split(":")[0] + ".")
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"method: {', '.join(METHODS)}")
     parser.add_argument(
         "--source", metavar="NAME", help=f"saliency source: {', '.join(SOURCES)} (default: that of the method's paper)"
@@ -72,11 +78,10 @@ def choose_source(method: str, name: str | None) -> str | None:
         if name:
             raise ValueError(f"--source {name}: {method} needs no saliency; leave the option out")
         return default
-    name = find_name(name, list(saliency.SOURCES), saliency.ALIASES, "source")
-    if name not in SOURCES:
+    if name in saliency.SOURCES and name not in SOURCES:
         why = OBSTACLES.get(name, CAM_OBSTACLE)
         raise ValueError(f"--source {name} cannot be written as one file: {why}; choose from {', '.join(SOURCES)}")
-    return name
+    return find_name(name, SOURCES, saliency.ALIASES, "source")
 
 
 def list_methods() -> str:
@@ -86,7 +91,7 @@ def list_methods() -> str:
         cls = mixer_class(name)
         title = read_module(get_parts(cls)).list_paragraphs()[0].partition(": ")[2].removesuffix(".")
         lines.append(f"{name:12} {cls.default_source or '-':13} {title}")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def get_parts(cls: type) -> tuple[str, ...]:
@@ -114,7 +119,7 @@ def write_head(method: str, source: str | None, classes: list[type], stem: str, 
     text = "\n\n".join(read_module(get_parts(classes[0])).list_paragraphs())
     names = ", ".join(sorted(cls.__name__ for cls in classes))
     lines = [
-        "# SPDX-License-Identifier: MIT",
+        FIRST_LINE,
         "# Copyright (c) 2026 the authors of saliency-mixing. Please cite the paper if you use the method.",
         f'"""{text}',
         "",
@@ -131,8 +136,7 @@ def write_head(method: str, source: str | None, classes: list[type], stem: str, 
 
 
 def find_version() -> str:
-    file = ROOT / "__init__.py" if PREFIX else ROOT / "package" / "saliency_mixing" / "__init__.py"
-    return re.search('__version__ = "(.+)"', file.read_text()).group(1)
+    return import_module(PREFIX.removesuffix(".") or "package.saliency_mixing").__version__
 
 
 def write_usage(method: str, source: str | None, classes: list[type]) -> str:
@@ -169,14 +173,28 @@ def write_usage(method: str, source: str | None, classes: list[type]) -> str:
 
 
 def save(path: Path, text: str) -> None:
-    """Write a file. Raises ValueError if there is one that was not written by this command."""
-    if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"--output {path}: this file exists and was not written by this command; choose another name")
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first")
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    """Write a file. Raises ValueError if that is impossible, or if there is one that this command did not write."""
+    try:
+        if path.exists():
+            head = path.read_text(encoding="utf-8", errors="replace").partition("\nUsage:\n")[0]
+            if not head.startswith(FIRST_LINE) or MARK not in head:
+                raise ValueError(
+                    f"--output {path}: this file exists and was not written by this command; choose another name"
+                )
+        path.write_text(text, encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it first") from None
+    except OSError as error:
+        raise ValueError(f"--output {path}: {error.strerror}; choose another place") from None
+
+
+def print_text(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has exited, as in `| head`; Python would report it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ class Bundle:
 
     roots: these classes. usage: code that uses them, through the variables `mixer` and `source`; it says which members
     of their base classes are needed. A class that nothing is derived from has all its methods. A base class has those
-    that something calls and that are not overridden; attributes of classes are there if something reads them.
+    that something calls and that are not overridden; attributes of both are there if something reads them. Classes with
+    another base than these are there as a whole.
     """
 
     def __init__(self, roots: list[Key], usage: str):
         self.keys: set[Key] = set(roots)
-        self.read: set[tuple[str | None, str]] = set()  # (base class, attribute); None: of a class with another base
-        self.note_attributes(ast.parse(usage + "\nmixer.weight, mixer.partner"), None)
+        self.read: set[tuple[str | None, str]] = set()  # (base class, attribute); None: of another object
+        always = "mixer.weight, mixer.partner, source.points"  # for users; as_source() knows a source by its points()
+        self.note_attributes(ast.parse(f"{usage}\n{always}"), None)
         size = None
         while size != (size := (len(self.keys), len(self.read))):
             for parts, name in list(self.keys):
@@ -58,19 +60,15 @@ class Bundle:
     def needs_member(self, module: Module, owner: ast.ClassDef, member: ast.stmt) -> bool:
         """Return whether a class keeps a member, by the rules of the class Bundle."""
         family, names = self.find_family(module, owner), list_names(member)
-        if not names or "NamedTuple" in map(ast.unparse, owner.bases):
+        if not names or family not in CONTRACTS.values():
             return True
         derived = [one for one in self.list_classes() if owner in self.list_bases(one)]
         is_method = isinstance(member, ast.FunctionDef)
-        if not (is_method and (not derived or names[0].startswith("__")) or self.is_read(family, names)):
+        is_read = any((family, name) in self.read for name in names)
+        if not (is_read or is_method and (not derived or names[0].startswith("__"))):
             return False
         leaves = [one for one in derived if not any(one in self.list_bases(other) for other in derived)]
         return not derived or any(self.is_visible(leaf, owner, names[0]) for leaf in leaves)
-
-    def is_read(self, family: str, names: list[str]) -> bool:
-        """Return whether something reads one of these attributes of the classes with this last base class."""
-        families = {family} if family in CONTRACTS.values() else {one for one, _ in self.read}
-        return any((one, name) in self.read for one in families for name in names)
 
     def is_visible(self, leaf: ast.ClassDef, owner: ast.ClassDef, name: str) -> bool:
         """Return whether an object of class `leaf` reaches the member `name` of its base class `owner`."""

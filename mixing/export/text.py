@@ -66,7 +66,8 @@ def write_imports(imports: list[tuple[str, str | None, str]]) -> str:
     blocks = []
     for is_standard in (True, False):
         group = [one for one in imports if (one[0].split(".")[0] in sys.stdlib_module_names) == is_standard]
-        lines = [f"import {module}" for module in sorted({module for module, name, _ in group if name is None})]
+        whole = sorted({(module, local) for module, name, local in group if name is None})
+        lines = [f"import {module}" if module == local else f"import {module} as {local}" for module, local in whole]
         for module in sorted({module for module, name, _ in group if name}):
             pairs = [(name, local) for origin, name, local in group if origin == module and name]
             names = [name if name == local else f"{name} as {local}" for name, local in sorted(pairs, key=order_names)]

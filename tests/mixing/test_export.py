@@ -1,6 +1,7 @@
 """A method as one file: it imports torch alone, reads well, and mixes as the package does, bit for bit."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from torch.nn import functional as F
 
 import saliency
 from mixing import MIXERS, mixer_class
+from mixing.export import modules
 from mixing.export.__main__ import METHODS, SOURCES, main, write_file
+from mixing.export.bundle import Bundle
+from mixing.export.text import write_body
 
 CASES = [(method, mixer_class(method).default_source) for method in METHODS]
 CASES += [("saliencymix", name) for name in SOURCES if name != "fine_grained"]
@@ -169,6 +173,17 @@ def test_a_file_holds_only_what_it_uses(method, source):
     assert named <= known | {"deepcopy", *dir(torch.nn.Module)}, named - known
 
 
+def test_an_import_under_another_name_and_a_dataclass_are_written_whole(tmp_path, monkeypatch):
+    lines = ["import torch.nn.functional as functional", "from dataclasses import dataclass", "", "", "@dataclass"]
+    lines += ["class Item:", "    unread: int", "    value: int = 2", "", "", "class Example:", "    def run(self, x):"]
+    lines += ["        return functional.relu(x) * Item(1).value"]
+    (tmp_path / "example.py").write_text("\n".join(['"""An example."""', "", *lines, ""]))
+    monkeypatch.setattr(modules, "ROOT", tmp_path)
+    parts, names = ("example",), {}
+    exec(write_body(Bundle([(parts, "Example")], ""), [parts], parts), names)
+    assert names["Example"]().run(torch.tensor([-1.0, 3.0])).tolist() == [0, 6]
+
+
 def test_the_files_are_formatted_as_our_code(tmp_path):
     for method, source in CASES:
         (tmp_path / f"{method}_{source}.py").write_text(export(method, source))
@@ -182,13 +197,14 @@ def test_a_file_is_printed_or_written(tmp_path, capsys):
     main(["mixup_hidden"])
     printed = capsys.readouterr().out
     assert printed == export("manifold", None) and printed.startswith("# SPDX-License-Identifier: MIT\n")
-    path = tmp_path / "own.py"
+    path, other = tmp_path / "own.py", tmp_path / "own.py.tmp"
+    other.write_text("mine")
     for _ in range(2):  # the file of an earlier call is replaced
         main(["saliencymix", "--source", "static", "--output", str(path)])
     assert path.read_text() == export("saliencymix", "fine_grained").replace(
         "from saliencymix import", "from own import"
     )
-    assert [one.name for one in tmp_path.iterdir()] == ["own.py"]
+    assert {*tmp_path.iterdir()} == {path, other} and other.read_text() == "mine"
     main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [name for name in MIXERS if name != "none"]
@@ -204,23 +220,42 @@ def test_a_file_is_printed_or_written(tmp_path, capsys):
         ([], "name a method, or --list them"),
         (["cutmix", "--source", "uniform"], "--source uniform: cutmix needs no saliency; leave the option out"),
         (["sage", "--source", "spectal"], "unknown source 'spectal': did you mean spectral?"),
+        (["sage", "--source", "fg"], f"unknown source 'fg': choose from {', '.join(SOURCES)}"),
         (["sage", "--source", "bank"], "--source bank cannot be written as one file: it learns in every training step"),
         (["sage", "--source", "casm"], "--source casm cannot be written as one file: it needs a trained mask network"),
         (["sage", "--output", "photos.py"], "--output photos.py: this file exists and was not written by this command"),
-        (["sage", "--output", "no/such.py"], "--output no/such.py: there is no folder no"),
+        (["sage", "--output", "no/such.py"], "--output no/such.py: there is no folder no; make it first"),
+        (["sage", "--output", "my-files/"], "--output my-files/: this is a folder; name a file in it"),
+        (["sage", "--output", "my-sage.py"], "--output my-sage.py: Python cannot import 'my-sage'; use letters, "),
+        (["sage", "--output", "/proc/sage.py"], "--output /proc/sage.py: "),
     ],
 )
 def test_what_cannot_be_written_is_refused_in_one_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "photos.py").write_text("mine = 1\n")
+    mine = "# a file of the user, on the command\nWritten by `python -m mixing.export sage`.\n"
+    (tmp_path / "photos.py").write_text(mine)
+    (tmp_path / "my-files").mkdir()
     with pytest.raises(SystemExit) as stopped:
         main(words)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"python -m mixing.export: error: {message}")
-    assert (tmp_path / "photos.py").read_text() == "mine = 1\n" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "photos.py").read_text() == mine and len([*tmp_path.rglob("*")]) == 2
+
+
+@pytest.mark.parametrize("word", ["cutmix", "--list"])
+def test_a_reader_that_has_exited_stops_the_command_quietly(word, monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="1"):
+            main([word])
+    assert not capfd.readouterr().err
 
 
 def test_the_installed_package_writes_the_same_file(installed_package, tmp_path):
-    code = "import runpy, sys; sys.argv = ['export', 'cutmix']; "
-    code += "runpy.run_module('saliency_mixing.mixing.export', run_name='__main__', alter_sys=True)"
-    assert run_installed(installed_package, code, tmp_path) == export("cutmix", None)
+    code = "import runpy, sys; sys.argv = ['export', 'cutmix']\n"
+    code += "runpy.run_module('saliency_mixing.mixing.export', run_name='__main__', alter_sys=True)\n"
+    code += "from saliency_mixing.mixing.export.__main__ import build_parser\nprint(build_parser().prog)"
+    printed = run_installed(installed_package, code, tmp_path)
+    assert printed == export("cutmix", None) + "python -m saliency_mixing.mixing.export\n"
