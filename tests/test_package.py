@@ -103,3 +103,11 @@ def test_wrong_arguments_of_the_constructors_are_refused(package):
         package.build_source("casm", casm="masks.pt")
     with pytest.raises(ValueError, match="PuzzleMix needs a saliency source as its third argument"):
         package.PuzzleMix()(IMAGES, TARGETS)
+
+
+def test_an_editable_install_works_without_engine(tmp_path):
+    """There, the folders of the package are those of the repository, and the other ones are not on the path."""
+    code = f"import saliency_mixing as package\npackage.__path__.append({str(ROOT)!r})\n"
+    code += "from saliency_mixing.mixing.export.__main__ import write_file\nwrite_file('cutout', None, 'cutout')\n"
+    code += "try:\n    package.build_source('casm', casm='masks.pt')\nexcept ValueError as error:\n    print(error)"
+    assert "casm is not part of saliency_mixing" in run_installed(ROOT / "package", code, tmp_path)
