@@ -25,8 +25,6 @@ shortest one with saliency.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from types import FunctionType, MethodType
 
 import torch
 
@@ -184,7 +182,7 @@ class Mixer:
 
 
 class FunctionSource:
-    """A plain function (images, targets) -> saliency as a source that offers nothing else."""
+    """A function or other callable (images, targets) -> saliency as a source that offers nothing else."""
 
     clean_weight, per_image, logits, has_gradient = 0.0, False, None, False
 
@@ -199,5 +197,5 @@ class FunctionSource:
 
 
 def as_source(source):
-    """Wrap a plain function in a FunctionSource; return any other source, and None, unchanged."""
-    return FunctionSource(source) if isinstance(source, (FunctionType, MethodType, partial)) else source
+    """Wrap what is called like a source but is none, such as a function; return a source, and None, unchanged."""
+    return source if source is None or hasattr(source, "points") else FunctionSource(source)

@@ -28,6 +28,10 @@ class Chain(Mixer):
         self.mixes_hidden = any(mixer.mixes_hidden for mixer in mixers)
 
     @property
+    def gradient_options(self):
+        return self.mixers[-1].gradient_options
+
+    @property
     def mixed_weight(self) -> float:
         return self.mixers[-1].mixed_weight
 
@@ -96,6 +100,11 @@ class Choice(Chain):
         return sources if any(sources) else None
 
     def __call__(self, images, targets, source=None):
+        if source is not None and not isinstance(source, (list, tuple)):
+            raise ValueError(
+                "Choice needs a list of sources, one for each method; this builds it: "
+                "mixer.build_source(lambda one: gradient_source(model, **one.gradient_options))"
+            )
         self.drawn = int(torch.randint(len(self.mixers), ()))
         mixer = self.mixers[self.drawn]
         mixed, soft = mixer(images, targets, source and source[self.drawn])
@@ -145,7 +154,7 @@ class PartialMix(Chain):
         if partial and any(part and part.clean_weight for part in sources):
             raise ValueError(
                 "a method that mixes only part of each batch cannot also train on the unmixed images in the pass of "
-                "its saliency source: add --clean_weight 0"
+                "its saliency source: add --clean_weight 0 (in your own loop: clean_lam=0, or update_ratio=1 for SAGE)"
             )
         return source
 

@@ -13,7 +13,7 @@ from .ops import box_mask, center_boxes, check_probability, clip_boxes, draw_lam
 def center_boxes_real(
     rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int
 ) -> torch.Tensor:
-    """Return num_boxes as center_boxes() does, but with real centres in [0, n) and real sides.
+    """Return boxes as center_boxes() does, but with real centres in [0, n) and real sides.
 
     Only the clipped edges are truncated to whole pixels. Puzzle Mix, Co-Mixup and SAGE run CutMix in this form.
     """

@@ -75,6 +75,21 @@ def test_the_plain_loop_runs(run):
     assert names["mixer"].__class__.__module__.startswith("saliency_mixing."), "the repository was imported"
 
 
+def test_the_plain_loop_runs_with_several_methods(run):
+    names = run("Several methods", model=small_network())
+    mixer, source = names["mixer"], names["source"]
+    assert source[0] is None and source[1].clean_weight == pytest.approx(1 - mixer.mixers[1].mixers[1].update_ratio)
+    weights = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        mixed, _ = mixer(torch.randn(4, 3, 32, 32), torch.eye(10)[:4], source)
+        assert (mixed == 0).any(), "Cutout has cut a hole"
+        weights.add(mixer.mixed_weight)
+    assert weights == {1.0, mixer.mixers[1].mixers[1].update_ratio}
+    with pytest.raises(ValueError, match="Choice needs a list of sources, one for each method; .*build_source"):
+        mixer(torch.randn(4, 3, 32, 32), torch.eye(10)[:4], source[1])
+
+
 def train_like_timm(
     model: nn.Module, batches, loss_fn, mixup_fn, *, lr=0.05, accumulate=1, precision=None, scaler=None, layout=None
 ) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from support import same_state
 
 from mixing import (
     ALIASES,
@@ -607,6 +608,29 @@ def test_function_source_has_the_defaults_of_source():
         assert vars(FunctionSource)[name] == vars(Source)[name]
     assert plain.points(None) == default.points(None) is None
     assert as_source(default) is default and as_source(None) is None
+
+
+class Maps(torch.nn.Module):
+    """A callable that is neither a function nor a Source."""
+
+    def forward(self, images, targets):
+        return fixed_maps(images, targets)
+
+
+@pytest.mark.parametrize("name", SALIENCY_METHODS)
+def test_any_callable_is_a_source(name):
+    images, targets, results = torch.rand(5, 3, 16, 16), torch.eye(5), []
+    for source in (fixed_maps, Maps()):
+        torch.manual_seed(2)
+        results.append(build_mixer(name, mix_prob=1.0, **SMALL)(images, targets, source))
+    assert same_state(*results)
+
+
+def test_chained_methods_give_the_gradient_options_of_the_last_one():
+    sage = build_mixer("sage", blur_sigma=2.0, kernel_size=3)
+    assert sage.gradient_options["blur_sigma"] == 2
+    for mixer in (PartialMix(sage), compose_mixer(["sage"], cutout=True, blur_sigma=2.0, kernel_size=3)):
+        assert mixer.gradient_options == sage.gradient_options
 
 
 def test_a_missing_source_raises_an_error_that_names_the_default():

@@ -23,11 +23,12 @@ from mixing.solvers.rlmix_agent import (
     joint_log_prob,
     ppo_loss,
 )
+from saliency import Source
 
 B, K = 4, 5
 
 
-class Source:
+class Classifier(Source):
     """A source with logits. Each call returns new random maps."""
 
     def __call__(self, images, targets):
@@ -43,7 +44,7 @@ def train(mixer, steps, source=None, batch=B):
     """Run training steps without a network. Returns the last mixed images."""
     for _ in range(steps):
         images, targets = torch.randn(batch, 3, 16, 16), torch.eye(K)[torch.arange(batch) % K]
-        mixed, _ = mixer(images, targets, source or Source())
+        mixed, _ = mixer(images, targets, source or Classifier())
         mixer.after_backward(torch.randn_like(mixed))
     return mixed
 
@@ -163,7 +164,7 @@ def test_reward_is_the_similarity_of_the_two_maps():
 
 
 def test_rollout_records_each_step():
-    mixer, source = build_mixer(agent_trajectory_size=9, reward_step=3, reward_scaling=4.0), Source()
+    mixer, source = build_mixer(agent_trajectory_size=9, reward_step=3, reward_scaling=4.0), Classifier()
     rewards = []
     for step in range(6):
         if step in (0, 4):
@@ -186,7 +187,7 @@ def test_rollout_records_each_step():
 
 def test_recorded_actions_determine_the_patches():
     mixer = build_mixer(random_patches=(4,), pairing="reversed")
-    images, targets, source = torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Source()
+    images, targets, source = torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Classifier()
     for _ in range(5):
         maps = []
         mixed, _ = mixer(images, targets, lambda i, t, maps=maps: maps.append(source(i, t)) or maps[0])
@@ -280,10 +281,10 @@ def test_batches_that_are_not_mixed_are_not_learned_from():
     assert 30 < mixer.agent.rollout.filled < 70
     with pytest.raises(ValueError, match="gradient"):
         for _ in range(50):
-            mixer(torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Source())
+            mixer(torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Classifier())
             mixer.after_backward(None)
     mixer.mix_prob, filled = 1.0, mixer.agent.rollout.filled
-    mixer(torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Source())  # no backward pass follows
+    mixer(torch.randn(B, 3, 16, 16), torch.eye(K)[:B], Classifier())  # no backward pass follows
     mixer.mix_prob = 0.0
     train(mixer, 1)
     assert mixer.agent.rollout.filled == filled
@@ -382,4 +383,4 @@ def test_wrong_hyper_parameters_raise_an_error(options):
 
 def test_error_for_a_grid_that_does_not_fit_names_the_option():
     with pytest.raises(ValueError, match="num_patches"):
-        RLMix(random_patches=(6,))(torch.randn(2, 3, 12, 12), torch.eye(2), Source())
+        RLMix(random_patches=(6,))(torch.randn(2, 3, 12, 12), torch.eye(2), Classifier())

@@ -11,6 +11,7 @@ from engine.training.loss import LOSSES
 from mixing import sage
 from mixing.sage import SAGE, blend_shifted, scale_maps
 from mixing.solvers import sage_offsets
+from saliency import Source
 from saliency.gradient import Gradient, blur
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 6, 10), (3, 1, 2, 2)]  # one image; odd batches; H != W; the smallest
@@ -401,7 +402,7 @@ def test_invalid_maps_are_replaced_by_uniform_ones(bad):
 def test_mixed_weight_is_update_ratio_only_with_a_clean_loss():
     images, targets = torch.randn(2, 3, 4, 4), torch.eye(2)
 
-    class Reusing:
+    class Reusing(Source):
         clean_weight = 0.3
 
         def __call__(self, images, targets):
