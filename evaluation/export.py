@@ -178,10 +178,8 @@ def open_exported(path: Path, form: ExportFormat, side: Path) -> Network:
     try:
         return form.open(side)
     except Exception as error:  # whatever the reader raises
-        reader, reason = (
-            f"{form.reader} {version(form.reader)}",
-            f"{type(error).__name__}: {get_first_error_line(error)}",
-        )
+        reader = f"{form.reader} {version(form.reader)}"
+        reason = f"{type(error).__name__}: {get_first_error_line(error)}"
         raise UserError(
             f"{path}: not written, since {reader} cannot open it ({reason})\nupdate it: pip install -U {form.reader}"
         ) from error
