@@ -199,7 +199,8 @@ def read_start(file: Path) -> bytes:
 def check_output_path(parser: Parser, option: str, file: Path, starts: tuple[bytes, ...] = ()) -> None:
     """Exit with a usage error if `file` cannot be written, so that the run fails at its start and not at its end.
 
-    starts: how the files that the option writes begin; another existing file, which may be the user's, is kept.
+    starts: how the files that the option writes begin; another existing file, which may be the user's, is kept
+    unless it is empty.
     """
     file = file.absolute()
     if not file.parent.is_dir():
@@ -208,5 +209,5 @@ def check_output_path(parser: Parser, option: str, file: Path, starts: tuple[byt
         parser.error(f"{option} {file}: this is a folder; give the name of a file")
     if not os.access(file.parent, os.W_OK):
         parser.error(f"{option} {file}: no permission to write in {file.parent}")
-    if starts and file.is_file() and not read_start(file).startswith(starts):
+    if starts and file.is_file() and file.stat().st_size and not read_start(file).startswith(starts):
         parser.error(f"{option} {file}: this file was not written by {option}; choose another name, or delete it")

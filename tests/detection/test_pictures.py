@@ -161,6 +161,9 @@ def test_users_files_are_never_replaced(run, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run("--image_path", folder / "a.jpg", "--predictions", path)
         assert f"--predictions {path}: this file was not written by --predictions" in capsys.readouterr().err
+    (tmp_path / "empty.json").touch()  # as mktemp makes one
+    run("--image_path", folder / "a.jpg", "--predictions", tmp_path / "empty.json", "--output", tmp_path / "out")
+    assert json.loads((tmp_path / "empty.json").read_text())["images"]
 
 
 def write_json(path: Path, content) -> Path:
