@@ -518,7 +518,7 @@ def test_invalid_combinations_are_refused(words, message, capsys):
         ("--method puzzlemix --image_size 36", "36x36 pixels cannot be cut into 8x8 blocks"),
         ("--method rmix --image_size 36", "random_patches"),
         ("--method comixup --m_block_num 5", "m_block_num"),
-        ("--method sage --saliency_size 16", "clean_weight 0"),
+        ("--method sage --saliency_size 16", "set clean_weight to 0"),
         ("--method sage --mix_fraction 0.5", "clean_weight 0"),
         ("--method sage --kernel_size 65", "kernel_size 65"),
     ],
