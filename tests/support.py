@@ -151,8 +151,7 @@ def load_recorded_problem(golden, number: int, case: dict):
     return unary.permute(0, 2, 3, 1).contiguous(), *edges
 
 
-# How tests start processes. A fork saves the import of torch, but CUDA and its threads do not survive it.
-START = "spawn" if torch.cuda.is_available() else "fork"
+START = "spawn"  # how tests start processes: in a fork, OpenCV would wait for threads that fork does not copy
 
 
 def run_script(main: Callable[[], None], errors: Path) -> None:
