@@ -86,13 +86,13 @@ def read_coco(path: Path) -> CocoFile:
     check_ids(path, "categories", content["categories"])
     categories = sorted(content["categories"], key=lambda entry: entry["id"])
     classes = [entry.get("name") for entry in categories]
-    refuse(path, "categories", [one for one in categories if not is_text(one.get("name"))], "no name")
-    refuse_repeated(path, "name in categories", classes)
+    reject_entries(path, "categories", [one for one in categories if not is_text(one.get("name"))], "no name")
+    reject_repeated(path, "name in categories", classes)
     check_ids(path, "images", content["images"])
     images = sorted(content["images"], key=lambda entry: entry["id"])
-    refuse(path, "images", [one for one in images if not is_text(one.get("file_name"))], "no file_name")
+    reject_entries(path, "images", [one for one in images if not is_text(one.get("file_name"))], "no file_name")
     names = [entry["file_name"].replace("\\", "/") for entry in images]
-    refuse_repeated(path, "file_name in images", names)
+    reject_repeated(path, "file_name in images", names)
     category_ids, image_ids = [one["id"] for one in categories], [one["id"] for one in images]
     sizes = read_sizes(path, images)
     annotations = read_annotations(path, content["annotations"], category_ids, dict(zip(image_ids, sizes, strict=True)))
@@ -115,7 +115,9 @@ def read_content(path: Path) -> dict:
     if empty := [key for key in ("images", "categories") if not lists[key]]:
         raise UserError(f"{path}: the list {empty[0]} is empty\n{REMEDY}")
     for key, entries in lists.items():
-        refuse(path, key, [entry for entry in entries if not isinstance(entry, dict)], "not an object in braces")
+        reject_entries(
+            path, key, [entry for entry in entries if not isinstance(entry, dict)], "not an object in braces"
+        )
     return lists
 
 
@@ -129,7 +131,7 @@ def read_sizes(path: Path, images: list[dict]) -> list[tuple[int, int] | None]:
     """Return height and width of each image; None where the file does not say, or says 0."""
     sides = [[one.get(key) or 0 for key in ("height", "width")] for one in images]
     wrong = [one for one, size in zip(images, sides, strict=True) if not all(is_number(side) for side in size)]
-    refuse(path, "images", wrong, "width or height is not a number")
+    reject_entries(path, "images", wrong, "width or height is not a number")
     return [(round(height), round(width)) if height > 0 and width > 0 else None for height, width in sides]
 
 
@@ -137,17 +139,17 @@ def read_annotations(
     path: Path, entries: list[dict], category_ids: list[int], sizes: dict[int, tuple[int, int] | None]
 ) -> list[Annotation]:
     """Return the objects of each image. sizes: image id -> size, in the order of the result."""
-    refuse(path, "annotations", [one for one in entries if "bbox" not in one], "no bbox", REMEDY)
-    refuse(path, "annotations", [one for one in entries if not is_box(one["bbox"])], "bbox is not four numbers")
-    refuse_repeated(path, "id in annotations", [one["id"] for one in entries if is_whole(one.get("id"))])
+    reject_entries(path, "annotations", [one for one in entries if "bbox" not in one], "no bbox", REMEDY)
+    reject_entries(path, "annotations", [one for one in entries if not is_box(one["bbox"])], "bbox is not four numbers")
+    reject_repeated(path, "id in annotations", [one["id"] for one in entries if is_whole(one.get("id"))])
     labels = {category_id: label for label, category_id in enumerate(category_ids, 1)}
     for key, known, column in (("image_id", sizes, "images"), ("category_id", labels, "categories")):
         lost = [one for one in entries if not is_whole(one.get(key)) or one[key] not in known]
-        refuse(path, "annotations", lost, f"{key} is not in the list {column}")
+        reject_entries(path, "annotations", lost, f"{key} is not in the list {column}")
     wrong = [one for one in entries if one.get("iscrowd", 0) not in (0, 1)]
-    refuse(path, "annotations", wrong, "iscrowd is not 0 or 1")
+    reject_entries(path, "annotations", wrong, "iscrowd is not 0 or 1")
     wrong = [one for one in entries if one.get("area") is not None and not is_number(one["area"])]
-    refuse(path, "annotations", wrong, "area is not a number")
+    reject_entries(path, "annotations", wrong, "area is not a number")
     by_image = {image_id: Annotation([], [], [], size, []) for image_id, size in sizes.items()}
     for entry in entries:
         boxes, found, crowd, _, areas = by_image[entry["image_id"]]
@@ -181,11 +183,13 @@ def is_box(value: object) -> bool:
 
 def check_ids(path: Path, kind: str, entries: list[dict]) -> None:
     """Raise UserError unless every entry has a whole number as its id, which no other one has."""
-    refuse(path, kind, [entry for entry in entries if not is_whole(entry.get("id"))], "id is not a whole number")
-    refuse_repeated(path, f"id in {kind}", [entry["id"] for entry in entries])
+    reject_entries(
+        path, kind, [entry for entry in entries if not is_whole(entry.get("id"))], "id is not a whole number"
+    )
+    reject_repeated(path, f"id in {kind}", [entry["id"] for entry in entries])
 
 
-def refuse(path: Path, kind: str, entries: Sequence, problem: str, remedy: str = "") -> None:
+def reject_entries(path: Path, kind: str, entries: Sequence, problem: str, remedy: str = "") -> None:
     """Raise UserError, with their number and the first of them, if there are entries that have this problem."""
     if entries:
         shown = [shorten(json.dumps(entry)) for entry in entries]
@@ -195,7 +199,7 @@ def refuse(path: Path, kind: str, entries: Sequence, problem: str, remedy: str =
         )
 
 
-def refuse_repeated(path: Path, kind: str, values: list) -> None:
+def reject_repeated(path: Path, kind: str, values: list) -> None:
     """Raise UserError if a value occurs more than once."""
     if repeated := [str(value) for value, count in Counter(values).items() if count > 1]:
         raise UserError(
