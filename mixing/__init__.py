@@ -23,6 +23,9 @@ MIXERS = {  # name -> (module of this package, class)
     "sage": (".sage", "SAGE"),
     "rmix": (".rmix", "RMix"),
     "rlmix": (".rlmix", "RLMix"),
+    "guidedmixup": (".guidedmixup", "GuidedMixup"),
+    "snapmix": (".snapmix", "SnapMix"),
+    "attentivemix": (".attentivemix", "AttentiveMix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",

@@ -3,17 +3,20 @@
 | to | use |
 |---|---|
 | pair the images of a batch, draw lam | draw_partner(), draw_lam() |
-| mix two images as a whole, or inside a box | blend(), paste() |
+| mix two images as a whole, inside a box, or pixel by pixel | blend(), paste(), blend_pixels() |
 | place boxes and turn them into masks | center_boxes(), clip_boxes(), box_mask() |
 | work on a grid of blocks | block_means(), upsample_blocks(), check_divides() |
-| clean up and normalise saliency maps | replace_invalid_maps(), normalize_sum() |
+| clean up, smooth and normalise saliency maps | replace_invalid_maps(), blur_maps(), normalize_sum() |
 | send numbers drawn on the host to the device | to_device() |
 
 Boxes are rows (y1, y2, x1, x2) of a long tensor, half-open, in pixels. lam is the share of the first image.
 """
 
+from functools import cache
+
 import torch
 from torch.distributions import Beta
+from torch.nn import functional as F
 
 
 def check_targets(targets: torch.Tensor) -> None:
@@ -56,6 +59,24 @@ def replace_invalid_maps(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def normalize_sum(saliency: torch.Tensor) -> torch.Tensor:
     """Scale maps (..., H, W) so that each sums to 1. No map may sum to 0."""
     return saliency / saliency.sum((-2, -1), keepdim=True)
+
+
+def blur_maps(maps: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:
+    """Blur maps (B, H, W) with a Gaussian of kernel_size pixels, cut off at its border and scaled to sum 1.
+
+    Borders are reflected without repeating the edge pixel, so a map needs more than kernel_size // 2 pixels per side.
+    """
+    kernel, reach = blur_kernel(sigma, kernel_size, maps.device, maps.dtype), kernel_size // 2
+    padded = F.pad(maps.unsqueeze(1), (reach, reach, reach, reach), mode="reflect")
+    return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
+
+
+@cache  # a copy to the device in each step would wait for it
+def blur_kernel(sigma: float, kernel_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return the weights of a Gaussian blur along one axis, (kernel_size,)."""
+    distance = torch.arange(kernel_size, device=device, dtype=dtype) - kernel_size // 2
+    weight = (distance.square() / (-2 * sigma**2)).exp()
+    return weight / weight.sum()
 
 
 def block_means(values: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -115,6 +136,18 @@ def blend(values: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> tor
     if lam.dim():
         lam = lam.view(-1, *[1] * (values.dim() - 1))
     return (lam * values + (1 - lam) * values[partner]).to(values.dtype)
+
+
+def blend_pixels(images: torch.Tensor, partner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Blend each image (B, C, H, W) with its partner: weight (B, 1, H, W) is the share of the image at each pixel.
+
+    Differentiable with respect to the images, whose memory format is kept.
+    """
+    weight = weight.to(images.dtype)
+    if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
+        # broadcasting over the innermost dimension costs more than expanding the weight in memory
+        weight = weight.expand_as(images).contiguous(memory_format=torch.channels_last)
+    return torch.lerp(images[partner], images, weight)
 
 
 def center_boxes(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ SOURCES = {  # name -> (module of this package, class)
     "bank": (".bank", "Bank"),
     "fine_grained": (".static", "FineGrained"),
     "spectral_residual": (".static", "SpectralResidual"),
+    "spectral_residual_full": (".static", "SpectralResidualFull"),
     "float_bytes": (".static", "FloatBytes"),
     "uniform": (".static", "Uniform"),
     "cam": (".cam.sources", "CAM"),

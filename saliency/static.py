@@ -11,7 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from .base import Source
+from .gradient import blur
 
+MAX_ROWS = 128  # above, spectral_residual_full() works on 128 x 128 pixels
 SCALES = (12, 24, 28, 48, 56, 112)  # half widths in pixels of the centre-surround windows of fine_grained
 
 
@@ -194,6 +196,44 @@ def float_bytes(images: torch.Tensor) -> torch.Tensor:
     return center_surround(octets, windows=smooth).float() / 255
 
 
+def residual_of_log_spectrum(grey: torch.Tensor) -> torch.Tensor:
+    """Return the magnitude of the image that has the spectral residual as its spectrum: (B, H, W).
+
+    grey (B, H, W) float32. The phase is kept; the log magnitude loses its mean over 3 x 3 frequencies, where the
+    borders are repeated.
+    """
+    spectrum = torch.fft.fft2(grey)
+    magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-10).sqrt()
+    log_magnitude = magnitude.log()
+    padded = F.pad(log_magnitude.unsqueeze(1), (1, 1, 1, 1), mode="replicate")
+    residual = log_magnitude - F.avg_pool2d(padded, 3, stride=1).squeeze(1)
+    return torch.fft.ifft2(spectrum * (residual.exp() / magnitude)).abs()
+
+
+def spectral_residual_full(images: torch.Tensor) -> torch.Tensor:
+    """Return the spectral-residual saliency of GuidedMixup, float32 (B, H, W), of any scale.
+
+    Kang and Kim, "GuidedMixup: an efficient mixup strategy guided by saliency maps", AAAI 2023. Unlike
+    OpenCV, it takes the grey values of the normalised images, in full size up to 128 rows (else at 128 x 128 pixels),
+    and does not square the result, which is blurred with 7 x 7 pixels, sigma 3. An image whose grey is 0 everywhere has
+    an all-zero map.
+
+    images (B, 3, H, W) or (B, 1, H, W): normalised floats of at least 4 x 4 pixels.
+    """
+    images, size = images.float(), images.shape[-2:]
+    if images.shape[1] == 3:
+        red, green, blue = images.unbind(1)
+        images = (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    if size[0] > MAX_ROWS:
+        images = resize_smoothly(images, (MAX_ROWS, MAX_ROWS))
+    saliency = blur(residual_of_log_spectrum(images.squeeze(1)), 3.0, 7)
+    return resize_smoothly(saliency.unsqueeze(1), size).squeeze(1) if size[0] > MAX_ROWS else saliency
+
+
+def resize_smoothly(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+
 class StaticSource(Source):
     """A source that reads the image itself: it undoes the normalisation and rounds to 8 bits. Targets are ignored."""
 
@@ -230,6 +270,13 @@ class SpectralResidual(StaticSource):
 
     def compute_maps(self, images):
         return spectral_residual(self.pixels(images))
+
+
+class SpectralResidualFull(StaticSource):
+    """See spectral_residual_full(). It takes the normalised images as they are."""
+
+    def compute_maps(self, images):
+        return spectral_residual_full(images)
 
 
 class FloatBytes(StaticSource):

@@ -16,7 +16,7 @@ from engine.config.option_types import (
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
-SIMPLE_METHODS = ("cutout", "mixup", "manifold", "cutmix", "saliencymix")  # without a group of their own
+SIMPLE_METHODS = ("cutout", "mixup", "manifold", "cutmix", "saliencymix", "guidedmixup", "snapmix", "attentivemix")
 OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix, rlmix"]
 
 
@@ -84,13 +84,19 @@ def add_common_method_options(parser: Parser) -> None:
         default="sample",
         help="saliencymix: one box per image, or one per batch",
     )
+    parser.option(
+        "--top_k",
+        type=int_at_least(1),
+        shown="drawn",
+        help="attentivemix: cells of --num_patches that show the image, instead of a share ~ Beta(alpha, alpha)",
+    )
     parser.option("--cutout_length", type=int_at_least(1), default=16, help="side of a hole in pixels")
     parser.option("--n_holes", type=int_at_least(1), default=1, help="holes per image")
     parser.option(
         "--clean_lam",
         type=float_in_range(),
         shown="by method",
-        help="puzzlemix, comixup, rmix: weight of the loss on the unmixed images",
+        help="puzzlemix, comixup, rmix, guidedmixup: weight of the loss on the unmixed images",
     )
     parser.option(
         "--solver",
@@ -102,8 +108,8 @@ def add_common_method_options(parser: Parser) -> None:
         "--kernels",
         type=choice(["auto", "triton", "torch"]),
         default="auto",
-        help="on CUDA: Triton kernels for puzzlemix, comixup and sage, and CUDA graphs of saliency (auto: where they "
-        "run), or torch operations alone",
+        help="on CUDA: Triton kernels for puzzlemix, comixup, sage and guidedmixup, and CUDA graphs of saliency (auto: "
+        "where they run), or torch operations alone",
     )
 
 
@@ -220,10 +226,12 @@ def add_sage_options(parser: Parser) -> None:
     parser.option(
         "--blur_sigma",
         type=float_in_range(),
-        shown="1",
+        shown="1; guidedmixup: 3",
         help="standard deviation of the saliency blur in pixels; 0: no blur",
     )
-    parser.option("--kernel_size", type=int_at_least(1), shown="5", help="side of the blur kernel in pixels, odd")
+    parser.option(
+        "--kernel_size", type=int_at_least(1), shown="5; guidedmixup: 7", help="side of the blur kernel in pixels, odd"
+    )
     parser.option(
         "--eval_mode", type=boolean, shown="false", help="saliency pass with the running statistics of batch norm"
     )
@@ -250,7 +258,7 @@ def add_rmix_options(parser: Parser) -> None:
         "--num_patches",
         type=int_at_least(1),
         shown="8",
-        help="patches per side if --use_random_patches is false; rlmix: also of its state",
+        help="patches per side if --use_random_patches is false; rlmix: also of its state; attentivemix: its cells",
     )
     parser.option(
         "--patches_per_side",
@@ -261,9 +269,10 @@ def add_rmix_options(parser: Parser) -> None:
     parser.option("--num_action", type=int_at_least(2), shown="10", help="number of saliency percentiles to draw from")
     parser.option(
         "--pairing",
-        type=choice(["random", "reversed"]),
-        shown="random",
-        help="partners: a random permutation, or the batch reversed",
+        type=choice(["random", "reversed", "greedy"]),
+        shown="random; guidedmixup: greedy",
+        help="partners: a random permutation, the batch reversed (rmix, rlmix), or images whose maps differ most "
+        "(guidedmixup)",
     )
     parser.option("--agent_lr", type=positive, shown="3e-4", help="rlmix: learning rate of the agent")
     parser.option(

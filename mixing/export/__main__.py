@@ -15,7 +15,7 @@ from .text import order_modules, write_body
 PREFIX = __package__.removesuffix("mixing.export")  # of the package that pip installs; empty in the repository
 saliency = import_module(f"{PREFIX}saliency")
 METHODS = [name for name in MIXERS if name != "none"]
-SOURCES = ("gradient", "fine_grained", "spectral_residual", "float_bytes", "uniform")  # those that torch is enough for
+SOURCES = ("gradient", "fine_grained", "spectral_residual", "spectral_residual_full", "float_bytes", "uniform")
 OBSTACLES = {  # why the others cannot be written
     "bank": "it learns in every training step, from more than a call; install this package to use it",
     "casm": "it needs a trained mask network of python -m saliency.casm",
@@ -74,23 +74,25 @@ def find_name(name: str, names: list[str] | tuple[str, ...], aliases: dict[str, 
 def choose_source(method: str, name: str | None) -> str | None:
     """Return the source to write with a method, or None. Raises ValueError if it cannot be written."""
     default = mixer_class(method).default_source
-    if name is None or default is None:
+    if default is None:
         if name:
             raise ValueError(f"--source {name}: {method} needs no saliency; leave the option out")
-        return default
-    if name in saliency.SOURCES and name not in SOURCES:
-        why = OBSTACLES.get(name, CAM_OBSTACLE)
-        raise ValueError(f"--source {name} cannot be written as one file: {why}; choose from {', '.join(SOURCES)}")
-    return find_name(name, SOURCES, saliency.ALIASES, "source")
+        return None
+    wanted = name or default
+    if wanted in saliency.SOURCES and wanted not in SOURCES:
+        subject = f"--source {name}" if name else f"{default}, the source of {method},"
+        why, remedy = OBSTACLES.get(wanted, CAM_OBSTACLE), f"choose --source from {', '.join(SOURCES)}"
+        raise ValueError(f"{subject} cannot be written as one file: {why}; {remedy}")
+    return find_name(wanted, SOURCES, saliency.ALIASES, "source")
 
 
 def list_methods() -> str:
     """Return a table of the methods: name, source of saliency, what it does."""
-    lines = ["method       source        what it does"]
+    lines = [f"{'method':12} {'source':22} what it does"]
     for name in METHODS:
         cls = mixer_class(name)
         title = read_module(get_parts(cls)).list_paragraphs()[0].partition(": ")[2].removesuffix(".")
-        lines.append(f"{name:12} {cls.default_source or '-':13} {title}")
+        lines.append(f"{name:12} {cls.default_source or '-':22} {title}")
     return "\n".join(lines) + "\n"
 
 

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .mixing import build_mixer
+    from .mixing.attentivemix import AttentiveMix
     from .mixing.base import Mixer
     from .mixing.comixup import CoMixup
     from .mixing.compose import Chain, Choice, NoMix, PartialMix, compose_mixer
     from .mixing.cutmix import CutMix
     from .mixing.cutout import Cutout
+    from .mixing.guidedmixup import GuidedMixup
     from .mixing.manifold import ManifoldMixup
     from .mixing.mixup import Mixup
     from .mixing.puzzlemix import PuzzleMix
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .mixing.rmix import RMix
     from .mixing.sage import SAGE
     from .mixing.saliencymix import SaliencyMix
+    from .mixing.snapmix import SnapMix
     from .saliency import build_source
     from .saliency.base import Source
     from .saliency.cam.maps import ActivationMaps
@@ -41,11 +44,13 @@ __version__ = "0.1.0"
 __all__ = [
     "SAGE",
     "ActivationMaps",
+    "AttentiveMix",
     "Chain",
     "Choice",
     "CoMixup",
     "CutMix",
     "Cutout",
+    "GuidedMixup",
     "ManifoldMixup",
     "Mixer",
     "Mixup",
@@ -55,6 +60,7 @@ __all__ = [
     "RLMix",
     "RMix",
     "SaliencyMix",
+    "SnapMix",
     "Source",
     "attention_source",
     "bank_source",

@@ -15,7 +15,7 @@ from .saliency.cam.sources import CAM, Attention
 from .saliency.gradient import Gradient
 from .saliency.static import StaticSource
 
-STATIC_METHODS = ("fine_grained", "spectral_residual", "float_bytes")
+STATIC_METHODS = ("fine_grained", "spectral_residual", "spectral_residual_full", "float_bytes")
 CAM_METHODS = ("cam", "gradcam", "gradcam++", "layercam")
 
 

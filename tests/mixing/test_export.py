@@ -25,7 +25,8 @@ from mixing.export.__main__ import METHODS, SOURCES, main, write_file
 from mixing.export.bundle import Bundle
 from mixing.export.text import write_body
 
-CASES = [(method, mixer_class(method).default_source) for method in METHODS]
+PUBLISHED = {method: mixer_class(method).default_source for method in METHODS}
+CASES = [(method, "gradient" if source and source not in SOURCES else source) for method, source in PUBLISHED.items()]
 CASES += [("saliencymix", name) for name in SOURCES if name != "fine_grained"]
 CASES += [("comixup", "fine_grained"), ("sage", "uniform"), ("rlmix", "spectral_residual")]
 OPTIONS = {  # small, and such that each solver is reached
@@ -34,6 +35,7 @@ OPTIONS = {  # small, and such that each solver is reached
     "comixup": {"m_block_num": 4, "m_part": 3, "m_niter": 1},
     "sage": {"rand_pos": 0.02},
     "rmix": {"random_patches": (4,), "clean_lam": 0.5},
+    "attentivemix": {"num_patches": 4},
     "rlmix": {"random_patches": (4,), "num_patches": 4, "agent_trajectory_size": 2, "agent_epochs": 1},
 }
 SHAPES = [(4, 3, 16, 16), (5, 3, 16, 24), (1, 3, 16, 16)]  # an odd batch with H != W; one image
@@ -208,7 +210,7 @@ def test_a_file_is_printed_or_written(tmp_path, capsys):
     main(["--list"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [name for name in MIXERS if name != "none"]
-    assert "puzzlemix    gradient      keep the salient blocks of two images" in lines[6]
+    assert "puzzlemix    gradient               keep the salient blocks of two images" in lines[6]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +225,7 @@ def test_a_file_is_printed_or_written(tmp_path, capsys):
         (["sage", "--source", "fg"], f"unknown source 'fg': choose from {', '.join(SOURCES)}"),
         (["sage", "--source", "bank"], "--source bank cannot be written as one file: it learns in every training step"),
         (["sage", "--source", "casm"], "--source casm cannot be written as one file: it needs a trained mask network"),
+        (["snapmix"], "cam, the source of snapmix, cannot be written as one file: it looks for a layer in any network"),
         (["sage", "--output", "photos.py"], "--output photos.py: this file exists and was not written by this command"),
         (["sage", "--output", "no/such.py"], "--output no/such.py: there is no folder no; make it first"),
         (["sage", "--output", "my-files/"], "--output my-files/: this is a folder; name a file in it"),
