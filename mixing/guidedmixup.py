@@ -1,7 +1,7 @@
 """GuidedMixup: pair the images whose salient regions differ most, then blend each pixel by the ratio of the saliencies.
 
-Kang and Kim, AAAI 2023, "GuidedMixup: an efficient mixup strategy guided by saliency maps". The mix itself draws
-nothing. With the source `spectral_residual_full` it is the method's SR variant, with `gradient` its AP variant.
+Kang and Kim, AAAI 2023, arXiv 2306.16612. The mix itself draws nothing. With the source `spectral_residual_full` it is
+the method's SR variant, with `gradient` its AP variant.
 """
 
 import torch

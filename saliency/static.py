@@ -1,7 +1,7 @@
 """Static saliency: maps computed from the image alone, like those of OpenCV contrib, for a whole batch on any device.
 
 The arithmetic follows OpenCV step by step, including its rounding to 8 bits, because the most salient pixel depends on
-it.
+it. Only spectral_residual_full() is that of another code.
 """
 
 from collections.abc import Callable
@@ -213,12 +213,11 @@ def residual_of_log_spectrum(grey: torch.Tensor) -> torch.Tensor:
 def spectral_residual_full(images: torch.Tensor) -> torch.Tensor:
     """Return the spectral-residual saliency of GuidedMixup, float32 (B, H, W), of any scale.
 
-    Kang and Kim, "GuidedMixup: an efficient mixup strategy guided by saliency maps", AAAI 2023. Unlike
-    OpenCV, it takes the grey values of the normalised images, in full size up to 128 rows (else at 128 x 128 pixels),
-    and does not square the result, which is blurred with 7 x 7 pixels, sigma 3. An image whose grey is 0 everywhere has
-    an all-zero map.
+    Kang and Kim, "GuidedMixup: an efficient mixup strategy guided by saliency maps", AAAI 2023.
 
-    images (B, 3, H, W) or (B, 1, H, W): normalised floats of at least 4 x 4 pixels.
+    Unlike OpenCV, it takes the grey values of the normalised images, in full size up to 128 rows (else at 128 x 128
+    pixels), and does not square the result, which is blurred with 7 x 7 pixels, sigma 3. An image whose grey is 0
+    everywhere has an all-zero map. images (B, 3, H, W) or (B, 1, H, W): normalised floats of at least 4 x 4 pixels.
     """
     images, size = images.float(), images.shape[-2:]
     if images.shape[1] == 3:

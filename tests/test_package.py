@@ -79,7 +79,8 @@ def test_the_constructors_build_the_sources_of_their_names(package):
         ("gradient", package.gradient_source(network, **sage)),
         ("fine_grained", package.static_source(**statistics)),
     ]
-    built += [(name, package.static_source(**statistics, method=name)) for name in ("spectral_residual", "float_bytes")]
+    static = ("spectral_residual", "spectral_residual_full", "float_bytes")
+    built += [(name, package.static_source(**statistics, method=name)) for name in static]
     built += [(name, package.cam_source(network, name)) for name in ("cam", "gradcam", "gradcam++", "layercam")]
     for name, source in built:
         named = package.build_source(name, model=network, **statistics, **sage)

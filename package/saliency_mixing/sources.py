@@ -61,10 +61,11 @@ def gradient_source(
 
 
 def static_source(mean: tuple[float, ...], std: tuple[float, ...], method: str = "fine_grained") -> StaticSource:
-    """Return maps of the image alone, without a network: `fine_grained`, `spectral_residual` or `float_bytes`.
+    """Return maps of the image alone, without a network.
 
-    mean, std: the normalisation of your images, one number per channel for pixels in 0..1. The maps are those of
-    OpenCV, computed for a whole batch on its device. Raises ValueError for an unknown method.
+    method: `fine_grained`, `spectral_residual` or `float_bytes`, whose maps are those of OpenCV, or
+    `spectral_residual_full`, that of GuidedMixup. mean, std: the normalisation of your images, one number per channel
+    for pixels in 0..1. Maps are computed for a whole batch on its device. Raises ValueError for an unknown method.
     """
     return _choose(method, STATIC_METHODS)(mean, std)
 
