@@ -29,6 +29,7 @@ from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
 TARGET_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+TARGET_MIXERS += ["guidedmixup", "attentivemix"]
 SMALL = {"block_num": (2,), "m_block_num": 2, "random_patches": (2,), "num_patches": 4, "patches_per_side": (2,)}
 
 
@@ -386,6 +387,7 @@ def test_partial_mix_refuses_a_clean_loss():
 
 
 SALIENCY_METHODS = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+SALIENCY_METHODS += ["guidedmixup", "snapmix", "attentivemix"]
 
 
 @pytest.mark.parametrize("name", SALIENCY_METHODS)
@@ -457,6 +459,8 @@ WEIGHTED = {  # method -> variants of its hyper-parameters
     "sage": [{}, {"search": "exhaustive"}],
     "rmix": [{}, {"patches_per_side": (2, 4)}],
     "rlmix": [{}],
+    "guidedmixup": [{}, {"pairing": "random"}],
+    "attentivemix": [{}, {"in_batch": True}],
 }
 
 

@@ -37,14 +37,16 @@ from engine.training.loss import LOSSES
 from engine.training.monitor import EpochMonitor
 from engine.training.network_step import StepConfig
 from engine.training.state import TrainingState
-from mixing import MIXERS, build_mixer
+from mixing import MIXERS, build_mixer, mixer_class
 from models import build_model
 from saliency import build_source
 
 CPU = torch.device("cpu")
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+SELDOM = ("cutmix", "saliencymix", "guidedmixup")  # methods that leave half of the batches unmixed
 CASES = {  # name -> method, hyper-parameters, source (None: the default of the method), micro-batches
-    **{name: (name, {"mix_prob": 1.0} if name in ("cutmix", "saliencymix") else {}, None, 1) for name in MIXERS},
+    **{name: (name, {"mix_prob": 1.0} if name in SELDOM else {}, None, 1) for name in MIXERS},
+    **{name: (name, {}, "gradcam", 1) for name in MIXERS if mixer_class(name).default_source == "cam"},  # see SmallNet
     "puzzlemix with clean loss": ("puzzlemix", {"clean_lam": 1.0}, None, 1),
     "rmix with clean loss": ("rmix", {"clean_lam": 1.0}, None, 1),
     "puzzlemix with bank": ("puzzlemix", {}, "bank", 1),
