@@ -23,6 +23,12 @@ MIXERS = {  # name -> (module of this package, class)
     "sage": (".sage", "SAGE"),
     "rmix": (".rmix", "RMix"),
     "rlmix": (".rlmix", "RLMix"),
+    "resizemix": (".resizemix", "ResizeMix"),
+    "fmix": (".fmix", "FMix"),
+    "gridmix": (".gridmix", "GridMix"),
+    "smoothmix": (".smoothmix", "SmoothMix"),
+    "hmix": (".hmix", "HMix"),
+    "gmix": (".hmix", "GMix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",

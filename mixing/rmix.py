@@ -9,6 +9,7 @@ import torch
 from .base import Mixer
 from .ops import (
     blend,
+    blend_pixels,
     block_means,
     check_divides,
     check_probability,
@@ -55,11 +56,8 @@ def mix(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, weig
     images (B, C, H, W), targets (B, K), partner (B,), weight (B, rows, columns). Returns mixed images and soft targets.
     Differentiable with respect to the images, whose memory format is kept.
     """
-    pixels = upsample_blocks(weight, *images.shape[-2:]).to(images.dtype)
-    if images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous():
-        # broadcasting over the innermost dimension costs more than expanding the weight in memory
-        pixels = pixels.expand_as(images).contiguous(memory_format=torch.channels_last)
-    return torch.lerp(images[partner], images, pixels), blend(targets, partner, weight.mean((1, 2)))
+    mixed = blend_pixels(images, partner, upsample_blocks(weight, *images.shape[-2:]))
+    return mixed, blend(targets, partner, weight.mean((1, 2)))
 
 
 class RMix(Mixer):

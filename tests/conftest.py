@@ -175,6 +175,11 @@ def network_golden():
 
 
 @pytest.fixture(scope="session")
+def method_golden():
+    return np.load(GOLDEN / "more_methods.npz")
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """A headless Chromium, for tests marked `browser`."""
     running = Browser(find_browser(), tmp_path_factory.mktemp("browser"))

@@ -208,3 +208,12 @@ def hold_lock(lock: Path) -> Iterator[None]:
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def load_method_recording(golden, case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normalised images and the labels of a case of more_methods.npz."""
+    rows = golden[f"{case}_rows"]
+    top, bottom, left, right = golden[f"{case}_crop"] if f"{case}_crop" in golden else (0, None, 0, None)
+    pixels = torch.from_numpy(golden["images"][rows][..., top:bottom, left:right]).float() / 255
+    mean, std = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    return (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1), torch.from_numpy(golden["labels"][rows]).long()
