@@ -28,8 +28,8 @@ def hmix_weight(lam: torch.Tensor, boxes: torch.Tensor, height: int, width: int)
     lam () or (B,); boxes (B, 4), of at most the share 1 - lam of the pixels.
     """
     inside = box_mask(boxes, height, width).squeeze(1)
-    outside = lam / (1 - inside.float().mean((1, 2))).clamp(min=1 / (height * width))
-    return torch.where(inside, 0.0, outside.clamp(max=1).view(-1, 1, 1))
+    outside = lam / (1 - inside.float().mean((1, 2)))  # NaN if there is nothing outside
+    return torch.where(inside, 0.0, outside.view(-1, 1, 1))
 
 
 def gmix_weight(lam: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, height: int, width: int) -> torch.Tensor:

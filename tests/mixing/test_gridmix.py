@@ -2,6 +2,7 @@ import pytest
 import torch
 from support import load_method_recording
 
+import mixing.gridmix
 from mixing import build_mixer
 from mixing.gridmix import GridMix, grid_mask
 from mixing.ops import blend
@@ -63,6 +64,20 @@ def test_the_partner_has_the_share_that_the_settings_give():
     torch.manual_seed(0)
     mixer(torch.zeros(8000, 1, 32, 32), torch.eye(2).repeat(4000, 1))
     assert abs(1 - mixer.weight.mean() - 0.27) < 0.015
+
+
+def test_the_draws_fill_their_ranges(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mixing.gridmix, "grid_mask", lambda *draws: seen.extend(draws) or torch.ones(4000, 1, 8, 8) > 0)
+    ranges = {"grid_holes": (2, 4), "hole_aspect": (0.5, 1.0), "grid_area": (0.5, 0.9), "grid_aspect": (0.5, 2.0)}
+    torch.manual_seed(0)
+    GridMix(in_batch=True, **ranges).draw_mask(torch.zeros(4000, 1, 8, 8))
+    _, holes, *draws, place, height, width = seen
+    assert holes.bincount().tolist()[:2] == [0, 0] and (holes.bincount()[2:] / 4000 - 1 / 3).abs().max() < 0.03
+    for drawn, (low, high) in zip([*draws, place], [*list(ranges.values())[1:], (0.0, 1.0)], strict=True):
+        assert low <= drawn.min() and drawn.max() <= high
+        assert abs(drawn.mean() - (low + high) / 2) < 0.03 * (high - low)
+    assert place.shape == (4000, 2) and (height, width) == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ def test_the_ratio_leads_from_mixup_to_cutmix():
 
 
 def test_a_lam_of_zero_or_one_is_mixed():
+    weight = gmix_weight(torch.tensor([0.0, 1.0]), torch.tensor([2, 2]), torch.tensor([1, 1]), 4, 4)
+    spot = torch.zeros(4, 4).index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(1.0))
+    assert torch.equal(weight, torch.stack([spot, 1 - spot]))
     images, targets = torch.randn(6, 3, 8, 8), torch.eye(6)
     for name in ("hmix", "gmix"):
         for _ in range(20):

@@ -61,6 +61,19 @@ def test_boxes_and_shares_are_drawn_per_batch_or_per_image(in_batch):
     torch.testing.assert_close(mixed, mixer.weight * images + (1 - mixer.weight) * images[mixer.partner])
 
 
+def test_each_image_shows_its_whole_partner_in_its_box():
+    torch.manual_seed(3)
+    images = torch.randn(6, 3, 24, 20)
+    mixer = ResizeMix(in_batch=True, resize_range=(0.3, 0.8))
+    mixed, _ = mixer(images, torch.eye(6))
+    for k, partner in enumerate(mixer.partner):
+        pasted = mixer.weight[k, 0] == 0
+        rows, columns = pasted.any(1).nonzero().flatten(), pasted.any(0).nonzero().flatten()
+        box = torch.tensor([[rows[0], rows[-1] + 1, columns[0], columns[-1] + 1]])
+        expected = torch.where(pasted, resize_into(images[partner : partner + 1], box)[0], images[k])
+        assert torch.equal(mixed[k], expected)
+
+
 def test_sides_follow_the_draw_and_stay_in_their_range():
     images = torch.empty(20_000, 1, 1, 1)
     draws = {alpha: ResizeMix(alpha, in_batch=True).draw_tau(images) for alpha in (0.2, 1.0)}

@@ -48,6 +48,16 @@ def test_the_partner_has_the_published_share_on_average():
     assert 0.11 < share.min() and share.max() < 0.74
 
 
+def test_kernels_lie_half_a_pixel_before_the_drawn_one():
+    mixer = SmoothMix(in_batch=True)
+    torch.manual_seed(0)
+    mixer(torch.zeros(4000, 1, 4, 6), torch.eye(2).repeat(2000, 1))
+    corners = mixer.weight[:, 0, [0, 0, 3, 3], [0, 5, 0, 5]]
+    nearest = corners.eq(mixer.weight.amin((1, 2, 3)).unsqueeze(1)).float().mean(0)
+    # the first row is nearest if the first or the second one is drawn, the last row only if it is drawn itself
+    torch.testing.assert_close(nearest, torch.tensor([4, 2, 2, 1]) / 24, rtol=0, atol=0.02)
+
+
 def test_mix_prob_must_be_a_probability():
     with pytest.raises(ValueError, match="mix_prob must lie between 0 and 1, got 2"):
         SmoothMix(mix_prob=2)
