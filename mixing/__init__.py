@@ -26,6 +26,12 @@ MIXERS = {  # name -> (module of this package, class)
     "guidedmixup": (".guidedmixup", "GuidedMixup"),
     "snapmix": (".snapmix", "SnapMix"),
     "attentivemix": (".attentivemix", "AttentiveMix"),
+    "resizemix": (".resizemix", "ResizeMix"),
+    "fmix": (".fmix", "FMix"),
+    "gridmix": (".gridmix", "GridMix"),
+    "smoothmix": (".smoothmix", "SmoothMix"),
+    "hmix": (".hmix", "HMix"),
+    "gmix": (".hmix", "GMix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",

@@ -2,9 +2,10 @@
 
 | to | use |
 |---|---|
-| pair the images of a batch, draw lam | draw_partner(), draw_lam() |
+| pair the images of a batch, draw lam, draw places | draw_partner(), draw_lam(), draw_centers() |
 | mix two images as a whole, inside a box, or pixel by pixel | blend(), paste(), blend_pixels() |
-| place boxes and turn them into masks | center_boxes(), clip_boxes(), box_mask() |
+| place boxes and turn them into masks | center_boxes(), scale_boxes(), clip_boxes(), box_mask() |
+| let weights fall off around a place | gaussian_kernel() |
 | work on a grid of blocks | block_means(), upsample_blocks(), check_divides() |
 | clean up, smooth and normalise saliency maps | replace_invalid_maps(), blur_maps(), normalize_sum() |
 | send numbers drawn on the host to the device | to_device() |
@@ -128,13 +129,25 @@ def draw_partner(images: torch.Tensor) -> torch.Tensor:
     return torch.randperm(len(images), device=images.device)
 
 
+def draw_centers(images: torch.Tensor, per_image: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw the row and the column of a random pixel, each (1,) long on the device, or (B,) with per_image."""
+    number = len(images) if per_image else 1
+    rows = torch.rand(number, device=images.device) * images.shape[-2]
+    columns = torch.rand(number, device=images.device) * images.shape[-1]
+    return rows.long(), columns.long()
+
+
+def append_dims(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Append `count` dimensions to (B,) numbers, so that they broadcast; return one number () as it is."""
+    return values.view(-1, *[1] * count) if values.dim() else values
+
+
 def blend(values: torch.Tensor, partner: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
     """Return lam * values + (1 - lam) * values[partner], in the dtype of values.
 
     values (B, ...): images, targets or features; partner (B,); lam () or (B,).
     """
-    if lam.dim():
-        lam = lam.view(-1, *[1] * (values.dim() - 1))
+    lam = append_dims(lam, values.dim() - 1)
     return (lam * values + (1 - lam) * values[partner]).to(values.dtype)
 
 
@@ -155,10 +168,18 @@ def center_boxes(rows: torch.Tensor, columns: torch.Tensor, lam: torch.Tensor, h
 
     rows, columns (B,) long; lam () or (B,), the share of the image that is pasted into. Returns (B, 4) long.
 
-    CutMix, arXiv 1905.04899, Eq. 2, with the integer arithmetic of its code: a side is int(n sqrt(1 - lam)) and reaches
-    side // 2 to both sides of the centre, so that an odd side loses one pixel.
+    CutMix, arXiv 1905.04899, Eq. 2, with the arithmetic of scale_boxes().
     """
-    side = (1.0 - lam).sqrt()
+    return scale_boxes(rows, columns, (1.0 - lam).sqrt(), height, width)
+
+
+def scale_boxes(rows: torch.Tensor, columns: torch.Tensor, side: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Return boxes with these sides around the given pixels, clipped at the borders of the image: (B, 4) long.
+
+    rows, columns (B,) long; side () or (B,), relative to the sides of the image. The integer arithmetic is that of the
+    code of CutMix: a side is rounded down to n pixels, of which n // 2 lie on each side of the centre, so that an odd
+    side loses one pixel.
+    """
     half_height, half_width = (height * side).long() // 2, (width * side).long() // 2
     return clip_boxes(rows, columns, half_height, half_width, height, width)
 
@@ -177,6 +198,19 @@ def box_mask(boxes: torch.Tensor, height: int, width: int) -> torch.Tensor:
     rows = torch.arange(height, device=boxes.device).view(1, -1, 1)
     columns = torch.arange(width, device=boxes.device).view(1, 1, -1)
     return ((rows >= y1) & (rows < y2) & (columns >= x1) & (columns < x2)).unsqueeze(1)
+
+
+def gaussian_kernel(
+    rows: torch.Tensor, columns: torch.Tensor, spread: torch.Tensor, height: int, width: int
+) -> torch.Tensor:
+    """Return exp(-distance^2 / spread) of each pixel from the given points: (B, H, W) float32.
+
+    rows, columns (B,), in pixels, not necessarily whole; spread () or (B,), in square pixels, positive.
+    """
+    spread = append_dims(spread, 1)
+    vertical = torch.exp(-((torch.arange(height, device=rows.device) - rows.unsqueeze(1)).square() / spread))
+    horizontal = torch.exp(-((torch.arange(width, device=rows.device) - columns.unsqueeze(1)).square() / spread))
+    return (vertical.unsqueeze(2) * horizontal.unsqueeze(1)).float()
 
 
 def paste(images: torch.Tensor, targets: torch.Tensor, partner: torch.Tensor, boxes: torch.Tensor):

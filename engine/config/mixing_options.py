@@ -15,9 +15,22 @@ from engine.config.option_types import (
 )
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
+from engine.config.shape_options import SHAPE_GROUP, add_shape_options
 
-SIMPLE_METHODS = ("cutout", "mixup", "manifold", "cutmix", "saliencymix", "guidedmixup", "snapmix", "attentivemix")
+SIMPLE_METHODS = (
+    "cutout",
+    "mixup",
+    "manifold",
+    "cutmix",
+    "saliencymix",
+    "guidedmixup",
+    "snapmix",
+    "attentivemix",
+    "smoothmix",
+    "gmix",
+)  # without a group of their own
 OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix, rlmix"]
+OPTION_GROUPS += [SHAPE_GROUP]
 
 
 def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
@@ -59,6 +72,7 @@ def add_method_options(parser: Parser, *, sources: ModuleType) -> None:
     add_comixup_options(parser)
     add_sage_options(parser)
     add_rmix_options(parser)
+    add_shape_options(parser)
 
 
 def add_common_method_options(parser: Parser) -> None:
@@ -70,7 +84,9 @@ def add_common_method_options(parser: Parser) -> None:
         shown="by method",
         help="alpha of lam ~ Beta(alpha, alpha); comixup: of a Dirichlet distribution",
     )
-    parser.option("--in_batch", type=boolean, default=False, help="draw one lam per image instead of one per batch")
+    parser.option(
+        "--in_batch", type=boolean, default=False, help="draw lam, and the mask, per image instead of per batch"
+    )
     parser.option("--per_sample", type=boolean, help="cutmix, saliencymix: one box per image instead of one per batch")
     parser.option(
         "--cutmix_box",

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
     from .mixing.compose import Chain, Choice, NoMix, PartialMix, compose_mixer
     from .mixing.cutmix import CutMix
     from .mixing.cutout import Cutout
+    from .mixing.fmix import FMix
+    from .mixing.gridmix import GridMix
     from .mixing.guidedmixup import GuidedMixup
+    from .mixing.hmix import GMix, HMix
     from .mixing.manifold import ManifoldMixup
     from .mixing.mixup import Mixup
     from .mixing.puzzlemix import PuzzleMix
+    from .mixing.resizemix import ResizeMix
     from .mixing.rlmix import RLMix
     from .mixing.rmix import RMix
     from .mixing.sage import SAGE
     from .mixing.saliencymix import SaliencyMix
+    from .mixing.smoothmix import SmoothMix
     from .mixing.snapmix import SnapMix
     from .saliency import build_source
     from .saliency.base import Source
@@ -50,7 +55,11 @@ __all__ = [
     "CoMixup",
     "CutMix",
     "Cutout",
+    "FMix",
+    "GMix",
+    "GridMix",
     "GuidedMixup",
+    "HMix",
     "ManifoldMixup",
     "Mixer",
     "Mixup",
@@ -59,7 +68,9 @@ __all__ = [
     "PuzzleMix",
     "RLMix",
     "RMix",
+    "ResizeMix",
     "SaliencyMix",
+    "SmoothMix",
     "SnapMix",
     "Source",
     "attention_source",

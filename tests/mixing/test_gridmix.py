@@ -1,0 +1,96 @@
+import pytest
+import torch
+from support import load_method_recording
+
+import mixing.gridmix
+from mixing import build_mixer
+from mixing.gridmix import GridMix, grid_mask
+from mixing.ops import blend
+
+DRAWS = ("lam_draw", "n_holes", "hole_aspect", "area_ratio", "crop_aspect", "place")
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c", "fault"])
+def test_masks_match_the_recordings_but_for_holes_that_wrap_around(case, method_golden):
+    def recorded(name):
+        return torch.from_numpy(method_golden[f"gridmix_{case}_{name}"])
+
+    images, _ = load_method_recording(method_golden, f"gridmix_{case}")
+    mask = grid_mask(*(recorded(name).unsqueeze(0) for name in DRAWS), 32, 32)
+    if case == "fault":  # the grid is higher than the image, and holes above it are missing in the recording
+        assert (mask[0] != recorded("mask").bool()).sum() == 32
+        return
+    assert torch.equal(mask[0], recorded("mask").bool())
+    torch.testing.assert_close(1 - mask.double().mean(), recorded("lam"), rtol=0, atol=1e-7)
+    mixed = torch.where(mask, images[recorded("perm").long()], images)
+    torch.testing.assert_close(mixed, recorded("mixed"), rtol=0, atol=1e-6)
+
+
+def draw(lam=0.75, holes=2, hole_aspect=1.0, area=1.0, aspect=1.0, place=(0.0, 0.0)):
+    one = [torch.tensor([value]) for value in (lam, holes, hole_aspect, area, aspect)]
+    return [*one, torch.tensor([place])]
+
+
+def test_a_grid_by_hand():
+    mask = grid_mask(*draw(), 8, 8)[0, 0].int()  # two cells of 4 pixels, with holes of half their side
+    row = [1, 1, 0, 0, 1, 1, 0, 0]
+    assert mask.tolist() == [row, row, [0] * 8, [0] * 8] * 2
+    mask = grid_mask(*draw(aspect=0.5, place=(1.0, 0.0)), 8, 8)[0, 0].int()  # 11 x 5 pixels at the bottom, cells of 6
+    row = [1, 1, 1, 0, 0, 0, 1, 1]  # the grid is cut on the right
+    assert mask.tolist() == [[0] * 8] * 3 + [row] * 3 + [[0] * 8] * 2
+
+
+def test_cells_of_one_pixel_have_no_holes():
+    assert not grid_mask(*draw(lam=0.1, holes=8), 8, 8).any()
+    assert not grid_mask(*draw(lam=0.1, holes=1, hole_aspect=0.01), 8, 8).any()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 24, 40), (1, 1, 32, 32), (5, 1, 3, 3)])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_targets_follow_the_area(shape, in_batch):
+    images, targets = torch.arange(float(shape[0])).view(-1, 1, 1, 1).expand(shape), torch.eye(8)[: shape[0]]
+    torch.manual_seed(2)
+    mixer = GridMix(1.0, in_batch=in_batch)
+    mixed, soft = mixer(images, targets)
+    own = mixer.weight.mean((1, 2, 3))
+    torch.testing.assert_close(soft, blend(targets, mixer.partner, own))
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), blend(images[:, 0, 0, 0], mixer.partner, own))
+    if shape[0] == 8:
+        assert len({tuple(row) for row in mixer.weight.flatten(1).tolist()}) == (8 if in_batch else 1)
+
+
+def test_the_partner_has_the_share_that_the_settings_give():
+    mixer = GridMix(in_batch=True)
+    torch.manual_seed(0)
+    mixer(torch.zeros(8000, 1, 32, 32), torch.eye(2).repeat(4000, 1))
+    assert abs(1 - mixer.weight.mean() - 0.27) < 0.015
+
+
+def test_the_draws_fill_their_ranges(monkeypatch):
+    seen = []
+    monkeypatch.setattr(mixing.gridmix, "grid_mask", lambda *draws: seen.extend(draws) or torch.ones(4000, 1, 8, 8) > 0)
+    ranges = {"grid_holes": (2, 4), "hole_aspect": (0.5, 1.0), "grid_area": (0.5, 0.9), "grid_aspect": (0.5, 2.0)}
+    torch.manual_seed(0)
+    GridMix(in_batch=True, **ranges).draw_mask(torch.zeros(4000, 1, 8, 8))
+    _, holes, *draws, place, height, width = seen
+    assert holes.bincount().tolist()[:2] == [0, 0] and (holes.bincount()[2:] / 4000 - 1 / 3).abs().max() < 0.03
+    for drawn, (low, high) in zip([*draws, place], [*list(ranges.values())[1:], (0.0, 1.0)], strict=True):
+        assert low <= drawn.min() and drawn.max() <= high
+        assert abs(drawn.mean() - (low + high) / 2) < 0.03 * (high - low)
+    assert place.shape == (4000, 2) and (height, width) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid_holes": (6, 2)}, r"grid_holes must be two rising numbers of at least 1, got \(6, 2\)"),
+        ({"grid_holes": (0, 2)}, "grid_holes"),
+        ({"grid_area": (0.5, 1.5)}, "grid_area must be at most 1"),
+        ({"hole_aspect": (0.0, 1.0)}, "hole_aspect must be two rising positive numbers"),
+        ({"grid_aspect": (2.0, 0.5)}, "grid_aspect must be two rising positive numbers"),
+        ({"mixup_alpha": 0.0}, "mixup_alpha must be positive"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_mixer("gridmix", **options)
