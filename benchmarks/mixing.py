@@ -26,6 +26,7 @@ from models import build_model
 from saliency import build_source
 
 METHODS = ["mixup", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+METHODS += ["smmix", "maskmix", "s2mix"]
 BLOCKS = (2, 4, 8, 16)
 
 

@@ -23,6 +23,9 @@ MIXERS = {  # name -> (module of this package, class)
     "sage": (".sage", "SAGE"),
     "rmix": (".rmix", "RMix"),
     "rlmix": (".rlmix", "RLMix"),
+    "smmix": (".smmix", "SMMix"),
+    "maskmix": (".maskmix", "MaskMix"),
+    "s2mix": (".s2mix", "S2Mix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",

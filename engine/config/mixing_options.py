@@ -16,8 +16,9 @@ from engine.config.option_types import (
 from engine.config.options import add_common_options
 from engine.config.parser import Parser
 
-SIMPLE_METHODS = ("cutout", "mixup", "manifold", "cutmix", "saliencymix")  # without a group of their own
-OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "rmix, rlmix"]
+# methods whose options, or some of them, are in the groups of all methods
+SIMPLE_METHODS = ("cutout", "mixup", "manifold", "cutmix", "saliencymix", "smmix", "maskmix", "s2mix")
+OPTION_GROUPS = ["mixing", "methods", "saliency", "puzzlemix", "comixup", "sage", "smmix, maskmix", "rmix, rlmix"]
 
 
 def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
@@ -58,6 +59,7 @@ def add_method_options(parser: Parser, *, sources: ModuleType) -> None:
     add_puzzlemix_options(parser)
     add_comixup_options(parser)
     add_sage_options(parser)
+    add_patch_options(parser)
     add_rmix_options(parser)
 
 
@@ -70,7 +72,12 @@ def add_common_method_options(parser: Parser) -> None:
         shown="by method",
         help="alpha of lam ~ Beta(alpha, alpha); comixup: of a Dirichlet distribution",
     )
-    parser.option("--in_batch", type=boolean, default=False, help="draw one lam per image instead of one per batch")
+    parser.option(
+        "--in_batch",
+        type=boolean,
+        default=False,
+        help="draw one lam per image (smmix: one side of the window) instead of one per batch",
+    )
     parser.option("--per_sample", type=boolean, help="cutmix, saliencymix: one box per image instead of one per batch")
     parser.option(
         "--cutmix_box",
@@ -109,7 +116,7 @@ def add_common_method_options(parser: Parser) -> None:
 
 def add_saliency_options(parser: Parser, sources: ModuleType) -> None:
     """Add the choice of a saliency source, and the options of the sources."""
-    parser.group("saliency", topics=["saliencymix"])
+    parser.group("saliency", topics=["saliencymix", "smmix", "s2mix"])
     parser.option(
         "--saliency",
         type=choice(sources.SOURCES, sources.ALIASES),
@@ -229,6 +236,28 @@ def add_sage_options(parser: Parser) -> None:
     )
 
 
+def add_patch_options(parser: Parser) -> None:
+    parser.group("smmix, maskmix", folded=True, topics=["rmix", "rlmix"])
+    parser.option(
+        "--num_patches",
+        type=int_at_least(1),
+        shown="8; maskmix 4",
+        help="patches per side: smmix, maskmix, the state of rlmix, and rmix if --use_random_patches is false",
+    )
+    parser.option(
+        "--min_side_ratio",
+        type=float_in_range(0, 1),
+        shown="0.25",
+        help="smmix: smallest side of a window, relative to the image",
+    )
+    parser.option(
+        "--max_side_ratio",
+        type=float_in_range(0, 1),
+        shown="0.75",
+        help="smmix: largest side of a window, relative to the image",
+    )
+
+
 def add_rmix_options(parser: Parser) -> None:
     parser.group("rmix, rlmix", folded=True)
     parser.option(
@@ -246,12 +275,6 @@ def add_rmix_options(parser: Parser) -> None:
         help="patch sides; one is drawn per batch",
     )
     parser.option("--use_random_patches", type=boolean, shown="true", help="false: use --num_patches instead")
-    parser.option(
-        "--num_patches",
-        type=int_at_least(1),
-        shown="8",
-        help="patches per side if --use_random_patches is false; rlmix: also of its state",
-    )
     parser.option(
         "--patches_per_side",
         type=int_list,

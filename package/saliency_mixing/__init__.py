@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from .mixing.cutmix import CutMix
     from .mixing.cutout import Cutout
     from .mixing.manifold import ManifoldMixup
+    from .mixing.maskmix import MaskMix
     from .mixing.mixup import Mixup
     from .mixing.puzzlemix import PuzzleMix
     from .mixing.rlmix import RLMix
     from .mixing.rmix import RMix
+    from .mixing.s2mix import S2Mix
     from .mixing.sage import SAGE
     from .mixing.saliencymix import SaliencyMix
+    from .mixing.smmix import SMMix
     from .saliency import build_source
     from .saliency.base import Source
     from .saliency.cam.maps import ActivationMaps
@@ -47,6 +50,7 @@ __all__ = [
     "CutMix",
     "Cutout",
     "ManifoldMixup",
+    "MaskMix",
     "Mixer",
     "Mixup",
     "NoMix",
@@ -54,6 +58,8 @@ __all__ = [
     "PuzzleMix",
     "RLMix",
     "RMix",
+    "S2Mix",
+    "SMMix",
     "SaliencyMix",
     "Source",
     "attention_source",

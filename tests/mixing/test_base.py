@@ -29,6 +29,7 @@ from saliency.static import FineGrained, FloatBytes
 
 SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch with H != W
 TARGET_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+TARGET_MIXERS += ["smmix", "maskmix"]
 SMALL = {"block_num": (2,), "m_block_num": 2, "random_patches": (2,), "num_patches": 4, "patches_per_side": (2,)}
 
 
@@ -385,7 +386,7 @@ def test_partial_mix_refuses_a_clean_loss():
     assert compose_mixer(["sage"], mix_fraction=0.5).build_source(lambda one: Source())
 
 
-SALIENCY_METHODS = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
+SALIENCY_METHODS = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix", "smmix", "s2mix"]
 
 
 @pytest.mark.parametrize("name", SALIENCY_METHODS)
@@ -433,6 +434,9 @@ def test_gradients_flow_back_through_every_mix(name):
         ("sage", {"rand_pos": 2.0}),
         ("rmix", {"dirichlet_alpha": 0.0}),
         ("rlmix", {"grad_sim": False}),
+        ("smmix", {"num_patches": 1}),
+        ("maskmix", {"mixup_alpha": 0.0}),
+        ("s2mix", {"mix_prob": 1.5}),
         ("nonsense", {}),
     ],
 )
@@ -457,7 +461,11 @@ WEIGHTED = {  # method -> variants of its hyper-parameters
     "sage": [{}, {"search": "exhaustive"}],
     "rmix": [{}, {"patches_per_side": (2, 4)}],
     "rlmix": [{}],
+    "smmix": [{}, {"in_batch": True}],
+    "maskmix": [{}, {"in_batch": True}],
+    "s2mix": [{}],
 }
+MOVING = {"smmix", "s2mix"}  # methods that always move pixels
 
 
 def fixed_maps(images, targets):
@@ -481,7 +489,7 @@ def test_weight_is_the_share_of_the_first_image(name, options):
             if soft[i].max() < 1 or name in ("none", "cutout") or mixer.weight[i].eq(1).all():  # not its own partner
                 torch.testing.assert_close(mixer.weight[i].expand(3, -1, -1), mixed[i])
                 seen += bool(mixer.weight[i].min() < 1)
-    assert seen > 2 or name == "none"
+    assert seen > 2 or name in ("none", "s2mix")
 
 
 def test_weight_is_none_where_no_such_map_exists():
@@ -535,7 +543,7 @@ def mix_by_weight(mixer, values):
     return weight * values + (1 - weight) * values[mixer.partner]
 
 
-@pytest.mark.parametrize("name", [name for name in WEIGHTED if name != "cutout"])
+@pytest.mark.parametrize("name", [name for name in WEIGHTED if name not in {"cutout", *MOVING}])
 @pytest.mark.parametrize("mix_prob", [1.0, 0.0])
 def test_weight_and_partner_mix_a_mask_as_the_method_mixes_it(name, mix_prob):
     masks, targets = torch.rand(5, 3, 16, 16), torch.eye(5)
@@ -551,7 +559,7 @@ def test_weight_and_partner_mix_a_mask_as_the_method_mixes_it(name, mix_prob):
                 assert mixer.weight.eq(1).all() and mixer.partner.tolist() == [*range(5)]
 
 
-@pytest.mark.parametrize("name", ["puzzlemix", "sage"])
+@pytest.mark.parametrize("name", ["puzzlemix", "sage", *sorted(MOVING)])
 def test_the_partner_is_that_of_the_label_where_pixels_move(name):
     images, targets = batch((5, 3, 16, 16))
     mixer = build_mixer(name, **SMALL | {"block_num": (4,)})
