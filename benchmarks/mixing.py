@@ -27,6 +27,7 @@ from saliency import build_source
 
 METHODS = ["mixup", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 METHODS += ["resizemix", "fmix", "gridmix", "smoothmix", "hmix", "gmix"]
+METHODS += ["guidedmixup", "snapmix", "attentivemix", "smmix", "maskmix", "s2mix"]
 BLOCKS = (2, 4, 8, 16)
 
 

@@ -32,6 +32,9 @@ MIXERS = {  # name -> (module of this package, class)
     "smoothmix": (".smoothmix", "SmoothMix"),
     "hmix": (".hmix", "HMix"),
     "gmix": (".hmix", "GMix"),
+    "smmix": (".smmix", "SMMix"),
+    "maskmix": (".maskmix", "MaskMix"),
+    "s2mix": (".s2mix", "S2Mix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",

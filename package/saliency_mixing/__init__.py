@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from .mixing.guidedmixup import GuidedMixup
     from .mixing.hmix import GMix, HMix
     from .mixing.manifold import ManifoldMixup
+    from .mixing.maskmix import MaskMix
     from .mixing.mixup import Mixup
     from .mixing.puzzlemix import PuzzleMix
     from .mixing.resizemix import ResizeMix
     from .mixing.rlmix import RLMix
     from .mixing.rmix import RMix
+    from .mixing.s2mix import S2Mix
     from .mixing.sage import SAGE
     from .mixing.saliencymix import SaliencyMix
+    from .mixing.smmix import SMMix
     from .mixing.smoothmix import SmoothMix
     from .mixing.snapmix import SnapMix
     from .saliency import build_source
@@ -61,6 +64,7 @@ __all__ = [
     "GuidedMixup",
     "HMix",
     "ManifoldMixup",
+    "MaskMix",
     "Mixer",
     "Mixup",
     "NoMix",
@@ -69,6 +73,8 @@ __all__ = [
     "RLMix",
     "RMix",
     "ResizeMix",
+    "S2Mix",
+    "SMMix",
     "SaliencyMix",
     "SmoothMix",
     "SnapMix",

@@ -31,6 +31,7 @@ SHAPES = [(4, 3, 8, 8), (1, 3, 8, 8), (5, 3, 8, 12)]  # one image; an odd batch 
 TARGET_MIXERS = ["mixup", "manifold", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
 TARGET_MIXERS += ["guidedmixup", "attentivemix"]
 TARGET_MIXERS += ["resizemix", "fmix", "gridmix", "smoothmix", "hmix", "gmix"]
+TARGET_MIXERS += ["smmix", "maskmix"]
 SMALL = {"block_num": (2,), "m_block_num": 2, "random_patches": (2,), "num_patches": 4, "patches_per_side": (2,)}
 SMALL |= {"grid_holes": (1, 2)}
 
@@ -389,7 +390,7 @@ def test_partial_mix_refuses_a_clean_loss():
 
 
 SALIENCY_METHODS = ["saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
-SALIENCY_METHODS += ["guidedmixup", "snapmix", "attentivemix"]
+SALIENCY_METHODS += ["guidedmixup", "snapmix", "attentivemix", "smmix", "s2mix"]
 
 
 @pytest.mark.parametrize("name", SALIENCY_METHODS)
@@ -441,6 +442,9 @@ def test_gradients_flow_back_through_every_mix(name):
         ("fmix", {"max_soft": 0.6}),
         ("gridmix", {"grid_holes": (0, 2)}),
         ("hmix", {"hmix_ratio": 2.0}),
+        ("smmix", {"num_patches": 1}),
+        ("maskmix", {"mixup_alpha": 0.0}),
+        ("s2mix", {"mix_prob": 1.5}),
         ("nonsense", {}),
     ],
 )
@@ -473,8 +477,11 @@ WEIGHTED = {  # method -> variants of its hyper-parameters
     "smoothmix": [{}, {"in_batch": True}],
     "hmix": [{}, {"in_batch": True}],
     "gmix": [{}, {"in_batch": True}],
+    "smmix": [{}, {"in_batch": True}],
+    "maskmix": [{}, {"in_batch": True}],
+    "s2mix": [{}],
 }
-MOVING = {"resizemix"}  # methods that always move pixels
+MOVING = {"resizemix", "smmix", "s2mix"}  # methods that always move pixels
 
 
 def fixed_maps(images, targets):
@@ -498,7 +505,7 @@ def test_weight_is_the_share_of_the_first_image(name, options):
             if soft[i].max() < 1 or name in ("none", "cutout") or mixer.weight[i].eq(1).all():  # not its own partner
                 torch.testing.assert_close(mixer.weight[i].expand(3, -1, -1), mixed[i])
                 seen += bool(mixer.weight[i].min() < 1)
-    assert seen > 2 or name == "none"
+    assert seen > 2 or name in ("none", "s2mix")
 
 
 def test_weight_is_none_where_no_such_map_exists():

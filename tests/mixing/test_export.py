@@ -41,6 +41,7 @@ OPTIONS = {  # small, and such that each solver is reached
 SHAPES = [(4, 3, 16, 16), (5, 3, 16, 24), (1, 3, 16, 16)]  # an odd batch with H != W; one image
 HIDDEN = ("mixing", "saliency", "engine", "models", "numpy", "cv2", "triton", "saliency_mixing")
 LONGEST = {"cutout": 170, "mixup": 230, "cutmix": 290, "manifold": 280, "saliencymix": 480, "rmix": 600, "sage": 800}
+LONGEST |= {"smmix": 540, "maskmix": 260, "s2mix": 530}
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
 

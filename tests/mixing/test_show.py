@@ -31,7 +31,7 @@ def image_files(tmp_path):
 
 
 def test_all_methods_are_shown_without_a_network(image_files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(show, "MAX_DRAWS", 4)  # cutout, and comixup with noise images, never show another image
+    monkeypatch.setattr(show, "MAX_DRAWS", 4)  # cutout, s2mix, and comixup with noise images, never show another image
     output = tmp_path / "mix.png"
     weights = show.main(
         ["--images", *image_files, "--method", "all", "--image_size", "64", "--n", "2", "-o", str(output)]
@@ -40,7 +40,7 @@ def test_all_methods_are_shown_without_a_network(image_files, tmp_path, monkeypa
     output_text = capsys.readouterr().out
     for name, soft in weights.items():
         assert soft.shape == (2, 3) and torch.allclose(soft.sum(1), torch.ones(2), atol=1e-5)
-        assert name in ("cutout", "comixup") or soft.max() < 1, (
+        assert name in ("cutout", "comixup", "s2mix") or soft.max() < 1, (
             "the images shown must be mixed"
         )  # of noise images comixup shows whole ones
         assert f"{name}: " in output_text
@@ -109,7 +109,7 @@ def test_pixel_shares_reconstruct_the_mixed_image(name):
         torch.manual_seed(seed)
         mixed, soft = mixer(images, targets, lambda images, targets: images.abs().mean(1))
         shares = pixel_shares(mixer, images, targets, lambda images, targets: images.abs().mean(1), seed)
-        if name not in ("sage", "snapmix"):
+        if name not in ("sage", "smmix", "s2mix", "snapmix"):
             torch.testing.assert_close(torch.einsum("ijhw,jchw->ichw", shares, images), mixed, atol=1e-5, rtol=1e-5)
         if name not in ("sage", "snapmix", "cutout", "manifold"):
             torch.testing.assert_close(shares.mean((2, 3)), soft, atol=1e-5, rtol=0)
