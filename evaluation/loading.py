@@ -3,6 +3,7 @@
 from collections import Counter
 
 import models
+from engine.config.option_types import format_option
 from engine.data.class_names import map_labels, read_class_list
 from engine.data.datasets import load_evaluation
 from engine.data.image_set import DEFAULT_STATISTICS, STATISTICS, ImageSet, select_classes
@@ -22,8 +23,7 @@ from evaluation.task_options import ALEXNET
 def print_info(path: str) -> dict:
     """Print and return what a checkpoint contains, as far as it is stored or can be inferred from the tensor shapes."""
     file = SavedClassifier(path)
-    values = {key: file.options[key] for key in ("dataset", "method", "recipe") if file.options}
-    values = {key: " ".join(value) if isinstance(value, list) else value for key, value in values.items()}
+    values = {key: file.options.get(key) for key in ("dataset", "method", "method_weights", "recipe")}
     info = {
         "file": str(file.path),
         "network": file.model or " or ".join(models.find_matching_models(file.weights)) or "unknown",
@@ -33,7 +33,7 @@ def print_info(path: str) -> dict:
         "parameters": sum(value.numel() for value in file.weights.values()),
         "tensors": len(file.weights),
         "first keys": ", ".join(list(file.weights)[:3]),
-        "trained with": " ".join(f"--{key} {value}" for key, value in values.items()),
+        "trained with": " ".join(f"--{key} {format_option(value)}" for key, value in values.items() if value),
     }
     print("\n".join(f"{key:12} {value}" for key, value in info.items() if value not in (None, "")))
     return info

@@ -1,7 +1,10 @@
 """Combine methods: mix nothing, chain two methods, draw a method for each batch, or mix only a part of each batch."""
 
 import math
+from bisect import bisect_right
+from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
@@ -80,13 +83,15 @@ class Chain(Mixer):
 
 
 class Choice(Chain):
-    """One of several methods, drawn for each batch with equal probabilities.
+    """One of several methods, drawn for each batch.
 
+    weights: a number >= 0 for each method, proportional to the probability with which it is drawn; None: all are equal.
     It takes a list of sources, one for each method, as its build_source() returns it.
     """
 
-    def __init__(self, mixers: list[Mixer]):
+    def __init__(self, mixers: list[Mixer], weights: Sequence[float] | None = None):
         super().__init__(mixers)
+        self.weights = None if weights is None else check_method_weights(weights, len(mixers))
         self.default_source = None
         self.wants_mixed_grad = any(mixer.wants_mixed_grad for mixer in mixers)
         self.drawn = 0  # index of the method that mixed the last batch
@@ -105,17 +110,38 @@ class Choice(Chain):
                 "Choice needs a list of sources, one for each method; this builds it: "
                 "mixer.build_source(lambda one: gradient_source(model, **one.gradient_options))"
             )
-        self.drawn = int(torch.randint(len(self.mixers), ()))
+        self.drawn = self.draw_method()
         mixer = self.mixers[self.drawn]
         mixed, soft = mixer(images, targets, source and source[self.drawn])
         self.weight_fn, self.partner_fn = mixer.weight_fn, mixer.partner_fn
         return mixed, soft
+
+    def draw_method(self) -> int:
+        """Return the index of the method that mixes the next batch."""
+        if self.weights is None:
+            return int(torch.randint(len(self.mixers), ()))
+        *bounds, total = accumulate(self.weights)
+        return bisect_right(bounds, total * float(torch.rand(())))
 
     def during(self, model):
         return self.mixers[self.drawn].during(model)
 
     def after_backward(self, mixed_grad):
         self.mixers[self.drawn].after_backward(mixed_grad)
+
+
+def check_method_weights(weights: Sequence[float], count: int) -> tuple[float, ...]:
+    """Return the weights of `count` methods. Raises ValueError if they are no probabilities up to a factor."""
+    text = " ".join(f"{weight:g}" for weight in weights)
+    if count == 1:
+        raise ValueError(
+            f"method_weights {text}: there is only one method to draw; leave them out, or give more methods"
+        )
+    if len(weights) != count:
+        raise ValueError(f"method_weights {text}: there are {count} methods; give {count} weights, one for each method")
+    if not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise ValueError(f"method_weights {text}: give finite numbers of at least 0, and one of them above 0")
+    return tuple(weights)
 
 
 class PartialMix(Chain):
@@ -201,6 +227,7 @@ def compose_mixer(
     names: list[str],
     *,
     method_options: dict[str, dict] | None = None,
+    method_weights: Sequence[float] | None = None,
     cutout: bool = False,
     clean_weight: float | None = None,
     mix_fraction: float = 1.0,
@@ -212,15 +239,15 @@ def compose_mixer(
     """Build one mixer from the methods `names`; with several, one is drawn for each batch.
 
     hyper_parameters go to every method that has them; None means "use the default". method_options: method -> defaults
-    for that method alone, which hyper_parameters override. cutout: first cut holes into the images. clean_weight: the
-    weight that the training step gives the loss of the unmixed batch, in place of clean_lam and update_ratio of the
-    methods; None: as the method has it. mix_*: see PartialMix. Raises ValueError for an unknown method and for a
-    hyper-parameter out of range.
+    for that method alone, which hyper_parameters override. method_weights: see Choice. cutout: first cut holes into the
+    images. clean_weight: the weight that the training step gives the loss of the unmixed batch, in place of clean_lam
+    and update_ratio of the methods; None: as the method has it. mix_*: see PartialMix. Raises ValueError for an unknown
+    method, and for weights or a hyper-parameter out of range.
     """
     for_all = {"method_options": method_options, "cutout": cutout, "clean_weight": clean_weight}
     values = collect_hyper_parameters(names, **for_all, **hyper_parameters)
     mixers = [build_mixer(name, **{**hyper_parameters, **values[name]}) for name in names]
-    mixer = mixers[0] if len(mixers) == 1 else Choice(mixers)
+    mixer = mixers[0] if len(mixers) == 1 and method_weights is None else Choice(mixers, method_weights)
     if mix_fraction < 1 or mix_off_epoch or mix_schedule != "fixed":
         mixer = PartialMix(mixer, mix_fraction, mix_schedule, mix_scheduled_epoch, mix_off_epoch)
     if cutout and names != ["cutout"]:

@@ -110,11 +110,11 @@ def test_names_of_other_sources_of_networks_are_explained(name, remedy):
 
 
 def test_info_prints_what_checkpoints_contain(shapes_run, tmp_path, capsys):
-    run = shapes_run(epochs=1)
+    run = shapes_run("--method_weights", "1", "2.5", method="none cutmix", epochs=1)
     torch.save({"net": build_model("wrn16_8", 5).state_dict()}, tmp_path / "f.pth")
     ours, theirs = evaluate.main(["--info", "--model_path", str(run), str(tmp_path / "f.pth")])
     assert (ours["network"], ours["classes"], ours["epoch"]) == ("resnet20", 10, 1)
-    assert ours["trained with"].startswith("--dataset shapes --method none --recipe ")
+    assert ours["trained with"].startswith("--dataset shapes --method none cutmix --method_weights 1 2.5 --recipe ")
     assert (theirs["network"], theirs["classes"], theirs["epoch"]) == ("wrn16_8", 5, None)
     assert "network      wrn16_8" in capsys.readouterr().out
 

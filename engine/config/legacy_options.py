@@ -71,6 +71,7 @@ EARLIER_VALUES = {  # options that runs of earlier versions did not have -> what
     "bce_target_thresh": None,
     "ema_ramp": False,
     "auto_augment": "none",
+    "method_weights": None,
 }
 
 

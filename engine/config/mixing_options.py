@@ -10,7 +10,7 @@ from engine.config.parser import Parser
 
 SIMPLE_METHODS = ["cutout", "mixup", "manifold", "cutmix", "saliencymix", "guidedmixup", "snapmix", "attentivemix"]
 SIMPLE_METHODS += ["smoothmix", "gmix", "smmix", "maskmix", "s2mix"]  # their options, or some, are in shared groups
-OPTION_GROUPS = ["mixing", "methods", "saliency", *METHOD_GROUPS]
+OPTION_GROUPS = ["mixing", "mix_schedule", "methods", "saliency", *METHOD_GROUPS]
 
 
 def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
@@ -23,7 +23,23 @@ def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
         shown="by method",
         help="also train on the unmixed batch, with this weight of its loss; replaces --clean_lam and --update_ratio",
     )
+    parser.option(
+        "--method_weights",
+        type=float_in_range(),
+        nargs="+",
+        shown="equal",
+        help="for each of several methods: how often it is drawn, relative to the others",
+    )
     parser.option("--cutout", type=boolean, default=False, help="also cut holes into every training image")
+    parser.hidden_options(LEGACY_MIXING_OPTIONS)
+    parser.defaults["method_options"] = {}  # only recipes set it
+    add_mix_schedule_options(parser)
+    add_method_options(parser, sources=sources)
+
+
+def add_mix_schedule_options(parser: Parser) -> None:
+    """Add the options that mix only a part of each batch or only in some epochs."""
+    parser.group("mix_schedule", folded=True, topics=["mixing", *SIMPLE_METHODS])
     parser.option("--mix_fraction", type=float_in_range(0, 1), default=1.0, help="fraction of each batch that is mixed")
     parser.option(
         "--mix_schedule",
@@ -39,9 +55,6 @@ def add_mixing_options(parser: Parser, *, sources: ModuleType) -> None:
         help="epoch at which --mix_fraction is reached",
     )
     parser.option("--mix_off_epoch", type=int_at_least(), default=0, help="train without mixing in the last N epochs")
-    parser.hidden_options(LEGACY_MIXING_OPTIONS)
-    parser.defaults["method_options"] = {}  # only recipes set it
-    add_method_options(parser, sources=sources)
 
 
 def add_method_options(parser: Parser, *, sources: ModuleType) -> None:

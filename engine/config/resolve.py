@@ -28,6 +28,7 @@ RULES = OptionRules(
     per_call=PER_CALL_OPTIONS | {"profile", "seeds", "list_models", "resize_to", "resize_dest"},
     replaces={
         "model": {"model_args"},
+        "method": {"method_weights"},
         "image_size": {"crop_size", "eval_resize"},
         "phases": {"epochs", "batch_size"},
         "clean_weight": {"clean_lam", "update_ratio"},

@@ -28,7 +28,14 @@ MEMORY_DATASETS = {"shapes", "cifar10", "cifar100"}  # not read from image files
 CIFAR_SIDE = 32  # in pixels
 FEW_STEPS = 10  # of an epoch
 LOG_OPTIONS = {"name", "root_dir", "overwrite", "save_every", "vis_epoch", "use_tensorboard", "use_wandb"}
-ANY_METHOD_OPTIONS = {"cutout", "mix_fraction", "mix_schedule", "mix_scheduled_epoch", "mix_off_epoch"}
+ANY_METHOD_OPTIONS = {
+    "method_weights",
+    "cutout",
+    "mix_fraction",
+    "mix_schedule",
+    "mix_scheduled_epoch",
+    "mix_off_epoch",
+}
 
 
 def collect_mixing_notes(

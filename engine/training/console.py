@@ -55,6 +55,7 @@ def describe_run(
     augmentation: Augmentation | None = None,
     *,
     method: list[str],
+    method_weights: list[float] | None,
     model: str,
     model_args: dict,
     dropout: float,
@@ -84,11 +85,12 @@ def describe_run(
     loss += f" + {clean_weight:g} x that of the unmixed batch" if clean_weight and method != ["none"] else ""
     traits = {"dropout": dropout} if dropout and has_dropout else model_args
     network = " and ".join(f"{key} {format_option(value)}" for key, value in traits.items())
+    drawn = f" with weights {format_option(method_weights)}" if method_weights else ""
     rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
     if dropout and not has_dropout:
         notes.append(f"--dropout {dropout:g} is ignored: {model} has no dropout, only the wide ResNets (wrn...) have")
     lines.append(
-        f"method {' '.join(method)}, model {model}{network and f' with {network}'}, "
+        f"method {' '.join(method)}{drawn}, model {model}{network and f' with {network}'}, "
         f"recipe {recipe}: {format_count(epochs, 'epoch')}, batch size {batch_size}, "
         f"{'' if optimizer == 'sgd' else f'{optimizer}, '}"
         f"{'peak lr' if scheduler == 'onecycle' else 'lr'} {rate} ({scheduler}), weight decay {weight_decay:g}, "

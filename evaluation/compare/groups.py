@@ -20,7 +20,17 @@ from evaluation.compare.runs import FINISHED, RUNNING, LeftOut, Run
 RESULT_OPTIONS = {"epochs", "amp"}  # may change when a run is resumed, and yet change its results
 NEUTRAL_OPTIONS = (RULES.changeable | RULES.per_call) - RESULT_OPTIONS  # never change what a run learns, but for its
 NEUTRAL_OPTIONS |= {"seed", "seeds", "deterministic", "channels_last"}  # random numbers and the last digits
-FIRST_IN_LABELS = ["recipe", "model", "model_args", "saliency", "epochs", "batch_size", "optimizer", "lr"]
+FIRST_IN_LABELS = [
+    "method_weights",
+    "recipe",
+    "model",
+    "model_args",
+    "saliency",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+]
 UNSET = "-"
 NESTED_OPTIONS = {"method_options", "phase_options"}  # of recipes: too long for a label
 

@@ -320,6 +320,48 @@ def test_choice_draws_one_method_per_batch_and_passes_its_source():
     assert (mixers[0].source, mixers[1].source) == ("a", "b")
 
 
+def test_choice_without_weights_draws_as_ever():
+    torch.manual_seed(3)
+    expected = [int(torch.randint(3, ())) for _ in range(20)]
+    torch.manual_seed(3)
+    choice = compose_mixer(["none", "mixup", "cutmix"], mix_prob=0.0)
+    assert [choice.draw_method() for _ in range(20)] == expected
+
+
+@pytest.mark.parametrize("weights", [(2, 1), (1.5, 0, 0.5), (0, 3), (1, 0)])
+def test_choice_draws_methods_in_proportion_to_their_weights_with_one_draw_each(weights):
+    choice = pickle.loads(pickle.dumps(Choice([NoMix() for _ in weights], weights)))
+    torch.manual_seed(0)
+    drawn = [choice.draw_method() for _ in range(20_000)]
+    after = torch.rand(())
+    for index, weight in enumerate(weights):
+        share = weight / sum(weights)
+        assert abs(drawn.count(index) / 20_000 - share) <= 4 * (share * (1 - share) / 20_000) ** 0.5
+    torch.manual_seed(0)
+    assert torch.rand(20_001)[-1] == after
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "message"),
+    [
+        (["cutmix"], [1], "method_weights 1: there is only one method to draw; leave them out, or give more methods"),
+        (["cutmix", "none"], [1, 2, 0.5], "method_weights 1 2 0.5: there are 2 methods; give 2 weights, one for each"),
+        (
+            ["cutmix", "none"],
+            [2, -1],
+            "method_weights 2 -1: give finite numbers of at least 0, and one of them above 0",
+        ),
+        (["cutmix", "none"], [0, 0], "method_weights 0 0: give finite"),
+        (["cutmix", "none"], [float("nan"), 1], "method_weights nan 1: give finite"),
+        (["cutmix", "none"], [float("inf"), 1], "method_weights inf 1: give finite"),
+        (["cutmix", "none"], [], "there are 2 methods; give 2 weights"),
+    ],
+)
+def test_weights_of_methods_that_are_no_probabilities_are_refused(names, weights, message):
+    with pytest.raises(ValueError, match=message):
+        compose_mixer(names, method_weights=weights)
+
+
 def test_partial_mix_mixes_only_the_last_images():
     images, targets = batch((5, 3, 8, 8))
     mixer = PartialMix(Recorder(1.0), mix_fraction=0.5)

@@ -26,7 +26,7 @@ from engine.config.mixing_options import OPTION_GROUPS, SIMPLE_METHODS
 from engine.config.option_types import boolean, choice, int_at_least
 from engine.config.parser import Parser
 from engine.config.recipes import RECIPES, get_recipe_options
-from engine.config.resolve import check_combinations, fill_in_options
+from engine.config.resolve import check_combinations, check_resume_options, fill_in_options
 from engine.config.select import select_kwargs
 from engine.config.unused_options import (
     collect_mixing_notes,
@@ -512,6 +512,18 @@ def test_invalid_combinations_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_method_weights_belong_to_the_methods_of_the_saved_run():
+    saved = resolve("--method", "mixup", "cutmix", "--method_weights", "2", "1")
+    assert (
+        saved["method_weights"] == [2.0, 1.0] == resolve("--method", "mixup", "cutmix", saved=saved)["method_weights"]
+    )
+    assert resolve("--method", "cutmix", saved=saved)["method_weights"] is None
+    earlier = {key: value for key, value in saved.items() if key != "method_weights"}
+    for other in (saved, earlier):
+        with pytest.raises(UserError, match=r"--method_weights  .* ->  \[1.0, 1.0\]"):
+            check_resume_options({"method_weights": [1.0, 1.0]}, other)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -521,6 +533,7 @@ def test_invalid_combinations_are_refused(words, message, capsys):
         ("--method sage --saliency_size 16", "set clean_weight to 0"),
         ("--method sage --mix_fraction 0.5", "clean_weight 0"),
         ("--method sage --kernel_size 65", "kernel_size 65"),
+        ("--method mixup cutmix --method_weights 1 2 3", "method_weights 1 2 3: there are 2 methods; give 2 weights"),
     ],
 )
 def test_invalid_hyper_parameters_are_usage_errors(words, message, tmp_path, capsys):
