@@ -3,13 +3,13 @@
 For small images: `shapes` and `small` are this project's own, `small` for a few hundred to a few thousand images;
 `saliencymix` follows Uddin et al. (arXiv 2006.01791); `puzzle` is the setting that Puzzle Mix, Co-Mixup and SAGE share
 (300 epochs); `rmix` follows R-Mix (arXiv 2212.04875). For ImageNet: `cutmix300` is the setting of CutMix and
-SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three phases. `openmixup`, `vit_cifar`, `deit`
-and `fine_tune` are in engine/config/modern_recipes.py.
+SaliencyMix; `fast100` is the one of Puzzle Mix, Co-Mixup and R-Mix, in three phases. `openmixup`, `s2mix`,
+`vit_cifar`, `deit` and `fine_tune` are in engine/config/modern_recipes.py.
 """
 
 from collections.abc import Sequence
 
-from engine.config.modern_recipes import Typed, deit, fine_tune, openmixup, vit_cifar
+from engine.config.modern_recipes import Typed, deit, fine_tune, openmixup, s2mix, vit_cifar
 from engine.config.shared_settings import (
     COMMON,
     IMAGENET_METHOD_OPTIONS,
@@ -84,6 +84,7 @@ RECIPES = {
         "drop_last": True,
     },
     "openmixup": openmixup,
+    "s2mix": s2mix,
     "vit_cifar": vit_cifar,
     "fine_tune": fine_tune,
 }

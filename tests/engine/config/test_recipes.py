@@ -91,6 +91,25 @@ def test_deit_switches_between_two_methods_and_scales_its_learning_rate():
     assert resolve("--recipe deit --method puzzlemix", imagenet_train)["method"] == ["puzzlemix"]
 
 
+def test_s2mix_mixes_each_batch_by_one_of_four_methods_in_the_setting_of_openmixup():
+    options, found = resolve("--recipe s2mix"), get_hyper_parameters("--recipe s2mix")
+    base = resolve("--recipe openmixup --method s2mix mixup cutmix resizemix --epochs 800")
+    assert options | {"recipe": "openmixup"} == base and options["method"] == base["method"]
+    assert [*found] == base["method"] and all(values["mix_prob"] == 1 for values in found.values())
+    assert resolve("--recipe s2mix --method s2mix")["method"] == ["s2mix"], "a typed method wins"
+    assert resolve("--recipe s2mix --method_weights 3 1 1 1")["method"] == base["method"]
+    assert resolve("--recipe s2mix --model resnext50")["weight_decay"] == 5e-4, "it has cutmix"
+    assert resolve("--recipe s2mix --dataset tiny-imagenet")["epochs"] == 400
+    assert resolve("--recipe s2mix --epochs 3", saved=options)["method"] == base["method"]
+
+
+def test_vit_cifar_has_the_alphas_of_deit_where_mixup_and_cutmix_take_turns():
+    for methods, alphas in (("cutmix", [2.0]), ("mixup cutmix", [0.8, 1.0]), ("cutmix none mixup", [1.0, 0.8])):
+        found = get_hyper_parameters(f"--recipe vit_cifar --method {methods}")
+        assert [values["mixup_alpha"] for values in found.values() if values] == alphas
+    assert all(values["mix_prob"] == 1 for values in get_hyper_parameters("--recipe deit", imagenet_train).values())
+
+
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
