@@ -5,7 +5,6 @@ from support import load_method_recording
 import mixing.gridmix
 from mixing import build_mixer
 from mixing.gridmix import GridMix, grid_mask
-from mixing.ops import blend
 
 DRAWS = ("lam_draw", "n_holes", "hole_aspect", "area_ratio", "crop_aspect", "place")
 
@@ -43,27 +42,6 @@ def test_a_grid_by_hand():
 def test_cells_of_one_pixel_have_no_holes():
     assert not grid_mask(*draw(lam=0.1, holes=8), 8, 8).any()
     assert not grid_mask(*draw(lam=0.1, holes=1, hole_aspect=0.01), 8, 8).any()
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 24, 40), (1, 1, 32, 32), (5, 1, 3, 3)])
-@pytest.mark.parametrize("in_batch", [False, True])
-def test_targets_follow_the_area(shape, in_batch):
-    images, targets = torch.arange(float(shape[0])).view(-1, 1, 1, 1).expand(shape), torch.eye(8)[: shape[0]]
-    torch.manual_seed(2)
-    mixer = GridMix(1.0, in_batch=in_batch)
-    mixed, soft = mixer(images, targets)
-    own = mixer.weight.mean((1, 2, 3))
-    torch.testing.assert_close(soft, blend(targets, mixer.partner, own))
-    torch.testing.assert_close(mixed.mean((1, 2, 3)), blend(images[:, 0, 0, 0], mixer.partner, own))
-    if shape[0] == 8:
-        assert len({tuple(row) for row in mixer.weight.flatten(1).tolist()}) == (8 if in_batch else 1)
-
-
-def test_the_partner_has_the_share_that_the_settings_give():
-    mixer = GridMix(in_batch=True)
-    torch.manual_seed(0)
-    mixer(torch.zeros(8000, 1, 32, 32), torch.eye(2).repeat(4000, 1))
-    assert abs(1 - mixer.weight.mean() - 0.27) < 0.015
 
 
 def test_the_draws_fill_their_ranges(monkeypatch):

@@ -3,7 +3,7 @@ import torch
 from support import load_method_recording
 
 from mixing import build_mixer
-from mixing.hmix import GMix, HMix, gmix_weight, hmix_weight
+from mixing.hmix import HMix, gmix_weight, hmix_weight
 from mixing.ops import blend, blend_pixels, scale_boxes
 
 
@@ -44,19 +44,6 @@ def test_weights_by_hand():
     weight = gmix_weight(torch.tensor([0.25, 0.75]), rows, columns, 4, 8)  # e^-pi after sqrt(8) pixels
     torch.testing.assert_close(weight[0, [1, 3, 3], [2, 2, 4]], torch.exp(-torch.pi * torch.tensor([0, 0.5, 1])))
     torch.testing.assert_close(weight[1], 1 - weight[0])
-
-
-@pytest.mark.parametrize("shape", [(8, 1, 24, 40), (1, 1, 32, 32), (3, 1, 1, 2)])
-@pytest.mark.parametrize("in_batch", [False, True])
-@pytest.mark.parametrize("method", [HMix, GMix])
-def test_targets_follow_the_share_of_the_image(method, shape, in_batch):
-    images, targets = torch.arange(float(shape[0])).view(-1, 1, 1, 1).expand(shape), torch.eye(8)[: shape[0]]
-    mixer = method(in_batch=in_batch)
-    mixed, soft = mixer(images, targets)
-    torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(8.0), rtol=0, atol=1e-5)
-    torch.testing.assert_close(soft, blend(targets, mixer.partner, mixer.weight.mean((1, 2, 3))), rtol=0, atol=1e-5)
-    if shape[0] == 8:
-        assert len({tuple(row) for row in mixer.weight.flatten(1).tolist()}) == (8 if in_batch else 1)
 
 
 def test_the_ratio_leads_from_mixup_to_cutmix():

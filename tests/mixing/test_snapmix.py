@@ -126,10 +126,3 @@ def test_targets_follow_the_saliency():
 def test_errors():
     with pytest.raises(ValueError, match="mixup_alpha must be positive"):
         SnapMix(mixup_alpha=0.0)
-
-
-def test_boxes_are_drawn_per_batch_or_per_image():
-    images, lam = torch.rand(8, 3, 16, 12), torch.tensor(0.9)
-    assert SnapMix().draw_boxes(images, lam).shape == (1, 4)
-    boxes = SnapMix(in_batch=True).draw_boxes(images, lam.expand(8))
-    assert boxes.shape == (8, 4) and len(boxes[:, ::2].unique(dim=0)) > 2
