@@ -1,17 +1,15 @@
 """Measure the cost of each method: python benchmarks/mixing.py --model preactresnet18 --batch_size 100
 
-Prints two tables; every batch is mixed. The first has the time of a training step of every method relative to an
-unmixed step, next to the minimum set by the number of network passes: 1 without an additional pass, 5/3 with a pass
-for the gradient at the pixels, 2 if the unmixed batch is trained on too. `NAME +` is a method with --clean_weight. All
-methods run in turns in one process, so that slow moments of the machine affect them alike. The second has the time of
-mixing alone, on gradients of the given network, the energies of PuzzleMix masks with their gap to a lower bound, and
-the objective of Co-Mixup. If the package gco-wrapper is installed, it also has the same for graph cuts.
+Prints Markdown tables; every batch is mixed. The first has the time of a training step of every method relative to an
+unmixed step, next to the minimum set by the number of network passes: 1 without an additional pass, 4/3 with a forward
+pass, 5/3 with a pass for the gradient at the pixels, 2 if the unmixed batch is trained on too. `NAME +` is a method
+with --clean_weight. All methods run in turns in one process, so that slow moments of the machine affect them alike. The
+second has the time of mixing alone, on gradients of the given network. With PuzzleMix or Co-Mixup among the methods,
+others have the energies of PuzzleMix masks with their gap to a lower bound, and the objective of Co-Mixup. If the
+package gco-wrapper is installed, they also have the same for graph cuts. benchmarks/memory.py measures memory.
 """
 
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 from common import add_method_options, median_ms, read_options, setup_device, synchronize
 
@@ -20,21 +18,35 @@ from engine.config.option_types import boolean, choice, float_in_range, int_at_l
 from engine.config.options import DATASET_ALIASES, DATASETS, add_device_options
 from engine.config.parser import Parser
 from engine.config.recipes import get_recipe_options
+from engine.drawing.tables import format_markdown, make_rows
 from engine.launch import run_main
-from mixing import OWN_CLEAN_LOSS_OFF, build_mixer
+from mixing import MIXERS, OWN_CLEAN_LOSS_OFF, build_mixer
 from models import build_model
 from saliency import build_source
 
-METHODS = ["mixup", "cutmix", "saliencymix", "puzzlemix", "comixup", "sage", "rmix", "rlmix"]
-METHODS += ["resizemix", "fmix", "gridmix", "smoothmix", "hmix", "gmix"]
-METHODS += ["guidedmixup", "snapmix", "attentivemix", "smmix", "maskmix", "s2mix"]
 BLOCKS = (2, 4, 8, 16)
+FORWARD = {"cam", "attention"}  # sources that take a forward pass alone
+PIXELS = {"gradcam", "gradcam++", "layercam"}  # and those that also take a backward pass, as the gradient does
+STEP_COLUMNS = {  # keys of a row
+    "step": ("step, ms", ".2f"),
+    "ratio": ("step / plain step", ".3f"),
+    "bound": ("lowest possible (network passes only)", ".2f"),
+    "saliency": ("saliency, ms", ".2f"),
+    "mixing": ("mixing, ms", ".2f"),
+}
+ALONE_COLUMNS = {"ms": ("mixing only, ms", ".2f"), "gco": ("the same with gco, ms", ".2f")}
+MASK_COLUMNS = {
+    "energy": ("mean energy", ".5f"),
+    "gap": ("mean gap to the lower bound", ".1e"),
+    "largest": ("largest gap", ".1e"),
+}
+DRAWS = 5  # of lambda and partners, for the quality of the solvers
 
 
 def build_parser() -> Parser:
     parser = Parser(__doc__.splitlines()[0])
     parser.group("benchmark")
-    add_method_options(parser, model="preactresnet18", methods=METHODS)
+    add_method_options(parser, model="preactresnet18", methods=[name for name in MIXERS if name != "none"])
     parser.option("--init_from", metavar="FILE", help="weights of the network; gradients of trained networks differ")
     parser.option(
         "--rand_pos", type=float_in_range(0, 1), shown="recipe", help="sage: fraction of all offsets that is tried"
@@ -60,7 +72,6 @@ def build_parser() -> Parser:
     )
     parser.option("--repeats", type=int_at_least(), default=20, help="timed calls of mixing alone; 0: time steps only")
     parser.option("--compile", type=boolean, default=False, help="compile the network with torch.compile")
-    parser.option("--peak_of", metavar="NAME", help="print only the peak memory of this method (used internally)")
     add_device_options(parser)
     return parser
 
@@ -79,17 +90,13 @@ def main(argv: list[str] | None = None) -> dict:
     place = {key: options[key] for key in ("data_dir", "image_size", "norm")}
     data = load_data(options["dataset"], limit=4 * options["batch_size"], **place)
     bench = Bench(options, data, device, precision)
-    if options["peak_of"]:
-        bench.step(options["peak_of"], 0)
-        bench.step(options["peak_of"], 1)
-        return print(f"peak {bench.peak_mb():.1f}") or {}
     print(f"{options['model']}, batch {options['batch_size']}, {data.image_size} pixels, {device_text}")
     result = {}
     if options["steps"]:
-        result["steps"] = bench.time_steps(argv if argv is not None else sys.argv[1:])
+        result["steps"] = bench.time_steps()
     if options["repeats"]:
         result["alone"] = bench.time_alone()
-        result["quality"] = bench.measure_quality()
+        result["quality"] = bench.measure_masks() | bench.measure_labellings()
     return result
 
 
@@ -171,43 +178,20 @@ class Bench:
         train_one_epoch(state, self.loader, self.configs[weight], epoch=epoch, monitor=monitor, max_steps=1)
         return monitor.watch.seconds()
 
-    def minimum(self, name: str) -> float:
+    def minimum(self, name: str) -> float | None:
         """Return the minimum time of a step relative to a plain step, set by the number of network passes."""
-        _, source, weight = self.methods[name]
+        mixer, source, weight = self.methods[name]
         if self.options["saliency_size"]:
-            return float("nan")  # depends on the network
+            return None  # depends on the network
         if weight:
             return 2.0
-        if type(source).__name__ != "Gradient":
-            return 1.0
-        return 2.0 if source.clean_weight else 5 / 3
+        saliency = source and (self.options["saliency"] or mixer.default_source)
+        if saliency == "gradient":
+            return 2.0 if source.clean_weight else 5 / 3
+        return 4 / 3 if saliency in FORWARD else 5 / 3 if saliency in PIXELS else 1.0
 
-    def peak_mb(self) -> float:
-        """Return the peak memory of the device or, on a CPU, of this process, in MiB."""
-        import torch
-
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        try:  # getrusage() would include the memory of the parent process
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            return float("nan")
-        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-
-    def peak_of(self, name: str, argv: list[str]) -> float:
-        """Return the peak memory of a step in MiB. On a CPU the step runs in a process of its own."""
-        import torch
-
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.step(name, 0)
-            return self.peak_mb()
-        command = [sys.executable, __file__, *argv, "--method", name.removesuffix(" +"), "--peak_of", name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return float(output.split("peak")[-1])
-
-    def time_steps(self, argv: list[str]) -> dict:
-        """Print and return the times and the memory of a training step of each method."""
+    def time_steps(self) -> dict:
+        """Print and return the times of a training step of each method."""
         laps: dict[str, dict[str, list[float]]] = {name: {} for name in self.methods}
         for turn in range(-2, self.options["steps"]):
             for name in self.methods:
@@ -215,21 +199,13 @@ class Bench:
                 if turn >= 0:
                     for key, value in {**seconds, "step": sum(seconds.values())}.items():
                         laps[name].setdefault(key, []).append(value)
-        table = {}
-        print(
-            f"{'method':14} {'step ms':>9} {'x plain':>9} {'minimum':>7} {'saliency ms':>11} {'mixing ms':>9} "
-            f"{'MiB':>7}"
-        )
+        rows = []
         for name, parts in laps.items():
-            row = {key: median_ms(parts.get(key, [0.0])) for key in ("step", "saliency", "mixing", "data", "network")}
-            row["ratio"] = median_ms([a / b for a, b in zip(parts["step"], laps["none"]["step"], strict=True)]) / 1000
-            row |= {"bound": self.minimum(name), "peak": self.peak_of(name, argv)}
-            print(
-                f"{name:14} {row['step']:9.2f} {row['ratio']:9.3f} {row['bound']:7.2f} {row['saliency']:11.2f} "
-                f"{row['mixing']:9.2f} {row['peak']:7.0f}"
-            )
-            table[name] = row
-        return table
+            row = {key: median_ms(values) for key, values in parts.items()} | {"name": name}
+            ratios = [a / b for a, b in zip(parts["step"], laps["none"]["step"], strict=True)]
+            rows.append(row | {"ratio": median_ms(ratios) / 1000, "bound": self.minimum(name)})
+        print(format_markdown(make_rows(rows, STEP_COLUMNS, "name", "method")))
+        return {row["name"]: row for row in rows}
 
     def load_batch(self):
         """Return the images of a batch and their one-hot targets."""
@@ -242,35 +218,41 @@ class Bench:
     def time_alone(self) -> dict:
         """Print and return the median milliseconds of mixing with precomputed saliency, for each method."""
         images, targets = self.load_batch()
-        height, width = images.shape[-2:]
-        blocks = [n for n in BLOCKS if height % n == 0 and width % n == 0]
-        table = {}
-        print(f"\n{'mixing alone':16} {'ms':>9} {'with gco ms':>12}")
+        rows = []
         for name, (mixer, source, weight) in self.methods.items():
-            if source is None or weight is not None:  # mixing itself does not depend on the weight
+            if name == "none" or weight is not None:  # mixing itself does not depend on the weight
                 continue
-            cached_source = precompute(
-                build_source("gradient", **self.source_options | mixer.gradient_options | {"clean_weight": 0.0}),
-                images,
-                targets,
-            )
+            maps = source and self.precompute(mixer, images, targets)
+            variants = {name: {}}
             if name == "puzzlemix":
-                variants = {f"puzzlemix {n}": {"block_num": (n,)} for n in blocks}
-            else:
-                variants = {name: {}}
+                variants = {f"puzzlemix {n}": {"block_num": (n,)} for n in self.list_blocks()}
             for text, wanted in variants.items():
+                row = {"name": text}
                 if name == "rlmix":  # its agent reads the gradient at the mixed images
-                    milliseconds = self.time(mix_and_learn, mixer, images, targets, cached_source)
+                    row["ms"] = self.time(mix_and_learn, mixer, images, targets, maps)
                 else:
-                    own = self.build(name, **wanted)[0]
-                    milliseconds = self.time(own, images, targets, cached_source)
-                cut = None
+                    row["ms"] = self.time(self.build(name, **wanted)[0], images, targets, maps)
                 if name in ("puzzlemix", "comixup") and has_gco():
                     graph = self.build(name, **wanted, solver="gco")[0]
-                    cut = self.time(graph, images, targets, cached_source, repeats=5)
-                table[text] = milliseconds
-                print(f"{text:16} {milliseconds:9.2f} {'' if cut is None else f'{cut:12.2f}'}")
-        return table
+                    row["gco"] = self.time(graph, images, targets, maps, repeats=5)
+                rows.append(row)
+        print(f"\n{format_markdown(make_rows(rows, ALONE_COLUMNS, 'name', 'method'))}")
+        return {row["name"]: row["ms"] for row in rows}
+
+    def list_blocks(self) -> list[int]:
+        """Return the numbers of blocks along a side, of BLOCKS, that divide the images."""
+        return [n for n in BLOCKS if self.side % n == 0]
+
+    def precompute(self, mixer, images, targets):
+        """Return a source that returns the gradient of a mixer for this batch, without computing it again."""
+        from mixing.base import FunctionSource
+
+        settings = self.source_options | mixer.gradient_options | {"clean_weight": 0.0}
+        source = build_source("gradient", **settings)
+        saliency = source(images, targets)
+        cached_source = FunctionSource(lambda images, targets: saliency)
+        cached_source.logits = source.logits
+        return cached_source
 
     def time(self, call, *args, repeats: int | None = None) -> float:
         """Return the median milliseconds of call(*args)."""
@@ -282,72 +264,50 @@ class Bench:
             laps.append(time.perf_counter() - begin)
         return median_ms(laps[3:])
 
-    def measure_quality(self) -> dict:
-        """Print and return the energies of PuzzleMix and the objective of Co-Mixup over five draws, for each solver."""
+    def collect(self, name: str, keys: tuple[str, ...], **wanted) -> list:
+        """Mix a batch DRAWS times by a method with these options, and return the values of these attributes of it."""
         import torch
 
         images, targets = self.load_batch()
-        height, width = images.shape[-2:]
-        table, solvers = {}, ["parallel", "gco"] if has_gco() else ["parallel"]
-        if "puzzlemix" in self.methods:
-            print(f"\n{'mask energies':16} {'mean':>9} {'mean gap':>10} {'largest gap':>12}")
-        for n in BLOCKS if "puzzlemix" in self.methods else ():
-            if height % n or width % n:
-                continue
-            energies, bound = {}, None
-            for solver in solvers:
-                mixer = self.build("puzzlemix", block_num=(n,), solver=solver)[0]
-                cached_source = precompute(
-                    build_source("gradient", **self.source_options | mixer.gradient_options), images, targets
-                )
-                found = []
-                for seed in range(5):
-                    torch.manual_seed(seed)
-                    mixer(images, targets, cached_source)
-                    found.append((mixer.energy, mixer.bound))
-                energies[solver] = torch.cat([energy for energy, _ in found])
-                if solver == "parallel":
-                    bound = torch.cat([low for _, low in found])
+        mixer, found = self.build(name, **wanted)[0], []
+        maps = self.precompute(mixer, images, targets)
+        for seed in range(DRAWS):
+            torch.manual_seed(seed)
+            mixer(images, targets, maps)
+            found.append([getattr(mixer, key) for key in keys])
+        return [torch.cat(values) for values in zip(*found, strict=True)]
+
+    def measure_masks(self) -> dict:
+        """Print and return the gaps of the energies of the masks of PuzzleMix to a lower bound, for each solver."""
+        rows = []
+        for n in self.list_blocks() if "puzzlemix" in self.methods else ():
+            energy, bound = self.collect("puzzlemix", ("energy", "bound"), block_num=(n,))
+            energies = {"parallel": energy}
+            if has_gco():
+                energies["gco"] = self.collect("puzzlemix", ("energy",), block_num=(n,), solver="gco")[0]
             for solver, energy in energies.items():
                 gap = (energy - bound).clamp_min(0)
-                print(
-                    f"{n:2} {solver:13} {float(energy.mean()):9.5f} {float(gap.mean()):10.1e} {float(gap.max()):12.1e}"
-                )
-                table[f"{n} {solver}"] = float(gap.mean())
-        if "comixup" in self.methods:
-            objectives = {}
-            for solver in solvers:
-                mixer = self.build("comixup", solver=solver)[0]
-                settings = self.source_options | mixer.gradient_options | {"clean_weight": 0.0}
-                cached_source = precompute(build_source("gradient", **settings), images, targets)
-                found = []
-                for seed in range(5):
-                    torch.manual_seed(seed)
-                    mixer(images, targets, cached_source)
-                    found.append(mixer.objective)
-                objectives[solver] = torch.cat(found)
-            print(
-                "\nCo-Mixup objective, mean over parts of a batch: "
-                + ", ".join(f"{solver} {float(value.mean()):.2f}" for solver, value in objectives.items())
-            )
-            table |= {f"comixup {solver}": float(value.mean()) for solver, value in objectives.items()}
-        return table
+                row = {"name": f"{n} {solver}", "energy": energy.mean(), "gap": gap.mean(), "largest": gap.max()}
+                rows.append({key: value if key == "name" else float(value) for key, value in row.items()})
+        if rows:
+            print(f"\n{format_markdown(make_rows(rows, MASK_COLUMNS, 'name', 'PuzzleMix: blocks a side, solver'))}")
+        return {row["name"]: row["gap"] for row in rows}
+
+    def measure_labellings(self) -> dict:
+        """Print and return the objective of Co-Mixup, the mean over the parts of a batch, for each solver."""
+        if "comixup" not in self.methods:
+            return {}
+        solvers = ("parallel", "gco") if has_gco() else ("parallel",)
+        found = {name: float(self.collect("comixup", ("objective",), solver=name)[0].mean()) for name in solvers}
+        values = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        print(f"\nCo-Mixup objective, mean over parts of a batch: {values}")
+        return {f"comixup {name}": value for name, value in found.items()}
 
 
 def mix_and_learn(mixer, images, targets, source):
     """Mix a batch and pass a gradient back, for a method that reads the gradient at the mixed images."""
     mixer(images, targets, source)
     mixer.after_backward(images)
-
-
-def precompute(source, images, targets):
-    """Return a source that returns the maps of `source` for this batch, without computing them again."""
-    from mixing.base import FunctionSource
-
-    saliency = source(images, targets)
-    cached_source = FunctionSource(lambda images, targets: saliency)
-    cached_source.logits = source.logits
-    return cached_source
 
 
 def has_gco() -> bool:
