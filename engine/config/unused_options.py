@@ -10,13 +10,8 @@ from engine.config.parser import Parser
 from engine.config.phases import build_phases
 from engine.config.recipes import RECIPE_METHODS, get_recipe_options
 
-GRADIENT_SOURCE_OPTIONS = {
-    "clean_lam",
-    "update_ratio",
-    "blur_sigma",
-    "kernel_size",
-    "eval_mode",
-}  # read by no other source
+BLUR_OPTIONS = {"blur_sigma", "kernel_size"}  # guidedmixup blurs the maps of any source, sage those of the gradient
+GRADIENT_SOURCE_OPTIONS = {"clean_lam", "update_ratio", "eval_mode"} | BLUR_OPTIONS  # read by no other source
 SCHEDULER_OPTIONS = {  # option -> the schedules that read it
     **dict.fromkeys(("schedule", "gammas"), {"multistep"}),
     **dict.fromkeys(("max_lr", "div_factor", "pct_start", "final_div_factor"), {"onecycle"}),
@@ -50,7 +45,7 @@ def collect_mixing_notes(
     read |= {"clean_weight"} if names != ["none"] else set()
     read -= {"eval_mode"} if options["clean_weight"] else set()  # the pass that trains is in training mode
     if sources and not any(source.has_gradient for source in sources):
-        read = read - GRADIENT_SOURCE_OPTIONS
+        read = read - GRADIENT_SOURCE_OPTIONS | (BLUR_OPTIONS if "guidedmixup" in names else set())
         if options["clean_weight"] is None and (options["clean_lam"] or {"comixup", "sage"} & set(names)):
             notes.append(
                 "only --saliency gradient also trains on the unmixed images; this run trains on the mixed ones alone, "

@@ -304,6 +304,7 @@ def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, 
         ("comixup", {"clean_weight": 1.0}, []),
         ("none", {"clean_weight": 1.0}, ["no effect with --method none: --clean_weight"]),
         ("sage", {"clean_weight": 1.0, "blur_sigma": 1.0}, ["no effect with --method sage: --blur_sigma"]),
+        ("guidedmixup", {"clean_weight": 1.0, "blur_sigma": 1.0, "kernel_size": 3}, []),
     ],
 )
 def test_notes_say_what_is_trained_on(method, typed, expected):
