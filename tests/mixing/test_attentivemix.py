@@ -29,7 +29,9 @@ def test_mix_matches_the_published_code(case, method_golden):
 def test_cells_match_the_code_of_the_paper(method_golden):
     images = torch.from_numpy(method_golden["images"][method_golden["attentive_c_rows"]]).float()
     attention = torch.from_numpy(method_golden["attentive_c_attention"]).unsqueeze(0)
-    mask = choose_cells(attention, torch.tensor(6), in_order(1, 64))
+    count = torch.tensor(int(method_golden["attentive_c_k"]))
+    assert count / 64 == method_golden["attentive_c_lam"]
+    mask = choose_cells(attention, count, in_order(1, 64))
     assert mask[0].int().tolist() == method_golden["attentive_c_cells"].tolist()
     mixed = blend_pixels(images, torch.tensor([1, 0]), upsample_blocks(mask, 32, 32))[0]
     assert torch.equal(mixed, torch.from_numpy(method_golden["attentive_c_mixed_u8"]).float())

@@ -1,27 +1,10 @@
-import numpy as np
 import pytest
 import torch
-from support import GOLDEN
+from support import load_method_recording
 from torch.nn import functional as F
 
 import mixing.smmix
 from mixing.smmix import SMMix, place_windows, window_sums
-
-MEAN, STD = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return np.load(GOLDEN / "more_methods.npz")
-
-
-def read(golden, name):
-    return torch.from_numpy(golden[name])
-
-
-def normalise(golden, rows):
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
-    return (read(golden, "images")[rows].float() / 255 - mean) / std
 
 
 def fix_draws(monkeypatch, partner, side):
@@ -31,28 +14,31 @@ def fix_draws(monkeypatch, partner, side):
 
 @pytest.mark.parametrize("case", ["smmix_a", "smmix_b"])
 @pytest.mark.parametrize("per_image", [False, True])
-def test_the_mix_is_that_of_the_published_code(case, per_image, golden, monkeypatch):
-    rows, count = read(golden, f"{case}_rows").long(), int(golden[f"{case}_side"])
-    images, side = normalise(golden, rows), int(golden[f"{case}_window"])
-    targets = 0.9 * F.one_hot(read(golden, "labels").long()[rows], 10) + 0.01
-    attention = read(golden, f"{case}_attention")
+def test_the_mix_is_that_of_the_published_code(case, per_image, method_golden, monkeypatch):
+    def recorded(name):
+        return torch.from_numpy(method_golden[f"{case}_{name}"])
+
+    images, labels = load_method_recording(method_golden, case)
+    count, side = (int(method_golden[f"{case}_{name}"]) for name in ("side", "window"))
+    targets = 0.9 * F.one_hot(labels, 10) + 0.01
+    attention = recorded("attention")
     maps = attention.repeat_interleave(32 // count, 1).repeat_interleave(32 // count, 2)
     fix_draws(monkeypatch, [3, 2, 1, 0], [side] * 4 if per_image else side)
     mixer = SMMix(num_patches=count)
     mixed, soft = mixer(images, targets, lambda *_: maps)
     shown = F.interpolate(1 - mixer.weight, (count, count)).squeeze(1)
-    assert torch.equal(shown, read(golden, f"{case}_source_mask").float())
-    torch.testing.assert_close(mixed, read(golden, f"{case}_mixed"), atol=1e-6, rtol=0)
-    torch.testing.assert_close(soft, read(golden, f"{case}_soft"), atol=1e-6, rtol=0)
-    assert mixer.weight.mean((1, 2, 3)).allclose(torch.tensor(golden[f"{case}_lam"]).float())
+    assert torch.equal(shown, recorded("source_mask").float())
+    torch.testing.assert_close(mixed, recorded("mixed"), atol=1e-6, rtol=0)
+    torch.testing.assert_close(soft, recorded("soft"), atol=1e-6, rtol=0)
+    assert mixer.weight.mean((1, 2, 3)).allclose(torch.tensor(method_golden[f"{case}_lam"]).float())
 
 
 @pytest.mark.parametrize("case", ["smmix_a", "smmix_b"])
-def test_the_sides_are_those_of_the_published_code(case, golden):
-    mixer = SMMix(num_patches=int(golden[f"{case}_side"]), in_batch=True)
+def test_the_sides_are_those_of_the_published_code(case, method_golden):
+    mixer = SMMix(num_patches=int(method_golden[f"{case}_side"]), in_batch=True)
     sides = mixer.draw_side(torch.zeros(20_000, 1, 1, 1))
     values, counts = sides.unique(return_counts=True)
-    assert values.tolist() == golden[f"{case}_sides"].tolist()
+    assert values.tolist() == method_golden[f"{case}_sides"].tolist()
     assert (counts / 20_000 * len(values) - 1).abs().max() < 0.1
     assert mixer.draw_side(torch.zeros(3, 1, 1, 1)).shape == (3,) and SMMix().draw_side(torch.zeros(3, 1)).shape == (1,)
 
