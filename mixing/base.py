@@ -13,9 +13,11 @@ makes these calls, in this order:
 
 To write a method:
 * In __init__, check the hyper-parameters and store them, `mix_prob` included.
-* Set default_source if the method needs saliency maps. If the default is "gradient", override gradient_options.
+* Set default_source if the method needs saliency maps. If the default is "gradient", override gradient_options. Set
+  keeps_labels, same_weights or label_obstacle if it is not two images that are mixed, pixel by pixel.
 * In mix_batch(), draw partners and shares with draw_partner() and draw_lam(), get the maps from compute_saliency(), mix
-  with blend() or paste(), and pass the weight map and the partners to set_weight(). The functions are in mixing/ops.py.
+  with blend() or paste(), and pass the weight map and the partners to set_weight(). Set move_maps if pixels move. The
+  functions are in mixing/ops.py.
 * Override check_size() if not every image size can be mixed, check_network() if not every network can be trained, and
   state_dict() if the method has state.
 
@@ -28,7 +30,17 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from .ops import check_targets, expand_weight, replace_invalid_maps
+from .ops import (
+    blend,
+    check_targets,
+    expand_weight,
+    find_saliency_share,
+    normalize_sum,
+    replace_invalid_maps,
+)
+
+LABEL_RULES = ("area", "saliency", "mean")
+MAP_RULES = ("saliency", "mean")  # those of LABEL_RULES that need saliency maps
 
 
 class Mixer:
@@ -51,6 +63,16 @@ class Mixer:
     replaced_maps: torch.Tensor | int = 0  # number of all-zero, NaN or infinite saliency maps replaced so far
     weight_fn: Callable[[], torch.Tensor] | None = None  # computes `weight` on request
     partner_fn: Callable[[], torch.Tensor] | None = None  # computes `partner` on request
+
+    label_rule: str | None = None  # set by set_labels(); None: labels are weighted as the method does
+    keeps_labels: bool = False  # whether each image keeps its label, whatever the rule
+    same_weights: bool = False  # whether a mix has the same weight in all of its pixels, so that all rules agree
+    label_obstacle: str | None = None  # why no label rule fits, such as "mixes a hidden layer"
+    maps: torch.Tensor | None = None  # saliency (B, H, W) of the batch that is mixed, for a rule of MAP_RULES
+    # Turns maps (B, H, W) that each sum to 1 into the parts of the images and of their partners, (own, pasted), that
+    # the mixed images show at each pixel: set by mix_batch() where pixels move. None: (maps, maps[partner]). Only sums
+    # count: own times `weight`, and pasted times 1 - `weight`, over all pixels.
+    move_maps: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @property
     def gradient_options(self) -> dict:
@@ -99,6 +121,31 @@ class Mixer:
         self.weight_fn = lambda: expand_weight(weight_fn(), shape, device)
         self.partner_fn = lambda: torch.arange(shape[0], device=device) if partner is None else partner
 
+    def set_labels(self, rule: str | None) -> None:
+        """Weight the labels of the mixed images by a rule instead of as the method does. None: as the method does.
+
+        * `area`: the share of an image is its mean weight over the pixels.
+        * `saliency`: the saliency of the image that its mix shows, relative to that of both images. Each map is scaled
+          to sum 1 first. SnapMix, arXiv 2012.04846, with the two weights divided by their sum; also the idea of
+          Saliency Grafting, arXiv 2112.08796.
+        * `mean`: the mean of the two, as in TransMix, arXiv 2111.09833, but with maps of the images before mixing.
+
+        Images and partners stay as they are. For `saliency` and `mean`, a method that needs no saliency gets the
+        default source `gradient`: build the source after this call. Raises ValueError for an unknown rule, and for a
+        method that does not mix the labels of two images.
+        """
+        if rule not in (None, *LABEL_RULES):
+            raise ValueError(f"labels must be {', '.join(LABEL_RULES)} or None, got {rule!r}")
+        obstacle = "keeps the label of each image" if self.keeps_labels else self.label_obstacle
+        if rule and obstacle:
+            raise ValueError(
+                f"labels {rule}: {type(self).__name__} {obstacle}, so there is nothing to weight; take a method that "
+                "mixes two images pixel by pixel, or leave labels out"
+            )
+        self.label_rule = None if self.same_weights else rule
+        needs_source = self.label_rule in MAP_RULES
+        self.default_source = type(self).default_source or ("gradient" if needs_source else None)
+
     def build_source(self, make_source: Callable):
         """Return the source for this method, or None if it needs no saliency. make_source(mixer) builds a Source."""
         return make_source(self) if self.default_source else None
@@ -114,9 +161,11 @@ class Mixer:
         if source is None:
             name = type(self).__name__
             raise ValueError(
-                f"{name} needs a saliency source as its third argument: mixer(images, targets, source); the source of "
-                f"its paper is {self.default_source}"
+                f"{name} needs a saliency source as its third argument: mixer(images, targets, source); its default "
+                f"source is {self.default_source}"
             )
+        if chosen is not None and self.label_rule in MAP_RULES:  # labels need the maps of all images
+            return self.replace_invalid_maps(source(images, targets))[chosen]
         if chosen is None:
             return self.replace_invalid_maps(source(images, targets))
         saliency = source(images[chosen], targets[chosen]) if source.per_image else source(images, targets)[chosen]
@@ -129,6 +178,8 @@ class Mixer:
         """
         saliency, invalid = replace_invalid_maps(saliency.detach().float())
         self.replaced_maps = self.replaced_maps + invalid.sum()
+        if self.label_rule in MAP_RULES:
+            self.maps = saliency
         return saliency
 
     def __call__(self, images: torch.Tensor, targets: torch.Tensor, source=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +192,12 @@ class Mixer:
         if torch.rand(()) >= self.mix_prob:
             self.set_weight(images, lambda: 1.0, partner=None)
             return images, targets
-        return self.mix_batch(images, targets, as_source(source))
+        source = as_source(source)
+        mixed, soft = self.mix_batch(images, targets, source)
+        if self.label_rule:
+            soft = self.weigh_labels(images, targets, source)
+        self.move_maps = None
+        return mixed, soft
 
     def mix_batch(self, images: torch.Tensor, targets: torch.Tensor, source) -> tuple[torch.Tensor, torch.Tensor]:
         """Mix one batch: the method itself. It must call set_weight(), or set weight_fn and partner_fn.
@@ -149,6 +205,20 @@ class Mixer:
         They are None where the batch has no weight map, or no single partner for each image.
         """
         raise NotImplementedError
+
+    def weigh_labels(self, images: torch.Tensor, targets: torch.Tensor, source) -> torch.Tensor:
+        """Return the soft targets (B, K) of the batch just mixed by the rule of set_labels()."""
+        weight, partner = self.weight.squeeze(1), self.partner
+        share = weight.mean((1, 2))
+        if self.label_rule in MAP_RULES:
+            if self.maps is None:  # the method has not asked for them; a source is called once for each batch
+                self.compute_saliency(source, images, targets)
+            maps, self.maps = normalize_sum(self.maps), None
+            own, pasted = self.move_maps(maps) if self.move_maps else (maps, maps[partner])
+            shown = (weight * own).sum((1, 2)), ((1 - weight) * pasted).sum((1, 2))
+            by_saliency = find_saliency_share(*shown, share)
+            share = by_saliency if self.label_rule == "saliency" else (share + by_saliency) / 2
+        return blend(targets, partner, share)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming sizes that work, if images of height x width pixels cannot be mixed."""

@@ -112,6 +112,7 @@ class CoMixup(Mixer):
     """
 
     default_source = "gradient"
+    label_obstacle = "mixes more than two images"
 
     def __init__(
         self,

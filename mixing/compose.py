@@ -16,6 +16,8 @@ from .base import Mixer
 class NoMix(Mixer):
     """The baseline without mixing: every batch is returned unchanged."""
 
+    keeps_labels = True
+
     def __call__(self, images, targets, source=None):
         self.set_weight(images, lambda: 1.0, partner=None)
         return images, targets
@@ -26,9 +28,12 @@ class Chain(Mixer):
 
     def __init__(self, mixers: list[Mixer]):
         self.mixers = mixers
-        self.default_source = mixers[-1].default_source
         self.wants_mixed_grad = mixers[-1].wants_mixed_grad
         self.mixes_hidden = any(mixer.mixes_hidden for mixer in mixers)
+
+    @property
+    def default_source(self) -> str | None:
+        return self.mixers[-1].default_source
 
     @property
     def gradient_options(self):
@@ -45,6 +50,9 @@ class Chain(Mixer):
     @property
     def replaced_maps(self) -> torch.Tensor | int:
         return sum(mixer.replaced_maps for mixer in self.mixers)
+
+    def set_labels(self, rule):
+        self.mixers[-1].set_labels(rule)
 
     def build_source(self, make_source):
         return self.mixers[-1].build_source(make_source)
@@ -89,16 +97,22 @@ class Choice(Chain):
     It takes a list of sources, one for each method, as its build_source() returns it.
     """
 
+    default_source = None  # each method has its own
+
     def __init__(self, mixers: list[Mixer], weights: Sequence[float] | None = None):
         super().__init__(mixers)
         self.weights = None if weights is None else check_method_weights(weights, len(mixers))
-        self.default_source = None
         self.wants_mixed_grad = any(mixer.wants_mixed_grad for mixer in mixers)
         self.drawn = 0  # index of the method that mixed the last batch
 
     @property
     def mixed_weight(self) -> float:
         return self.mixers[self.drawn].mixed_weight
+
+    def set_labels(self, rule):
+        """Set the rule of each method. Those that keep the label of each image do so under every rule."""
+        for mixer in [one for one in self.mixers if not one.keeps_labels] or self.mixers:
+            mixer.set_labels(rule)
 
     def build_source(self, make_source):
         sources = [mixer.build_source(make_source) for mixer in self.mixers]
@@ -230,6 +244,7 @@ def compose_mixer(
     method_weights: Sequence[float] | None = None,
     cutout: bool = False,
     clean_weight: float | None = None,
+    labels: str | None = None,
     mix_fraction: float = 1.0,
     mix_schedule: str = "fixed",
     mix_scheduled_epoch: int = 0,
@@ -241,13 +256,15 @@ def compose_mixer(
     hyper_parameters go to every method that has them; None means "use the default". method_options: method -> defaults
     for that method alone, which hyper_parameters override. method_weights: see Choice. cutout: first cut holes into the
     images. clean_weight: the weight that the training step gives the loss of the unmixed batch, in place of clean_lam
-    and update_ratio of the methods; None: as the method has it. mix_*: see PartialMix. Raises ValueError for an unknown
-    method, and for weights or a hyper-parameter out of range.
+    and update_ratio of the methods; None: as the method has it. labels: rule of Mixer.set_labels(). mix_*: see
+    PartialMix. Raises ValueError for an unknown method, for weights or a hyper-parameter out of range, and for a label
+    rule that does not fit a method.
     """
     for_all = {"method_options": method_options, "cutout": cutout, "clean_weight": clean_weight}
     values = collect_hyper_parameters(names, **for_all, **hyper_parameters)
     mixers = [build_mixer(name, **{**hyper_parameters, **values[name]}) for name in names]
     mixer = mixers[0] if len(mixers) == 1 and method_weights is None else Choice(mixers, method_weights)
+    mixer.set_labels(labels)
     if mix_fraction < 1 or mix_off_epoch or mix_schedule != "fixed":
         mixer = PartialMix(mixer, mix_fraction, mix_schedule, mix_scheduled_epoch, mix_off_epoch)
     if cutout and names != ["cutout"]:

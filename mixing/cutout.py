@@ -29,6 +29,8 @@ def erase(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, lengt
 class Cutout(Mixer):
     """Cuts n_holes square holes with a side of cutout_length pixels into each image."""
 
+    keeps_labels = True
+
     def __init__(self, cutout_length: int = 16, n_holes: int = 1):
         if cutout_length < 1 or n_holes < 1:
             raise ValueError(f"cutout_length and n_holes must be at least 1, got {cutout_length} and {n_holes}")

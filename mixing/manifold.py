@@ -22,6 +22,7 @@ class ManifoldMixup(Mixer):
     """
 
     mixes_hidden = True
+    label_obstacle = "mixes a hidden layer"
 
     def __init__(self, mixup_alpha: float = 2.0, mix_prob: float = 1.0, in_batch: bool = False):
         if mixup_alpha < 0:

@@ -13,6 +13,8 @@ class Mixup(Mixer):
     mix_prob: probability that a batch is mixed.
     """
 
+    same_weights = True
+
     def __init__(self, mixup_alpha: float = 1.0, mix_prob: float = 1.0, in_batch: bool = False):
         if mixup_alpha < 0:
             raise ValueError(f"mixup_alpha must not be negative, got {mixup_alpha}")

@@ -8,6 +8,7 @@
 | let weights fall off around a place | gaussian_kernel() |
 | work on a grid of blocks | block_means(), upsample_blocks(), check_divides() |
 | clean up, smooth and normalise saliency maps | replace_invalid_maps(), blur_maps(), normalize_sum() |
+| weight two labels by the saliency that is shown | find_saliency_share(), spread_saliency() |
 | send numbers drawn on the host to the device | to_device() |
 
 Boxes are rows (y1, y2, x1, x2) of a long tensor, half-open, in pixels. lam is the share of the first image.
@@ -18,6 +19,8 @@ from functools import cache
 import torch
 from torch.distributions import Beta
 from torch.nn import functional as F
+
+NO_SALIENCY = 1e-6  # a mix that shows less than this share of two maps shows nothing of either object
 
 
 def check_targets(targets: torch.Tensor) -> None:
@@ -60,6 +63,25 @@ def replace_invalid_maps(saliency: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def normalize_sum(saliency: torch.Tensor) -> torch.Tensor:
     """Scale maps (..., H, W) so that each sums to 1. No map may sum to 0."""
     return saliency / saliency.sum((-2, -1), keepdim=True)
+
+
+def find_saliency_share(own: torch.Tensor, pasted: torch.Tensor, area_share: torch.Tensor) -> torch.Tensor:
+    """Return own / (own + pasted), the share of an image in its mix, (B,); area_share (B,) or (1,) where both are 0.
+
+    own, pasted (B,): the saliency of the image and of its partner that the mix shows, of maps that each sum to 1.
+    """
+    own = own.clamp_min(0)  # rounding
+    total = own + pasted
+    return torch.where(total > NO_SALIENCY, own / total.clamp_min(NO_SALIENCY), area_share)
+
+
+def spread_saliency(amount: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Spread an amount (B,) evenly over the pixels of each mask, inside (B or 1, 1, H, W) bool: (B, H, W) float32.
+
+    It is lost where a mask is empty.
+    """
+    inside = inside.squeeze(1).float()
+    return amount.view(-1, 1, 1) * inside / inside.sum((1, 2), keepdim=True).clamp_min(1)
 
 
 def blur_maps(maps: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tensor:

@@ -95,6 +95,22 @@ def prior_costs(lam: torch.Tensor, n_labels: int, weight: float) -> list[float]:
     return [-weight * math.log(probability + 1e-8) for probability in probabilities]
 
 
+def move_pairs(
+    images: torch.Tensor,
+    partners: torch.Tensor,
+    partner: torch.Tensor,
+    blocks: tuple[torch.Tensor, torch.Tensor, int, int] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return T(image) and T'(partner) of Eq. 2, each (B, C, H, W): the images, and partners[partner], with their blocks
+    moved. Arguments as in mix(); images may also be maps of them.
+    """
+    if not blocks:
+        return images, partners[partner]
+    image_blocks, partner_blocks, *grid = blocks
+    first = move_blocks(images, image_blocks, torch.arange(len(images), device=images.device), *grid)
+    return first, move_blocks(partners, partner_blocks, partner, *grid)
+
+
 def mix(
     images: torch.Tensor,
     targets: torch.Tensor,
@@ -109,13 +125,7 @@ def mix(
     (see solve_transport()), then the rows and columns of their grid; None: nothing moves. partners: images to take the
     partners from, if not `images` (adversarial noise).
     """
-    partners = images if partners is None else partners
-    if blocks:
-        image_blocks, partner_blocks, *grid = blocks
-        first = move_blocks(images, image_blocks, torch.arange(len(images), device=images.device), *grid)
-        second = move_blocks(partners, partner_blocks, partner, *grid)
-    else:
-        first, second = images, partners[partner]
+    first, second = move_pairs(images, images if partners is None else partners, partner, blocks)
     mixed = torch.lerp(second, first, upsample_blocks(mask, *images.shape[-2:]).to(images.dtype))
     if images.is_contiguous():  # move_blocks() returns channels-last memory
         mixed = mixed.contiguous()
@@ -218,6 +228,7 @@ class PuzzleMix(Mixer):
         with torch.no_grad():
             self.mask, blocks = self.solve_mask_and_transport(images.detach(), saliency, partner, lam, n)
         self.set_weight(images, lambda mask=self.mask: mask, partner)
+        self.move_maps = lambda maps: [one[:, 0] for one in move_pairs(*[maps.unsqueeze(1)] * 2, partner, blocks)]
         first, partners = (self.add_noise(images, noise) if is_noisy else images for is_noisy in noisy)
         return mix(first, targets, partner, self.mask, blocks, partners)
 

@@ -7,7 +7,7 @@ authors released no code.
 import torch
 
 from .base import Mixer
-from .ops import blend, box_mask, check_probability, draw_centers, draw_lam, draw_partner, scale_boxes
+from .ops import blend, box_mask, check_probability, draw_centers, draw_lam, draw_partner, scale_boxes, spread_saliency
 
 
 def resize_into(values: torch.Tensor, boxes: torch.Tensor, mode: str = "nearest") -> torch.Tensor:
@@ -76,6 +76,8 @@ class ResizeMix(Mixer):
         outside = ~box_mask(boxes, height, width)
         resized = resize_into(images[partner], boxes, self.resize_mode)
         self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1), partner)
+        # the whole partner shows, whatever the size of the box
+        self.move_maps = lambda maps: (maps, spread_saliency(maps.new_ones(len(maps)), ~outside))
         lam = outside.flatten(1).float().mean(1)
         return torch.where(outside, images, resized), blend(targets, partner, lam)
 

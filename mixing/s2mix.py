@@ -123,6 +123,7 @@ class S2Mix(Mixer):
     """
 
     default_source = "spectral_residual"
+    keeps_labels = True
 
     def __init__(self, mixup_alpha: float = 1.0, mix_prob: float = 1.0, in_batch: bool = False):
         if mixup_alpha <= 0:

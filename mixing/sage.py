@@ -77,6 +77,12 @@ def gather_pixels(images: torch.Tensor, partner: torch.Tensor, pixels: torch.Ten
     return taken.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def shift_maps(maps: torch.Tensor, partner: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Return maps[partner], (B, H, W), each shifted by its offset (B, 2). What comes in from outside is 0."""
+    pixels, inside = source_pixels(offset, *maps.shape[-2:])
+    return gather_pixels(maps.unsqueeze(1), partner, pixels).squeeze(1) * inside
+
+
 class SAGE(Mixer):
     """lam ~ upper_lambda * Beta(mixup_alpha, mixup_alpha), drawn once per batch; mixup_alpha 0 means upper_lambda / 2.
 
@@ -162,6 +168,7 @@ class SAGE(Mixer):
             self.offset = self.find_offset(first, second, offsets)
         mixed, soft, mask = blend_shifted(images, targets, first, second, partner, self.offset)
         self.set_weight(images, lambda: mask, partner)
+        self.move_maps = lambda maps: (maps, shift_maps(maps, partner, self.offset))
         return mixed, soft
 
     def find_offset(self, first: torch.Tensor, second: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:

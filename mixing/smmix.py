@@ -116,6 +116,7 @@ class SMMix(Mixer):
             boxes, offset = to_pixels(least, most, side, height // self.num_patches, width // self.num_patches)
         inside = box_mask(boxes, height, width)
         self.set_weight(images, lambda: ~box_mask(boxes, height, width).squeeze(1), partner)
+        self.move_maps = lambda maps: (maps, move_partners(maps.unsqueeze(1), partner, offset).squeeze(1))
         mixed = torch.where(inside, move_partners(images, partner, offset), images)
         return mixed, blend(targets, partner, 1 - side.square() / self.num_patches**2)
 

@@ -8,7 +8,15 @@ are distributions.
 import torch
 
 from .base import Mixer
-from .ops import box_mask, center_boxes, check_probability, draw_lam, draw_partner
+from .ops import (
+    box_mask,
+    center_boxes,
+    check_probability,
+    draw_lam,
+    draw_partner,
+    find_saliency_share,
+    spread_saliency,
+)
 
 FLAT = 1e-6  # a map whose values differ by less, relative to the largest one, says nothing about the object
 
@@ -95,11 +103,14 @@ def weigh_labels(
     return own, pasted
 
 
-def share_of_image(own: torch.Tensor, pasted: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
-    """Return own / (own + pasted), the share of the image's label, (B,); where both are 0, the area outside the box."""
-    own = own.clamp_min(0)  # rounding
-    total = own + pasted
-    return torch.where(total > FLAT, own / total.clamp_min(FLAT), 1 - inside.flatten(1).float().mean(1))
+def paste_maps(
+    maps: torch.Tensor, partner: torch.Tensor, inside: torch.Tensor, source_inside: torch.Tensor
+) -> torch.Tensor:
+    """Return what each partner's map (B, H, W) has in its source box, spread over the box of the image: (B, H, W).
+
+    The sum is exact, which that of a map resized as paste_resized() does would not be. Masks as in weigh_labels().
+    """
+    return spread_saliency((maps[partner] * source_inside.squeeze(1)).sum((1, 2)), inside)
 
 
 class SnapMix(Mixer):
@@ -129,8 +140,11 @@ class SnapMix(Mixer):
         partner = draw_partner(images)
         boxes, source_boxes = empty_together(*(self.draw_boxes(images, lam) for lam in lams))
         inside, source_inside = box_mask(boxes, *size), box_mask(source_boxes, *size)
-        share = share_of_image(*weigh_labels(saliency, partner, inside, source_inside), inside).unsqueeze(1)
+        outside_share = 1 - inside.flatten(1).float().mean(1)
+        shown = weigh_labels(saliency, partner, inside, source_inside)
+        share = find_saliency_share(*shown, outside_share).unsqueeze(1)
         self.set_weight(images, lambda: ~inside.squeeze(1), partner)
+        self.move_maps = lambda maps: (maps, paste_maps(maps, partner, inside, source_inside))
         mixed = paste_resized(images, partner, boxes, source_boxes)
         return mixed, share * targets + (1 - share) * targets[partner]
 

@@ -93,6 +93,12 @@ def add_common_method_options(parser: Parser) -> None:
     parser.option("--cutout_length", type=int_at_least(1), default=16, help="side of a hole in pixels")
     parser.option("--n_holes", type=int_at_least(1), default=1, help="holes per image")
     parser.option(
+        "--labels",
+        type=choice(["area", "saliency", "mean"]),
+        shown="by method",
+        help="weight labels by the area or by the saliency of each image that the mix shows, or by their mean",
+    )
+    parser.option(
         "--clean_lam",
         type=float_in_range(),
         shown="by method",

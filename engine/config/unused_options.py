@@ -43,6 +43,7 @@ def collect_mixing_notes(
     notes, names = [], options["method"]
     read = set().union(*map(methods.hyper_parameters, names), *map(saliency.source_parameters, sources))
     read |= {"clean_weight"} if names != ["none"] else set()
+    read |= {"labels"} if any(not methods.mixer_class(name).same_weights for name in names) else set()
     read -= {"eval_mode"} if options["clean_weight"] else set()  # the pass that trains is in training mode
     if sources and not any(source.has_gradient for source in sources):
         read = read - GRADIENT_SOURCE_OPTIONS | (BLUR_OPTIONS if "guidedmixup" in names else set())

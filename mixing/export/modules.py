@@ -2,8 +2,9 @@
 
 Two things are left out of every module:
 
-* The choice of another solver: the parameters `solver` and `kernels`, and each statement that reads them. A method
-  therefore chooses its solver in an `if` of its own that returns early, before the torch solver.
+* The choice of another solver, and that of another label rule: the parameters `solver` and `kernels`, and each
+  statement that reads them or the attributes `label_rule` and `move_maps`. A method therefore chooses its solver in an
+  `if` of its own that returns early, before the torch solver.
 * What is only true in this repository: each paragraph of a docstring that names one of our files or modules, or an
   option of the command line. Such a name therefore stands in a paragraph of its own.
 """
@@ -14,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]  # the folder of mixing/ and saliency/, in the repository and where pip installs them
-CHOICES = {"solver", "kernels"}
+CHOICES = {"solver", "kernels", "label_rule", "move_maps"}
 OURS = re.compile(r"\b(mixing|saliency|engine|models)[./]\w|\w\.py\b|(?<![\w-])--[a-z]")
 BLOCKS = ("body", "orelse", "finalbody")
 

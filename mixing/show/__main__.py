@@ -14,7 +14,7 @@ from engine.config.parser import Parser, check_figure_path
 from engine.config.select import select_kwargs
 from engine.errors import UserError, explain_missing
 from engine.launch import run_main
-from mixing import ALIASES, MIXERS, build_mixer, hyper_parameters
+from mixing import ALIASES, MIXERS, build_mixer, hyper_parameters, mixer_class
 from saliency import build_source
 
 METHODS = [name for name in MIXERS if name != "none"]
@@ -74,11 +74,10 @@ def main(argv: list[str] | None = None) -> dict:
         return choose_source(options["saliency"], mixer.default_source, mixer.gradient_options, **settings)
 
     rows, weights, colours = [], {}, palette(len(images))
-    for name in METHODS if "all" in options["method"] else options["method"]:
+    for name in list_methods(**select_kwargs(options, list_methods)):
         given = select_kwargs(options, list(hyper_parameters(name))) | statistics | {"mix_prob": 1.0}
-        mixed, shares, weights[name], time_ms = mix_with(
-            name, images, make_source, options["n"], options["seed"], **given
-        )
+        chosen = select_kwargs(options, ["labels", "n", "seed"])
+        mixed, shares, weights[name], time_ms = mix_with(name, images, make_source, **chosen, **given)
         rows.append((f"{name}\n{time_ms:.1f} ms", mixed, torch.tensordot(shares, colours, ([1], [0])), weights[name]))
         title = f"{name}: {time_ms:.1f} ms per batch of {len(images)}; label weights of the mixed images:"
         print_label_weights(title, weights[name], inputs.names)
@@ -113,6 +112,13 @@ def read_options(parser: Parser, argv: list[str] | None) -> dict:
     if missing := [file for file in options["images"] or () if not Path(file).is_file()]:
         parser.error(f"--images {' '.join(missing)}: {explain_missing(missing[0])}")
     return options
+
+
+def list_methods(*, method: list[str], labels: str | None) -> list[str]:
+    """Return the methods to draw. `all` leaves out those that no label rule fits, if there is one."""
+    if "all" not in method:
+        return method
+    return [name for name in METHODS if not (labels and mixer_class(name).label_obstacle)]
 
 
 @dataclass(frozen=True)
@@ -239,12 +245,13 @@ def compute_maps(guide: str, images, **settings):
         raise UserError(str(error)) from error
 
 
-def mix_with(name: str, images, make_source, count: int, seed: int, **hyper_parameters) -> tuple:
+def mix_with(name: str, images, make_source, *, labels: str | None, n: int, seed: int, **hyper_parameters) -> tuple:
     """Mix with the method `name` and return collect_mixtures(). Raises UserError if it cannot mix these images."""
     try:
         mixer = build_mixer(name, **hyper_parameters)
+        mixer.set_labels(labels)
         mixer.check_size(*images.shape[-2:])
-        return collect_mixtures(mixer, images, mixer.build_source(make_source), count, seed)
+        return collect_mixtures(mixer, images, mixer.build_source(make_source), n, seed)
     except ValueError as error:
         raise UserError(f"--method {name}: {error}") from error
 

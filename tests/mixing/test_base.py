@@ -691,5 +691,5 @@ def test_chained_methods_give_the_gradient_options_of_the_last_one():
 
 def test_a_missing_source_raises_an_error_that_names_the_default():
     images, targets = torch.rand(2, 3, 8, 8), torch.eye(2)
-    with pytest.raises(ValueError, match="SaliencyMix needs a saliency source .* of its paper is fine_grained"):
+    with pytest.raises(ValueError, match="SaliencyMix needs a saliency source .* its default source is fine_grained"):
         SaliencyMix(mix_prob=1.0)(images, targets)

@@ -4,8 +4,8 @@ from support import load_method_recording
 from torch.nn import functional as F
 
 from mixing import SnapMix
-from mixing.ops import box_mask, center_boxes
-from mixing.snapmix import empty_together, normalize_maps, paste_resized, share_of_image, weigh_labels
+from mixing.ops import box_mask, center_boxes, find_saliency_share
+from mixing.snapmix import empty_together, normalize_maps, paste_resized, weigh_labels
 
 CASES = ["snapmix_a", "snapmix_b", "snapmix_c", "snapmix_d"]
 
@@ -49,7 +49,7 @@ def test_mix_matches_the_published_code(case, method_golden):
     both = [torch.where(equal, total, one) for one in (own, pasted)]  # the code's rule; the same targets here
     torch.testing.assert_close(both[0], recorded("weight_own"), rtol=0, atol=1e-6)
     torch.testing.assert_close(both[1], recorded("weight_partner"), rtol=0, atol=1e-6)
-    torch.testing.assert_close(share_of_image(own, pasted, inside), own / total)
+    torch.testing.assert_close(find_saliency_share(own, pasted, torch.zeros(1)), own / total)
 
 
 def test_a_resized_box_by_hand():
@@ -75,7 +75,7 @@ def test_nothing_is_pasted_where_a_box_is_empty():
     assert torch.equal(mixed[1:], images[1:]) and not torch.equal(mixed[0], images[0])
     inside, source_inside = box_mask(boxes, 3, 3), box_mask(source_boxes, 3, 3)
     own, pasted = weigh_labels(torch.rand(4, 3, 3), torch.tensor([1, 2, 3, 0]), inside, source_inside)
-    share = share_of_image(own, pasted, inside)
+    share = find_saliency_share(own, pasted, torch.ones(4))
     assert share[1:].eq(1).all() and share[0] < 1
 
 
@@ -87,8 +87,8 @@ def test_label_weights_by_hand():
     inside, source_inside = (box_mask(one, 2, 4) for one in (box(1, 2, 0, 2), box(0, 1, 2, 4)))
     own, pasted = weigh_labels(maps, torch.tensor([1, 0]), inside, source_inside)
     assert own.tolist() == [0.75, 1.0] and pasted.tolist() == [0.75, 0.0]
-    assert share_of_image(own, pasted, inside).tolist() == [0.5, 1.0]
-    nothing = share_of_image(torch.zeros(2), torch.zeros(2), inside)
+    assert find_saliency_share(own, pasted, torch.zeros(1)).tolist() == [0.5, 1.0]
+    nothing = find_saliency_share(torch.zeros(2), torch.zeros(2), torch.tensor([0.75]))
     assert nothing.tolist() == [0.75, 0.75], "where neither shows anything, the area counts"
 
 
