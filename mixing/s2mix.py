@@ -8,6 +8,7 @@ drawn per image, the places and the angle per patch. The fractal pictures of Fra
 """
 
 import math
+from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +25,7 @@ BLUR = 1 / 16  # standard deviation of the blur relative to the side of a patch
 MIN_BLUR = 0.5  # the same in pixels
 
 
+@cache  # the same in each step, and eight launches
 def patch_sides(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Return the height and width of the patch of each scale, (K, 2) long."""
     scale = 2 ** torch.arange(1, NUM_SCALES + 1, device=device)
