@@ -48,10 +48,11 @@ def threshold_field(field: torch.Tensor, lam: torch.Tensor, round_up: torch.Tens
     number = torch.where(round_up, (lam * size).ceil(), (lam * size).floor())
     soft = (size * torch.minimum(lam, 1 - lam).clamp(max=max_soft)).floor()
     first, last = append_dims((number - soft).float(), 1), append_dims((number + soft).float(), 1)
-    rank = field.flatten(1).argsort(1, descending=True).argsort(1)
+    rank = torch.arange(size, device=field.device)
     fall = 1 - (rank - first) / (last - first - 1).clamp(min=1)
-    mask = torch.where(rank < first, 1.0, torch.where(rank < last, fall, 0.0))
-    return mask.view(field.shape)
+    ranked = torch.where(rank < first, 1.0, torch.where(rank < last, fall, 0.0))
+    order = field.flatten(1).argsort(1, descending=True)
+    return torch.empty_like(field).flatten(1).scatter_(1, order, ranked.expand_as(order)).view(field.shape)
 
 
 class FMix(Mixer):

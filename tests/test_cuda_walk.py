@@ -40,7 +40,7 @@ LAUNCHES = {  # preactresnet18, batch 100, 32 pixels, bf16: data, saliency, mixi
     "snapmix": (30, 92, 138, 245),
     "attentivemix": (30, 92, 27, 245),
     "resizemix": (30, 0, 49, 245),
-    "fmix": (30, 0, 27, 245),
+    "fmix": (30, 0, 28, 245),
     "gridmix": (30, 0, 73, 245),
     "smoothmix": (30, 0, 38, 245),
     "hmix": (30, 0, 36, 245),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from support import load_method_recording
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixing.fmix
 from mixing import build_mixer
@@ -42,6 +43,22 @@ def test_a_mask_by_hand():
     torch.testing.assert_close(soft[0].flatten(), torch.tensor(expected))
     assert threshold_field(field, torch.tensor(0.0).double(), torch.tensor(True), 0.3).eq(0).all()
     assert threshold_field(field, torch.tensor(1.0).double(), torch.tensor(True), 0.3).eq(1).all()
+
+
+class Sorts(TorchDispatchMode):
+    """Count what is sorted in the block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += "sort" in operation.name()
+        return operation(*args, **kwargs or {})
+
+
+def test_a_field_is_sorted_once():  # sorting takes most of the time of a mask at 224 pixels
+    with Sorts() as sorts:
+        threshold_field(torch.rand(2, 4, 4), torch.tensor([0.3, 0.6]), torch.tensor([True, False]), 0.2)
+    assert sorts.count == 1
 
 
 def test_a_higher_decay_gives_smoother_shapes():
