@@ -1,5 +1,7 @@
 """Label rules: the weights of two labels by the area, by the saliency that the mix shows, or by the mean of both."""
 
+import pickle
+
 import pytest
 import torch
 from support import load_method_recording, same_state
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from mixing import MIXERS, Choice, CutMix, Mixer, build_mixer, compose_mixer, mixer_class
 from mixing.base import LABEL_RULES, MAP_RULES
 from mixing.ops import box_mask, find_saliency_share, normalize_sum
+from saliency import Source
 
 SMALL = {"block_num": (4,), "m_block_num": 2, "random_patches": (4,), "num_patches": 4, "mix_prob": 1.0}
 MASKED = [name for name in MIXERS if not (mixer_class(name).keeps_labels or mixer_class(name).label_obstacle)]
@@ -277,3 +280,99 @@ def test_a_method_without_saliency_gets_the_gradient_as_its_default_source():
     with pytest.raises(ValueError, match="CutMix needs a saliency source .* its default source is gradient"):
         mix(mixer)
     assert CutMix.default_source is None
+
+
+def mix_pair(mixer, maps, monkeypatch, rule="saliency"):
+    """Mix two images with each other; returns the label weight of each in its own mix."""
+    monkeypatch.setattr(f"mixing.{type(mixer).__name__.lower()}.draw_partner", lambda _: torch.tensor([1, 0]))
+    mixer.set_labels(rule)
+    mixed, soft = mixer(torch.rand(2, 3, *maps.shape[1:]), torch.eye(2), lambda *_: maps)
+    return soft.diag()
+
+
+def test_smmix_shows_the_window_that_it_has_moved(monkeypatch):
+    """Each object fills one patch: an image keeps its own, and that of its partner is pasted where nothing was."""
+    maps = torch.zeros(2, 8, 8)
+    maps[0, :2, :2], maps[1, 4:6, 6:] = 1, 1
+    own = {"num_patches": 4, "min_side_ratio": 0.25, "max_side_ratio": 0.25}
+    for rule, share in (("saliency", 0.5), ("mean", (15 / 16 + 0.5) / 2)):
+        assert mix_pair(build_mixer("smmix", **own), maps, monkeypatch, rule).tolist() == pytest.approx([share] * 2)
+
+
+def test_what_sage_shifts_out_of_the_frame_does_not_count(monkeypatch):
+    """All partners move by two columns: a quarter of object 1 leaves the frame, all of object 0 stays in it."""
+    maps = torch.zeros(2, 2, 4)
+    maps[0, :, 0], maps[1, :, 1], maps[1, :, 3] = 1, 3, 1
+    mixer = build_mixer("sage", blur_sigma=0.0, update_ratio=1.0)
+    mixer.find_offset = lambda *_: torch.tensor([[0, 2], [0, 2]])
+    torch.testing.assert_close(mix_pair(mixer, maps, monkeypatch), torch.tensor([1 / 1.75, 0.5]))
+
+
+def test_puzzlemix_shows_the_blocks_that_it_has_moved(monkeypatch):
+    """The left blocks show the image, the right ones its partner; mix 1 shows two blocks twice."""
+    maps = torch.zeros(2, 4, 4)
+    maps[0, 0, 0], maps[1, 1, 3], maps[1, 3, 2] = 2, 1, 1  # block 0; blocks 1 and 3
+    mask = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]).expand(2, -1, -1)
+    image_blocks, partner_blocks = (
+        torch.tensor([[0, 1, 2, 3], [3, 1, 3, 0]]),
+        torch.tensor([[0, 3, 2, 1], [1, 0, 2, 0]]),
+    )
+    mixer = build_mixer("puzzlemix", block_num=(2,))
+    mixer.solve_mask_and_transport = lambda *_: (mask, (image_blocks, partner_blocks, 2, 2))
+    # mix 0: all of image 0, and blocks 3 and 1 of image 1; mix 1: half of image 1 twice, all of image 0 twice
+    torch.testing.assert_close(mix_pair(mixer, maps, monkeypatch), torch.tensor([0.5, 1 / 3]))
+    mixer.solve_mask_and_transport = lambda *_: (mask, None)
+    maps[0, 0, 3] = 2  # without transport, mix 0 shows half of image 0, and mix 1 the other half and nothing of image 1
+    torch.testing.assert_close(mix_pair(mixer, maps, monkeypatch), torch.tensor([0.5 / 1.5, 0.0]))
+
+
+def test_resizemix_shows_the_whole_partner():
+    maps, empty = torch.rand(6, 16, 16, generator=torch.Generator().manual_seed(1)).square(), 0
+    for in_batch in (False, True):
+        mixer = build_mixer("resizemix", resize_range=(0.0, 0.8), in_batch=in_batch)
+        mixer.set_labels("saliency")
+        for seed in range(12):
+            share, is_mixed = own_share(mixer, mix(mixer, lambda *_: maps, seed=seed)[1])
+            weight = mixer.weight.squeeze(1)
+            kept, is_empty = (weight * normalize_sum(maps)).sum((1, 2)), weight.flatten(1).all(1)
+            torch.testing.assert_close(share[is_mixed], (kept / (kept + ~is_empty.bool()))[is_mixed])
+            empty += int((is_empty & is_mixed).sum())
+    assert empty
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_part_of_a_batch_gets_the_labels_of_the_rule(name):
+    """PartialMix mixes the last four images by the rule, and Chain weighs the labels of its last method."""
+    images, targets = torch.rand(7, 3, 16, 16), torch.eye(7)
+    partial = compose_mixer([name], labels="mean", mix_fraction=0.6, **SMALL)
+    alone = compose_mixer([name], labels="mean", **SMALL)
+    results = []
+    for mixer, first in ((partial, 0), (alone, 3)):
+        torch.manual_seed(4)
+        results.append(mixer(images[first:], targets[first:], Counting())[1])
+    assert torch.equal(results[0][:3], targets[:3]) and torch.equal(results[0][3:], results[1])
+    chain = compose_mixer([name], labels="mean", cutout=True, cutout_length=4, **SMALL)
+    _, soft = chain(images, targets, Counting())
+    torch.testing.assert_close(soft.sum(1), torch.ones(7))
+    assert chain.mixers[-1].label_rule == (None if name == "mixup" else "mean")
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_used_mixer_with_a_rule_can_be_pickled(name):
+    mixer = build_mixer(name, **SMALL)
+    mixer.set_labels("mean")
+    mix(mixer, Counting())
+    copied = pickle.loads(pickle.dumps(mixer))
+    assert same_state(mix(copied, Counting(), seed=1), mix(mixer, Counting(), seed=1))
+
+
+@pytest.mark.parametrize("name", [name for name in MASKED if not mixer_class(name).default_source])
+def test_a_source_that_learns_gets_the_gradient_through_a_mix_without_saliency(name):
+    images = torch.rand(6, 3, 16, 16).requires_grad_()
+    mixer = build_mixer(name, **SMALL)
+    mixer.set_labels("saliency")
+    mixed, soft = mix(mixer, Counting(), images)
+    coverage = Source.measure_coverage(mixed, images)
+    assert not soft.requires_grad
+    if name != "resizemix":  # which shows some pixels of the partner twice, others not at all
+        torch.testing.assert_close(coverage.sum(), torch.tensor(6.0 * 256))
