@@ -1,12 +1,16 @@
 """Command-line options, markers and fixtures for all tests."""
 
+import copy
 import functools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it; the processes of pytest-xdist share the cores
@@ -20,7 +24,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from browser import Browser
-from support import GOLDEN, copy_package_sources, find_browser, hold_lock, shapes_command
+from support import (
+    GOLDEN,
+    NARROW_RESNET18,
+    SMALL_NETWORK,
+    copy_package_sources,
+    find_browser,
+    hold_lock,
+    list_small_parts,
+    shapes_command,
+)
+
+import models
 
 
 def pytest_addoption(parser):
@@ -54,11 +69,15 @@ def seed_torch():
 
 @pytest.fixture(scope="session", autouse=True)
 def draw_shapes_once():
-    """Draw each set of `shapes` once per process: its images are the same in every run, and hundreds of tests train."""
+    """Draw each set of `shapes` and of scenes once per process: its images are the same in every run, and hundreds of
+    tests train.
+    """
+    from detection import load
+    from detection.shape_scenes import CHUNK_SIZE
     from engine.data import datasets
     from engine.data.shapes import CHUNK
 
-    draw_cached = functools.cache(datasets.draw_shapes)
+    draw_cached, draw_scenes_cached = functools.cache(datasets.draw_shapes), functools.cache(load.draw_scenes)
 
     def draw_shapes(count: int, size: int, *, num_classes: int, seed: int, progress) -> dict[str, torch.Tensor]:
         list(progress(range(0, count, CHUNK), desc="drawing shapes"))
@@ -66,8 +85,13 @@ def draw_shapes_once():
             key: value.clone() for key, value in draw_cached(count, size, num_classes=num_classes, seed=seed).items()
         }
 
+    def draw_scenes(count: int, *, size: int, seed: int, progress):
+        list(progress(range(0, count, CHUNK_SIZE), desc="drawing scenes"))
+        return copy.deepcopy(draw_scenes_cached(count, size=size, seed=seed))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "draw_shapes", draw_shapes)
+        patch.setattr(load, "draw_scenes", draw_scenes)
         yield
 
 
@@ -83,11 +107,13 @@ def few_shapes(monkeypatch):
 def draw_curves_once(tmp_path_factory):
     """Draw the curves of a run once per process for each form of them, and copy the file where other runs draw the
     same form: hundreds of tests train, and a figure costs as much as their steps. Two histories have the same form if
-    their rows have the same columns; two sets of precision-recall curves, if the same classes have objects and
+    their rows have the same columns; two sets of precision-recall curves, if as many classes have objects, and any
     detections.
     """
     from detection import report
+    from engine.drawing import figures
     from engine.training import console
+    from saliency.casm import run_files
 
     folder, drawn = tmp_path_factory.mktemp("curves"), {}
 
@@ -116,11 +142,21 @@ def draw_curves_once(tmp_path_factory):
 
     def draw_precision_recall_curves(path, voc, *args, real=report.draw_precision_recall_curves, **style) -> None:
         table = [name for name, row in voc["classes"].items() if row["objects"]]
-        panels = tuple((name, len(voc["curves"][name]["recall"]) > 0) for name in table)
-        form = "recall", path.suffix, panels, *args, *style.items()
+        detected = any(len(voc["curves"][name]["recall"]) for name in table)
+        form = "recall", path.suffix, len(table), detected, *args, *style.items()
         draw_or_copy(path, form, lambda: real(path, voc, *args, **style))
 
+    def draw_epoch_panels(path, history, panels, title, real=figures.draw_epoch_panels, **style) -> None:
+        form = "casm", path.suffix, title, *style.items(), list_columns(history)
+        draw_or_copy(path, form, lambda: real(path, history, panels, title, **style))
+
+    def draw_image_rows(path, rows, title, real=figures.draw_image_rows, **style) -> None:
+        form = "masks", path.suffix, *style.items(), *(images.shape for _, images, _ in rows)
+        draw_or_copy(path, form, lambda: real(path, rows, title, **style))
+
+    drawn_by_casm = {"draw_epoch_panels": draw_epoch_panels, "draw_image_rows": draw_image_rows}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_files, "figures", SimpleNamespace(**drawn_by_casm, to_pixels=figures.to_pixels))
         patch.setattr(console, "draw_learning_curves", draw_learning_curves)
         patch.setattr(report, "draw_training_curves", draw_training_curves)
         patch.setattr(report, "draw_precision_recall_curves", draw_precision_recall_curves)
@@ -187,8 +223,41 @@ def browser(tmp_path_factory):
     running.close()
 
 
+@contextmanager
+def replace_model(name: str, constructor: tuple) -> Iterator[None]:
+    """Replace a network of the registry. constructor: module, name in it, and first arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = models.get_model_shapes
+        patch.setitem(models.MODELS, name, constructor)
+        patch.setattr(models, "get_model_shapes", lambda key: (cached.__wrapped__ if key == name else cached)(key))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_network():
+    """Make `resnet20` a network of 8 layers, where a test trains it and any network would do."""
+    with replace_model("resnet20", SMALL_NETWORK):
+        yield
+
+
+@pytest.fixture(scope="module")
+def narrow_resnet18():
+    """Make `imagenet_resnet18` a narrow network, whose file has 1 MB instead of 90."""
+    with replace_model("imagenet_resnet18", NARROW_RESNET18):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_detector(narrow_resnet18):
+    """Make detectors with `imagenet_resnet18` small, where any detector would do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in list_small_parts():
+            patch.setattr(owner, name, value)
+        yield
+
+
 @pytest.fixture
-def shapes_run(tmp_path):
+def shapes_run(tmp_path, small_network):
     """Return a function that trains on a few images of `shapes` and returns the run folder."""
     import train
 

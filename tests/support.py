@@ -14,13 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
+from torch import nn
+from torchvision.models.detection import faster_rcnn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.ops import FrozenBatchNorm2d
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 RUN_OPTIONS = {"recipe": "puzzle", "model": "resnet20", "dataset": "cifar10", "epochs": 4, "batch_size": 100, "lr": 0.1}
 RUN_OPTIONS |= {"scheduler": "cosine", "name": "x", "device": "cpu", "amp": "auto", "limit": 0, "data_dir": "data"}
+SMALL_NETWORK = "models.resnet", "NarrowResNet", 8  # in the place of resnet20, by the fixture small_network
 
 
 class SmallHead(TwoMLPHead):
@@ -28,7 +33,54 @@ class SmallHead(TwoMLPHead):
 
     def __init__(self, in_channels: int, representation_size: int):
         super().__init__(in_channels, 32)
-        self.fc7 = torch.nn.Linear(32, representation_size)
+        self.fc7 = nn.Linear(32, representation_size)
+
+
+def make_narrow(network: nn.Module) -> nn.Module:
+    """Divide the channels of a ResNet by 8."""
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Conv2d):
+                inputs, form = layer.in_channels, (layer.kernel_size, layer.stride, layer.padding)
+                inputs = inputs if inputs == 3 else inputs // 8
+                setattr(parent, name, nn.Conv2d(inputs, layer.out_channels // 8, *form, bias=False))
+            elif isinstance(layer, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+                setattr(parent, name, type(layer)(len(layer.weight) // 8))
+            elif isinstance(layer, nn.Linear):
+                setattr(parent, name, nn.Linear(layer.in_features // 8, layer.out_features))
+    return network
+
+
+def build_narrow_resnet18(num_classes: int) -> nn.Module:
+    from models.imagenet_resnet import imagenet_resnet
+
+    return make_narrow(imagenet_resnet(18, num_classes))
+
+
+NARROW_RESNET18 = "support", "build_narrow_resnet18"  # in the place of imagenet_resnet18, by a fixture
+
+
+def list_small_parts() -> list[tuple]:
+    """Return what makes a detector small: owner, attribute and value."""
+    import detection.faster_rcnn as ours
+
+    def get_model(name: str, real=torchvision.models.get_model, **options) -> nn.Module:
+        return make_narrow(real(name, **options))
+
+    def build_pyramid(body, layers, widths, channels: int, real=ours.BackboneWithFPN) -> nn.Module:
+        return real(body, layers, widths, channels // 8)
+
+    replaced = [(torchvision.models, "get_model", get_model), (ours, "BackboneWithFPN", build_pyramid)]
+    return [*replaced, (faster_rcnn, "TwoMLPHead", SmallHead)]
+
+
+def use_small_detector() -> None:
+    """Build small detectors in a process that does not have the fixture small_detector."""
+    import models
+
+    models.MODELS["imagenet_resnet18"] = NARROW_RESNET18
+    for owner, name, value in list_small_parts():
+        setattr(owner, name, value)
 
 
 def find_browser() -> str | None:
@@ -66,6 +118,21 @@ def shapes_command(root: Path, *words: str, name: str = "run", method: str = "no
         name,
         *words,
     ]
+
+
+def use_small_network() -> None:
+    """Do what the fixture small_network does, in a process that does not have it."""
+    import models
+
+    models.MODELS["resnet20"] = SMALL_NETWORK
+
+
+def train_small_network(command: list[str]) -> dict:
+    """Run train.py in a process that does not have the fixture small_network."""
+    import train
+
+    use_small_network()
+    return train.main(command)
 
 
 def same_state(a, b) -> bool:
@@ -151,23 +218,35 @@ def load_recorded_problem(golden, number: int, case: dict):
     return unary.permute(0, 2, 3, 1).contiguous(), *edges
 
 
-START = "spawn"  # how tests start processes: in a fork, OpenCV would wait for threads that fork does not copy
+# How tests start processes: as forks of a process that has imported torch, which takes seconds, and done nothing else.
+# In a fork of the tests' own process, OpenCV would wait for threads that fork does not copy.
+START = "forkserver"
+PRELOADED = ["torch", "torchvision", "cv2", "matplotlib.figure", "engine.training.run"]
+torch.multiprocessing.get_context(START).set_forkserver_preload(PRELOADED)
 
 
-def run_script(main: Callable[[], None], errors: Path) -> None:
-    """Call run_main(main) as the leader of a process group, without output but for the errors, which go to a file."""
+def set_environment(variables: dict[str, str]) -> None:
+    """Replace the environment variables, which are those from when the server of forks was started."""
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def run_script(main: Callable[[], None], errors: Path, output: Path, environment: dict[str, str]) -> None:
+    """Call run_main(main) as the leader of a process group. What it prints goes to files."""
     from engine.launch import run_main
 
+    set_environment(environment)
     os.setsid()
-    for number, path in ((1, os.devnull), (2, errors)):
+    for number, path in ((1, output), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     run_main(main)
 
 
-def start_script(main: Callable[[], None], errors: Path | str = os.devnull):
+def start_script(main: Callable[[], None], errors: Path | str = os.devnull, output: Path | str = os.devnull):
     """Run main() as a script of its own does, in another process, and return the process."""
-    process = torch.multiprocessing.get_context(START).Process(target=run_script, args=(main, errors))
+    arguments = main, errors, output, dict(os.environ)
+    process = torch.multiprocessing.get_context(START).Process(target=run_script, args=arguments)
     process.start()
     return process
 
@@ -181,8 +260,9 @@ def find_free_port() -> int:
             return port
 
 
-def run_rank(rank: int, job, ports: list[int], result: Path) -> None:
+def run_rank(rank: int, job, ports: list[int], result: Path, environment: dict[str, str]) -> None:
     """Run job(ports) as one of two ranks; rank 0 writes what it returns to `result`."""
+    set_environment(environment)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(ports[0])
     torch.set_num_threads(1)
@@ -194,7 +274,8 @@ def run_rank(rank: int, job, ports: list[int], result: Path) -> None:
 def run_in_two_processes(job, folder: Path, num_ports: int = 1):
     """Run job(ports) in two processes and return what rank 0 returns. num_ports: one for each process group."""
     ports = [find_free_port() for _ in range(num_ports)]
-    torch.multiprocessing.start_processes(run_rank, (job, ports, folder / "result.pt"), nprocs=2, start_method=START)
+    arguments = (job, ports, folder / "result.pt", dict(os.environ))
+    torch.multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method=START)
     return torch.load(folder / "result.pt")
 
 

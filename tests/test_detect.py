@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import SmallHead, hold_lock
-from torchvision.models.detection import faster_rcnn
+from support import hold_lock, run_in_two_processes, use_small_detector
 
 import detect
 from detection.evaluate import locate_evaluations
@@ -26,15 +25,9 @@ from engine.runtime.claim import release_claims
 from engine.training import run_folder
 from models import build_model
 
+pytestmark = pytest.mark.usefixtures("small_detector", "small_network")
 TINY = "--dataset shapes --limit 6 --batch_size 2 --min_size 64 --max_size 128 --rois 8 --proposals 20 10 --amp off"
 LOSSES = ["loss", "loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_head():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faster_rcnn, "TwoMLPHead", SmallHead)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +550,7 @@ def train_in_two_processes(ports) -> dict:
     from detection.faster_rcnn import DetectorConfig, build_detector, set_trainable_layers
     from engine.runtime import distributed
 
-    faster_rcnn.TwoMLPHead = SmallHead
+    use_small_detector()
     folder, weights_file = os.environ["RUNS_OF_THIS_TEST"].split(os.pathsep)
     results, ports = {}, iter(ports)
     output = ["--root_dir", folder, "--device", "cpu", "--workers", "0", "--backbone_checkpoint", weights_file]
@@ -611,8 +604,6 @@ def train_in_two_processes(ports) -> dict:
 
 @pytest.fixture(scope="module")
 def two_process_runs(tmp_path_factory, backbone):
-    from support import run_in_two_processes
-
     folder = tmp_path_factory.mktemp("two")
     os.environ["RUNS_OF_THIS_TEST"] = f"{folder}{os.pathsep}{backbone}"
     return folder / "shapes" / "frcnn", run_in_two_processes(train_in_two_processes, folder, num_ports=4)

@@ -2,19 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, same_state
+from support import NARROW_RESNET18, same_state, start_script
 
 import evaluate
 import imagenet_train
+import models
 from engine.config import legacy_options, resolve, unused_options
 from engine.data.datasets import load_data
 from engine.data.loader import DeviceLoader
@@ -26,6 +26,7 @@ from engine.training.run import Run
 from models import build_model
 from saliency.casm.source import CASM
 
+pytestmark = pytest.mark.usefixtures("narrow_resnet18")
 PHASES = "1:small:16:0.3:8,3:large:24:0.5:4,4:large:24:0.5:4"
 POINTS = "0:0.01,1:0.02,1:0.01,4:0.001"
 
@@ -118,23 +119,25 @@ def test_a_run_stopped_in_any_phase_ends_with_the_same_weights(whole, dataset, t
         assert same_state(one[key], other[key]), key
 
 
+def train_narrow_network(command: list[str]) -> None:
+    models.MODELS["imagenet_resnet18"] = NARROW_RESNET18
+    imagenet_train.main(command)
+
+
 def test_sigterm_to_the_process_group_saves_the_run_and_leaves_no_process(dataset, tmp_path):
     """A scheduler sends SIGTERM to all processes. The workers ignore it, so the run can finish its step and save."""
     words = build_command(
         dataset, tmp_path, "--workers", 2, "--phases", "400:original:16:0.3:8", "--lr_points", "0:0.1,400:0"
     )
-    process = subprocess.Popen(
-        [sys.executable, "imagenet_train.py", *words],
-        **{"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True},
-        start_new_session=True,
-    )
+    process = start_script(partial(train_narrow_network, words), tmp_path / "errors")
     run = tmp_path / "folder" / "imagenet_resnet18" / "run"
-    while not (run / "last.pt").exists() and process.poll() is None:
+    while not (run / "last.pt").exists() and process.is_alive():
         time.sleep(0.05)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by SIGTERM: " in errors and "Traceback" not in errors, errors
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 143 and "stopped by SIGTERM: " in errors and "Traceback" not in errors, errors
     assert load_last(tmp_path)["inside"]
     with pytest.raises(ProcessLookupError):
         for _ in range(100):  # the workers exit with their parent

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_graphs import FakeGraphs
-from support import hold_lock, same_state, shapes_command, start_script, write_class_folders
+from support import hold_lock, same_state, shapes_command, start_script, train_small_network, write_class_folders
 
 import engine.config.select
 import engine.training.run_folder
@@ -26,6 +26,7 @@ from engine.errors import Terminated, UserError
 from engine.training import loop
 from mixing import MIXERS
 
+pytestmark = pytest.mark.usefixtures("small_network")
 METHODS = [*sorted(MIXERS), "cutmix saliencymix manifold", "mixup --cutout --cutout_length 8"]
 METHODS += ["puzzlemix sage --saliency bank", "puzzlemix --adv_p 0.5 --clean_lam 1 --saliency gradient"]
 METHODS += [
@@ -156,7 +157,7 @@ def test_a_folder_run_resumes_exactly_with_any_number_of_workers(tmp_path, worke
 
 def run_and_kill(command: list[str], seconds: float, when=lambda: False) -> int:
     """Run train.py, kill it as soon as when() holds or after so many seconds, and return its exit code."""
-    process = start_script(partial(train.main, command))
+    process = start_script(partial(train_small_network, command))
     end = time.monotonic() + seconds
     while time.monotonic() < end and process.is_alive() and not when():
         time.sleep(0.002)
@@ -179,12 +180,13 @@ def test_a_run_killed_during_a_save_resumes_exactly(shapes_run, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sage", "rlmix", "puzzlemix saliencymix --saliency bank"])
-def test_drawing_mixed_batches_does_not_change_the_training(shapes_run, method):
-    """Drawing runs the network in training mode, and the agent of rlmix."""
+def test_drawing_mixed_batches_does_not_change_the_training(shapes_run, monkeypatch, method):
+    """Mixing a batch to draw it runs the network in training mode, and the agent of rlmix."""
     method, options = split_method(method)
-    plain = shapes_run(*options, method=method)
+    plain, drawn = shapes_run(*options, method=method), []
+    monkeypatch.setattr(figures, "draw_mixed_batch", lambda path, *args, **kwargs: drawn.append(path))
     shown = shapes_run(*options, "--vis_epoch", "1", name="shown", method=method)
-    assert same_run(plain, shown) and len(list((shown / "vis").iterdir())) == 2
+    assert same_run(plain, shown) and len(set(drawn)) == 2
 
 
 @pytest.mark.parametrize(
@@ -486,7 +488,7 @@ def test_a_run_without_last_pt_is_not_restarted(shapes_run):
     assert {path.name for path in run.iterdir()} == kept
 
 
-def test_init_from_loads_the_weights(shapes_run, capsys):
+def test_init_from_loads_the_weights(shapes_run, few_shapes, capsys):
     run = shapes_run(epochs=1)
     start = ["--init_from", str(run / "best.pt"), "--lr", "1e-30", "--weight_decay", "0", "--scheduler", "constant"]
     tuned = shapes_run(*start, "--num_classes", "4", name="tuned", epochs=1)
@@ -503,7 +505,8 @@ def test_init_from_loads_the_weights(shapes_run, capsys):
 
 def test_ctrl_c_keeps_the_last_checkpoint(shapes_run, tmp_path):
     run = tmp_path / "shapes" / "resnet20" / "run"
-    process = start_script(partial(train.main, shapes_command(tmp_path, epochs=500)), tmp_path / "errors")
+    command = shapes_command(tmp_path, epochs=500)
+    process = start_script(partial(train_small_network, command), tmp_path / "errors")
     while not (run / "last.pt").exists() and process.is_alive():
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)

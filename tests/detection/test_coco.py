@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import ROOT, SmallHead, same_state
-from torchvision.models.detection import faster_rcnn
+from support import ROOT, same_state
 
 import detect
 from detection.coco import read_coco, read_image_set
@@ -385,13 +384,12 @@ def test_recipe_of_coco_never_trains_on_crowds():
         assert options["use_difficult"] is False and scale_schedule(options, 7393)["iters"] == steps
 
 
-def test_detector_is_trained_and_evaluated(folder, tmp_path, monkeypatch, capsys):
+def test_detector_is_trained_and_evaluated(folder, tmp_path, small_detector, capsys):
     for number in range(3):
         folder.add_image(20 + number, f"{number}.jpg")
         folder.add_object(20 + number, 7, [5, 5, 30, 30])
     path, words = folder.write(), "--min_size 32 --max_size 64 --rois 8 --proposals 20 10 --amp off --device cpu "
     words = (words + "--schedule 9 --warmup_iters 2").split()
-    monkeypatch.setattr(faster_rcnn, "TwoMLPHead", SmallHead)
     torch.save(build_model("imagenet_resnet18", 10, 64).state_dict(), tmp_path / "backbone.pt")
     data = ["--dataset", "coco", "--train_annotations", path, "--test_annotations", path]
     output = ["--root_dir", str(tmp_path), "--workers", "0", "--score_thr", "0", "--name"]

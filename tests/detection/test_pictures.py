@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import SmallHead
-from torchvision.models.detection import faster_rcnn
 
 import detect
 from detection import pictures
@@ -22,16 +20,14 @@ CLASSES = ["cat", "dog", "car"]
 
 
 @pytest.fixture(scope="module")
-def detector_file(tmp_path_factory) -> str:
+def detector_file(tmp_path_factory, small_detector) -> str:
     """A bare state dict of a detector with 90 classes, as torchvision's, whose scores for class 3 are the highest."""
     torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faster_rcnn, "TwoMLPHead", SmallHead)
-        weights = build_detector("resnet18", 90, DetectorConfig((0.5,) * 3, (0.5,) * 3)).state_dict()
-        weights["roi_heads.box_predictor.cls_score.bias"][3] = 8.0
-        path = tmp_path_factory.mktemp("detector") / "bare.pt"
-        torch.save(weights, path)
-        yield str(path)
+    weights = build_detector("resnet18", 90, DetectorConfig((0.5,) * 3, (0.5,) * 3)).state_dict()
+    weights["roi_heads.box_predictor.cls_score.bias"][3] = 8.0
+    path = tmp_path_factory.mktemp("detector") / "bare.pt"
+    torch.save(weights, path)
+    return str(path)
 
 
 @pytest.fixture

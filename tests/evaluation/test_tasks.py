@@ -1,11 +1,9 @@
 """evaluate.py --task: what the tasks have in common, which errors they report, and what they write."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import matplotlib.image
@@ -14,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from support import ROOT, find_free_port, shapes_command, write_image
+from support import find_free_port, shapes_command, start_script, use_small_network, write_image
 from torch.nn import functional as F
 
 import evaluate
@@ -62,7 +60,7 @@ def read_json(file: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, str]:
+def runs(tmp_path_factory, small_network) -> dict[str, str]:
     """A run that classifies the first test images correctly, and bare weights: random ones of ten and of two classes,
     and one with a NaN.
     """
@@ -125,6 +123,11 @@ def test_results_do_not_depend_on_the_batch_size_or_the_other_classifiers(runs, 
     assert_same_results(read_json(card[1])["results"][0], read_json(tmp_path / "two.json")["results"][1])
 
 
+def evaluate_with_small_network(words: list[str]) -> None:
+    use_small_network()
+    evaluate.main(words)
+
+
 def test_two_processes_give_the_results_of_one(runs, card, tmp_path, monkeypatch, capsys):
     """This process has rank 0."""
     words = ["--task", "card", "--model_path", runs["trained"], *SMALL_CARD, "--timeout", "60"]
@@ -133,15 +136,17 @@ def test_two_processes_give_the_results_of_one(runs, card, tmp_path, monkeypatch
         monkeypatch.setenv(name, "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(find_free_port()))
-    second = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([sys.executable, "evaluate.py", *words], cwd=ROOT, env=second, **pipes) as other:
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("LOCAL_RANK", "0")
-        capsys.readouterr()
-        evaluate.main(words)
-        out, _ = other.communicate(timeout=60)
-    assert (other.returncode, out) == (0, "") and capsys.readouterr().out.count("top-1 accuracy (%)") == 1
+    printed = tmp_path / "output", tmp_path / "errors"
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        if rank == "1":
+            other = start_script(partial(evaluate_with_small_network, words), errors=printed[1], output=printed[0])
+    capsys.readouterr()
+    evaluate.main(words)
+    other.join(60)
+    assert (other.exitcode, *(file.read_text() for file in printed)) == (0, "", "")
+    assert capsys.readouterr().out.count("top-1 accuracy (%)") == 1
     assert_same_results(read_json(card[1])["results"][0], read_json(tmp_path / "two.json")["results"][0])
 
 

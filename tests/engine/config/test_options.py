@@ -35,7 +35,7 @@ from engine.config.unused_options import (
     find_unused_options,
 )
 from engine.errors import UserError
-from engine.launch import explain_error
+from engine.launch import explain_error, run_main
 from mixing import MIXERS, hyper_parameters
 from saliency.casm.commands import train as casm_train
 from saliency.gradient import Gradient
@@ -173,7 +173,7 @@ def test_help_shows_a_single_group_on_request(capsys):
     assert "did you mean sage?" in capsys.readouterr().err
 
 
-def test_errors_are_printed_without_a_traceback(tmp_path):
+def test_errors_are_printed_without_a_traceback(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "train.py", "--dataset", "cifar10", "--data_dir", str(tmp_path), "--download", "no"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     assert (
@@ -181,8 +181,10 @@ def test_errors_are_printed_without_a_traceback(tmp_path):
         and done.stderr.startswith("train.py: cifar10 not found")
         and "Traceback" not in done.stderr
     )
-    done = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" in done.stderr
+    monkeypatch.setattr(sys, "argv", [*command[1:], "--debug"])
+    with pytest.raises(SystemExit, match="1"):
+        run_main(train.main)
+    assert "Traceback" in capsys.readouterr().err
     assert explain_error(UserError("what\nhow")) == "what\nhow" and "--debug" in explain_error(KeyError("x"))
     for reason in ("not enough memory", "can't allocate memory"):  # depending on the version of torch
         assert "out of memory" in explain_error(RuntimeError(f"DefaultCPUAllocator: {reason}: you tried to allocate"))

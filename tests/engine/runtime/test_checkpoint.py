@@ -4,14 +4,15 @@ import argparse
 import collections
 import os
 import resource
-import subprocess
+import signal
 import sys
-import textwrap
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import start_script
 
 from engine.errors import UserError
 from engine.runtime.checkpoint import find_checkpoint, read_checkpoint, read_file, save_checkpoint
@@ -129,14 +130,12 @@ def test_reading_a_hostile_file_runs_no_code(tmp_path, monkeypatch, old_format):
     assert not Path("hostile_code_ran").exists()
 
 
-def test_reading_a_file_imports_no_foreign_code(tmp_path):
-    (tmp_path / "their_code.py").write_text("print('imported')\nclass Logger:\n    pass\n")
-    make = "import torch, their_code; torch.save({'model': {'w': torch.ones(2)}, 'log': their_code.Logger()}, 'f.pt')"
-    subprocess.run([sys.executable, "-c", make], cwd=tmp_path, check=True, capture_output=True)
-    read = f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
-    read += "import engine.runtime.checkpoint as c; print(c.read_file('f.pt'))"
-    done = subprocess.run([sys.executable, "-c", read], cwd=tmp_path, check=True, capture_output=True, text=True)
-    assert "imported" not in done.stdout and "tensor" in done.stdout
+def test_reading_a_file_imports_no_foreign_code(tmp_path, monkeypatch):
+    (tmp_path / "their_code.py").write_text("class Logger:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.save({"model": {"w": torch.ones(2)}, "log": import_module("their_code").Logger()}, tmp_path / "f.pt")
+    monkeypatch.delitem(sys.modules, "their_code")
+    assert "w" in read_file(tmp_path / "f.pt")["model"] and "their_code" not in sys.modules
 
 
 def test_replication_keys_are_renamed_and_biases_folded():
@@ -298,27 +297,25 @@ def test_ctrl_c_within_a_write_leaves_no_side_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def save_on_a_full_disk(path: Path) -> None:
+    save_checkpoint(path, {"format": 2, "w": torch.zeros(10)})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond: writing fails half-way
+    save_checkpoint(path, {"format": 2, "w": torch.zeros(1_000_000)})
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
-    code = f"""
-        import resource, signal, sys, torch
-        sys.path.insert(0, {str(ROOT)!r})
-        from engine.runtime.checkpoint import save_checkpoint
-        from engine.launch import run_main
-        save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(10)}})
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # no file may grow beyond: writing fails half-way
-        run_main(lambda: save_checkpoint("last.pt", {{"format": 2, "w": torch.zeros(1_000_000)}}))
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "the old file is intact; free disk space or write elsewhere, then resume the run with" in done.stderr
-    assert len(read_file(tmp_path / "last.pt")["w"]) == 10 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 200_000
+    folder = tmp_path / "run"
+    folder.mkdir()
+    process = start_script(partial(save_on_a_full_disk, folder / "last.pt"), tmp_path / "errors")
+    process.join(60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 1 and "Traceback" not in errors
+    assert "the old file is intact; free disk space or write elsewhere, then resume the run with" in errors
+    assert len(read_file(folder / "last.pt")["w"]) == 10 and [path.name for path in folder.iterdir()] == ["last.pt"]
 
 
 def test_ctrl_c_is_delayed_until_a_save_is_done(tmp_path):
-    import signal
-
     with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)
         (tmp_path / "done").touch()

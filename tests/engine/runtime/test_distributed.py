@@ -8,16 +8,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, find_free_port, run_in_two_processes, same_state, shapes_command, write_image
+from support import (
+    ROOT,
+    find_free_port,
+    run_in_two_processes,
+    same_state,
+    shapes_command,
+    start_script,
+    train_small_network,
+    write_image,
+)
 from torch import nn
 
 import evaluate
-import models
 import train
 from engine.data.augment import Augmentation
 from engine.data.folders import FileList
@@ -39,6 +48,7 @@ from engine.training.network_step import StepConfig
 from engine.training.state import TrainingState
 from mixing import MIXERS, build_mixer, mixer_class
 from models import build_model
+from models.resnet import NarrowResNet
 from saliency import build_source
 
 CPU = torch.device("cpu")
@@ -76,10 +86,6 @@ class SmallNet(nn.Module):
 
     def forward(self, images):
         return self.head(self.body(images))
-
-
-def build_small_net(num_classes: int, stride: int = 1) -> SmallNet:
-    return SmallNet(num_classes)
 
 
 def make_noise(count: int = 48, size: int = 32, num_classes: int = 4) -> ImageSet:
@@ -135,7 +141,7 @@ def compare_gradients(ports) -> dict:
     found = {}
     for case in CASES:
         torch.manual_seed(0)
-        model = build_model("resnet20", 4).to(device())
+        model = NarrowResNet(8, 4).to(device())
         network, batches = distributed.wrap_ddp(model), make_loader(case, rank(), world_size())
         before = copy.deepcopy(model.state_dict())
         seed_rank_generator(3, include_main=True)
@@ -197,14 +203,13 @@ def evaluate_with_unreadable_files() -> tuple[list[int], list[int]]:
 def run_all(ports) -> dict:
     """Run train.py uninterrupted, in two parts, and stopped within an epoch by SIGTERM to one process."""
     folder = Path(os.environ["RUNS_OF_THIS_TEST"])
-    models.MODELS["plain"] = ("test_distributed", "build_small_net")
     ports, found = iter(ports), {}
 
     def run_train(name: str, method: str, *words: str, epochs: int = 3):
         os.environ["MASTER_PORT"] = str(next(ports))
         if distributed._groups:  # left open by SIGTERM, which would end a real program
             distributed.shut_down_processes()
-        train.main(shapes_command(folder, *words, name=name, method=method, epochs=epochs))
+        train_small_network(shapes_command(folder, *words, name=name, method=method, epochs=epochs))
         if not is_main_process():
             return {}
         (run,) = (folder / "shapes").glob(f"*/{name}")  # below the name of the network
@@ -447,89 +452,100 @@ def test_a_single_process_saves_at_sigterm_and_resumes_within_the_epoch(shapes_r
     assert "saved by 2 processes, resumed by 1" in capsys.readouterr().out
 
 
-def run_torchrun(driver: Path, *words: str, flags: tuple = (), timeout: float = 120, env: dict | None = None):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        f"--master_port={find_free_port()}",
-    ]
-    begin = time.monotonic()
-    done = subprocess.run(
-        [*command, *flags, str(driver), *words],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": timeout},
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
-    )
-    return done, time.monotonic() - begin
-
-
-def write_driver(folder: Path, failure: str) -> Path:
-    """Write a script that runs train.py and the statement `failure` after every optimizer step. The statement can use
-    `step`, `rank` and `attempt`.
-    """
-    path = folder / "driver.py"
-    path.write_text(
-        "import os, signal, sys\n"
-        "from engine.training import loop\n"
-        "from engine.errors import UserError\n"
-        "from engine.launch import run_main\n"
-        "import train\n"
-        "update, step = loop.optimizer_step, 0\n"
-        "def update_and_fail(*args, **kwargs):\n"
-        "    global step\n"
-        "    update(*args, **kwargs)\n"
-        "    step, rank, attempt = step + 1, int(os.environ['RANK']), os.environ.get('TORCHELASTIC_RESTART_COUNT')\n"
-        f"    {failure}\n"
-        "loop.optimizer_step = update_and_fail\n"
-        "if __name__ == '__main__':\n"
-        "    run_main(train.main)\n"
-    )
-    return path
-
-
-def test_a_failing_process_ends_all_with_one_error_line(tmp_path):
-    failure = "if step == 4 and rank == 1: raise UserError('the second process is out of sorts')"
-    done, seconds = run_torchrun(write_driver(tmp_path, failure), *shapes_command(tmp_path))
-    lines = [line for line in done.stderr.splitlines() if "out of sorts" in line]
-    assert done.returncode != 0 and len(lines) == 1 and lines[0].startswith("driver.py: ")
-    assert "(process 1 of 2)" in done.stderr and done.stderr.count("Traceback") == 1, "only torchrun's own"
-    assert seconds < 60, "the processes waited for the failed one"
+def train_as_rank(rank: int, port: int, command: list[str]) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    train_small_network(command)
 
 
 def test_a_nan_loss_in_all_processes_is_reported_once_and_saved(tmp_path):
     """All processes raise the error. The main process writes the evidence, and the others wait for it."""
     words = ["--scheduler", "multistep", "--schedule", "1", "--gammas", "1e30"]
-    done, _ = run_torchrun(write_driver(tmp_path, "pass"), *shapes_command(tmp_path, *words, epochs=3))
+    command, port = shapes_command(tmp_path, *words, epochs=3), find_free_port()
+    files = [tmp_path / f"errors{rank}" for rank in range(2)]
+    jobs = [partial(train_as_rank, rank, port, command) for rank in range(2)]
+    processes = list(map(start_script, jobs, files))
+    for process in processes:
+        process.join(60)
+    errors, other_errors = (file.read_text() for file in files)
     run = tmp_path / "shapes" / "resnet20" / "run"
-    assert done.stderr.count("the loss became NaN or infinite at step") == 1 and "(process 1 of 2)" not in done.stderr
-    assert f"resume with --checkpoint {run / 'last.pt'}" in done.stderr and "exitcode  : 1 " in done.stderr
-    # -15 is fine: torchrun terminates the slower process
-    assert "exitcode  : -6" not in done.stderr, "a process aborted"
+    assert errors.count("the loss became NaN or infinite at step") == 1 and "(process 1 of 2)" not in errors
+    assert f"resume with --checkpoint {run / 'last.pt'}" in errors and other_errors == ""
+    assert [process.exitcode for process in processes] == [1, 1]
     evidence = torch.load(run / "nonfinite.pt", weights_only=True)
     assert len(evidence["index"]) in (8, 20), "the images of both processes"
 
 
+def run_torchrun(driver: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run a script in two processes, which torchrun starts again once if one of them fails."""
+    flags = ["--nproc_per_node", "2", f"--master_port={find_free_port()}", "--max_restarts", "1"]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *flags, str(driver), *words],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+
+
+DRIVER = """
+import os, signal
+from engine.training import loop
+from engine.errors import UserError
+from engine.launch import run_main
+import train
+
+update, step = loop.optimizer_step, 0
+
+def update_and_fail(*args, **kwargs):
+    global step
+    update(*args, **kwargs)
+    step += 1
+    if step == 4 and os.environ["RANK"] == "1":
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise UserError("the second process is out of sorts")
+
+loop.optimizer_step = update_and_fail
+if __name__ == "__main__":
+    run_main(train.main)
+"""
+
+
 def train_whole(ports) -> None:
     """Run train.py without an interruption."""
-    train.main(shapes_command(Path(os.environ["RUNS_OF_THIS_TEST"]), name="whole"))
+    train.main(shapes_command(Path(os.environ["RUNS_OF_THIS_TEST"]), "--save_every", "1", name="whole", epochs=3))
 
 
-def test_torchrun_restarts_a_killed_process_and_the_run_resumes_exactly(tmp_path, monkeypatch):
-    failure = "if step == 4 and rank == 1 and attempt == '0': os.kill(os.getpid(), signal.SIGKILL)"
-    words = shapes_command(tmp_path)
+@pytest.fixture(scope="module")
+def torchrun_results(tmp_path_factory):
+    """Return the folder of the runs, and the output of a run whose second process fails in its fourth step: first it is
+    killed, and after the restart, which resumes after the first epoch, it raises an error.
+    """
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "driver.py").write_text(DRIVER)
+    words = shapes_command(folder, epochs=3)
     words = words[: words.index("--name")]  # the run must be found again even without a name
-    done, _ = run_torchrun(write_driver(tmp_path, failure), *words, flags=("--max_restarts", "1"))
-    assert done.returncode == 0, done.stderr
-    assert "resuming after epoch 1" in done.stdout
-    once = [line for line in done.stdout.splitlines() if line.startswith("epoch 2/2  ")]
+    return folder, run_torchrun(folder / "driver.py", *words)
+
+
+def test_a_failing_process_ends_all_with_one_error_line(torchrun_results):
+    """Without an end, the first process would wait for the second one."""
+    _, done = torchrun_results
+    lines = [line for line in done.stderr.splitlines() if "out of sorts" in line]
+    assert done.returncode != 0 and len(lines) == 1 and lines[0].startswith("driver.py: ")
+    assert "(process 1 of 2)" in done.stderr and done.stderr.count("Traceback") == 1, "only torchrun's own"
+
+
+def test_torchrun_restarts_a_killed_process_and_the_run_resumes_exactly(torchrun_results, tmp_path, monkeypatch):
+    folder, done = torchrun_results
+    assert "resuming after epoch 1" in done.stdout, done.stderr
+    once = [line for line in done.stdout.splitlines() if line.startswith("epoch 2/3  ")]
     assert len(once) == 1, "only the main process prints"
     monkeypatch.setenv("RUNS_OF_THIS_TEST", str(tmp_path))
     run_in_two_processes(train_whole, tmp_path)
-    (found,) = (tmp_path / "shapes" / "resnet20").glob("none_*")
-    lost, whole = (torch.load(folder / "last.pt", weights_only=True) for folder in (found, found.with_name("whole")))
-    assert same_state(lost["model"], whole["model"]) and same_state(lost["rng"], whole["rng"])
+    (lost,) = (folder / "shapes" / "resnet20").glob("none_*/last.pt")
+    whole = tmp_path / "shapes" / "resnet20" / "whole" / "epoch_002.pt"
+    lost, whole = (torch.load(file, weights_only=True) for file in (lost, whole))
+    assert lost["epoch"] == 2 and same_state(lost["model"], whole["model"]) and same_state(lost["rng"], whole["rng"])
 
 
 @pytest.mark.parametrize("words", REFUSED)

@@ -8,6 +8,8 @@ import train
 from engine import training
 from engine.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def train_seeds(root, *words: str, seeds: str = "3 5", name: str = "runs") -> dict:
     return train.main([*shapes_command(root, *words, name=name, method="cutmix"), "--seeds", *seeds.split()])
