@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import os
 import shutil
 import signal
@@ -226,10 +227,15 @@ def browser(tmp_path_factory):
 @contextmanager
 def replace_model(name: str, constructor: tuple) -> Iterator[None]:
     """Replace a network of the registry. constructor: module, name in it, and first arguments."""
+    cached, uncached = models.get_model_shapes, inspect.unwrap(models.get_model_shapes)
+
+    @functools.wraps(cached)
+    def get_model_shapes(key: str) -> dict:
+        return uncached(key) if key == name else cached(key)
+
     with pytest.MonkeyPatch.context() as patch:
-        cached = models.get_model_shapes
         patch.setitem(models.MODELS, name, constructor)
-        patch.setattr(models, "get_model_shapes", lambda key: (cached.__wrapped__ if key == name else cached)(key))
+        patch.setattr(models, "get_model_shapes", get_model_shapes)
         yield
 
 
@@ -257,7 +263,7 @@ def small_detector(narrow_resnet18):
 
 
 @pytest.fixture
-def shapes_run(tmp_path, small_network):
+def shapes_run(tmp_path):
     """Return a function that trains on a few images of `shapes` and returns the run folder."""
     import train
 

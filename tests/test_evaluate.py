@@ -10,6 +10,8 @@ from engine.errors import UserError
 from engine.inference.classifier import load_classifier
 from models import build_model
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 
 def test_one_checkpoint_prints_classes_and_writes_confusion_and_json(shapes_run, tmp_path, capsys):
     run = shapes_run(epochs=1)

@@ -261,7 +261,7 @@ def test_plot_batches_match_the_authors_code(index):
     assert choose_plot_batches(3, 16, 5) == choose_plot_batches(3, -1, 5)
 
 
-@pytest.mark.parametrize("height, width", [(4, 4), (2, 8), (8, 2), (3, 5), (5, 3), (1, 12), (12, 1)])
+@pytest.mark.parametrize("height, width", [(4, 4), (2, 7), (7, 2), (3, 5), (5, 3), (1, 12), (12, 1)])
 def test_largest_component_matches_opencv_for_all_small_images(height, width):
     numbers = torch.arange(1 << height * width).unsqueeze(1)
     assert matches_opencv((numbers >> torch.arange(height * width) & 1).bool().view(-1, height, width))

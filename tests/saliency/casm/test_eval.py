@@ -59,7 +59,7 @@ INPAINT = json.loads((GOLDEN / "casm.json").read_text())["inpaint"][0]
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
+def run_folder(tmp_path_factory, small_network) -> Path:
     """The run folder of a classifier trained for one epoch on 64-pixel shapes, so that the mask grid is coarser."""
     root = tmp_path_factory.mktemp("classifier")
     train_script.main(shapes_command(root, "--image_size", "64", name="base", epochs=1))

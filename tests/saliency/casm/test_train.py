@@ -431,7 +431,7 @@ def test_warnings_name_degenerate_masks_weak_classifiers_and_unfilled_pools():
 
 
 @pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> str:
+def classifier(tmp_path_factory, small_network) -> str:
     """The checkpoint of a classifier trained on shapes for one epoch."""
     from support import shapes_command
 
