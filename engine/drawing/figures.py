@@ -76,7 +76,11 @@ def add_colour_bar(
     """
     low, high = limits or (0, 1)
     if "cax" not in style:
-        style |= {"shrink": 0.4, "aspect": 40} if style.get("location") == "bottom" else {"shrink": 0.7}
+        if style.get("location") == "bottom":
+            inch = 1 / figure.get_figheight()  # by default, the gaps of a tall figure are tall, too
+            style |= {"shrink": 0.4, "aspect": 40, "fraction": 0.4 * inch, "pad": 0.1 * inch}
+        else:
+            style |= {"shrink": 0.7}
     bar = figure.colorbar(ScalarMappable(Normalize(low, high), colormap), ax=axes, **style)
     bar.set_label(label, fontsize=8)
     bar.outline.set_visible(False)

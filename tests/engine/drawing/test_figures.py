@@ -85,3 +85,19 @@ def test_the_confusion_matrix_shows_its_whole_title_and_its_scale(tmp_path, monk
     matrix, bar = figure.axes
     assert bar.get_ylabel() == "images of the true class (%)"
     assert len(matrix.get_yticklabels()) == classes or classes > 100
+
+
+def test_the_foot_of_a_tall_figure_of_mixtures_is_as_small_as_that_of_a_low_one(tmp_path, monkeypatch):
+    """No gap above the colour bar, and its label does not lie on the line below."""
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, *_: drawn.append(figure))
+    images, colours = torch.rand(1, 3, 8, 8), torch.rand(1, 3)
+    rows = [("method", images, torch.rand(1, 8, 8, 3), torch.ones(1, 1))] * 12
+    made = {"images": images, "names": ["a"], "saliency": torch.rand(1, 8, 8), "guide": "gradient"}
+    norm = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    figures.draw_mixtures(tmp_path / "tall.png", rows=rows, colours=colours, **made, **norm)
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    bar = figure.axes[-1]
+    above, label, foot = (one.get_window_extent() for one in (figure.axes[-3], bar.xaxis.label, figure._supxlabel))
+    assert above.y0 - bar.get_window_extent().y1 < 0.4 * figure.dpi and label.y0 >= foot.y1
