@@ -9,9 +9,11 @@ import torch
 
 from .base import Mixer
 from .ops import (
+    blend,
     box_mask,
     center_boxes,
     check_probability,
+    draw_centers,
     draw_lam,
     draw_partner,
     find_saliency_share,
@@ -142,15 +144,12 @@ class SnapMix(Mixer):
         inside, source_inside = box_mask(boxes, *size), box_mask(source_boxes, *size)
         outside_share = 1 - inside.flatten(1).float().mean(1)
         shown = weigh_labels(saliency, partner, inside, source_inside)
-        share = find_saliency_share(*shown, outside_share).unsqueeze(1)
+        share = find_saliency_share(*shown, outside_share)
         self.set_weight(images, lambda: ~inside.squeeze(1), partner)
         self.move_maps = lambda maps: (maps, paste_maps(maps, partner, inside, source_inside))
         mixed = paste_resized(images, partner, boxes, source_boxes)
-        return mixed, share * targets + (1 - share) * targets[partner]
+        return mixed, blend(targets, partner, share)
 
     def draw_boxes(self, images: torch.Tensor, lam: torch.Tensor) -> torch.Tensor:
         """Draw a box for the batch, (1, 4), or with in_batch for each image, (B, 4), that covers 1 - lam of it."""
-        count, (height, width) = len(images) if self.in_batch else 1, images.shape[-2:]
-        rows = (torch.rand(count, device=images.device) * height).long()
-        columns = (torch.rand(count, device=images.device) * width).long()
-        return center_boxes(rows, columns, lam, height, width)
+        return center_boxes(*draw_centers(images, self.in_batch), lam, *images.shape[-2:])

@@ -123,6 +123,12 @@ def test_targets_follow_the_saliency():
     assert kept > 3
 
 
+def test_targets_keep_their_dtype():
+    images = torch.rand(4, 3, 8, 8).half()
+    mixed, soft = SnapMix()(images, torch.eye(4).half(), lambda images, _: images.mean(1))
+    assert mixed.dtype == soft.dtype == torch.float16
+
+
 def test_errors():
     with pytest.raises(ValueError, match="mixup_alpha must be positive"):
         SnapMix(mixup_alpha=0.0)
