@@ -139,7 +139,7 @@ class Mixer:
         obstacle = "keeps the label of each image" if self.keeps_labels else self.label_obstacle
         if rule and obstacle:
             raise ValueError(
-                f"labels {rule}: {type(self).__name__} {obstacle}, so there is nothing to weight; take a method that "
+                f"labels {rule}: {type(self).__name__} {obstacle}, so no label rule applies; take a method that "
                 "mixes two images pixel by pixel, or leave labels out"
             )
         self.label_rule = None if self.same_weights else rule

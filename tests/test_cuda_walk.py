@@ -142,6 +142,8 @@ def test_guided_methods_never_wait_for_a_pass_in_fp16(method):
         {"method": "rlmix", "clean_weight": 1.0, **LEARNING},
         {"method": "mixup sage", "clean_weight": 1.0, "precision": FP16},
         {"method": "saliencymix", "clean_weight": 0.5, "source": "bank"},
+        {"method": "cutmix", "labels": "saliency"},
+        {"method": "smmix", "labels": "mean", "source": "bank"},
     ],
     ids=name_options,
 )
@@ -194,9 +196,11 @@ def test_a_captured_network_step_can_be_captured_and_takes_few_launches(method, 
     assert counter.launches["saliency"] <= eager.launches["saliency"] / 2
 
 
-@pytest.mark.parametrize(("method", "clean"), [("mixup", 1.0), ("puzzlemix", 0.0)])
-def test_the_unmixed_batch_takes_a_pass_of_its_own_only_where_the_source_has_none(method, clean):
-    counter = count_training_step(method, clean_weight=1.0, block_num=(2,))
+@pytest.mark.parametrize(
+    ("method", "labels", "clean"), [("mixup", None, 1.0), ("puzzlemix", None, 0.0), ("cutmix", "mean", 0.0)]
+)
+def test_the_unmixed_batch_takes_a_pass_of_its_own_only_where_the_source_has_none(method, labels, clean):
+    counter = count_training_step(method, clean_weight=1.0, labels=labels, block_num=(2,))
     check(counter)
     passes = counter.watch.host.get("clean", 0) / (counter.launches["network"] - counter.launches["data"])
     assert (0.5 < passes < 1.5) if clean else passes == 0

@@ -33,6 +33,7 @@ METHODS += [
     "rlmix --agent_trajectory_size 3 --agent_batch_size 2 --saliency fine_grained",
     "sage --saliency_size 16 --update_ratio 1",
     "saliencymix sage --clean_weight 0.5 --method_weights 1 2",
+    "cutmix --labels saliency --saliency bank",
 ]
 TIMES = {"seconds", "images_per_second", "mixing_seconds", "saliency_seconds", "peak_memory_mb"}
 

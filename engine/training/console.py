@@ -71,6 +71,7 @@ def describe_run(
     loss: str,
     label_smoothing: float,
     clean_weight: float | None,
+    labels: str | None,
     seed: int,
 ) -> tuple[list[str], list[str]]:
     """Return lines that describe the data and the training, and notes on unexpected settings.
@@ -86,6 +87,7 @@ def describe_run(
     traits = {"dropout": dropout} if dropout and has_dropout else model_args
     network = " and ".join(f"{key} {format_option(value)}" for key, value in traits.items())
     drawn = f" with weights {format_option(method_weights)}" if method_weights else ""
+    drawn += f", label rule {labels}" if labels else ""
     rate = lr_points if scheduler == "points" else f"{(scheduler == 'onecycle' and max_lr) or lr:g}"
     if dropout and not has_dropout:
         notes.append(f"--dropout {dropout:g} is ignored: {model} has no dropout, only the wide ResNets (wrn...) have")

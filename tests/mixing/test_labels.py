@@ -245,7 +245,7 @@ def test_a_batch_that_is_not_mixed_keeps_its_labels():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["s2mix"], "labels mean: S2Mix keeps the label of each image, so there is nothing to weight; take a method "),
+        (["s2mix"], "labels mean: S2Mix keeps the label of each image, so no label rule applies; take a method that "),
         (["none"], "labels mean: NoMix keeps the label of each image"),
         (["cutout"], "labels mean: Cutout keeps the label of each image"),
         (["none", "s2mix"], "labels mean: NoMix keeps the label of each image"),

@@ -304,6 +304,8 @@ def test_a_note_says_that_labels_of_clean_images_are_not_smoothed(clean_weight, 
     [
         ("comixup", {}, ["only --saliency gradient also trains on the unmixed images"]),
         ("comixup", {"clean_weight": 1.0}, []),
+        ("mixup", {"labels": "mean"}, ["no effect with --method mixup: --labels"]),
+        ("cutmix", {"labels": "mean", "saliency": "uniform"}, []),
         ("none", {"clean_weight": 1.0}, ["no effect with --method none: --clean_weight"]),
         ("sage", {"clean_weight": 1.0, "blur_sigma": 1.0}, ["no effect with --method sage: --blur_sigma"]),
         ("guidedmixup", {"clean_weight": 1.0, "blur_sigma": 1.0, "kernel_size": 3}, []),

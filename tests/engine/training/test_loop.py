@@ -343,16 +343,16 @@ def test_the_line_of_a_run_names_the_arguments_of_the_network_and_what_is_added_
         "recipe": "deit",
     }
     options |= {"epochs": 1, "batch_size": 4, "optimizer": "adamw", "scheduler": "cosine", "lr": 1e-3, "max_lr": None}
-    options |= {"method_weights": None}
+    options |= {"method_weights": None, "labels": None}
     options |= {"lr_points": None, "weight_decay": 0.05, "loss": "ce", "label_smoothing": 0.1, "seed": 0}
     lines, _ = describe_run(data, method=["mixup"], clean_weight=1.0, **options)
     assert "model timm:vit with img_size 8 and drop_path_rate 0.1, recipe deit" in lines[-1]
     assert "loss ce with label smoothing 0.1 + 1 x that of the unmixed batch, no" in lines[-1]
     lines, _ = describe_run(data, method=["none"], clean_weight=1.0, **{**options, "label_smoothing": 0.0})
     assert "loss ce, no" in lines[-1]
-    options["method_weights"] = [2.0, 0.5]
+    options |= {"method_weights": [2.0, 0.5], "labels": "mean"}
     lines, _ = describe_run(data, method=["mixup", "cutmix"], clean_weight=None, **options)
-    assert lines[-1].startswith("method mixup cutmix with weights 2 0.5, model timm:vit")
+    assert lines[-1].startswith("method mixup cutmix with weights 2 0.5, label rule mean, model timm:vit")
 
 
 def test_hyper_parameters_are_described_where_they_change():
