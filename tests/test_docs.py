@@ -23,7 +23,7 @@ from engine.config.recipes import IMAGENET_RECIPES, RECIPES
 from engine.config.resolve import RULES, check_combinations, fill_in_options
 from evaluation.compare import __main__ as comparison
 from evaluation.corruptions import CORRUPTIONS
-from mixing import MIXERS
+from mixing import MIXERS, mixer_class
 from mixing.export import __main__ as export
 from mixing.show import __main__ as show
 from saliency import SOURCES
@@ -182,6 +182,15 @@ def test_every_method_is_described_with_its_file():
             f"the methods table of README.md has no row for `{name}` that links to {path}"
         )
         assert f"`{name}`" in PAGES["docs/methods.md"] or name == "none", f"docs/methods.md does not describe `{name}`"
+
+
+@pytest.mark.parametrize(("page", "source", "label"), [("README.md", 4, 5), ("docs/methods.md", 5, 6)])
+def test_the_tables_of_methods_have_their_sources_and_which_keep_the_label(page, source, label):
+    lines = [line.split("|")[1:-1] for line in PAGES[page].splitlines() if re.match(r"\| \[?`\w+`", line)]
+    rows = {re.search(r"`(\w+)`", line[0])[1]: [cell.strip() for cell in line] for line in lines}
+    for name in [name for name in MIXERS if name != "none"]:
+        assert rows[name][source].split(";")[0].strip("`") == (mixer_class(name).default_source or ""), name
+        assert (rows[name][label] == "own") == mixer_class(name).keeps_labels, name
 
 
 def test_every_recipe_and_source_is_described():
