@@ -260,9 +260,23 @@ def find_free_port() -> int:
             return port
 
 
+def leave_out_figures() -> None:
+    """Draw no curves of a run, which take longer than its steps."""
+    from detection import report
+    from engine.training import console
+
+    for owner, name in (
+        (console, "draw_learning_curves"),
+        (report, "draw_training_curves"),
+        (report, "draw_precision_recall_curves"),
+    ):
+        setattr(owner, name, lambda *args, **kwargs: None)
+
+
 def run_rank(rank: int, job, ports: list[int], result: Path, environment: dict[str, str]) -> None:
     """Run job(ports) as one of two ranks; rank 0 writes what it returns to `result`."""
     set_environment(environment)
+    leave_out_figures()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ["MASTER_PORT"] = str(ports[0])
     torch.set_num_threads(1)

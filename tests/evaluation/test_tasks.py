@@ -100,6 +100,13 @@ def card(runs, tmp_path_factory) -> tuple[dict, Path]:
     return result, path
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave out the figures of a card, which take longer than its numbers."""
+    monkeypatch.setattr("evaluation.card.draw_page", lambda *args, **kwargs: None)
+    monkeypatch.setattr("evaluation.card_page.format_page", lambda *args: "")
+
+
 def assert_same_results(one, other) -> None:
     """Compare results up to rounding."""
     if isinstance(one, dict):
@@ -117,7 +124,7 @@ def assert_same_results(one, other) -> None:
 # ---- What every classifier is given ----
 
 
-def test_results_do_not_depend_on_the_batch_size_or_the_other_classifiers(runs, card, tmp_path):
+def test_results_do_not_depend_on_the_batch_size_or_the_other_classifiers(runs, card, undrawn, tmp_path):
     words = ["--dataset", "shapes", "--batch_size", "7", "--output", str(tmp_path / "two.json")]
     evaluate.main(["--task", "card", "--model_path", runs["random"], runs["trained"], *SMALL_CARD, *words])
     assert_same_results(read_json(card[1])["results"][0], read_json(tmp_path / "two.json")["results"][1])
@@ -128,7 +135,7 @@ def evaluate_with_small_network(words: list[str]) -> None:
     evaluate.main(words)
 
 
-def test_two_processes_give_the_results_of_one(runs, card, tmp_path, monkeypatch, capsys):
+def test_two_processes_give_the_results_of_one(runs, card, undrawn, tmp_path, monkeypatch, capsys):
     """This process has rank 0."""
     words = ["--task", "card", "--model_path", runs["trained"], *SMALL_CARD, "--timeout", "60"]
     words += ["--batch_size", "7", "--examples", "0", "--output", str(tmp_path / "two.json")]
