@@ -4,6 +4,8 @@ Baek et al., Pattern Recognition 109, 107594, 2021. The grid is drawn as in Open
 second part of the paper, are left out.
 """
 
+import math
+
 import torch
 
 from .base import Mixer
@@ -55,7 +57,8 @@ class GridMix(Mixer):
 
     grid_holes, hole_aspect, grid_area, grid_aspect: ranges of the uniform draws of grid_mask(). All is drawn once per
     batch, or per image with in_batch. mix_prob: probability that a batch is mixed. Holes leave at least one pixel of
-    their cell, so that in cells of one pixel there are none.
+    their cell, so that in cells of one pixel there are none. check_size() raises ValueError for images in which no cell
+    could have a hole.
     """
 
     def __init__(
@@ -71,19 +74,29 @@ class GridMix(Mixer):
         if mixup_alpha <= 0:
             raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
         if grid_holes[0] < 1 or grid_holes[1] < grid_holes[0]:
-            raise ValueError(f"grid_holes must be two rising numbers of at least 1, got {grid_holes}")
+            raise ValueError(f"grid_holes must be two ascending numbers of at least 1, got {tuple(grid_holes)}")
         for name, (low, high) in {
             "hole_aspect": hole_aspect,
             "grid_area": grid_area,
             "grid_aspect": grid_aspect,
         }.items():
             if not 0 < low <= high:
-                raise ValueError(f"{name} must be two rising positive numbers, got {(low, high)}")
+                raise ValueError(f"{name} must be two ascending positive numbers, got {(low, high)}")
         if grid_area[1] > 1:
             raise ValueError(f"grid_area must be at most 1, got {grid_area}")
         self.mixup_alpha, self.grid_holes, self.hole_aspect = mixup_alpha, tuple(grid_holes), tuple(hole_aspect)
         self.grid_area, self.grid_aspect, self.in_batch = tuple(grid_area), tuple(grid_aspect), in_batch
         self.mix_prob = check_probability("mix_prob", mix_prob)
+
+    def check_size(self, height, width):
+        largest = int(math.sqrt(height * width * self.grid_area[1] / self.grid_aspect[0]))  # width of a grid
+        cell_width = math.ceil(largest / self.grid_holes[0])
+        cell_height = int(cell_width * self.hole_aspect[1])
+        if min(cell_height, cell_width) < 2:
+            raise ValueError(
+                f"grid_holes: at {height}x{width} pixels the largest cell has {cell_height}x{cell_width}, too few for "
+                "a hole, so nothing would be mixed; take fewer grid_holes, a larger hole_aspect or a smaller grid_aspect"
+            )
 
     def mix_batch(self, images, targets, source):
         partner = draw_partner(images)

@@ -4,6 +4,8 @@ Qin et al., arXiv 2012.11101, Sec. 3. The defaults, and what is not in the paper
 authors released no code.
 """
 
+import math
+
 import torch
 
 from .base import Mixer
@@ -47,7 +49,7 @@ class ResizeMix(Mixer):
     tau ~ Beta(mixup_alpha, mixup_alpha); a draw outside of resize_range is replaced by a uniform one inside, so that
     mixup_alpha 1 is the uniform draw of the paper. One tau and one place per batch, or per image with in_batch.
     resize_mode: `nearest` or `bilinear`. mix_prob: probability that a batch is mixed. A box of less than two pixels is
-    empty: the image stays unmixed.
+    empty: the image stays unmixed. check_size() raises ValueError for images in which every box would be empty.
     """
 
     def __init__(
@@ -62,11 +64,19 @@ class ResizeMix(Mixer):
         if mixup_alpha <= 0:
             raise ValueError(f"mixup_alpha must be positive, got {mixup_alpha}")
         if not 0 <= low <= high <= 1:
-            raise ValueError(f"resize_range must be two rising numbers from 0 to 1, got {resize_range}")
+            raise ValueError(f"resize_range must be two ascending numbers from 0 to 1, got {(low, high)}")
         if resize_mode not in ("nearest", "bilinear"):
             raise ValueError(f"resize_mode must be nearest or bilinear, got {resize_mode!r}")
         self.mixup_alpha, self.resize_range, self.resize_mode = mixup_alpha, (low, high), resize_mode
         self.mix_prob, self.in_batch = check_probability("mix_prob", mix_prob), in_batch
+
+    def check_size(self, height, width):
+        shorter, high = min(height, width), self.resize_range[1]
+        if int(shorter * high) < 2:
+            raise ValueError(
+                f"resize_range: at {height}x{width} pixels no box has two pixels per side, so nothing would be mixed; "
+                f"raise its upper end, {high}, to at least {math.ceil(200 / shorter) / 100}"
+            )
 
     def mix_batch(self, images, targets, source):
         height, width = images.shape[-2:]

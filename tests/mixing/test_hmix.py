@@ -24,6 +24,7 @@ def test_mixes_match_the_recordings(case, method_golden):
         weight = gmix_weight(lam, *centre, *size)
         kernel = weight[0] if lam < 0.5 else 1 - weight[0]
         torch.testing.assert_close(kernel, recorded("kernel"), rtol=0, atol=1e-6)
+        assert abs(float(kernel.mean()) - float(recorded("kernel_mean"))) < 1e-6
         kept = weight.mean((1, 2))
     assert abs(float(kept) - float(recorded("lam"))) < 1e-6 and abs(float(weight.mean()) - float(kept)) < 1e-6
     partner = torch.arange(len(images)).flip(0)

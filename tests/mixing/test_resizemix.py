@@ -2,6 +2,7 @@ import pytest
 import torch
 from support import load_method_recording
 
+import mixing.resizemix
 from mixing import build_mixer
 from mixing.ops import blend, box_mask, scale_boxes
 from mixing.resizemix import ResizeMix, resize_into
@@ -77,6 +78,25 @@ def test_small_images_and_single_ones_can_be_mixed():
         for mode in ("nearest", "bilinear"):
             mixed, soft = ResizeMix(resize_mode=mode, in_batch=True)(images, targets)
             assert mixed.isfinite().all() and torch.equal(soft.sum(1), torch.ones(shape[0]))
+
+
+def test_a_draw_out_of_range_is_replaced_as_in_the_recording(method_golden, monkeypatch):
+    drawn, again, tau = (float(method_golden[f"resizemix_c_{name}"]) for name in ("beta_draw", "uniform_draw", "tau"))
+    monkeypatch.setattr(mixing.resizemix, "draw_lam", lambda *_: torch.tensor(drawn, dtype=torch.float64))
+    monkeypatch.setattr(torch, "rand_like", lambda values: values.new_tensor((again - 0.1) / 0.7))
+    assert abs(float(ResizeMix().draw_tau(torch.zeros(3, 3, 32, 32))) - tau) < 1e-7
+
+
+def test_images_in_which_every_box_would_be_empty_are_refused():
+    message = (
+        r"resize_range: at 9x7 pixels no box .* nothing would be mixed; raise its upper end, 0.2, to at least 0.29"
+    )
+    with pytest.raises(ValueError, match=message):
+        ResizeMix(resize_range=(0.1, 0.2)).check_size(9, 7)
+    mixer = ResizeMix(resize_range=(0.29, 0.29), in_batch=True)
+    mixer.check_size(9, 7)
+    mixer(torch.zeros(8, 1, 9, 7), torch.eye(8))
+    assert mixer.weight.min() == 0
 
 
 def test_half_precision_and_gradients_pass_through():
