@@ -8,7 +8,7 @@ import torch
 
 from .base import Mixer
 from .kernels import check_mode, use_kernels
-from .ops import blend, blend_pixels, blur_maps, check_probability, draw_partner, normalize_sum
+from .ops import blend, blend_pixels, blur_maps, check_blur, check_probability, draw_partner, normalize_sum
 
 MIN_SALIENCY = 1e-12  # added to maps that sum to 1: where both are 0, the images have equal weights
 
@@ -83,8 +83,7 @@ class GuidedMixup(Mixer):
         return {"mode": "train", "clean_weight": self.clean_lam}
 
     def check_size(self, height, width):
-        if self.blur_sigma and self.kernel_size // 2 >= min(height, width):
-            raise ValueError(f"kernel_size {self.kernel_size} is too large to blur maps of {height}x{width} pixels")
+        check_blur(self.blur_sigma, self.kernel_size, height, width)
 
     def mix_batch(self, images, targets, source):
         self.check_size(*images.shape[-2:])

@@ -7,7 +7,7 @@
 | place boxes and turn them into masks | center_boxes(), scale_boxes(), clip_boxes(), box_mask() |
 | let weights fall off around a place | gaussian_kernel() |
 | work on a grid of blocks | block_means(), upsample_blocks(), check_divides() |
-| clean up, smooth and normalise saliency maps | replace_invalid_maps(), blur_maps(), normalize_sum() |
+| clean up, smooth and normalise saliency maps | replace_invalid_maps(), check_blur(), blur_maps(), normalize_sum() |
 | weight two labels by the saliency that is shown | find_saliency_share(), spread_saliency() |
 | send numbers drawn on the host to the device | to_device() |
 
@@ -92,6 +92,15 @@ def blur_maps(maps: torch.Tensor, sigma: float, kernel_size: int) -> torch.Tenso
     kernel, reach = blur_kernel(sigma, kernel_size, maps.device, maps.dtype), kernel_size // 2
     padded = F.pad(maps.unsqueeze(1), (reach, reach, reach, reach), mode="reflect")
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
+
+
+def check_blur(sigma: float, kernel_size: int, height: int, width: int) -> None:
+    """Raise ValueError if maps of height x width pixels are too small for a blur with reflected borders."""
+    if sigma and kernel_size // 2 >= min(height, width):
+        raise ValueError(
+            f"kernel_size {kernel_size} is too large to blur maps of {height}x{width} pixels; at most "
+            f"{2 * min(height, width) - 1} works"
+        )
 
 
 @cache  # a copy to the device in each step would wait for it

@@ -11,7 +11,7 @@ import torch
 
 from .base import Mixer
 from .kernels import check_mode, use_kernels
-from .ops import check_probability, draw_lam, draw_partner, normalize_sum
+from .ops import check_blur, check_probability, draw_lam, draw_partner, normalize_sum
 from .solvers.sage_offsets import find_best_offset, grid_offsets, random_offsets
 
 MIN_WEIGHT = 1e-12  # of each image, so that neither map vanishes when lam is 0 or 1
@@ -139,8 +139,7 @@ class SAGE(Mixer):
         }
 
     def check_size(self, height, width):
-        if self.blur_sigma and self.kernel_size // 2 >= min(height, width):
-            raise ValueError(f"kernel_size {self.kernel_size} is too large to blur maps of {height}x{width} pixels")
+        check_blur(self.blur_sigma, self.kernel_size, height, width)
 
     def draw_offsets(self, height: int, width: int) -> torch.Tensor | None:
         """Return the candidate offsets, (K, 2) long, or None for all offsets.

@@ -223,8 +223,8 @@ class Run:
         if unusable:
             self.warned_maps = True
             self.log.say(
-                "note: saliency maps replaced by a uniform map because they were all zero (the loss is 0 there "
-                f"already) or NaN: {unusable:,} of {images:,}; harmless if rare"
+                "note: saliency maps replaced by a uniform map because they were all zero (as where the loss is 0, "
+                f"or nothing speaks for the class) or NaN: {unusable:,} of {images:,}; harmless if rare"
             )
 
     def save(self, also: list[str] | tuple = (), step: int | None = None) -> None:

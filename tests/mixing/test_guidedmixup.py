@@ -116,8 +116,9 @@ def test_blur_is_that_of_the_gradient_source():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="kernel_size 7 is too large to blur maps of 3x8 pixels"):
+    with pytest.raises(ValueError, match="kernel_size 7 is too large to blur maps of 3x8 pixels; at most 5 works"):
         GuidedMixup(mix_prob=1.0)(torch.rand(2, 3, 3, 8), torch.eye(2), lambda *_: torch.rand(2, 3, 8))
+    GuidedMixup(kernel_size=5, mix_prob=1.0)(torch.rand(2, 3, 3, 8), torch.eye(2), lambda *_: torch.rand(2, 3, 8))
     for options in ({"pairing": "reversed"}, {"kernel_size": 4}, {"blur_sigma": -1.0}, {"clean_lam": -1.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             GuidedMixup(**options)
