@@ -35,6 +35,7 @@ MIXERS = {  # name -> (module of this package, class)
     "smmix": (".smmix", "SMMix"),
     "maskmix": (".maskmix", "MaskMix"),
     "s2mix": (".s2mix", "S2Mix"),
+    "recursivemix": (".recursivemix", "RecursiveMix"),
 }
 ALIASES = {  # other names of the methods, as users of other repositories know them
     "vanilla": "none",

@@ -87,8 +87,9 @@ class Mixer:
     def weight(self) -> torch.Tensor | None:
         """The weight map of the last batch: the share of images[i] in each pixel of mixed[i].
 
-        (B, 1, H, W) float32 in [0, 1], on the device of the images. The remaining share belongs to the partner, or to
-        nothing inside a hole of Cutout and where SAGE has shifted the partner out of the frame. PuzzleMix moves blocks
+        (B, 1, H, W) float32 in [0, 1], on the device of the images. The remaining share belongs to the partner, to an
+        image of an earlier batch (RecursiveMix), or to nothing inside a hole of Cutout and where SAGE has shifted the
+        partner out of the frame. PuzzleMix moves blocks
         of both images, unless transport is False; its weight is that of the mask. ResizeMix shows the whole partner,
         shrunk, where its weight is 0. Use it to draw a mix or, together with `partner`, to mix segmentation masks.
 
@@ -104,7 +105,8 @@ class Mixer:
         (B,) long, on the device of the images. An image that was not mixed with another one is its own partner.
 
         None if an image has no single partner: before the first batch, if more than two images were mixed (Co-Mixup),
-        and in a Chain, where the holes of both images show in the mix.
+        if the other images are of an earlier batch (RecursiveMix), and in a Chain, where the holes of both images show
+        in the mix.
         """
         return self.partner_fn and self.partner_fn()
 

@@ -104,19 +104,19 @@ MODERN = "--warmup_epochs 1 --warmup_lr 1e-5 --min_lr 1e-4 --lr 0.001 --ema_ramp
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "model"),
+    ("method", "optimizer", "model"),
     [
-        ("adamw --bce_target_thresh 0.2 --freeze conv1 bn1 layer1 --ema 0.9", "resnet20"),
-        ("timm:lamb --betas 0.8 0.95 --layer_decay 0.7 --label_smoothing 0.1", SMALL_TRANSFORMER),
+        ("recursivemix", "adamw --bce_target_thresh 0.2 --freeze conv1 bn1 layer1 --ema 0.9", "resnet20"),
+        ("cutmix", "timm:lamb --betas 0.8 0.95 --layer_decay 0.7 --label_smoothing 0.1", SMALL_TRANSFORMER),
     ],
 )
 def test_a_run_with_another_optimizer_stopped_within_an_epoch_resumes_exactly(
-    shapes_run, monkeypatch, optimizer, model
+    shapes_run, monkeypatch, method, optimizer, model
 ):
     if "timm" in optimizer:
         pytest.importorskip("timm")
     words = f"--scheduler cosine_step {MODERN} --optimizer {optimizer} --model {model}".split()
-    run, update, done = shapes_run(*words, method="cutmix", name="whole"), loop.optimizer_step, []
+    run, update, done = shapes_run(*words, method=method, name="whole"), loop.optimizer_step, []
     (whole,) = run.parents[1].glob("*/whole")  # below the name of the network
 
     def step_and_stop(*args, **kwargs):
@@ -127,11 +127,11 @@ def test_a_run_with_another_optimizer_stopped_within_an_epoch_resumes_exactly(
 
     monkeypatch.setattr(loop, "optimizer_step", step_and_stop)
     with pytest.raises(Terminated):
-        shapes_run(*words, method="cutmix", name="part")
+        shapes_run(*words, method=method, name="part")
     monkeypatch.undo()
     part = whole.with_name("part")
     assert load_checkpoint(part)["step"] == 4
-    shapes_run(*words, "--checkpoint", "auto", method="cutmix", name="part")
+    shapes_run(*words, "--checkpoint", "auto", method=method, name="part")
     assert same_run(whole, part)
 
 

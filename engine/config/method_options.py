@@ -11,7 +11,7 @@ from engine.config.option_types import (
 )
 from engine.config.parser import Parser
 
-SHAPE_GROUP = "resizemix, fmix, gridmix, hmix"
+SHAPE_GROUP = "resizemix, fmix, gridmix, hmix, recursivemix"
 METHOD_GROUPS = [
     "puzzlemix",
     "comixup",
@@ -221,7 +221,16 @@ def add_shape_options(parser: Parser) -> None:
         **ends,
     )
     parser.option(
-        "--resize_mode", type=choice(["nearest", "bilinear"]), shown="nearest", help="resizemix: how images are resized"
+        "--resize_mode",
+        type=choice(["nearest", "bilinear"]),
+        shown="nearest",
+        help="resizemix, recursivemix: how images are resized",
+    )
+    parser.option(
+        "--history_area",
+        type=float_in_range(0, 1, exclude=[0]),
+        shown="0.5",
+        help="recursivemix: largest share of the image that the last batch covers",
     )
     parser.option("--fmix_decay", type=float_in_range(), shown="3", help="fmix: the higher, the smoother the shapes")
     parser.option(

@@ -1,5 +1,6 @@
 """Show what mixing methods make of your own images: python -m mixing.show --images cat.jpg dog.jpg --method all"""
 
+import copy
 import time
 import warnings
 from dataclasses import dataclass
@@ -270,10 +271,11 @@ def collect_mixtures(mixer, images, source, count: int, seed: int) -> tuple:
     found, milliseconds = {2: [], 1: [], 0: []}, []  # 2: another image shows; 1: the image has changed; 0: it has not
     for draw in range(MAX_DRAWS):
         torch.manual_seed(1000 * seed + draw)
+        before = copy.deepcopy(mixer)
         begin = time.perf_counter()
         result, labels = mixer(images, targets, source)
         milliseconds.append(1000 * (time.perf_counter() - begin))
-        shares = pixel_shares(mixer, images, targets, source, 1000 * seed + draw)
+        shares = pixel_shares(before, images, targets, source, 1000 * seed + draw)
         for row in range(len(images)):
             changed = not torch.equal(result[row], images[row])  # Manifold Mixup may have mixed a hidden layer only
             kind = changed + (changed and bool(labels[row].max() < 0.99))
@@ -289,7 +291,7 @@ def pixel_shares(mixer, images, targets, source, seed: int):
     """Return the share of image j in each pixel of mixed image i, (B, B, H, W).
 
     It is the derivative of one with respect to the other, by forward-mode differentiation with the random draws
-    repeated.
+    repeated. mixer: as it was before it mixed them. What RecursiveMix shows of earlier batches is the share of none.
     """
     import torch
     from torch.autograd import forward_ad
@@ -303,7 +305,7 @@ def pixel_shares(mixer, images, targets, source, seed: int):
         # of the kernels of attention, which a source may run, only this one has forward-mode derivatives
         with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own internals
-            mixed, _ = mixer(forward_ad.make_dual(images, tangent), targets, source)
+            mixed, _ = copy.deepcopy(mixer)(forward_ad.make_dual(images, tangent), targets, source)
             shares.append(forward_ad.unpack_dual(mixed).tangent[:, 0])
     return torch.stack(shares, 1)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .mixing.maskmix import MaskMix
     from .mixing.mixup import Mixup
     from .mixing.puzzlemix import PuzzleMix
+    from .mixing.recursivemix import RecursiveMix
     from .mixing.resizemix import ResizeMix
     from .mixing.rlmix import RLMix
     from .mixing.rmix import RMix
@@ -72,6 +73,7 @@ __all__ = [
     "PuzzleMix",
     "RLMix",
     "RMix",
+    "RecursiveMix",
     "ResizeMix",
     "S2Mix",
     "SMMix",

@@ -125,6 +125,10 @@ MEANS = {  # method -> cases: options, source, mean and deviation of the share o
     "gmix": [({}, None, *integrate(gaussians))],
     "smmix": [({}, random_maps, 1 - float(WINDOWS.mean()), float(WINDOWS.std(correction=0)))],
     "maskmix": [({}, None, *integrate(lambda lam: (16 * lam).ceil() / 16))],
+    "recursivemix": [
+        ({"history_area": area}, None, *integrate(lambda lam, area=area: outside_box((area * lam).sqrt())))
+        for area in (0.5, 1.0)
+    ],
 }
 
 
@@ -132,6 +136,7 @@ def draw_shares(name: str, options: dict, source, calls: int, batch: int) -> tor
     """Return the share of each image, the mean of its weights, over some calls: (calls, batch) float64."""
     images, targets = torch.zeros(batch, 1, SIDE, SIDE), torch.zeros(batch, 2)
     mixer, shares = build_mixer(name, **{"mix_prob": 1.0, **options}), []
+    mixer(images, targets, source)  # RecursiveMix has nothing to mix with in the first batch
     for _ in range(calls):
         mixer(images, targets, source)
         shares.append(mixer.lam.expand(batch) if name == "manifold" else mixer.weight.mean((1, 2, 3)))
@@ -174,7 +179,7 @@ def test_s2mix_blends_in_its_patches_with_a_uniform_share(monkeypatch):
 KEEPS_LABEL = ["none", "cutout", "s2mix"]
 DRAWN_LAM = ["mixup", "manifold", "fmix", "hmix"]  # methods whose targets are the lam that was drawn
 BY_AREA = [name for name in MIXERS if name not in ("cutout", "manifold", "snapmix")]  # or as if they were
-ANY_SIZE = ["mixup", "cutmix", "resizemix", "fmix", "gridmix", "smoothmix", "hmix", "gmix", "s2mix"]
+ANY_SIZE = ["mixup", "cutmix", "resizemix", "fmix", "gridmix", "smoothmix", "hmix", "gmix", "s2mix", "recursivemix"]
 VARIANTS = {  # method -> options to try besides the defaults
     "cutmix": [{"cutmix_box": "real", "in_batch": True}],
     "saliencymix": [{"saliency_scope": "batch"}],
@@ -185,6 +190,7 @@ VARIANTS = {  # method -> options to try besides the defaults
     "attentivemix": [{"top_k": 3}],
     "resizemix": [{"resize_mode": "bilinear", "in_batch": True}],
     "fmix": [{"fmix_field": "released", "max_soft": 0.2}],
+    "recursivemix": [{"resize_mode": "bilinear", "history_area": 1.0}],
 }
 
 

@@ -251,6 +251,7 @@ def test_a_batch_that_is_not_mixed_keeps_its_labels():
         (["none", "s2mix"], "labels mean: NoMix keeps the label of each image"),
         (["manifold"], "labels mean: ManifoldMixup mixes a hidden layer"),
         (["comixup"], "labels mean: CoMixup mixes more than two images"),
+        (["recursivemix"], "labels mean: RecursiveMix mixes in images of earlier batches"),
         (["cutmix", "comixup"], "labels mean: CoMixup mixes more than two images"),
     ],
 )
