@@ -182,8 +182,7 @@ def train_weights(ports) -> dict:
 
 def predict_command() -> list[str]:
     folder = os.environ["PICTURES"]
-    words = ["--model_path", f"{folder}/bare.pt", "--model", "resnet20", "--predict", folder, "--norm", "half"]
-    words += ["--on_bad_image", "skip"]
+    words = ["--model_path", f"{folder}/bare.pt", "--predict", folder, "--norm", "half", "--on_bad_image", "skip"]
     return [*words, "--device", "cpu", "--workers", "0", "--batch_size", "4"]
 
 
