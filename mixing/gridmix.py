@@ -94,8 +94,8 @@ class GridMix(Mixer):
         cell_height = int(cell_width * self.hole_aspect[1])
         if min(cell_height, cell_width) < 2:
             raise ValueError(
-                f"grid_holes: at {height}x{width} pixels the largest cell has {cell_height}x{cell_width}, too few for "
-                "a hole, so nothing would be mixed; take fewer grid_holes, a larger hole_aspect or a smaller grid_aspect"
+                f"grid_holes: at {height}x{width} pixels the largest cell has {cell_height}x{cell_width}: too few "
+                "for a hole, so nothing is mixed; take fewer grid_holes, a larger hole_aspect or a smaller grid_aspect"
             )
 
     def mix_batch(self, images, targets, source):

@@ -45,7 +45,7 @@ def test_a_grid_by_hand():
 
 
 def test_images_in_which_no_cell_could_have_a_hole_are_refused():
-    message = "grid_holes: at 8x8 pixels the largest cell has 1x1, too few for a hole, so nothing would be mixed; take "
+    message = "grid_holes: at 8x8 pixels the largest cell has 1x1: too few for a hole, so nothing is mixed; take fewer"
     with pytest.raises(ValueError, match=message):
         GridMix(grid_holes=(11, 64)).check_size(8, 8)  # the widest grid has 11 pixels
     with pytest.raises(ValueError, match="the largest cell has 1x6"):
