@@ -116,10 +116,11 @@ def read_options(parser: Parser, argv: list[str] | None) -> dict:
 
 
 def list_methods(*, method: list[str], labels: str | None) -> list[str]:
-    """Return the methods to draw. `all` leaves out those that no label rule fits, if there is one."""
+    """Return the methods to draw. `all` with a label rule means those that a rule applies to."""
     if "all" not in method:
         return method
-    return [name for name in METHODS if not (labels and mixer_class(name).label_obstacle)]
+    classes = {name: mixer_class(name) for name in METHODS}
+    return [name for name, cls in classes.items() if not (labels and (cls.keeps_labels or cls.label_obstacle))]
 
 
 @dataclass(frozen=True)

@@ -187,3 +187,19 @@ def test_the_gradient_of_a_vision_transformer_guides_the_mix(image_files, tmp_pa
         show.main([*words, "--image_size", "64"])
     with pytest.raises(SystemExit):
         show.main([*words[:3], "--model_args", "depth=1"])
+
+
+def test_a_label_rule_changes_the_label_weights_alone(image_files, tmp_path, monkeypatch):
+    """ResizeMix shows its whole partner: with a uniform map, the share s of the image becomes s / (s + 1)."""
+    drawn, found = [], []
+    monkeypatch.setattr("engine.drawing.figures.draw_mixtures", lambda path, **given: drawn.append(given["rows"][0]))
+    words = ["--images", *image_files, "--method", "resizemix", "--saliency", "uniform", "--image_size", "32"]
+    for rule in ([], ["--labels", "saliency"]):
+        found.append(show.main([*words, *rule, "--n", "1", "-o", str(tmp_path / "mix.png")])["resizemix"][0])
+    assert torch.equal(drawn[0][1], drawn[1][1]) and torch.equal(drawn[0][2], drawn[1][2])
+    assert (found[1] - found[0] / (found[0] + 1)).abs().min() < 1e-6 and not torch.equal(*found)
+    with pytest.raises(UserError, match="--method s2mix: labels mean: S2Mix keeps the label of each image"):
+        show.main([*words[:-4], "--labels", "mean", "--method", "s2mix", "--image_size", "32"])
+    left_out = {"cutout", "manifold", "comixup", "s2mix"}
+    assert show.list_methods(method=["all"], labels="mean") == [name for name in METHODS if name not in left_out]
+    assert show.list_methods(method=["all"], labels=None) == METHODS
