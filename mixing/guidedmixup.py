@@ -14,9 +14,12 @@ MIN_SALIENCY = 1e-12  # added to maps that sum to 1: where both are 0, the image
 
 
 def measure_distances(maps: torch.Tensor) -> torch.Tensor:
-    """Return the Euclidean distance between each two of the maps (B, H, W), over all pixels: (B, B)."""
-    flat = maps.flatten(1)
-    return torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    """Return the Euclidean distance between each two of the maps (B, H, W), over all pixels: (B, B) float32."""
+    # a matrix product is several times faster than all differences, and double precision makes up for its cancellation
+    flat = maps.flatten(1).to(torch.float32 if maps.device.type == "mps" else torch.float64)
+    squares = flat.square().sum(1)
+    distances = torch.addmm(squares + squares.unsqueeze(1), flat, flat.mT, alpha=-2)
+    return distances.clamp_min(0).sqrt().float()
 
 
 def pair_in_a_cycle(distance: torch.Tensor) -> torch.Tensor:

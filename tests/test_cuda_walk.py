@@ -36,7 +36,7 @@ LAUNCHES = {  # preactresnet18, batch 100, 32 pixels, bf16: data, saliency, mixi
     "saliencymix": (30, 3, 37, 245),
     "rmix": (30, 185, 37, 245),
     "rlmix": (30, 185, 91, 247),
-    "guidedmixup": (30, 3, 29, 245),
+    "guidedmixup": (30, 3, 36, 245),
     "snapmix": (30, 92, 138, 245),
     "attentivemix": (30, 92, 27, 245),
     "resizemix": (30, 0, 49, 245),

@@ -66,6 +66,13 @@ def test_gradient_source_reduces_as_the_published_code(method_golden):
     assert_close_to_largest(source.reduce(gradient), recorded(method_golden, "guided_ap_saliency"), 1e-5)
 
 
+def test_distances_of_large_maps_are_exact():
+    """The pixels of maps that sum to 1 are small, and their squares smaller still."""
+    maps = normalize_sum(blur_maps(torch.rand(3, 224, 224, generator=torch.Generator().manual_seed(0)), 3.0, 7))
+    expected = (maps.double().unsqueeze(1) - maps.double()).square().sum((2, 3)).sqrt()
+    torch.testing.assert_close(measure_distances(maps).double(), expected, rtol=1e-6, atol=1e-10)
+
+
 @pytest.mark.parametrize("size", [2, 3, 7, 40])
 def test_pairs_match_the_published_code(size, method_golden):
     partner = pair_in_a_cycle(recorded(method_golden, f"guided_pair{size}_dist"))
