@@ -1,15 +1,17 @@
 """Compile Triton kernels for GPUs that need not be there, and read from the machine code what a program of each needs.
 
 The tests of a kernel family make a Build for each variant of their kernels and hand all of them to compile_ahead() at
-once. It compiles in one other process, because the tests themselves run kernels interpreted where there is no GPU.
+once. It compiles in another process, because the tests themselves run kernels interpreted where there is no GPU.
 """
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import asdict, dataclass, field
 
 import pytest
@@ -72,13 +74,21 @@ def compile_ahead(builds: list[Build]) -> list[Usage]:
         except RuntimeError as error:
             pytest.skip(str(error))
     jobs = [vars(build) | {"kernel": [build.kernel.fn.__module__, build.kernel.fn.__name__]} for build in builds]
+    compiler = start_compiler()
+    print(json.dumps(jobs), file=compiler.stdin, flush=True)
+    answer = json.loads(compiler.stdout.readline())
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return [Usage(**usage) for usage in answer["usages"]]
+
+
+@functools.cache
+def start_compiler() -> subprocess.Popen:
+    """Start the process that compiles until its input ends, with this process. It imports torch once for all tests."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, __file__]
-    run = subprocess.run(command, input=json.dumps(jobs), env=environment, capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(run.stderr)
-    return [Usage(**usage) for usage in json.loads(run.stdout)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, **pipes)
 
 
 # ---- In the other process ----
@@ -135,5 +145,13 @@ def count_instructions(code: str) -> tuple[int, list[int]]:
     return count, [end - start for start, end in inner]
 
 
+def answer(jobs: list[dict]) -> dict:
+    try:
+        return {"usages": [asdict(compile_kernel(**job)) for job in jobs]}
+    except Exception:
+        return {"error": traceback.format_exc()}
+
+
 if __name__ == "__main__":
-    print(json.dumps([asdict(compile_kernel(**job)) for job in json.load(sys.stdin)]))
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
