@@ -2,11 +2,12 @@
 
 Prints Markdown tables; every batch is mixed. The first has the time of a training step of every method relative to an
 unmixed step, next to the minimum set by the number of network passes: 1 without an additional pass, 4/3 with a forward
-pass, 5/3 with a pass for the gradient at the pixels, 2 if the unmixed batch is trained on too. `NAME +` is a method
-with --clean_weight. All methods run in turns in one process, so that slow moments of the machine affect them alike. The
-second has the time of mixing alone, on gradients of the given network. With PuzzleMix or Co-Mixup among the methods,
-others have the energies of PuzzleMix masks with their gap to a lower bound, and the objective of Co-Mixup. If the
-package gco-wrapper is installed, they also have the same for graph cuts. benchmarks/memory.py measures memory.
+pass for activation maps, 5/3 with a pass for the gradient at the pixels, 2 if that pass also trains on the unmixed
+batch. `NAME +` is a method with --clean_weight. All methods run in turns in one process, so that slow moments of the
+machine affect them alike. The second has the time of mixing alone, on gradients of the given network. With PuzzleMix or
+Co-Mixup among the methods, others have the energies of PuzzleMix masks with their gap to a lower bound, and the
+objective of Co-Mixup. If the package gco-wrapper is installed, they also have the same for graph cuts.
+benchmarks/memory.py measures memory.
 """
 
 import time
@@ -22,11 +23,9 @@ from engine.drawing.tables import format_markdown, make_rows
 from engine.launch import run_main
 from mixing import MIXERS, OWN_CLEAN_LOSS_OFF, build_mixer
 from models import build_model
-from saliency import build_source
+from saliency import CAM_METHODS, build_source
 
 BLOCKS = (2, 4, 8, 16)
-FORWARD = {"cam", "attention"}  # sources that take a forward pass alone
-PIXELS = {"gradcam", "gradcam++", "layercam"}  # and those that also take a backward pass, as the gradient does
 STEP_COLUMNS = {  # keys of a row
     "step": ("step, ms", ".2f"),
     "ratio": ("step / plain step", ".3f"),
@@ -183,12 +182,10 @@ class Bench:
         mixer, source, weight = self.methods[name]
         if self.options["saliency_size"]:
             return None  # depends on the network
-        if weight:
-            return 2.0
         saliency = source and (self.options["saliency"] or mixer.default_source)
         if saliency == "gradient":
-            return 2.0 if source.clean_weight else 5 / 3
-        return 4 / 3 if saliency in FORWARD else 5 / 3 if saliency in PIXELS else 1.0
+            return 2.0 if weight or source.clean_weight else 5 / 3
+        return 1 + bool(weight) + (1 / 3 if saliency in CAM_METHODS else 0)
 
     def time_steps(self) -> dict:
         """Print and return the times of a training step of each method."""
