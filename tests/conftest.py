@@ -279,11 +279,11 @@ def casm_file(tmp_path_factory) -> str:
     """Return the path of a file as casm train writes it: a random mask decoder on a random resnet20, for 32 pixels."""
     from engine.data.shapes import CLASSES
     from engine.runtime.checkpoint import FORMAT, save_checkpoint
-    from models import build_model
+    from models.resnet import NarrowResNet
     from saliency.casm.network import build_decoder
 
     torch.manual_seed(1)
-    network = build_model("resnet20", 10, 32)
+    network = NarrowResNet(20, 10)  # the file serves modules with and without small_network
     content = {"format": FORMAT, "kind": "casm", "epoch": 1, "model": network.state_dict(), "image_size": 32}
     content |= {"decoder": build_decoder(network, width=8).state_dict(), "classes": CLASSES}
     content |= {"config": {"model": "resnet20", "width": 8, "upsample": "nearest", "dataset": "shapes"}}

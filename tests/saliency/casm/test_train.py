@@ -759,10 +759,10 @@ def test_a_network_without_stages_is_refused_in_one_line(tmp_path):
 
 
 def test_errors_explain_files_that_are_no_casm_checkpoints(tmp_path, casm_file):
-    content = torch.load(casm_file)
+    weights = build_model("resnet20", 10).state_dict()
     broken = {
-        "config": {**content, "config": {}},
-        "decoder": {"state_dict_classifier": content["model"], "state_dict_decoder": {"foo": torch.zeros(1)}},
+        "config": {**torch.load(casm_file), "config": {}},
+        "decoder": {"state_dict_classifier": weights, "state_dict_decoder": {"foo": torch.zeros(1)}},
     }
     for name, what in broken.items():
         torch.save(what, tmp_path / f"{name}.chk")
