@@ -200,6 +200,6 @@ def test_a_label_rule_changes_the_label_weights_alone(image_files, tmp_path, mon
     assert (found[1] - found[0] / (found[0] + 1)).abs().min() < 1e-6 and not torch.equal(*found)
     with pytest.raises(UserError, match="--method s2mix: labels mean: S2Mix keeps the label of each image"):
         show.main([*words[:-4], "--labels", "mean", "--method", "s2mix", "--image_size", "32"])
-    left_out = {"cutout", "manifold", "comixup", "s2mix"}
+    left_out = {"cutout", "manifold", "comixup", "s2mix", "recursivemix"}
     assert show.list_methods(method=["all"], labels="mean") == [name for name in METHODS if name not in left_out]
     assert show.list_methods(method=["all"], labels=None) == METHODS
