@@ -77,7 +77,7 @@ def add_colour_bar(
     low, high = limits or (0, 1)
     if "cax" not in style:
         if style.get("location") == "bottom":
-            inch = 1 / figure.get_figheight()  # by default, the gaps of a tall figure are tall, too
+            inch = figure.dpi / figure.bbox.height  # by default, the gaps of a tall figure are tall, too
             style |= {"shrink": 0.4, "aspect": 40, "fraction": 0.4 * inch, "pad": 0.1 * inch}
         else:
             style |= {"shrink": 0.7}
