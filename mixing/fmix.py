@@ -60,7 +60,8 @@ class FMix(Mixer):
 
     fmix_decay: the higher, the smoother the shapes. max_soft: width of the soft edge, a share of the pixels on each
     side of it. fmix_field: `paper`, or `released` as the released code computes it. One lam and one mask per batch, or
-    per image with in_batch. mix_prob: probability that a batch is mixed.
+    per image with in_batch. mix_prob: probability that a batch is mixed. The form `released` raises ValueError for
+    images of one row.
     """
 
     def __init__(
@@ -84,8 +85,15 @@ class FMix(Mixer):
         self.fmix_field, self.in_batch = fmix_field, in_batch
         self.mix_prob = check_probability("mix_prob", mix_prob)
 
+    def check_size(self, height, width):
+        if self.fmix_field == "released" and height < 2:
+            raise ValueError(
+                f"fmix_field released needs images of at least 2 rows, got {height}x{width} pixels: use paper"
+            )
+
     def mix_batch(self, images, targets, source):
         height, width = images.shape[-2:]
+        self.check_size(height, width)
         lam = draw_lam(self.mixup_alpha, images, self.in_batch)
         partner = draw_partner(images)
         scale = scale_frequencies(height, width, self.fmix_decay, images.device)

@@ -92,3 +92,10 @@ def test_pixels_are_rounded_up_and_down_equally_often(monkeypatch):
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         build_mixer("fmix", **options)
+
+
+def test_images_of_one_row_need_the_field_of_the_paper():
+    images, targets = torch.rand(2, 3, 1, 8), torch.eye(2)
+    assert FMix()(images, targets)[0].shape == images.shape
+    with pytest.raises(ValueError, match="fmix_field released needs images of at least 2 rows, got 1x8 .*: use paper"):
+        FMix(fmix_field="released")(images, targets)
