@@ -22,6 +22,7 @@ NEUTRAL_OPTIONS = (RULES.changeable | RULES.per_call) - RESULT_OPTIONS  # never 
 NEUTRAL_OPTIONS |= {"seed", "seeds", "deterministic", "channels_last"}  # random numbers and the last digits
 FIRST_IN_LABELS = [
     "method_weights",
+    "labels",
     "recipe",
     "model",
     "model_args",

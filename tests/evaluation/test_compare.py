@@ -116,9 +116,12 @@ def test_labels_name_what_tells_the_groups_apart(tmp_path):
     write_run(tmp_path / "c", [1, 2], method="cutmix", lr=0.2, weight_decay=0.1, saliency="bank")
     write_run(tmp_path / "d", [1, 2], method="none+mixup")
     write_run(tmp_path / "e", [1, 2], method="none+mixup", method_weights=[2.0, 1.0], lr=0.2)
+    write_run(tmp_path / "f", [1, 2], method="puzzlemix")
+    write_run(tmp_path / "g", [1, 2], method="puzzlemix", labels="mean", saliency="bank")
     labels = get_labels(compare(tmp_path))
     assert labels[:3] == ["cutmix, lr 0.1", "cutmix, lr 0.2", "cutmix, saliency bank"]
-    assert labels[3:] == ["none+mixup", "none+mixup, method_weights 2 1"]
+    assert labels[3:5] == ["none+mixup", "none+mixup, method_weights 2 1"]
+    assert labels[5:] == ["puzzlemix", "puzzlemix, labels mean"]
 
 
 def test_an_older_run_without_an_option_belongs_to_its_default(tmp_path):
