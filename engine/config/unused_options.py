@@ -45,6 +45,8 @@ def collect_mixing_notes(
     read |= {"clean_weight"} if names != ["none"] else set()
     read |= {"labels"} if any(not methods.mixer_class(name).same_weights for name in names) else set()
     read -= {"eval_mode"} if options["clean_weight"] else set()  # the pass that trains is in training mode
+    if typed.get("top_k") and names == ["attentivemix"]:
+        read -= {"mixup_alpha", "in_batch"}  # they draw the number of cells
     if sources and not any(source.has_gradient for source in sources):
         read = read - GRADIENT_SOURCE_OPTIONS | (BLUR_OPTIONS if "guidedmixup" in names else set())
         if options["clean_weight"] is None and (options["clean_lam"] or {"comixup", "sage"} & set(names)):
