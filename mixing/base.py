@@ -89,9 +89,9 @@ class Mixer:
 
         (B, 1, H, W) float32 in [0, 1], on the device of the images. The remaining share belongs to the partner, to an
         image of an earlier batch (RecursiveMix), or to nothing inside a hole of Cutout and where SAGE has shifted the
-        partner out of the frame. PuzzleMix moves blocks
-        of both images, unless transport is False; its weight is that of the mask. ResizeMix shows the whole partner,
-        shrunk, where its weight is 0. Use it to draw a mix or, together with `partner`, to mix segmentation masks.
+        partner out of the frame. PuzzleMix moves blocks of both images, unless transport is False; its weight is that
+        of the mask. ResizeMix shows the whole partner, shrunk, where its weight is 0. Use it to draw a mix or, together
+        with `partner`, to mix segmentation masks.
 
         None if no such map exists: before the first batch, if a hidden layer was mixed (Manifold Mixup), and if more
         than two images were mixed (Co-Mixup).
