@@ -68,7 +68,8 @@ class Gradient(Source):
             raise ValueError(f"blur_sigma must be >= 0 and kernel_size odd, got {blur_sigma} and {kernel_size}")
         if saliency_size and clean_weight:
             raise ValueError(
-                "saliency_size excludes a clean loss, which would train on resized images: set clean_weight to 0"
+                "saliency_size excludes a clean loss, which would train on resized images: set clean_weight to 0, in "
+                "place of clean_lam or update_ratio"
             )
         self.model, self.reduction, self.mode = model, reduction, "eval" if saliency_size else mode
         self.blur_sigma, self.kernel_size = blur_sigma, kernel_size
