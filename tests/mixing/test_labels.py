@@ -65,19 +65,21 @@ def boxed(golden, name, height, width):
 
 @pytest.mark.parametrize("case", ["transmix_a", "transmix_b", "transmix_c"])
 def test_the_mean_is_the_rule_of_transmix(case, method_golden):
-    """The map is that of the mixed image, in both places, and the mask is reduced to the grid of the attention."""
+    """The map is that of the mixed image, in both places. Each cell of the attention counts at its corner pixel."""
     images, labels = load_method_recording(method_golden, case)
     height, width = images.shape[-2:]
-    attention = normalize_sum(torch.from_numpy(method_golden[f"{case}_attention"]))
-    inside = boxed(method_golden, f"{case}_box", height, width)
-    cells = torch.arange(attention.shape[-1])
-    weight = 1 - inside[:, cells * height // len(cells)][:, :, cells * width // len(cells)]
-    area = 1 - inside.mean((1, 2))
-    share = find_saliency_share((weight * attention).sum((1, 2)), ((1 - weight) * attention).sum((1, 2)), area)
+    attention = torch.from_numpy(method_golden[f"{case}_attention"])
+    cells, maps = torch.arange(attention.shape[-1]), torch.zeros(images[:, 0].shape)
+    maps[:, (cells * height // len(cells)).unsqueeze(1), cells * width // len(cells)] = attention
     smoothing = float(method_golden[f"{case}_smoothing"])
     targets = (1 - smoothing) * F.one_hot(labels, 10) + smoothing / 10
-    for name, one in (("soft", (area + share) / 2), ("soft_area", area)):
-        soft = one.view(-1, 1) * targets + (1 - one.view(-1, 1)) * targets.flip(0)
+    inside = boxed(method_golden, f"{case}_box", height, width)
+    for rule, name in (("mean", "soft"), ("area", "soft_area")):
+        mixer = Mixer()
+        mixer.set_labels(rule)
+        mixer.set_weight(images, lambda: 1 - inside, torch.arange(len(images)).flip(0))
+        mixer.move_maps = lambda one: (one, one)
+        soft = mixer.weigh_labels(images, targets, Counting(maps))
         torch.testing.assert_close(soft, torch.from_numpy(method_golden[f"{case}_{name}"]).float(), rtol=0, atol=1e-6)
 
 
