@@ -19,6 +19,7 @@ from torch import distributed as dist
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 1.0  # time for the main process to report an error that occurs in all processes
 SHOW_SECONDS = 10.0  # time for the main process to print the message of another one
+EXIT_SECONDS = 2.0  # time for the others to see that the message is printed, before the main process ends the store
 
 
 class FailureWatch:
@@ -39,30 +40,40 @@ class FailureWatch:
     def stop(self) -> None:
         """End the thread. A thread still inside the store when Python exits would abort the process."""
         self.stopped.set()
-        self.thread.join(timeout=5)
+        if self.thread.is_alive():
+            self.thread.join(timeout=5)
 
     def report(self, text: str) -> None:
         """Have the main process print the error of this one, unless another error was reported before. Call it last."""
         if self.rank:  # most errors occur in all processes: leave the report to the main process
+            self.stop()
             with suppress(RuntimeError):
-                return self.store.wait(["shown"], timedelta(seconds=GRACE_SECONDS))
+                return self.wait_until_shown(GRACE_SECONDS)
         with self.printing:
             try:
                 if self.store.add("failures", 1) == 1:
                     origin = f"\n(process {self.rank} of {self.world_size})" if self.rank else ""
                     self.store.set("failure", text + origin)
                 if self.rank:
-                    self.store.wait(["shown"], timedelta(seconds=SHOW_SECONDS))
+                    self.wait_until_shown(SHOW_SECONDS)
                 else:
                     self.show(self.store)
             except RuntimeError:  # the store is gone, or the main process did not print in time
                 print(text, file=sys.stderr, flush=True)
 
+    def wait_until_shown(self, seconds: float) -> None:
+        """Wait until the main process has printed the error. Raises RuntimeError if it does not in this time."""
+        self.store.wait(["shown"], timedelta(seconds=seconds))
+        self.store.set(f"seen by {self.rank}", "")
+
     def show(self, store: dist.Store) -> None:
-        """Print the reported error, unless it is printed already, and tell the other processes."""
-        if not store.check(["shown"]):
-            print(store.get("failure").decode(), file=sys.stderr, flush=True)
-            store.set("shown", "")
+        """Print the reported error, unless it is printed already, and wait until the other processes know it."""
+        if store.check(["shown"]):
+            return
+        print(store.get("failure").decode(), file=sys.stderr, flush=True)
+        store.set("shown", "")
+        with suppress(RuntimeError):  # a process that was killed does not answer
+            store.wait([f"seen by {rank}" for rank in range(1, self.world_size)], timedelta(seconds=EXIT_SECONDS))
 
     def watch(self) -> None:
         """Poll the store, and exit the process if another one has failed. Runs in a thread of its own.
@@ -75,8 +86,10 @@ class FailureWatch:
                     return
         except RuntimeError:
             return  # the process that hosted the store has exited: the current collective operation reports that
-        with self.printing:
+        with self.printing, suppress(RuntimeError):
             if self.rank == 0:
                 self.show(self.watched)
+            else:
+                self.watched.set(f"seen by {self.rank}", "")
         sys.stderr.flush()
         os._exit(1)

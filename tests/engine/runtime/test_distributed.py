@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -39,6 +40,7 @@ from engine.inference.predict import predict
 from engine.runtime import distributed
 from engine.runtime.device import seed_rank_generator
 from engine.runtime.distributed import all_gather_object, is_main_process, rank, world_size
+from engine.runtime.failure_watch import EXIT_SECONDS, FailureWatch
 from engine.runtime.preemption import PreemptionGuard
 from engine.training import loop
 from engine.training.loop import train_one_epoch
@@ -474,6 +476,19 @@ def test_a_nan_loss_in_all_processes_is_reported_once_and_saved(tmp_path):
     assert [process.exitcode for process in processes] == [1, 1]
     evidence = torch.load(run / "nonfinite.pt", weights_only=True)
     assert len(evidence["index"]) in (8, 20), "the images of both processes"
+
+
+def test_the_main_process_waits_until_the_others_know_that_the_error_is_printed(capsys):
+    """Otherwise the store could end with the main process, and the others would print the error once more."""
+    store = torch.distributed.HashStore()
+    main, other = (FailureWatch(store, store, rank=rank, world_size=2) for rank in range(2))
+    printing = threading.Thread(target=main.report, args=["the disk is full"])
+    printing.start()
+    printing.join(0.3)
+    assert printing.is_alive()
+    other.report("the disk is full")
+    printing.join(EXIT_SECONDS / 2)
+    assert not printing.is_alive() and capsys.readouterr().err == "the disk is full\n"
 
 
 def run_torchrun(driver: Path, *words: str) -> subprocess.CompletedProcess:
