@@ -2,10 +2,12 @@
 
 import ctypes
 import os
+import platform
 import random
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 from engine.errors import UserError
 from engine.runtime.distributed import local_world_size, rank, rank_environment
+from engine.runtime.text import format_count
 
 # CPU features, by their Linux names, with which bfloat16 runs faster than float32
 FAST_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
@@ -80,6 +83,22 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype | Non
     if name == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; on a CPU use --amp bf16 or off")
     return {"off": (None, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}[name]
+
+
+def describe_machine(device: torch.device) -> str:
+    """Return the name of the GPU, or that of the processor with the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{find_processor()}, {format_count(torch.get_num_threads(), 'thread')}"
+
+
+def find_processor() -> str:
+    """Return the name of the processor, or its architecture where the system does not name it."""
+    with suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+        if found:
+            return " ".join(found[1].split())
+    return platform.processor() or platform.machine()
 
 
 def setup_backends(device: torch.device, *, seed: int, deterministic: bool) -> None:

@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import itertools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from engine.errors import UserError, suggest_closest
 from engine.runtime.checkpoint import Checkpoint, find_checkpoint, get_versions, save_checkpoint
 from engine.runtime.claim import check_claim, claim, read_owner
+from engine.runtime.device import describe_machine
 from engine.runtime.files import write_atomic, write_json
 
 SECRET_OPTIONS = {"wandb_key"}
@@ -59,6 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, off: bool = False, fresh: bool = False, columns: Sequence[str] = ()):
         self.path, self.off, self.columns = Path(path), off, columns
+        self.machines = [] if fresh else read_machines(self.path / "config.json")
         self.trackers = []
         if not off:
             with explain_folder_errors(self.path, self.parent_flag):
@@ -152,6 +155,7 @@ class RunFolder:
                 **more,
                 "versions": {**get_versions(), "opencv": get_opencv_versions()},
                 "device": name,
+                "machines": list(dict.fromkeys([*self.machines, describe_machine(device)])),
                 "command": hide_secrets(sys.argv),
                 "commit": get_git_commit(),
             },
@@ -174,6 +178,14 @@ class RunFolder:
     def write_result(self, result: dict) -> None:
         if not self.off:
             write_json(self.path / "result.json", result)
+
+
+def read_machines(config: Path) -> list[str]:
+    """Return the machines on which a run has been trained, from its config.json; [] if the file does not name any."""
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("machines", [])
+    except (OSError, ValueError):
+        return []
 
 
 def count_lines(path: Path) -> int:

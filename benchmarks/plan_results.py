@@ -1,0 +1,165 @@
+"""The results of a plan: the state of its runs, the time that is left, the table of all runs, the comparison."""
+
+import csv
+import io
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from plan import PlannedRun, check_row
+
+from engine.drawing.tables import align_columns
+from engine.runtime.files import write_atomic
+from engine.training.seeds import read_finished_result
+from evaluation.compare.__main__ import main as compare_runs
+from evaluation.compare.metrics import METRICS
+from evaluation.compare.runs import FINISHED, RUNNING, STOPPED, Run, read_run
+from evaluation.compare.statistics import get_curve, measure_run
+
+PROGRESS_SECONDS = 60.0  # between two lines of progress
+WAITING = "not started"
+COLUMNS = ["plan", "part", "row", "seed", "status", "epochs_done", "epochs", "last_top1", "best_top1", "best_epoch"]
+COLUMNS += ["best_split", "median_top1", "last_valid_top1", "last_ema_top1", "minutes", "machine", "commit", "command"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What has been done of a planned run. run: what its folder holds, None without one. epochs: it is to have."""
+
+    run: Run | None
+    status: str  # of evaluation.compare.runs, or WAITING
+    epochs: int
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @property
+    def epoch(self) -> int:
+        return self.run.epoch if self.run else 0
+
+    def describe(self) -> str:
+        """Return the state for a person, such as `stopped, epoch 3 of 60` or `finished, 84.10 %`."""
+        if self.finished:
+            return f"finished, {measure_run(self.run, METRICS['top1']).last:.2f} %"
+        return self.status if self.status == WAITING else f"{self.status}, epoch {self.epoch} of {self.epochs}"
+
+
+def find_state(planned: PlannedRun) -> State:
+    """Return what has been done of a planned run.
+
+    A run is finished once result.json is written. Raises UserError if the folder holds a run with other options.
+    """
+    epochs = planned.options["epochs"]
+    if not (planned.folder / "config.json").is_file():
+        return State(None, WAITING, epochs)
+    run = read_run(planned.folder)
+    check_row(planned, run)
+    if run.status == FINISHED and not read_finished_result(planned.folder, planned.options):
+        return State(run, STOPPED, epochs)
+    return State(run, run.status, epochs)
+
+
+def format_states(runs: list[PlannedRun]) -> str:
+    """Return a table of all rows with the state of each seed."""
+    seeds = list(dict.fromkeys(planned.seed for planned in runs))
+    cells = {(planned.row.name, planned.seed): find_state(planned).describe() for planned in runs}
+    rows = {planned.row.name: planned.row for planned in runs}.values()
+    table = [["part", "row", "estimate", *(f"seed {seed}" for seed in seeds)]]
+    for row in rows:
+        estimate = f"{row.minutes:g} min" if row.minutes else "-"
+        table.append([row.part, row.name, estimate, *(cells[row.name, seed] for seed in seeds)])
+    return align_columns(table, left=range(2))
+
+
+class Progress:
+    """Prints what is being trained, and the time that is left.
+
+    A run counts as many units of work as minutes are estimated for it; the epochs of this call show how long a unit
+    takes here. Rows without an estimate count one unit.
+    """
+
+    def __init__(self, runs: list[PlannedRun], jobs: int):
+        self.runs, self.jobs = runs, jobs
+        self.estimated = all(planned.row.minutes for planned in runs)
+        self.start = self.changed = self.shown = time.monotonic()
+        self.first = self.done = self.measure()
+
+    def measure(self) -> float:
+        """Return the units of work that are done."""
+        return sum(self.units(planned) * find_state(planned).epoch / planned.options["epochs"] for planned in self.runs)
+
+    @staticmethod
+    def units(planned: PlannedRun) -> float:
+        return planned.row.minutes or 1.0
+
+    def estimate_minutes(self) -> float | None:
+        """Return the minutes that are left; None if nothing is known about them."""
+        left = sum(map(self.units, self.runs)) - self.done
+        if self.done > self.first:
+            return left * (self.changed - self.start) / 60 / (self.done - self.first)
+        return left / self.jobs if self.estimated else None
+
+    def report(self, training: list[PlannedRun]) -> None:
+        """Print a line about the runs that are being trained, at most one in PROGRESS_SECONDS."""
+        if time.monotonic() - self.shown >= PROGRESS_SECONDS:
+            self.say("; ".join(f"{planned.name}: {find_state(planned).describe()}" for planned in training))
+
+    def say(self, text: str) -> None:
+        """Print a line, with the number of finished runs and the time that is left."""
+        self.shown = time.monotonic()
+        if (done := self.measure()) > self.done:
+            self.done, self.changed = done, self.shown
+        finished = sum(find_state(planned).finished for planned in self.runs)
+        minutes = self.estimate_minutes()
+        left = f", about {minutes:.0f} minutes left" if minutes is not None and finished < len(self.runs) else ""
+        print(f"{datetime.now():%H:%M}  {text}  ({finished} of {len(self.runs)} runs finished{left})", flush=True)
+
+
+def make_record(plan: str, planned: PlannedRun) -> dict:
+    """Return the line of a run in the table. Accuracies and minutes are those of finished runs only."""
+    state = find_state(planned)
+    record = {"plan": plan, "part": planned.row.part, "row": planned.row.name, "seed": planned.seed}
+    record |= {"status": state.status if state.status != RUNNING else STOPPED, "epochs_done": state.epoch}
+    record |= {"epochs": state.epochs, "command": planned.command}
+    if not state.run:
+        return record
+    machines = state.run.config.get("machines") or [state.run.device]
+    record |= {"machine": "; ".join(filter(None, machines)), "commit": (state.run.commit or "")[:10]}
+    if not state.finished:
+        return record
+    own = measure_run(state.run, METRICS["top1"])
+    record |= {"last_top1": own.last, "best_top1": own.best, "best_epoch": own.best_epoch, "best_split": own.best_split}
+    for key in ("valid_top1", "ema_top1"):
+        curve = get_curve(state.run, METRICS[key])
+        record[f"last_{key}"] = list(curve.values())[-1] if curve else None
+    if planned.options["eval_every"] == 1:  # otherwise the last ten evaluations reach far back
+        record["median_top1"] = own.median
+    return record | {"minutes": own.minutes}
+
+
+def write_results(path: Path, plan: str, runs: list[PlannedRun]) -> list[dict]:
+    """Write the table of all runs, a line each, and return its lines. Those of other plans in the file stay."""
+    records = [make_record(plan, planned) for planned in runs]
+    others = []
+    if path.is_file():
+        with open(path, encoding="utf-8", newline="") as file:
+            others = [row for row in csv.DictReader(file) if row["plan"] != plan]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
+    writer.writeheader()
+    lines = [
+        {key: f"{value:.2f}" if isinstance(value, float) else value for key, value in row.items()} for row in records
+    ]
+    writer.writerows([*others, *lines])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, lambda side: side.write_text(text.getvalue(), encoding="utf-8"))
+    return records
+
+
+def compare(runs: list[PlannedRun], folder: Path) -> None:
+    """Compare the runs that have begun: tables, figures and a page in `folder`."""
+    begun = [str(planned.folder) for planned in runs if find_state(planned).epoch]
+    if begun:
+        compare_runs([*begun, "--out", str(folder), "--overwrite"])
