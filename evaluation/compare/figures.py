@@ -1,4 +1,4 @@
-"""The figures of a comparison: accuracy over epochs and over training time, with bands over the seeds."""
+"""The figures of a comparison: accuracy over epochs, training time and cost, with the spread over the seeds."""
 
 from pathlib import Path
 
@@ -14,20 +14,48 @@ from evaluation.compare.statistics import get_mean_curve
 # colours that colour-blind readers can distinguish, by Okabe and Ito, Color Universal Design (2008)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 LINE_STYLES = ("-", "--", ":", "-.")
+MARKERS = "os^Dv*P"  # no two of the first 28 groups share both colour and marker
 ZOOM = 0.75  # of the longest run: the second panel shows the epochs after it
 MIN_ZOOM_EPOCHS = 12  # in shorter runs the second panel would show hardly a line
 
 
 def draw_comparison(comparison: Comparison, folder: Path, file_type: str, *, dpi: int) -> list[Path]:
-    """Draw the metric over epochs and over training time. Returns the files.
+    """Draw the metric over epochs and over training time, and the last epoch over what a run costs. Returns the files.
 
     A line is the mean of a group's finished runs, the band around it one standard deviation. Each run that is not
-    finished is a thin line of its own.
+    finished is a thin line of its own. The last figure needs a finished run.
     """
-    paths = [folder / f"{name}.{file_type}" for name in ("curves", "time")]
-    for path, axis in zip(paths, ("epoch", "minutes"), strict=True):
-        figures.save_figure(make_axis_figure(comparison, axis), path, dpi)
+    drawn = {"curves": make_axis_figure(comparison, "epoch"), "time": make_axis_figure(comparison, "minutes")}
+    if comparison.baseline:
+        drawn["cost"] = make_cost_figure(comparison)
+    paths = [folder / f"{name}.{file_type}" for name in drawn]
+    for path, figure in zip(paths, drawn.values(), strict=True):
+        figures.save_figure(figure, path, dpi)
     return paths
+
+
+def make_cost_figure(comparison: Comparison) -> Figure:
+    """Return the last epoch of each group over its training time relative to that of the baseline, with the standard
+    deviation of both over the seeds. Groups without a finished run are left out.
+    """
+    pairs = list(zip(comparison.groups, comparison.figures, strict=True))
+    base = next(own.minutes.mean for group, own in pairs if group is comparison.baseline)
+    figure = Figure(figsize=(6.4, 4.2 + 0.1 * len(pairs)), layout="constrained")
+    axes = figure.subplots()
+    for number, (group, own) in enumerate(pairs):
+        if group.finished:
+            style = {"color": choose_style(number)["color"], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
+            label = format_label(f"{group.label} (n = {own.last.n})", 60)
+            spread = {"xerr": (own.minutes.std or 0) / base, "yerr": own.last.std or 0}
+            axes.errorbar(
+                own.minutes.mean / base, own.last.mean, label=label, linestyle="", elinewidth=0.8, **spread, **style
+            )
+    axes.set(
+        xlabel=f"training time relative to {comparison.baseline.label}", ylabel=f"{comparison.metric.title}, last epoch"
+    )
+    axes.grid(alpha=0.3)
+    add_legend(figure)
+    return figure
 
 
 def make_axis_figure(comparison: Comparison, axis: str) -> Figure:

@@ -312,7 +312,7 @@ def test_every_file_of_a_comparison_has_the_numbers(three_seeds, tmp_path, capsy
     out = tmp_path / "out"
     content, printed = run_command(three_seeds, "--out", out, "--figure_format", "svg", capsys=capsys)
     assert sorted(path.name for path in out.iterdir()) == [
-        *("compare.csv", "compare.html", "compare.json", "compare.md", "curves.svg", "time.svg")
+        *("compare.csv", "compare.html", "compare.json", "compare.md", "cost.svg", "curves.svg", "time.svg")
     ]
     assert json.loads((out / "compare.json").read_text()) == json.loads(json.dumps(content))
     page, table = (out / "compare.md").read_text(), (out / "compare.csv").read_text().splitlines()
@@ -343,7 +343,7 @@ def test_the_curves_have_bands_and_show_runs_under_way(three_seeds, tmp_path, mo
     monkeypatch.setattr("evaluation.compare.figures.figures.save_figure", lambda figure, *_: drawn.append(figure))
     draw_comparison(compare(three_seeds), tmp_path, "png", dpi=50)
     assert all(isinstance(figure, Figure) for figure in drawn)
-    for figure, x in zip(drawn, ([1, 2, 3, 4], [0.5, 1, 1.5, 2]), strict=True):
+    for figure, x in zip(drawn[:2], ([1, 2, 3, 4], [0.5, 1, 1.5, 2]), strict=True):
         (axes,) = figure.axes
         lines = {line.get_label(): line for line in axes.lines}
         assert list(lines) == ["cutmix (n = 3)", "none (n = 3)", "none, seed 3 (stopped, epoch 2 of 4)"]
@@ -353,6 +353,24 @@ def test_the_curves_have_bands_and_show_runs_under_way(three_seeds, tmp_path, mo
         assert len(figure.legends[0].get_texts()) == 3
         edges = axes.collections[1].get_paths()[0].vertices[:, 1].tolist()
         assert 90 in edges and 92 in edges
+
+
+def test_the_last_epoch_is_drawn_over_the_cost_relative_to_the_baseline(three_seeds, tmp_path, monkeypatch):
+    for seed, seconds in enumerate((60.0, 90.0)):  # 30 seconds an epoch without mixing
+        options = {"method": "puzzlemix", "seed": seed, "columns": {"seconds": seconds}}
+        write_run(three_seeds / "puzzlemix" / f"seed_{seed}", [50, 60, 70, 80 + 4 * seed], **options)
+    write_run(three_seeds / "sage", [10, 20], method="sage", epochs=4)  # not finished
+    drawn = []
+    monkeypatch.setattr("evaluation.compare.figures.figures.save_figure", lambda figure, *_: drawn.append(figure))
+    draw_comparison(compare(three_seeds), tmp_path, "png", dpi=50)
+    (axes,) = drawn[2].axes
+    marks = {mark.get_label(): mark for mark in axes.containers}
+    assert list(marks) == ["cutmix (n = 3)", "none (n = 3)", "puzzlemix (n = 2)"]
+    place = {name: (mark[0].get_xdata()[0], mark[0].get_ydata()[0]) for name, mark in marks.items()}
+    assert place["none (n = 3)"] == (1, 91) and place["puzzlemix (n = 2)"] == (2.5, 82)
+    across, along = (bar.get_segments()[0] for bar in marks["puzzlemix (n = 2)"][2])
+    assert along[:, 1].tolist() == pytest.approx([82 - 8**0.5, 82 + 8**0.5])
+    assert across[:, 0].tolist() == pytest.approx([2.5 - 0.5**0.5, 2.5 + 0.5**0.5])
 
 
 @pytest.mark.parametrize("count, epochs", [(1, 1), (12, 13)])
