@@ -10,6 +10,7 @@ from pathlib import Path
 from plan import PlannedRun, check_row
 
 from engine.drawing.tables import align_columns
+from engine.errors import UserError
 from engine.runtime.files import write_atomic
 from engine.training.seeds import read_finished_result
 from evaluation.compare.__main__ import main as compare_runs
@@ -49,12 +50,17 @@ class State:
 def find_state(planned: PlannedRun) -> State:
     """Return what has been done of a planned run.
 
-    A run is finished once result.json is written. Raises UserError if the folder holds a run with other options.
+    A run is finished once result.json is written. Raises UserError if the folder holds a run with other options, or
+    one whose files are damaged.
     """
     epochs = planned.options["epochs"]
     if not (planned.folder / "config.json").is_file():
         return State(None, WAITING, epochs)
-    run = read_run(planned.folder)
+    try:
+        run = read_run(planned.folder)
+    except ValueError as error:
+        remedy = "delete that folder to train it anew"
+        raise UserError(f"row {planned.row.name}: {planned.folder}: {error}; {remedy}") from error
     check_row(planned, run)
     if run.status == FINISHED and not read_finished_result(planned.folder, planned.options):
         return State(run, STOPPED, epochs)

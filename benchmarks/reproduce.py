@@ -24,6 +24,7 @@ from engine.launch import run_main
 from engine.runtime.claim import claim, read_owner, releasing_claims
 
 POLL_SECONDS = 0.2
+MAX_FAILURES = 3  # in a row; then the cause is probably not a row, but the data or the device
 SAVE_SECONDS = 300.0  # for a run to save its state after SIGTERM; then it is killed, and resumes after its last epoch
 
 
@@ -140,7 +141,8 @@ class Stop:
 
 
 def train_plan(runs: list, options: dict, stop: Stop, after_run) -> list[str]:
-    """Train the runs that are not finished until all are, or until `stop`. Returns a line for each that failed.
+    """Train the runs that are not finished until all are, or until `stop`. Returns a line for each that failed;
+    MAX_FAILURES in a row end the training.
 
     after_run(): called when a run has ended.
     """
@@ -148,9 +150,9 @@ def train_plan(runs: list, options: dict, stop: Stop, after_run) -> list[str]:
 
     states = {planned.folder: find_state(planned) for planned in runs}
     waiting = [planned for planned in runs if not states[planned.folder].finished]
-    progress, jobs, failures = Progress(runs, options["jobs"]), [], []
+    progress, jobs, failures, in_a_row = Progress(runs, options["jobs"]), [], [], 0
     try:
-        while (waiting or jobs) and not stop.requested:
+        while (waiting or jobs) and not stop.requested and in_a_row < MAX_FAILURES:
             while waiting and len(jobs) < options["jobs"]:
                 planned = waiting.pop(0)
                 row = [one for one in runs if one.row is planned.row and one is not planned]
@@ -165,7 +167,7 @@ def train_plan(runs: list, options: dict, stop: Stop, after_run) -> list[str]:
                 if not job.process and not state.finished:
                     waiting.insert(0, job.planned)
                     continue
-                failures += [failure] if failure else []
+                failures, in_a_row = (failures + [failure], in_a_row + 1) if failure else (failures, 0)
                 progress.say(failure or f"{job.planned.name}: {state.describe()}")
                 after_run()
     finally:

@@ -184,7 +184,7 @@ def read_machines(config: Path) -> list[str]:
     """Return the machines on which a run has been trained, from its config.json; [] if the file does not name any."""
     try:
         return json.loads(config.read_text(encoding="utf-8")).get("machines", [])
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return []
 
 

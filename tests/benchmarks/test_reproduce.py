@@ -143,6 +143,24 @@ def test_a_plan_stops_when_the_time_is_up_and_continues_exactly(reproduce, tmp_p
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
 
 
+def test_three_failures_in_a_row_end_the_training(reproduce, capsys):
+    def fail():
+        print("no such data", flush=True)
+        os._exit(1)
+
+    with pytest.raises(UserError, match=r"none, seed 0 failed \(1\): no such data; see .*none_seed_0.txt") as error:
+        reproduce(before=fail)
+    assert str(error.value).count("failed") == 3 and "mixup, seed 1" not in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_named(reproduce, tmp_path):
+    folder = tmp_path / "out/shapes/resnet20/none/seed_0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="row none: .*config.json cannot be read .*; delete that folder"):
+        reproduce("--list")
+
+
 def test_a_row_with_other_options_is_refused_in_one_line(reproduce, tmp_path, capsys):
     one = PLAN.replace("0 1", "0").replace("--epochs 3", "--epochs 1")
     reproduce("--rows", "none", plan=one)
