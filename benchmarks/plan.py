@@ -4,6 +4,7 @@ A plan is an INI file. The section [plan] has what all rows share; every other s
 
     [plan]
     script = train.py                # or imagenet_train.py; this is the default
+    metric = top1                    # what is compared, as in evaluation.compare; this is the default
     seeds = 0 1 2
     options = --recipe rmix --dataset cifar10 --epochs 60
 
@@ -34,10 +35,11 @@ from engine.errors import UserError, suggest_closest
 from engine.training.console import CLASSIFIER
 from engine.training.pretrained import resolve_pretrained
 from evaluation.compare.groups import get_result_options
+from evaluation.compare.metrics import METRICS
 from evaluation.compare.runs import Run
 
 COMMON = "plan"  # the section of what all rows share
-KEYS = {"script": "train.py", "seeds": "0", "options": ""}  # of this section -> default
+KEYS = {"script": "train.py", "metric": "top1", "seeds": "0", "options": ""}  # of this section -> default
 SCRIPTS = ("train.py", "imagenet_train.py")
 OWN_OPTIONS = {"name", "seed", "seeds", "checkpoint", "config", "force_config", "root_dir", "overwrite", "log_off"}
 OWN_OPTIONS |= {"evaluate", "profile", "list_models", "resize_to"}  # a row cannot set them
@@ -58,10 +60,11 @@ class Row:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A row with one of its seeds. options: all of them, resolved. folder: of the run."""
+    """A row with one of its seeds. metric: what is compared. options: all of them, resolved. folder: of the run."""
 
     row: Row
     script: str
+    metric: str
     seed: int
     options: dict
     folder: Path
@@ -87,16 +90,19 @@ def read_plan(path: Path, root: Path) -> list[PlannedRun]:
         seeds = [seed for word in common["seeds"].split() for seed in seed_list(word)]
     except ArgumentTypeError as error:
         raise UserError(f"{path}: seeds: {error}") from error
-    if common["script"] not in SCRIPTS:
-        raise UserError(f"{path}: script = {common['script']}: choose from {', '.join(SCRIPTS)}")
+    for key, choices in {"script": SCRIPTS, "metric": METRICS}.items():
+        if common[key] not in choices:
+            raise UserError(f"{path}: {key} = {common[key]}: choose from {', '.join(choices)}")
     if not seeds or len({*seeds}) < len(seeds):
         raise UserError(f"{path}: seeds = {common['seeds']}: name each seed once, such as seeds = 0 1 2")
     rows = list(read_rows(path, sections, common["options"]))
     if not rows:
         raise UserError(f"{path}: no rows; add a section, such as [first], with a line such as none = --method none")
     options = {row.name: resolve_row(path, common["script"], row) for row in rows}
+    folders = {name: locate_run(own, root, name) for name, own in options.items()}
+    fixed = common["script"], common["metric"]
     return [
-        PlannedRun(row, common["script"], seed, options[row.name], locate_run(options[row.name], root, row.name, seed))
+        PlannedRun(row, *fixed, seed, options[row.name], folders[row.name] / f"seed_{seed}")
         for part in dict.fromkeys(row.part for row in rows)
         for seed in seeds
         for row in rows
@@ -168,10 +174,9 @@ def resolve_row(path: Path, script: str, row: Row) -> dict:
     return json.loads(json.dumps(resolve_pretrained(parser, typed, {}, models)))
 
 
-def locate_run(options: dict, root: Path, name: str, seed: int) -> Path:
-    """Return the folder of a run, that of --seeds."""
-    parent, _ = CLASSIFIER.locate_runs({**options, "root_dir": str(root)})
-    return parent / name / f"seed_{seed}"
+def locate_run(options: dict, root: Path, name: str) -> Path:
+    """Return the folder of the runs of a row, that of --seeds. root: folder of all runs."""
+    return CLASSIFIER.locate_runs({**options, "root_dir": str(root)})[0] / name
 
 
 def check_row(planned: PlannedRun, found: Run) -> None:

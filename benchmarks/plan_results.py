@@ -26,11 +26,16 @@ COLUMNS += ["best_split", "median_top1", "last_valid_top1", "last_ema_top1", "mi
 
 @dataclass(frozen=True)
 class State:
-    """What has been done of a planned run. run: what its folder holds, None without one. epochs: it is to have."""
+    """What has been done of a planned run. run: what its folder holds, None without one."""
 
+    planned: PlannedRun
     run: Run | None
     status: str  # of evaluation.compare.runs, or WAITING
-    epochs: int
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs that the run is to have."""
+        return self.planned.options["epochs"]
 
     @property
     def finished(self) -> bool:
@@ -43,7 +48,7 @@ class State:
     def describe(self) -> str:
         """Return the state for a person, such as `stopped, epoch 3 of 60` or `finished, 84.10 %`."""
         if self.finished:
-            return f"finished, {measure_run(self.run, METRICS['top1']).last:.2f} %"
+            return f"finished, {measure_run(self.run, METRICS[self.planned.metric]).last:.2f} %"
         return self.status if self.status == WAITING else f"{self.status}, epoch {self.epoch} of {self.epochs}"
 
 
@@ -53,9 +58,8 @@ def find_state(planned: PlannedRun) -> State:
     A run is finished once result.json is written. Raises UserError if the folder holds a run with other options, or
     one whose files are damaged.
     """
-    epochs = planned.options["epochs"]
     if not (planned.folder / "config.json").is_file():
-        return State(None, WAITING, epochs)
+        return State(planned, None, WAITING)
     try:
         run = read_run(planned.folder)
     except ValueError as error:
@@ -63,8 +67,8 @@ def find_state(planned: PlannedRun) -> State:
         raise UserError(f"row {planned.row.name}: {planned.folder}: {error}; {remedy}") from error
     check_row(planned, run)
     if run.status == FINISHED and not read_finished_result(planned.folder, planned.options):
-        return State(run, STOPPED, epochs)
-    return State(run, run.status, epochs)
+        return State(planned, run, STOPPED)
+    return State(planned, run, run.status)
 
 
 def format_states(runs: list[PlannedRun]) -> str:
@@ -168,4 +172,4 @@ def compare(runs: list[PlannedRun], folder: Path) -> None:
     """Compare the runs that have begun: tables, figures and a page in `folder`."""
     begun = [str(planned.folder) for planned in runs if find_state(planned).epoch]
     if begun:
-        compare_runs([*begun, "--out", str(folder), "--overwrite"])
+        compare_runs([*begun, "--metric", runs[0].metric, "--out", str(folder), "--overwrite"])

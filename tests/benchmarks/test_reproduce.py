@@ -213,6 +213,7 @@ def test_a_part_trains_the_first_seed_of_all_its_rows_first(reproduce, tmp_path)
         (("[first]", "[first"), "not a plan"),
         (("--method mixup", "--method 'mixup"), "row mixup: No closing quotation"),
         (("[plan]", "[plan]\nscript = cam.py"), "script = cam.py: choose from train.py, imagenet_train.py"),
+        (("[plan]", "[plan]\nmetric = loss"), "metric = loss: choose from top1, "),
     ],
 )
 def test_a_malformed_plan_is_refused_in_one_line(reproduce, change, message):
