@@ -14,6 +14,8 @@ from support import ROOT, hold_lock, same_state
 import train
 from engine.errors import UserError
 from engine.launch import run_main
+from engine.runtime.device import describe_machine
+from engine.training import run_folder
 from engine.training.run_folder import RunFolder
 
 OPTIONS = "--dataset shapes --limit 48 --image_size 16 --batch_size 12 --vis_epoch 0 --dpi 10 --epochs 3"
@@ -118,7 +120,9 @@ def test_a_killed_run_is_continued_elsewhere_and_ends_as_an_undisturbed_one(repr
     with pytest.raises(UserError, match=r"(?s)mixup, seed 0 failed \(signal 9\).*run the same command again"):
         reproduce("--rows", "mixup", plan=PLAN.replace("0 1", "0"), before=kill_in_second_epoch)
     out.rename(elsewhere)
-    rows = reproduce("--rows", "mixup", plan=PLAN.replace("0 1", "0"), out=elsewhere)
+    move = lambda: setattr(run_folder, "describe_machine", lambda device: "another machine")  # noqa: E731
+    rows = reproduce("--rows", "mixup", plan=PLAN.replace("0 1", "0"), out=elsewhere, before=move)
+    assert rows[1]["machine"] == f"{describe_machine(torch.device('cpu'))}; another machine"
     assert "resumes after epoch" in capsys.readouterr().out
     assert [(row["row"], row["status"]) for row in rows] == [("none", "not started"), ("mixup", "finished")]
     check_equal_to_undisturbed(elsewhere / "shapes/resnet20/mixup/seed_0", tmp_path, "--method", "mixup")
