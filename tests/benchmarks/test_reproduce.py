@@ -136,6 +136,7 @@ def test_a_plan_stops_when_the_time_is_up_and_continues_exactly(reproduce, tmp_p
     assert [row["status"] for row in rows if row["last_top1"] or row["minutes"]] == []
     assert rows[0]["status"] == "stopped" and 1 <= int(rows[0]["epochs_done"]) < 3 == int(rows[0]["epochs"])
     assert "run the same command again" in capsys.readouterr().out
+    assert "stopped by SIGTERM" in (out / "output" / "none_seed_0.txt").read_text()  # its place in the epoch is saved
     rows = reproduce("--jobs", "2", plan=one, compared=True)
     assert [(row["row"], row["status"]) for row in rows] == [("none", "finished"), ("mixup", "finished")]
     assert "thread" in rows[0]["machine"] and rows[0]["best_split"] == "test"
