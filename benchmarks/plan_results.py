@@ -135,8 +135,9 @@ def make_record(plan: str, planned: PlannedRun) -> dict:
     record |= {"epochs": state.epochs, "command": planned.command}
     if not state.run:
         return record
-    machines = state.run.config.get("machines") or [state.run.device]
-    record |= {"machine": "; ".join(filter(None, machines)), "commit": (state.run.commit or "")[:10]}
+    machines = state.run.config.get("machines", [])  # a run of an earlier version has neither
+    commits = [commit[:10] for commit in state.run.config.get("commits", [state.run.commit]) if commit]
+    record |= {"machine": "; ".join(machines), "commit": "; ".join(commits)}
     if not state.finished:
         return record
     own = measure_run(state.run, METRICS["top1"])

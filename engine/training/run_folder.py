@@ -61,7 +61,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, off: bool = False, fresh: bool = False, columns: Sequence[str] = ()):
         self.path, self.off, self.columns = Path(path), off, columns
-        self.machines = [] if fresh else read_machines(self.path / "config.json")
+        self.earlier = {} if fresh else read_config(self.path / "config.json")  # of the run before it was resumed
         self.trackers = []
         if not off:
             with explain_folder_errors(self.path, self.parent_flag):
@@ -147,6 +147,7 @@ class RunFolder:
         if self.off:
             return
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        commit = get_git_commit()
         write_json(
             self.path / "config.json",
             {
@@ -155,9 +156,10 @@ class RunFolder:
                 **more,
                 "versions": {**get_versions(), "opencv": get_opencv_versions()},
                 "device": name,
-                "machines": list(dict.fromkeys([*self.machines, describe_machine(device)])),
                 "command": hide_secrets(sys.argv),
-                "commit": get_git_commit(),
+                "commit": commit,
+                "machines": add_distinct(self.earlier.get("machines"), describe_machine(device)),
+                "commits": add_distinct(self.earlier.get("commits"), commit),
             },
         )
 
@@ -180,12 +182,18 @@ class RunFolder:
             write_json(self.path / "result.json", result)
 
 
-def read_machines(config: Path) -> list[str]:
-    """Return the machines on which a run has been trained, from its config.json; [] if the file does not name any."""
+def read_config(path: Path) -> dict:
+    """Return the content of a config.json; {} if there is none that can be read."""
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("machines", [])
-    except (OSError, ValueError, AttributeError):
-        return []
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def add_distinct(values: list | None, value) -> list:
+    """Return the values with a further one, unless it is among them."""
+    return list(dict.fromkeys([*(values or []), value]))
 
 
 def count_lines(path: Path) -> int:

@@ -120,9 +120,13 @@ def test_a_killed_run_is_continued_elsewhere_and_ends_as_an_undisturbed_one(repr
     with pytest.raises(UserError, match=r"(?s)mixup, seed 0 failed \(signal 9\).*run the same command again"):
         reproduce("--rows", "mixup", plan=PLAN.replace("0 1", "0"), before=kill_in_second_epoch)
     out.rename(elsewhere)
-    move = lambda: setattr(run_folder, "describe_machine", lambda device: "another machine")  # noqa: E731
+
+    def move():
+        run_folder.describe_machine, run_folder.get_git_commit = (lambda device: "another machine"), (lambda: "b" * 40)
+
     rows = reproduce("--rows", "mixup", plan=PLAN.replace("0 1", "0"), out=elsewhere, before=move)
     assert rows[1]["machine"] == f"{describe_machine(torch.device('cpu'))}; another machine"
+    assert rows[1]["commit"].endswith("b" * 10) and len(rows[1]["commit"]) >= 10
     assert "resumes after epoch" in capsys.readouterr().out
     assert [(row["row"], row["status"]) for row in rows] == [("none", "not started"), ("mixup", "finished")]
     check_equal_to_undisturbed(elsewhere / "shapes/resnet20/mixup/seed_0", tmp_path, "--method", "mixup")
