@@ -29,7 +29,7 @@ def test_the_table_of_the_cpu_has_all_methods_and_chooses_nothing_on_test_images
     path = ROOT / "benchmarks" / "plans" / "cpu_cifar10.ini"
     runs = importlib.import_module("plan").read_plan(path, tmp_path)
     assert {planned.options["method"][0] for planned in runs} == {*mixing.MIXERS}
-    assert all(planned.options["valid_labels_per_class"] for planned in runs)
+    assert all(planned.options["eval_every"] == planned.options["epochs"] for planned in runs)  # once, at the end
     same = (
         "recipe",
         "model",
