@@ -13,7 +13,12 @@ A plan is an INI file. The section [plan] has what all rows share; every other s
     cutmix = --method cutmix
 
 Parts are run in their order: the first seed of all rows of a part, then the second seed of all. `20 min` is an
-estimate for one seed, from which the time that is left is computed.
+estimate for one seed, from which the time that is left is computed. A part may have seeds of its own, and may name rows
+of earlier parts to train them with further seeds:
+
+    [more seeds]
+    seeds = 3 4
+    rows = none cutmix
 """
 
 import configparser
@@ -40,6 +45,7 @@ from evaluation.compare.runs import Run
 
 COMMON = "plan"  # the section of what all rows share
 KEYS = {"script": "train.py", "metric": "top1", "seeds": "0", "options": ""}  # of this section -> default
+SEEDS, ROWS = "seeds", "rows"  # entries of the other sections that are no rows: seeds of their own, and earlier rows
 SCRIPTS = ("train.py", "imagenet_train.py")
 OWN_OPTIONS = {"name", "seed", "seeds", "checkpoint", "config", "force_config", "root_dir", "overwrite", "log_off"}
 OWN_OPTIONS |= {"evaluate", "profile", "list_models", "resize_to"}  # a row cannot set them
@@ -86,28 +92,48 @@ def read_plan(path: Path, root: Path) -> list[PlannedRun]:
     """
     sections = read_sections(path)
     common = {key: sections[COMMON].get(key, default) for key, default in KEYS.items()}
-    try:
-        seeds = [seed for word in common["seeds"].split() for seed in seed_list(word)]
-    except ArgumentTypeError as error:
-        raise UserError(f"{path}: seeds: {error}") from error
+    seeds = read_seeds(path, common[SEEDS])
     for key, choices in {"script": SCRIPTS, "metric": METRICS}.items():
         if common[key] not in choices:
             raise UserError(f"{path}: {key} = {common[key]}: choose from {', '.join(choices)}")
-    if not seeds or len({*seeds}) < len(seeds):
-        raise UserError(f"{path}: seeds = {common['seeds']}: name each seed once, such as seeds = 0 1 2")
     rows = list(read_rows(path, sections, common["options"]))
     if not rows:
         raise UserError(f"{path}: no rows; add a section, such as [first], with a line such as none = --method none")
     options = {row.name: resolve_row(path, common["script"], row) for row in rows}
     folders = {name: locate_run(own, root, name) for name, own in options.items()}
-    fixed = common["script"], common["metric"]
-    return [
-        PlannedRun(row, *fixed, seed, options[row.name], folders[row.name] / f"seed_{seed}")
-        for part in dict.fromkeys(row.part for row in rows)
-        for seed in seeds
-        for row in rows
-        if row.part == part
-    ]
+    by_name = {row.name: row for row in rows}
+    planned = {}  # (row, seed) -> its run, in the order of training
+    for part in sections.sections():
+        again = read_earlier_rows(path, part, sections, by_name)
+        own_seeds = read_seeds(path, sections[part][SEEDS]) if part != COMMON and SEEDS in sections[part] else seeds
+        for seed in own_seeds:
+            for row in (*again, *(row for row in rows if row.part == part)):
+                folder = folders[row.name] / f"seed_{seed}"
+                if (row.name, seed) in planned:
+                    raise UserError(f"{path}: [{part}]: row {row.name} has seed {seed} already; name other seeds")
+                planned[row.name, seed] = PlannedRun(
+                    row, common["script"], common["metric"], seed, options[row.name], folder
+                )
+    return list(planned.values())
+
+
+def read_seeds(path: Path, text: str) -> list[int]:
+    """Return the seeds of an entry such as `0 1 2`. Raises UserError for other text and for repeated seeds."""
+    try:
+        seeds = [seed for word in text.split() for seed in seed_list(word)]
+    except ArgumentTypeError as error:
+        raise UserError(f"{path}: seeds: {error}") from error
+    if not seeds or len({*seeds}) < len(seeds):
+        raise UserError(f"{path}: seeds = {text}: name each seed once, such as seeds = 0 1 2")
+    return seeds
+
+
+def read_earlier_rows(path: Path, part: str, sections: configparser.ConfigParser, rows: dict[str, Row]) -> list[Row]:
+    """Return the rows of other parts that a part names. rows: all of them by name."""
+    names = sections[part].get(ROWS, "").split() if part != COMMON else []
+    if unknown := [name for name in names if name not in rows]:
+        raise UserError(f"{path}: [{part}]: rows: no row {unknown[0]}{suggest_closest(unknown[0], rows)}")
+    return [rows[name] for name in names]
 
 
 def read_sections(path: Path) -> configparser.ConfigParser:
@@ -147,6 +173,8 @@ def read_rows(path: Path, sections: configparser.ConfigParser, common: str) -> I
     to_name, seen = run_name("--output"), {}
     for part in sections.sections():
         for name, text in sections[part].items() if part != COMMON else ():
+            if name in (SEEDS, ROWS):
+                continue
             try:
                 to_name(name)
                 found = MINUTES.match(text)

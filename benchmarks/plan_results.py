@@ -79,7 +79,7 @@ def format_states(runs: list[PlannedRun]) -> str:
     table = [["part", "row", "estimate", *(f"seed {seed}" for seed in seeds)]]
     for row in rows:
         estimate = f"{row.minutes:g} min" if row.minutes else "-"
-        table.append([row.part, row.name, estimate, *(cells[row.name, seed] for seed in seeds)])
+        table.append([row.part, row.name, estimate, *(cells.get((row.name, seed), "") for seed in seeds)])
     return align_columns(table, left=range(2))
 
 

@@ -209,6 +209,19 @@ def test_a_part_trains_the_first_seed_of_all_its_rows_first(reproduce, tmp_path)
     assert order[4:] == [("second", "last", "0"), ("second", "last", "1")]
 
 
+def test_a_part_can_train_earlier_rows_with_further_seeds(reproduce, tmp_path, capsys):
+    plan = PLAN + "[more]\nseeds = 7\nrows = mixup\nlast = 1 min --method cutmix\n"
+    rows = reproduce("--minutes", "0.01", plan=plan, stop_at=tmp_path)
+    order = [(row["part"], row["row"], row["seed"]) for row in rows[4:]]
+    assert order == [("first", "mixup", "7"), ("more", "last", "7")]
+    capsys.readouterr()
+    reproduce("--list", plan=plan)
+    header, none, mixup, last = capsys.readouterr().out.splitlines()[:4]
+    assert header.split()[3:] == ["seed", "0", "seed", "1", "seed", "7"]
+    counts = [line.count("not started") for line in (none, mixup, last)]
+    assert counts == [2, 3, 1]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -223,6 +236,8 @@ def test_a_part_trains_the_first_seed_of_all_its_rows_first(reproduce, tmp_path)
         (("--method mixup", "--method 'mixup"), "row mixup: No closing quotation"),
         (("[plan]", "[plan]\nscript = cam.py"), "script = cam.py: choose from train.py, imagenet_train.py"),
         (("[plan]", "[plan]\nmetric = loss"), "metric = loss: choose from top1, "),
+        (("mixup =", "[more]\nseeds = 2\nrows = nine\nmixup ="), r"\[more\]: rows: no row nine; did you mean none"),
+        (("mixup =", "[more]\nseeds = 1\nrows = none\nmixup ="), r"\[more\]: row none has seed 1 already"),
     ],
 )
 def test_a_malformed_plan_is_refused_in_one_line(reproduce, change, message):
