@@ -149,12 +149,17 @@ def measure_group(group: Group, metric: Metric) -> GroupFigures:
 def compare_with_baseline(group: Group, baseline: Group, metric: Metric) -> PairedDifference:
     """Return the differences of the last epoch, group minus baseline, between runs of the same seed."""
     ours, theirs = ({run.seed: measure_run(run, metric).last for run in one.finished} for one in (group, baseline))
+    return pair_by_seed(group.label, ours, baseline.label, theirs)
+
+
+def pair_by_seed(label: str, ours: dict[int, float], baseline: str, theirs: dict[int, float]) -> PairedDifference:
+    """Return the differences, ours minus theirs, of the seeds that both have. ours, theirs: seed -> accuracy."""
     by_seed = {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
     found, interval = spread(list(by_seed.values())), None
     if len(by_seed) > 1:
         half = t_quantile(len(by_seed) - 1, (1 + CONFIDENCE) / 2) * found.std / math.sqrt(found.n)
         interval = (found.mean - half, found.mean + half)
-    return PairedDifference(group.label, baseline.label, by_seed, found, interval, sorted(ours.keys() ^ theirs.keys()))
+    return PairedDifference(label, baseline, by_seed, found, interval, sorted(ours.keys() ^ theirs.keys()))
 
 
 def t_quantile(freedom: int, probability: float) -> float:
