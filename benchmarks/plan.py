@@ -48,7 +48,12 @@ KEYS = {"script": "train.py", "metric": "top1", "seeds": "0", "options": ""}  # 
 SEEDS, ROWS = "seeds", "rows"  # entries of the other sections that are no rows: seeds of their own, and earlier rows
 SCRIPTS = ("train.py", "imagenet_train.py")
 OWN_OPTIONS = {"name", "seed", "seeds", "checkpoint", "config", "force_config", "root_dir", "overwrite", "log_off"}
-OWN_OPTIONS |= {"evaluate", "profile", "list_models", "resize_to"}  # a row cannot set them
+OWN_OPTIONS |= {"evaluate", "profile", "list_models", "resize_to", "no_progress"}  # a row cannot set them
+COMMAND_OPTIONS = {"data_dir", "device"}  # options of reproduce.py, for all rows
+NEEDED = {
+    "ema_top1": ("ema", "ema_ramp"),
+    "valid_top1": ("valid_labels_per_class",),
+}  # metric -> options, one is needed
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) *min\b")
 
 
@@ -100,6 +105,11 @@ def read_plan(path: Path, root: Path) -> list[PlannedRun]:
     if not rows:
         raise UserError(f"{path}: no rows; add a section, such as [first], with a line such as none = --method none")
     options = {row.name: resolve_row(path, common["script"], row) for row in rows}
+    if needed := NEEDED.get(common["metric"]):
+        lacking = [name for name, own in options.items() if not any(map(own.get, needed))]
+        if lacking:
+            flags = " or ".join(f"--{key}" for key in needed)
+            raise UserError(f"{path}: metric = {common['metric']}: row {lacking[0]} needs {flags}")
     folders = {name: locate_run(own, root, name) for name, own in options.items()}
     by_name = {row.name: row for row in rows}
     planned = {}  # (row, seed) -> its run, in the order of training
@@ -133,6 +143,8 @@ def read_earlier_rows(path: Path, part: str, sections: configparser.ConfigParser
     names = sections[part].get(ROWS, "").split() if part != COMMON else []
     if unknown := [name for name in names if name not in rows]:
         raise UserError(f"{path}: [{part}]: rows: no row {unknown[0]}{suggest_closest(unknown[0], rows)}")
+    if len({*names}) < len(names):
+        raise UserError(f"{path}: [{part}]: rows = {' '.join(names)}: name each row once")
     return [rows[name] for name in names]
 
 
@@ -147,16 +159,21 @@ def read_sections(path: Path) -> configparser.ConfigParser:
     )
     sections.optionxform = str  # names keep their case
     try:
-        sections.read_string(path.read_text(encoding="utf-8"), source=str(path))
+        text = path.read_text(encoding="utf-8")
+        sections.read_string(text, source=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the plan cannot be read ({getattr(error, 'strerror', None) or error})") from error
     except configparser.DuplicateOptionError as error:
         raise UserError(f"{path}, line {error.lineno}: a second row {error.option}; give it another name") from error
+    except configparser.MissingSectionHeaderError as error:
+        raise UserError(f"{path}, line {error.lineno}: expected a section such as [{COMMON}] first") from error
+    except configparser.ParsingError as error:
+        line = error.errors[0][0]
+        found = text.splitlines()[line - 1].strip()
+        raise UserError(f"{path}, line {line}: expected NAME = OPTIONS or [PART], found {found}") from error
     except configparser.Error as error:
         first = " ".join(str(error).split())
-        raise UserError(
-            f"{path}: not a plan ({first}); write [SECTION] lines, and NAME = OPTIONS for each row"
-        ) from error
+        raise UserError(f"{path}: not a plan ({first}); write [PART] lines, and NAME = OPTIONS for each row") from error
     if COMMON not in sections:
         raise UserError(f"{path}: no section [{COMMON}]; add one with the lines seeds = 0 1 2 and options = ...")
     if unknown := sections[COMMON].keys() - KEYS.keys():
@@ -197,8 +214,12 @@ def resolve_row(path: Path, script: str, row: Row) -> dict:
     parser = build_parser(script)
     parser.prog = f"{path}: row {row.name}"
     typed, _ = read_options(parser, row.words)
-    if own := typed.keys() & OWN_OPTIONS:
-        parser.error(f"{', '.join(f'--{key}' for key in sorted(own))}: a plan sets this for each run; leave it out")
+    for keys, remedy in (
+        (OWN_OPTIONS, "reproduce.py sets this for each run; leave it out"),
+        (COMMAND_OPTIONS, "give this to reproduce.py, for all rows"),
+    ):
+        if own := typed.keys() & keys:
+            parser.error(f"{', '.join(f'--{key}' for key in sorted(own))}: {remedy}")
     return json.loads(json.dumps(resolve_pretrained(parser, typed, {}, models)))
 
 

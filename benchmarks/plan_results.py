@@ -11,7 +11,8 @@ from plan import PlannedRun, check_row
 
 from engine.drawing.tables import align_columns
 from engine.errors import UserError
-from engine.runtime.files import write_atomic
+from engine.runtime.files import check_output_folder, write_atomic
+from engine.runtime.text import format_count
 from engine.training.seeds import read_finished_result
 from evaluation.compare.__main__ import main as compare_runs
 from evaluation.compare.metrics import METRICS
@@ -123,7 +124,8 @@ class Progress:
             self.done, self.changed = done, self.shown
         finished = sum(find_state(planned).finished for planned in self.runs)
         minutes = self.estimate_minutes()
-        left = f", about {minutes:.0f} minutes left" if minutes is not None and finished < len(self.runs) else ""
+        known = minutes is not None and finished < len(self.runs)
+        left = f", about {format_count(max(1, round(minutes)), 'minute')} left" if known else ""
         print(f"{datetime.now():%H:%M}  {text}  ({finished} of {len(self.runs)} runs finished{left})", flush=True)
 
 
@@ -150,13 +152,38 @@ def make_record(plan: str, planned: PlannedRun) -> dict:
     return record | {"minutes": own.minutes}
 
 
-def write_results(path: Path, plan: str, runs: list[PlannedRun]) -> list[dict]:
-    """Write the table of all runs, a line each, and return its lines. Those of other plans in the file stay."""
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the lines of an earlier table; [] without one. Raises UserError for any other file."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # a spreadsheet may have added a mark
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: the table cannot be read ({error}); choose another --csv") from error
+    names = reader.fieldnames or COLUMNS
+    if "plan" not in names or not {*names} <= {*COLUMNS}:
+        raise UserError(f"{path} is not a table of this command; choose another --csv")
+    return rows
+
+
+def check_table(path: Path, plan: str, runs: list[PlannedRun]) -> None:
+    """Raise UserError if the table cannot be written, or has finished runs of this plan that are not finished here."""
+    waiting = {(planned.row.name, str(planned.seed)) for planned in runs if not find_state(planned).finished}
+    lines = [row for row in read_table(path) if (row["plan"], row["status"]) == (plan, FINISHED)]
+    if lost := sum((row["row"], row["seed"]) in waiting for row in lines):
+        raise UserError(
+            f"{path} has {format_count(lost, 'finished run')} of plan {plan} that --output does not have; give the "
+            "--output that has them, or choose another --csv"
+        )
+    check_output_folder(path.parent, f"--csv {path}")
+
+
+def write_results(path: Path, plan: str, runs: list[PlannedRun]) -> None:
+    """Write the table of all runs, a line each. Lines of other plans in the file stay."""
     records = [make_record(plan, planned) for planned in runs]
-    others = []
-    if path.is_file():
-        with open(path, encoding="utf-8", newline="") as file:
-            others = [row for row in csv.DictReader(file) if row["plan"] != plan]
+    others = [row for row in read_table(path) if row["plan"] != plan]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
@@ -166,11 +193,12 @@ def write_results(path: Path, plan: str, runs: list[PlannedRun]) -> list[dict]:
     writer.writerows([*others, *lines])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda side: side.write_text(text.getvalue(), encoding="utf-8"))
-    return records
 
 
-def compare(runs: list[PlannedRun], folder: Path) -> None:
-    """Compare the runs that have begun: tables, figures and a page in `folder`."""
+def compare(runs: list[PlannedRun], folder: Path) -> list[Path]:
+    """Compare the runs that have done an epoch: tables, figures and a page in `folder`. Returns the folders written."""
     begun = [str(planned.folder) for planned in runs if find_state(planned).epoch]
-    if begun:
-        compare_runs([*begun, "--metric", runs[0].metric, "--out", str(folder), "--overwrite"])
+    if not begun:
+        return []
+    compare_runs([*begun, "--metric", runs[0].metric, "--out", str(folder), "--overwrite"])
+    return [folder]

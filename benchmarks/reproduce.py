@@ -19,7 +19,7 @@ from common import ROOT, read_options
 
 from engine.config.option_types import boolean, float_in_range, int_at_least, path
 from engine.config.parser import Parser
-from engine.errors import Terminated, UserError
+from engine.errors import Terminated, UserError, suggest_closest
 from engine.launch import run_main
 from engine.runtime.claim import claim, read_owner, releasing_claims
 
@@ -39,11 +39,14 @@ def build_parser() -> Parser:
         "--minutes",
         type=float_in_range(0.01),
         shown="until all is done",
-        help="stop after this time; run again to resume",
+        help="stop after this many minutes; run again to resume",
     )
     parser.option("--jobs", type=int_at_least(1), default=1, help="runs at a time")
     parser.option(
-        "--threads", type=int_at_least(1), default=1, help="CPU threads of a run; with others the last digits differ"
+        "--threads",
+        type=int_at_least(1),
+        default=1,
+        help="CPU threads of a run; another number changes the last digits",
     )
     parser.group("data and output")
     parser.option("--data_dir", metavar="DIR", default="data", help="folder that contains the dataset")
@@ -53,8 +56,9 @@ def build_parser() -> Parser:
         "--csv",
         metavar="FILE",
         shown="results.csv in --output",
-        help="table of all runs; it keeps those of other plans",
+        help="table of all runs; lines of other plans in it stay",
     )
+    parser.option("--debug", type=boolean, default=False, help="show the traceback of an error")
     return parser
 
 
@@ -79,9 +83,17 @@ class Job:
         code = self.process.returncode if self.process else 0
         if code in (0, 143):
             return None
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        return f"{self.planned.name} failed ({f'signal {-code}' if code < 0 else code}): {last}; see {self.log}"
+        status = f"was ended by signal {-code}" if code < 0 else f"failed with exit code {code}"
+        return f"{self.planned.name} {status}: {self.read_error()}; see {self.log}"
+
+    def read_error(self) -> str:
+        """Return the error message of the script, or else its last line."""
+        lines = [line for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        command = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+        lines = lines[command + 1 :] or ["no output"]
+        name = f"{self.planned.script}: "
+        starts = [number for number, line in enumerate(lines) if line.startswith(name)]
+        return "; ".join(lines[starts[-1] :]).removeprefix(name) if starts else lines[-1]
 
 
 def start_job(planned, finished_seeds: list[int], options: dict) -> Job:
@@ -116,7 +128,7 @@ def start_process(words: list[str], log: Path, threads: int) -> subprocess.Popen
 
 
 class Stop:
-    """Whether to stop: after SIGTERM or Ctrl-C, or when the time is up."""
+    """Whether to stop: after SIGTERM or Ctrl-C, when the terminal is closed, or when the time is up."""
 
     def __init__(self, minutes: float | None):
         self.end = time.monotonic() + 60 * minutes if minutes else None
@@ -124,8 +136,11 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Take SIGTERM and Ctrl-C as requests within the block."""
-        before = {number: signal.signal(number, self.request) for number in (signal.SIGTERM, signal.SIGINT)}
+        """Take these signals as requests within the block."""
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # otherwise it was started by nohup
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self.request) for number in numbers}
         try:
             yield
         finally:
@@ -134,6 +149,8 @@ class Stop:
 
     def request(self, number: int, frame) -> None:
         self.signal = number
+        if number == signal.SIGHUP:  # what is printed would raise an error
+            sys.stdout = sys.stderr = open(os.devnull, "w")
 
     @property
     def requested(self) -> bool:
@@ -172,6 +189,8 @@ def train_plan(runs: list, options: dict, stop: Stop, after_run) -> list[str]:
                 after_run()
     finally:
         stop_processes([job.process for job in jobs if job.process])
+    if in_a_row == MAX_FAILURES and waiting:
+        failures.append(f"after {MAX_FAILURES} failures in a row the others were not tried; remove the cause first")
     return failures
 
 
@@ -186,6 +205,8 @@ def describe_start(job: Job) -> str:
 
 def stop_processes(processes: list[subprocess.Popen]) -> None:
     """Let training processes save their state and end."""
+    if any(process.poll() is None for process in processes):
+        print("stopping: the runs save their state", flush=True)
     for process in processes:
         process.terminate()
     for process in processes:
@@ -197,30 +218,38 @@ def stop_processes(processes: list[subprocess.Popen]) -> None:
 
 
 @releasing_claims
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Train the runs of a plan and write the results. Returns the rows of the table of all runs."""
+def main(argv: list[str] | None = None) -> None:
+    """Train the runs of a plan and write the results."""
     parser = build_parser()
     options = read_options(parser, argv)
     stop = Stop(options["minutes"])
     options |= {key: str(Path(options[key]).resolve()) for key in ("plan", "data_dir")}
     plan = Path(options["plan"])
-    output = Path(options["output"] or ROOT / "runs" / plan.stem).resolve()
+    output = Path(options["output"] or Path("runs", plan.stem)).resolve()
     options |= {"output": str(output), "csv": Path(options["csv"] or output / "results.csv").resolve()}
 
     from plan import read_plan
-    from plan_results import compare, find_state, format_states, write_results
+    from plan_results import check_table, compare, find_state, format_states, write_results
+
+    from engine.runtime.files import check_output_folder
+    from engine.training.run_folder import explain_folder_errors
 
     # ---- Plan ----
     runs = read_plan(plan, output)
-    if unknown := set(options["rows"] or ()) - {planned.row.name for planned in runs}:
-        parser.error(f"--rows {' '.join(sorted(unknown))}: no such row; --list shows them")
+    names = {planned.row.name for planned in runs}
+    if unknown := sorted(set(options["rows"] or ()) - names):
+        parser.error(f"--rows: no row {unknown[0]}{suggest_closest(unknown[0], names) or '; --list shows all'}")
     for planned in runs:
-        find_state(planned)  # refuses a row whose options have changed
+        find_state(planned)  # raises UserError for a row whose options have changed
     if options["list"]:
         print(format_states(runs))
-        return []
+        return
+    check_output_folder(output, f"--output {output}")
+    check_table(options["csv"], plan.stem, runs)
     lock = output / ".lock"
-    if not claim(lock):
+    with explain_folder_errors(output, "--output"):
+        claimed = claim(lock)
+    if not claimed:
         raise UserError(f"{output} is in use by {read_owner(lock)}; wait for its end, or choose another --output")
 
     # ---- Train ----
@@ -229,20 +258,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
         failures = train_plan(chosen, options, stop, lambda: write_results(options["csv"], plan.stem, runs))
 
     # ---- Results ----
-    rows = write_results(options["csv"], plan.stem, runs)
-    compare(runs, output / "compare")
+    write_results(options["csv"], plan.stem, runs)
+    places = [options["csv"], *compare(runs, output / "compare")]
     finished = sum(find_state(planned).finished for planned in chosen)
-    print(f"{finished} of {len(chosen)} runs are finished; results in {options['csv']} and {output / 'compare'}")
-    if stop.signal == signal.SIGINT:
-        raise KeyboardInterrupt
+    print(f"{finished} of {len(chosen)} runs are finished; results in {' and '.join(map(str, places))}")
+    again = "run the same command again to continue"
+    if failures and finished < len(chosen):
+        raise UserError("\n".join([*failures, again]))
+    if stop.signal == signal.SIGTERM:
+        raise Terminated(again)
     if finished < len(chosen):
-        again = "run the same command again to continue"
-        if failures:
-            raise UserError("\n".join([*failures, again]))
-        if stop.signal:
-            raise Terminated(again)
         print(again)
-    return rows
+    if stop.signal:
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def reproduce(monkeypatch, tmp_path):
         (tmp_path / "tiny.ini").write_text(plan)
         monkeypatch.setattr(module, "start_process", lambda *words: ForkedScript(*words, before))
         if not compared:
-            monkeypatch.setattr(importlib.import_module("plan_results"), "compare", lambda *given: None)
+            monkeypatch.setattr(importlib.import_module("plan_results"), "compare", lambda *given: [])
         if stop_at:
             stopped = property(lambda self: self.signal is not None or stop_at.exists())
             monkeypatch.setattr(module.Stop, "requested", stopped)
@@ -117,7 +117,7 @@ def check_equal_to_undisturbed(folder, root, *words):
 
 def test_a_killed_run_is_continued_elsewhere_and_ends_as_an_undisturbed_one(reproduce, tmp_path, capsys):
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
-    with pytest.raises(UserError, match=r"(?s)mixup, seed 0 failed \(signal 9\).*run the same command again"):
+    with pytest.raises(UserError, match=r"(?s)mixup, seed 0 was ended by signal 9.*run the same command again"):
         reproduce("--rows", "mixup", plan=PLAN.replace("0 1", "0"), before=kill_in_second_epoch)
     out.rename(elsewhere)
 
@@ -154,12 +154,14 @@ def test_a_plan_stops_when_the_time_is_up_and_continues_exactly(reproduce, tmp_p
 
 def test_three_failures_in_a_row_end_the_training(reproduce, capsys):
     def fail():
-        print("no such data", flush=True)
+        print("reads the data\ntrain.py: no such data\nunpack it there", flush=True)
         os._exit(1)
 
-    with pytest.raises(UserError, match=r"none, seed 0 failed \(1\): no such data; see .*none_seed_0.txt") as error:
+    message = "none, seed 0 failed with exit code 1: no such data; unpack it there; see .*none_seed_0.txt"
+    with pytest.raises(UserError, match=message) as error:
         reproduce(before=fail)
     assert str(error.value).count("failed") == 3 and "mixup, seed 1" not in capsys.readouterr().out
+    assert "after 3 failures in a row the others were not tried" in str(error.value)
 
 
 def test_a_damaged_run_is_named(reproduce, tmp_path):
@@ -201,6 +203,39 @@ def test_lines_of_other_plans_stay_in_the_table(reproduce, tmp_path):
     assert rows[-1]["command"] == f"python train.py {OPTIONS} --method mixup --seed 1"
 
 
+def test_a_table_with_other_finished_runs_is_not_overwritten(reproduce, tmp_path, capsys):
+    one = PLAN.replace("0 1", "0").replace("--epochs 3", "--epochs 1")
+    reproduce("--rows", "none", plan=one)
+    table = tmp_path / "out" / "results.csv"
+    published = table.read_text()
+    with pytest.raises(UserError, match="has 1 finished run of plan tiny that --output does not have"):
+        reproduce("--csv", str(table), plan=one, out=tmp_path / "fresh")
+    assert table.read_text() == published and not (tmp_path / "fresh").exists()
+    table.write_text("\ufeff" + published)  # as a spreadsheet saves it
+    assert reproduce("--csv", str(table), "--rows", "none", plan=one)[0]["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"plan,note\na,b\n", "is not a table of this command"),
+        (b"my only notes\n", "is not a table of this command"),
+        (b"plan,row\n\xff\n", "the table cannot be read"),
+    ],
+)
+def test_another_file_is_not_taken_as_the_table(reproduce, tmp_path, content, message):
+    (tmp_path / "notes.csv").write_bytes(content)
+    with pytest.raises(UserError, match=f"notes.csv.* {message}.*; choose another --csv"):
+        reproduce("--csv", str(tmp_path / "notes.csv"))
+    assert (tmp_path / "notes.csv").read_bytes() == content
+
+
+def test_the_output_must_be_a_folder(reproduce, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--output .*file is a file, not a folder"):
+        reproduce(out=tmp_path / "file")
+
+
 def test_a_part_trains_the_first_seed_of_all_its_rows_first(reproduce, tmp_path):
     plan = PLAN + "[second]\nlast = --method cutmix\n"
     rows = reproduce("--minutes", "0.01", plan=plan, stop_at=tmp_path)
@@ -232,10 +267,14 @@ def test_a_part_can_train_earlier_rows_with_further_seeds(reproduce, tmp_path, c
         (("mixup =", "none ="), "line 8: a second row none; give it another name"),
         (("mixup =", "[second]\nnone ="), r"row none is in \[first\] and in \[second\]"),
         (("mixup =", "mix/up ="), "row mix/up: expected one name without slashes"),
-        (("[first]", "[first"), "not a plan"),
+        (("[first]", "[first"), r"line 6: expected NAME = OPTIONS or \[PART\], found \[first$"),
+        (("[plan]", "line = --method none\n[plan]"), r"line 2: expected a section such as \[plan\] first"),
         (("--method mixup", "--method 'mixup"), "row mixup: No closing quotation"),
         (("[plan]", "[plan]\nscript = cam.py"), "script = cam.py: choose from train.py, imagenet_train.py"),
         (("[plan]", "[plan]\nmetric = loss"), "metric = loss: choose from top1, "),
+        (("[plan]", "[plan]\nmetric = ema_top1"), "metric = ema_top1: row none needs --ema or --ema_ramp"),
+        (("[plan]", "[plan]\nmetric = valid_top1"), "row none needs --valid_labels_per_class"),
+        (("mixup =", "[more]\nseeds = 2\nrows = none none\nmixup ="), "rows = none none: name each row once"),
         (("mixup =", "[more]\nseeds = 2\nrows = nine\nmixup ="), r"\[more\]: rows: no row nine; did you mean none"),
         (("mixup =", "[more]\nseeds = 1\nrows = none\nmixup ="), r"\[more\]: row none has seed 1 already"),
     ],
@@ -250,7 +289,8 @@ def test_a_malformed_plan_is_refused_in_one_line(reproduce, change, message):
     "words, message",
     [
         ("--metod mixup", "row mixup: unknown option --metod; did you mean --method?"),
-        ("--method mixup --seed 3", "row mixup: --seed: a plan sets this"),
+        ("--method mixup --seed 3", "row mixup: --seed: reproduce.py sets this"),
+        ("--method mixup --device cpu", "row mixup: --device: give this to reproduce.py"),
         ("--method mixup --scheduler points", "row mixup: --scheduler points needs --lr_points"),
     ],
 )
