@@ -5,161 +5,235 @@
 A table stands between two comments, of which the first says what it has:
 
     <!-- results: accuracy PLAN PART ... -->            the rows of parts of a plan, compared with its row `none`
-    <!-- results: summary PLAN ROW ... -->              fewer columns, these rows, the best first
+    <!-- results: summary PLAN ROW ... -->              these rows in fewer columns, the largest difference first
     <!-- results: differences PLAN ROW - ROW ... -->    differences of pairs of rows
-    <!-- results: choice PLAN -->                       accuracies on validation images, by which a recipe was chosen
+    <!-- results: validation PLAN -->                   accuracies on validation images, by which a recipe was chosen
     <!-- end -->
 """
 
 import csv
+import math
 import re
+from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 from common import ROOT
 from matplotlib.figure import Figure
 
 from engine.drawing.figures import save_figure
 from engine.drawing.tables import format_markdown
-from evaluation.compare.statistics import PairedDifference, Spread, pair_by_seed, spread
+from evaluation.compare.statistics import CONFIDENCE, PairedDifference, Spread, pair_by_seed, spread, t_quantile
 
 PAGES = ("README.md", "docs/results.md")
 CSV, FIGURE = ROOT / "docs" / "results.csv", ROOT / "docs" / "results.png"
 BASELINE = "none"
 DRAWN, DRAWN_PARTS = "cpu_cifar10", ("figures", "methods")  # the plan of the figure, and the parts that it shows
-FINISHED = "finished"
-BLOCK = re.compile(r"(<!-- results: (\w+) (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+FINISHED, MISSING = "finished", "-"
+OPENING = "<!-- results: "
+BLOCK = re.compile(rf"({OPENING}(.*?) -->\n)((?!<!-- results).)*?(<!-- end -->)", re.DOTALL)
 
-Rows = dict[str, list[dict[str, str]]]  # row of a plan -> its runs
+
+@dataclass(frozen=True)
+class Results:
+    """The runs of a plan. rows: row -> its runs, as lines of results.csv, in the order of the plan."""
+
+    plan: str
+    rows: dict[str, list[dict[str, str]]]
+
+    def get_row(self, name: str) -> list[dict[str, str]]:
+        if name not in self.rows:
+            raise SystemExit(f"no row {name} in plan {self.plan} of {CSV.name}")
+        return self.rows[name]
+
+    def list_part(self, parts: list[str]) -> list[str]:
+        """Return the names of the rows of some parts."""
+        names = [name for name, runs in self.rows.items() if runs[0]["part"] in parts]
+        if not names:
+            raise SystemExit(f"no part {' '.join(parts)} in plan {self.plan} of {CSV.name}")
+        return names
+
+    def get_values(self, name: str, column: str = "last_top1") -> dict[int, float]:
+        """Return seed -> value of a column, of the finished runs of a row."""
+        runs = [run for run in self.get_row(name) if run["status"] == FINISHED and run[column]]
+        return {int(run["seed"]): float(run[column]) for run in runs}
+
+    @cached_property
+    def noise(self) -> tuple[float, int]:
+        """The standard deviation of an accuracy around the effects of its row and its seed, and its degrees of freedom.
+
+        It is that of a randomised block design, the seeds being the blocks: the residuals of a least-squares fit over
+        all finished runs. Three runs alone would say little about the noise of a row.
+        """
+        runs = [(row, seed, value) for row in self.rows for seed, value in self.get_values(row).items()]
+        effects = {**dict.fromkeys(row for row, _, _ in runs), **dict.fromkeys(seed for _, seed, _ in runs)}
+        columns = {effect: number for number, effect in enumerate(effects)}
+        design, values = np.zeros((len(runs), len(columns))), np.array([value for _, _, value in runs])
+        for number, (row, seed, _) in enumerate(runs):
+            design[number, [columns[row], columns[seed]]] = 1
+        solution, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+        freedom = len(runs) - int(rank)
+        residuals = values - design @ solution
+        return math.sqrt(float(residuals @ residuals) / freedom) if freedom else math.nan, freedom
+
+    def compare(self, ours: str, theirs: str = BASELINE) -> PairedDifference:
+        """Return the differences of a row to another one by seed, with an interval from the noise of all rows."""
+        values = [self.get_values(name) if name in self.rows or name != BASELINE else {} for name in (ours, theirs)]
+        paired = pair_by_seed(ours, values[0], theirs, values[1])
+        std, freedom = self.noise
+        if not paired.by_seed or not freedom:
+            return replace(paired, interval=None)
+        half = t_quantile(freedom, (1 + CONFIDENCE) / 2) * std * math.sqrt(2 / len(paired.by_seed))
+        return replace(paired, interval=(paired.spread.mean - half, paired.spread.mean + half))
+
+    def format_mean(self, name: str, column: str = "last_top1") -> str:
+        """Return mean and standard deviation as in `54.31 ± 0.42`."""
+        return format_spread(spread(list(self.get_values(name, column).values())))
+
+    def format_cost(self, name: str) -> str:
+        """Return the minutes of training relative to those of the baseline, over the seeds that both have finished."""
+        if BASELINE not in self.rows:
+            return MISSING
+        ours, theirs = self.get_values(name, "minutes"), self.get_values(BASELINE, "minutes")
+        shared = ours.keys() & theirs.keys()
+        total = sum(theirs[seed] for seed in shared)
+        return f"{sum(ours[seed] for seed in shared) / total:.2f}" if total else MISSING
+
+    def describe_unfinished(self, name: str) -> str:
+        """Return which seeds are not finished, or an empty text."""
+        left = [run["seed"] for run in self.get_row(name) if run["status"] != FINISHED]
+        return f" (seed{'s' * (len(left) > 1)} {', '.join(left)} not finished)" if left else ""
 
 
-def read_rows(plan: str) -> Rows:
-    """Return the runs of a plan by row, in the order of the plan."""
-    rows: Rows = {}
-    with open(CSV, encoding="utf-8", newline="") as file:
-        for run in csv.DictReader(file):
-            if run["plan"] == plan:
-                rows.setdefault(run["row"], []).append(run)
+def read_results(plan: str) -> Results:
+    """Return the runs of a plan in results.csv."""
+    rows: dict[str, list[dict[str, str]]] = {}
+    try:
+        with open(CSV, encoding="utf-8", newline="") as file:
+            for run in csv.DictReader(file):
+                if run["plan"] == plan:
+                    rows.setdefault(run["row"], []).append(run)
+    except OSError as error:
+        raise SystemExit(f"{CSV}: {error.strerror}") from error
     if not rows:
-        raise SystemExit(f"{CSV}: no plan {plan}; train it with benchmarks/reproduce.py --csv {CSV}")
-    return rows
-
-
-def get_values(runs: list[dict[str, str]], column: str = "last_top1") -> dict[int, float]:
-    """Return seed -> value of a column, of the finished runs."""
-    return {int(run["seed"]): float(run[column]) for run in runs if run["status"] == FINISHED}
-
-
-def compare_rows(rows: Rows, ours: str, theirs: str = BASELINE) -> PairedDifference:
-    return pair_by_seed(ours, get_values(rows[ours]), theirs, get_values(rows[theirs]))
-
-
-def format_values(values: dict[int, float]) -> str:
-    """Return mean and standard deviation as in `54.31 ± 0.42`, or `-` without values."""
-    return format_spread(spread(list(values.values())))
+        command = f"python benchmarks/reproduce.py benchmarks/plans/{plan}.ini --csv {CSV}"
+        raise SystemExit(f"no plan {plan} in {CSV.name}; train it: {command}")
+    return Results(plan, rows)
 
 
 def format_spread(found: Spread | None) -> str:
-    return found.format().replace("+-", "±") if found else "-"
+    return found.format().replace("+-", "±") if found else MISSING
 
 
-def format_interval(difference: PairedDifference) -> str:
-    """Return the 95 % interval of a mean difference, or `-` for fewer than two seeds."""
-    return "{:+.2f} to {:+.2f}".format(*difference.interval) if difference.interval else "-"
+def format_difference(difference: PairedDifference) -> list[str]:
+    """Return the mean of the differences, with the number of pairs if it is not that of all runs, and its interval."""
+    if not difference.spread:
+        return [MISSING, MISSING]
+    pairs = f" (n = {difference.spread.n})" if difference.unpaired else ""
+    interval = "{:+.2f} to {:+.2f}".format(*difference.interval) if difference.interval else MISSING
+    return [f"{difference.spread.mean:+.2f}{pairs}", interval]
 
 
-def format_mean(difference: PairedDifference) -> str:
-    return f"{difference.spread.mean:+.2f}" if difference.spread else "-"
-
-
-def format_cost(rows: Rows, name: str) -> str:
-    """Return the minutes of training relative to those of the baseline, over the seeds that both have finished."""
-    ours, theirs = (get_values(rows[row], "minutes") for row in (name, BASELINE))
-    shared = ours.keys() & theirs.keys()
-    return f"{sum(ours[seed] for seed in shared) / sum(theirs[seed] for seed in shared):.2f}" if shared else "-"
-
-
-def describe_unfinished(runs: list[dict[str, str]]) -> str:
-    """Return which seeds are not finished, or an empty text."""
-    left = [run["seed"] for run in runs if run["status"] != FINISHED]
-    return f" (seed{'s' * (len(left) > 1)} {', '.join(left)} not finished)" if left else ""
-
-
-def make_accuracy_table(rows: Rows, names: list[str]) -> str:
-    head = ["row", "n", "last epoch (%)", "difference to none", "95 % interval", "averaged weights (%)", "minutes"]
-    table = [[*head, "relative to none"]]
+def make_accuracy_table(results: Results, parts: list[str]) -> str:
+    names = results.list_part(parts)
+    head = ["row", "n", "last epoch (%)", "difference to none", "95 % interval", "best epoch, on test images (%)"]
+    table = [[*head, "averaged weights (%)", "minutes", "relative to none"]]
+    runs = [run for name in names for run in results.rows[name]]
+    finished = [run for run in runs if run["status"] == FINISHED]
+    evaluated = any(run["best_epoch"] != run["epochs"] for run in finished)  # more often than once
     for name in names:
-        values, difference = get_values(rows[name]), compare_rows(rows, name)
-        row = [f"`{name}`{describe_unfinished(rows[name])}", str(len(values)), format_values(values)]
-        row += ["", ""] if name == BASELINE else [format_mean(difference), format_interval(difference)]
-        row += [format_values(get_values(rows[name], key)) for key in ("last_ema_top1", "minutes")]
-        table.append([*row, format_cost(rows, name)])
-    runs = [run for name in names for run in rows[name]]
-    machines, commits = (sorted({run[key] for run in runs} - {""}) for key in ("machine", "commit"))
-    return f"{format_markdown(table)}\n\nTrained on {'; '.join(machines)}, at commit {', '.join(commits)}.\n"
+        row = [f"`{name}`{results.describe_unfinished(name)}", str(len(results.get_values(name)))]
+        row += [results.format_mean(name)]
+        row += [MISSING, MISSING] if name == BASELINE else format_difference(results.compare(name))
+        row += [results.format_mean(name, "best_top1") if evaluated else MISSING]
+        row += [results.format_mean(name, column) for column in ("last_ema_top1", "minutes")]
+        table.append([*row, results.format_cost(name)])
+    filled = [column for column in zip(*table, strict=True) if {*column[1:]} != {MISSING}]
+    return "\n\n".join([format_markdown(list(zip(*filled, strict=True))), *describe_origin(runs)]) + "\n"
 
 
-def make_summary_table(rows: Rows, names: list[str]) -> str:
+def describe_origin(runs: list[dict[str, str]]) -> list[str]:
+    """Return a line with the machines and commits of some runs; none if none has begun."""
+    machines, commits = (
+        sorted({part for run in runs for part in run[key].split("; ") if part}) for key in ("machine", "commit")
+    )
+    if not machines:
+        return []
+    return [f"Trained on {'; '.join(machines)}" + (f", commit {', '.join(commits)}" if commits else "") + "."]
+
+
+def make_summary_table(results: Results, names: list[str]) -> str:
     table = [["method", "seeds", "last epoch (%)", "difference to none", "95 % interval", "training time"]]
-    means = {name: spread(list(get_values(rows[name]).values())) for name in names}
-    for name in sorted(names, key=lambda name: -means[name].mean if means[name] else 0):
-        difference = compare_rows(rows, name)
-        row = [f"`{name}`", str(means[name].n if means[name] else 0), format_spread(means[name])]
-        row += ["", ""] if name == BASELINE else [format_mean(difference), format_interval(difference)]
-        table.append([*row, f"{format_cost(rows, name)} x"])
+    differences = {name: results.compare(name) for name in names}
+    ranks = {name: -one.spread.mean if one.spread else math.inf for name, one in differences.items()}
+    for name in sorted(names, key=ranks.get):
+        row = [f"`{name}`{results.describe_unfinished(name)}", str(len(results.get_values(name)))]
+        row += [results.format_mean(name)]
+        row += [MISSING, MISSING] if name == BASELINE else format_difference(differences[name])
+        table.append([*row, results.format_cost(name)])
     return format_markdown(table) + "\n"
 
 
-def make_difference_table(rows: Rows, pairs: list[tuple[str, str]]) -> str:
+def make_difference_table(results: Results, words: list[str]) -> str:
+    if len(words) % 3 or {*words[1::3]} != {"-"}:
+        raise SystemExit("give pairs as ROW - ROW")
     table = [["difference", "n", "mean", "95 % interval", "by seed"]]
-    for ours, theirs in pairs:
-        one = compare_rows(rows, ours, theirs)
-        by_seed = ", ".join(f"{value:+.2f}" for value in one.by_seed.values()) or "-"
-        table.append([f"`{ours}` - `{theirs}`", str(len(one.by_seed)), format_mean(one), format_interval(one), by_seed])
+    for ours, theirs in zip(words[::3], words[2::3], strict=True):
+        results.get_row(theirs)
+        one = results.compare(ours, theirs)
+        by_seed = ", ".join(f"{seed}: {value:+.2f}" for seed, value in one.by_seed.items()) or MISSING
+        mean, interval = format_difference(one)
+        table.append([f"`{ours}` - `{theirs}`", str(len(one.by_seed)), mean.split(" ")[0], interval, by_seed])
     return format_markdown(table) + "\n"
 
 
-def make_choice_table(rows: Rows) -> str:
+def make_validation_table(results: Results, words: list[str]) -> str:
     table = [["row", "validation images (%)"]]
-    for name, runs in rows.items():
-        table.append([f"`{name}`{describe_unfinished(runs)}", format_values(get_values(runs, "last_valid_top1"))])
+    for name in results.rows:
+        table.append([f"`{name}`{results.describe_unfinished(name)}", results.format_mean(name, "last_valid_top1")])
     return format_markdown(table) + "\n"
 
 
-def make_table(kind: str, plan: str, words: list[str]) -> str:
+TABLES = {"accuracy": make_accuracy_table, "summary": make_summary_table}
+TABLES |= {"differences": make_difference_table, "validation": make_validation_table}
+
+
+def make_table(request: str) -> str:
     """Return the table that a comment asks for."""
-    rows = read_rows(plan)
-    if kind == "accuracy":
-        return make_accuracy_table(rows, [name for name, runs in rows.items() if runs[0]["part"] in words])
-    if kind == "summary":
-        return make_summary_table(rows, words)
-    if kind == "differences":
-        ours, signs, theirs = words[::3], words[1::3], words[2::3]
-        assert {*signs} == {"-"}, words
-        return make_difference_table(rows, list(zip(ours, theirs, strict=True)))
-    assert kind == "choice", kind
-    return make_choice_table(rows)
+    kind, plan, *words = request.split()
+    if kind not in TABLES:
+        raise SystemExit(f"{OPENING}{request} -->: choose from {', '.join(TABLES)}")
+    try:
+        return TABLES[kind](read_results(plan), words)
+    except SystemExit as error:
+        raise SystemExit(f"{OPENING}{request} -->: {error}") from error
 
 
 def fill_in(page: str) -> str:
     """Return the text of a page with its tables as results.csv has them."""
-    return BLOCK.sub(lambda found: found[1] + make_table(found[2], found[3], found[4].split()) + found[5], page)
+    if len(BLOCK.findall(page)) != page.count(OPENING):
+        raise SystemExit(f"a table has no <!-- end -->: {page.count(OPENING)} begin, {len(BLOCK.findall(page))} end")
+    return BLOCK.sub(lambda found: f"{found[1]}\n{make_table(found[2])}\n{found[4]}", page)
 
 
-def make_figure(rows: Rows) -> Figure:
+def make_figure(results: Results) -> Figure:
     """Draw the difference of each row to `none`: each seed, the mean and its interval, with the cost beside it."""
-    names = [name for name, runs in rows.items() if name != BASELINE and runs[0]["part"] in DRAWN_PARTS]
-    differences = [compare_rows(rows, name) for name in names]
-    drawn = sorted((one for one in differences if one.interval), key=lambda one: one.spread.mean)
+    names = [name for name, runs in results.rows.items() if name != BASELINE and runs[0]["part"] in DRAWN_PARTS]
+    differences = [results.compare(name) for name in names]
+    drawn = sorted((one for one in differences if one.spread), key=lambda one: one.spread.mean)
     figure = Figure(figsize=(7.2, 1.2 + 0.3 * len(drawn)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(0, color="#666666", linewidth=0.8)
+    beside = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
     for height, one in enumerate(drawn):
         axes.plot([*one.by_seed.values()], [height] * len(one.by_seed), "|", color="#56b4e9", markersize=9)
-        axes.plot(one.interval, [height, height], color="#0072b2", linewidth=1.2)
-        certain = one.interval[0] > 0 or one.interval[1] < 0
-        axes.plot(one.spread.mean, height, "o", color="#0072b2", markerfacecolor="#0072b2" if certain else "white")
-        cost = f"{format_cost(rows, one.label)} x"
-        axes.annotate(cost, (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    axes.annotate("time", (1.01, len(drawn) - 0.25), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        mean = one.spread.mean
+        low, high = one.interval or (mean, mean)
+        axes.plot([low, high], [height, height], color="#0072b2", linewidth=1.2)
+        without_zero = one.interval and not low <= 0 <= high
+        axes.plot(mean, height, "o", color="#0072b2", markerfacecolor="#0072b2" if without_zero else "white")
+        axes.annotate(f"{results.format_cost(one.label)} x", (1.01, height), **beside)
+    axes.annotate("time", (1.01, len(drawn) - 0.25), **beside)
     axes.set(yticks=range(len(drawn)), yticklabels=[one.label for one in drawn], ylim=(-0.6, len(drawn) - 0.1))
     axes.set_xlabel("top-1 accuracy minus that of none (percentage points)")
     axes.grid(axis="x", alpha=0.3)
@@ -170,7 +244,7 @@ def main() -> None:
     for name in PAGES:
         page = ROOT / name
         page.write_text(fill_in(page.read_text(encoding="utf-8")), encoding="utf-8")
-    save_figure(make_figure(read_rows(DRAWN)), FIGURE)
+    save_figure(make_figure(read_results(DRAWN)), FIGURE)
 
 
 if __name__ == "__main__":

@@ -186,7 +186,8 @@ def test_every_method_is_described_with_its_file():
 
 @pytest.mark.parametrize(("page", "source", "label"), [("README.md", 4, 5), ("docs/methods.md", 5, 6)])
 def test_the_tables_of_methods_have_their_sources_and_which_keep_the_label(page, source, label):
-    lines = [line.split("|")[1:-1] for line in PAGES[page].splitlines() if re.match(r"\| \[?`\w+`", line)]
+    text = PAGES[page].split("\n## Methods\n")[-1]
+    lines = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| \[?`\w+`", line)]
     rows = {re.search(r"`(\w+)`", line[0])[1]: [cell.strip() for cell in line] for line in reversed(lines)}
     for name in [name for name in MIXERS if name != "none"]:
         assert rows[name][source].split(";")[0].strip("`") == (mixer_class(name).default_source or ""), name

@@ -1,0 +1,124 @@
+"""benchmarks/fill_in_results.py: the tables of the pages are those of docs/results.csv."""
+
+import importlib
+
+import pytest
+from support import ROOT
+
+COLUMNS = "plan part row seed status epochs last_top1 best_top1 best_epoch last_valid_top1 last_ema_top1 minutes"
+CSV = f"""{COLUMNS.replace(" ", ",")},machine,commit
+tiny,first,none,0,finished,60,50.00,50.00,60,,51.00,10.00,"EPYC, 1 thread",abc
+tiny,first,cutmix,0,finished,60,53.00,53.00,60,,52.50,11.00,"EPYC, 1 thread",abc
+tiny,first,none,1,finished,60,52.00,52.00,60,,52.00,10.00,"EPYC, 1 thread",abc
+tiny,first,cutmix,1,finished,60,54.00,54.00,60,,53.50,11.00,"EPYC, 1 thread",def
+tiny,first,none,2,finished,60,54.00,54.00,60,,53.00,10.00,"EPYC, 1 thread",abc
+tiny,first,cutmix,2,stopped,60,,,,,,,"EPYC, 1 thread",abc
+tiny,later,mixup,0,not started,60,,,,,,,,
+three,all,none,0,finished,60,50.00,50.00,60,,,10.00,,
+three,all,none,1,finished,60,52.00,52.00,60,,,10.00,,
+three,all,x,0,finished,60,53.00,53.00,60,,,0.00,,
+three,all,x,1,finished,60,54.00,54.00,60,,,0.00,,
+three,all,y,0,finished,60,51.00,51.00,60,,,0.00,,
+three,all,y,1,finished,60,54.00,54.00,60,,,0.00,,
+recipe-x,only,lr0.1,9,finished,60,50.00,51.00,59,48.00,,10.00,"EPYC, 1 thread",abc
+"""
+
+
+@pytest.fixture
+def results(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("fill_in_results")
+    (tmp_path / "results.csv").write_text(CSV)
+    monkeypatch.setattr(module, "CSV", tmp_path / "results.csv")
+    return module
+
+
+def fill_in(results, words: str) -> list[list[str]]:
+    """Return the cells of the table between two comments."""
+    page = results.fill_in(f"before\n<!-- results: {words} -->\nold\n<!-- end -->\nafter\n")
+    assert page.startswith("before\n") and page.endswith("<!-- end -->\nafter\n") and "old" not in page
+    assert results.fill_in(page) == page
+    return [[cell.strip() for cell in line[1:-1].split("|")] for line in page.splitlines() if line.startswith("|")]
+
+
+def test_accuracies_are_compared_with_those_of_the_same_seeds(results):
+    head, _, none, cutmix = fill_in(results, "accuracy tiny first")
+    assert none[:5] == ["`none`", "3", "52.00 ± 2.00", "-", "-"] and none[-1] == "1.00"
+    # seeds 0 and 1: differences 3 and 2, standard deviation 0.5 ** 0.5, t = 12.706 for one degree of freedom
+    row = ["`cutmix` (seed 2 not finished)", "2", "53.50 ± 0.71", "+2.50 (n = 2)", "-3.85 to +8.85", "53.00 ± 0.71"]
+    assert cutmix == [*row, "11.00 ± 0.00", "1.10"] and len(head) == len(cutmix)
+
+
+def test_the_interval_follows_from_the_noise_of_all_rows(results):
+    """By hand: the residuals of x and y around the effects of row and seed are 0.5 and -0.5, those of none are 0. So
+    the variance is 1 with (3 - 1) (2 - 1) degrees of freedom, over 2: 0.5. The t quantile is 4.3027.
+    """
+    results = results.read_results("three")
+    std, freedom = results.noise
+    assert freedom == 2 and std == pytest.approx(0.5**0.5)
+    assert results.compare("x").interval == pytest.approx((2.5 - 4.3027 * 0.5**0.5, 2.5 + 4.3027 * 0.5**0.5), abs=1e-3)
+
+
+def test_columns_without_values_are_left_out(results):
+    assert fill_in(results, "accuracy tiny later")[::2] == [["row", "n"], ["`mixup` (seed 0 not finished)", "0"]]
+    head, _, row = fill_in(results, "accuracy recipe-x only")
+    assert head == ["row", "n", "last epoch (%)", "best epoch, on test images (%)", "minutes"]
+    assert row == ["`lr0.1`", "1", "50.00", "51.00", "10.00"]
+
+
+def test_the_machines_and_commits_of_a_table_stand_below_it(results):
+    page = results.fill_in("<!-- results: accuracy tiny first -->\n<!-- end -->")
+    assert "Trained on EPYC, 1 thread, commit abc, def." in page
+
+
+def test_the_summary_is_ranked_by_the_difference_not_by_means_of_other_seeds(results):
+    rows = fill_in(results, "summary tiny mixup none cutmix")[2:]
+    assert [row[0].split()[0] for row in rows] == ["`cutmix`", "`none`", "`mixup`"] and rows[0][-1] == "1.10"
+    assert rows[2][1:] == ["0", "-", "-", "-", "-"]
+
+
+def test_a_pair_of_rows_is_compared_by_seed(results):
+    (row,) = fill_in(results, "differences tiny none - cutmix")[2:]
+    assert row == ["`none` - `cutmix`", "2", "-2.50", "-8.85 to +3.85", "0: -3.00, 1: -2.00"]
+
+
+def test_a_recipe_is_chosen_on_validation_images(results):
+    assert fill_in(results, "validation recipe-x")[2:] == [["`lr0.1`", "48.00"]]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("accuracy wrong first", "no plan wrong in results.csv; train it: python benchmarks/reproduce.py"),
+        ("accuracy tiny frist", "no part frist in plan tiny"),
+        ("summary tiny cutmx", "no row cutmx in plan tiny"),
+        ("differences tiny cutmix - nine", "no row nine in plan tiny"),
+        ("differences tiny cutmix none", "give pairs as ROW - ROW"),
+        ("table tiny", "choose from accuracy, summary"),
+    ],
+)
+def test_a_wrong_request_is_named(results, words, message):
+    with pytest.raises(SystemExit, match=f"<!-- results: {words} -->: .*{message}"):
+        fill_in(results, words)
+
+
+def test_a_table_without_an_end_does_not_swallow_the_text_below(results):
+    page = "<!-- results: accuracy tiny first -->\ntext\n<!-- results: accuracy tiny first -->\n<!-- end -->\n"
+    with pytest.raises(SystemExit, match="2 begin, 1 end"):
+        results.fill_in(page)
+
+
+def test_the_figure_shows_the_rows_with_an_interval_and_their_cost(results, monkeypatch):
+    monkeypatch.setattr(results, "DRAWN_PARTS", ("first",))
+    (axes,) = results.make_figure(results.read_results("tiny")).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["cutmix"]
+    assert "1.10 x" in [text.get_text() for text in axes.texts]
+
+
+def test_the_pages_have_the_figures_of_results_csv(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("fill_in_results")
+    for name in module.PAGES:
+        page = (ROOT / name).read_text()
+        assert module.BLOCK.search(page), name
+        assert module.fill_in(page) == page, f"{name}: run python benchmarks/fill_in_results.py"
