@@ -3,6 +3,7 @@
 import csv
 import io
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ from engine.drawing.tables import align_columns
 from engine.errors import UserError
 from engine.runtime.files import check_output_folder, write_atomic
 from engine.runtime.text import format_count
-from engine.training.seeds import read_finished_result
+from engine.training.seeds import read_finished_result, summarize_seeds
 from evaluation.compare.__main__ import main as compare_runs
 from evaluation.compare.metrics import METRICS
 from evaluation.compare.runs import FINISHED, RUNNING, STOPPED, Run, read_run
@@ -193,6 +194,16 @@ def write_results(path: Path, plan: str, runs: list[PlannedRun]) -> None:
     writer.writerows([*others, *lines])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda side: side.write_text(text.getvalue(), encoding="utf-8"))
+
+
+def write_seed_summaries(runs: list[PlannedRun]) -> None:
+    """Write seeds.json of each row anew: of two seeds that were trained at the same time, each lacks the other."""
+    for folder in {planned.folder.parent for planned in runs}:
+        own = [planned for planned in runs if planned.folder.parent == folder]
+        results = {planned.seed: read_finished_result(planned.folder, planned.options) for planned in own}
+        if finished := {seed: result for seed, result in results.items() if result}:
+            with redirect_stdout(io.StringIO()):
+                summarize_seeds(folder, finished, write=True)
 
 
 def compare(runs: list[PlannedRun], folder: Path) -> list[Path]:

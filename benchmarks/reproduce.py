@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     options |= {"output": str(output), "csv": Path(options["csv"] or output / "results.csv").resolve()}
 
     from plan import read_plan
-    from plan_results import check_table, compare, find_state, format_states, write_results
+    from plan_results import check_table, compare, find_state, format_states, write_results, write_seed_summaries
 
     from engine.runtime.files import check_output_folder
     from engine.training.run_folder import explain_folder_errors
@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # ---- Results ----
     write_results(options["csv"], plan.stem, runs)
+    write_seed_summaries(runs)
     places = [options["csv"], *compare(runs, output / "compare")]
     finished = sum(find_state(planned).finished for planned in chosen)
     print(f"{finished} of {len(chosen)} runs are finished; results in {' and '.join(map(str, places))}")

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import json
 import multiprocessing
 import os
 import signal
@@ -201,6 +202,12 @@ def test_lines_of_other_plans_stay_in_the_table(reproduce, tmp_path):
     rows = reproduce("--minutes", "0.01", stop_at=tmp_path)
     assert [row["plan"] for row in rows] == ["other"] * 4 + ["tiny"] * 4
     assert rows[-1]["command"] == f"python train.py {OPTIONS} --method mixup --seed 1"
+
+
+def test_two_seeds_at_the_same_time_are_in_one_summary(reproduce, tmp_path):
+    reproduce("--rows", "none", "--jobs", "2", plan=PLAN.replace("--epochs 3", "--epochs 1"))
+    summary = json.loads((tmp_path / "out/shapes/resnet20/none/seeds.json").read_text())
+    assert sorted(summary["seeds"]) == ["0", "1"] and summary["summary"]["last_top1"]["n"] == 2
 
 
 def test_a_table_with_other_finished_runs_is_not_overwritten(reproduce, tmp_path, capsys):
