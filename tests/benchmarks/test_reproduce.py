@@ -204,6 +204,21 @@ def test_lines_of_other_plans_stay_in_the_table(reproduce, tmp_path):
     assert rows[-1]["command"] == f"python train.py {OPTIONS} --method mixup --seed 1"
 
 
+@pytest.mark.parametrize("by_nohup", [False, True])
+def test_a_closed_terminal_stops_the_runs_unless_nohup_started_them(monkeypatch, by_nohup):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    stop = importlib.import_module("reproduce").Stop(minutes=None)
+    for name in ("stdout", "stderr"):  # the signal replaces them
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if by_nohup else signal.SIG_DFL)
+    try:
+        with stop.on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested is not by_nohup
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_two_seeds_at_the_same_time_are_in_one_summary(reproduce, tmp_path):
     reproduce("--rows", "none", "--jobs", "2", plan=PLAN.replace("--epochs 3", "--epochs 1"))
     summary = json.loads((tmp_path / "out/shapes/resnet20/none/seeds.json").read_text())
