@@ -332,7 +332,12 @@ def translate_errors(name: str, size: int) -> Iterator[None]:
 
 
 def make_names_unique(classifiers: list[Classifier]) -> None:
-    """Prefix ambiguous names with as many folders of their paths as necessary. The same file keeps one name."""
-    names = tell_apart([one.name for one in classifiers], [Path(one.path) for one in classifiers])
+    """Prefix ambiguous names with as many folders of their paths as necessary. The same file keeps one name.
+
+    Two run folders become none/seed_0 and cutmix/seed_0, two files none/best.pt and cutmix/best.pt.
+    """
+    names, paths = [one.name for one in classifiers], [Path(one.path) for one in classifiers]
+    paths = [path.parent if name == path.parent.name else path for name, path in zip(names, paths, strict=True)]
+    names = tell_apart(names, paths)
     for one, name in zip(classifiers, names, strict=True):
         one.name = name

@@ -597,7 +597,7 @@ def test_classifiers_get_distinct_names(runs, tmp_path):
         (folder / "best.pt").write_bytes(Path(runs["trained"], "best.pt").read_bytes())
     paths = [str(folder) for folder in (*folders, folders[0])]
     results = evaluate.main(["--task", "ood", "--model_path", *paths, runs["random"], "--dataset", "shapes", *LIMIT])
-    longer = [f"{one}/shapes/run/best.pt" for one in ("first", "second")]
+    longer = [f"{one}/shapes/run" for one in ("first", "second")]
     assert [result["name"].removeprefix(f"{tmp_path}/") for result in results] == [
         *longer,
         f"{longer[0]} (2)",

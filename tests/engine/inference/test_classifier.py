@@ -1,6 +1,7 @@
 """Classifiers by the names of the networks of torchvision and timm, from files and checkpoints."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import evaluate
 import models
 from engine.data.image_set import STATISTICS
 from engine.errors import UserError
-from engine.inference.classifier import load_classifier, normalize
+from engine.inference.classifier import load_classifier, make_names_unique, normalize
 
 
 def save_torchvision(path, name: str, **arguments) -> torch.nn.Module:
@@ -153,3 +154,13 @@ def test_a_name_of_timm_has_its_pretrained_weights_and_their_inputs(monkeypatch)
     message = r"^classifier timm:vit_tiny_patch16_224: cannot load its weights from https://.*no connection\)\n"
     with pytest.raises(UserError, match=message + r".*give a file of weights as timm:vit_tiny_patch16_224=FILE"):
         load_classifier("timm:vit_tiny_patch16_224", models)
+
+
+def test_runs_of_the_same_seed_get_the_names_of_their_folders():
+    files = ["runs/none/seed_0/best.pt", "runs/cutmix/seed_0/best.pt", "none/other.pt", "cutmix/other.pt"]
+    classifiers = [
+        SimpleNamespace(name=name, path=path)
+        for name, path in zip(["seed_0", "seed_0", "other", "other"], files, strict=True)
+    ]
+    make_names_unique(classifiers)
+    assert [one.name for one in classifiers] == ["none/seed_0", "cutmix/seed_0", "none/other.pt", "cutmix/other.pt"]
