@@ -90,14 +90,14 @@ class Results:
         """Return mean and standard deviation as in `54.31 ± 0.42`."""
         return format_spread(spread(list(self.get_values(name, column).values())))
 
+    def find_seconds(self, name: str) -> float | None:
+        """Return the seconds of an epoch: the median of the run that was slowed least by other work on the machine."""
+        return min(self.get_values(name, "epoch_seconds").values(), default=None)
+
     def format_cost(self, name: str) -> str:
-        """Return the minutes of training relative to those of the baseline, over the seeds that both have finished."""
-        if BASELINE not in self.rows:
-            return MISSING
-        ours, theirs = self.get_values(name, "minutes"), self.get_values(BASELINE, "minutes")
-        shared = ours.keys() & theirs.keys()
-        total = sum(theirs[seed] for seed in shared)
-        return f"{sum(ours[seed] for seed in shared) / total:.2f}" if total else MISSING
+        """Return the seconds of an epoch relative to those of the baseline."""
+        ours, theirs = (self.find_seconds(row) if row in self.rows else None for row in (name, BASELINE))
+        return f"{ours / theirs:.2f}" if ours and theirs else MISSING
 
     def describe_unfinished(self, name: str) -> str:
         """Return which seeds are not finished, or an empty text."""
@@ -137,7 +137,7 @@ def format_difference(difference: PairedDifference) -> list[str]:
 def make_accuracy_table(results: Results, parts: list[str]) -> str:
     names = results.list_part(parts)
     head = ["row", "n", "last epoch (%)", "difference to none", "95 % interval", "best epoch, on test images (%)"]
-    table = [[*head, "averaged weights (%)", "minutes", "relative to none"]]
+    table = [[*head, "averaged weights (%)", "seconds an epoch", "relative to none"]]
     runs = [run for name in names for run in results.rows[name]]
     finished = [run for run in runs if run["status"] == FINISHED]
     evaluated = any(run["best_epoch"] != run["epochs"] for run in finished)  # more often than once
@@ -146,7 +146,8 @@ def make_accuracy_table(results: Results, parts: list[str]) -> str:
         row += [results.format_mean(name)]
         row += [MISSING, MISSING] if name == BASELINE else format_difference(results.compare(name))
         row += [results.format_mean(name, "best_top1") if evaluated else MISSING]
-        row += [results.format_mean(name, column) for column in ("last_ema_top1", "minutes")]
+        seconds = results.find_seconds(name)
+        row += [results.format_mean(name, "last_ema_top1"), f"{seconds:.1f}" if seconds else MISSING]
         table.append([*row, results.format_cost(name)])
     filled = [column for column in zip(*table, strict=True) if {*column[1:]} != {MISSING}]
     return "\n\n".join([format_markdown(list(zip(*filled, strict=True))), *describe_origin(runs)]) + "\n"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import statistics
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from evaluation.compare.statistics import get_curve, measure_run
 PROGRESS_SECONDS = 60.0  # between two lines of progress
 WAITING = "not started"
 COLUMNS = ["plan", "part", "row", "seed", "status", "epochs_done", "epochs", "last_top1", "best_top1", "best_epoch"]
-COLUMNS += ["best_split", "median_top1", "last_valid_top1", "last_ema_top1", "minutes", "machine", "commit", "command"]
+COLUMNS += ["best_split", "median_top1", "last_valid_top1", "last_ema_top1", "minutes", "epoch_seconds"]
+COLUMNS += ["machine", "commit", "command"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ def make_record(plan: str, planned: PlannedRun) -> dict:
         record[f"last_{key}"] = list(curve.values())[-1] if curve else None
     if planned.options["eval_every"] == 1:  # otherwise the last ten evaluations reach far back
         record["median_top1"] = own.median
-    return record | {"minutes": own.minutes}
+    seconds = statistics.median(row["seconds"] for row in state.run.history)  # other work on the machine slows some
+    return record | {"minutes": own.minutes, "epoch_seconds": seconds}
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

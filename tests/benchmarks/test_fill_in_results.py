@@ -5,11 +5,11 @@ import importlib
 import pytest
 from support import ROOT
 
-COLUMNS = "plan part row seed status epochs last_top1 best_top1 best_epoch last_valid_top1 last_ema_top1 minutes"
+COLUMNS = "plan part row seed status epochs last_top1 best_top1 best_epoch last_valid_top1 last_ema_top1 epoch_seconds"
 CSV = f"""{COLUMNS.replace(" ", ",")},machine,commit
 tiny,first,none,0,finished,60,50.00,50.00,60,,51.00,10.00,"EPYC, 1 thread",abc
 tiny,first,cutmix,0,finished,60,53.00,53.00,60,,52.50,11.00,"EPYC, 1 thread",abc
-tiny,first,none,1,finished,60,52.00,52.00,60,,52.00,10.00,"EPYC, 1 thread",abc
+tiny,first,none,1,finished,60,52.00,52.00,60,,52.00,19.00,"EPYC, 1 thread",abc
 tiny,first,cutmix,1,finished,60,54.00,54.00,60,,53.50,11.00,"EPYC, 1 thread",def
 tiny,first,none,2,finished,60,54.00,54.00,60,,53.00,10.00,"EPYC, 1 thread",abc
 tiny,first,cutmix,2,stopped,60,,,,,,,"EPYC, 1 thread",abc
@@ -46,7 +46,7 @@ def test_accuracies_are_compared_with_those_of_the_same_seeds(results):
     assert none[:5] == ["`none`", "3", "52.00 ± 2.00", "-", "-"] and none[-1] == "1.00"
     # seeds 0 and 1: differences 3 and 2, standard deviation 0.5 ** 0.5, t = 12.706 for one degree of freedom
     row = ["`cutmix` (seed 2 not finished)", "2", "53.50 ± 0.71", "+2.50 (n = 2)", "-3.85 to +8.85", "53.00 ± 0.71"]
-    assert cutmix == [*row, "11.00 ± 0.00", "1.10"] and len(head) == len(cutmix)
+    assert cutmix == [*row, "11.0", "1.10"] and len(head) == len(cutmix)  # none was slowed in one of its runs
 
 
 def test_the_interval_follows_from_the_noise_of_all_rows(results):
@@ -62,8 +62,8 @@ def test_the_interval_follows_from_the_noise_of_all_rows(results):
 def test_columns_without_values_are_left_out(results):
     assert fill_in(results, "accuracy tiny later")[::2] == [["row", "n"], ["`mixup` (seed 0 not finished)", "0"]]
     head, _, row = fill_in(results, "accuracy recipe-x only")
-    assert head == ["row", "n", "last epoch (%)", "best epoch, on test images (%)", "minutes"]
-    assert row == ["`lr0.1`", "1", "50.00", "51.00", "10.00"]
+    assert head == ["row", "n", "last epoch (%)", "best epoch, on test images (%)", "seconds an epoch"]
+    assert row == ["`lr0.1`", "1", "50.00", "51.00", "10.0"]
 
 
 def test_the_machines_and_commits_of_a_table_stand_below_it(results):

@@ -18,6 +18,7 @@ from engine.launch import run_main
 from engine.runtime.device import describe_machine
 from engine.training import run_folder
 from engine.training.run_folder import RunFolder
+from evaluation.compare.runs import read_run
 
 OPTIONS = "--dataset shapes --limit 48 --image_size 16 --batch_size 12 --vis_epoch 0 --dpi 10 --epochs 3"
 PLAN = f"""
@@ -184,6 +185,8 @@ def test_a_row_with_other_options_is_refused_in_one_line(reproduce, tmp_path, ca
     capsys.readouterr()
     rows = reproduce("--list", plan=one.replace("2 min --method none", "--method none --workers 3"))  # changes nothing
     assert "finished, " in capsys.readouterr().out and rows[0]["last_top1"] == rows[0]["best_top1"] != ""
+    (epoch,) = read_run(tmp_path / "out/shapes/resnet20/none/seed_0").history
+    assert rows[0]["epoch_seconds"] == f"{epoch['seconds']:.2f}"
 
 
 def test_a_run_of_another_process_is_waited_for(reproduce, tmp_path, capsys):
