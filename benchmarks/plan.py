@@ -50,10 +50,7 @@ SCRIPTS = ("train.py", "imagenet_train.py")
 OWN_OPTIONS = {"name", "seed", "seeds", "checkpoint", "config", "force_config", "root_dir", "overwrite", "log_off"}
 OWN_OPTIONS |= {"evaluate", "profile", "list_models", "resize_to", "no_progress"}  # a row cannot set them
 COMMAND_OPTIONS = {"data_dir", "device"}  # options of reproduce.py, for all rows
-NEEDED = {
-    "ema_top1": ("ema", "ema_ramp"),
-    "valid_top1": ("valid_labels_per_class",),
-}  # metric -> options, one is needed
+NEEDED = {"ema_top1": ("ema", "ema_ramp"), "valid_top1": ("valid_labels_per_class",)}  # metric -> one of these options
 MINUTES = re.compile(r"(\d+(?:\.\d+)?) *min\b")
 
 
@@ -234,12 +231,12 @@ def check_row(planned: PlannedRun, found: Run) -> None:
     options = get_result_options(found)
     changed = sorted(key for key in {*wanted, *options} if wanted.get(key) != options.get(key))
     if changed:
-        pairs = [f"--{key} {show(options.get(key))} -> {show(wanted.get(key))}" for key in changed]
+        pairs = [f"--{key} {format_value(options.get(key))} -> {format_value(wanted.get(key))}" for key in changed]
         raise UserError(
             f"row {planned.row.name}: the run in {planned.folder} has other options (run -> plan: {'; '.join(pairs)}); "
             "give the row another name, or delete that folder to train it anew"
         )
 
 
-def show(value) -> str:
+def format_value(value) -> str:
     return "-" if value is None else format_option(value)

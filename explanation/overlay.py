@@ -17,7 +17,7 @@ from engine.drawing.figures import is_constant
 from engine.drawing.heatmaps import CELL_INCHES, draw_comparison, overlay_heatmap
 from engine.errors import UserError
 from engine.runtime.files import write_atomic
-from engine.runtime.text import tell_apart
+from engine.runtime.text import get_distinct_names
 from explanation.explainer import Explanation
 from explanation.options import is_png
 
@@ -157,7 +157,7 @@ def draw_figure(path: str, images: list[DrawnImage], *, colormap: str, dpi: int)
     draw_comparison(
         path,
         columns=[row["model"] + (f"\n{row['method']}" if has_methods else "") for row in first],
-        names=tell_apart([file.name for file in files], files),
+        names=get_distinct_names([file.name for file in files], files),
         pictures=[image.thumbnails[0] for image in images],
         overlays=[image.thumbnails[1:] for image in images],
         texts=[[f"{row['target']} {row['target_probability']:.0%}" for row in image.rows] for image in images],

@@ -20,7 +20,7 @@ from engine.data.image_set import get_statistics
 from engine.errors import UserError, explain_missing, get_first_error_line, suggest_closest
 from engine.runtime.checkpoint import is_checkpoint, read_file
 from engine.runtime.foreign_weights import extract_weights, load_weights
-from engine.runtime.text import tell_apart
+from engine.runtime.text import get_distinct_names
 
 
 def find_best_checkpoint(path: Path | str) -> Path:
@@ -338,6 +338,6 @@ def make_names_unique(classifiers: list[Classifier]) -> None:
     """
     names, paths = [one.name for one in classifiers], [Path(one.path) for one in classifiers]
     paths = [path.parent if name == path.parent.name else path for name, path in zip(names, paths, strict=True)]
-    names = tell_apart(names, paths)
+    names = get_distinct_names(names, paths)
     for one, name in zip(classifiers, names, strict=True):
         one.name = name

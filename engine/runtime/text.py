@@ -9,7 +9,7 @@ def format_count(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else noun + ('es' if noun.endswith('s') else 's')}"
 
 
-def tell_apart(names: list[str], paths: list[Path]) -> list[str]:
+def get_distinct_names(names: list[str], paths: list[Path]) -> list[str]:
     """Return the names; those that several paths share become the shortest ends of the paths that differ.
 
     Two pictures `dog` become a/dog.jpg and b/dog.jpg. The same path keeps one name.

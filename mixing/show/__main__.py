@@ -175,14 +175,14 @@ def read_files(files: list[str], size: int) -> tuple:
     import torch
 
     from engine.data.decode import BadImage, decode_center
-    from engine.runtime.text import tell_apart
+    from engine.runtime.text import get_distinct_names
 
     try:
         pixels = torch.stack([torch.from_numpy(decode_center(Path(file), size)) for file in files])
     except BadImage as error:
         raise UserError(f"--images {error}") from error
     paths = [Path(file) for file in files]
-    return pixels.permute(0, 3, 1, 2).float() / 255, tell_apart([path.stem for path in paths], paths)
+    return pixels.permute(0, 3, 1, 2).float() / 255, get_distinct_names([path.stem for path in paths], paths)
 
 
 def choose_source(wanted: str | None, default: str, gradient_options: dict, *, network, mean, std, **source_options):

@@ -174,7 +174,7 @@ def test_a_damaged_run_is_named(reproduce, tmp_path):
         reproduce("--list")
 
 
-def test_a_row_with_other_options_is_refused_in_one_line(reproduce, tmp_path, capsys):
+def test_a_row_with_other_options_is_an_error_in_one_line(reproduce, tmp_path, capsys):
     one = PLAN.replace("0 1", "0").replace("--epochs 3", "--epochs 1")
     reproduce("--rows", "none", plan=one)
     for changed in (one.replace("--method none", "--method none --lr 0.01"), one.replace("--epochs 1", "--epochs 2")):
@@ -248,7 +248,7 @@ def test_a_table_with_other_finished_runs_is_not_overwritten(reproduce, tmp_path
         (b"plan,row\n\xff\n", "the table cannot be read"),
     ],
 )
-def test_another_file_is_not_taken_as_the_table(reproduce, tmp_path, content, message):
+def test_another_file_is_not_overwritten_by_the_table(reproduce, tmp_path, content, message):
     (tmp_path / "notes.csv").write_bytes(content)
     with pytest.raises(UserError, match=f"notes.csv.* {message}.*; choose another --csv"):
         reproduce("--csv", str(tmp_path / "notes.csv"))
@@ -304,7 +304,7 @@ def test_a_part_can_train_earlier_rows_with_further_seeds(reproduce, tmp_path, c
         (("mixup =", "[more]\nseeds = 1\nrows = none\nmixup ="), r"\[more\]: row none has seed 1 already"),
     ],
 )
-def test_a_malformed_plan_is_refused_in_one_line(reproduce, change, message):
+def test_a_malformed_plan_is_an_error_in_one_line(reproduce, change, message):
     with pytest.raises(UserError, match=message) as error:
         reproduce("--list", plan=PLAN.replace(*change))
     assert "\n" not in str(error.value)
