@@ -12,7 +12,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-from engine.drawing.figures import place_legend
+from engine.drawing.figures import list_colours, place_legend
 from engine.inference.metrics import validate_logits
 
 TEMPERATURES = (0.05, 20.0)  # limits of the fitted temperature
@@ -218,10 +218,10 @@ def draw_reliability(axes, results: list[tuple[str, dict]], after: bool = False)
     grow with the fraction of the images. after: with temperature scaling.
     """
     axes.plot([0, 100], [0, 100], color="0.4", linestyle="--", linewidth=1, zorder=3)
-    for name, result in results:
+    for colour, (name, result) in zip(list_colours(len(results)), results, strict=True):
         shown = result["after"] if after else result
-        label = f"{name}: ECE {shown['ece']:.2f} %"
-        (draw_bars if len(results) == 1 else draw_line)(axes, shown["reliability"], label)
+        style = {"label": f"{name}: ECE {shown['ece']:.2f} %", "color": colour}
+        (draw_bars if len(results) == 1 else draw_line)(axes, shown["reliability"], **style)
     groups = "" if len(results) == 1 else f", in groups of at least {MIN_COUNT} images"
     axes.set(xlim=(0, 100), ylim=(0, 100), xlabel=f"confidence (%){groups}", ylabel="accuracy (%)")
     place_legend(axes)
@@ -253,10 +253,10 @@ def merge_small_bins(table: dict[str, list], least: int = MIN_COUNT) -> list[tup
     return merged
 
 
-def draw_bars(axes, table: dict[str, list], label: str) -> None:
+def draw_bars(axes, table: dict[str, list], label: str, color) -> None:
     """Draw the bins of one classifier as bars, with a histogram of the confidences above."""
     size = {"width": 100 / len(table["count"]), "align": "edge", "linewidth": 0.6}
-    solid = {"color": "tab:blue", "edgecolor": "white", **size}
+    solid = {"color": color, "edgecolor": "white", **size}
     hatched = {"color": "none", "edgecolor": "tab:red", "hatch": "////", **size}
     axes.bar(0, 0, label=label, **solid)  # for the legend
     axes.bar(0, 0, label="gap", **hatched)
@@ -275,9 +275,9 @@ def draw_bars(axes, table: dict[str, list], label: str) -> None:
     inset.set_ylabel("images", fontsize=8)
 
 
-def draw_line(axes, table: dict[str, list], label: str) -> None:
+def draw_line(axes, table: dict[str, list], label: str, color) -> None:
     """Draw the bins of one of several classifiers as a line."""
     confidence, accuracy, count = zip(*merge_small_bins(table), strict=True)
-    (line,) = axes.plot(confidence, accuracy, linewidth=1.2, label=label)
+    axes.plot(confidence, accuracy, linewidth=1.2, label=label, color=color)
     area = [8 + 80 * images / sum(count) for images in count]
-    axes.scatter(confidence, accuracy, area, color=line.get_color(), zorder=4, clip_on=False)
+    axes.scatter(confidence, accuracy, area, color=color, zorder=4, clip_on=False)

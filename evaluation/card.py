@@ -92,10 +92,11 @@ def format_text(results: list[dict], rows: list[Row]) -> str:
 
 
 def format_markdown(results: list[dict], rows: list[Row], notes: list[str]) -> str:
-    """Return the table in Markdown, the best of several values in bold, followed by the notes."""
+    """Return the table in Markdown, the best of several values in bold, under a heading and followed by the notes."""
     cells = [["", *(result["name"] for result in results)], *(row.format_cells("**{}**".format) for row in rows)]
     table = tables.format_markdown(cells)
-    return "\n".join([table, "", *(f"- {note}" for note in notes)]) + "\n"
+    heading = f"# Card of {format_count(len(results), 'classifier')} on {results[0]['dataset']}"
+    return "\n".join([heading, "", table, "", *(f"- {note}" for note in notes)]) + "\n"
 
 
 def collect_notes(results: list[dict], seed: int) -> list[str]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from engine.data.annotation_files import BoxAnnotation
 from engine.data.views import Box, FixedView
-from engine.drawing.figures import place_legend
+from engine.drawing.figures import list_colours, place_legend
 from engine.runtime.distributed import count_cores_per_process
 
 Boxes = list[torch.Tensor | None]  # the ground-truth boxes of each image
@@ -212,11 +212,11 @@ def draw_threshold_curves(axes, results: list[tuple[str, dict]], centred: float 
 
     results: (name, result of score_localization()) pairs. centred: score of the centred box, drawn as a dashed line.
     """
-    for name, scores in results:
+    for colour, (name, scores) in zip(list_colours(len(results)), results, strict=True):
         if scores["gt_known_at"] is None:
             continue
-        (line,) = axes.plot([100 * th for th in scores["thresholds"]], scores["gt_known_at"], label=name)
-        axes.plot(100 * scores["best_gt_known_th"], scores["best_gt_known"], marker="o", color=line.get_color())
+        axes.plot([100 * th for th in scores["thresholds"]], scores["gt_known_at"], label=name, color=colour)
+        axes.plot(100 * scores["best_gt_known_th"], scores["best_gt_known"], marker="o", color=colour)
     if centred is not None:
         axes.axhline(centred, color="grey", linestyle="--", linewidth=1, label="centred box")
     axes.set(xlabel="threshold (% of the map's maximum)", ylabel="GT-known localisation (%)", xlim=(0, 100))

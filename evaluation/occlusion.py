@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.data.sample_rng import uniform
-from engine.drawing.figures import place_legend
+from engine.drawing.figures import list_colours, place_legend
 
 KINDS = {"patches": "random patches", "centre": "centred hole"}
 FRACTIONS = tuple(number / 8 for number in range(8))  # of the area: 0 to 0.875
@@ -85,8 +85,7 @@ def draw_curves(axes, results: list[tuple[str, dict[str, dict[str, list[float]]]
 
     axes: Matplotlib axes. results: names, and for each kind the lists `share` (0..1) and `top1` (percent).
     """
-    for number, (name, curves) in enumerate(results):
-        colour = f"C{number % 10}"
+    for colour, (name, curves) in zip(list_colours(len(results)), results, strict=True):
         axes.plot([], [], color=colour, label=name)
         for kind, curve in curves.items():
             percent = [100 * fraction for fraction in curve["share"]]

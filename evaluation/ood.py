@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from engine.drawing.figures import place_legend
+from engine.drawing.figures import list_colours, place_legend
 from engine.inference.metrics import validate_logits
 
 HISTOGRAM_BINS, ROC_POINTS = 50, 101
@@ -131,9 +131,9 @@ def draw_histogram(axes, result: dict, score: str = "energy", names: tuple[str, 
 def draw_roc(axes, curves: list[tuple[str, dict]]) -> None:
     """Draw ROC curves in percent, a (name, result of measure_ood() for one score) pair each."""
     axes.plot([0, 100], [0, 100], color="0.4", linestyle="--", linewidth=1)
-    for name, shown in curves:
+    for colour, (name, shown) in zip(list_colours(len(curves)), curves, strict=True):
         fpr, tpr = ([100 * rate for rate in shown["roc"][key]] for key in ("fpr", "tpr"))
-        axes.plot(fpr, tpr, label=f"{name}: AUROC {shown['auroc']:.2f} %")
+        axes.plot(fpr, tpr, label=f"{name}: AUROC {shown['auroc']:.2f} %", color=colour)
     axes.set(xlim=(0, 100), ylim=(0, 100))
     axes.set(xlabel="false positive rate (%, OOD accepted)", ylabel="true positive rate (%, ID accepted)")
     place_legend(axes)

@@ -239,10 +239,10 @@ def draw_severities(axes, results: list[tuple[str, dict]]) -> None:
 
     For a single classifier, thin lines show the families of corruptions.
     """
-    for number, (name, result) in enumerate(results):
+    for colour, (name, result) in zip(figures.list_colours(len(results)), results, strict=True):
         severities, clean = list_severities(result["corruptions"]), result["clean"]
         values = [clean, *average_by_severity(result["corruptions"], severities)]
-        axes.plot([0, *severities], values, "o-", label=name, color=f"C{number}")
+        axes.plot([0, *severities], values, "o-", label=name, color=colour)
         if len(results) == 1:
             for index, (family, members) in enumerate(FAMILIES.items(), 1):
                 names = {member.__name__ for member in members}
@@ -266,10 +266,10 @@ def draw_attacks(axes, results: list[tuple[str, dict]]) -> None:
     """Draw bars of the clean accuracy and of that under each attack, in one colour for each classifier."""
     titles = ["clean", *results[0][1]["attacks"]]
     width = 0.8 / len(results)
-    for number, (name, result) in enumerate(results):
+    for number, (colour, (name, result)) in enumerate(zip(figures.list_colours(len(results)), results, strict=True)):
         values = [result["clean"], *result["attacks"].values()]
         positions = [x + (number - (len(results) - 1) / 2) * width for x in range(len(titles))]
-        bars = axes.bar(positions, values, width, label=name)
+        bars = axes.bar(positions, values, width, label=name, color=colour)
         if len(results) * len(titles) <= 10:  # more would run into each other
             axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set(ylabel="top-1 accuracy (%)")

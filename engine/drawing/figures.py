@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -51,6 +51,15 @@ def limit_dpi(figure: Figure, dpi: float) -> float:
 def choose_columns(count: int, limit: int) -> int:
     """Return into how many columns, at most `limit`, to put `count` panels, with as few empty places as possible."""
     return -(-count // -(-count // limit))
+
+
+def list_colours(count: int) -> list:
+    """Return the colours of `count` lines or bars, no two alike."""
+    if count <= 10:
+        return [f"C{number}" for number in range(count)]
+    if count <= 20:
+        return list(colormaps["tab20"].colors[:count])
+    return list(colormaps["turbo"](np.linspace(0.05, 0.95, count)))
 
 
 def place_legend(axes, below: bool = False) -> None:

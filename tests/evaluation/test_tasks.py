@@ -10,6 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from PIL import Image
 from support import find_free_port, shapes_command, start_script, use_small_network, write_image
@@ -493,7 +495,8 @@ def test_the_card_is_a_table_a_page_and_a_file(card, runs):
     written = read_json(path)
     assert written["results"][0].keys() >= {"calibration", "robustness", "ood", "localization"}
     assert "confusion" not in written["results"][0]["accuracy"] and "pictures" not in written["results"][0]
-    table, _, notes = path.with_suffix(".md").read_text().partition("\n\n")
+    heading, table, notes = path.with_suffix(".md").read_text().split("\n\n")
+    assert heading == "# Card of 1 classifier on shapes"
     assert {line.count("|") for line in table.splitlines()} == {3} and "**" not in table
     assert notes.splitlines() == [f"- {note}" for note in written["notes"]]
     for text in ("40 test images", "held-out", "15 bins", "16 images spread", "severity 5", "seed 0", "cam maps"):
@@ -510,13 +513,29 @@ def test_the_card_is_a_table_a_page_and_a_file(card, runs):
     assert sum(result["accuracy"]["class_images"]) == 40
 
 
+def test_each_of_eleven_classifiers_has_its_own_colour(card):
+    panels = make_card_panels([(f"classifier {number}", card[0]) for number in range(11)])
+    assert len(panels) > 4
+    for title, draw in panels:
+        axes = Figure().subplots()
+        draw(axes)
+        drawn = zip(*axes.get_legend_handles_labels(), strict=True)
+        drawn = [handle for handle, label in drawn if label.startswith("classifier ")]
+        colours = {
+            one[0].get_facecolor() if isinstance(one, BarContainer) else to_rgb(one.get_color()) for one in drawn
+        }
+        assert len(colours) == len(drawn) == 11, title
+
+
 def test_the_best_of_several_values_is_bold():
     results = [
-        {"name": name, "accuracy": {"top1": top1}, "calibration": {"ece": ece, "temperature": ece}}
+        {"name": name, "dataset": "d", "accuracy": {"top1": top1}, "calibration": {"ece": ece, "temperature": ece}}
         for name, top1, ece in (("a|b", 50.0, 3.0), ("c", 70.0, 2.0), ("d", 70.001, 9.0), ("e", None, None))
     ]
     lines = format_markdown(results, make_rows(results), ["a note"]).splitlines()
     assert lines == [
+        "# Card of 4 classifiers on d",
+        "",
         "|  | a\\|b | c | d | e |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| top-1 accuracy (%) | 50.00 | **70.00** | **70.00** | - |",

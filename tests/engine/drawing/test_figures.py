@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -101,3 +102,8 @@ def test_the_foot_of_a_tall_figure_of_mixtures_is_as_small_as_that_of_a_low_one(
     bar = figure.axes[-1]
     above, label, foot = (one.get_window_extent() for one in (figure.axes[-3], bar.xaxis.label, figure._supxlabel))
     assert above.y0 - bar.get_window_extent().y1 < 0.4 * figure.dpi and label.y0 >= foot.y1
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 20, 21, 60])
+def test_no_two_lines_have_the_same_colour(count):
+    assert len({to_rgb(colour) for colour in figures.list_colours(count)}) == count
