@@ -45,10 +45,13 @@ LAYOUTS = {
 }
 
 
-def find_cifar(name: str, data_dir: Path, download: bool) -> Path:
-    """Return the folder with the files; download them if allowed. Raises UserError with the paths that were tried."""
+def find_cifar(name: str, data_dir: Path, files: list[str], download: bool) -> Path:
+    """Return the folder with these files and the class names; download the data set if allowed.
+
+    Raises UserError with the paths that were tried.
+    """
     layout = LAYOUTS[name]
-    needed = [*layout.train, layout.test, layout.meta]
+    needed = [*files, layout.meta]
     folders = [data_dir / layout.folder, data_dir]
     for folder in folders:
         missing = [file for file in needed if not (folder / file).is_file()]

@@ -127,8 +127,7 @@ def load_evaluation(
     """
     folder, val_folder, labels_file = (name and Path(name) for name in (data_dir, val_data_dir, val_labels))
     if dataset in LAYOUTS:
-        cifar = main_process_first(lambda: find_cifar(dataset, val_folder or folder, download))
-        image_set = make_cifar_image_set(dataset, cifar, [LAYOUTS[dataset].test])
+        image_set = load_cifar_part(dataset, val_folder or folder, [LAYOUTS[dataset].test], download)
         image_set = resize_cifar(image_set, image_size, interpolation)
     elif dataset == "shapes":
         image_set = make_shapes_image_set(1, image_size or 32, num_classes or 10, progress, limit)
@@ -165,16 +164,14 @@ def check_class_count(dataset: str, image_set: ImageSet, num_classes: int | None
 
 def load_cifar(name: str, train_dir: Path, test_dir: Path, download: bool) -> tuple[ImageSet, ImageSet]:
     """Load the training and test images of CIFAR-10 or CIFAR-100."""
-    train_folder = test_folder = main_process_first(lambda: find_cifar(name, train_dir, download))
-    if test_dir != train_dir:
-        test_folder = main_process_first(lambda: find_cifar(name, test_dir, download))
-    return (
-        make_cifar_image_set(name, train_folder, LAYOUTS[name].train),
-        make_cifar_image_set(name, test_folder, [LAYOUTS[name].test]),
-    )
+    layout = LAYOUTS[name]
+    train = load_cifar_part(name, train_dir, layout.train, download)
+    return train, load_cifar_part(name, test_dir, [layout.test], download)
 
 
-def make_cifar_image_set(name: str, folder: Path, files: list[str]) -> ImageSet:
+def load_cifar_part(name: str, data_dir: Path, files: list[str], download: bool) -> ImageSet:
+    """Load the images of some files; the other files may be missing."""
+    folder = main_process_first(lambda: find_cifar(name, data_dir, files, download))
     return ImageSet(*read_cifar(name, folder, files), read_class_names(name, folder), str(folder))
 
 

@@ -64,6 +64,17 @@ def test_incomplete_and_damaged_cifar_files_are_reported(tmp_path):
         load_data("cifar10", data_dir=str(tmp_path))
 
 
+def test_the_test_images_of_cifar_need_no_training_images(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    pixels = write_cifar10(folder)
+    for path in folder.glob("data_batch_*"):
+        path.unlink()
+    image_set = load_evaluation("cifar10", data_dir=str(tmp_path))
+    assert np.array_equal(image_set.pixels[1].permute(2, 0, 1).flatten(), pixels[5, 1])
+    with pytest.raises(UserError, match="incomplete: data_batch_1, .*, data_batch_5 missing"):
+        load_data("cifar10", data_dir=str(tmp_path))
+
+
 class Hostile:
     def __reduce__(self):
         return print, ("hostile code ran",)
