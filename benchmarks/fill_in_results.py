@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/results.md, and docs/results.png, from docs/results.csv.
+"""Write the tables of the results in README.md and docs/, and docs/results.png, from docs/results.csv and docs/card.md.
 
     python benchmarks/fill_in_results.py
 
@@ -7,13 +7,16 @@ A table stands between two comments, of which the first says what it has:
     <!-- results: accuracy PLAN PART ... -->            the rows of parts of a plan, compared with its row `none`
     <!-- results: summary PLAN ROW ... -->              these rows in fewer columns, the largest difference first
     <!-- results: differences PLAN ROW - ROW ... -->    differences of pairs of rows
+    <!-- results: averaging PLAN PART ... -->           what the averaged weights add to the accuracy of each row
     <!-- results: validation PLAN -->                   accuracies on validation images, by which a recipe was chosen
+    <!-- results: card -->                              the classifiers of docs/card.md, a row each
     <!-- end -->
 """
 
 import csv
 import math
 import re
+import statistics
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,12 +28,23 @@ from engine.drawing.figures import save_figure
 from engine.drawing.tables import format_markdown
 from evaluation.compare.statistics import CONFIDENCE, PairedDifference, Spread, pair_by_seed, spread, t_quantile
 
-PAGES = ("README.md", "docs/results.md")
-CSV, FIGURE = ROOT / "docs" / "results.csv", ROOT / "docs" / "results.png"
+PAGES = ("README.md", "docs/results.md", "docs/evaluate.md")
+CSV, FIGURE, CARD = (ROOT / "docs" / name for name in ("results.csv", "results.png", "card.md"))
 BASELINE = "none"
 DRAWN, DRAWN_PARTS = "cpu_cifar10", ("figures", "methods")  # the plan of the figure, and the parts that it shows
 FINISHED, MISSING = "finished", "-"
 OPENING = "<!-- results: "
+CARD_COLUMNS = {  # row of the card -> column of the table
+    "top-1 accuracy (%)": "top-1 (%)",
+    "negative log-likelihood": "NLL",
+    "ECE (%)": "ECE (%)",
+    "temperature": "temperature",
+    "ECE after temperature scaling (%)": "ECE, scaled (%)",
+    "accuracy under FGSM 4/255 (%)": "FGSM 4/255 (%)",
+    "mean accuracy, built-in corruptions (%)": "corruptions (%)",
+    "mean accuracy, occlusion by random patches (%)": "occlusion (%)",
+    "OOD AUROC on cifar100, MSP (%)": "OOD AUROC (%)",
+}
 BLOCK = re.compile(rf"({OPENING}(.*?) -->\n)((?!<!-- results).)*?(<!-- end -->)", re.DOTALL)
 
 
@@ -99,10 +113,11 @@ class Results:
         ours, theirs = (self.find_seconds(row) if row in self.rows else None for row in (name, BASELINE))
         return f"{ours / theirs:.2f}" if ours and theirs else MISSING
 
-    def describe_unfinished(self, name: str) -> str:
-        """Return which seeds are not finished, or an empty text."""
-        left = [run["seed"] for run in self.get_row(name) if run["status"] != FINISHED]
-        return f" (seed{'s' * (len(left) > 1)} {', '.join(left)} not finished)" if left else ""
+    def count_seeds(self, name: str) -> str:
+        """Return how many seeds are finished, as in `3`, or `3 of 5` if more are planned."""
+        planned = self.get_row(name)
+        finished = sum(run["status"] == FINISHED for run in planned)
+        return f"{finished}" if finished == len(planned) else f"{finished} of {len(planned)}"
 
 
 def read_results(plan: str) -> Results:
@@ -130,27 +145,34 @@ def format_difference(difference: PairedDifference) -> list[str]:
     if not difference.spread:
         return [MISSING, MISSING]
     pairs = f" (n = {difference.spread.n})" if difference.unpaired else ""
-    interval = "{:+.2f} to {:+.2f}".format(*difference.interval) if difference.interval else MISSING
-    return [f"{difference.spread.mean:+.2f}{pairs}", interval]
+    return [f"{difference.spread.mean:+.2f}{pairs}", format_interval(difference.interval)]
+
+
+def format_interval(interval: tuple[float, float] | None) -> str:
+    return "{:+.2f} to {:+.2f}".format(*interval) if interval else MISSING
 
 
 def make_accuracy_table(results: Results, parts: list[str]) -> str:
-    names = results.list_part(parts)
+    listed = results.list_part(parts)
+    names = [name for name in listed if results.get_values(name)]
+    waiting = ", ".join(f"`{name}`" for name in listed if name not in names)
+    notes = [f"Not trained yet: {waiting}."] if waiting else []
+    if not names:
+        return notes[0] + "\n"
     head = ["row", "n", "last epoch (%)", "difference to none", "95 % interval", "best epoch, on test images (%)"]
-    table = [[*head, "averaged weights (%)", "seconds an epoch", "relative to none"]]
+    table = [[*head, "seconds an epoch", "relative to none"]]
     runs = [run for name in names for run in results.rows[name]]
     finished = [run for run in runs if run["status"] == FINISHED]
     evaluated = any(run["best_epoch"] != run["epochs"] for run in finished)  # more often than once
     for name in names:
-        row = [f"`{name}`{results.describe_unfinished(name)}", str(len(results.get_values(name)))]
-        row += [results.format_mean(name)]
+        row = [f"`{name}`", results.count_seeds(name), results.format_mean(name)]
         row += [MISSING, MISSING] if name == BASELINE else format_difference(results.compare(name))
         row += [results.format_mean(name, "best_top1") if evaluated else MISSING]
         seconds = results.find_seconds(name)
-        row += [results.format_mean(name, "last_ema_top1"), f"{seconds:.1f}" if seconds else MISSING]
+        row += [f"{seconds:.1f}" if seconds else MISSING]
         table.append([*row, results.format_cost(name)])
     filled = [column for column in zip(*table, strict=True) if {*column[1:]} != {MISSING}]
-    return "\n\n".join([format_markdown(list(zip(*filled, strict=True))), *describe_origin(runs)]) + "\n"
+    return "\n\n".join([format_markdown(list(zip(*filled, strict=True))), *notes, *describe_origin(runs)]) + "\n"
 
 
 def describe_origin(runs: list[dict[str, str]]) -> list[str]:
@@ -168,8 +190,7 @@ def make_summary_table(results: Results, names: list[str]) -> str:
     differences = {name: results.compare(name) for name in names}
     ranks = {name: -one.spread.mean if one.spread else math.inf for name, one in differences.items()}
     for name in sorted(names, key=ranks.get):
-        row = [f"`{name}`{results.describe_unfinished(name)}", str(len(results.get_values(name)))]
-        row += [results.format_mean(name)]
+        row = [f"`{name}`", results.count_seeds(name), results.format_mean(name)]
         row += [MISSING, MISSING] if name == BASELINE else format_difference(differences[name])
         table.append([*row, results.format_cost(name)])
     return format_markdown(table) + "\n"
@@ -188,24 +209,61 @@ def make_difference_table(results: Results, words: list[str]) -> str:
     return format_markdown(table) + "\n"
 
 
-def make_validation_table(results: Results, words: list[str]) -> str:
-    table = [["row", "validation images (%)"]]
-    for name in results.rows:
-        table.append([f"`{name}`{results.describe_unfinished(name)}", results.format_mean(name, "last_valid_top1")])
+def make_averaging_table(results: Results, parts: list[str]) -> str:
+    """Compare the averaged weights with the last ones of the same run.
+
+    The noise is that of all rows of these parts: the deviations of the differences from the mean of their row.
+    """
+    gains: dict[str, list[float]] = {}
+    for name in results.list_part(parts):
+        averaged, last = results.get_values(name, "last_ema_top1"), results.get_values(name)
+        gains[name] = [value - last[seed] for seed, value in averaged.items()]
+    means = {name: statistics.fmean(own) for name, own in gains.items() if own}
+    freedom = sum(len(gains[name]) - 1 for name in means)
+    squares = sum((value - mean) ** 2 for name, mean in means.items() for value in gains[name])
+    table = [["row", "n", "averaged weights (%)", "minus last weights", "95 % interval"]]
+    for name, own in gains.items():
+        cells = [MISSING, MISSING]
+        if own:
+            cells[0] = f"{means[name]:+.2f}"
+        if own and freedom:
+            half = t_quantile(freedom, (1 + CONFIDENCE) / 2) * math.sqrt(squares / freedom / len(own))
+            cells[1] = format_interval((means[name] - half, means[name] + half))
+        row = [f"`{name}`", results.count_seeds(name), results.format_mean(name, "last_ema_top1")]
+        table.append([*row, *cells])
     return format_markdown(table) + "\n"
 
 
+def make_validation_table(results: Results, words: list[str]) -> str:
+    table = [["row", "n", "validation images (%)"]]
+    for name in results.rows:
+        table.append([f"`{name}`", results.count_seeds(name), results.format_mean(name, "last_valid_top1")])
+    return format_markdown(table) + "\n"
+
+
+def make_card_table() -> str:
+    """Return the most important rows of the card as columns, a row for each classifier."""
+    lines = [line for line in CARD.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    (_, *names), _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+    rows = {title: values for title, *values in rows}
+    if missing := CARD_COLUMNS.keys() - rows.keys():
+        raise SystemExit(f"no row {min(missing)} in {CARD.name}")
+    methods = [f"`{name.removesuffix('/seed_0')}`" for name in names]
+    columns = [["method", *methods], *([head, *rows[title]] for title, head in CARD_COLUMNS.items())]
+    return format_markdown(list(zip(*columns, strict=True))) + "\n"
+
+
 TABLES = {"accuracy": make_accuracy_table, "summary": make_summary_table}
-TABLES |= {"differences": make_difference_table, "validation": make_validation_table}
+TABLES |= {"differences": make_difference_table, "averaging": make_averaging_table, "validation": make_validation_table}
 
 
 def make_table(request: str) -> str:
     """Return the table that a comment asks for."""
-    kind, plan, *words = request.split()
-    if kind not in TABLES:
-        raise SystemExit(f"{OPENING}{request} -->: choose from {', '.join(TABLES)}")
+    kind, *words = request.split()
+    if kind not in (*TABLES, "card"):
+        raise SystemExit(f"{OPENING}{request} -->: choose from {', '.join(TABLES)}, card")
     try:
-        return TABLES[kind](read_results(plan), words)
+        return make_card_table() if kind == "card" else TABLES[kind](read_results(words[0]), words[1:])
     except SystemExit as error:
         raise SystemExit(f"{OPENING}{request} -->: {error}") from error
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from evaluation import calibration, localization, localization_task, occlusion, 
 
 Panel = tuple[str, Callable]  # title with the number of images, and a function that draws on Matplotlib axes
 PANEL_SIZE = (4.4, 3.6)  # inches
+TITLE_WIDTH = 50  # characters in a line of a panel's title
 CALIBRATION_ROWS = {  # key of a result -> title and format
     "nll": ("negative log-likelihood", ".4f"),
     "brier": ("Brier score", ".4f"),
@@ -168,7 +170,7 @@ def draw_panels(area, panels: list[Panel], columns: int) -> None:
     grid = area.subplots(-(-len(panels) // columns), columns, squeeze=False)
     for axes, (title, panel) in zip(grid.flat, panels, strict=False):
         panel(axes)
-        axes.set_title("\n".join(filter(None, (title, axes.get_title()))), fontsize=10)
+        axes.set_title("\n".join(filter(None, (fill(title, TITLE_WIDTH), axes.get_title()))), fontsize=10)
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
 

@@ -45,7 +45,7 @@ def test_accuracies_are_compared_with_those_of_the_same_seeds(results):
     head, _, none, cutmix = fill_in(results, "accuracy tiny first")
     assert none[:5] == ["`none`", "3", "52.00 ± 2.00", "-", "-"] and none[-1] == "1.00"
     # seeds 0 and 1: differences 3 and 2, standard deviation 0.5 ** 0.5, t = 12.706 for one degree of freedom
-    row = ["`cutmix` (seed 2 not finished)", "2", "53.50 ± 0.71", "+2.50 (n = 2)", "-3.85 to +8.85", "53.00 ± 0.71"]
+    row = ["`cutmix`", "2 of 3", "53.50 ± 0.71", "+2.50 (n = 2)", "-3.85 to +8.85"]
     assert cutmix == [*row, "11.0", "1.10"] and len(head) == len(cutmix)  # none was slowed in one of its runs
 
 
@@ -60,10 +60,16 @@ def test_the_interval_follows_from_the_noise_of_all_rows(results):
 
 
 def test_columns_without_values_are_left_out(results):
-    assert fill_in(results, "accuracy tiny later")[::2] == [["row", "n"], ["`mixup` (seed 0 not finished)", "0"]]
     head, _, row = fill_in(results, "accuracy recipe-x only")
     assert head == ["row", "n", "last epoch (%)", "best epoch, on test images (%)", "seconds an epoch"]
     assert row == ["`lr0.1`", "1", "50.00", "51.00", "10.0"]
+
+
+def test_rows_without_a_finished_run_are_named_below_the_table(results):
+    for parts, rows in {"first later": 2, "later": 0}.items():
+        page = results.fill_in(f"<!-- results: accuracy tiny {parts} -->\n<!-- end -->")
+        assert "Not trained yet: `mixup`." in page and page.count("\n| `") == rows
+    assert "Not trained" not in results.fill_in("<!-- results: accuracy tiny first -->\n<!-- end -->")
 
 
 def test_the_machines_and_commits_of_a_table_stand_below_it(results):
@@ -74,7 +80,7 @@ def test_the_machines_and_commits_of_a_table_stand_below_it(results):
 def test_the_summary_is_ranked_by_the_difference_not_by_means_of_other_seeds(results):
     rows = fill_in(results, "summary tiny mixup none cutmix")[2:]
     assert [row[0].split()[0] for row in rows] == ["`cutmix`", "`none`", "`mixup`"] and rows[0][-1] == "1.10"
-    assert rows[2][1:] == ["0", "-", "-", "-", "-"]
+    assert rows[2][1:] == ["0 of 1", "-", "-", "-", "-"]
 
 
 def test_a_pair_of_rows_is_compared_by_seed(results):
@@ -82,8 +88,34 @@ def test_a_pair_of_rows_is_compared_by_seed(results):
     assert row == ["`none` - `cutmix`", "2", "-2.50", "-8.85 to +3.85", "0: -3.00, 1: -2.00"]
 
 
+def test_averaged_weights_are_compared_with_the_last_ones_of_the_same_run(results):
+    head, _, none, cutmix = fill_in(results, "averaging tiny first")
+    # none gains 1, 0, -1, cutmix -0.5, -0.5: the variance is 2 / 3, t = 3.182 for three degrees of freedom
+    assert none == ["`none`", "3", "52.00 ± 1.00", "+0.00", "-1.50 to +1.50"]
+    assert cutmix == ["`cutmix`", "2 of 3", "53.00 ± 0.71", "-0.50", "-2.34 to +1.34"]
+    assert fill_in(results, "averaging tiny later")[2][1:] == ["0 of 1", "-", "-", "-"]
+
+
 def test_a_recipe_is_chosen_on_validation_images(results):
-    assert fill_in(results, "validation recipe-x")[2:] == [["`lr0.1`", "48.00"]]
+    assert fill_in(results, "validation recipe-x")[2:] == [["`lr0.1`", "1", "48.00"]]
+
+
+def test_the_card_is_shown_with_a_row_for_each_classifier(results, monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "CARD", tmp_path / "card.md")
+    monkeypatch.setattr(results, "CARD_COLUMNS", {"ECE (%)": "ECE", "top-1 accuracy (%)": "top-1"})
+    lines = ["# Card", "", "|  | none/seed_0 | my/cutmix |", "| --- | ---: | ---: |", "- a note"]
+    rows = [
+        "| top-1 accuracy (%) | 50.00 | **53.00** |",
+        "| temperature | 2.00 | 1.00 |",
+        "| ECE (%) | **3.00** | 9.00 |",
+    ]
+    results.CARD.write_text("\n".join([*lines[:4], *rows, *lines[4:]]))
+    table = [["method", "ECE", "top-1"], ["`none`", "**3.00**", "50.00"], ["`my/cutmix`", "9.00", "**53.00**"]]
+    head, _, *rows = fill_in(results, "card")
+    assert [head, *rows] == table
+    monkeypatch.setattr(results, "CARD_COLUMNS", {"mCE": "mCE"})
+    with pytest.raises(SystemExit, match="no row mCE in card.md"):
+        fill_in(results, "card")
 
 
 @pytest.mark.parametrize(
