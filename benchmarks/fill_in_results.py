@@ -42,7 +42,7 @@ CARD_COLUMNS = {  # row of the card -> column of the table
     "ECE after temperature scaling (%)": "ECE, scaled (%)",
     "accuracy under FGSM 4/255 (%)": "FGSM 4/255 (%)",
     "mean accuracy, built-in corruptions (%)": "corruptions (%)",
-    "mean accuracy, occlusion by random patches (%)": "occlusion (%)",
+    "mean accuracy, occlusion by random patches (%)": "random patches (%)",
     "OOD AUROC on cifar100, MSP (%)": "OOD AUROC (%)",
 }
 BLOCK = re.compile(rf"({OPENING}(.*?) -->\n)((?!<!-- results).)*?(<!-- end -->)", re.DOTALL)
@@ -104,14 +104,20 @@ class Results:
         """Return mean and standard deviation as in `54.31 ± 0.42`."""
         return format_spread(spread(list(self.get_values(name, column).values())))
 
-    def find_seconds(self, name: str) -> float | None:
-        """Return the seconds of an epoch: the median of the run that was slowed least by other work on the machine."""
-        return min(self.get_values(name, "epoch_seconds").values(), default=None)
+    def find_seconds(self, name: str) -> dict[str, float]:
+        """Return machine -> seconds of an epoch: the median of the run there that other work slowed least."""
+        fastest: dict[str, float] = {}
+        for run in self.get_row(name):
+            if run["status"] == FINISHED and run["epoch_seconds"]:
+                seconds = float(run["epoch_seconds"])
+                fastest[run["machine"]] = min(seconds, fastest.get(run["machine"], seconds))
+        return fastest
 
     def format_cost(self, name: str) -> str:
-        """Return the seconds of an epoch relative to those of the baseline."""
-        ours, theirs = (self.find_seconds(row) if row in self.rows else None for row in (name, BASELINE))
-        return f"{ours / theirs:.2f}" if ours and theirs else MISSING
+        """Return the seconds of an epoch relative to those of the baseline on the same machine."""
+        ours, theirs = (self.find_seconds(row) if row in self.rows else {} for row in (name, BASELINE))
+        ratios = [seconds / theirs[machine] for machine, seconds in ours.items() if theirs.get(machine)]
+        return f"{ratios[0]:.2f}" if ratios else MISSING
 
     def count_seeds(self, name: str) -> str:
         """Return how many seeds are finished, as in `3`, or `3 of 5` if more are planned."""
@@ -168,8 +174,7 @@ def make_accuracy_table(results: Results, parts: list[str]) -> str:
         row = [f"`{name}`", results.count_seeds(name), results.format_mean(name)]
         row += [MISSING, MISSING] if name == BASELINE else format_difference(results.compare(name))
         row += [results.format_mean(name, "best_top1") if evaluated else MISSING]
-        seconds = results.find_seconds(name)
-        row += [f"{seconds:.1f}" if seconds else MISSING]
+        row += [" / ".join(f"{seconds:.1f}" for seconds in results.find_seconds(name).values()) or MISSING]
         table.append([*row, results.format_cost(name)])
     filled = [column for column in zip(*table, strict=True) if {*column[1:]} != {MISSING}]
     return "\n\n".join([format_markdown(list(zip(*filled, strict=True))), *notes, *describe_origin(runs)]) + "\n"

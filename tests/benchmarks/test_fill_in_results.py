@@ -59,6 +59,14 @@ def test_the_interval_follows_from_the_noise_of_all_rows(results):
     assert results.compare("x").interval == pytest.approx((2.5 - 4.3027 * 0.5**0.5, 2.5 + 4.3027 * 0.5**0.5), abs=1e-3)
 
 
+def test_times_are_compared_on_the_same_machine(results):
+    lines = CSV.replace('11.00,"EPYC, 1 thread",abc', '4.00,"Xeon, 1 thread",abc')
+    results.CSV.write_text(lines)
+    assert fill_in(results, "accuracy tiny first")[3][-2:] == ["4.0 / 11.0", "1.10"]
+    results.CSV.write_text(lines.replace('11.00,"EPYC, 1 thread",def', '4.00,"Xeon, 1 thread",def'))
+    assert fill_in(results, "accuracy tiny first")[3][-2:] == ["4.0", "-"]
+
+
 def test_columns_without_values_are_left_out(results):
     head, _, row = fill_in(results, "accuracy recipe-x only")
     assert head == ["row", "n", "last epoch (%)", "best epoch, on test images (%)", "seconds an epoch"]
@@ -154,3 +162,15 @@ def test_the_pages_have_the_figures_of_results_csv(monkeypatch):
         page = (ROOT / name).read_text()
         assert module.BLOCK.search(page), name
         assert module.fill_in(page) == page, f"{name}: run python benchmarks/fill_in_results.py"
+
+
+def test_the_pages_show_seed_0_of_the_demonstration(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    runs = importlib.import_module("fill_in_results").read_results("demonstration").get_row("demo")
+    (run,) = (run for run in runs if run["seed"] == "0")
+    last = f"last epoch: top-1 accuracy {run['last_top1']} %"
+    best = f"best top-1 {run['best_top1']} % at epoch {run['best_epoch']} (chosen on the test images)"
+    for name in ("README.md", "docs/train.md"):
+        page = (ROOT / name).read_text()
+        assert last in page and best in page, name
+    assert f"Top-1 Accuracy: {run['best_top1']}%" in (ROOT / "docs/evaluate.md").read_text()
