@@ -291,7 +291,7 @@ def run_command(*words, capsys) -> tuple[dict, str]:
 
 
 def test_real_runs_give_the_numbers_of_seeds_json(tmp_path, capsys):
-    words = "--vis_epoch 1 --valid_labels_per_class 1 --limit 20 --dpi 30 --seeds 0 1".split()
+    words = "--vis_epoch 1 --valid_labels_per_class 1 --limit 20 --dpi 30 --amp off --seeds 0 1".split()
     expected = train.main(shapes_command(tmp_path, *words, epochs=1))["summary"]
     capsys.readouterr()
     content, printed = run_command(tmp_path, "--out", tmp_path / "out", capsys=capsys)
