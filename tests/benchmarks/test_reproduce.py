@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -103,6 +104,18 @@ def kill_in_second_epoch():
     RunFolder.write_log = write_log
 
 
+def pause_after_first_epoch():
+    """Let this process wait after its first epoch: a fast one would be finished before it is stopped."""
+    write = RunFolder.write_log
+
+    def write_log(self, history):
+        if len(history) == 1:
+            time.sleep(1.0)
+        write(self, history)
+
+    RunFolder.write_log = write_log
+
+
 def check_equal_to_undisturbed(folder, root, *words):
     """Check that the run in `folder` has ended as train.py ends with these options and no interruption."""
     train.main(
@@ -138,7 +151,7 @@ def test_a_plan_stops_when_the_time_is_up_and_continues_exactly(reproduce, tmp_p
     out = tmp_path / "out"
     first = out / "shapes/resnet20/none/seed_0"
     one = PLAN.replace("0 1", "0")
-    rows = reproduce("--jobs", "2", plan=one, stop_at=first / "last.pt")
+    rows = reproduce("--jobs", "2", plan=one, before=pause_after_first_epoch, stop_at=first / "last.pt")
     assert [row["status"] for row in rows if row["last_top1"] or row["minutes"]] == []
     assert rows[0]["status"] == "stopped" and 1 <= int(rows[0]["epochs_done"]) < 3 == int(rows[0]["epochs"])
     assert "run the same command again" in capsys.readouterr().out
