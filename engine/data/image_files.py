@@ -16,7 +16,6 @@ from engine.data.sample_rng import draw_crop_numbers
 from engine.data.views import RandomCrop, View
 from engine.errors import UserError
 from engine.runtime.distributed import count_cores_per_process
-from engine.runtime.signals import hold_signals
 
 WAIT_SECONDS = 600  # for the next batch of the workers; a file server that restarts is back by then
 
@@ -152,8 +151,7 @@ class BatchReader:
         threads = cv2.getNumThreads()
         cv2.setNumThreads(1)  # must precede the fork: a forked worker would wait for threads that fork does not copy
         try:
-            with hold_signals([signal.SIGTERM]):  # it would end a worker that does not ignore it yet
-                return iter(self.loader)
+            return iter(self.loader)
         finally:
             cv2.setNumThreads(threads)
 

@@ -38,7 +38,6 @@ from engine.runtime.claim import claim, read_owner, release_claims
 from engine.runtime.distributed import count_cores_per_process
 from engine.runtime.files import make_side_path
 from engine.runtime.progress import progress_bar
-from engine.runtime.signals import hold_signals
 
 LISTS = ("val_annotations.txt", "*_boxes.txt", "wnids.txt", "words.txt", "LOC_*.csv")  # label lists, copied unchanged
 QUALITY, SUBSAMPLING = 95, 0  # full colour resolution: a fifth more bytes and a fifth more time to decode than 4:2:0
@@ -236,7 +235,7 @@ def start_pool(workers: int) -> Iterator[Executor]:
     if sys.platform == "linux" and workers > 1:
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=start_worker)
         before = multiprocessing.active_children()
-        with hold_signals(HELD_SIGNALS):  # a worker that got Ctrl-C before it ignores it would break the pool
+        with hold_signals():  # a worker that got Ctrl-C before it ignores it would break the pool
             pool.submit(int)  # starts all workers
         processes = [process for process in multiprocessing.active_children() if process not in before]
     else:
@@ -249,6 +248,16 @@ def start_pool(workers: int) -> Iterator[Executor]:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM in the block."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_worker() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.data import image_files
-from engine.data.image_files import BatchReader, start_worker
+from engine.data.image_files import BatchReader
 from engine.launch import explain_error
 
 
@@ -63,22 +63,6 @@ def test_workers_that_do_not_answer_are_given_up(monkeypatch):
 
 def test_a_killed_worker_is_named_with_a_remedy():
     read_failing(lambda: os.kill(os.getpid(), signal.SIGKILL), "worker .*(killed by signal|exited unexpectedly)")
-
-
-def test_sigterm_to_a_worker_that_has_just_started_is_ignored(monkeypatch):
-    """The worker ended, and the read waited for it: nothing watches the workers before all of them have started."""
-
-    def start_late(worker: int) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        start_worker(worker)
-
-    monkeypatch.setattr(image_files, "start_worker", start_late)
-    monkeypatch.setattr(image_files, "WAIT_SECONDS", 20)
-    reader = BatchReader(Files(lambda: None), workers=1)
-    _, index, _ = next(reader.read([torch.tensor([3])]))
-    assert index.tolist() == [3]
-    reader.close()
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])  # this process gets its signals again
 
 
 def test_a_batch_arrives_whole():
